@@ -1,0 +1,1 @@
+"""Prepared clips: layout, reading, the data module, and the makers of data sets."""

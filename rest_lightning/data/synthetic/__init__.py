@@ -1,0 +1,1 @@
+"""Synthetic talkers: rendered faces driven by synthesised speech."""

@@ -1,0 +1,1 @@
+"""Pure functions of the diffusion process: sigma tables, noise schedules, sampling, losses."""

@@ -1,0 +1,1 @@
+"""The streaming engine: audio in, frames out, constant cost per chunk."""
