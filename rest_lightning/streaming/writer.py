@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import signal
 import threading
@@ -18,8 +17,8 @@ from av.video.frame import VideoFrame
 
 from rest_lightning.constants import FPS, SAMPLE_RATE
 from rest_lightning.errors import UserError
+from rest_lightning.streaming.output import check_output, explain_write_error
 
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _BLOCK_SAMPLES = 16_384
 _BT601 = 6  # AVCOL_SPC_SMPTE170M: what swscale computes; tagged, so that no player has to guess
 
@@ -27,8 +26,9 @@ _BT601 = 6  # AVCOL_SPC_SMPTE170M: what swscale computes; tagged, so that no pla
 class Mp4Writer:
     """Writes H.264 (yuv420p) and AAC to ``path``, frame by frame, in bounded memory.
 
-    Everything goes to a hidden temporary file in the same folder; :meth:`close` moves it to ``path``. As a context manager
-    it closes on success and on Ctrl-C (the video of what was done so far stays playable) and aborts on any other error.
+    Everything goes to a hidden temporary file in the same folder; :meth:`close` moves it to ``path``. As a context
+    manager it closes on success and on Ctrl-C (the video of what was done so far stays playable) and aborts on any
+    other error.
 
     Args:
         path: the final name, ending in ``.mp4``.
@@ -63,7 +63,8 @@ class Mp4Writer:
         self.num_samples = 0
         self._closed = False
         if min(self.height, self.width) < 2 or self.height % 2 or self.width % 2:
-            raise UserError(f"expected even frame sides for H.264, got {self.height}x{self.width}: crop or pad by one pixel")
+            size = f"{self.height}x{self.width}"
+            raise UserError(f"expected even frame sides for H.264, got {size}: crop or pad by one pixel")
         check_output(self.path, overwrite)
         self._temporary = self.path.with_name(f".{self.path.stem}.{os.getpid()}.{id(self):x}.part.mp4")
         with self._errors():
@@ -79,6 +80,7 @@ class Mp4Writer:
             self._audio = self._container.add_stream("aac", rate=sample_rate, layout="mono") if audio else None
             if self._audio is not None:
                 self._audio.bit_rate = 64_000
+            self._container.start_encoding()  # opens the file: a folder that refuses says so now, not after an hour
 
     @property
     def duration_s(self) -> float:
@@ -109,7 +111,8 @@ class Mp4Writer:
             for start in range(0, samples.shape[1], _BLOCK_SAMPLES):
                 block = np.ascontiguousarray(samples[:, start : start + _BLOCK_SAMPLES])
                 frame = av.AudioFrame.from_ndarray(block, format="fltp", layout="mono")
-                frame.sample_rate, frame.pts, frame.time_base = self.sample_rate, self.num_samples, Fraction(1, self.sample_rate)
+                frame.sample_rate = self.sample_rate
+                frame.pts, frame.time_base = self.num_samples, Fraction(1, self.sample_rate)
                 self._container.mux(self._audio.encode(frame))
                 self.num_samples += block.shape[1]
 
@@ -146,7 +149,9 @@ class Mp4Writer:
     def __enter__(self) -> Mp4Writer:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if kind is None or (issubclass(kind, KeyboardInterrupt) and self.num_frames):
             self.close()
         else:
@@ -169,30 +174,6 @@ class Mp4Writer:
             if isinstance(error, OSError):
                 raise UserError(explain_write_error(self.path, error)) from error
             raise
-
-
-def check_output(path: Path, overwrite: bool, suffix: str = ".mp4") -> None:
-    """Raises a UserError when ``path`` cannot become an output file; cheap, to be called before long work."""
-    folder = path.parent
-    if path.suffix.lower() != suffix:
-        raise UserError(f"expected an output name that ends in {suffix}, got {path}: try {path.with_suffix(suffix)}")
-    if path.is_dir():
-        raise UserError(f"expected a file name for the output, got the folder {path}: try {path / ('out' + suffix)}")
-    if not folder.is_dir():
-        what = "a file" if folder.exists() else "nothing"
-        raise UserError(f"expected the folder {folder} for {path.name}, found {what} there: create it with mkdir -p {folder}")
-    if path.exists() and not overwrite:
-        raise UserError(f"expected a new file name, but {path} exists: choose another name or add --overwrite")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise UserError(f"expected a writable folder, got {folder}: choose a folder that you may write to")
-
-
-def explain_write_error(path: Path, error: OSError) -> str:
-    """One line for an OSError met while writing ``path``."""
-    if error.errno in _NO_SPACE:
-        return f"expected room for {path}, but the disk is full: free some space or choose another folder; nothing was kept"
-    reason = os.strerror(error.errno).lower() if error.errno else str(error)
-    return f"expected to write {path}, got '{reason}': choose a folder that you may write to"
 
 
 @contextmanager
