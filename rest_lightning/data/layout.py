@@ -75,7 +75,7 @@ class Sidecar:
     speech: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        _check_row(self.clip_id, self.split, f"sidecar of {self.clip_id}")
+        _check_row(self, f"sidecar of {self.clip_id}")
         if self.mouth_opening is not None and len(self.mouth_opening) != self.num_frames:
             raise UserError(
                 f"sidecar of {self.clip_id}: expected mouth_opening of {self.num_frames} values (num_frames), "
@@ -111,7 +111,7 @@ class ManifestRow:
     sha256: str
 
     def __post_init__(self) -> None:
-        _check_row(self.clip_id, self.split, f"manifest row {self.clip_id}")
+        _check_row(self, f"manifest row {self.clip_id}")
 
 
 def clip_path(root: PathLike, clip_id: str) -> Path:
@@ -288,13 +288,16 @@ def split_of_identity(identity: str, val_fraction: float, test_fraction: float, 
     return "val" if draw < test_fraction + val_fraction else "train"
 
 
-def _check_row(clip_id: str, split: str, name: str) -> None:
-    if not _CLIP_ID.fullmatch(clip_id):
+def _check_row(row: Sidecar | ManifestRow, name: str) -> None:
+    if not isinstance(row.clip_id, str) or not _CLIP_ID.fullmatch(row.clip_id):
         raise UserError(
-            f"{name}: expected a clip_id of letters, digits, '.', '_' and '-', got {clip_id!r}: rename the clip"
+            f"{name}: expected a clip_id of letters, digits, '.', '_' and '-', got {row.clip_id!r}: rename the clip"
         )
-    if split not in SPLITS:
-        raise UserError(f"{name}: expected split {', '.join(SPLITS)}, got {split!r}: correct it")
+    if row.split not in SPLITS:
+        raise UserError(f"{name}: expected split {', '.join(SPLITS)}, got {row.split!r}: correct it")
+    for key, value in (("num_frames", row.num_frames), ("size_px", row.size_px)):
+        if not isinstance(value, int) or value < 1:
+            raise UserError(f"{name}: expected {key} as a whole number above 0, got {value!r}: remake the clip")
 
 
 def _read_text(path: Path, name: str) -> str:
