@@ -1,0 +1,169 @@
+"""The forward process of training: which noise level each latent frame gets, what is dropped, and the noising itself.
+
+Every random number comes from the generator that the caller passes, on the generator's device: the same seed gives the
+same noise levels and masks to teacher and student, whatever the device of the model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rest_lightning.errors import UserError
+
+
+@dataclass(frozen=True)
+class Drops:
+    """Which samples of a batch lose a condition: two bool tensors (B,), True = dropped."""
+
+    identity: Tensor
+    audio: Tensor
+
+
+@dataclass(frozen=True)
+class NoisyPath:
+    """A point on the straight path from data to noise: noisy_latents and velocity (B, C, f, h, w), sigma (B, f)."""
+
+    noisy_latents: Tensor
+    velocity: Tensor
+    sigma: Tensor
+
+
+def _random_indices(low: Tensor, high: Tensor, generator: torch.Generator) -> Tensor:
+    """Uniform integers in [low, high), elementwise; float64 draws, so that every index is equally likely."""
+    uniform = torch.rand(low.shape, generator=generator, device=generator.device, dtype=torch.float64)
+    return torch.minimum(low + (uniform * (high - low)).long(), high - 1)
+
+
+def sample_sigmas_cans(
+    batch: int,
+    num_chunks: int,
+    chunk_length: int,
+    table: Tensor,
+    motion_dropout: float = 0.5,
+    *,
+    generator: torch.Generator,
+) -> Tensor:
+    """Chunk-wise asynchronous noise levels (CANS, REST; K chunks instead of 4 decided here).
+
+    The table is cut into ``num_chunks`` equal bins; chunk i draws uniformly from bin i, so earlier chunks are strictly
+    cleaner, and all frames of a chunk share the level. With probability ``motion_dropout`` all chunks of a sample share
+    one level of the whole table. Slot 0, the reference, is always clean.
+
+    Args:
+        batch: B.
+        num_chunks: K chunks.
+        chunk_length: latent frames per chunk, l.
+        table: ascending noise levels, from :func:`~rest_lightning.diffusion.schedule.training_table`.
+        motion_dropout: probability in [0, 1].
+        generator: source of every draw.
+
+    Returns:
+        sigma (B, 1 + K * l), on the table's device and in its dtype.
+    """
+    num_levels = len(table)
+    if num_chunks < 1 or num_chunks > num_levels:
+        raise UserError(
+            f"expected 1 to {num_levels} chunks (one per training noise level), got {num_chunks}: change the clip"
+        )
+    device = generator.device
+    edges = torch.arange(num_chunks + 1, device=device) * num_levels // num_chunks
+    ordered = _random_indices(edges[:-1].expand(batch, -1), edges[1:].expand(batch, -1), generator)
+    zeros = torch.zeros((batch, 1), dtype=torch.long, device=device)
+    shared = _random_indices(zeros, zeros + num_levels, generator)
+    is_shared = torch.rand((batch, 1), generator=generator, device=device) < motion_dropout
+    indices = torch.where(is_shared, shared, ordered)
+    return _with_reference(table[indices.to(table.device)].repeat_interleave(chunk_length, dim=1))
+
+
+def sample_sigmas_ans(
+    batch: int,
+    num_chunks: int,
+    chunk_length: int,
+    table: Tensor,
+    motion_dropout: float = 0.5,
+    *,
+    generator: torch.Generator,
+) -> Tensor:
+    """READ's asynchronous noise levels [0, t1, t2, ..., t2] with t1 < t2: one cleaner motion frame after the reference.
+
+    (t1, t2) are two different levels of the table, sorted (the draw is decided here). With probability
+    ``motion_dropout`` all frames share t2. Arguments as in :func:`sample_sigmas_cans`, so that the ablation changes one name.
+    """
+    num_levels, num_frames = len(table), num_chunks * chunk_length
+    if num_levels < 2:
+        raise UserError(f"expected at least 2 training noise levels for ANS, got {num_levels}: use 1000 (REST)")
+    zeros = torch.zeros((batch, 1), dtype=torch.long, device=generator.device)
+    first = _random_indices(zeros, zeros + num_levels, generator)
+    second = (first + _random_indices(zeros + 1, zeros + num_levels, generator)) % num_levels
+    low, high = torch.minimum(first, second), torch.maximum(first, second)
+    is_shared = torch.rand((batch, 1), generator=generator, device=generator.device) < motion_dropout
+    low = torch.where(is_shared, high, low)
+    indices = torch.cat([low, high.expand(-1, num_frames - 1)], dim=1)
+    return _with_reference(table[indices.to(table.device)])
+
+
+def _with_reference(sigma: Tensor) -> Tensor:
+    return torch.cat([sigma.new_zeros((sigma.shape[0], 1)), sigma], dim=1)
+
+
+def sample_drops(
+    batch: int,
+    identity: float = 0.1,
+    audio: float = 0.1,
+    joint: float = 0.0,
+    *,
+    generator: torch.Generator,
+) -> Drops:
+    """Condition dropout (REST: 0.1 and 0.1, independent).
+
+    ``joint`` drops both at once with this further probability: it trains the unconditional branch of joint guidance
+    directly, which independent dropout reaches in one sample of a hundred only (decided here).
+    """
+    uniform = torch.rand((3, batch), generator=generator, device=generator.device)
+    both = uniform[2] < joint
+    return Drops(identity=(uniform[0] < identity) | both, audio=(uniform[1] < audio) | both)
+
+
+def drop_reference(latents: Tensor, dropped: Tensor) -> Tensor:
+    """Zero slot 0 of ``latents`` (B, C, f, h, w) where ``dropped`` (B,) is True; a new tensor."""
+    keep = (~dropped).to(device=latents.device, dtype=latents.dtype).view(-1, 1, 1, 1, 1)
+    return torch.cat([latents[:, :, :1] * keep, latents[:, :, 1:]], dim=2)
+
+
+def drop_speech(speech_latents: Tensor, dropped: Tensor) -> Tensor:
+    """Zero the speech condition (B, ...) of the samples where ``dropped`` (B,) is True; a new tensor."""
+    keep = (~dropped).to(device=speech_latents.device, dtype=speech_latents.dtype)
+    return speech_latents * keep.view(-1, *[1] * (speech_latents.ndim - 1))
+
+
+def per_frame(sigma: Tensor | float, like: Tensor) -> Tensor:
+    """Noise levels shaped to broadcast over ``like`` (B, C, f, h, w): a number, or one level per frame (B, f)."""
+    sigma = torch.as_tensor(sigma, device=like.device, dtype=torch.promote_types(like.dtype, torch.float32))
+    if sigma.ndim == 0:
+        return sigma
+    assert sigma.shape == (like.shape[0], like.shape[2]), f"sigma {tuple(sigma.shape)} for latents {tuple(like.shape)}"
+    return sigma[:, None, :, None, None]
+
+
+def add_noise(latents: Tensor, noise: Tensor, sigma: Tensor | float) -> Tensor:
+    """``(1 - sigma) * latents + sigma * noise``: latents (B, C, f, h, w), sigma (B, f) or a number; exact at 0, 1."""
+    level = per_frame(sigma, latents)
+    return ((1 - level) * latents + level * noise).to(latents.dtype)
+
+
+def velocity_target(latents: Tensor, noise: Tensor) -> Tensor:
+    """What the network regresses to: ``noise - latents``, the time derivative of the straight path."""
+    return noise - latents
+
+
+def denoised(noisy_latents: Tensor, velocity: Tensor, sigma: Tensor | float) -> Tensor:
+    """The clean latents that a velocity implies: ``noisy_latents - sigma * velocity``; shapes of :func:`add_noise`."""
+    return (noisy_latents - per_frame(sigma, noisy_latents) * velocity).to(noisy_latents.dtype)
+
+
+def noisy_path(latents: Tensor, noise: Tensor, sigma: Tensor) -> NoisyPath:
+    """Noisy latents, target velocity and noise levels of one training example, together."""
+    return NoisyPath(add_noise(latents, noise, sigma), velocity_target(latents, noise), sigma)
