@@ -1,0 +1,206 @@
+"""The spatiotemporal VAE: one interface, and the compact causal network of the embedded model.
+
+32x32x8 compression with the first frame on its own (REST sec. 3.1, after LTX-Video). The LTX VAE itself is wrapped in
+``ltx_vae.py``.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from rest_lightning.constants import SPATIAL_RATIO, TEMPORAL_RATIO, num_latent_frames
+from rest_lightning.models.causal import (
+    Downsample,
+    ResBlock,
+    RMSNorm,
+    SpatialConv,
+    Stream,
+    Upsample,
+    name_streams,
+    patchify,
+    unpatchify,
+)
+
+
+class VideoAutoencoder(nn.Module):
+    """What every VAE of this project offers; frames (B, 3, F, H, W) in [-1, 1], latents (B, C, f, h, w) normalised.
+
+    Slot 0 of a clip is image-like (one frame), the others video-like (eight frames): they are normalised with
+    statistics of their own (decided here). Row 0 of the buffers belongs to slot 0, row 1 to all others.
+
+    Attributes:
+        latent_channels: C.
+        latents_mean, latents_std: buffers of shape (2, C).
+    """
+
+    latents_mean: Tensor
+    latents_std: Tensor
+
+    def __init__(self, latent_channels: int) -> None:
+        super().__init__()
+        self.latent_channels = latent_channels
+        self.register_buffer("latents_mean", torch.zeros(2, latent_channels))
+        self.register_buffer("latents_std", torch.ones(2, latent_channels))
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The constructor's arguments, for ``config.json``."""
+        raise NotImplementedError
+
+    def encode_moments(self, frames: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance of the raw (not normalised) latents, both (B, C, f, h, w)."""
+        raise NotImplementedError
+
+    def decode_raw(self, latents: Tensor, stream: Stream | None = None) -> Tensor:
+        """Raw latents to frames; with a stream, the continuation of what it has seen."""
+        raise NotImplementedError
+
+    def encode(self, frames: Tensor) -> Tensor:
+        """Frames (B, 3, F, H, W) to the mean of the normalised latents (B, C, f, h, w); F = 8 (f - 1) + 1.
+
+        Raises:
+            ValueError: a frame count other than 8n+1, or a side that is not a multiple of 32.
+        """
+        check_frames(frames)
+        return self.normalise(self.encode_moments(frames)[0])
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Normalised latents of a whole clip, slot 0 first, to frames (B, 3, F, H, W)."""
+        return self.decode_raw(self.denormalise(latents))
+
+    def start_decode(self, reference_latent: Tensor) -> tuple[Tensor, Stream]:
+        """Begin a streamed decode from slot 0 (B, C, 1, h, w): its frame (B, 3, 1, H, W), and the stream to continue."""
+        stream = Stream()
+        frames = self.decode_raw(self.denormalise(reference_latent), stream)
+        return frames, stream
+
+    def decode_chunk(self, latents: Tensor, stream: Stream) -> Tensor:
+        """The next l latents (B, C, l, h, w) to 8 l frames (B, 3, 8 l, H, W); equals :meth:`decode` of the whole clip."""
+        return self.decode_raw(self.denormalise(latents, first_slot=1), stream)
+
+    def normalise(self, latents: Tensor) -> Tensor:
+        """Raw latents of a whole clip to zero mean and unit variance per channel."""
+        mean, std = self._statistics(latents, 0)
+        return (latents - mean) / std
+
+    def denormalise(self, latents: Tensor, first_slot: int = 0) -> Tensor:
+        """The inverse of :meth:`normalise`; ``first_slot`` is 0 for a clip's start and 1 for what follows."""
+        mean, std = self._statistics(latents, first_slot)
+        return latents * std + mean
+
+    def _statistics(self, latents: Tensor, first_slot: int) -> tuple[Tensor, Tensor]:
+        slots = torch.arange(latents.shape[2], device=latents.device).add(first_slot).clamp(max=1)
+        mean, std = self.latents_mean[slots].T, self.latents_std[slots].T
+        return mean[None, :, :, None, None].to(latents.dtype), std[None, :, :, None, None].to(latents.dtype)
+
+
+class CompactVAE(VideoAutoencoder):
+    """A small causal VAE that trains and streams on a CPU (decided here; the factorised convolutions follow R(2+1)D).
+
+    Stages run from fine to coarse: patches of ``patch_size`` pixels, then ``strides`` of (time, space) between stages.
+
+    Args:
+        latent_channels: C.
+        widths: channels of each stage, fine to coarse.
+        encoder_blocks, decoder_blocks: residual blocks of each stage, fine to coarse.
+        strides: (time, space) factor between neighbouring stages; with ``patch_size`` they multiply to 8 and 32.
+        patch_size: pixels on the side of one patch.
+    """
+
+    def __init__(
+        self,
+        latent_channels: int = 64,
+        widths: tuple[int, ...] = (96, 160, 224, 320),
+        encoder_blocks: tuple[int, ...] = (1, 1, 2, 2),
+        decoder_blocks: tuple[int, ...] = (2, 2, 3, 2),
+        strides: tuple[tuple[int, int], ...] = ((2, 1), (2, 2), (2, 2)),
+        patch_size: int = 8,
+    ) -> None:
+        super().__init__(latent_channels)
+        time, space = 1, patch_size
+        for stride in strides:
+            time, space = time * stride[0], space * stride[1]
+        if (time, space) != (TEMPORAL_RATIO, SPATIAL_RATIO):
+            raise ValueError(
+                f"expected patch_size and strides of {TEMPORAL_RATIO}x in time and {SPATIAL_RATIO}x in space, "
+                f"got {time}x and {space}x: change `strides` or `patch_size`"
+            )
+        if not len(widths) == len(encoder_blocks) == len(decoder_blocks) == len(strides) + 1:
+            raise ValueError(
+                f"expected one width and block count per stage and one stride less, got {len(widths)} widths, "
+                f"{len(encoder_blocks)} and {len(decoder_blocks)} block counts, {len(strides)} strides"
+            )
+        self._config = {
+            "latent_channels": latent_channels,
+            "widths": tuple(widths),
+            "encoder_blocks": tuple(encoder_blocks),
+            "decoder_blocks": tuple(decoder_blocks),
+            "strides": tuple((t, s) for t, s in strides),
+            "patch_size": patch_size,
+        }
+        self.patch_size = patch_size
+        patch_channels = 3 * patch_size**2
+
+        encoder: list[nn.Module] = [SpatialConv(patch_channels, widths[0], 1)]
+        for i, width in enumerate(widths):
+            encoder += [ResBlock(width) for _ in range(encoder_blocks[i])]
+            if i < len(strides):
+                encoder.append(Downsample(width, widths[i + 1], *strides[i]))
+        self.encoder = nn.ModuleList(encoder)
+        self.encoder_norm = RMSNorm(widths[-1])
+        self.encoder_out = nn.Linear(widths[-1], 2 * latent_channels)
+
+        decoder: list[nn.Module] = [SpatialConv(latent_channels, widths[-1])]
+        for i in reversed(range(len(widths))):
+            decoder += [ResBlock(widths[i]) for _ in range(decoder_blocks[i])]
+            if i:
+                decoder.append(Upsample(widths[i], widths[i - 1], *strides[i - 1]))
+        self.decoder = nn.ModuleList(decoder)
+        self.decoder_norm = RMSNorm(widths[0])
+        self.decoder_out = SpatialConv(widths[0], patch_channels)
+        name_streams(self)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The constructor's arguments."""
+        return dict(self._config)
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Self:
+        """Build an untrained network from :attr:`config` (lists are accepted for tuples: JSON has no tuples)."""
+        return cls(**{**config, "strides": tuple(tuple(stride) for stride in config["strides"])})
+
+    def encode_moments(self, frames: Tensor) -> tuple[Tensor, Tensor]:
+        """See :meth:`VideoAutoencoder.encode_moments`."""
+        x = run(self.encoder, patchify(frames, self.patch_size), None)
+        mean, log_variance = self.encoder_out(self.encoder_norm(x)).movedim(-1, 1).chunk(2, dim=1)
+        return mean, log_variance.clamp(-20.0, 10.0)
+
+    def decode_raw(self, latents: Tensor, stream: Stream | None = None) -> Tensor:
+        """See :meth:`VideoAutoencoder.decode_raw`."""
+        x = run(self.decoder, latents.movedim(1, -1).contiguous(), stream)
+        x = self.decoder_out(nn.functional.silu(self.decoder_norm(x)))
+        if stream is not None:
+            stream.started = True
+        return unpatchify(x, self.patch_size)
+
+
+def run(layers: nn.ModuleList, x: Tensor, stream: Stream | None) -> Tensor:
+    """Apply ``layers`` in turn; those with a past or a first frame of their own read ``stream``."""
+    for layer in layers:
+        x = layer(x) if isinstance(layer, SpatialConv) else layer(x, stream)
+    return x
+
+
+def check_frames(frames: Tensor) -> None:
+    """Raise a ValueError unless frames are (B, 3, 8n+1, 32a, 32b)."""
+    if frames.ndim != 5 or frames.shape[1] != 3:
+        raise ValueError(f"expected frames of shape (B, 3, F, H, W), got {tuple(frames.shape)}")
+    num_latent_frames(frames.shape[2])
+    if frames.shape[3] % SPATIAL_RATIO or frames.shape[4] % SPATIAL_RATIO:
+        raise ValueError(
+            f"expected frame sides that are multiples of {SPATIAL_RATIO}, got {tuple(frames.shape[3:])}: resize the clips"
+        )

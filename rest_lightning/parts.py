@@ -1,0 +1,93 @@
+"""The parts of a talking head: built from a configuration, found in checkpoints and in exported folders.
+
+A part is a network whose ``config`` property holds its constructor's arguments. A Lightning checkpoint of any stage
+carries the configuration of its parts under :data:`PARTS_KEY`, so that it can be read without the run's config file.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from rest_lightning.errors import UserError
+
+PARTS_KEY = "rest_parts"
+PART_NAMES = ("vae", "speech_encoder", "speech_ae", "transformer")
+PART_CLASSES = {
+    "CompactVAE": "rest_lightning.models.autoencoder",
+    "LTXVideoVAE": "rest_lightning.models.ltx_vae",
+    "LogMelEncoder": "rest_lightning.models.speech",
+    "WhisperEncoder": "rest_lightning.models.speech",
+    "SpeechAE": "rest_lightning.models.speech_ae",
+    "A2VDiT": "rest_lightning.models.transformer",
+}
+
+
+def describe_part(part: nn.Module) -> dict[str, Any]:
+    """Class name and configuration of a part, ready for JSON."""
+    return {"class": type(part).__name__, "config": part.config}
+
+
+def build_part(description: dict[str, Any]) -> nn.Module:
+    """The untrained network of :func:`describe_part`."""
+    name = description.get("class")
+    if name not in PART_CLASSES:
+        raise UserError(f"expected a part of class {', '.join(PART_CLASSES)}, got {name!r}: update rest-lightning")
+    cls = getattr(importlib.import_module(PART_CLASSES[name]), name)
+    return cls.from_config(description["config"])
+
+
+def load_part(part: nn.Module | None, name: str, source: str | Path) -> None:
+    """Fill ``part`` with the weights of part ``name`` from a stage's checkpoint or an exported folder.
+
+    Raises:
+        UserError: a missing file, a source without that part, or a part of another shape.
+    """
+    if part is None:
+        raise UserError(f"expected a part of this stage to initialise, got {name!r}: remove it from `initial`")
+    description, state = read_part(name, source)
+    if description["class"] != type(part).__name__:
+        raise UserError(f"expected {name} of class {type(part).__name__}, got {description['class']} in {source}")
+    own = part.state_dict()
+    missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    wrong = [key for key in own.keys() & state.keys() if own[key].shape != state[key].shape]
+    for problem, keys in (("missing", missing), ("unexpected", extra), ("another shape in", wrong)):
+        if keys:
+            raise UserError(
+                f"expected the weights of this {name}, got {source} with {problem} {keys[0]} (and {len(keys) - 1} more): "
+                f"use the same {name} configuration as that run"
+            )
+    part.load_state_dict(state)
+
+
+def read_part(name: str, source: str | Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Description and weights of one part, from a stage's checkpoint (.ckpt) or an exported folder."""
+    path = Path(source)
+    if path.is_dir():
+        return _read_folder_part(name, path)
+    if not path.is_file():
+        raise UserError(f"expected a checkpoint or a model folder for {name}, got no such file: {path}; train that stage first")
+    checkpoint = torch.load(path, map_location="cpu", weights_only=False)
+    parts = checkpoint.get(PARTS_KEY, {}) if isinstance(checkpoint, dict) else {}
+    if name not in parts:
+        raise UserError(f"expected a checkpoint that holds {name}, got {path} with {sorted(parts) or 'none of ours'}")
+    prefix = name + "."
+    state = {key.removeprefix(prefix): value for key, value in checkpoint["state_dict"].items() if key.startswith(prefix)}
+    return parts[name], state
+
+
+def _read_folder_part(name: str, folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    from safetensors.torch import load_file
+
+    config_file = folder / name / "config.json"
+    if not config_file.is_file():
+        raise UserError(f"expected a model folder with {name}/config.json, got {folder}: make one with `rest export`")
+    state: dict[str, torch.Tensor] = {}
+    for shard in sorted((folder / name).glob("*.safetensors")):
+        state.update(load_file(shard))
+    return json.loads(config_file.read_text()), {key: value.float() if value.is_floating_point() else value for key, value in state.items()}

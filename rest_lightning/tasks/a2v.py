@@ -1,0 +1,208 @@
+"""What the teacher and the student share: conditions, noise and dropouts of one training batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rest_lightning.diffusion.losses import flow_matching_loss
+from rest_lightning.diffusion.noise import (
+    Drops,
+    NoisyPath,
+    drop_reference,
+    drop_speech,
+    noisy_path,
+    sample_drops,
+    sample_sigmas_ans,
+    sample_sigmas_cans,
+)
+from rest_lightning.diffusion.schedule import training_table
+from rest_lightning.errors import UserError
+from rest_lightning.models.autoencoder import VideoAutoencoder
+from rest_lightning.models.speech import SpeechEncoder
+from rest_lightning.models.speech_ae import SpeechAE
+from rest_lightning.models.transformer import A2VDiT
+from rest_lightning.tasks.base import OptimizerSettings, StageModule
+from rest_lightning.tasks.speech_ae import crop_audio
+
+SIGMA_SAMPLERS: dict[str, Callable[..., Tensor]] = {"cans": sample_sigmas_cans, "ans": sample_sigmas_ans}
+
+
+@dataclass
+class NoiseSettings:
+    """How training noise and dropouts are drawn (REST sec. 3.3; METHOD sec. 5).
+
+    Attributes:
+        schedule: ``cans`` (REST) or ``ans`` (READ).
+        chunk_length: latent frames per chunk.
+        mean, std: of the logit-normal noise levels (READ: 2.05, 1.0).
+        num_levels: size of the table.
+        motion_dropout: probability that all chunks share one level.
+        identity_dropout, audio_dropout: probabilities of a zeroed reference and of a zeroed speech condition.
+        joint_dropout: further probability that both are zeroed (decided here).
+    """
+
+    schedule: str = "cans"
+    chunk_length: int = 3
+    mean: float = 2.05
+    std: float = 1.0
+    num_levels: int = 1000
+    motion_dropout: float = 0.5
+    identity_dropout: float = 0.1
+    audio_dropout: float = 0.1
+    joint_dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.schedule not in SIGMA_SAMPLERS:
+            raise UserError(f"expected a noise schedule of {', '.join(SIGMA_SAMPLERS)}, got {self.schedule!r}")
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """Clean latents (B, C, f, h, w), slot 0 the reference, and speech latents (B, f, n, d)."""
+
+    latents: Tensor
+    speech_latents: Tensor
+
+
+@dataclass(frozen=True)
+class TrainingInput:
+    """What teacher and student both see in one step: the same noise, sigmas and dropout masks.
+
+    Attributes:
+        path: noisy latents, target velocity and sigmas; a dropped reference is zero in ``noisy_latents``.
+        speech_latents: (B, f, n, d), zero where dropped and in slot 0.
+        drops: the masks.
+    """
+
+    path: NoisyPath
+    speech_latents: Tensor
+    drops: Drops
+
+
+class A2VModule(StageModule):
+    """Base of :class:`TeacherModule` and :class:`StudentModule`.
+
+    Args:
+        transformer: the network to train.
+        speech_ae: trained along, at its own rate (``optimizer.lr_factors``).
+        speech_encoder: frozen.
+        vae: frozen; only needed when batches hold frames instead of latents, and for previews.
+        noise: noise and dropout settings.
+        optimizer: AdamW settings.
+        initial: part name -> checkpoint or folder.
+    """
+
+    transformer: A2VDiT
+    speech_ae: SpeechAE
+    speech_encoder: SpeechEncoder
+    vae: VideoAutoencoder | None
+
+    def __init__(
+        self,
+        transformer: A2VDiT,
+        speech_ae: SpeechAE,
+        speech_encoder: SpeechEncoder,
+        vae: VideoAutoencoder | None = None,
+        noise: NoiseSettings | None = None,
+        optimizer: OptimizerSettings | None = None,
+        initial: dict[str, str] | None = None,
+        frozen: dict[str, nn.Module] | None = None,
+    ) -> None:
+        super().__init__(
+            {"transformer": transformer, "speech_ae": speech_ae},
+            {"speech_encoder": speech_encoder, "vae": vae, **(frozen or {})},
+            initial,
+            optimizer,
+        )
+        self.noise = noise or NoiseSettings()
+        table = training_table(self.noise.num_levels, self.noise.mean, self.noise.std)
+        self.register_buffer("noise_table", table, persistent=False)
+        self.noise_table: Tensor
+
+    def conditions(self, batch: dict[str, Any]) -> Conditions:
+        """Latents and speech latents of a batch, from frames and samples or from the cache on disk."""
+        latents = batch.get("latents")
+        if latents is None:
+            latents = self.encode_clip(batch["frames"], batch.get("reference"))
+        latents = latents.float()
+        length = self.noise.chunk_length
+        if (latents.shape[2] - 1) % length or latents.shape[2] < 2:
+            raise UserError(
+                f"expected clips of 1 + {length}k latent frames, got {latents.shape[2]}: "
+                f"set data.num_frames to {8 * length}k + 1 or noise.chunk_length to a divisor of {latents.shape[2] - 1}"
+            )
+        num_frames = 8 * (latents.shape[2] - 1) + 1
+        return Conditions(latents, self.speech_ae.encode(self.speech_features(batch["audio"], num_frames)))
+
+    @torch.no_grad()
+    def encode_clip(self, frames: Tensor, reference: Tensor | None = None) -> Tensor:
+        """Frames (B, 3, F, H, W) to latents; slot 0 is the reference (B, 3, H, W) where one is given."""
+        if self.vae is None:
+            raise UserError("expected batches with precomputed latents, got frames: give this stage a vae")
+        latents = self.vae.encode(frames)
+        if reference is not None:
+            latents = torch.cat([self.vae.encode(reference[:, :, None]), latents[:, :, 1:]], dim=2)
+        return latents
+
+    @torch.no_grad()
+    def speech_features(self, audio: Tensor, num_frames: int) -> Tensor:
+        """Samples with margins (B, 640 * (left + F + right)) to speech features (B, F, 10, D_A)."""
+        features = self.speech_encoder(crop_audio(audio, self.trainer.datamodule, self.speech_encoder))  # type: ignore[attr-defined]
+        assert features.shape[1] == num_frames, f"{features.shape[1]} frames of speech for {num_frames} of video"
+        return features
+
+    def draw(self, conditions: Conditions, generator: torch.Generator | None = None) -> TrainingInput:
+        """Noise, sigmas and dropouts of one step (CANS or ANS), applied."""
+        latents, settings = conditions.latents, self.noise
+        generator = generator or step_generator(latents.device)
+        batch, num_chunks = latents.shape[0], (latents.shape[2] - 1) // settings.chunk_length
+        sigma = SIGMA_SAMPLERS[settings.schedule](
+            batch, num_chunks, settings.chunk_length, self.noise_table, settings.motion_dropout, generator=generator
+        )
+        drops = sample_drops(
+            batch, settings.identity_dropout, settings.audio_dropout, settings.joint_dropout, generator=generator
+        )
+        noise = torch.randn(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
+        path = noisy_path(latents, noise, sigma)
+        path = NoisyPath(drop_reference(path.noisy_latents, drops.identity), path.velocity, path.sigma)
+        speech_latents = drop_speech(silence_reference(conditions.speech_latents), drops.audio)
+        return TrainingInput(path, speech_latents, drops)
+
+    def forward(self, inputs: TrainingInput) -> Tensor:
+        """The network's velocity (B, C, f, h, w)."""
+        return self.transformer(inputs.path.noisy_latents, inputs.path.sigma, inputs.speech_latents)
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """One step; logs every term."""
+        terms = self.losses(self.draw(self.conditions(batch)))
+        self.log_dict({f"train/{name}": value.detach() for name, value in terms.items()})
+        self.log("lr", self.optimizers().param_groups[0]["lr"], prog_bar=True)  # type: ignore[union-attr]
+        self.log("train_loss", terms["loss"].detach(), prog_bar=True, logger=False)
+        return terms["loss"]
+
+    def losses(self, inputs: TrainingInput) -> dict[str, Tensor]:
+        """Losses by name; ``loss`` is what is minimised."""
+        return {"loss": flow_matching_loss(self(inputs), inputs.path.velocity)}
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """The flow loss on held-out clips, with draws that are the same every time."""
+        conditions = self.conditions(batch)
+        generator = torch.Generator(device=conditions.latents.device).manual_seed(batch_idx)
+        inputs = self.draw(conditions, generator)
+        loss = flow_matching_loss(self(inputs), inputs.path.velocity)
+        self.log("val/flow_loss", loss, prog_bar=True, batch_size=conditions.latents.shape[0])
+
+
+def silence_reference(speech_latents: Tensor) -> Tensor:
+    """Zero the speech of slot 0: the reference reads no speech, so it can be prefilled before any arrives (decided here)."""
+    return torch.cat([torch.zeros_like(speech_latents[:, :1]), speech_latents[:, 1:]], dim=1)
+
+
+def step_generator(device: torch.device) -> torch.Generator:
+    """A generator of one step's draws, seeded from torch's global state (which a checkpoint restores)."""
+    return torch.Generator(device=device).manual_seed(int(torch.randint(2**62, ()).item()))

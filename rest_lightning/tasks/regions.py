@@ -1,0 +1,34 @@
+"""Where mouth and eyes are: pixel weights from landmarks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Half width and half height in fractions of the image side, for heads that fill a prepared clip (decided here).
+MOUTH_BOX = (0.15, 0.12)
+EYE_BOX = (0.09, 0.06)
+
+
+def region_weights(landmarks: Tensor, size: tuple[int, int] | torch.Size, mouth: float, eyes: float) -> Tensor:
+    """Weight of every pixel: ``mouth`` and ``eyes`` inside their boxes, 1 elsewhere.
+
+    Args:
+        landmarks: (B, F, 3, 2) centres of mouth, left and right eye in fractions of the image; NaN where unknown.
+        size: height and width in pixels.
+        mouth, eyes: the weights.
+
+    Returns:
+        (B, 1, F, H, W) float32.
+    """
+    height, width = size
+    y = (torch.arange(height, device=landmarks.device, dtype=torch.float32) + 0.5) / height
+    x = (torch.arange(width, device=landmarks.device, dtype=torch.float32) + 0.5) / width
+    weights = torch.ones(*landmarks.shape[:2], height, width, device=landmarks.device)
+    for index, (value, box) in enumerate(((eyes, EYE_BOX), (eyes, EYE_BOX), (mouth, MOUTH_BOX))):
+        centre = landmarks[:, :, (1, 2, 0)[index]]
+        # Comparisons with NaN are false: an unknown landmark weighs nothing.
+        inside_x = (x - centre[..., :1]).abs() <= box[0]
+        inside_y = (y - centre[..., 1:]).abs() <= box[1]
+        weights = torch.where(inside_y[..., :, None] & inside_x[..., None, :], value, weights)
+    return weights[:, None]

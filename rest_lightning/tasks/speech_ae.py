@@ -1,0 +1,82 @@
+"""Pre-training of SpeechAE (READ)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rest_lightning.constants import SAMPLES_PER_FRAME
+from rest_lightning.diffusion.losses import SpeechAELoss, speech_ae_loss
+from rest_lightning.errors import UserError
+from rest_lightning.models.speech import SpeechEncoder
+from rest_lightning.models.speech_ae import SpeechAE
+from rest_lightning.tasks.base import OptimizerSettings, StageModule
+
+
+class SpeechAEModule(StageModule):
+    """Trains SpeechAE to reconstruct windows of speech features: ``10 * MSE + frame InfoNCE`` (READ).
+
+    Args:
+        speech_ae: the network.
+        speech_encoder: frozen.
+        temperature: of the InfoNCE term (decided here: 0.1).
+        optimizer: AdamW settings; READ trains this stage at 1e-4.
+        initial: ``{"speech_ae": checkpoint or folder}``.
+    """
+
+    speech_ae: SpeechAE
+    speech_encoder: SpeechEncoder
+
+    def __init__(
+        self,
+        speech_ae: SpeechAE,
+        speech_encoder: SpeechEncoder,
+        temperature: float = 0.1,
+        optimizer: OptimizerSettings | None = None,
+        initial: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__({"speech_ae": speech_ae}, {"speech_encoder": speech_encoder}, initial, optimizer)
+        self.temperature = temperature
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Speech features (B, F, 10, D_A) to their reconstruction."""
+        return self.speech_ae.decode(self.speech_ae.encode(features))
+
+    def losses(self, batch: dict[str, Any]) -> SpeechAELoss:
+        """The losses of one batch."""
+        with torch.no_grad():
+            features = self.speech_encoder(crop_audio(batch["audio"], self.trainer.datamodule, self.speech_encoder))  # type: ignore[attr-defined]
+        return speech_ae_loss(self(features), features, temperature=self.temperature)
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """One step; logs every term."""
+        terms = self.losses(batch)
+        self.log_dict({f"train/{name}": getattr(terms, name).detach() for name in ("loss", "mse", "contrastive")})
+        self.log("train_loss", terms.loss.detach(), prog_bar=True, logger=False)
+        return terms.loss
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """The same losses on held-out clips."""
+        terms = self.losses(batch)
+        for name in ("loss", "mse", "contrastive"):
+            self.log(f"val/{name}", getattr(terms, name), prog_bar=name == "mse", batch_size=len(batch["audio"]))
+
+
+def crop_audio(audio: Tensor, datamodule: Any, encoder: SpeechEncoder) -> Tensor:
+    """Cut the data module's audio margins (B, 640 * (left + F + right)) down to what ``encoder`` reads.
+
+    Raises:
+        UserError: margins that are too small.
+    """
+    left, right = encoder.left_context_frames, encoder.lookahead_frames
+    have_left, have_right = datamodule.audio_left_frames, datamodule.audio_right_frames
+    if have_left < left or have_right < right:
+        raise UserError(
+            f"expected at least {left} and {right} frames of audio around a clip for this speech encoder, got "
+            f"{have_left} and {have_right}: raise data.audio_left_frames and data.audio_right_frames"
+        )
+    start = (have_left - left) * SAMPLES_PER_FRAME
+    end = audio.shape[1] - (have_right - right) * SAMPLES_PER_FRAME
+    return audio[:, start:end]

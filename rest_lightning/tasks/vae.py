@@ -1,0 +1,172 @@
+"""Training of the spatiotemporal VAE."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rest_lightning.models.autoencoder import VideoAutoencoder, check_frames
+from rest_lightning.tasks.base import OptimizerSettings, StageModule
+from rest_lightning.tasks.regions import region_weights
+
+
+@dataclass
+class VAELossWeights:
+    """Weights of the VAE's losses (METHOD sec. 2; the papers name no VAE losses: decided here).
+
+    Attributes:
+        l1: absolute error of pixels.
+        difference: absolute error of the differences of neighbouring frames.
+        border: extra weight of the differences across a latent border (frames 8k and 8k+1), where an 8x temporal
+            compression makes jumps.
+        kl: Kullback-Leibler divergence of the latents from a unit Gaussian, per value.
+        lpips: LPIPS of single frames; needs the published VGG weights.
+        mouth, eyes: weight of a mouth's or an eye's pixels, where any other pixel counts 1.
+    """
+
+    l1: float = 1.0
+    difference: float = 1.0
+    border: float = 1.0
+    kl: float = 1e-7
+    lpips: float = 0.0
+    mouth: float = 1.0
+    eyes: float = 1.0
+
+
+class VAEModule(StageModule):
+    """Trains a :class:`VideoAutoencoder` on clips; the latents' statistics are measured while it validates.
+
+    Args:
+        vae: the network.
+        loss_weights: weights of the losses.
+        optimizer: AdamW settings.
+        initial: ``{"vae": checkpoint or folder}`` to start from.
+    """
+
+    vae: VideoAutoencoder
+
+    def __init__(
+        self,
+        vae: VideoAutoencoder,
+        loss_weights: VAELossWeights | None = None,
+        optimizer: OptimizerSettings | None = None,
+        initial: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__({"vae": vae}, {}, initial, optimizer)
+        self.loss_weights = loss_weights or VAELossWeights()
+        self.lpips: nn.Module | None = None
+        if self.loss_weights.lpips:
+            from rest_lightning.metrics.lpips import load_lpips
+
+            self.lpips = load_lpips()
+        self._moments = LatentMoments()
+
+    def forward(self, frames: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Frames to (reconstruction, mean, log-variance); latents are sampled while training."""
+        mean, log_variance = self.vae.encode_moments(frames)
+        latents = mean + torch.randn_like(mean) * torch.exp(0.5 * log_variance) if self.training else mean
+        return self.vae.decode_raw(latents), mean, log_variance
+
+    def losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Every loss of one batch by name, unweighted, and the weighted sum ``loss``."""
+        frames = batch["frames"]
+        check_frames(frames)
+        weights = self.loss_weights
+        reconstruction, mean, log_variance = self(frames)
+        error = reconstruction.float() - frames
+        pixel_weights = region_weights(batch["landmarks"], frames.shape[-2:], weights.mouth, weights.eyes)
+        terms = {
+            "l1": (pixel_weights * error.abs()).mean(),
+            "difference": _difference_loss(error, pixel_weights, weights.border),
+            "kl": 0.5 * (mean.float().square() + log_variance.float().exp() - 1.0 - log_variance.float()).mean(),
+        }
+        if self.lpips is not None:
+            pairs = [video.transpose(1, 2).flatten(0, 1) for video in (reconstruction.float(), frames)]
+            terms["lpips"] = self.lpips(*pairs).mean()
+        terms["loss"] = sum(getattr(weights, name) * value for name, value in terms.items())  # type: ignore[assignment]
+        return terms
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """One step; logs every term."""
+        terms = self.losses(batch)
+        self.log_dict({f"train/{name}": value.detach() for name, value in terms.items()})
+        self.log("lr", self.optimizers().param_groups[0]["lr"], prog_bar=True)  # type: ignore[union-attr]
+        self.log("train_loss", terms["loss"].detach(), prog_bar=True, logger=False)
+        return terms["loss"]
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget the statistics of the weights before."""
+        self._moments = LatentMoments()
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Reconstruction quality, and the latents' statistics."""
+        frames = batch["frames"]
+        size = frames.shape[0]
+        reconstruction, mean, _ = self(frames)
+        reconstruction = reconstruction.float()
+        self._moments.update(mean.float())
+        mouth = region_weights(batch["landmarks"], frames.shape[-2:], 2.0, 1.0) - 1.0
+        squared = (reconstruction.clamp(-1, 1) - frames).square()
+        self.log("val/psnr_db", psnr_db(squared.mean(dim=(1, 2, 3, 4))).mean(), prog_bar=True, batch_size=size)
+        mouth_error = (squared * mouth).sum(dim=(1, 2, 3, 4)) / (3 * mouth.sum(dim=(1, 2, 3, 4))).clamp(min=1.0)
+        self.log("val/mouth_psnr_db", psnr_db(mouth_error).mean(), prog_bar=True, batch_size=size)
+        self.log("val/jump_ratio", border_jump_ratio(reconstruction), prog_bar=True, batch_size=size)
+        self.log("val/jump_ratio_truth", border_jump_ratio(frames), batch_size=size)
+
+    def on_validation_epoch_end(self) -> None:
+        """Keep the statistics in the network, where encoding and decoding read them."""
+        if self._moments.count[1] > 0:
+            mean, std = self._moments.compute()
+            self.vae.latents_mean.copy_(mean)
+            self.vae.latents_std.copy_(std)
+
+
+class LatentMoments:
+    """Mean and standard deviation per channel of slot 0 and of all other slots, as running sums in float64."""
+
+    def __init__(self) -> None:
+        self.count = torch.zeros(2, 1, dtype=torch.float64)
+        self.sum: Tensor | float = 0.0
+        self.square_sum: Tensor | float = 0.0
+
+    def update(self, latents: Tensor) -> None:
+        """Take in raw latents (B, C, f, h, w)."""
+        groups = [latents[:, :, :1], latents[:, :, 1:]]
+        flat = [group.detach().double().cpu().movedim(1, 0).flatten(1) for group in groups]
+        self.count = self.count + torch.tensor([[group.shape[1]] for group in flat], dtype=torch.float64)
+        self.sum = self.sum + torch.stack([group.sum(1) for group in flat])
+        self.square_sum = self.square_sum + torch.stack([group.square().sum(1) for group in flat])
+
+    def compute(self) -> tuple[Tensor, Tensor]:
+        """(mean, std), both float32 (2, C)."""
+        mean = self.sum / self.count
+        variance = (self.square_sum / self.count - mean.square()).clamp(min=1e-8)  # type: ignore[union-attr]
+        return mean.float(), variance.sqrt().float()
+
+
+def psnr_db(squared_error: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB from the mean squared error of frames in [-1, 1]."""
+    return 10.0 * torch.log10(4.0 / squared_error.clamp(min=1e-10))
+
+
+def border_jump_ratio(frames: Tensor, period: int = 8) -> Tensor:
+    """Mean |frame difference| across latent borders over the mean elsewhere; 1 = no jumps (decided here).
+
+    Args:
+        frames: (B, 3, F, H, W) with frame 0 on its own: borders lie between frames 8k and 8k+1.
+        period: frames per latent (or per chunk, for chunk borders).
+    """
+    steps = (frames[:, :, 1:] - frames[:, :, :-1]).abs().mean(dim=(0, 1, 3, 4))
+    # Step 0 leaves the image-like frame: it is a border of its own kind, so it counts for neither side.
+    steps = steps[1:]
+    at_border = (torch.arange(1, len(steps) + 1, device=frames.device) % period) == 0
+    return steps[at_border].mean() / steps[~at_border].mean().clamp(min=1e-8)
+
+
+def _difference_loss(error: Tensor, pixel_weights: Tensor, border: float) -> Tensor:
+    change = error[:, :, 1:] - error[:, :, :-1]
+    weights = torch.where(torch.arange(change.shape[2], device=error.device) % 8 == 0, border, 1.0)
+    return (pixel_weights[:, :, 1:] * weights[:, None, None] * change.abs()).mean()
