@@ -1,0 +1,67 @@
+# Two commands do everything on a fresh machine:  make demo  and  make test.  `make` alone lists the rest.
+PYTHON ?= python3
+VENV ?= .venv
+OUT ?= outputs
+BUDGET_MIN ?= 100
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --progress-bar off -q -c constraints.txt
+# A thread that waits for work must sleep, not spin: two processes share two cores during training.
+TRAIN_ENV := OMP_WAIT_POLICY=PASSIVE
+TYPES := build/typecheck
+TYPED := $(patsubst %/,%,$(sort $(dir $(wildcard tests/*.py benchmarks/*.py))))
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format train-embedded bench clean distclean
+
+help:  ## list the targets
+	@echo "usage: make TARGET [PYTHON=$(PYTHON)] [VENV=$(VENV)]"
+	@sed -n 's/^\([a-z-]*\):.*## /  \1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
+
+demo: $(VENV)/.stamp-run  ## stream the bundled portrait and speech to outputs/demo.mp4, with a report
+	$(BIN)/rest demo --out $(OUT)
+
+test: $(VENV)/.stamp-test  ## run the tests (PYTEST_ARGS="-m 'not slow'" for the quick ones)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.stamp-test  ## ruff and mypy over the whole tree
+	$(BIN)/ruff check .
+	@# mypy needs callbacks/ where it is imported from, which only setuptools' mapping knows: lay links.
+	@rm -rf $(TYPES) && mkdir -p $(TYPES)/rest_lightning
+	@ln -s $(CURDIR)/rest_lightning/* $(TYPES)/rest_lightning/ && ln -s $(CURDIR)/callbacks $(TYPES)/rest_lightning/callbacks
+	@ln -s $(addprefix $(CURDIR)/,$(TYPED)) $(TYPES)/
+	cd $(TYPES) && $(abspath $(BIN))/python -m mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache rest_lightning $(TYPED)
+
+format: $(VENV)/.stamp-test  ## sort imports and apply ruff's safe fixes
+	$(BIN)/ruff check --fix .
+
+train-embedded: $(VENV)/.stamp-test  ## train all stages of the embedded model (BUDGET_MIN=100), resumable
+	$(TRAIN_ENV) $(BIN)/python -m rest_lightning.train_embedded --budget_min $(BUDGET_MIN)
+
+bench: $(VENV)/.stamp-test  ## run the benchmarks; every one writes JSON
+	@for file in benchmarks/[a-z]*.py; do echo "$$file"; $(BIN)/python "$$file" || exit 1; done
+
+clean:  ## remove what builds and runs left behind, keep .venv, data and trained models
+	rm -rf build dist *.egg-info outputs .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+distclean: clean  ## also remove the virtual environment
+	rm -rf $(VENV)
+
+# Stamps: a second run installs nothing unless pyproject.toml or constraints.txt changed.
+$(VENV)/.stamp-venv:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "expected Python 3.11 or newer, got $$($(PYTHON) --version 2>&1): run make PYTHON=/path/to/python3.11"; exit 2; }
+	@test -x $(BIN)/python || { echo "creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@touch $@
+
+$(VENV)/.stamp-run: $(VENV)/.stamp-venv pyproject.toml constraints.txt
+	@echo "installing rest_lightning into $(VENV) (about 2 minutes the first time)"
+	@$(PIP) -e .
+	@touch $@
+
+$(VENV)/.stamp-test: $(VENV)/.stamp-venv pyproject.toml constraints.txt
+	@echo "installing rest_lightning with its test tools into $(VENV) (about 2 minutes the first time)"
+	@$(PIP) -e '.[test,synthetic]'
+	@touch $@ $(VENV)/.stamp-run

@@ -1,0 +1,188 @@
+"""The package as it is installed: mapping of callbacks/, wheel, version, bounds and pins."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.metadata
+import importlib.util
+import inspect
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+from packaging.markers import default_environment
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+ROOT = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+EXTRAS = PROJECT["project"]["optional-dependencies"]
+# Import names that differ from the names on the package index.
+DISTRIBUTION = {"PIL": "pillow", "skia": "skia-python", "cv2": "opencv-python-headless", "yaml": "pyyaml"}
+# Imported, but certain to be there: what a declared requirement cannot be installed without.
+IMPLIED = {"torchvision": "lpips", "yaml": "jsonargparse", "huggingface_hub": "transformers", "packaging": "lightning"}
+# Only these files may import what an extra installs.
+EXTRA_FILES = {"synthetic": "rest_lightning/data/synthetic/", "prepare": "rest_lightning/data/prepare"}
+
+
+def requirements(extra: str | None = None) -> list[Requirement]:
+    return [Requirement(line) for line in (EXTRAS[extra] if extra else PROJECT["project"]["dependencies"])]
+
+
+def constraints() -> dict[str, Requirement]:
+    lines = (ROOT / "constraints.txt").read_text("utf-8").splitlines()
+    pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    return {canonicalize_name(pin.name): pin for pin in pins}
+
+
+def package_folders() -> dict[str, Path]:
+    """Import names of all packages in the tree and where they lie."""
+    found = {"rest_lightning.callbacks": ROOT / "callbacks"}
+    for path in (ROOT / "rest_lightning").rglob("*.py"):
+        found[".".join(path.parent.relative_to(ROOT).parts)] = path.parent
+    return found
+
+
+def test_every_package_is_listed() -> None:
+    assert sorted(PROJECT["tool"]["setuptools"]["packages"]) == sorted(package_folders())
+
+
+def test_callbacks_are_mapped_from_the_top_level() -> None:
+    package = importlib.import_module("rest_lightning.callbacks")
+    assert Path(str(package.__file__)).resolve() == ROOT / "callbacks" / "__init__.py"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "callbacks").glob("[!_]*.py")), ids=lambda path: path.stem)
+def test_callback_classes_exist_once(path: Path) -> None:
+    module = importlib.import_module(f"rest_lightning.callbacks.{path.stem}")
+    assert Path(str(module.__file__)).resolve() == path
+    assert sys.modules[module.__name__] is module
+    for cls in vars(module).values():
+        if inspect.isclass(cls) and cls.__module__.split(".")[0] in ("callbacks", "rest_lightning"):
+            assert cls.__module__.startswith("rest_lightning."), f"{cls} was imported under a second name"
+    assert f"callbacks.{path.stem}" not in sys.modules
+
+
+def test_version_is_told_once() -> None:
+    assert importlib.metadata.version("rest_lightning") == PROJECT["project"]["version"]
+    package = importlib.import_module("rest_lightning")
+    assert getattr(package, "__version__", PROJECT["project"]["version"]) == PROJECT["project"]["version"]
+
+
+def test_command_is_installed() -> None:
+    (command,) = (e for e in importlib.metadata.entry_points(group="console_scripts") if e.name == "rest")
+    assert command.value == "rest_lightning.cli:main"
+
+
+def test_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> None:
+    tree = tmp_path / "tree"  # a copy: building in the repository would leave build/ behind
+    tree.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree)
+    for name in ("rest_lightning", "callbacks"):
+        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+    subprocess.run(
+        [sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "--quiet", "--no-deps"]
+        + ["--no-build-isolation", "--no-index", "--wheel-dir", str(tmp_path), str(tree)],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    files = set(zipfile.ZipFile(wheel).namelist())
+    modules = {
+        f"{package.replace('.', '/')}/{path.name}" for package, at in package_folders().items() for path in at.glob("*.py")
+    }
+    assets = {
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "rest_lightning" / "assets").rglob("*")
+        if path.suffix in {".safetensors", ".json", ".png", ".wav"}
+    }
+    assert files >= modules | assets | {"rest_lightning/py.typed"}
+    assert {name.split("/")[0].split("-")[0] for name in files} == {"rest_lightning"}
+    assert not any(name.startswith("callbacks/") for name in files)
+
+
+@pytest.mark.parametrize("version", ["2.6.2", "2.6.3"])
+def test_malicious_lightning_releases_are_excluded(version: str) -> None:
+    (lightning,) = (r for r in requirements() if r.name == "lightning")
+    assert version not in lightning.specifier
+    for name in ("lightning", "pytorch-lightning"):
+        assert Version(version) not in constraints()[name].specifier
+
+
+def test_every_bound_has_its_reason() -> None:
+    lines = (ROOT / "pyproject.toml").read_text("utf-8").splitlines()
+    for number, line in enumerate(lines):
+        if line.strip().startswith('"') and any(mark in line for mark in (">=", "==")):
+            assert "#" in line or lines[number - 1].strip().startswith("#"), f"no reason beside {line.strip()}"
+
+
+def test_constraints_are_exact_and_satisfy_every_bound() -> None:
+    pins = constraints()
+    for pin in pins.values():
+        assert [part.operator for part in pin.specifier] == ["=="], f"expected an exact pin, got {pin}"
+        assert pin.url is None
+    for requirement in [*requirements(), *(r for extra in EXTRAS for r in requirements(extra))]:
+        (exact,) = pins[canonicalize_name(requirement.name)].specifier
+        assert exact.version in requirement.specifier, f"constraints.txt pins {exact.version}, which {requirement} excludes"
+
+
+def closure(roots: list[Requirement]) -> set[str]:
+    """Names of all installed distributions that the requirements bring along, torch's own left out."""
+    names: set[str] = set()
+    todo = [(r, extra) for r in roots for extra in (r.extras or {""})]
+    seen = set()
+    while todo:
+        requirement, extra = todo.pop()
+        name = canonicalize_name(requirement.name)
+        if (name, extra) in seen or (requirement.marker and not requirement.marker.evaluate({"extra": ""})):
+            continue
+        seen.add((name, extra))
+        names.add(name)
+        if name == "torch":  # its CUDA packages differ from build to build; torch pins them itself
+            continue
+        environment = {**default_environment(), "extra": extra}
+        for line in importlib.metadata.requires(name) or []:
+            child = Requirement(line)
+            if child.marker is None or child.marker.evaluate(environment):
+                child.marker = None
+                todo += [(child, e) for e in {"", *child.extras}]
+    return names
+
+
+def test_constraints_cover_what_is_installed() -> None:
+    needed = closure([*requirements(), *requirements("test"), *requirements("synthetic")])
+    assert not needed - set(constraints()), "add the versions that `pip freeze` shows to constraints.txt"
+
+
+def imported_names(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names.add(str(node.module).split(".")[0])
+    return names - set(sys.stdlib_module_names) - {"rest_lightning", "__future__"}
+
+
+def test_every_import_is_a_declared_requirement() -> None:
+    required = {canonicalize_name(r.name) for r in requirements()}
+    undeclared = []
+    for path in [*(ROOT / "rest_lightning").rglob("*.py"), *(ROOT / "callbacks").rglob("*.py")]:
+        where = path.relative_to(ROOT).as_posix()
+        allowed = set(required)
+        for extra, prefix in EXTRA_FILES.items():
+            if where.startswith(prefix):
+                allowed |= {canonicalize_name(r.name) for r in requirements(extra)}
+        for name in imported_names(path):
+            distribution = canonicalize_name(DISTRIBUTION.get(name, name))
+            if distribution not in allowed and canonicalize_name(IMPLIED.get(name, "")) not in allowed:
+                undeclared.append(f"{where} imports {name}")
+    assert not undeclared, "\n".join(undeclared)
