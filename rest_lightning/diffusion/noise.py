@@ -90,7 +90,7 @@ def sample_sigmas_ans(
     """READ's asynchronous noise levels [0, t1, t2, ..., t2] with t1 < t2: one cleaner motion frame after the reference.
 
     (t1, t2) are two different levels of the table, sorted (the draw is decided here). With probability
-    ``motion_dropout`` all frames share t2. Arguments as in :func:`sample_sigmas_cans`, so that the ablation changes one name.
+    ``motion_dropout`` all frames share t2. Arguments: those of :func:`sample_sigmas_cans`, on purpose.
     """
     num_levels, num_frames = len(table), num_chunks * chunk_length
     if num_levels < 2:

@@ -99,7 +99,8 @@ def test_draws_come_from_the_generator_alone() -> None:
     torch.manual_seed(2)
     state = torch.get_rng_state()
     second = sample_sigmas_cans(4, 4, 3, TABLE, generator=generator(3)), sample_drops(4, generator=generator(3)).audio
-    assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
+    assert torch.equal(first[0], second[0])
+    assert torch.equal(first[1], second[1])
     assert torch.equal(torch.get_rng_state(), state)
     assert not torch.equal(first[0], sample_sigmas_cans(4, 4, 3, TABLE, generator=generator(4)))
 
@@ -122,7 +123,8 @@ def test_drops_zero_the_chosen_rows_only() -> None:
     assert torch.equal(without[1], latents[1])
     assert torch.equal(without[:, :, 1:], latents[:, :, 1:])
     silent = drop_speech(speech, dropped)
-    assert (silent[dropped] == 0).all() and torch.equal(silent[1], speech[1])
+    assert (silent[dropped] == 0).all()
+    assert torch.equal(silent[1], speech[1])
 
 
 @pytest.mark.parametrize("shape", [(1, 2, 1, 1, 1), (2, 4, 13, 2, 3)])

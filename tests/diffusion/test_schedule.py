@@ -68,7 +68,8 @@ def test_training_table_holds_the_quantiles(num_levels: int, mean: float, std: f
     expected = [1 / (1 + math.exp(-normal.inv_cdf((i + 0.5) / num_levels))) for i in range(num_levels)]
     assert torch.allclose(table, torch.tensor(expected), atol=1e-6)
     assert (table.diff() > 0).all()
-    assert table[0] > 0 and table[-1] < 1
+    assert table[0] > 0
+    assert table[-1] < 1
 
 
 def test_bad_arguments_are_named() -> None:
