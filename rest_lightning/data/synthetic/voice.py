@@ -154,10 +154,9 @@ def _synthesise(
 def _unload(library: ctypes.CDLL) -> None:
     import _ctypes
 
-    if hasattr(_ctypes, "dlclose"):
-        _ctypes.dlclose(library._handle)
-    else:
-        _ctypes.FreeLibrary(library._handle)  # Windows
+    names = vars(_ctypes)
+    unload = names["dlclose"] if "dlclose" in names else names["FreeLibrary"]  # the latter on Windows
+    unload(library._handle)
 
 
 def _resample(samples: NDArray[np.int16], rate_hz: int) -> NDArray[np.float32]:
