@@ -7,6 +7,7 @@ uses it. Every fault of a file is a `UserError` that names the file.
 from __future__ import annotations
 
 import os
+from fractions import Fraction
 from functools import cache
 from importlib.util import find_spec
 from types import TracebackType
@@ -125,14 +126,14 @@ def read_clip_audio(path: PathLike, num_frames: int) -> Samples:
                     "channels: convert the clip with `rest prepare`"
                 )
             video = container.streams.video[0] if container.streams.video else None
-            origin_s = float(video.start_time * video.time_base) if video and video.start_time else 0.0
+            origin_s = _seconds(video.start_time, video.time_base) if video else 0.0
             num_decoded, end = 0, 0
             for frame in container.decode(stream):
                 block = _to_float(frame.to_ndarray())
                 if frame.pts is None:
                     start = end
                 else:
-                    start = round((float(frame.pts * frame.time_base) - origin_s) * SAMPLE_RATE)
+                    start = round((_seconds(frame.pts, frame.time_base) - origin_s) * SAMPLE_RATE)
                 end = start + len(block)
                 num_decoded += len(block)
                 low, high = max(start, 0), min(end, len(samples))
@@ -204,7 +205,7 @@ class _PyAVReader:
             if number >= start + count:
                 break
             if number >= start:
-                frames.append(frame.to_ndarray(format="rgb24"))
+                frames.append(frame.to_ndarray(format="rgb24").astype(np.uint8, copy=False))
         return np.stack(frames) if frames else np.empty((0, self.height, self.width, 3), np.uint8)
 
     def close(self) -> None:
@@ -215,6 +216,10 @@ def _to_float(block: NDArray[Any]) -> Samples:
     if block.dtype.kind == "i":
         return (block.reshape(-1) / -float(np.iinfo(block.dtype).min)).astype(np.float32)
     return block.reshape(-1).astype(np.float32)
+
+
+def _seconds(time_stamp: int | None, time_base: Fraction | None) -> float:
+    return float(time_stamp * time_base) if time_stamp is not None and time_base is not None else 0.0
 
 
 def _check_file(path: str) -> None:

@@ -13,7 +13,7 @@ from rest_lightning.errors import UserError
 
 
 def sidecar(**changes: Any) -> Sidecar:
-    values = {
+    values: dict[str, Any] = {
         "clip_id": "a-1",
         "identity": "anna",
         "source": "renderer 0",
@@ -49,7 +49,7 @@ def test_arrays_are_rounded_to_four_decimals() -> None:
 
 
 def test_sidecar_errors() -> None:
-    with pytest.raises(UserError, match="expected mouth_opening of 3 values.*got 2"):
+    with pytest.raises(UserError, match=r"expected mouth_opening of 3 values.*got 2"):
         sidecar(mouth_opening=[0, 1])
     with pytest.raises(UserError, match="expected landmarks mouth, left_eye, right_eye of 3 points"):
         sidecar(landmarks={"mouth": [[0, 0]] * 3})
@@ -59,7 +59,7 @@ def test_sidecar_errors() -> None:
         sidecar(clip_id="../x")
     content = json.loads(sidecar().to_json())
     del content["identity"], content["crop_box"]
-    with pytest.raises(UserError, match="side: expected the keys .* got none for identity, crop_box"):
+    with pytest.raises(UserError, match=r"side: expected the keys .* got none for identity, crop_box"):
         Sidecar.from_json(json.dumps(content), "side")
     for text in ("{", "[]"):
         with pytest.raises(UserError, match="side: expected"):
