@@ -44,7 +44,9 @@ def paint_body(p: Identity, size_px: int) -> Array:
     a = np.abs(x)
     skin = srgb_to_linear(p.skin)
     nw = p.neck_width
-    flare = nw + 0.16 * smoothstep(p.shoulder_y - 0.07, p.shoulder_y + 0.10, y) ** 1.5
+    flare = nw + 0.20 * smoothstep(p.shoulder_y - 0.07, p.shoulder_y + 0.10, y) ** 1.5
+    if p.clothes == "turtleneck":
+        flare = np.full_like(x, nw)
     neck = smoothstep(-0.005, 0.005, flare - a) * smoothstep(0.50, 0.52, y)
     round_shade = np.sqrt(np.clip(1.02 - (x / np.maximum(flare, 0.01)) ** 2, 0.05, 1))
     side = 0.12 * p.light_x * np.clip(x / nw, -1, 1)
@@ -52,11 +54,11 @@ def paint_body(p: Identity, size_px: int) -> Array:
     light = (0.36 + 0.46 * round_shade + side) * (1 - 0.42 * chin_shadow)
     tendon = bump(a - 0.2 * (p.shoulder_y + 0.04 - y), y, 0.018, p.shoulder_y - 0.01, 0.012, 0.04)
     light = light + 0.05 * tendon
-    rgb = skin * np.stack([light**0.88, light, light**1.08], axis=-1)
+    rgb = skin * np.stack([light**0.92, light, light**1.04], axis=-1)
     image = over(np.zeros((*x.shape, 4)), rgb, neck)
     # clothes: below the shoulder line and outside the neckline
     away = np.clip(a - nw, 0, None)
-    shoulder = p.shoulder_y - 0.012 + 0.34 * away + 0.9 * away**2
+    shoulder = p.shoulder_y - 0.012 + 0.24 * away + 0.38 * away**2
     opening = {"crew": 0.035, "v_neck": 0.14, "collar": 0.07, "turtleneck": -0.10, "scoop": 0.10, "jacket": 0.16}[p.clothes]
     across = np.clip(a / (nw * 1.12), 0, 1)
     if p.clothes in ("v_neck", "jacket", "collar"):
@@ -80,8 +82,9 @@ def paint_body(p: Identity, size_px: int) -> Array:
     image = over(image, cloth * shade, mask)
     if p.clothes in ("collar", "jacket"):
         inner = neckline if p.clothes == "collar" else p.shoulder_y - 0.02 + 0.06 * (1 - across)
-        band = smoothstep(-0.004, 0.004, y - inner + 0.022) * (1 - smoothstep(0.030, 0.040, y - inner))
-        reach = smoothstep(0.2, 0.3, across) * (1 - smoothstep(nw * 1.2, nw * 1.34, a))
+        flap = inner - 0.022 + 1.3 * np.clip(a - nw, 0, None)  # slopes down from the neck
+        band = smoothstep(-0.004, 0.004, y - flap) * (1 - smoothstep(0.028, 0.040, y - inner - 0.5 * np.clip(a - nw, 0, None)))
+        reach = smoothstep(0.2, 0.3, across) * (1 - smoothstep(nw * 1.45, nw * 1.6, a))
         tone = cloth if p.clothes == "collar" else srgb_to_linear(p.cloth_2)
         image = over(image, tone * (0.80 + 0.25 * across[..., None]), band * reach)
     return _unlinear(image)

@@ -9,7 +9,7 @@ from rest_lightning.data.synthetic.geometry import Array, Motion, depth
 from rest_lightning.data.synthetic.identity import Identity
 from rest_lightning.data.synthetic.raster import fill, polygon, stroke
 
-_T = np.sin(np.linspace(-0.5, 0.5, 21) * np.pi)[None]
+_T = np.sin(np.linspace(-0.5, 0.5, 17) * np.pi)[None]
 
 
 class Eyes:
@@ -31,8 +31,8 @@ class Eyes:
         self.centre: list[Array] = []
         self._blink = m.blink[:, 0]
         a = np.abs(_T)
-        upper_height = 0.0195 * p.eye_height * (1 + 0.12 * np.clip(m.brow_raise, 0, 1) + 0.10 * np.clip(-m.gaze_y, 0, 1))
-        lower_height = 0.0105 * p.eye_height
+        upper_height = 0.0225 * p.eye_height * (1 + 0.12 * np.clip(m.brow_raise, 0, 1) + 0.10 * np.clip(-m.gaze_y, 0, 1))
+        lower_height = 0.0125 * p.eye_height
         for side in (-1.0, 1.0):
             out = _T * side  # 1 at the outer corner
             base = p.eye_y - p.eye_tilt * 0.05 * out - 0.0012 * out
@@ -52,7 +52,7 @@ class Eyes:
             lid_line = 0.011 - 0.004 * (1 - m.blink)
             crease = base - (upper_height + lid_line) * (1 - a**2.4) ** 0.6 * (1 - 0.1 * out) + 0.004 * m.blink
             self._crease.append(place(x * 1.0, crease))
-            gx = side * p.eye_x + 0.014 * m.gaze_x
+            gx = side * p.eye_x + 0.016 * m.gaze_x
             gy = p.eye_y - 0.004 + 0.008 * m.gaze_y + 0.004 * m.blink
             self._iris.append(place(gx, gy)[:, 0])
             centre = place(np.array([[side * p.eye_x]]), np.array([[p.eye_y - 0.003]]))[:, 0]
@@ -60,13 +60,13 @@ class Eyes:
             if p.glasses != "none":
                 self._rim.append(place(*self._rim_shape(side), 0.03))
         if p.glasses != "none":
-            inner = p.eye_x - 0.062
+            inner = p.eye_x - 0.068
             bridge_x = np.linspace(-inner, inner, 7)[None]
             bridge = p.eye_y - 0.008 - 0.008 * (1 - (bridge_x / inner) ** 2)
             self._bridge = place(bridge_x, bridge, 0.035)
             self._arms = []
             for side in (-1.0, 1.0):
-                arm_x = side * np.array([[p.eye_x + 0.062, p.face_width * 1.0]])
+                arm_x = side * np.array([[p.eye_x + 0.070, p.face_width * 1.0]])
                 z = np.array([[float(depth(p, np.array(p.eye_x), np.array(p.eye_y))) + 0.02, 0.02]])
                 self._arms.append(motion.project(arm_x, np.array([[p.eye_y - 0.012, p.eye_y - 0.006]]), z))
         self._make_paints()
@@ -76,8 +76,8 @@ class Eyes:
         angle = np.linspace(0, 2 * np.pi, 33)[None, :-1]
         n = 2.0 if p.glasses == "round" else 4.0
         c, s = np.cos(angle), np.sin(angle)
-        x = np.sign(c) * np.abs(c) ** (2 / n) * 0.062
-        y = np.sign(s) * np.abs(s) ** (2 / n) * (0.056 if p.glasses == "round" else 0.046)
+        x = np.sign(c) * np.abs(c) ** (2 / n) * 0.070
+        y = np.sign(s) * np.abs(s) ** (2 / n) * (0.062 if p.glasses == "round" else 0.050)
         return side * (p.eye_x + 0.002) + x, p.eye_y + 0.006 + y
 
     def _make_paints(self) -> None:
@@ -94,8 +94,8 @@ class Eyes:
         lash = np.minimum(np.asarray(p.brow) * 0.45, skin * 0.35)
         self._lash = stroke(lash, 0.0042 + 0.0034 * min(p.lashes, 1.0), 0.95, 0.0010)
         self._lower_line = stroke(skin * np.array([0.55, 0.42, 0.40]), 0.0032, 0.60, 0.0014)
-        self._crease_paint = stroke(skin * np.array([0.52, 0.40, 0.36]), 0.0042, 0.55, 0.0020)
-        self._rim_paint = stroke(p.glasses_colour, 0.0075, 0.95, 0.0006)
+        self._crease_paint = stroke(skin * np.array([0.56, 0.44, 0.40]), 0.0042, 0.45, 0.0024)
+        self._rim_paint = stroke(p.glasses_colour, 0.0095, 0.95, 0.0006)
 
     def draw(self, canvas: skia.Canvas, frame: int) -> None:
         """Draw frame `frame`; the canvas measures in fractions of the image."""
@@ -108,11 +108,11 @@ class Eyes:
                 canvas.clipPath(opening, skia.ClipOp.kIntersect, True)
                 canvas.drawPath(opening, self._sclera)
                 x, y = self._iris[side][frame].tolist()
-                canvas.drawCircle(x, y, 0.0200, self._iris_paint)
-                canvas.drawCircle(x, y + 0.003, 0.0135, self._iris_inner)
-                canvas.drawCircle(x, y, 0.0085, self._pupil)
+                canvas.drawCircle(x, y, 0.0228, self._iris_paint)
+                canvas.drawCircle(x, y + 0.003, 0.0155, self._iris_inner)
+                canvas.drawCircle(x, y, 0.0095, self._pupil)
                 canvas.drawPath(polygon(up, False), self._lid_shadow)
-                canvas.drawCircle(x + 0.006 * np.sign(self._identity.light_x), y - 0.006, 0.0042, self._glint)
+                canvas.drawCircle(x + 0.006 * np.sign(self._identity.light_x), y - 0.007, 0.0048, self._glint)
                 canvas.restore()
             canvas.drawPath(polygon(low, False), self._lower_line)
             canvas.drawPath(polygon(up, False), self._lash)

@@ -49,9 +49,9 @@ def _layers(identity: Identity, size_px: int) -> _Layers:
     back = paint_back(identity, size_px)
     return _Layers(
         background=np.concatenate([rgb, opaque], axis=-1),
-        back=None if back is None else Mesh(back, 6, 8),
-        body=Mesh(paint_body(identity, size_px), 8, 8),
-        head=Mesh(paint_head(identity, size_px), 16, 20),
+        back=None if back is None else Mesh(back, 4, 6),
+        body=Mesh(paint_body(identity, size_px), 4, 8),
+        head=Mesh(paint_head(identity, size_px), 14, 18),
     )
 
 

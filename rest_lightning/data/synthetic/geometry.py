@@ -83,7 +83,8 @@ class Motion:
         p = self.identity
         z = depth(p, x, y)
         below = smoothstep(p.mouth_y - 0.03, p.mouth_y + 0.05, y)
-        jaw = below * np.exp(-((np.abs(x) / (p.face_width * 0.95)) ** 4) * (1 - 0.6 * smoothstep(0.68, 0.8, y)))
+        jaw = below * np.exp(-((np.abs(x) / (p.face_width * 0.95)) ** 4) * (1 - smoothstep(0.64, 0.76, y)))
+        jaw = jaw * np.exp(-((np.clip(np.abs(x) - p.face_width, 0, None) / 0.05) ** 2))  # hair beside the face stays
         dy = 0.74 * self.inner_height * jaw
         brow_band = bump(np.abs(x), y, p.eye_x, p.eye_y - p.brow_y - 0.008, 0.07, 0.03)
         inner_end = np.exp(-((np.abs(x) / 0.05) ** 2))

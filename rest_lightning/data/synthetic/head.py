@@ -19,7 +19,7 @@ def _radius(p: Identity, x: Array, y: Array) -> Array:
     up = np.clip((p.cheek_y - y) / (p.cheek_y - p.head_top), 0, None)
     down = np.clip((y - p.cheek_y) / (p.chin_y - p.cheek_y), 0, None)
     width = p.face_width * (1 - p.jaw_taper * np.clip(down, 0, 1.2) ** 2) * (1 - 0.03 * np.clip(up, 0, 1))
-    n = np.where(y < p.cheek_y, 2.3, p.jaw_power)
+    n = np.where(y < p.cheek_y, 2.45, p.jaw_power)
     return ((np.abs(x) / width) ** n + (up + down) ** n) ** (1 / n)
 
 
@@ -32,19 +32,19 @@ def _height(p: Identity, x: Array, y: Array) -> Array:
     z += 0.008 * bump(a, y, 0.06, 0.33, 0.07, 0.05)
     z += 0.010 * bump(a, y, p.eye_x * 0.95, p.eye_y - 0.048, 0.05, 0.018)
     z -= (0.010 + 0.012 * p.eye_depth) * bump(a, y, p.eye_x * 0.93, p.eye_y - 0.006, 0.045, 0.026)
-    z -= 0.010 * bump(a, y, 0.038, p.eye_y - 0.002, 0.016, 0.022)
+    z -= 0.006 * bump(a, y, 0.044, p.eye_y - 0.002, 0.020, 0.024)
     z += 0.009 * bump(a, y, p.eye_x, p.eye_y, 0.034, 0.017)
     # nose: bridge widening to the tip, wings, hollow beside them
     t = np.clip((y - (p.eye_y - 0.015)) / (p.nose_y - p.eye_y + 0.015), 0, 1.0)
-    ridge_width = 0.013 + (0.30 * p.nose_width) * t**1.5
-    ridge = np.exp(-0.5 * (x / ridge_width) ** 2) * (0.012 + 0.026 * t**1.4) * p.nose_height
+    ridge_width = 0.018 + (0.22 * p.nose_width) * t**1.5
+    ridge = np.exp(-0.5 * (x / ridge_width) ** 2) * (0.007 + 0.029 * t**1.4) * p.nose_height
     z += ridge * smoothstep(p.eye_y - 0.05, p.eye_y + 0.01, y) * (1 - smoothstep(p.nose_y - 0.004, p.nose_y + 0.026, y))
     z += 0.016 * p.nose_height * bump(x, y, 0.0, p.nose_y - 0.012, 0.4 * p.nose_width, 0.017)
-    z += 0.013 * bump(a, y, p.nose_width * 0.78, p.nose_y - 0.003, 0.0115, 0.013)
+    z += 0.015 * bump(a, y, p.nose_width * 0.78, p.nose_y - 0.003, 0.0125, 0.014)
     z -= 0.006 * bump(a, y, p.nose_width * 1.25, p.nose_y - 0.004, 0.010, 0.020)
     # cheeks, muzzle, chin
-    z += 0.010 * (0.4 + p.cheekbone) * bump(a, y, 0.128, 0.535, 0.04, 0.035)
-    z -= 0.012 * p.cheekbone * bump(a, y, 0.145, 0.64, 0.03, 0.05)
+    z += 0.010 * (0.4 + p.cheekbone) * bump(a, y, 0.140, 0.535, 0.045, 0.038)
+    z -= 0.012 * p.cheekbone * bump(a, y, 0.165, 0.64, 0.035, 0.05)
     z += 0.014 * bump(x, y, 0.0, p.mouth_y, 0.075, 0.05)
     z -= 0.003 * bump(x, y, 0.0, 0.5 * (p.nose_y + p.mouth_y) + 0.006, 0.008, 0.018)
     below = p.mouth_y + 1.25 * p.lower_lip
@@ -62,19 +62,19 @@ def _light(p: Identity, z: Array, spacing: float) -> Array:
     """Diffuse light 0..about 1.1 on a height field, key light from above and one side, fill from the front."""
     dzdy, dzdx = np.gradient(z, spacing)
     norm = np.sqrt(1 + dzdx**2 + dzdy**2)
-    key = np.array([0.55 * p.light_x, -0.55, 0.85])
+    key = np.array([0.75 * p.light_x, -0.55, 0.85])
     key /= np.linalg.norm(key)
     lambert = (-dzdx * key[0] - dzdy * key[1] + key[2]) / norm
     wrapped = np.clip((lambert + 0.25) / 1.25, 0, 1)
     front = 1 / norm
-    return 0.30 + p.light_strength * (0.62 * wrapped + 0.16 * front)
+    return 0.25 + p.light_strength * (0.60 * wrapped + 0.16 * front)
 
 
 def _albedo(p: Identity, x: Array, y: Array) -> Array:
     """Linear skin colour with redder cheeks and nose, darker eye surroundings, beard shade."""
     a = np.abs(x)
     skin = srgb_to_linear(p.skin)
-    red = p.blush * (0.55 * bump(a, y, 0.125, 0.555, 0.045, 0.04) + 0.45 * bump(x, y, 0, p.nose_y, 0.03, 0.025))
+    red = p.blush * (0.55 * bump(a, y, 0.140, 0.555, 0.050, 0.042) + 0.45 * bump(x, y, 0, p.nose_y, 0.03, 0.025))
     red = red + 0.25 * p.blush * bump(x, y, 0, p.chin_y - 0.03, 0.05, 0.03)
     tint = 1 - red[..., None] * np.array([0.02, 0.20, 0.17])
     socket = 0.16 * bump(a, y, p.eye_x * 0.9, p.eye_y + 0.006, 0.045, 0.028) * (0.5 + 0.5 * p.age)
@@ -126,19 +126,19 @@ def paint_head(p: Identity, size_px: int) -> Array:
     radius = _radius(p, x, y)
     shade = _light(p, _height(p, x, y), spacing)
     lit = _albedo(p, x, y)
-    lit = lit * np.stack([shade**0.86, shade**1.02, shade**1.10], axis=-1)  # shadows on skin are warm
+    lit = lit * np.stack([shade**0.90, shade**1.0, shade**1.05], axis=-1)  # shadows on skin are warm
     gloss = bump(x, y, 0.006 * p.light_x, p.nose_y - 0.02, 0.007, 0.011) + 0.5 * bump(
         x, y, 0.03 * p.light_x, 0.325, 0.06, 0.03
     )
-    gloss = gloss + 0.45 * bump(a, y, 0.122, 0.515, 0.026, 0.014) + 0.35 * bump(x, y, 0, p.chin_y - 0.045, 0.02, 0.012)
+    gloss = gloss + 0.40 * bump(a, y, 0.135, 0.515, 0.030, 0.016) + 0.35 * bump(x, y, 0, p.chin_y - 0.045, 0.02, 0.012)
     lit = lit + (0.03 + 0.10 * skin.mean()) * gloss[..., None] * np.array([1.0, 0.95, 0.9])
     # nostrils and the shadow under the nose
-    nostril = bump(a, y, p.nose_width * 0.42, p.nose_y + 0.0075, 0.0075, 0.0042)
+    nostril = bump(a, y, p.nose_width * 0.42, p.nose_y + 0.0070, 0.0085, 0.0044)
     under = bump(x, y, -0.01 * p.light_x, p.nose_y + 0.016, p.nose_width * 0.75, 0.009)
     lit = lit * (1 - 0.72 * nostril - 0.22 * under)[..., None]
     # ears lie behind the face
     ear_x = p.face_width * 1.02
-    er = np.hypot((a - ear_x) / (0.031 * p.ear_size), (y - 0.495 + (a - ear_x) * 0.5) / (0.062 * p.ear_size))
+    er = np.hypot((a - ear_x) / (0.030 * p.ear_size), (y - 0.495 + (a - ear_x) * 0.5) / (0.062 * p.ear_size))
     ear_shade = 0.62 + 0.30 * smoothstep(0.2, 0.85, er) - 0.25 * smoothstep(0.9, 1.0, er)
     ear_rgb = skin * ear_shade[..., None] * np.array([1.04, 0.92, 0.88])
     edge = spacing * 1.2 / 0.03

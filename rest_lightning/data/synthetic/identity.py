@@ -15,8 +15,8 @@ CLOTHES = ("crew", "v_neck", "collar", "turtleneck", "scoop", "jacket")
 # Light to deep, sRGB 0..255; neighbours are mixed, then an undertone is added.
 _SKIN = np.array(
     [
-        (250, 224, 207),
-        (243, 209, 184),
+        (244, 214, 196),
+        (239, 204, 180),
         (231, 190, 158),
         (216, 168, 132),
         (190, 140, 104),
@@ -134,10 +134,11 @@ def sample_identity(rng: np.random.Generator) -> Identity:
         return names[int(rng.choice(len(names), p=p))]
 
     tone = u(0, 1)
-    skin = _mix(_SKIN, tone) + np.array([u(-5, 6), u(-4, 4), u(-8, 6)])
+    skin_noise = np.array([u(-6, 6), u(-4, 4), u(-7, 7)]) * (1.0 - 0.55 * tone)
+    skin = _mix(_SKIN, tone) + skin_noise
     feminine = u(0, 1)
     # Deep skin goes with browner lips; every lip stays redder and darker than the skin around it.
-    lip_hue = np.array([0.84, 0.52, 0.53]) * skin + np.array([14, 2, 8]) + feminine * np.array([4, -16, -8]) * u(0, 1)
+    lip_hue = np.array([0.84, 0.56, 0.56]) * skin + np.array([10, 2, 7]) + 16 * tone * np.array([1.0, 0.2, 0.45]) + feminine * np.array([4, -16, -8]) * u(0, 1)
     lip = lip_hue * u(0.86, 1.0)
     age = u(0, 1) ** 1.6
     hair_t = u(0, 1) ** 1.2 * (1.0 if tone < 0.35 else 0.45 if tone < 0.6 else 0.2)
@@ -155,7 +156,7 @@ def sample_identity(rng: np.random.Generator) -> Identity:
         beard = pick(BEARDS, (4.5, 2.2, 0.7, 0.9, 1.4))
     brow = hair * u(0.55, 0.8) if hair.mean() < 150 else hair * u(0.5, 0.65) * np.array([1.0, 0.9, 0.8])
     brow = np.minimum(brow, skin * 0.62)
-    background = _hsv(u(0, 1), u(0.02, 0.42), u(0.25, 0.92))
+    background = _hsv(u(0, 1), u(0.0, 1.0) ** 2 * 0.36 + 0.02, u(0.25, 0.88))
     shift = u(0.75, 1.2)
     blobs = []
     for _ in range(int(rng.integers(0, 5))):
@@ -166,50 +167,50 @@ def sample_identity(rng: np.random.Generator) -> Identity:
         cloth = _hsv(u(0, 1), u(0, 0.15), u(0.12, 0.95))
     light = u(-1, 1)
     jaw = u(1.85, 2.25) if feminine > 0.5 else u(2.0, 2.6)
-    face_width = u(0.196, 0.226)
+    face_width = u(0.222, 0.252)
     return Identity(
         skin=_rgb(skin),
-        lip=_rgb(np.minimum(lip, skin * np.array([0.93, 0.72, 0.76]))),
+        lip=_rgb(np.minimum(lip, skin * np.array([0.95 + 0.2 * tone, 0.74, 0.80 + 0.1 * tone]))),
         blush=u(0.2, 1.0),
         age=round(age, 5),
         light_x=light,
         light_strength=u(0.75, 1.1),
         face_width=face_width,
-        head_top=u(0.125, 0.16),
+        head_top=u(0.115, 0.15),
         cheek_y=u(0.44, 0.50),
         chin_y=u(0.785, 0.82),
         jaw_power=jaw,
         jaw_taper=u(0.02, 0.2),
         cheekbone=u(0.2, 1.0),
         ear_size=u(0.85, 1.15),
-        eye_x=u(0.083, 0.095) * (0.6 + 0.4 * face_width / 0.211),
+        eye_x=u(0.096, 0.106) * (0.5 + 0.5 * face_width / 0.237),
         eye_y=u(0.435, 0.452),
-        eye_width=u(0.039, 0.046),
+        eye_width=u(0.047, 0.056),
         eye_height=u(0.85, 1.2),
         eye_tilt=u(-0.08, 0.16),
         eye_depth=u(0.4, 1.0),
         iris=_rgb(_mix(_IRIS, u(0, 1) if tone < 0.45 else u(0, 0.3)) * u(0.9, 1.12)),
         lashes=u(0.1, 0.5) + 0.5 * feminine,
         brow=_rgb(brow),
-        brow_y=u(0.052, 0.068),
-        brow_thickness=u(0.010, 0.015) + (0.0 if feminine > 0.5 else u(0.0, 0.005)),
+        brow_y=u(0.056, 0.072),
+        brow_thickness=u(0.013, 0.019) + (0.0 if feminine > 0.5 else u(0.0, 0.005)),
         brow_arch=u(0.1, 1.0),
-        nose_width=u(0.036, 0.052),
+        nose_width=u(0.042, 0.060),
         nose_y=u(0.565, 0.588),
         nose_height=u(0.7, 1.25),
         mouth_y=u(0.655, 0.672),
-        mouth_width=u(0.072, 0.088),
-        upper_lip=u(0.013, 0.021),
-        lower_lip=u(0.018, 0.028),
+        mouth_width=u(0.080, 0.098),
+        upper_lip=u(0.016, 0.025) + 0.003 * tone,
+        lower_lip=u(0.024, 0.034) + 0.003 * tone,
         cupid_bow=u(0.2, 1.0),
-        mouth_corner=u(-0.006, 0.006),
+        mouth_corner=u(0.002, 0.011),
         open_height=u(0.120, 0.132),
         teeth=_rgb(np.array([240.0, 234.0, 222.0]) + np.array([u(-8, 8), u(-8, 8), u(-14, 10)])),
         hair_style=style,
         hair=_rgb(hair),
         hair_volume=u(0.2, 1.0),
         hair_length=u(0.0, 1.0),
-        hairline_y=u(0.225, 0.275) - (0.0 if age < 0.6 else u(0, 0.03)),
+        hairline_y=u(0.215, 0.265) - (0.0 if age < 0.6 else u(0, 0.03)),
         fringe=u(0.3, 1.0) if style in ("short", "bob", "long", "curly", "wavy") and rng.random() < 0.4 else 0.0,
         part=u(-1, 1),
         waviness=u(0, 1),
@@ -222,8 +223,8 @@ def sample_identity(rng: np.random.Generator) -> Identity:
         clothes=pick(CLOTHES, (2.5, 1.5, 2, 0.8, 1 + feminine, 1.6)),
         cloth=_rgb(cloth),
         cloth_2=_rgb(_hsv(u(0, 1), u(0, 0.3), u(0.3, 0.97))),
-        shoulder_y=u(0.875, 0.91),
-        neck_width=u(0.098, 0.112) + (0.0 if feminine > 0.5 else u(0.008, 0.024)),
+        shoulder_y=u(0.875, 0.905),
+        neck_width=u(0.112, 0.126) + (0.0 if feminine > 0.5 else u(0.010, 0.030)),
         background=_rgb(background),
         background_2=_rgb(background * shift),
         background_angle=u(0, 6.28),

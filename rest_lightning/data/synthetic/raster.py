@@ -57,7 +57,7 @@ class Mesh:
         gx, gy = gx.ravel(), gy.ravel()
         self.x = LEFT + gx / num * SIDE
         self.y = TOP + gy / num * SIDE
-        self._texs = [skia.Point(*p) for p in np.stack([gx, gy], 1).tolist()]
+        self._texs = list(map(skia.Point, gx.tolist(), gy.tolist()))
         corner = np.arange(rows)[:, None] * (columns + 1) + np.arange(columns)
         quads = [corner, corner + 1, corner + columns + 1, corner + 1, corner + columns + 2, corner + columns + 1]
         self._indices = np.stack(quads, axis=-1).ravel().tolist()
@@ -68,7 +68,7 @@ class Mesh:
 
     def draw(self, canvas: skia.Canvas, points: Array) -> None:
         """Draw with the vertices at `points` (N, 2)."""
-        positions = [skia.Point(*p) for p in points.tolist()]
+        positions = list(map(skia.Point, *points.T.tolist()))
         mode = skia.Vertices.kTriangles_VertexMode
         vertices = skia.Vertices(mode, positions, self._texs, None, self._indices)
         canvas.drawVertices(vertices, self._paint, skia.BlendMode.kSrcOver)
@@ -101,5 +101,5 @@ def stroke(rgb: Sequence[float] | Array, width: float, alpha: float = 1.0, blur:
 def polygon(points: Array, closed: bool = True) -> skia.Path:
     """Path through points (N, 2)."""
     path = skia.Path()
-    path.addPoly([skia.Point(*p) for p in points.tolist()], closed)
+    path.addPoly(list(map(skia.Point, *points.T.tolist())), closed)
     return path
