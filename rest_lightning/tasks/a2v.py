@@ -75,7 +75,7 @@ class TrainingInput:
 
     Attributes:
         path: noisy latents, target velocity and sigmas; a dropped reference is zero in ``noisy_latents``.
-        speech_latents: (B, f, n, d), zero where dropped and in slot 0.
+        speech_latents: (B, f, n, d), zero where dropped; the transformer lets slot 0 read zeros by itself.
         drops: the masks.
     """
 
@@ -170,7 +170,7 @@ class A2VModule(StageModule):
         noise = torch.randn(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
         path = noisy_path(latents, noise, sigma)
         path = NoisyPath(drop_reference(path.noisy_latents, drops.identity), path.velocity, path.sigma)
-        speech_latents = drop_speech(silence_reference(conditions.speech_latents), drops.audio)
+        speech_latents = drop_speech(conditions.speech_latents, drops.audio)
         return TrainingInput(path, speech_latents, drops)
 
     def forward(self, inputs: TrainingInput) -> Tensor:
@@ -196,11 +196,6 @@ class A2VModule(StageModule):
         inputs = self.draw(conditions, generator)
         loss = flow_matching_loss(self(inputs), inputs.path.velocity)
         self.log("val/flow_loss", loss, prog_bar=True, batch_size=conditions.latents.shape[0])
-
-
-def silence_reference(speech_latents: Tensor) -> Tensor:
-    """Zero the speech of slot 0: the reference reads no speech, so it can be prefilled before any arrives (decided here)."""
-    return torch.cat([torch.zeros_like(speech_latents[:, :1]), speech_latents[:, 1:]], dim=1)
 
 
 def step_generator(device: torch.device) -> torch.Generator:

@@ -1,0 +1,135 @@
+"""``rest train-embedded``: every stage of the embedded model, unattended, within a time budget, resumable."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rest_lightning.errors import UserError
+
+CONFIGS = ("configs/trainer/embedded.yaml",)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of the recipe.
+
+    Attributes:
+        name: of its folder and of ``configs/embedded/<config>.yaml``.
+        share: of the time that is left after the data are rendered.
+        initial: part -> stage whose final checkpoint it starts from.
+        teacher: stage that ASD distils from, if any.
+        uses_latents: whether it reads the latents that the ``encode`` step made.
+    """
+
+    name: str
+    share: float
+    initial: dict[str, str] = field(default_factory=dict)
+    teacher: str | None = None
+    uses_latents: bool = False
+
+
+STAGES = (
+    Stage("vae", 0.50),
+    Stage("speech_ae", 0.03),
+    Stage("teacher", 0.27, {"speech_ae": "speech_ae"}, uses_latents=True),
+    Stage("student", 0.10, {"transformer": "teacher", "speech_ae": "teacher"}, uses_latents=True),
+    Stage("asd", 0.10, {"transformer": "student", "speech_ae": "student"}, "teacher", uses_latents=True),
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    parser.add_argument("--budget-min", type=float, default=100.0, help="minutes of training in all (default 100)")
+    parser.add_argument("--out", type=Path, default=Path("runs/embedded"), help="folder of checkpoints and logs")
+    parser.add_argument("--data", type=Path, default=Path("data/talkers"), help="synthetic talkers; rendered when absent")
+    parser.add_argument("--num-clips", type=int, default=1320, help="clips to render when the data are absent")
+    parser.add_argument("--export", type=Path, default=None, help="model folder to write (default: OUT/model)")
+    parser.add_argument("--config", type=Path, action="append", default=[], help="overlay for every stage; repeatable")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Render, train stage after stage, export. A second run continues where the first one stopped."""
+    started_s = time.monotonic()
+    if not Path("configs/embedded").is_dir():
+        raise UserError("expected to run in a checkout of rest-lightning with configs/embedded, got another folder: cd there")
+    out: Path = args.out
+    out.mkdir(parents=True, exist_ok=True)
+    synthesise(args.data, args.num_clips)
+    training_min = max(1.0, args.budget_min - (time.monotonic() - started_s) / 60)
+    for stage in STAGES:
+        if (out / stage.name / "final.ckpt").is_file():
+            print(f"{stage.name}: done before", flush=True)
+            continue
+        if stage.uses_latents:
+            encode(out, args.data)
+        train(stage, out, args.data, stage.share * training_min, args.config)
+    model = args.export or out / "model"
+    rest("export", str(out / "asd" / "final.ckpt"), "--vae", str(out / "vae" / "final.ckpt"), "--out", str(model), "--overwrite")
+    print(f"exported to {model}", flush=True)
+    return 0
+
+
+def synthesise(data: Path, num_clips: int) -> None:
+    """Render the clips unless they are there."""
+    if not (data / "dataset.json").is_file():
+        rest("synthesize", "--out", str(data), "--num-clips", str(num_clips))
+
+
+def encode(out: Path, data: Path) -> None:
+    """Latents of all clips, once, with the trained VAE."""
+    target = out / "latents"
+    rest("encode", "--model", str(out / "vae" / "final.ckpt"), "--data", str(data), "--out", str(target))
+
+
+def train(stage: Stage, out: Path, data: Path, minutes: float, overlays: list[Path]) -> None:
+    """One ``rest fit`` in a process of its own; continues from its last checkpoint."""
+    folder = out / stage.name
+    folder.mkdir(parents=True, exist_ok=True)
+    overlay = folder / "overlay.yaml"
+    overlay.write_text(json.dumps(stage_overlay(stage, out, data, minutes), indent=2))
+    configs = [*CONFIGS, f"configs/embedded/{stage.name}.yaml", *map(str, overlays), str(overlay)]
+    last = folder / "checkpoints" / "last.ckpt"
+    resume = ["--ckpt_path", str(last)] if last.is_file() else []
+    print(f"{stage.name}: {minutes:.1f} minutes{' (resumed)' if resume else ''}", flush=True)
+    rest("fit", *[word for config in configs for word in ("--config", config)], *resume)
+
+
+def stage_overlay(stage: Stage, out: Path, data: Path, minutes: float) -> dict[str, object]:
+    """What a stage's configuration file cannot know: folders, time and where its parts start. YAML reads JSON."""
+    seconds = round(minutes * 60)
+    init_args: dict[str, object] = {}
+    if stage.initial:
+        init_args["initial"] = {part: str(out / source / "final.ckpt") for part, source in stage.initial.items()}
+    if stage.teacher:
+        init_args["asd"] = {"teacher": str(out / stage.teacher / "final.ckpt")}
+    overlay: dict[str, object] = {
+        "trainer": {
+            "default_root_dir": str(out / stage.name),
+            "max_time": f"{seconds // 86400:02d}:{seconds // 3600 % 24:02d}:{seconds // 60 % 60:02d}:{seconds % 60:02d}",
+            "logger": {
+                "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
+                "init_args": {"save_dir": str(out / stage.name), "name": "", "version": ""},
+            },
+        },
+        "data": {"data_dir": str(data)},
+    }
+    if init_args:
+        overlay["model"] = {"init_args": init_args}
+    if stage.uses_latents:
+        overlay["data"] = {"data_dir": str(data), "latents_dir": str(out / "latents")}
+    return overlay
+
+
+def rest(*arguments: str) -> None:
+    """Run a command of this package in a process of its own; a failure ends the recipe with its exit code."""
+    environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}  # spinning threads halve the speed of two processes
+    result = subprocess.run([sys.executable, "-m", "rest_lightning", *arguments], env=environment, check=False)
+    if result.returncode:
+        raise SystemExit(result.returncode)

@@ -1,0 +1,161 @@
+"""One chunk after another for a batch of streams: speech window -> Euler steps against the cache -> uint8 frames."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from rest_lightning.constants import SAMPLES_PER_FRAME, SPATIAL_RATIO, TEMPORAL_RATIO
+from rest_lightning.diffusion.sampling import euler_step, joint_guidance
+from rest_lightning.diffusion.schedule import ltx_sigma_table, sigma_table
+from rest_lightning.errors import UserError
+from rest_lightning.models.cache import IDContextCache
+from rest_lightning.models.causal import Stream
+from rest_lightning.streaming.report import StreamClock
+
+if TYPE_CHECKING:
+    from rest_lightning.talking_head import TalkingHead
+
+
+@dataclass(frozen=True)
+class EngineState:
+    """Everything that the next chunk depends on, detached from the engine."""
+
+    cache: Any
+    speech: Stream
+    decoder: Stream
+
+
+class ChunkEngine:
+    """The state of a batch of streams and the computation of one chunk of each.
+
+    With guidance the cache holds two rows per stream, first all conditional ones, then all unconditional ones (no
+    speech, zeroed reference), so that both branches are one batch (REST sec. 3.5).
+
+    Args:
+        model: the talking head.
+        batch: number of streams B.
+        num_steps: Euler steps per chunk.
+        guidance: weight of joint guidance; 1 runs the conditional rows alone.
+        clock: charged with the stages speech, dit and vae.
+
+    Attributes:
+        chunk_frames: pixel frames per chunk.
+        window_samples: samples that one chunk reads: left context, chunk, lookahead.
+    """
+
+    def __init__(
+        self, model: TalkingHead, batch: int, num_steps: int, guidance: float, clock: StreamClock | None = None
+    ) -> None:
+        if num_steps < 1:
+            raise UserError(f"expected at least 1 denoising step, got {num_steps}: 8 is the paper's choice")
+        self.model, self.batch, self.guidance, self.clock = model, batch, guidance, clock
+        self.guided = guidance != 1.0
+        self.chunk_length: int = model.transformer.cache_options.chunk_length
+        self.chunk_frames = TEMPORAL_RATIO * self.chunk_length
+        encoder = model.speech_encoder
+        self.window_samples = SAMPLES_PER_FRAME * (
+            encoder.left_context_frames + self.chunk_frames + encoder.lookahead_frames
+        )
+        side = model.size_px // SPATIAL_RATIO
+        self.latent_shape = (batch, model.vae.latent_channels, self.chunk_length, side, side)
+        self.sigmas = self._sigma_table(num_steps, side * side)
+        rows = batch * (2 if self.guided else 1)
+        self.cache = IDContextCache.allocate(model.transformer, rows, side, side, num_steps=num_steps)
+        self.speech, self.decoder = Stream(), Stream()
+
+    def _sigma_table(self, num_steps: int, tokens_per_frame: int) -> list[float]:
+        shift = self.model.sampling.shift
+        if shift is None:
+            table = ltx_sigma_table(num_steps, self.model.transformer.cache_options.num_slots * tokens_per_frame)
+        else:
+            table = sigma_table(num_steps, shift)
+        # Plain numbers: nothing in the loop waits for a device to tell a noise level.
+        return [float(sigma) for sigma in table]
+
+    @torch.inference_mode()
+    def start(self, reference: Tensor) -> None:
+        """Begin every stream with its portrait (B, 3, H, W) in [-1, 1]: fills the ID-Sink, before any speech."""
+        model = self.model
+        with self._stage("vae"):
+            latent = model.vae.encode(reference[:, :, None].to(model.device, model.dtype))
+            self.decoder = model.vae.start_decode(latent)[1]
+        with self._stage("speech"):
+            self.speech = Stream()
+            model.speech_ae.encode(self._silent_features(), self.speech)
+        with self._stage("dit"):
+            self.cache.reset_rows()
+            rows = torch.cat([latent, torch.zeros_like(latent)]) if self.guided else latent
+            model.transformer.prefill(rows, self.cache)
+
+    def _silent_features(self) -> Tensor:
+        """Speech features of frame 0, which lies before the speech: silence."""
+        audio = torch.zeros(self.batch, SAMPLES_PER_FRAME, device=self.model.device)
+        return self.model.speech_encoder(self.model.speech_encoder.pad(audio)).to(self.model.dtype)
+
+    @torch.inference_mode()
+    def step(self, audio: Tensor, noise: Tensor) -> Tensor:
+        """One chunk.
+
+        Args:
+            audio: (B, window_samples), 16 kHz, of the chunk with its context on both sides.
+            noise: unit Gaussian of ``latent_shape``.
+
+        Returns:
+            Frames, uint8 (B, chunk_frames, H, W, 3).
+        """
+        model = self.model
+        with self._stage("speech"):
+            features = model.speech_encoder(audio.to(model.device)).to(model.dtype)
+            speech_latents = model.speech_ae.encode(features, self.speech)
+        with self._stage("dit"):
+            latents = self.denoise(noise.to(model.device, model.dtype), speech_latents)
+        with self._stage("vae"):
+            return to_uint8(model.vae.decode_chunk(latents, self.decoder))
+
+    def denoise(self, noise: Tensor, speech_latents: Tensor) -> Tensor:
+        """Noise (B, C, l, h, w) and speech latents (B, l, n, d) to clean latents; moves the cache on by one chunk."""
+        transformer, cache = self.model.transformer, self.cache
+        if self.guided:
+            speech_latents = torch.cat([speech_latents, torch.zeros_like(speech_latents)])
+        speech = transformer.project_speech(speech_latents)
+        sample = noise
+        for step, (sigma, sigma_next) in enumerate(zip(self.sigmas[:-1], self.sigmas[1:], strict=True)):
+            velocity = self._velocity(sample, sigma, speech, step)
+            sample = euler_step(sample, velocity, sigma, sigma_next)
+        if transformer.cache_options.cache_noise == "clean_pass":
+            self._velocity(sample, 0.0, speech, 0)
+        cache.commit()
+        return sample
+
+    def _velocity(self, sample: Tensor, sigma: float, speech: Any, step: int) -> Tensor:
+        rows = torch.cat([sample, sample]) if self.guided else sample
+        levels = sample.new_full((rows.shape[0], rows.shape[2]), sigma)
+        velocity = self.model.transformer(rows, levels, speech, cache=self.cache, step=step)
+        if not self.guided:
+            return velocity
+        conditional, unconditional = velocity.chunk(2)
+        return joint_guidance(unconditional, conditional, self.guidance)
+
+    def _stage(self, name: str) -> Any:
+        return self.clock.stage(name) if self.clock is not None else nullcontext()
+
+    def snapshot(self) -> EngineState:
+        """The state after the last chunk."""
+        return EngineState(self.cache.snapshot(), self.speech.snapshot(), self.decoder.snapshot())
+
+    @torch.inference_mode()
+    def restore(self, state: EngineState) -> None:
+        """Go back to a snapshot of this engine or of one like it."""
+        self.cache.restore(state.cache)
+        self.speech.restore(state.speech)
+        self.decoder.restore(state.decoder)
+
+
+def to_uint8(frames: Tensor) -> Tensor:
+    """(B, 3, F, H, W) in [-1, 1] to uint8 (B, F, H, W, 3)."""
+    return frames.float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8).permute(0, 2, 3, 4, 1).contiguous()

@@ -1,0 +1,181 @@
+"""The bundle of all parts, and the folder it is saved in."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from rest_lightning.errors import UserError
+from rest_lightning.parts import PART_NAMES, build_part, describe_part, read_part
+
+if TYPE_CHECKING:
+    from rest_lightning.models.autoencoder import VideoAutoencoder
+    from rest_lightning.models.speech import SpeechEncoder
+    from rest_lightning.models.speech_ae import SpeechAE
+    from rest_lightning.models.transformer import A2VDiT
+    from rest_lightning.streaming.session import StreamingSession
+
+INDEX_FILE = "model_index.json"
+EMBEDDED_FOLDER = Path(__file__).parent / "assets" / "embedded"
+MAX_SHARD_BYTES = 11_500_000
+
+
+@dataclass
+class SamplingSettings:
+    """How a model wants to be sampled; the defaults of ``open``.
+
+    Attributes:
+        num_steps: Euler steps per chunk (REST: 8).
+        guidance: weight ``a`` of joint guidance (REST: 6); 1 runs the conditional branch alone.
+        shift: shift of the sigma table (SD3's form); None takes LTX's, which follows the number of tokens.
+    """
+
+    num_steps: int = 8
+    guidance: float = 6.0
+    shift: float | None = None
+
+
+class TalkingHead(nn.Module):
+    """VAE, speech encoder, SpeechAE and A2V-DiT of one streaming talking head.
+
+    Args:
+        vae, speech_encoder, speech_ae, transformer: the parts; the transformer has chunked attention (a student).
+        sampling: defaults of :meth:`open`.
+        size_px: side of the square frames.
+    """
+
+    def __init__(
+        self,
+        vae: VideoAutoencoder,
+        speech_encoder: SpeechEncoder,
+        speech_ae: SpeechAE,
+        transformer: A2VDiT,
+        sampling: SamplingSettings | None = None,
+        size_px: int = 512,
+    ) -> None:
+        super().__init__()
+        if transformer.config["attention"] != "chunked":
+            raise UserError("expected a streaming student (attention 'chunked'), got a teacher: train the student stage first")
+        if transformer.config["in_channels"] != vae.latent_channels:
+            raise UserError(
+                f"expected a transformer for the VAE's {vae.latent_channels} channels, got {transformer.config['in_channels']}"
+            )
+        self.vae, self.speech_encoder, self.speech_ae, self.transformer = vae, speech_encoder, speech_ae, transformer
+        self.sampling = sampling or SamplingSettings()
+        self.size_px = size_px
+        self.requires_grad_(False).eval()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.transformer.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the transformer's weights."""
+        return next(self.transformer.parameters()).dtype
+
+    def open(
+        self,
+        portrait: Any,
+        *,
+        seed: int = 0,
+        num_steps: int | None = None,
+        guidance: float | None = None,
+    ) -> StreamingSession:
+        """A session for one portrait; its ID-Sink is filled before any speech arrives.
+
+        Args:
+            portrait: path of an image, PIL image, uint8 array (H, W, 3), or float tensor (3, H, W) in [-1, 1].
+            seed: of the noise; the same seed, portrait and speech give the same frames.
+            num_steps, guidance: override :attr:`sampling`.
+        """
+        from rest_lightning.streaming.session import StreamingSession
+
+        return StreamingSession(self, portrait, seed=seed, num_steps=num_steps, guidance=guidance)
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | os.PathLike[str] | None = None, *, device: str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> TalkingHead:
+        """Load a model folder, or the embedded model when ``path`` is None.
+
+        Raises:
+            UserError: no such folder, or one without ``model_index.json``.
+        """
+        folder = EMBEDDED_FOLDER if path is None else Path(path)
+        index_file = folder / INDEX_FILE
+        if not index_file.is_file():
+            raise UserError(
+                f"expected a model folder with {INDEX_FILE}, got {folder}: make one with `rest export`, "
+                "or leave the path out for the embedded model"
+            )
+        index = json.loads(index_file.read_text())
+        parts = {}
+        for name in PART_NAMES:
+            description, state = read_part(name, folder)
+            parts[name] = build_part(description)
+            parts[name].load_state_dict(state)
+        head = cls(**parts, sampling=SamplingSettings(**index["sampling"]), size_px=index["size_px"])  # type: ignore[arg-type]
+        return head.to(device=device, dtype=dtype)
+
+    def save_pretrained(self, path: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> None:
+        """Write the folder: ``model_index.json`` and one folder per part with ``config.json`` and safetensors shards.
+
+        The folder appears whole or not at all; one that exists is replaced.
+
+        Args:
+            path: the folder.
+            dtype: of the stored weights; statistics of the latents stay float32.
+        """
+        from rest_lightning import __version__
+
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        try:
+            for name in PART_NAMES:
+                _save_part(getattr(self, name), temporary / name, dtype)
+            index = {
+                "_class_name": "TalkingHead",
+                "version": __version__,
+                "size_px": self.size_px,
+                "sampling": asdict(self.sampling),
+                "parts": {name: type(getattr(self, name)).__name__ for name in PART_NAMES},
+            }
+            (temporary / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+            temporary.chmod(0o755)
+            if target.exists():
+                shutil.rmtree(target)
+            os.replace(temporary, target)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _save_part(part: nn.Module, folder: Path, dtype: torch.dtype) -> None:
+    from safetensors.torch import save_file
+
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(describe_part(part), indent=2) + "\n")
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for key, value in part.state_dict().items():
+        keep = not value.is_floating_point() or key in ("latents_mean", "latents_std")
+        value = (value if keep else value.to(dtype)).contiguous().cpu()
+        num_bytes = value.numel() * value.element_size()
+        if shards[-1] and size + num_bytes > MAX_SHARD_BYTES:
+            shards.append({})
+            size = 0
+        shards[-1][key] = value
+        size += num_bytes
+    for i, shard in enumerate(shards):
+        if shard:
+            save_file(shard, folder / f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors")
