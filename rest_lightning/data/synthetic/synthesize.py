@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -267,6 +267,8 @@ def _is_finished(out: Path, clip_id: str, size_px: int, num_frames: int) -> bool
         with av.open(str(layout.clip_path(out, clip_id))) as container:
             num_packets, duration = 0, 0
             for packet in container.demux():
+                if packet.is_corrupt:  # cut off
+                    return False
                 if packet.size and packet.stream.type == "video":
                     num_packets += 1
                 elif packet.size:
@@ -331,6 +333,8 @@ def _remove_dataset(out: Path) -> None:
     if not (out / "dataset.json").is_file() or layout.read_dataset_json(out).get("kind") != _KIND:
         return  # _check_folder says what is wrong with it
     clips = out / "clips"
-    for path in (layout.manifest_path(out), *clips.glob("talker_*.mp4"), *clips.glob("talker_*.json")):
+    for path in (layout.manifest_path(out), *clips.glob("talker_*"), *clips.glob(".talker_*")):
         path.unlink(missing_ok=True)
     (out / "dataset.json").unlink()
+    with suppress(OSError):
+        clips.rmdir()  # refuses when somebody else's files are in it
