@@ -15,9 +15,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ASDLoss:
-    """``total = flow + alpha * contrastive + beta * smoothness``, each 0-d."""
+    """``loss = flow + alpha * contrastive + beta * smoothness``, each 0-d."""
 
-    total: Tensor
+    loss: Tensor
     flow: Tensor
     contrastive: Tensor
     smoothness: Tensor
@@ -25,9 +25,9 @@ class ASDLoss:
 
 @dataclass(frozen=True)
 class SpeechAELoss:
-    """``total = mse_weight * mse + contrastive_weight * contrastive``, each 0-d."""
+    """``loss = mse_weight * mse + contrastive_weight * contrastive``, each 0-d."""
 
-    total: Tensor
+    loss: Tensor
     mse: Tensor
     contrastive: Tensor
 

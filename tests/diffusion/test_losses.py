@@ -100,15 +100,15 @@ def test_asd_adds_up_and_leaves_the_reference_out() -> None:
         + 0.3 * contrastive_loss(student, teacher)
         + 0.7 * smoothness_loss(student, teacher)
     )
-    assert torch.equal(loss.total, expected)
+    assert torch.equal(loss.loss, expected)
     for velocity in (student, teacher, target):
         velocity[:, :, 0] = torch.nan
-    assert torch.equal(asd_loss(student, teacher, target, alpha=0.3, beta=0.7).total, expected)
+    assert torch.equal(asd_loss(student, teacher, target, alpha=0.3, beta=0.7).loss, expected)
 
 
 def test_losses_of_half_precision_are_float32() -> None:
     student, teacher = random_velocity().bfloat16(), random_velocity().bfloat16()
-    assert asd_loss(student, teacher, teacher).total.dtype == torch.float32
+    assert asd_loss(student, teacher, teacher).loss.dtype == torch.float32
     assert asd_loss(teacher, teacher, teacher).flow.item() == 0
 
 
@@ -132,5 +132,5 @@ def test_speech_contrastive_limit_and_total(num_frames: int) -> None:
     features, reconstruction = torch.randn(2, 2, num_frames, 10, 4, dtype=torch.float64)
     loss = speech_ae_loss(reconstruction, features)
     assert loss.mse.item() == pytest.approx((reconstruction - features).square().mean().item())
-    assert loss.total.item() == pytest.approx(10 * loss.mse.item() + loss.contrastive.item())
+    assert loss.loss.item() == pytest.approx(10 * loss.mse.item() + loss.contrastive.item())
     assert speech_contrastive_loss(reconstruction[:, :1], features[:, :1]).item() == 0
