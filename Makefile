@@ -37,7 +37,7 @@ format: $(VENV)/.stamp-test  ## sort imports and apply ruff's safe fixes
 	$(BIN)/ruff check --fix .
 
 train-embedded: $(VENV)/.stamp-test  ## train all stages of the embedded model (BUDGET_MIN=100), resumable
-	$(TRAIN_ENV) $(BIN)/python -m rest_lightning.train_embedded --budget_min $(BUDGET_MIN)
+	$(TRAIN_ENV) $(BIN)/rest train-embedded --budget-min $(BUDGET_MIN)
 
 bench: $(VENV)/.stamp-test  ## run the benchmarks; every one writes JSON
 	@for file in benchmarks/[a-z]*.py; do echo "$$file"; $(BIN)/python "$$file" || exit 1; done

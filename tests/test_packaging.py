@@ -12,10 +12,10 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 
 import pytest
-from packaging.markers import default_environment
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
@@ -146,7 +146,7 @@ def closure(roots: list[Requirement]) -> set[str]:
         names.add(name)
         if name == "torch":  # its CUDA packages differ from build to build; torch pins them itself
             continue
-        environment = {**default_environment(), "extra": extra}
+        environment: dict[str, str | AbstractSet[str]] = {"extra": extra}
         for line in importlib.metadata.requires(name) or []:
             child = Requirement(line)
             if child.marker is None or child.marker.evaluate(environment):
