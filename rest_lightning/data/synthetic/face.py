@@ -17,6 +17,12 @@ from rest_lightning.data.synthetic.identity import Identity
 from rest_lightning.data.synthetic.mouth import Mouth
 from rest_lightning.data.synthetic.raster import Mesh
 from rest_lightning.data.synthetic.track import FaceTrack
+from rest_lightning.errors import UserError
+
+
+# The camera is closer than the painted frame: talking-head crops are tight, and mouth and eyes need the pixels.
+ZOOM = 1.2
+CENTRE = (0.5, 0.55)
 
 
 @dataclass(frozen=True)
@@ -63,9 +69,14 @@ def render_clip(identity: Identity, track: FaceTrack, size_px: int) -> RenderedC
         track: the animation, F frames.
         size_px: side of the square frames, 32 or more.
 
+    Raises:
+        UserError: frames are too small to draw a face.
+
     Returns:
         Frames and centre points of mouth and eyes.
     """
+    if size_px < 32:
+        raise UserError(f"expected frames of 32 pixels or more, got size_px={size_px}: choose 64, 128 or 256")
     layers = _layers(identity, size_px)
     motion = Motion(identity, track)
     mouth, eyes = Mouth(identity, motion), Eyes(identity, motion)
@@ -77,6 +88,9 @@ def render_clip(identity: Identity, track: FaceTrack, size_px: int) -> RenderedC
     surface = skia.Surface(buffer, skia.kRGBA_8888_ColorType)
     canvas = surface.getCanvas()
     canvas.scale(size_px, size_px)
+    canvas.translate(*CENTRE)
+    canvas.scale(ZOOM, ZOOM)
+    canvas.translate(-CENTRE[0], -CENTRE[1])
     for frame in range(track.num_frames):
         buffer[:] = layers.background
         if layers.back is not None and back is not None:
@@ -86,10 +100,14 @@ def render_clip(identity: Identity, track: FaceTrack, size_px: int) -> RenderedC
         eyes.draw(canvas, frame)
         mouth.draw(canvas, frame)
         eyes.draw_glasses(canvas, frame)
-        frames[frame] = buffer[..., :3]
+        for channel in range(3):  # four times as fast as one strided copy
+            frames[frame, ..., channel] = buffer[..., channel]
     left, right = eyes.centre
     points = {"mouth": mouth.centre, "left_eye": left, "right_eye": right}
-    return RenderedClip(frames, {name: value.astype(np.float32) for name, value in points.items()})
+    centre = np.asarray(CENTRE)
+    return RenderedClip(
+        frames, {name: (centre + ZOOM * (value - centre)).astype(np.float32) for name, value in points.items()}
+    )
 
 
 def neutral_track(num_frames: int = 1, **curves: float) -> FaceTrack:
