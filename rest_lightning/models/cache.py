@@ -1,0 +1,395 @@
+"""The ID-Context Cache: keys and values of the reference (ID-Sink) and of the preceding chunk (REST sec. 3.4).
+
+    K_i = [K_ref | K_(i-1) | K_i], V likewise, in every block; queries come from chunk i alone.
+
+Slots, not lists: one buffer holds the window of every block, and its shape and address never change. A denoising step
+writes the current slot (`IDContextCache.update`); `IDContextCache.commit`, once per chunk, makes the current slot the
+previous one. Rows of the batch are independent streams that advance together, chunk after chunk, and may start anew at
+any chunk (`IDContextCache.reset_rows`).
+
+The buffer lies as [previous | sink | current] (attention does not mind the order of keys): so a row without previous
+chunk reads one contiguous part of it, without a mask. Keys lie there rotated. With ``window`` positions that is the
+same as caching them un-rotated, since a slot's position is constant and rotations compose: moving a key from the
+current slot to the previous one is one more rotation, by the difference of the two positions, once per chunk instead
+of at every denoising step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args, get_type_hints
+
+import torch
+from torch import Tensor
+
+from rest_lightning.errors import UserError
+from rest_lightning.models.attention import KeyValue, Rope, attend, rotate
+
+if TYPE_CHECKING:
+    from rest_lightning.models.transformer import A2VDiT
+
+
+@dataclass(frozen=True)
+class CacheOptions:
+    """The choices that REST leaves open, and its two cache ablations; see METHOD.md section 6.
+
+    Attributes:
+        chunk_length: l, new latent frames per chunk.
+        positions: ``window``: slots stay at positions 0 (sink), 1..l (previous), l+1..2l (current), for any length of
+            stream. ``absolute``: frames keep their position in the stream; chunk 1 is next to the reference then.
+        use_sink: False drops the reference after the first chunk (w/o ID-Sink).
+        use_context: False hides the preceding chunk (w/o Context-Cache).
+        reference_attends: ``self``: the reference sees itself only, so its keys are prefilled before any speech.
+            ``first_chunk``: it is computed together with the first chunk, and attends to it.
+        cache_noise: what later chunks read. ``last_step``: keys of the chunk's last denoising step. ``clean_pass``:
+            keys of one more forward at sigma 0. ``per_step``: step s reads the previous chunk's keys of step s.
+        cache_gradient: ``detached`` cuts the gradient through whatever is read from the cache.
+        first_chunk_slot: ``window`` position of the first chunk: ``current`` (l+1..2l) or ``adjacent`` (1..l).
+    """
+
+    chunk_length: int = 3
+    positions: Literal["window", "absolute"] = "window"
+    use_sink: bool = True
+    use_context: bool = True
+    reference_attends: Literal["self", "first_chunk"] = "self"
+    cache_noise: Literal["last_step", "clean_pass", "per_step"] = "last_step"
+    cache_gradient: Literal["full", "detached"] = "full"
+    first_chunk_slot: Literal["current", "adjacent"] = "current"
+
+    def __post_init__(self) -> None:
+        if self.chunk_length < 1:
+            raise UserError(f"expected chunk_length of at least 1, got {self.chunk_length}: the paper uses 3")
+        for name, hint in get_type_hints(type(self)).items():
+            allowed = get_args(hint)
+            if allowed and getattr(self, name) not in allowed:
+                raise UserError(f"expected {name} to be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if self.positions == "absolute" and self.first_chunk_slot == "adjacent":
+            raise UserError("expected first_chunk_slot `current` with absolute positions, got `adjacent`: leave it out")
+
+    @property
+    def num_slots(self) -> int:
+        """Latent frames of the window: reference, previous chunk, current chunk."""
+        return 1 + 2 * self.chunk_length
+
+
+class IDContextCache:
+    """State of a batch of streams; make one with `allocate`, outside of inference mode.
+
+    Attributes:
+        keys, values: ``(num_steps, num_layers, rows, tokens, D)``; num_steps is 1 unless ``cache_noise`` is per_step.
+        mask: ``(rows, 1, 1, tokens)``, 0 where a row may look and -inf where not.
+        rotation: ``(rows, l * n, D / 2)``, of the current slot.
+        num_frames: per row, latent frames committed since its start; 0 = the next chunk is its first.
+        num_previous: per row, latent frames in the previous slot (right-aligned: next to the current slot).
+        step: denoising step under way; matters for ``per_step`` only.
+    """
+
+    def __init__(
+        self,
+        options: CacheOptions,
+        rope: Rope,
+        num_layers: int,
+        rows: int,
+        height: int,
+        width: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        num_steps: int = 1,
+        always_mask: bool = False,
+    ) -> None:
+        self.options, self.rope, self.height, self.width = options, rope, height, width
+        self.num_layers, self.rows, self.always_mask = num_layers, rows, always_mask
+        self.num_steps, self.device, self.dtype = num_steps, device, dtype
+        self.num_tokens = height * width
+        self.previous_frames = options.chunk_length if options.use_context else 0
+        self.num_frames, self.num_previous = [0] * rows, [0] * rows
+        self.step = self.num_current = 0
+        tokens = (self.previous_frames + 1 + options.chunk_length) * self.num_tokens
+        with torch.inference_mode(False):
+            self.mask = torch.zeros(rows, 1, 1, tokens, device=device, dtype=dtype)
+            self.rotation = self._table(1, options.chunk_length).repeat(rows, 1, 1)
+            self._make_slots((num_steps, num_layers, rows, tokens, rope.dim))
+        self._positions: list[int] = []
+        self._visible: list[tuple[int, bool]] = []
+        self._refresh()
+
+    @classmethod
+    def allocate(
+        cls,
+        model: A2VDiT,
+        rows: int,
+        height: int,
+        width: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        num_steps: int = 1,
+        always_mask: bool = False,
+    ) -> Self:
+        """An empty cache for ``rows`` streams of ``height x width`` latents.
+
+        Args:
+            device, dtype: of the model unless given; dtype is that of the keys and values.
+            num_steps: denoising steps per chunk; used by ``cache_noise: per_step`` alone.
+            always_mask: keep one shape for all chunks (CUDA graphs). Else the mask is left out where no row needs it.
+        """
+        if model.attention != "chunked":
+            raise UserError('expected a model with attention="chunked", got a teacher: use teacher.to_student()')
+        weight = model.proj_in.weight
+        per_step = model.cache_options.cache_noise == "per_step"
+        return cls(
+            model.cache_options,
+            model.rope,
+            model.num_layers,
+            rows,
+            height,
+            width,
+            torch.device(device) if device is not None else weight.device,
+            dtype or weight.dtype,
+            num_steps if per_step else 1,
+            always_mask,
+        )
+
+    def _make_slots(self, shape: tuple[int, ...]) -> None:
+        self.keys = torch.zeros(shape, device=self.device, dtype=self.dtype)
+        self.values = torch.zeros(shape, device=self.device, dtype=self.dtype)
+        self._views: dict[tuple[int, int, int], list[tuple[Tensor, Tensor, Tensor, Tensor]]] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers."""
+        return sum(x.numel() * x.element_size() for x in (self.keys, self.values, self.mask, self.rotation))
+
+    @property
+    def reference_expected(self) -> bool:
+        """Whether the next chunk comes with the reference in front (``reference_attends: first_chunk``)."""
+        return self.options.reference_attends == "first_chunk" and 0 in self.num_frames
+
+    # -- one denoising step -------------------------------------------------------------------------------------------
+
+    def begin(self, num_frames: int, step: int = 0) -> int:
+        """Get ready for one forward of ``num_frames`` latents; returns how many of them are the reference (0 or 1).
+
+        Raises:
+            UserError: more frames than a chunk has, or rows that disagree on whether the reference is due.
+        """
+        has_reference = self.reference_expected
+        if has_reference and any(self.num_frames):
+            raise UserError(
+                "expected all rows at their first chunk with reference_attends=first_chunk, got rows in mid-stream: "
+                "start the stream in a cache of its own and use copy_row_"
+            )
+        length = self.options.chunk_length
+        if not 1 <= num_frames - has_reference <= length:
+            what = "the reference and 1" if has_reference else "1"
+            raise UserError(f"expected {what} to {length} latent frames of one chunk, got {num_frames} frames in all")
+        self.step = step if self.options.cache_noise == "per_step" else 0
+        if self.step >= self.num_steps:
+            raise UserError(f"expected a step below {self.num_steps}, got {step}: allocate with a larger num_steps")
+        self.num_current = num_frames - has_reference
+        self._has_reference = has_reference
+        self._rotation = self.rotation[:, : self.num_current * self.num_tokens]
+        if has_reference:
+            self._rotation = torch.cat([self._table(0, 1).expand(self.rows, -1, -1), self._rotation], dim=1)
+        return int(has_reference)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
+        """Attention of the current chunk over its window; ``q, k, v (rows, f * n, D)``, not rotated."""
+        q, k = rotate(q, self._rotation), rotate(k, self._rotation)
+        if self._has_reference:
+            n = self.num_tokens
+            self.write_sink(layer, k[:, :n], v[:, :n])
+            k, v = k[:, n:], v[:, n:]
+        keys, values = self.update(layer, k, v)
+        mask = self.mask[..., self._start : self._start + keys.shape[1]] if self._masked else None
+        return attend(q, keys, values, num_heads, mask)
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> KeyValue:
+        """Write rotated keys and values ``(rows, f * n, D)`` to the current slot; returns the window to attend to."""
+        plan = (self.step, self._start, self.num_current)
+        if plan not in self._views:
+            self._views[plan] = self._make_views(*plan)
+        key_slot, value_slot, keys, values = self._views[plan][layer]
+        key_slot.copy_(k)
+        value_slot.copy_(v)
+        return keys, values
+
+    def _make_views(self, step: int, start: int, num_current: int) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        current = (self.previous_frames + 1) * self.num_tokens
+        end = current + num_current * self.num_tokens
+        pairs = zip(self.keys[step], self.values[step], strict=True)
+        return [(k[:, current:end], v[:, current:end], k[:, start:end], v[:, start:end]) for k, v in pairs]
+
+    def write_sink(self, layer: int, k: Tensor, v: Tensor, rows: Sequence[int] | None = None) -> None:
+        """Write the reference's rotated keys and values ``(rows, n, D)``: all rows unless they are named."""
+        start = self.previous_frames * self.num_tokens
+        every = self.options.reference_attends == "self"  # prefilled once, for all steps
+        steps = slice(None) if every else slice(self.step, self.step + 1)
+        for buffer, new in ((self.keys, k), (self.values, v)):
+            sink = buffer[steps, layer, :, start : start + self.num_tokens]
+            if rows is None:
+                sink.copy_(new)
+            else:
+                for i, row in enumerate(rows):
+                    sink[:, row].copy_(new[i])
+
+    # -- once per chunk -----------------------------------------------------------------------------------------------
+
+    def commit(self) -> None:
+        """End the chunk: the current slot becomes the previous one, moved to its positions, in place."""
+        if self.num_current == 0:
+            raise UserError("expected a chunk before commit(), got none: run the model with this cache first")
+        if self.options.use_context:
+            self._move()
+            self.num_previous = [self.num_current] * self.rows
+        self.num_frames = [count + self.num_current for count in self.num_frames]
+        self.num_current = 0
+        self._refresh()
+
+    def _move(self) -> None:
+        n, f = self.num_tokens, self.num_current
+        previous = slice((self.previous_frames - f) * n, self.previous_frames * n)
+        current = slice((self.previous_frames + 1) * n, (self.previous_frames + 1 + f) * n)
+        keys = self.keys[..., current, :]
+        self.keys[..., previous, :] = rotate(keys, self._shift()) if self.options.positions == "window" else keys
+        self.values[..., previous, :] = self.values[..., current, :]
+
+    def _shift(self) -> Tensor:
+        """Rotation from the current slot to the positions just before it: ``(rows, f * n, D / 2)``."""
+        first = 1 + self.options.chunk_length - self.num_current
+        return self.rotation[:, : self.num_current * self.num_tokens].conj() * self._table(first, self.num_current)
+
+    def _table(self, first: int, num_frames: int) -> Tensor:
+        return self.rope.table(first, num_frames, self.height, self.width, self.device)
+
+    def reset_rows(self, rows: Sequence[int] | None = None) -> None:
+        """Let rows start anew with their next chunk (all rows unless named); their sinks stay until prefilled again."""
+        for row in self.check_rows(rows):
+            self.num_frames[row] = self.num_previous[row] = 0
+            self._clear_previous(row)
+        self._refresh()
+
+    def _clear_previous(self, row: int) -> None:
+        for buffer in (self.keys, self.values):  # a hidden slot must still be finite: 0 * NaN = NaN
+            buffer[:, :, row, : self.previous_frames * self.num_tokens] = 0
+
+    def check_rows(self, rows: Sequence[int] | None) -> Sequence[int]:
+        for row in rows if rows is not None else ():
+            if not 0 <= row < self.rows:
+                raise UserError(f"expected a row from 0 to {self.rows - 1}, got {row}: allocate more rows")
+        return rows if rows is not None else range(self.rows)
+
+    def _refresh(self) -> None:
+        """Bring rotation, mask and window in line with the rows' counters; the host knows all it needs."""
+        options, n = self.options, self.num_tokens
+        fresh = [count == 0 for count in self.num_frames]
+        if options.positions == "absolute":
+            positions = [1 + count for count in self.num_frames]
+        else:
+            adjacent = options.first_chunk_slot == "adjacent"
+            positions = [1 if adjacent and new else 1 + options.chunk_length for new in fresh]
+        if positions != self._positions:
+            for row, position in enumerate(positions):
+                self.rotation[row].copy_(self._table(position, options.chunk_length))
+            self._positions = positions
+        visible = [(count, options.use_sink or new) for count, new in zip(self.num_previous, fresh, strict=True)]
+        same_previous = len({count for count, _ in visible}) == 1
+        all_sinks = all(sink for _, sink in visible)
+        no_sinks = not any(sink for _, sink in visible) and not any(self.num_previous)
+        self._masked = self.always_mask or not ((same_previous and all_sinks) or no_sinks)
+        if self._masked:
+            self._start = 0
+        elif no_sinks:
+            self._start = (self.previous_frames + 1) * n
+        else:
+            self._start = (self.previous_frames - self.num_previous[0]) * n
+        if visible != self._visible:
+            host = torch.zeros(self.mask.shape, dtype=self.mask.dtype)
+            for row, (count, sink) in enumerate(visible):
+                host[row, ..., : (self.previous_frames - count) * n] = -torch.inf
+                if not sink:
+                    host[row, ..., self.previous_frames * n : (self.previous_frames + 1) * n] = -torch.inf
+            self.mask.copy_(host)
+            self._visible = visible
+
+    # -- moving state -------------------------------------------------------------------------------------------------
+
+    def copy_row_(self, row: int, source: IDContextCache, source_row: int = 0) -> None:
+        """Take over one stream of another cache, between two chunks."""
+        self.check_rows([row])
+        source.check_rows([source_row])
+        if (source.options, source.keys.shape[1], source.keys.shape[3:]) != (
+            self.options,
+            self.keys.shape[1],
+            self.keys.shape[3:],
+        ):
+            raise UserError("expected a row of a cache with the same model and size, got another: allocate both alike")
+        self.keys[:, :, row].copy_(source.keys[:, :, source_row])
+        self.values[:, :, row].copy_(source.values[:, :, source_row])
+        self.num_frames[row] = source.num_frames[source_row]
+        self.num_previous[row] = source.num_previous[source_row]
+        self._refresh()
+
+    def snapshot(self) -> dict[str, Any]:
+        """A copy of the state; `restore` brings it back bit by bit."""
+        return {
+            "keys": self.keys.clone(),
+            "values": self.values.clone(),
+            "num_frames": list(self.num_frames),
+            "num_previous": list(self.num_previous),
+            "num_current": self.num_current,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Write a `snapshot` of a cache of the same model and size into the buffers, in place."""
+        if state["keys"].shape != self.keys.shape or state["keys"].dtype != self.keys.dtype:
+            raise UserError(
+                f"expected a snapshot of shape {tuple(self.keys.shape)} and {self.keys.dtype}, "
+                f"got {tuple(state['keys'].shape)} and {state['keys'].dtype}: it is of another model or size"
+            )
+        self.keys.copy_(state["keys"])
+        self.values.copy_(state["values"])
+        self.num_frames, self.num_previous = list(state["num_frames"]), list(state["num_previous"])
+        self.num_current = state["num_current"]
+        self._refresh()
+
+
+class DifferentiableCache(IDContextCache):
+    """The same maths with tensors that keep their graph: sequential training, chunk after chunk.
+
+    The parallel forward gives the same gradients at less cost; this is what it is compared with. All rows advance
+    together: there is no mask, no `snapshot` and no `copy_row_`.
+    """
+
+    def _make_slots(self, shape: tuple[int, ...]) -> None:
+        self._sink: dict[tuple[int, int], KeyValue] = {}
+        self._previous: dict[tuple[int, int], KeyValue] = {}
+        self._current: dict[tuple[int, int], KeyValue] = {}
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
+        self._masked = False
+        return super().attend(layer, q, k, v, num_heads)
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> KeyValue:
+        slot, options = (self.step, layer), self.options
+        self._current[slot] = (k, v)
+        cached = [self._previous[slot]] if self.num_previous[0] else []
+        if options.use_sink or self.num_frames[0] == 0:
+            cached.append(self._sink[slot])
+        if options.cache_gradient == "detached" and not self._has_reference:
+            cached = [(key.detach(), value.detach()) for key, value in cached]
+        window = [*cached, (k, v)]
+        return torch.cat([key for key, _ in window], 1), torch.cat([value for _, value in window], 1)
+
+    def write_sink(self, layer: int, k: Tensor, v: Tensor, rows: Sequence[int] | None = None) -> None:
+        assert rows is None
+        steps = range(self.num_steps) if self.options.reference_attends == "self" else [self.step]
+        self._sink.update({(step, layer): (k, v) for step in steps})
+
+    def _move(self) -> None:
+        absolute = self.options.positions == "absolute"
+        shift = None if absolute else self._shift()
+        self._previous = {s: (k if shift is None else rotate(k, shift), v) for s, (k, v) in self._current.items()}
+
+    def _clear_previous(self, row: int) -> None:
+        self._previous = {}

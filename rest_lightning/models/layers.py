@@ -1,0 +1,210 @@
+"""Layers of the A2V-DiT; parameter names follow diffusers' ``LTXVideoTransformer3DModel``: its weights load by name."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rest_lightning.models.attention import AttentionContext, KeyValue, split_heads
+
+Modulation = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class SigmaEmbedding:
+    """`A2VDiT.embed_sigma`: shift, 1 + scale and gate of every block, and shift, 1 + scale of the output.
+
+    All are ``(B, f, 1, D)``; with B = f = 1 they serve any batch and any number of frames.
+    """
+
+    blocks: list[Modulation]
+    out: tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Condition:
+    """`A2VDiT.project_speech` or `project_text`: keys and values of every block, once for all denoising steps."""
+
+    blocks: list[KeyValue]
+    mask: Tensor | None = None
+
+    def twice(self) -> Condition:
+        """The condition of a batch that is repeated."""
+        blocks = [(torch.cat([k, k]), torch.cat([v, v])) for k, v in self.blocks]
+        return Condition(blocks, None if self.mask is None else torch.cat([self.mask, self.mask]))
+
+
+class RMSNorm(nn.Module):
+    """RMS norm over the last axis; the weight is absent where there is none (LTX blocks), and follows autocast."""
+
+    def __init__(self, dim: int, eps: float, elementwise_affine: bool = True) -> None:
+        super().__init__()
+        self.shape, self.eps = (dim,), eps
+        self.weight = nn.Parameter(torch.ones(dim)) if elementwise_affine else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight.to(x.dtype) if self.weight is not None else None
+        return F.rms_norm(x, self.shape, weight, self.eps)
+
+
+class Attention(nn.Module):
+    """Projections of one attention: RMS norm of queries and keys across heads (LTX ``rms_norm_across_heads``)."""
+
+    def __init__(self, dim: int, num_heads: int, context_dim: int, bias: bool = True, out_bias: bool = True) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm_q = RMSNorm(dim, eps=1e-5)
+        self.norm_k = RMSNorm(dim, eps=1e-5)
+        self.to_q = nn.Linear(dim, dim, bias=bias)
+        self.to_k = nn.Linear(context_dim, dim, bias=bias)
+        self.to_v = nn.Linear(context_dim, dim, bias=bias)
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim, bias=out_bias)])
+
+    def self_attention(self, x: Tensor, layer: int, context: AttentionContext) -> Tensor:
+        """``x (B, f * n, D)`` attends inside ``context``."""
+        q, k, v = self.norm_q(self.to_q(x)), self.norm_k(self.to_k(x)), self.to_v(x)
+        return self.to_out[0](context.attend(layer, q, k, v, self.num_heads))
+
+    def project(self, context: Tensor) -> KeyValue:
+        """Keys and values ``(N, heads, m, D / heads)`` of a condition ``(N, m, context_dim)``."""
+        k, v = self.norm_k(self.to_k(context)), self.to_v(context)
+        return split_heads(k.to(v.dtype), self.num_heads), split_heads(v, self.num_heads)
+
+    def cross_attention(self, x: Tensor, key_value: KeyValue, mask: Tensor | None = None) -> Tensor:
+        """``x (N, T, D)`` attends to projected keys and values; no positions."""
+        k, v = key_value
+        q = split_heads(self.norm_q(self.to_q(x)).to(v.dtype), self.num_heads)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.to_out[0](out.transpose(1, 2).flatten(2))
+
+
+class SpeechAttention(Attention):
+    """Attention of a frame's tokens to its speech tokens; its output starts at zero (decided here)."""
+
+    def __init__(self, dim: int, num_heads: int, speech_dim: int) -> None:
+        super().__init__(dim, num_heads, speech_dim)
+        output = nn.Linear(dim, dim)
+        nn.init.zeros_(output.weight)
+        nn.init.zeros_(output.bias)
+        self.to_out[0] = output
+
+
+class GELUProjection(nn.Module):
+    """Linear layer and tanh-approximated GELU (diffusers ``GELU``)."""
+
+    def __init__(self, dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(dim, out_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(self.proj(x), approximate="tanh")
+
+
+class FeedForward(nn.Module):
+    """Two layers, four times as wide in between; names as in diffusers (``net.0.proj``, ``net.2``)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.net = nn.Sequential(GELUProjection(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class TimestepEmbedder(nn.Module):
+    """Sinusoids of 1000 * sigma through two linear layers (LTX, after PixArt-alpha)."""
+
+    def __init__(self, dim: int, num_frequencies: int = 128) -> None:
+        super().__init__()
+        self.num_frequencies = num_frequencies
+        self.linear_1 = nn.Linear(2 * num_frequencies, dim)
+        self.linear_2 = nn.Linear(dim, dim)
+
+    def forward(self, sigma: Tensor) -> Tensor:
+        exponents = torch.arange(self.num_frequencies, dtype=torch.float32, device=sigma.device)
+        frequencies = torch.exp(-math.log(10000.0) * exponents / self.num_frequencies)
+        phases = (1000.0 * sigma).float().unsqueeze(-1) * frequencies
+        waves = torch.cat([phases.cos(), phases.sin()], dim=-1).to(self.linear_1.weight.dtype)
+        return self.linear_2(F.silu(self.linear_1(waves)))
+
+
+class AdaLayerNormSingle(nn.Module):
+    """Shared AdaLN (PixArt-alpha): one embedding, and six modulation vectors that every block offsets by its table."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.emb = nn.ModuleDict({"timestep_embedder": TimestepEmbedder(dim)})
+        self.linear = nn.Linear(dim, 6 * dim)
+
+    def forward(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """``sigma (B, f)`` -> modulation ``(B, f, 6 * D)`` and embedding ``(B, f, D)``."""
+        embedding = self.emb["timestep_embedder"](sigma)
+        return self.linear(F.silu(embedding)), embedding
+
+
+class CaptionProjection(nn.Module):
+    """Text embeddings to the width of the network (PixArt-alpha)."""
+
+    def __init__(self, caption_channels: int, dim: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(caption_channels, dim)
+        self.linear_2 = nn.Linear(dim, dim)
+
+    def forward(self, text: Tensor) -> Tensor:
+        return self.linear_2(F.gelu(self.linear_1(text), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """Self-attention, text attention (``attn2``), speech attention, feed-forward; tokens are ``(B, f, n, D)``."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        has_text: bool,
+        speech_dim: int | None,
+        attention_bias: bool,
+        attention_out_bias: bool,
+        norm_eps: float,
+        norm_elementwise_affine: bool,
+    ) -> None:
+        super().__init__()
+        bias, out_bias = attention_bias, attention_out_bias
+        self.norm1 = RMSNorm(dim, norm_eps, norm_elementwise_affine)
+        self.attn1 = Attention(dim, num_heads, dim, bias, out_bias)
+        self.attn2 = Attention(dim, num_heads, dim, bias, out_bias) if has_text else None
+        self.speech_norm = RMSNorm(dim, norm_eps, norm_elementwise_affine)
+        self.speech_attn = SpeechAttention(dim, num_heads, speech_dim) if speech_dim is not None else None
+        self.norm2 = RMSNorm(dim, norm_eps, norm_elementwise_affine)
+        self.ff = FeedForward(dim)
+        self.scale_shift_table = nn.Parameter(torch.randn(6, dim) / dim**0.5)
+
+    def modulation(self, embedding: Tensor) -> Modulation:
+        """Shift, 1 + scale, gate of both halves, each ``(B, f, 1, D)``, from ``(B, f, 6, 1, D)``."""
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = (self.scale_shift_table[:, None] + embedding).unbind(2)
+        return shift_1, 1 + scale_1, gate_1, shift_2, 1 + scale_2, gate_2
+
+    def forward(
+        self,
+        x: Tensor,
+        layer: int,
+        modulation: Modulation,
+        context: AttentionContext,
+        text: KeyValue | None,
+        text_mask: Tensor | None,
+        speech: KeyValue | None,
+    ) -> Tensor:
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = modulation
+        normed = torch.addcmul(shift_1, self.norm1(x), scale_1)
+        attended = self.attn1.self_attention(normed.flatten(1, 2), layer, context)
+        x = torch.addcmul(x, attended.view(x.shape), gate_1)
+        if self.attn2 is not None and text is not None:
+            x = x + self.attn2.cross_attention(x.flatten(1, 2), text, text_mask).view(x.shape)
+        if self.speech_attn is not None and speech is not None:
+            x = x + self.speech_attn.cross_attention(self.speech_norm(x).flatten(0, 1), speech).view(x.shape)
+        normed = torch.addcmul(shift_2, self.norm2(x), scale_2)
+        return torch.addcmul(x, self.ff(normed), gate_2)

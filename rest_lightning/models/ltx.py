@@ -1,0 +1,150 @@
+"""LTX-Video weights into the A2V-DiT: every tensor by name, nothing left over, nothing missing (REST sec. 4.1).
+
+Only the speech attention and the spatial embedding are new; they keep their own start.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from rest_lightning.errors import UserError
+from rest_lightning.models.transformer import A2VDiT
+
+NEW_PARTS = ("speech_attn.", "speech_norm.", "spatial_embedding")
+ORIGINAL_PREFIX = "model.diffusion_model."
+
+
+def from_ltx(source: str | Path | nn.Module, **overrides: Any) -> A2VDiT:
+    """A teacher whose output equals LTX's own until the speech attention is trained.
+
+    Args:
+        source: an ``LTXVideoTransformer3DModel``; a folder in diffusers format (the transformer's, or a pipeline's with
+            ``transformer/`` in it); a single file in the original format; or a hub id.
+        overrides: arguments of `A2VDiT` that LTX has no word for (``speech_dim``, ``fps``, ``attention``, ...).
+
+    Raises:
+        UserError: no such weights, an architecture that A2VDiT does not cover, or a tensor left over or missing.
+    """
+    config, state = _read(source)
+    arguments = {**_arguments(config), **overrides}
+    model = A2VDiT(**arguments)
+    own = model.state_dict()
+    new = {name for name in own if any(part in name for part in NEW_PARTS)}
+    problems = {
+        "missing": sorted(own.keys() - new - state.keys()),
+        "left over": sorted(state.keys() - own.keys()),
+        "of another shape": sorted(name for name in own.keys() & state.keys() if own[name].shape != state[name].shape),
+    }
+    for what, names in problems.items():
+        if names:
+            raise UserError(
+                f"expected the tensors of an LTX transformer, got {len(names)} {what}: {', '.join(names[:5])}"
+                f"{', ...' if len(names) > 5 else ''}; use weights of the same architecture, or change the overrides"
+            )
+    model = model.to(state["proj_in.weight"])
+    model.load_state_dict({**{name: own[name] for name in new}, **state})
+    return model
+
+
+def _arguments(config: dict[str, Any]) -> dict[str, Any]:
+    """A2VDiT's arguments from a diffusers configuration; an unknown architecture is an error."""
+    only = {"patch_size": 1, "patch_size_t": 1, "activation_fn": "gelu-approximate", "qk_norm": "rms_norm_across_heads"}
+    for name, value in only.items():
+        if config.get(name, value) != value:
+            raise UserError(f"expected an LTX transformer with {name}={value}, got {config[name]}: not covered")
+    names = (
+        "in_channels",
+        "out_channels",
+        "num_layers",
+        "num_attention_heads",
+        "attention_head_dim",
+        "caption_channels",
+        "attention_bias",
+        "attention_out_bias",
+        "norm_eps",
+        "norm_elementwise_affine",
+    )
+    return {name: config[name] for name in names if name in config}
+
+
+def _read(source: str | Path | nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    if isinstance(source, nn.Module):
+        config = getattr(source, "config", None)
+        if type(source).__name__ != "LTXVideoTransformer3DModel" or config is None:
+            raise UserError(
+                f"expected an LTXVideoTransformer3DModel, got {type(source).__name__}: pass diffusers' model"
+            )
+        return dict(config), source.state_dict()
+    path = Path(source)
+    if path.is_file():
+        return _read_single_file(path)
+    if path.is_dir():
+        folder = path / "transformer" if (path / "transformer" / "config.json").is_file() else path
+        if not (folder / "config.json").is_file():
+            raise UserError(f"expected a folder with config.json or transformer/config.json, got {path}")
+        return _read_pretrained(folder)
+    if path.suffix or path.is_absolute() or str(source).count("/") != 1:
+        raise UserError(
+            f"expected LTX weights (a diffusers folder, a single file or a hub id), got no such path: {path}"
+        )
+    return _read_pretrained(str(source), subfolder="transformer")
+
+
+def _read_pretrained(source: str | Path, **arguments: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    from rest_lightning.torchvision_compat import ensure_torchvision
+
+    ensure_torchvision()
+    from diffusers.models.transformers.transformer_ltx import LTXVideoTransformer3DModel
+
+    try:
+        model, report = LTXVideoTransformer3DModel.from_pretrained(source, output_loading_info=True, **arguments)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"expected LTX weights in diffusers format, got {source}: {reason}") from error
+    for what, key in (("missing", "missing_keys"), ("left over", "unexpected_keys"), ("wrong", "mismatched_keys")):
+        if report[key]:
+            raise UserError(f"expected the tensors of an LTX transformer in {source}, got {what}: {report[key][0]}")
+    return dict(model.config), model.state_dict()
+
+
+def _read_single_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The original format: diffusers' own conversion of the names, and the sizes from the tensors."""
+    from safetensors import SafetensorError, safe_open
+
+    from rest_lightning.torchvision_compat import ensure_torchvision
+
+    ensure_torchvision()
+    from diffusers.loaders.single_file_utils import convert_ltx_transformer_checkpoint_to_diffusers
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            names, metadata = list(file.keys()), file.metadata() or {}
+            prefix = ORIGINAL_PREFIX if any(name.startswith(ORIGINAL_PREFIX) for name in names) else ""
+            original = {name: file.get_tensor(name) for name in names if name.startswith(prefix) and "vae" not in name}
+    except SafetensorError as error:
+        raise UserError(f"expected LTX weights as safetensors, got {path}: {error}") from error
+    state = convert_ltx_transformer_checkpoint_to_diffusers(original)
+    layers = {int(name.split(".")[1]) for name in state if name.startswith("transformer_blocks.")}
+    for name in ("proj_in.weight", "proj_out.weight", "caption_projection.linear_1.weight"):
+        if name not in state or not layers:
+            raise UserError(f"expected an LTX transformer in {path}, got no {name}: use LTX-Video's own weights")
+    dim, in_channels = state["proj_in.weight"].shape
+    # The number of heads leaves no trace in the shapes: newer files say it, all published sizes have 32.
+    stated = json.loads(metadata.get("config", "{}")).get("transformer", {})
+    num_heads = stated.get("num_attention_heads", 32)
+    config = {
+        "in_channels": in_channels,
+        "out_channels": state["proj_out.weight"].shape[0],
+        "num_layers": max(layers) + 1,
+        "num_attention_heads": num_heads,
+        "attention_head_dim": dim // num_heads,
+        "caption_channels": state["caption_projection.linear_1.weight"].shape[1],
+        "attention_bias": "transformer_blocks.0.attn1.to_q.bias" in state,
+        "attention_out_bias": "transformer_blocks.0.attn1.to_out.0.bias" in state,
+        "norm_elementwise_affine": "transformer_blocks.0.norm1.weight" in state,
+    }
+    return config, state

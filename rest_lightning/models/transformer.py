@@ -1,0 +1,385 @@
+"""A2V-DiT: the audio-to-video diffusion transformer; one class serves teacher and student (REST sec. 3.2 to 3.4).
+
+A superset of diffusers' ``LTXVideoTransformer3DModel`` with the same parameter names: each block has self-attention,
+attention to text (optional), attention of every latent frame to its own speech tokens, and a feed-forward layer. The
+output of the speech attention starts at zero, so that LTX weights give LTX's own output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from rest_lightning.constants import FPS, SPATIAL_RATIO, TEMPORAL_RATIO
+from rest_lightning.errors import UserError
+from rest_lightning.models.attention import AttentionContext, ChunkedContext, FullContext, Rope, attend, rotate
+from rest_lightning.models.cache import CacheOptions, IDContextCache
+from rest_lightning.models.layers import AdaLayerNormSingle, Block, CaptionProjection, Condition, SigmaEmbedding
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+class A2VDiT(nn.Module):
+    """The network that predicts velocity = noise - latents.
+
+    Args:
+        in_channels, out_channels: latent channels C; out_channels defaults to in_channels.
+        num_layers, num_attention_heads, attention_head_dim: the paper's 28 blocks of 32 heads x 64.
+        caption_channels: width of the text embeddings; None = no text attention at all.
+        speech_dim: width d_A of the speech latents; None = no speech attention at all.
+        fps: frames per second; positions in time are seconds, temporal_ratio / fps for a latent frame.
+        temporal_ratio, spatial_ratio: pixel frames and pixels per latent.
+        rope_base_frames, rope_base_height, rope_base_width, rope_theta: positions are divided by these (LTX).
+        attention_bias, attention_out_bias, norm_eps, norm_elementwise_affine: as in diffusers.
+        spatial_embedding: (h, w) of a learned absolute embedding, zero at the start (decided here, for small models).
+        attention: ``full`` (teacher) or ``chunked`` (student).
+        cache_options: the student's window; see `CacheOptions`.
+        gradient_checkpointing: recompute each block in the backward pass.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 128,
+        out_channels: int | None = None,
+        num_layers: int = 28,
+        num_attention_heads: int = 32,
+        attention_head_dim: int = 64,
+        caption_channels: int | None = 4096,
+        speech_dim: int | None = 2048,
+        fps: float = FPS,
+        temporal_ratio: int = TEMPORAL_RATIO,
+        spatial_ratio: int = SPATIAL_RATIO,
+        rope_base_frames: float = 20,
+        rope_base_height: float = 2048,
+        rope_base_width: float = 2048,
+        rope_theta: float = 10000.0,
+        attention_bias: bool = True,
+        attention_out_bias: bool = True,
+        norm_eps: float = 1e-6,
+        norm_elementwise_affine: bool = False,
+        spatial_embedding: tuple[int, int] | None = None,
+        attention: Literal["full", "chunked"] = "full",
+        cache_options: CacheOptions | None = None,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        config = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
+        super().__init__()
+        if attention not in ("full", "chunked"):
+            raise UserError(f"expected attention `full` (teacher) or `chunked` (student), got {attention!r}")
+        if attention_head_dim % 2 or min(num_layers, num_attention_heads, in_channels) < 1:
+            raise UserError("expected an even attention_head_dim and at least one layer, head and channel")
+        self.attention = attention
+        self.cache_options = cache_options or CacheOptions()
+        self.num_layers, self.num_heads = num_layers, num_attention_heads
+        self.in_channels, self.speech_dim, self.caption_channels = in_channels, speech_dim, caption_channels
+        self.gradient_checkpointing = gradient_checkpointing
+        self._config = {**config, "out_channels": out_channels or in_channels, "cache_options": self.cache_options}
+        self.dim = dim = num_attention_heads * attention_head_dim
+        frame_s, cell_px = temporal_ratio / fps, float(spatial_ratio)
+        self.rope = Rope(dim, frame_s, cell_px, rope_base_frames, rope_base_height, rope_base_width, rope_theta)
+
+        self.proj_in = nn.Linear(in_channels, dim)
+        self.spatial_size = tuple(spatial_embedding) if spatial_embedding is not None else None
+        if spatial_embedding is not None:
+            self.spatial_embedding = nn.Parameter(torch.zeros(spatial_embedding[0] * spatial_embedding[1], dim))
+        self.scale_shift_table = nn.Parameter(torch.randn(2, dim) / dim**0.5)
+        self.time_embed = AdaLayerNormSingle(dim)
+        self.caption_projection = CaptionProjection(caption_channels, dim) if caption_channels is not None else None
+        self.transformer_blocks = nn.ModuleList(
+            Block(
+                dim,
+                num_attention_heads,
+                caption_channels is not None,
+                speech_dim,
+                attention_bias,
+                attention_out_bias,
+                norm_eps,
+                norm_elementwise_affine,
+            )
+            for _ in range(num_layers)
+        )
+        self.proj_out = nn.Linear(dim, out_channels or in_channels)
+
+    # -- configuration ------------------------------------------------------------------------------------------------
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The constructor's arguments, ready for JSON; `from_config` takes them back."""
+        return {**self._config, "cache_options": asdict(self.cache_options)}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Self:
+        """Build an untrained network from `config` (lists are accepted for tuples: JSON has none)."""
+        config = dict(config)
+        if isinstance(config.get("cache_options"), dict):
+            config["cache_options"] = CacheOptions(**config["cache_options"])
+        if config.get("spatial_embedding") is not None:
+            config["spatial_embedding"] = tuple(config["spatial_embedding"])
+        return cls(**config)
+
+    def to_student(self, cache_options: CacheOptions | None = None) -> A2VDiT:
+        """A chunked network with a copy of these weights, on the same device."""
+        config = {**self._config, "attention": "chunked", "cache_options": cache_options or self.cache_options}
+        student = type(self)(**config).to(self.proj_in.weight)
+        student.load_state_dict(self.state_dict())
+        return student
+
+    @classmethod
+    def from_ltx(cls, source: str | Path | nn.Module, **overrides: Any) -> A2VDiT:
+        """A teacher with LTX weights; see `rest_lightning.models.ltx.from_ltx`."""
+        from rest_lightning.models.ltx import from_ltx
+
+        return from_ltx(source, **overrides)
+
+    # -- what the denoising steps share -------------------------------------------------------------------------------
+
+    def embed_sigma(self, sigma: Tensor) -> SigmaEmbedding:
+        """Modulations of ``sigma (B, f)`` in [0, 1]; pass them instead of sigma where it is used more than once."""
+        modulation, embedding = self.time_embed(sigma)
+        modulation = modulation.unflatten(-1, (6, 1, -1))
+        shift, scale = (self.scale_shift_table[:, None] + embedding[:, :, None, None]).unbind(2)
+        return SigmaEmbedding([block.modulation(modulation) for block in self._blocks()], (shift, 1 + scale))
+
+    def project_speech(self, speech_latents: Tensor) -> Condition:
+        """Keys and values of ``speech_latents (B, f, n, d_A)``, one set per frame; pass them instead of the latents.
+
+        They are used as they are: the reference slot of a whole clip has to be zero already.
+        """
+        if self.speech_dim is None:
+            raise UserError("expected no speech latents with speech_dim=None, got some: set speech_dim")
+        if speech_latents.ndim != 4 or speech_latents.shape[-1] != self.speech_dim:
+            raise UserError(
+                f"expected speech_latents of shape (B, f, n, {self.speech_dim}), got {tuple(speech_latents.shape)}: "
+                "set speech_dim to the width of the SpeechAE"
+            )
+        tokens = speech_latents.flatten(0, 1)
+        return Condition([block.speech_attn.project(tokens) for block in self._blocks() if block.speech_attn])
+
+    def project_text(self, text_embeds: Tensor, text_mask: Tensor | None = None) -> Condition:
+        """Keys and values of ``text_embeds (B, L, caption_channels)``; ``text_mask (B, L)``: 1 = token, 0 = padding."""
+        if self.caption_projection is None:
+            raise UserError("expected no text with caption_channels=None, got some: set caption_channels")
+        if text_embeds.ndim != 3 or text_embeds.shape[-1] != self.caption_channels:
+            raise UserError(
+                f"expected text_embeds of shape (B, L, {self.caption_channels}), got {tuple(text_embeds.shape)}"
+            )
+        tokens = self.caption_projection(text_embeds)
+        mask = None
+        if text_mask is not None:  # additive and finite, as in diffusers
+            mask = ((1 - text_mask.to(tokens.dtype)) * -10000.0)[:, None, None]
+        return Condition([block.attn2.project(tokens) for block in self._blocks() if block.attn2], mask)
+
+    def _blocks(self) -> Iterable[Block]:
+        yield from self.transformer_blocks  # type: ignore[misc]
+
+    # -- forward ------------------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        noisy_latents: Tensor,
+        sigma: Tensor | SigmaEmbedding,
+        speech_latents: Tensor | Condition | None = None,
+        text_embeds: Tensor | Condition | None = None,
+        text_mask: Tensor | None = None,
+        cache: IDContextCache | None = None,
+        step: int = 0,
+        context_latents: Tensor | None = None,
+        context_sigma: Tensor | None = None,
+    ) -> Tensor:
+        """Velocity ``(B, out_channels, f, h, w)``.
+
+        Args:
+            noisy_latents: ``(B, C, f, h, w)``. Slot 0 is the reference, 1 + K * l frames for a student; with a cache
+                one chunk of at most l frames, without the reference (unless ``reference_attends`` is ``first_chunk``
+                and this is the first chunk).
+            sigma: noise levels ``(B, f)`` in [0, 1], 0 for the reference.
+            speech_latents: ``(B, f, n, d_A)``; None = zeros (dropped speech). The reference always reads zeros,
+                whatever its slot holds: its keys are prefilled before any speech arrives.
+            text_embeds, text_mask: ``(B, L, caption_channels)`` and ``(B, L)``; required if the model reads text.
+            cache: the streams' state; this call is one denoising step of one chunk.
+            step: index of the denoising step (``cache_noise: per_step``).
+            context_latents, context_sigma: what the cache is fed with in the parallel form, ``(B, C, f, h, w)`` and
+                ``(B, f)`` (default 0). Required for ``cache_noise: clean_pass`` (the clean latents); else they may hold
+                contexts that the model made itself.
+
+        Raises:
+            UserError: shapes, or arguments, that do not fit the model.
+        """
+        self._check_latents(noisy_latents)
+        if isinstance(sigma, Tensor):
+            self._check_sigma(sigma, noisy_latents, "sigma")
+        batch = noisy_latents.shape[0]
+        size = (noisy_latents.shape[2], noisy_latents.shape[3], noisy_latents.shape[4])
+        num_references = 1
+        context: AttentionContext
+        if cache is not None:
+            self._check_cache(cache, noisy_latents)
+            num_references = cache.begin(size[0], step)
+            context = cache
+        elif self.attention == "chunked":
+            self._check_chunks(noisy_latents, sigma, context_latents)
+            two_streams = context_latents is not None
+            context = ChunkedContext(self.cache_options, self.rope, size, noisy_latents.device, two_streams)
+        else:
+            context = FullContext(self.rope.table(0, *size, noisy_latents.device))
+
+        speech = self._speech(speech_latents, batch, size[0], num_references, noisy_latents)
+        text = self._text(text_embeds, text_mask)
+        if context_latents is None:
+            return self._run(noisy_latents, sigma, context, text, speech)
+        if self.attention != "chunked" or cache is not None or isinstance(sigma, SigmaEmbedding):
+            raise UserError("expected context_latents in the student's parallel form only, got a cache or a teacher")
+        if context_latents.shape != noisy_latents.shape:
+            raise UserError(
+                f"expected context_latents of shape {tuple(noisy_latents.shape)}, got {tuple(context_latents.shape)}"
+            )
+        if context_sigma is None:
+            context_sigma = torch.zeros_like(sigma)
+        self._check_sigma(context_sigma, noisy_latents, "context_sigma")
+        both, both_sigmas = torch.cat([noisy_latents, context_latents]), torch.cat([sigma, context_sigma])
+        text, speech = text and text.twice(), speech and speech.twice()
+        return self._run(both, both_sigmas, context, text, speech)[:batch]
+
+    def prefill(
+        self,
+        reference_latent: Tensor,
+        cache: IDContextCache,
+        rows: Sequence[int] | None = None,
+        text_embeds: Tensor | Condition | None = None,
+        text_mask: Tensor | None = None,
+    ) -> None:
+        """Write the ID-Sink of ``rows`` (default: all) from ``reference_latent (rows, C, 1, h, w)``, before any speech.
+
+        In mid-stream this switches the identity; `IDContextCache.reset_rows` starts a new stream.
+        """
+        if cache.options.reference_attends != "self":
+            raise UserError(
+                "expected reference_attends=self for prefill, got first_chunk: put it before the first chunk"
+            )
+        self._check_latents(reference_latent)
+        num_rows = cache.rows if rows is None else len(rows)
+        expected = (num_rows, self.in_channels, 1, cache.height, cache.width)
+        if tuple(reference_latent.shape) != expected:
+            raise UserError(f"expected a reference_latent of shape {expected}, got {tuple(reference_latent.shape)}")
+        cache.check_rows(rows)
+        table = self.rope.table(0, 1, cache.height, cache.width, reference_latent.device)
+        speech = self._speech(None, num_rows, 1, 1, reference_latent)
+        sigma = reference_latent.new_zeros(num_rows, 1)
+        self._run(reference_latent, sigma, _SinkContext(cache, rows, table), self._text(text_embeds, text_mask), speech)
+
+    def _run(
+        self,
+        latents: Tensor,
+        sigma: Tensor | SigmaEmbedding,
+        context: AttentionContext,
+        text: Condition | None,
+        speech: Condition | None,
+    ) -> Tensor:
+        height, width = latents.shape[3:]
+        embedding = sigma if isinstance(sigma, SigmaEmbedding) else self.embed_sigma(sigma)
+        x = self.proj_in(latents.flatten(3).permute(0, 2, 3, 1))
+        if self.spatial_size is not None:
+            x = x + self.spatial_embedding
+        recompute = self.gradient_checkpointing and torch.is_grad_enabled() and not isinstance(context, IDContextCache)
+        text_mask = text.mask if text is not None else None
+        for layer, block in enumerate(self.transformer_blocks):
+            arguments = (
+                x,
+                layer,
+                embedding.blocks[layer],
+                context,
+                text.blocks[layer] if text is not None else None,
+                text_mask,
+                speech.blocks[layer] if speech is not None else None,
+            )
+            x = checkpoint(block, *arguments, use_reentrant=False) if recompute else block(*arguments)
+        shift, scale = embedding.out
+        x = self.proj_out(torch.addcmul(shift, F.layer_norm(x, (self.dim,), eps=1e-6), scale))
+        return x.permute(0, 3, 1, 2).unflatten(-1, (height, width))
+
+    # -- conditions and checks ----------------------------------------------------------------------------------------
+
+    def _speech(
+        self, speech: Tensor | Condition | None, batch: int, num_frames: int, num_references: int, like: Tensor
+    ) -> Condition | None:
+        if isinstance(speech, Condition) or (speech is None and self.speech_dim is None):
+            return speech
+        if speech is None:
+            speech = like.new_zeros(batch, num_frames, 1, self.speech_dim or 0)
+        elif speech.shape[:2] != (batch, num_frames):
+            raise UserError(
+                f"expected speech_latents of shape ({batch}, {num_frames}, n, {self.speech_dim}), "
+                f"got {tuple(speech.shape)}: one set of speech tokens per latent frame"
+            )
+        elif num_references:
+            speech = torch.cat([torch.zeros_like(speech[:, :1]), speech[:, 1:]], dim=1)
+        return self.project_speech(speech)
+
+    def _text(self, text: Tensor | Condition | None, mask: Tensor | None) -> Condition | None:
+        if isinstance(text, Condition):
+            return text
+        if text is not None:
+            return self.project_text(text, mask)
+        if self.caption_projection is not None:
+            raise UserError("expected text_embeds, got None: pass them, or set caption_channels to null")
+        return None
+
+    def _check_latents(self, latents: Tensor) -> None:
+        if latents.ndim != 5 or latents.shape[1] != self.in_channels:
+            raise UserError(
+                f"expected noisy_latents of shape (B, {self.in_channels}, f, h, w), got {tuple(latents.shape)}: "
+                "set in_channels to the channels of the VAE"
+            )
+        if self.spatial_size is not None and tuple(latents.shape[3:]) != self.spatial_size:
+            raise UserError(
+                f"expected latents of {self.spatial_size[0]}x{self.spatial_size[1]} (spatial_embedding), "
+                f"got {latents.shape[3]}x{latents.shape[4]}: use the size that the model was trained at"
+            )
+
+    def _check_sigma(self, sigma: Tensor, latents: Tensor, name: str) -> None:
+        expected = (latents.shape[0], latents.shape[2])
+        if tuple(sigma.shape) != expected:
+            raise UserError(f"expected {name} of shape (B, f) = {expected}, got {tuple(sigma.shape)}: one per frame")
+
+    def _check_chunks(self, latents: Tensor, sigma: Tensor | SigmaEmbedding, context: Tensor | None) -> None:
+        length, num_frames = self.cache_options.chunk_length, latents.shape[2]
+        if num_frames <= 1 or (num_frames - 1) % length:
+            raise UserError(
+                f"expected 1 + K * {length} latent frames (reference and K chunks), got {num_frames}: "
+                f"cut the clip or change chunk_length"
+            )
+        noise = self.cache_options.cache_noise
+        if noise == "clean_pass" and context is None:
+            raise UserError("expected context_latents with cache_noise=clean_pass, got None: pass the clean latents")
+        if noise == "per_step" and isinstance(sigma, Tensor) and bool((sigma[:, 1:] != sigma[:, 1:2]).any()):
+            raise UserError(
+                "expected one sigma for all chunks of a clip with cache_noise=per_step, got several: "
+                "step s reads the keys of step s, so set the motion dropout to 1"
+            )
+
+    def _check_cache(self, cache: IDContextCache, latents: Tensor) -> None:
+        if self.attention != "chunked" or cache.options != self.cache_options:
+            raise UserError("expected a cache of this very model, got another: use IDContextCache.allocate(model, ...)")
+        expected = (cache.rows, cache.height, cache.width)
+        got = (latents.shape[0], latents.shape[3], latents.shape[4])
+        if got != expected:
+            raise UserError(f"expected latents of the cache's (rows, h, w) = {expected}, got {got}: allocate it anew")
+
+
+class _SinkContext:
+    """The reference alone: it sees itself, and its keys and values become the sink of some rows."""
+
+    def __init__(self, cache: IDContextCache, rows: Sequence[int] | None, table: Tensor) -> None:
+        self.cache, self.rows, self.table = cache, rows, table
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
+        k = rotate(k, self.table)
+        self.cache.write_sink(layer, k, v, self.rows)
+        return attend(rotate(q, self.table), k, v, num_heads)
