@@ -9,6 +9,9 @@ from rest_lightning.data.synthetic.hair import hair_back, hair_colour
 from rest_lightning.data.synthetic.identity import Identity
 from rest_lightning.data.synthetic.raster import linear_to_srgb, over, srgb_to_linear, texture_grid
 
+# How far the neckline drops below the shoulder line.
+_OPENING = {"crew": 0.035, "v_neck": 0.14, "collar": 0.07, "turtleneck": 0.0, "scoop": 0.10, "jacket": 0.16}
+
 
 def paint_background(p: Identity, size_px: int) -> Array:
     """sRGB 0..1 (size_px, size_px, 3): a soft gradient with blurred blobs."""
@@ -50,7 +53,8 @@ def paint_body(p: Identity, size_px: int) -> Array:
     neck = smoothstep(-0.005, 0.005, flare - a) * smoothstep(0.50, 0.52, y)
     round_shade = np.sqrt(np.clip(1.02 - (x / np.maximum(flare, 0.01)) ** 2, 0.05, 1))
     side = 0.12 * p.light_x * np.clip(x / nw, -1, 1)
-    chin_shadow = 1 - smoothstep(p.chin_y - 0.01, p.chin_y + 0.12, y + 0.25 * x * p.light_x - 0.9 * np.clip(a - 0.05, 0, 1) * 0.2)
+    slanted = y + 0.25 * x * p.light_x - 0.18 * np.clip(a - 0.05, 0, 1)
+    chin_shadow = 1 - smoothstep(p.chin_y - 0.01, p.chin_y + 0.12, slanted)
     light = (0.36 + 0.46 * round_shade + side) * (1 - 0.42 * chin_shadow)
     tendon = bump(a - 0.2 * (p.shoulder_y + 0.04 - y), y, 0.018, p.shoulder_y - 0.01, 0.012, 0.04)
     light = light + 0.05 * tendon
@@ -59,15 +63,13 @@ def paint_body(p: Identity, size_px: int) -> Array:
     # clothes: below the shoulder line and outside the neckline
     away = np.clip(a - nw, 0, None)
     shoulder = p.shoulder_y - 0.012 + 0.24 * away + 0.38 * away**2
-    opening = {"crew": 0.035, "v_neck": 0.14, "collar": 0.07, "turtleneck": -0.10, "scoop": 0.10, "jacket": 0.16}[p.clothes]
+    opening = _OPENING[p.clothes]
     across = np.clip(a / (nw * 1.12), 0, 1)
-    if p.clothes in ("v_neck", "jacket", "collar"):
-        curve = 1 - across
-    else:
-        curve = np.sqrt(np.clip(1 - across**2, 0, 1))
+    bowl = np.sqrt(np.clip(1 - across**2, 0, 1))
+    curve = 1 - across if p.clothes in ("v_neck", "jacket", "collar") else bowl
     neckline = p.shoulder_y - 0.012 + opening * curve
     if p.clothes == "turtleneck":
-        neckline = np.where(a < nw * 1.10, p.shoulder_y - 0.055 + 0.02 * np.sqrt(np.clip(1 - across**2, 0, 1)), shoulder)
+        neckline = np.where(a < nw * 1.10, p.shoulder_y - 0.055 + 0.02 * bowl, shoulder)
         shoulder = np.where(a < nw * 1.10, neckline, shoulder)
     top = np.maximum(shoulder, neckline)
     mask = smoothstep(-0.005, 0.005, y - top)
@@ -83,7 +85,8 @@ def paint_body(p: Identity, size_px: int) -> Array:
     if p.clothes in ("collar", "jacket"):
         inner = neckline if p.clothes == "collar" else p.shoulder_y - 0.02 + 0.06 * (1 - across)
         flap = inner - 0.022 + 1.3 * np.clip(a - nw, 0, None)  # slopes down from the neck
-        band = smoothstep(-0.004, 0.004, y - flap) * (1 - smoothstep(0.028, 0.040, y - inner - 0.5 * np.clip(a - nw, 0, None)))
+        hem = inner + 0.5 * np.clip(a - nw, 0, None)
+        band = smoothstep(-0.004, 0.004, y - flap) * (1 - smoothstep(0.028, 0.040, y - hem))
         reach = smoothstep(0.2, 0.3, across) * (1 - smoothstep(nw * 1.45, nw * 1.6, a))
         tone = cloth if p.clothes == "collar" else srgb_to_linear(p.cloth_2)
         image = over(image, tone * (0.80 + 0.25 * across[..., None]), band * reach)

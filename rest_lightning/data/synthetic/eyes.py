@@ -31,7 +31,8 @@ class Eyes:
         self.centre: list[Array] = []
         self._blink = m.blink[:, 0]
         a = np.abs(_T)
-        upper_height = 0.0225 * p.eye_height * (1 + 0.12 * np.clip(m.brow_raise, 0, 1) + 0.10 * np.clip(-m.gaze_y, 0, 1))
+        widened = 1 + 0.12 * np.clip(m.brow_raise, 0, 1) + 0.10 * np.clip(-m.gaze_y, 0, 1)
+        upper_height = 0.0225 * p.eye_height * widened
         lower_height = 0.0125 * p.eye_height
         for side in (-1.0, 1.0):
             out = _T * side  # 1 at the outer corner
@@ -66,7 +67,8 @@ class Eyes:
             self._bridge = place(bridge_x, bridge, 0.035)
             self._arms = []
             for side in (-1.0, 1.0):
-                arm_x = side * np.array([[p.eye_x + 0.070, p.face_width * 1.0]])
+                reach = 0.87 if p.hair_style in ("long", "wavy", "bob") else 1.0  # under the hair
+                arm_x = side * np.array([[p.eye_x + 0.070, max(p.eye_x + 0.072, p.face_width * reach)]])
                 z = np.array([[float(depth(p, np.array(p.eye_x), np.array(p.eye_y))) + 0.02, 0.02]])
                 self._arms.append(motion.project(arm_x, np.array([[p.eye_y - 0.012, p.eye_y - 0.006]]), z))
         self._make_paints()

@@ -19,7 +19,6 @@ from rest_lightning.data.synthetic.raster import Mesh
 from rest_lightning.data.synthetic.track import FaceTrack
 from rest_lightning.errors import UserError
 
-
 # The camera is closer than the painted frame: talking-head crops are tight, and mouth and eyes need the pixels.
 ZOOM = 1.2
 CENTRE = (0.5, 0.55)

@@ -10,7 +10,7 @@ from rest_lightning.data.synthetic.raster import srgb_to_linear
 
 # name -> (thickness on top, at the sides, sideburn end, growth of both with hair_volume)
 _SHAPE = {
-    "balding": (0.004, 0.012, 0.50, 0.010),
+    "balding": (0.0, 0.006, 0.53, 0.004),
     "buzz": (0.008, 0.006, 0.46, 0.006),
     "short": (0.016, 0.010, 0.47, 0.022),
     "side_part": (0.022, 0.012, 0.47, 0.022),
@@ -32,7 +32,7 @@ def _thickness(p: Identity) -> tuple[float, float, float]:
 
 def _outline_wave(p: Identity, x: Array, y: Array) -> Array:
     """Undulation of the outer contour, largest for curls."""
-    strength = {"curly": 0.012, "afro": 0.006, "wavy": 0.010}.get(p.hair_style, 0.003) * (0.5 + p.waviness)
+    strength = {"curly": 0.0085, "afro": 0.005, "wavy": 0.010}.get(p.hair_style, 0.003) * (0.5 + p.waviness)
     angle = np.arctan2(y - 0.42, x)
     waves = 13 if p.hair_style in ("curly", "afro") else 5
     ripple = np.sin(waves * angle + p.hair_phase) + 0.7 * np.sin((waves * 1.7 // 1) * angle + 2 * p.hair_phase)
@@ -101,7 +101,8 @@ def hair_front(p: Identity, x: Array, y: Array) -> Array:
     if p.hair_style in ("long", "wavy", "bob") and p.fringe == 0:
         # parted: the line rises to the parting and falls to both sides
         middle = 0.3 * p.part
-        line = p.hairline_y - 0.015 + 0.20 * np.abs((relative - middle) / (1 - middle * np.sign(relative - middle))) ** 2.3
+        aside = (relative - middle) / (1 - middle * np.sign(relative - middle))
+        line = p.hairline_y - 0.015 + 0.20 * np.abs(aside) ** 2.3
     if p.fringe > 0:
         drop = (p.eye_y - p.brow_y - 0.012 - p.hairline_y) * (0.45 + 0.5 * p.fringe)
         sweep = 1 - 0.35 * np.clip(relative * np.sign(p.part), -1, 1)
@@ -118,7 +119,7 @@ def hair_front(p: Identity, x: Array, y: Array) -> Array:
     inner = p.face_width * (0.88 + 0.10 * smoothstep(0.36, sideburn, y))
     sides = _soft(np.abs(x) - inner, 0.010) * (1 - smoothstep(sideburn - 0.035, sideburn + 0.01, y))
     if p.hair_style == "balding":
-        sides = sides * smoothstep(0.30, 0.37, y)
+        sides = 0.85 * sides * smoothstep(0.34, 0.45, y)
     return inside * np.maximum(cap * (1 - smoothstep(sideburn - 0.03, sideburn, y)), sides)
 
 

@@ -44,14 +44,15 @@ def _height(p: Identity, x: Array, y: Array) -> Array:
     z -= 0.006 * bump(a, y, p.nose_width * 1.25, p.nose_y - 0.004, 0.010, 0.020)
     # cheeks, muzzle, chin
     z += 0.010 * (0.4 + p.cheekbone) * bump(a, y, 0.140, 0.535, 0.045, 0.038)
-    z -= 0.012 * p.cheekbone * bump(a, y, 0.165, 0.64, 0.035, 0.05)
-    z += 0.014 * bump(x, y, 0.0, p.mouth_y, 0.075, 0.05)
+    z -= 0.009 * p.cheekbone * bump(a, y, 0.165, 0.64, 0.035, 0.05)
+    z += 0.012 * bump(x, y, 0.0, p.mouth_y, 0.085, 0.055)
     z -= 0.003 * bump(x, y, 0.0, 0.5 * (p.nose_y + p.mouth_y) + 0.006, 0.008, 0.018)
     below = p.mouth_y + 1.25 * p.lower_lip
-    z -= 0.010 * bump(x, y, 0.0, below + 0.016, 0.05, 0.012)
-    z += 0.012 * bump(x, y, 0.0, p.chin_y - 0.045, 0.05, 0.03)
+    z -= 0.006 * bump(x, y, 0.0, below + 0.016, 0.034, 0.013)
+    z += 0.010 * bump(x, y, 0.0, p.chin_y - 0.045, 0.05, 0.034)
     # fold from nose to mouth corner, deeper with age
-    fold_x = p.nose_width * 1.25 + (p.mouth_width * 1.25 - p.nose_width * 1.25) * (y - p.nose_y) / (p.mouth_y - p.nose_y)
+    down = (y - p.nose_y) / (p.mouth_y - p.nose_y)
+    fold_x = 1.25 * (p.nose_width + (p.mouth_width - p.nose_width) * down)
     fold = np.exp(-0.5 * ((a - fold_x) / 0.010) ** 2) * bump(x, y, 0.0, 0.5 * (p.nose_y + p.mouth_y), 1.0, 0.03)
     z -= (0.0015 + 0.006 * p.age) * fold
     z -= (0.001 + 0.005 * p.age) * bump(a, y, p.eye_x * 0.92, p.eye_y + 0.034, 0.03, 0.007)
@@ -95,7 +96,9 @@ def _beard(p: Identity, x: Array, y: Array) -> Array:
     ring = smoothstep(0.82, 1.02, around) * (1 - smoothstep(1.05, 1.45, around)) * smoothstep(p.mouth_y - 0.03, 0.70, y)
     chin = bump(x, y, 0.0, p.chin_y - 0.03, 0.055, 0.045) * smoothstep(p.mouth_y + 0.02, p.mouth_y + 0.06, y) * 1.3
     line = p.mouth_y - 0.035 - 0.75 * np.clip(a - 0.12, 0, 1) - 0.05 * smoothstep(0.10, 0.15, a)
-    jaw = smoothstep(-0.015, 0.04, y - line) * smoothstep(0.9, 1.2, around + 2 * smoothstep(0.7, 0.76, y))
+    blend = 2.2 if p.beard == "stubble" else 1.0  # stubble has no edge
+    jaw = smoothstep(-0.015 * blend, 0.04 * blend, y - line)
+    jaw = jaw * smoothstep(1.05 - 0.15 * blend, 1.05 + 0.15 * blend, around + 2 * smoothstep(0.68, 0.78, y))
     jaw = jaw * smoothstep(0.45, 0.53, y)
     if p.beard == "stubble":
         return np.clip(np.maximum(jaw, 0.9 * moustache), 0, 1) * (0.14 + 0.20 * p.beard_strength)

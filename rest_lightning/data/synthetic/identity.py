@@ -138,7 +138,8 @@ def sample_identity(rng: np.random.Generator) -> Identity:
     skin = _mix(_SKIN, tone) + skin_noise
     feminine = u(0, 1)
     # Deep skin goes with browner lips; every lip stays redder and darker than the skin around it.
-    lip_hue = np.array([0.84, 0.56, 0.56]) * skin + np.array([10, 2, 7]) + 16 * tone * np.array([1.0, 0.2, 0.45]) + feminine * np.array([4, -16, -8]) * u(0, 1)
+    lip_hue = np.array([0.84, 0.56, 0.56]) * skin + np.array([10, 2, 7]) + 16 * tone * np.array([1.0, 0.2, 0.45])
+    lip_hue = lip_hue + feminine * np.array([4, -16, -8]) * u(0, 1)
     lip = lip_hue * u(0.86, 1.0)
     age = u(0, 1) ** 1.6
     hair_t = u(0, 1) ** 1.2 * (1.0 if tone < 0.35 else 0.45 if tone < 0.6 else 0.2)
@@ -156,12 +157,12 @@ def sample_identity(rng: np.random.Generator) -> Identity:
         beard = pick(BEARDS, (4.5, 2.2, 0.7, 0.9, 1.4))
     brow = hair * u(0.55, 0.8) if hair.mean() < 150 else hair * u(0.5, 0.65) * np.array([1.0, 0.9, 0.8])
     brow = np.minimum(brow, skin * 0.62)
-    background = _hsv(u(0, 1), u(0.0, 1.0) ** 2 * 0.36 + 0.02, u(0.25, 0.88))
+    background = _hsv(u(0, 1), u(0.0, 1.0) ** 1.6 * 0.28 + 0.02, u(0.22, 0.82))
     shift = u(0.75, 1.2)
     blobs = []
     for _ in range(int(rng.integers(0, 5))):
-        colour = background * u(0.7, 1.3) + np.array([u(-25, 25), u(-20, 20), u(-25, 25)])
-        blobs.append((u(-0.1, 1.1), u(-0.1, 0.8), u(0.15, 0.4), *_rgb(colour)))
+        colour = background * u(0.72, 1.25) + np.array([u(-18, 18), u(-14, 14), u(-18, 18)])
+        blobs.append((u(-0.1, 1.1), u(-0.1, 0.8), u(0.2, 0.45), *_rgb(colour)))
     cloth = _hsv(u(0, 1), u(0.0, 0.65), u(0.14, 0.9))
     if rng.random() < 0.35:
         cloth = _hsv(u(0, 1), u(0, 0.15), u(0.12, 0.95))
@@ -224,7 +225,7 @@ def sample_identity(rng: np.random.Generator) -> Identity:
         cloth=_rgb(cloth),
         cloth_2=_rgb(_hsv(u(0, 1), u(0, 0.3), u(0.3, 0.97))),
         shoulder_y=u(0.875, 0.905),
-        neck_width=u(0.112, 0.126) + (0.0 if feminine > 0.5 else u(0.010, 0.030)),
+        neck_width=u(0.106, 0.120) + (0.0 if feminine > 0.5 else u(0.010, 0.030)),
         background=_rgb(background),
         background_2=_rgb(background * shift),
         background_angle=u(0, 6.28),

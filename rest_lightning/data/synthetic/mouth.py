@@ -1,4 +1,4 @@
-"""The mouth of a synthetic talker: lips, teeth and tongue as smooth contours of the track's curves (shapes decided here)."""
+"""The mouth of a synthetic talker: lips, teeth and tongue as contours driven by the track (shapes decided here)."""
 
 from __future__ import annotations
 
@@ -70,11 +70,11 @@ class Mouth:
         show_low = 0.011 * smoothstep(0.35, 0.9, o)
         self._teeth_low = place(_T * half * 0.56, lower_edge(0.6 * _T) - show_low * (1 - 0.5 * a**4))
         tip = (0.26 + 0.42 * m.tongue) * h + 0.004 * m.tongue
-        self._tongue_top = place(_T * half * (0.74 - 0.12 * m.tongue), lower_edge(0.74 * _T) - tip * np.sqrt(1 - a**2 * 0.98))
+        tongue_edge = lower_edge(0.74 * _T) - tip * np.sqrt(1 - 0.98 * a**2)
+        self._tongue_top = place(_T * half * (0.74 - 0.12 * m.tongue), tongue_edge)
         centre_y = middle(np.zeros((1, 1))) + 0.28 * h
         self.centre = place(np.zeros_like(h), centre_y)[:, 0]
         self._open = o[:, 0]
-        self._tongue = m.tongue[:, 0]
         self._make_paints()
 
     def _make_paints(self) -> None:
@@ -107,7 +107,8 @@ class Mouth:
             canvas.clipPath(inner, skia.ClipOp.kIntersect, True)
             canvas.drawPath(inner, self._cavity)
             below, above = low[::-1] + _BEHIND, up[::-1] - _BEHIND  # closes the shapes behind the lips
-            canvas.drawPath(polygon(np.concatenate([self._tongue_top[frame], below])), self._tongue_paint)
+            tongue = np.concatenate([self._tongue_top[frame], below])
+            canvas.drawPath(polygon(tongue), self._tongue_paint)
             if self._open[frame] > 0.35:
                 canvas.drawPath(polygon(np.concatenate([self._teeth_low[frame], below])), self._teeth_low_paint)
             canvas.drawPath(polygon(np.concatenate([self._teeth_up[frame], above])), self._teeth_paint)
