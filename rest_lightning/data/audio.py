@@ -30,7 +30,7 @@ class SpeechSource:
     Attributes:
         name: path, or ``stdin``.
         num_samples: length at 16 kHz; None where it cannot be known beforehand (pipes).
-        sample_rate_hz: rate inside the file.
+        sample_rate_hz: rate inside the file; this and the next two are None for named pipes.
         num_channels: channels inside the file; they are mixed down.
         codec: name of the codec.
         block_samples: length of the blocks at 16 kHz; the last one may be shorter.
@@ -38,9 +38,9 @@ class SpeechSource:
 
     name: str
     num_samples: int | None
-    sample_rate_hz: int
-    num_channels: int
-    codec: str
+    sample_rate_hz: int | None
+    num_channels: int | None
+    codec: str | None
     block_samples: int = BLOCK_SAMPLES
     pipe: BinaryIO | None = None
 
@@ -85,14 +85,15 @@ def open_speech(
         raise UserError(f"expected a speech file, got the folder {path}: name a file in it")
     if not path.exists():
         raise UserError(f"expected a speech file ({_KINDS}), but {path} does not exist: check the name")
-    if path.is_file() and path.stat().st_size == 0:
+    if not path.is_file():  # a named pipe or a device can be opened only once: nothing is known before it is read
+        return SpeechSource(str(path), None, None, None, None, block_samples)
+    if path.stat().st_size == 0:
         raise UserError(f"expected speech, got the empty file {path}: record or export it again")
     with _open(path) as container:
         stream = container.streams.audio[0]
         codec, layout = stream.codec_context.name, stream.codec_context.layout
         rate, num_channels = stream.codec_context.sample_rate, layout.nb_channels
-    num_samples = _check(path) if path.is_file() else None  # a named pipe cannot be read twice
-    return SpeechSource(str(path), num_samples, rate, num_channels, codec, block_samples)
+    return SpeechSource(str(path), _check(path), rate, num_channels, codec, block_samples)
 
 
 def _open(path: Path) -> av.container.InputContainer:
@@ -143,7 +144,6 @@ def _decode(path: Path) -> Iterator[AudioFrame]:
 def _check(path: Path) -> int:
     """Decodes everything once; returns the number of samples at 16 kHz."""
     with _open(path) as container:
-        stream = container.streams.audio[0]
         claimed_s = _claimed_s(path, container)
     seconds, num_samples = 0.0, 0
     for frame in _decode(path):

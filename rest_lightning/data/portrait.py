@@ -41,8 +41,8 @@ def read_portrait(source: Source, size_px: int, crop: Crop = "centre") -> np.nda
         source: an image file (orientation tag, transparency, grey, palette and 16 bits are handled), a PIL image, or an
             array uint8 (H, W), (H, W, 3) or (H, W, 4).
         size_px: side of the result.
-        crop: ``"centre"`` (the largest centred square), ``"face"`` (found by mediapipe, of the ``prepare`` extra), or a box
-            (x, y, width, height) in pixels, or in fractions of the sides when all four are at most 1.
+        crop: ``"centre"`` (the largest centred square), ``"face"`` (found by mediapipe, of the ``prepare`` extra), or a
+            box (x, y, width, height) in pixels, or in fractions of the sides when all four are at most 1.
 
     Raises:
         UserError: not an image, truncated, empty, smaller than 32 pixels, larger than 100 megapixels, a box outside.
@@ -58,9 +58,8 @@ def read_portrait(source: Source, size_px: int, crop: Crop = "centre") -> np.nda
     x, y, width, height = _box(rgb, crop, name)
     if min(width, height) < MIN_SIDE_PX:
         what = f"of {rgb.width}x{rgb.height}" if (width, height) == rgb.size else f"cropped to {width:.0f}x{height:.0f}"
-        raise UserError(
-            f"expected a portrait of at least {MIN_SIDE_PX}x{MIN_SIDE_PX} pixels, but {name} is {what}: use a larger image"
-        )
+        least = f"{MIN_SIDE_PX}x{MIN_SIDE_PX}"
+        raise UserError(f"expected a portrait of at least {least} pixels, but {name} is {what}: use a larger image")
     side = min(width, height)
     left, top = x + (width - side) / 2, y + (height - side) / 2
     square = rgb.resize((size_px, size_px), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
@@ -70,7 +69,7 @@ def read_portrait(source: Source, size_px: int, crop: Crop = "centre") -> np.nda
 def _from_array(array: np.ndarray) -> Image.Image:
     if array.dtype != np.uint8 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))):
         raise UserError(
-            f"expected a portrait array uint8 (H, W, 3), got {array.dtype} {array.shape}: scale to 0..255, channels last"
+            f"expected a portrait array uint8 (H, W, 3), got {array.dtype} {array.shape}: scale it to 0..255"
         )
     if 0 in array.shape:
         raise UserError(f"expected a portrait array with pixels, got shape {array.shape}: use a larger image")
@@ -111,7 +110,7 @@ def _decoded(image: Image.Image, name: str) -> Image.Image:
     try:
         image.load()
     except Exception as error:  # as above
-        raise UserError(f"expected a whole image, but {name} is truncated or damaged: copy or export it again") from error
+        raise UserError(f"expected a whole image, but {name} is truncated or damaged: export it again") from error
     try:
         return ImageOps.exif_transpose(image)
     except Exception:  # a damaged tag says nothing about the pixels
@@ -159,7 +158,7 @@ def _face_box(image: Image.Image, name: str) -> tuple[float, float, float, float
     try:
         import mediapipe
     except ImportError as error:
-        raise UserError("expected mediapipe for crop='face', found none: pip install 'rest_lightning[prepare]'") from error
+        raise UserError("expected mediapipe for crop='face': pip install 'rest_lightning[prepare]'") from error
     with mediapipe.solutions.face_detection.FaceDetection(model_selection=1) as detector:
         found = detector.process(np.asarray(image)).detections
     if not found:
