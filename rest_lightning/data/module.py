@@ -7,17 +7,25 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-import lightning
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
+
+from rest_lightning.torchvision_compat import ensure_torchvision
+
+ensure_torchvision()  # lightning imports torchvision
+import lightning  # noqa: E402
 
 from rest_lightning.data.augment import SpeechAugmentation
 from rest_lightning.data.clips import PreparedClips, Reference, WindowKey
 from rest_lightning.data.latents import LatentsCache
 from rest_lightning.data.layout import read_manifest
 from rest_lightning.errors import UserError
+from rest_lightning.torchvision_compat import ensure_torchvision
+
+ensure_torchvision()  # lightning imports torchmetrics, and that torchvision
+import lightning  # noqa: E402
 
 Batch = dict[str, Any]
 

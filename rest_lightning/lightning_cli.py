@@ -1,0 +1,58 @@
+"""``rest fit | validate | test | predict``: LightningCLI over the stages and the one data module."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from rest_lightning.torchvision_compat import ensure_torchvision
+
+ensure_torchvision()  # lightning imports torchvision
+from lightning.pytorch import LightningModule  # noqa: E402
+from lightning.pytorch.callbacks import WeightAveraging  # noqa: E402
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI  # noqa: E402
+
+from rest_lightning.data.module import TalkingHeadDataModule  # noqa: E402
+
+FINAL_CHECKPOINT = "final.ckpt"
+
+
+class RestCLI(LightningCLI):
+    """LightningCLI whose model is any stage; after ``fit`` it validates once and writes ``final.ckpt``."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Nothing is linked: a stage and its data are configured side by side."""
+        parser.add_argument(
+            "--final_checkpoint",
+            type=bool,
+            default=True,
+            help="after fit, validate and write final.ckpt into trainer.default_root_dir",
+        )
+
+    def after_fit(self) -> None:
+        """Validate the final weights, and write them where the next stage looks for them, whole or not at all."""
+        if not self.config["fit"]["final_checkpoint"] or self.trainer.interrupted:
+            return
+        # The current weights are the averaged ones by now; without the callback the checkpoint holds them, together
+        # with the statistics that this validation measures.
+        self.trainer.callbacks = [c for c in self.trainer.callbacks if not isinstance(c, WeightAveraging)]  # type: ignore[attr-defined]
+        self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
+        target = Path(self.trainer.default_root_dir) / FINAL_CHECKPOINT
+        temporary = target.with_name(f".{FINAL_CHECKPOINT}.part")
+        self.trainer.save_checkpoint(temporary)
+        if self.trainer.is_global_zero:
+            os.replace(temporary, target)
+
+
+def run(args: list[str]) -> Any:
+    """Run LightningCLI with ``args`` (subcommand first)."""
+    return RestCLI(
+        LightningModule,
+        TalkingHeadDataModule,
+        subclass_mode_model=True,
+        seed_everything_default=0,
+        save_config_kwargs={"overwrite": True},
+        auto_configure_optimizers=False,
+        args=args,
+    )
