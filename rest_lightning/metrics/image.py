@@ -1,0 +1,92 @@
+"""Single-frame quality: PSNR, PSNR of the mouth, sharpness."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+from torch.nn import functional
+
+Frames = NDArray[np.uint8] | Tensor
+# Half width and half height of the mouth's box, in fractions of the image's side: equal to the training's
+# (rest_lightning.tasks.regions; a test compares them), which this package must not import.
+MOUTH_BOX = (0.15, 0.12)
+EYE_BOX = (0.09, 0.06)
+_LUMA = (0.299, 0.587, 0.114)  # BT.601
+
+
+def psnr_db(squared_error: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB from the mean squared error of frames in [-1, 1]; at most 106 dB."""
+    return 10.0 * torch.log10(4.0 / squared_error.clamp(min=1e-10))
+
+
+def video_psnr_db(frames: Frames, truth: Frames, mask: Tensor | None = None) -> float:
+    """PSNR in dB of a whole video: of the mean squared error over all frames, as video coding has it.
+
+    Args:
+        frames, truth: uint8 (n, H, W, 3).
+        mask: bool (n, H, W): only these pixels count.
+
+    Raises:
+        ValueError: videos of different shapes.
+    """
+    a, b = torch.as_tensor(frames), torch.as_tensor(truth)
+    if a.shape != b.shape:
+        shapes = f"{tuple(a.shape)} and {tuple(b.shape)}"
+        raise ValueError(f"expected two videos of one shape, got {shapes}: cut the longer one")
+    total, count = 0.0, 0
+    for i in range(len(a)):  # frame by frame: no copy of the video as floats
+        squared = (a[i].float() - b[i].float()).square()
+        if mask is not None:
+            squared = squared[mask[i]]
+        total += float(squared.sum(dtype=torch.float64))
+        count += squared.numel()
+    mean = total / max(count, 1) / 127.5**2
+    return float(psnr_db(torch.tensor(mean, dtype=torch.float64)))
+
+
+def box_mask(centres: ArrayLike, size: tuple[int, int], box: tuple[float, float] = MOUTH_BOX) -> Tensor:
+    """Pixels within a box around a landmark.
+
+    Args:
+        centres: (n, 2), x and y in fractions of the image; NaN gives an empty mask.
+        size: height and width in pixels.
+        box: half width and half height in fractions of the image.
+
+    Returns:
+        bool (n, H, W).
+    """
+    points = torch.as_tensor(np.asarray(centres, dtype=np.float32))
+    y = (torch.arange(size[0], dtype=torch.float32) + 0.5) / size[0]
+    x = (torch.arange(size[1], dtype=torch.float32) + 0.5) / size[1]
+    inside_x = (x - points[:, :1]).abs() <= box[0]
+    inside_y = (y - points[:, 1:]).abs() <= box[1]
+    return inside_y[:, :, None] & inside_x[:, None, :]
+
+
+def mouth_psnr_db(frames: Frames, truth: Frames, mouth: ArrayLike) -> float:
+    """PSNR in dB of the mouth's box; ``mouth`` (n, 2) holds the true centres in fractions of the image."""
+    size = (int(truth.shape[1]), int(truth.shape[2]))
+    return video_psnr_db(frames, truth, box_mask(mouth, size))
+
+
+def sharpness(frames: Frames, mask: Tensor | None = None) -> float:
+    """Root mean square of the Laplacian of the luma, in grey levels of 255: falls when a video blurs (decided here).
+
+    Args:
+        frames: uint8 (n, H, W, 3).
+        mask: bool (n, H, W): only these pixels count; the outermost ring of pixels never does.
+    """
+    data = torch.as_tensor(frames)
+    kernel = torch.tensor([[0.0, 1.0, 0.0], [1.0, -4.0, 1.0], [0.0, 1.0, 0.0]])[None, None]
+    luma = torch.tensor(_LUMA)
+    total, count = 0.0, 0
+    for i in range(len(data)):
+        grey = data[i].float() @ luma
+        squared = functional.conv2d(grey[None, None], kernel)[0, 0].square()
+        if mask is not None:
+            squared = squared[mask[i, 1:-1, 1:-1]]
+        total += float(squared.sum(dtype=torch.float64))
+        count += squared.numel()
+    return float((total / max(count, 1)) ** 0.5)
