@@ -21,7 +21,7 @@ Crop = str | tuple[float, float, float, float]
 MIN_SIDE_PX = 32
 MAX_PIXELS = 100_000_000
 _BACKDROP = (200, 200, 200)  # behind transparent pixels: a light grey studio wall
-_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "AVIF", "TIFF", "BMP", "GIF", "PPM", "TGA", "JPEG2000", "ICO")
+_FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "TIFF", "BMP", "GIF", "PPM", "TGA", "JPEG2000", "ICO")
 
 
 def load_portrait(source: Source, size_px: int, crop: Crop = "centre") -> Tensor:
@@ -86,6 +86,7 @@ def _from_file(path: Path) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit follows
+            Image.init()  # registers all formats; without it only some of those named are known
             image = Image.open(path, formats=_FORMATS)
     except Image.DecompressionBombError:
         raise UserError(

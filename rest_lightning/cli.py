@@ -1,0 +1,116 @@
+"""``rest``: one function, :func:`main`, for the shell, for tests and for notebooks."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from rest_lightning.errors import UserError
+
+# Modules are imported when their command is called: `rest --help` and a wrong file name do not wait for torch.
+COMMANDS = {
+    "talk": "a portrait and speech become a talking video",
+    "demo": "the bundled portrait and speech become outputs/demo.mp4, with a report",
+    "synthesize": "render synthetic talkers to train on",
+    "encode": "latents of all clips, once, for the stages that need them",
+    "export": "a checkpoint becomes a model folder for talk --model",
+    "train-embedded": "all stages of the embedded model within a time budget",
+}
+STAGE_COMMANDS = {
+    "fit": "train a stage: --config FILE, any number of times, later ones win",
+    "validate": "run the validation of a stage",
+    "test": "run the test of a stage",
+    "predict": "run the prediction of a stage",
+}
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports wrong arguments as every other mistake of a user."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}: see {self.prog} --help")
+
+
+def main(args: list[str] | None = None) -> int:
+    """Runs a command and returns its exit code: 0 done, 2 a user's mistake (one line on stderr), 130 interrupted.
+
+    Args:
+        args: the command and its arguments; None takes those of the process.
+    """
+    words = list(sys.argv[1:] if args is None else args)
+    try:
+        return _run(words)
+    except UserError as error:
+        _say(f"error: {' '.join(str(error).split())}")
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt as interrupt:
+        _say(str(interrupt) or "interrupted: nothing was written")
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # `rest ... | head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except SystemExit as exit_request:  # argparse after --help, jsonargparse after a mistake that it has told already
+        code = exit_request.code
+        if isinstance(code, str):
+            _say(code)
+        return code if isinstance(code, int) else int(code is not None)
+
+
+def _run(words: list[str]) -> int:
+    name = words[0] if words else "--help"
+    if name in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if name in ("-V", "--version", "version"):
+        from rest_lightning import __version__
+
+        print(f"rest_lightning {__version__}")
+        return 0
+    if name in STAGE_COMMANDS:
+        from rest_lightning.lightning_cli import run
+
+        run(words)
+        return 0
+    name = name.replace("_", "-")
+    if name not in COMMANDS:
+        known = ", ".join([*COMMANDS, *STAGE_COMMANDS])
+        raise UserError(f"expected a command ({known}), got {words[0]!r}: see rest --help")
+    module = importlib.import_module(f"rest_lightning.commands.{name.replace('-', '_')}")
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = _Parser(prog=f"rest {name}", description=module.__doc__, formatter_class=raw)
+    module.add_arguments(parser)
+    command: Callable[[argparse.Namespace], int] = module.run
+    return command(parser.parse_args([_with_dashes(word) for word in words[1:]]))
+
+
+def usage() -> str:
+    """What ``rest --help`` prints."""
+    rows = [f"  {name:<16}{text}" for name, text in (COMMANDS | STAGE_COMMANDS).items()]
+    return "\n".join(
+        [
+            "usage: rest COMMAND [arguments]     rest COMMAND --help tells more",
+            "",
+            *rows,
+            "",
+            "example: rest talk portrait.png speech.wav -o out.mp4",
+        ]
+    )
+
+
+def _with_dashes(word: str) -> str:
+    """``--num_clips=5`` as ``--num-clips=5``: both spellings are taken, as in configuration files."""
+    if not word.startswith("--"):
+        return word
+    option, equals, value = word.partition("=")
+    return option.replace("_", "-") + equals + value
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,49 @@
+"""Encode every clip of a dataset with a trained VAE, once; a second run continues where the first one stopped."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    parser.add_argument("--model", type=Path, required=True, help="checkpoint of the VAE stage, or a model folder")
+    parser.add_argument("--data", type=Path, required=True, help="prepared clips")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the latents")
+    parser.add_argument("--num-frames", type=int, default=97, help="window length, 8n + 1 (default 97)")
+    parser.add_argument("--windows-per-clip", type=int, default=1, help="windows spread over each clip (default 1)")
+    parser.add_argument("--references-per-clip", type=int, default=0, help="single frames for random references")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the stored latents")
+    parser.add_argument("--batch-size", type=int, default=4, help="windows at once (default 4)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
+    parser.add_argument("--overwrite", action="store_true", help="drop latents that were made in another way")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Encode what is missing."""
+    from rest_lightning.data.latents import encode_dataset
+    from rest_lightning.parts import build_part, read_part
+
+    description, state = read_part("vae", args.model)
+    vae = build_part(description)
+    vae.load_state_dict(state)
+    vae.requires_grad_(False).eval().to(args.device)
+    options = {name: value for name, value in vars(args).items() if name not in ("model", "data", "out")}
+    cache = encode_dataset(vae, args.data, args.out, fingerprint=fingerprint_of(vae), **options)  # type: ignore[arg-type]
+    print(f"{args.out}: latents of {len(cache.index['clips'])} clips")
+    return 0
+
+
+def fingerprint_of(vae: nn.Module) -> str:
+    """Class name and a hash of all weights: latents fit a VAE only when it is exactly this one."""
+    digest = hashlib.sha256()
+    for key, value in sorted(vae.state_dict().items()):
+        digest.update(key.encode())
+        digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
+    return f"{type(vae).__name__}-{digest.hexdigest()[:16]}"

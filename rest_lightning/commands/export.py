@@ -1,0 +1,102 @@
+"""Turn a student's checkpoint into a model folder: model_index.json, and a config and safetensors per part."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rest_lightning.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+FROZEN_PARTS_KEY = "rest_frozen_parts"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    parser.add_argument("checkpoint", type=Path, help="checkpoint of a student stage")
+    parser.add_argument("--out", type=Path, required=True, help="model folder to write")
+    parser.add_argument("--vae", type=Path, help="checkpoint or model folder with the VAE (default: the checkpoint)")
+    parser.add_argument("--speech-ae", type=Path, help="the same for the SpeechAE (default: the checkpoint)")
+    parser.add_argument("--speech-encoder", type=Path, help="the same for the speech encoder (default: of the run)")
+    parser.add_argument("--size-px", type=int, default=128, help="side of the frames (default 128)")
+    parser.add_argument("--num-steps", type=int, help="Euler steps per chunk to remember as default")
+    parser.add_argument("--guidance", type=float, help="guidance to remember as default")
+    parser.add_argument("--shift", type=float, help="shift of the sigma table to remember as default")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the stored weights")
+    parser.add_argument("--overwrite", action="store_true", help="replace a model folder")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Collect the parts and write the folder."""
+    check_folder(args.out, args.overwrite)
+    import torch
+
+    from rest_lightning.talking_head import SamplingSettings, TalkingHead
+
+    sources = {"transformer": args.checkpoint, "speech_ae": args.speech_ae, "vae": args.vae}
+    parts = {name: _load(name, source or args.checkpoint) for name, source in sources.items()}
+    parts["speech_encoder"] = _load_speech_encoder(args.speech_encoder or args.checkpoint)
+    given = {name: getattr(args, name) for name in ("num_steps", "guidance", "shift")}
+    sampling = SamplingSettings(**{name: value for name, value in given.items() if value is not None})
+    head = TalkingHead(**parts, sampling=sampling, size_px=args.size_px)  # type: ignore[arg-type]
+    head.save_pretrained(args.out, getattr(torch, args.dtype))
+    size_mb = sum(file.stat().st_size for file in args.out.rglob("*") if file.is_file()) / 1e6
+    print(f"{args.out}: {size_mb:.1f} MB; try rest talk portrait.png speech.wav -o out.mp4 --model {args.out}")
+    return 0
+
+
+def check_folder(out: Path, overwrite: bool) -> None:
+    """Raises a UserError when ``out`` cannot become a model folder; never lets anything but a model be replaced."""
+    if out.is_file():
+        raise UserError(f"expected a folder name for the model, got the file {out}: choose another name")
+    if not out.exists() or not any(out.iterdir()):
+        return
+    if not (out / "model_index.json").is_file():
+        raise UserError(f"expected a new or empty folder, but {out} holds something else: choose another name")
+    if not overwrite:
+        raise UserError(f"expected a new folder, but {out} holds a model: choose another name or add --overwrite")
+
+
+def _load(name: str, source: Path) -> nn.Module:
+    from rest_lightning.parts import build_part, read_part
+
+    description, state = read_part(name, source)
+    part = build_part(description)
+    part.load_state_dict(state)
+    return part
+
+
+def _load_speech_encoder(source: Path) -> nn.Module:
+    """A stage's checkpoint leaves frozen parts out: they are described in it, or in the config.yaml of its run."""
+    import torch
+
+    from rest_lightning.parts import PARTS_KEY, build_part
+
+    if source.is_dir() or not source.is_file():
+        return _load("speech_encoder", source)
+    checkpoint = torch.load(source, map_location="cpu", weights_only=False)
+    if "speech_encoder" in checkpoint.get(PARTS_KEY, {}):
+        return _load("speech_encoder", source)
+    description = checkpoint.get(FROZEN_PARTS_KEY, {}).get("speech_encoder") or _described_by_run(source)
+    if description is None:
+        raise UserError(
+            f"expected a description of the speech encoder in {source} or in a config.yaml beside it, got none: "
+            "name a model folder with --speech-encoder"
+        )
+    return build_part(description)
+
+
+def _described_by_run(checkpoint: Path) -> dict[str, Any] | None:
+    import yaml
+
+    for folder in checkpoint.resolve().parents[:4]:
+        if not (folder / "config.yaml").is_file():
+            continue
+        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        found = ((config.get("model") or {}).get("init_args") or {}).get("speech_encoder")
+        if found:
+            return {"class": found["class_path"].rsplit(".", 1)[-1], "config": found.get("init_args") or {}}
+    return None
