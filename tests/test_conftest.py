@@ -28,8 +28,9 @@ def test_name_lookups_fail_through_a_library_that_catches_errors() -> None:
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
 def test_loopback_works(host: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
-        with socket.create_connection((host, server.getsockname()[1])) as client:
-            connection, _ = server.accept()
-            connection.sendall(b"ok")
-            assert client.recv(2) == b"ok"
-            connection.close()
+        client = socket.create_connection((host, server.getsockname()[1]))
+        connection, _ = server.accept()
+        connection.sendall(b"ok")
+        assert client.recv(2) == b"ok"
+        connection.close()
+        client.close()
