@@ -100,20 +100,22 @@ def load_frames(
                 raise ClipError(
                     f"{path}: expected {FPS} frames per second, got {video.fps:g}: convert it with `rest prepare`"
                 )
-            if (video.width, video.height) != (row.size_px, row.size_px):
-                raise ClipError(
-                    f"{path}: expected {row.size_px}x{row.size_px} pixels as in the manifest, got "
-                    f"{video.width}x{video.height}: remake the data set"
-                )
             if video.num_frames < row.num_frames:
                 raise CorruptClip(
                     f"{path}: expected {row.num_frames} frames as in the manifest, got {video.num_frames}"
                 )
-            return [video.read(start, count) for start, count in ranges or [(0, row.num_frames)]]
+            pieces = [video.read(start, count) for start, count in ranges or [(0, row.num_frames)]]
     except (CorruptClip, ClipError):
         raise
     except UserError as error:
         raise CorruptClip(str(error)) from None
+    height, width = pieces[0].shape[1:3]
+    if (height, width) != (row.size_px, row.size_px):
+        raise ClipError(
+            f"{path}: expected {row.size_px}x{row.size_px} pixels as in the manifest, got {width}x{height}: "
+            "remake the data set"
+        )
+    return pieces
 
 
 def load_tracks(root: str | os.PathLike[str], row: ManifestRow) -> ClipTracks:

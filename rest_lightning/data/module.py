@@ -12,20 +12,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from rest_lightning.torchvision_compat import ensure_torchvision
-
-ensure_torchvision()  # lightning imports torchvision
-import lightning  # noqa: E402
-
-from rest_lightning.data.augment import SpeechAugmentation
-from rest_lightning.data.clips import PreparedClips, Reference, WindowKey
-from rest_lightning.data.latents import LatentsCache
-from rest_lightning.data.layout import read_manifest
-from rest_lightning.errors import UserError
-from rest_lightning.torchvision_compat import ensure_torchvision
-
-ensure_torchvision()  # lightning imports torchmetrics, and that torchvision
-import lightning  # noqa: E402
+from rest_lightning.data.augment import SpeechAugmentation  # noqa: E402
+from rest_lightning.data.clips import PreparedClips, Reference, WindowKey  # noqa: E402
+from rest_lightning.data.latents import LatentsCache  # noqa: E402
+from rest_lightning.data.layout import read_manifest  # noqa: E402
+from rest_lightning.data.streams import BLOCK_SAMPLES, PredictPair, SpeechStream, read_pairs  # noqa: E402
+from rest_lightning.errors import UserError  # noqa: E402
 
 Batch = dict[str, Any]
 
@@ -46,7 +38,7 @@ class TalkingHeadDataModule(lightning.LightningDataModule):
     test take the middle window of every clip.
 
     Args:
-        data_dir: folder made by `rest synthesize` or `rest prepare`.
+        data_dir: folder made by `rest synthesize` or `rest prepare`; predicting needs none.
         batch_size: clips per batch and device.
         num_frames: window length F, 8n + 1 (97 = reference + 4 chunks).
         num_frames_train: shorter windows for training only (the VAE); None takes ``num_frames``.
@@ -64,11 +56,14 @@ class TalkingHeadDataModule(lightning.LightningDataModule):
         max_corrupt: unreadable clips that are left out: below 1 a fraction of a split, else a number.
         progress: show a bar while decoding into memory.
         seed: of order, windows, references and augmentation.
+        predict_pairs: portraits and speech to predict from: a list of {portrait, speech, name}, or a JSON, YAML or CSV
+            file of them.
+        predict_block_samples: samples that one step of predicting pushes.
     """
 
     def __init__(
         self,
-        data_dir: str,
+        data_dir: str = "data/talkers",
         batch_size: int = 8,
         num_frames: int = 97,
         num_frames_train: int | None = None,
@@ -87,6 +82,8 @@ class TalkingHeadDataModule(lightning.LightningDataModule):
         max_corrupt: float = 0.02,
         progress: bool = True,
         seed: int = 0,
+        predict_pairs: str | list[PredictPair] | None = None,
+        predict_block_samples: int = BLOCK_SAMPLES,
     ) -> None:
         super().__init__()
         for name, value in (("batch_size", batch_size), ("windows_per_clip", windows_per_clip)):
@@ -100,12 +97,18 @@ class TalkingHeadDataModule(lightning.LightningDataModule):
         self.cache_in_memory, self.progress = cache_in_memory, progress
         self.latents_dir, self.latents_fingerprint = latents_dir, latents_fingerprint
         self.windows_per_clip, self.max_corrupt, self.seed = windows_per_clip, max_corrupt, seed
+        self.predict_pairs, self.predict_block_samples = predict_pairs, predict_block_samples
+        self.pairs: list[PredictPair] = []
         self._position = _Position()
         self._datasets: dict[str, PreparedClips | None] = {}
         self._latents: LatentsCache | None = None
 
     def setup(self, stage: str | None = None) -> None:
-        """Open the splits of a stage (fit, validate, test; predict needs none) and decode them if asked to."""
+        """Open the splits of a stage (fit, validate, test) and decode them if asked to; predict reads its pairs."""
+        if stage == "predict":
+            if self.predict_pairs is None:
+                raise UserError("expected portraits and speech to predict from, got none: set data.predict_pairs")
+            self.pairs = read_pairs(self.predict_pairs)
         splits = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ()}
         rows = read_manifest(self.data_dir) if stage != "predict" else []
         for split in splits.get(stage or "", ("train", "val", "test")):
@@ -142,6 +145,11 @@ class TalkingHeadDataModule(lightning.LightningDataModule):
     def test_dataloader(self) -> ClipLoader:
         """The middle window of every test clip."""
         return self._ordered_loader("test")
+
+    def predict_dataloader(self) -> SpeechStream:
+        """The speech of ``pairs`` in blocks; devices take turns."""
+        rank, world_size = self._rank()
+        return SpeechStream(self.pairs[rank::world_size], self.predict_block_samples)
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int = 0) -> Batch:
         """Turn uint8 pictures into the models' floats, on the device."""
@@ -243,6 +251,13 @@ class ClipLoader:
             if self._position is not None:
                 self._position.num_batches += 1  # when it is taken: batches that workers prefetched do not count
             yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Lightning takes a loader with these two methods for resumable; the data module's state is the same."""
+        return {} if self._position is None else {"num_batches": self._position.num_batches}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Nothing to do: the data module has set the position, for another batch size, too."""
 
 
 class _Position:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from fractions import Fraction
-from functools import cache
+from functools import cache, cached_property
 from importlib.util import find_spec
 from types import TracebackType
 from typing import Any, Literal, Protocol
@@ -37,11 +37,10 @@ class VideoFile:
     Attributes:
         num_frames: frames in the file.
         fps: average frames per second.
-        height, width: in pixels.
 
     Args:
         path: any video that FFmpeg reads.
-        backend: ``decord`` or ``pyav``; None takes decord where it is installed.
+        backend: ``decord`` or ``pyav``; None takes decord where it is installed, and PyAV where decord fails.
 
     Raises:
         UserError: the file is absent, is not a video, or is broken.
@@ -51,12 +50,18 @@ class VideoFile:
         self.path = os.fspath(path)
         self.backend: Backend = backend or ("decord" if has_decord() else "pyav")
         _check_file(self.path)
+        self._may_change = backend is None
         try:
             self._reader: _Reader = _DecordReader(self.path) if self.backend == "decord" else _PyAVReader(self.path)
         except Exception as error:
             raise _broken(self.path, "a readable video", error) from None
         self.num_frames, self.fps = self._reader.num_frames, self._reader.fps
-        self.height, self.width = self._reader.height, self._reader.width
+
+    @cached_property
+    def size(self) -> tuple[int, int]:
+        """(height, width) in pixels; decodes a frame, so look at the frames' shape where you have them."""
+        height, width = self.read(0, 1).shape[1:3]
+        return int(height), int(width)
 
     def read(self, start: int = 0, count: int | None = None) -> Frames:
         """Frames [start, start + count) as uint8 RGB (count, H, W, 3); to the end without ``count``.
@@ -73,10 +78,20 @@ class VideoFile:
         try:
             frames = self._reader.read(start, count)
         except Exception as error:
+            if self._may_change and self.backend == "decord":
+                self._use_pyav()
+                return self.read(start, count)
             raise _broken(self.path, f"frames {start}..{start + count - 1}", error) from None
         if len(frames) != count:
             raise _broken(self.path, f"{count} frames from {start}", f"{len(frames)} frames")
         return frames
+
+    def _use_pyav(self) -> None:
+        # decord 0.6.0 fails on widths that are no multiple of 32
+        try:
+            self._reader, self.backend = _PyAVReader(self.path), "pyav"
+        except Exception as error:
+            raise _broken(self.path, "a readable video", error) from None
 
     def close(self) -> None:
         """Release the decoder. Closing twice is fine."""
@@ -151,8 +166,6 @@ def read_clip_audio(path: PathLike, num_frames: int) -> Samples:
 class _Reader(Protocol):
     num_frames: int
     fps: float
-    height: int
-    width: int
 
     def read(self, start: int, count: int) -> Frames: ...
 
@@ -171,7 +184,6 @@ class _DecordReader:
         if not self.num_frames:
             raise ValueError("no frames")
         self.fps = float(self._video.get_avg_fps())
-        self.height, self.width = (int(n) for n in self._video[0].shape[:2])
 
     def read(self, start: int, count: int) -> Frames:
         frames: Frames = self._video.get_batch(range(start, start + count)).asnumpy()
@@ -192,7 +204,6 @@ class _PyAVReader:
         self._stream = self._container.streams.video[0]
         self._stream.codec_context.thread_count = 1
         self.fps = float(self._stream.average_rate or FPS)
-        self.height, self.width = self._stream.height, self._stream.width
         self.num_frames = self._stream.frames or sum(1 for _ in self._container.decode(self._stream))
         if not self.num_frames:
             raise ValueError("no frames")
@@ -206,7 +217,7 @@ class _PyAVReader:
                 break
             if number >= start:
                 frames.append(frame.to_ndarray(format="rgb24").astype(np.uint8, copy=False))
-        return np.stack(frames) if frames else np.empty((0, self.height, self.width, 3), np.uint8)
+        return np.stack(frames) if frames else np.empty((0, 0, 0, 3), np.uint8)
 
     def close(self) -> None:
         self._container.close()

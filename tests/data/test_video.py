@@ -31,15 +31,24 @@ def test_backends_give_the_same_frames(make: Any, tmp_path: Path, num_frames: in
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_one_reader_serves_many_windows(make: Any, tmp_path: Path, backend: Backend) -> None:
     path = tmp_path / "clip.mp4"
-    make.mp4(path, make.frames(41, 32), None)
+    make.mp4(path, make.frames(41, 64), None)
     with VideoFile(path, backend) as video:
-        assert (video.num_frames, video.height, video.width, video.fps) == (41, 32, 32, 25.0)
+        assert (video.num_frames, video.size, video.fps) == (41, (64, 64), 25.0)
         whole = video.read()
         for start, count in [(20, 10), (0, 5), (33, 8), (7, 1)]:
             np.testing.assert_array_equal(video.read(start, count), whole[start : start + count])
         for start, count in [(-1, 3), (40, 2), (0, 0)]:
             with pytest.raises(UserError, match=r"expected frames within 0\.\.40"):
                 video.read(start, count)
+
+
+@pytest.mark.parametrize("size_px", [16, 48, 50])
+def test_sizes_that_decord_cannot_read(make: Any, tmp_path: Path, size_px: int) -> None:
+    path = tmp_path / "clip.mp4"
+    make.mp4(path, make.frames(9, size_px), None)
+    with VideoFile(path) as video:
+        assert video.size == (size_px, size_px)
+        np.testing.assert_array_equal(video.read(2, 5), read_frames(path, 2, 5, "pyav"))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
