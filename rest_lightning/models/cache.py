@@ -206,6 +206,8 @@ class IDContextCache:
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> KeyValue:
         """Write rotated keys and values ``(rows, f * n, D)`` to the current slot; returns the window to attend to."""
+        if k.requires_grad or v.requires_grad:
+            raise UserError("expected torch.no_grad() with an IDContextCache, got tensors with a gradient: use it")
         plan = (self.step, self._start, self.num_current)
         if plan not in self._views:
             self._views[plan] = self._make_views(*plan)
@@ -217,8 +219,8 @@ class IDContextCache:
     def _make_views(self, step: int, start: int, num_current: int) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
         current = (self.previous_frames + 1) * self.num_tokens
         end = current + num_current * self.num_tokens
-        pairs = zip(self.keys[step], self.values[step], strict=True)
-        return [(k[:, current:end], v[:, current:end], k[:, start:end], v[:, start:end]) for k, v in pairs]
+        slots = [(self.keys[step, layer], self.values[step, layer]) for layer in range(self.num_layers)]
+        return [(k[:, current:end], v[:, current:end], k[:, start:end], v[:, start:end]) for k, v in slots]
 
     def write_sink(self, layer: int, k: Tensor, v: Tensor, rows: Sequence[int] | None = None) -> None:
         """Write the reference's rotated keys and values ``(rows, n, D)``: all rows unless they are named."""
@@ -366,9 +368,10 @@ class DifferentiableCache(IDContextCache):
         self._previous: dict[tuple[int, int], KeyValue] = {}
         self._current: dict[tuple[int, int], KeyValue] = {}
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
+    def _refresh(self) -> None:
+        self.rotation = self.rotation.clone()  # the graph of earlier chunks still needs the old one
+        super()._refresh()
         self._masked = False
-        return super().attend(layer, q, k, v, num_heads)
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> KeyValue:
         slot, options = (self.step, layer), self.options
