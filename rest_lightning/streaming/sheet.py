@@ -178,7 +178,7 @@ def _draw_curves(axes: Axes, summary: VideoSummary) -> None:
     axes.tick_params(colors=_QUIET, labelsize=9.5)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(_QUIET)
-    axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, frameon=False, fontsize=10, labelcolor=_INK)
+    axes.legend(loc="upper right", bbox_to_anchor=(1.0, -0.1), ncols=2, frameon=False, fontsize=10, labelcolor=_INK)
 
 
 def _thinned(x: NDArray[Any], y: NDArray[Any], num_points: int = 3000) -> tuple[NDArray[Any], NDArray[Any]]:

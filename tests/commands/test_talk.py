@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import io
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from rest_lightning.cli import main
+from rest_lightning.commands.talk import TalkOptions, talk
+from rest_lightning.constants import SAMPLES_PER_FRAME
+
+MakeSpeech = Callable[..., Path]
+
+
+def lengths(path: Path) -> tuple[int, int]:
+    """Frames, and samples of sound without the padding of the last AAC packet."""
+    with av.open(str(path)) as container:
+        num_frames = sum(1 for _ in container.decode(video=0))
+        sound = container.streams.audio[0]
+        assert sound.duration is not None and sound.time_base is not None
+        return num_frames, round(sound.duration * sound.time_base * 16_000)
+
+
+@pytest.mark.parametrize("num_samples", [1, 640, 641, 16_000, 24 * 640, 24 * 640 + 1, 40_000])
+def test_video_is_as_long_as_the_speech(
+    tmp_path: Path, tiny_model: Path, portrait: Path, make_speech: MakeSpeech, num_samples: int
+) -> None:
+    out = tmp_path / "out.mp4"
+    words = ["talk", str(portrait), str(make_speech(num_samples)), "-o", str(out), "--quiet"]
+    assert main([*words, "--model", str(tiny_model)]) == 0
+    num_frames, num_sound = lengths(out)
+    assert num_frames == -(-num_samples // SAMPLES_PER_FRAME)
+    assert 0 <= num_frames * SAMPLES_PER_FRAME - num_sound < SAMPLES_PER_FRAME
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.mp4", "portrait.png", "speech.wav"]
+
+
+def test_report_sheet_and_table(
+    tmp_path: Path,
+    tiny_model: Path,
+    portrait: Path,
+    make_speech: MakeSpeech,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ["talk", str(portrait), str(make_speech(40_000)), "-o", str(tmp_path / "out.mp4")]
+    words += ["--model", str(tiny_model)]
+    words += ["--report", str(tmp_path / "out.json"), "--sheet", str(tmp_path / "out.png"), "--seed=3", "--steps", "2"]
+    assert main(words) == 0
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert report["num_frames"] == 63 and report["video_s"] == 2.52 and report["chunk_ms"]["count"] == 3
+    assert set(report["stage_s"]) == {"speech", "dit", "vae", "writing"} and min(report["stage_s"].values()) > 0
+    assert report["configuration"]["num_steps"] == 2 and report["configuration"]["seed"] == 3
+    assert report["configuration"]["model"] == str(tiny_model)
+    assert Image.open(tmp_path / "out.png").width == 1600
+    printed = capsys.readouterr()
+    for word in ("frames", "end to end", "time to first frame", "p50", "p95", "DiT", "writing", "peak memory"):
+        assert word in printed.out
+
+
+def test_pipe_gives_the_video_of_the_file(
+    tmp_path: Path, tiny_model: Path, portrait: Path, make_speech: MakeSpeech
+) -> None:
+    speech = make_speech(20_000)
+    options = {"model": tiny_model, "quiet": True, "seed": 5}
+    talk(TalkOptions(portrait, str(speech), tmp_path / "file.mp4", **options))
+    pipe = io.BytesIO(speech.read_bytes()[44:])
+    talk(TalkOptions(portrait, "-", tmp_path / "pipe.mp4", stdin=pipe, **options))
+    assert (tmp_path / "file.mp4").read_bytes() == (tmp_path / "pipe.mp4").read_bytes()
+
+
+def test_the_seed_decides(tmp_path: Path, tiny_model: Path, portrait: Path, make_speech: MakeSpeech) -> None:
+    speech = make_speech(20_000)
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        talk(TalkOptions(portrait, str(speech), tmp_path / f"{name}.mp4", model=tiny_model, quiet=True, seed=seed))
+    a, b, c = ((tmp_path / f"{name}.mp4").read_bytes() for name in "abc")
+    assert a == b != c
+
+
+@pytest.mark.parametrize("signals", [1, 2])
+def test_interrupt_keeps_a_playable_video(tmp_path: Path, tiny_model: Path, portrait: Path, signals: int) -> None:
+    """Speech that never ends comes from a pipe; Ctrl-C, pressed once or twice, leaves what was done."""
+    out = tmp_path / "out.mp4"
+    words = ["talk", str(portrait), "-", "-o", str(out), "--model", str(tiny_model)]
+    command = [sys.executable, "-m", "rest_lightning", *words]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdin is not None
+    sound = np.random.default_rng(0).integers(-3000, 3000, 60 * 640, dtype="<i2").tobytes()
+    process.stdin.write(sound)
+    process.stdin.flush()
+    part_size = 0
+    while part_size < 1000 and process.poll() is None:  # the first chunks are being written
+        process.stdin.write(sound)
+        process.stdin.flush()
+        parts = list(tmp_path.glob(".out.*.mp4"))
+        part_size = parts[0].stat().st_size if parts else 0
+    for _ in range(signals):
+        process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    last = errors.decode().strip().splitlines()[-1]
+    assert last.startswith("interrupted: kept ") and str(out) in last and b"Traceback" not in errors
+    num_frames, num_sound = lengths(out)
+    assert num_frames >= 24 and num_sound == num_frames * SAMPLES_PER_FRAME
+    assert f"kept {num_frames / 25:.2f} s" in last
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.mp4", "portrait.png"]
