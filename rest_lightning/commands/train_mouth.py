@@ -133,7 +133,7 @@ def train(
     """AdamW for ``seconds``, the learning rate falling linearly to zero; returns steps and the last loss (a mean)."""
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
-    model.train()
+    model.train().to(memory_format=torch.channels_last)
     started_s = shown_s = time.monotonic()
     step, mean_loss = 0, 0.0
     while (elapsed_s := time.monotonic() - started_s) < seconds:
@@ -142,7 +142,9 @@ def train(
             group["lr"] = lr * min(left, (step + 1) / 50)
         chosen = torch.randint(len(crops), (batch_size,), generator=generator)
         batch = augment(crops[chosen], generator)
-        loss = functional.smooth_l1_loss(model.from_crops(batch), openings[chosen].float(), beta=0.05)
+        with torch.autocast("cpu", torch.bfloat16):  # twice as fast as float32, and this network does not notice
+            estimated = model.from_crops(batch)
+        loss = functional.smooth_l1_loss(estimated, openings[chosen].float(), beta=0.05)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
