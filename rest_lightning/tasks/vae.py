@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rest_lightning.metrics.image import psnr_db
+from rest_lightning.metrics.seams import border_jump_ratio
 from rest_lightning.models.autoencoder import VideoAutoencoder, check_frames
 from rest_lightning.tasks.base import OptimizerSettings, StageModule
 from rest_lightning.tasks.regions import region_weights
@@ -145,25 +147,6 @@ class LatentMoments:
         mean = self.sum / self.count
         variance = (self.square_sum / self.count - mean.square()).clamp(min=1e-8)  # type: ignore[union-attr]
         return mean.float(), variance.sqrt().float()
-
-
-def psnr_db(squared_error: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB from the mean squared error of frames in [-1, 1]."""
-    return 10.0 * torch.log10(4.0 / squared_error.clamp(min=1e-10))
-
-
-def border_jump_ratio(frames: Tensor, period: int = 8) -> Tensor:
-    """Mean |frame difference| across latent borders over the mean elsewhere; 1 = no jumps (decided here).
-
-    Args:
-        frames: (B, 3, F, H, W) with frame 0 on its own: borders lie between frames 8k and 8k+1.
-        period: frames per latent (or per chunk, for chunk borders).
-    """
-    steps = (frames[:, :, 1:] - frames[:, :, :-1]).abs().mean(dim=(0, 1, 3, 4))
-    # Step 0 leaves the image-like frame: it is a border of its own kind, so it counts for neither side.
-    steps = steps[1:]
-    at_border = (torch.arange(1, len(steps) + 1, device=frames.device) % period) == 0
-    return steps[at_border].mean() / steps[~at_border].mean().clamp(min=1e-8)
 
 
 def _difference_loss(error: Tensor, pixel_weights: Tensor, border: float) -> Tensor:
