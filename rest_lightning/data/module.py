@@ -12,12 +12,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from rest_lightning.data.augment import SpeechAugmentation  # noqa: E402
-from rest_lightning.data.clips import PreparedClips, Reference, WindowKey  # noqa: E402
-from rest_lightning.data.latents import LatentsCache  # noqa: E402
-from rest_lightning.data.layout import read_manifest  # noqa: E402
-from rest_lightning.data.streams import BLOCK_SAMPLES, PredictPair, SpeechStream, read_pairs  # noqa: E402
-from rest_lightning.errors import UserError  # noqa: E402
+from rest_lightning.data.augment import SpeechAugmentation
+from rest_lightning.data.clips import PreparedClips, Reference, WindowKey
+from rest_lightning.data.latents import LatentsCache
+from rest_lightning.data.layout import read_manifest
+from rest_lightning.data.streams import BLOCK_SAMPLES, PredictPair, SpeechStream, read_pairs
+from rest_lightning.errors import UserError
+from rest_lightning.torchvision_compat import ensure_torchvision
+
+ensure_torchvision()  # lightning imports torchmetrics, and that torchvision
+import lightning  # noqa: E402
 
 Batch = dict[str, Any]
 

@@ -1,0 +1,220 @@
+"""Sample videos while a stage trains: the truth beside what the network makes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from ..constants import SAMPLES_PER_FRAME
+from ..data.clips import cut_audio
+from ..diffusion.sampling import euler_step, joint_guidance
+from ..diffusion.schedule import ltx_sigma_table, sigma_table
+from ..errors import UserError
+from ..models.transformer import A2VDiT
+from ..streaming.engine import ChunkEngine, to_uint8
+from ..streaming.writer import Mp4Writer
+from ..talking_head import SamplingSettings, TalkingHead
+from ..tasks.a2v import A2VModule
+from ..tasks.speech_ae import SpeechAEModule
+from ..tasks.student import StudentModule
+from ..tasks.vae import VAEModule
+
+NO_VAE = "expected a stage with a vae, got none: set model.vae and model.initial.vae, or leave SampleVideos out"
+
+
+class SampleVideos(Callback):
+    """Writes ``samples/step-<step>-<clip_id>.mp4`` (truth | sample, with the speech) and a grid of frames to the log.
+
+    VAE stage: the reconstruction. Teacher: the whole clip from noise, full attention. Student: the stream, chunk by
+    chunk through the ID-Context Cache, from the clip's reference and speech. Teacher and student need a ``vae``.
+    SpeechAE has nothing to show. Samples come from the averaged weights where weights are averaged, do not touch the
+    random numbers of the training, and a sample that fails is a warning, never the end of the training.
+
+    Args:
+        every_n_validations: sample at the first validation of a run and at every n-th after it.
+        num_clips: clips of the first validation batch.
+        num_steps: Euler steps.
+        guidance: weight of joint guidance; 1 runs the conditional branch alone.
+        shift: shift of the sigma table; None takes LTX's.
+        num_grid_frames: columns of the grid.
+        seed: of the noise, the same at every validation.
+    """
+
+    def __init__(
+        self,
+        every_n_validations: int = 1,
+        num_clips: int = 2,
+        num_steps: int = 8,
+        guidance: float = 1.0,
+        shift: float | None = None,
+        num_grid_frames: int = 8,
+        seed: int = 0,
+    ) -> None:
+        if min(every_n_validations, num_clips, num_steps, num_grid_frames) < 1:
+            raise UserError("expected every_n_validations, num_clips, num_steps and num_grid_frames of at least 1")
+        self.every_n_validations, self.num_clips, self.num_grid_frames = every_n_validations, num_clips, num_grid_frames
+        self.sampling = SamplingSettings(num_steps, guidance, shift)
+        self.seed = seed
+        self._num_validations = 0
+        self._folder: Path | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find the folder: asking for it later would wait for the other ranks."""
+        self._folder = Path(trainer.log_dir or trainer.default_root_dir) / "samples"
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: dict[str, Any],
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Sample the first batch; here, weights that are averaged are those of the module."""
+        if batch_idx or dataloader_idx or trainer.sanity_checking or isinstance(pl_module, SpeechAEModule):
+            return
+        self._num_validations += 1
+        due = trainer.state.fn != "fit" or (self._num_validations - 1) % self.every_n_validations == 0
+        if not due or not trainer.is_global_zero:
+            return
+        try:
+            self._write(trainer, pl_module, batch)
+        except Exception as error:
+            rank_zero_warn(f"no sample videos at step {trainer.global_step}: {error}")
+
+    def _write(self, trainer: Trainer, module: LightningModule, batch: dict[str, Any]) -> None:
+        batch = {name: value[: self.num_clips] for name, value in batch.items()}
+        with torch.inference_mode():
+            truth, sample = self.sample(module, batch, trainer.datamodule)  # type: ignore[attr-defined]
+        truth, sample = truth.cpu(), sample.cpu()
+        assert self._folder is not None
+        self._folder.mkdir(parents=True, exist_ok=True)
+        for row, clip_id in enumerate(batch["clip_id"]):
+            pair = torch.cat([truth[row], sample[row]], dim=2).numpy()
+            path = self._folder / f"step-{trainer.global_step:06d}-{clip_id}.mp4"
+            with Mp4Writer(path, pair.shape[1:3], overwrite=True) as writer:
+                writer.write(pair)
+                audio = batch["audio"][row].float().cpu().numpy()
+                left = trainer.datamodule.audio_left_frames  # type: ignore[attr-defined]
+                writer.write_audio(cut_audio(audio, left, len(pair), 0, 0))
+            columns = np.linspace(0, len(pair) - 1, min(self.num_grid_frames, len(pair))).round().astype(int)
+            rows = [np.concatenate(list(video[row, columns].numpy()), axis=1) for video in (truth, sample)]
+            grid = np.concatenate(rows)
+            for logger in trainer.loggers:
+                if hasattr(logger.experiment, "add_image"):
+                    logger.experiment.add_image(f"samples/{clip_id}", grid, trainer.global_step, dataformats="HWC")
+
+    def sample(self, module: LightningModule, batch: dict[str, Any], datamodule: Any) -> tuple[Tensor, Tensor]:
+        """Truth and sample of a validation batch, both uint8 (B, F, H, W, 3).
+
+        Raises:
+            UserError: a stage without ``vae``, or one that is not known here.
+        """
+        if isinstance(module, VAEModule):
+            reconstruction = module.vae.decode_raw(module.vae.encode_moments(batch["frames"])[0])
+            return to_uint8(batch["frames"]), to_uint8(reconstruction)
+        if not isinstance(module, A2VModule):
+            raise UserError(f"expected a stage of rest_lightning, got {type(module).__name__}")
+        if module.vae is None:
+            raise UserError(NO_VAE)
+        conditions = module.conditions(batch)
+        latents = conditions.latents
+        frames = batch.get("frames")
+        truth = module.vae.decode(latents) if frames is None else frames
+        generator = torch.Generator().manual_seed(self.seed)
+        noise = torch.randn(latents.shape, generator=generator).to(latents)
+        if isinstance(module, StudentModule):
+            reference = batch["reference"] if "reference" in batch else module.vae.decode(latents[:, :, :1])[:, :, 0]
+            return to_uint8(truth), self._stream(module, reference, batch["audio"], noise, datamodule)
+        sigmas = self._sigmas(latents[0, 0].numel())
+        clip = generate_clip(
+            module.transformer, latents[:, :, :1], conditions.speech_latents, noise, sigmas, self.sampling.guidance
+        )
+        return to_uint8(truth), to_uint8(module.vae.decode(clip))
+
+    def _sigmas(self, num_tokens: int) -> list[float]:
+        num_steps, shift = self.sampling.num_steps, self.sampling.shift
+        table = ltx_sigma_table(num_steps, num_tokens) if shift is None else sigma_table(num_steps, shift)
+        return [float(sigma) for sigma in table]
+
+    def _stream(self, module: A2VModule, reference: Tensor, audio: Tensor, noise: Tensor, datamodule: Any) -> Tensor:
+        """What a session gives for the clip's reference and speech, the reference first: uint8 (B, F, H, W, 3)."""
+        with borrowed_head(module, self.sampling, reference.shape[-1]) as head:
+            engine = ChunkEngine(head, len(reference), self.sampling.num_steps, self.sampling.guidance)
+            engine.start(reference)
+            videos = [to_uint8(reference[:, :, None])]
+            for chunk, piece in enumerate(noise[:, :, 1:].split(engine.chunk_length, dim=2)):
+                first_frame = 1 + chunk * engine.chunk_frames  # frame 0 is the reference
+                start = datamodule.audio_left_frames + first_frame - head.speech_encoder.left_context_frames
+                window = audio[:, start * SAMPLES_PER_FRAME :][:, : engine.window_samples]
+                videos.append(engine.step(window, piece))
+        return torch.cat(videos, dim=1)
+
+
+@torch.no_grad()
+def generate_clip(
+    transformer: A2VDiT,
+    reference_latent: Tensor,
+    speech_latents: Tensor,
+    noise: Tensor,
+    sigmas: list[float],
+    guidance: float = 1.0,
+) -> Tensor:
+    """A teacher's whole clip from noise: Euler steps with joint guidance (REST sec. 3.3 and 3.5).
+
+    Args:
+        transformer: with full attention.
+        reference_latent: (B, C, 1, h, w), clean.
+        speech_latents: (B, f, n, d).
+        noise: unit Gaussian (B, C, f, h, w); slot 0 is not used.
+        sigmas: descending from 1 to 0.
+        guidance: weight ``a`` of joint guidance; 1 runs the conditional branch alone.
+
+    Returns:
+        Latents (B, C, f, h, w), slot 0 the reference.
+    """
+    sample, guided = noise[:, :, 1:], guidance != 1.0
+    speech = torch.cat([speech_latents, torch.zeros_like(speech_latents)]) if guided else speech_latents
+    for sigma, sigma_next in pairwise(sigmas):
+        rows = torch.cat([reference_latent, sample], dim=2)
+        if guided:
+            dropped = torch.cat([torch.zeros_like(reference_latent), sample], dim=2)
+            rows = torch.cat([rows, dropped])
+        levels = sample.new_full((rows.shape[0], rows.shape[2]), sigma)
+        levels[:, 0] = 0.0
+        velocity = transformer(rows, levels, speech)[:, :, 1:]
+        if guided:
+            conditional, unconditional = velocity.chunk(2)
+            velocity = joint_guidance(unconditional, conditional, guidance)
+        sample = euler_step(sample, velocity, sigma, sigma_next)
+    return torch.cat([reference_latent, sample], dim=2)
+
+
+@contextmanager
+def borrowed_head(module: A2VModule, sampling: SamplingSettings, size_px: int) -> Iterator[TalkingHead]:
+    """A talking head of the module's own parts; they train on afterwards as they did before.
+
+    Raises:
+        UserError: a module without ``vae``, or a teacher.
+    """
+    if module.vae is None:
+        raise UserError(NO_VAE)
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    modes = [(part, part.training) for part in module.modules()]
+    try:
+        yield TalkingHead(module.vae, module.speech_encoder, module.speech_ae, module.transformer, sampling, size_px)
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        for part, training in modes:
+            part.training = training

@@ -1,0 +1,118 @@
+"""Where predicted frames go: one mp4 and one report per portrait and speech."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+
+from ..data.streams import PredictPair, SpeechBlock
+from ..errors import UserError
+from ..streaming.writer import Mp4Writer
+
+
+class VideoSink(Callback):
+    """Writes ``<name>.mp4`` and ``<name>.json`` per pair as the frames come, in bounded memory.
+
+    A run that was interrupted leaves what it has as ``<name>.partial.mp4``, which plays. The next run skips the
+    finished pairs: those with both files, made from the same portrait and speech with the same settings.
+
+    Args:
+        out_dir: folder of the videos; made when absent.
+        overwrite: replace what is there, and skip nothing.
+        crf: quality of the video, see `Mp4Writer`.
+    """
+
+    def __init__(self, out_dir: str, overwrite: bool = False, crf: int = 18) -> None:
+        self.out_dir, self.overwrite, self.crf = Path(out_dir), overwrite, crf
+        self._writer: Mp4Writer | None = None
+        self._pair: PredictPair | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Take the finished pairs out of the data module's list.
+
+        Raises:
+            UserError: a folder that cannot be made, or a file of another origin under a name that is needed.
+        """
+        if stage != "predict":
+            return
+        try:
+            self.out_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            reason = f"{self.out_dir} ({error.strerror})"
+            raise UserError(f"expected a folder for videos, got {reason}: choose another out_dir") from None
+        datamodule = trainer.datamodule  # type: ignore[attr-defined]
+        pairs = list(datamodule.pairs)
+        datamodule.pairs = [pair for pair in pairs if not self._is_finished(pair, pl_module.configuration)]
+        if len(datamodule.pairs) < len(pairs):
+            rank_zero_info(f"{len(pairs) - len(datamodule.pairs)} of {len(pairs)} videos are done before")
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: SpeechBlock,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Write the frames and the samples of one block; at the end of a pair, finish its files."""
+        clock = pl_module.session.clock
+        with clock.stage("writing"):
+            if batch["is_first"]:
+                self._pair = batch["pair"]
+                path = self._path(self._pair, ".mp4")
+                self._writer = Mp4Writer(path, pl_module.size_px, crf=self.crf, overwrite=self.overwrite)
+            assert self._writer is not None and self._pair is not None
+            self._writer.write(outputs)
+            self._writer.write_audio(batch["samples"])
+        if not batch["is_end"]:
+            return
+        report = pl_module.session.report()
+        report.configuration.update(_expected(self._pair, pl_module.configuration))
+        # The report first: a pair counts as finished once the video has its final name.
+        report.save(self._path(self._pair, ".json"))
+        self._writer.close()
+        self._path(self._pair, ".partial.mp4").unlink(missing_ok=True)
+        self._writer = self._pair = None
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Keep what was done of the present video, under a name that says so."""
+        writer, pair = self._writer, self._pair
+        self._writer = self._pair = None
+        if writer is None or pair is None:
+            return
+        if writer.num_frames == 0:
+            writer.abort()
+            return
+        writer.path = self._path(pair, ".partial.mp4")
+        writer.close()
+        rank_zero_info(f"{writer.duration_s:.1f} s of {pair.name} are in {writer.path}")
+
+    def _path(self, pair: PredictPair, suffix: str) -> Path:
+        return self.out_dir / (pair.name + suffix)
+
+    def _is_finished(self, pair: PredictPair, configuration: dict[str, Any]) -> bool:
+        video, report = self._path(pair, ".mp4"), self._path(pair, ".json")
+        if self.overwrite or not video.exists():
+            return False
+        try:
+            made_from = json.loads(report.read_text(encoding="utf-8"))["configuration"]
+        except (OSError, ValueError, KeyError, TypeError):
+            made_from = {}
+        for key, value in _expected(pair, configuration).items():
+            if made_from.get(key) != value:
+                raise UserError(
+                    f"expected {video} to be made with {key} {value}, got {made_from.get(key, 'no report')}: "
+                    "choose another out_dir, or set overwrite"
+                )
+        return True
+
+
+def _expected(pair: PredictPair, configuration: dict[str, Any]) -> dict[str, Any]:
+    files = {"portrait": os.path.abspath(pair.portrait), "speech": os.path.abspath(pair.speech)}
+    return {**configuration, **files}
