@@ -13,6 +13,8 @@ from torch import nn
 
 from rest_lightning.parts import PARTS_KEY, describe_part, load_part
 
+RNG_KEY = "rest_rng_state"
+
 
 @dataclass
 class OptimizerSettings:
@@ -58,6 +60,7 @@ class StageModule(LightningModule):
     ) -> None:
         super().__init__()
         self.optimizer_settings = optimizer or OptimizerSettings()
+        self._resumed_rng: dict[str, Any] | None = None
         self.trained_parts = tuple(trained)
         self.frozen_parts = tuple(name for name, part in frozen.items() if part is not None)
         for name, part in [*trained.items(), *frozen.items()]:
@@ -113,8 +116,18 @@ class StageModule(LightningModule):
             getattr(self, name).eval()
         return self
 
+    def on_train_start(self) -> None:
+        """Go on with the random numbers of the checkpoint; what comes before the first step may draw some."""
+        if self._resumed_rng is not None:
+            torch.set_rng_state(self._resumed_rng["cpu"])
+            if self._resumed_rng["cuda"] and len(self._resumed_rng["cuda"]) == torch.cuda.device_count():
+                torch.cuda.set_rng_state_all(self._resumed_rng["cuda"])
+            self._resumed_rng = None
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Describe the parts, and leave the frozen ones out."""
+        """Describe the parts, and leave the frozen ones out; keep torch's random state, which Lightning does not."""
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        checkpoint[RNG_KEY] = {"cpu": torch.get_rng_state(), "cuda": cuda}
         checkpoint[PARTS_KEY] = {name: describe_part(getattr(self, name)) for name in self.trained_parts}
         for state in _model_states(checkpoint):
             for key in self._frozen_keys(state):
@@ -122,6 +135,7 @@ class StageModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put the frozen parts back, so that loading stays strict for everything else."""
+        self._resumed_rng = checkpoint.get(RNG_KEY)
         own = self.state_dict()
         for state in _model_states(checkpoint):
             state.update({key: own[key] for key in self._frozen_keys(own)})

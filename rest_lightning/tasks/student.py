@@ -41,8 +41,8 @@ class StudentModule(A2VModule):
     Training runs all chunks in one parallel forward, which equals the sequential cached computation.
 
     Args:
-        transformer, speech_ae, speech_encoder, vae, noise, optimizer, initial: see :class:`A2VModule`; ``initial`` takes
-            the transformer from the teacher's checkpoint, whose parameter names are the same.
+        transformer, speech_ae, speech_encoder, vae, noise, optimizer, initial: see :class:`A2VModule`; ``initial``
+            takes the transformer from the teacher's checkpoint, whose parameter names are the same.
         asd: the distillation, or None for pre-training on ground truth only.
     """
 
