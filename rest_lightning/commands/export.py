@@ -70,7 +70,10 @@ def _load(name: str, source: Path) -> nn.Module:
 
 
 def _load_speech_encoder(source: Path) -> nn.Module:
-    """A stage's checkpoint leaves frozen parts out: they are described in it, or in the config.yaml of its run."""
+    """A stage's checkpoint describes frozen parts without their weights.
+
+    Log-mel has none; the path of Whisper's stands in the config.yaml of the run.
+    """
     import torch
 
     from rest_lightning.parts import PARTS_KEY, build_part
@@ -80,13 +83,15 @@ def _load_speech_encoder(source: Path) -> nn.Module:
     checkpoint = torch.load(source, map_location="cpu", weights_only=False)
     if "speech_encoder" in checkpoint.get(PARTS_KEY, {}):
         return _load("speech_encoder", source)
-    description = checkpoint.get(FROZEN_PARTS_KEY, {}).get("speech_encoder") or _described_by_run(source)
-    if description is None:
-        raise UserError(
-            f"expected a description of the speech encoder in {source} or in a config.yaml beside it, got none: "
-            "name a model folder with --speech-encoder"
-        )
-    return build_part(description)
+    for description in (checkpoint.get(FROZEN_PARTS_KEY, {}).get("speech_encoder"), _described_by_run(source)):
+        if description is not None:
+            part = build_part(description)
+            if description["config"].get("weights") or not any(True for _ in part.parameters()):
+                return part
+    raise UserError(
+        f"expected a speech encoder described in {source} or in a config.yaml beside it, got none with weights: "
+        "name a model folder with --speech-encoder"
+    )
 
 
 def _described_by_run(checkpoint: Path) -> dict[str, Any] | None:

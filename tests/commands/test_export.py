@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rest_lightning import TalkingHead
+from rest_lightning.cli import main
+from rest_lightning.parts import PART_NAMES, PARTS_KEY, describe_part
+
+
+@pytest.fixture
+def checkpoints(tiny_model: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """Checkpoints of a student stage and of a VAE stage, with what the stages write into them."""
+    head = TalkingHead.from_pretrained(tiny_model)
+
+    def save(path: Path, *names: str) -> Path:
+        parts = {name: getattr(head, name) for name in names}
+        state = {f"{name}.{key}": value for name, part in parts.items() for key, value in part.state_dict().items()}
+        frozen = {"speech_encoder": describe_part(head.speech_encoder)}
+        content: dict[str, Any] = {PARTS_KEY: {name: describe_part(part) for name, part in parts.items()}}
+        torch.save({"state_dict": state, "rest_frozen_parts": frozen, **content}, path)
+        return path
+
+    return save(tmp_path / "student.ckpt", "transformer", "speech_ae"), save(tmp_path / "vae.ckpt", "vae")
+
+
+def words_of(checkpoints: tuple[Path, Path], out: Path, *more: str) -> list[str]:
+    return ["export", str(checkpoints[0]), "--vae", str(checkpoints[1]), "--out", str(out), "--size_px", "64", *more]
+
+
+def test_exported_model_is_the_checkpoint(
+    checkpoints: tuple[Path, Path], tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "my_model"
+    more = ["--dtype", "float32", "--num_steps", "5", "--guidance", "2.5", "--shift", "1"]
+    assert main(words_of(checkpoints, out, *more)) == 0
+    assert "MB" in capsys.readouterr().out
+    ours, source = TalkingHead.from_pretrained(out), TalkingHead.from_pretrained(tiny_model)
+    assert (ours.size_px, ours.sampling.num_steps, ours.sampling.guidance, ours.sampling.shift) == (64, 5, 2.5, 1.0)
+    for name in PART_NAMES:
+        state, expected = getattr(ours, name).state_dict(), getattr(source, name).state_dict()
+        assert state.keys() == expected.keys()
+        assert all(torch.equal(state[key], expected[key]) for key in state)
+
+
+def test_stored_in_bfloat16_by_default(checkpoints: tuple[Path, Path], tmp_path: Path) -> None:
+    assert main(words_of(checkpoints, tmp_path / "small")) == 0
+    assert main(words_of(checkpoints, tmp_path / "large", "--dtype", "float32")) == 0
+    small, large = (
+        sum(file.stat().st_size for file in (tmp_path / name).rglob("*.safetensors")) for name in ("small", "large")
+    )
+    assert small < 0.65 * large
+
+
+def test_speech_encoder_of_the_run(checkpoints: tuple[Path, Path], tmp_path: Path) -> None:
+    """A checkpoint without a description: the config.yaml of its run has it."""
+    content = torch.load(checkpoints[0], weights_only=False)
+    del content["rest_frozen_parts"]
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    torch.save(content, run / "checkpoints" / "last.ckpt")
+    words = words_of((run / "checkpoints" / "last.ckpt", checkpoints[1]), tmp_path / "out")
+    assert main(words) == 2
+    encoder = {"class_path": "rest_lightning.models.speech.LogMelEncoder", "init_args": {"lookahead_frames": 1}}
+    (run / "config.yaml").write_text(json.dumps({"model": {"init_args": {"speech_encoder": encoder}}}))
+    assert main(words) == 0
+    assert TalkingHead.from_pretrained(tmp_path / "out").speech_encoder.lookahead_frames == 1
+
+
+@pytest.mark.parametrize("kind", ["file", "other", "model"])
+def test_nothing_is_replaced_by_accident(
+    kind: str,
+    checkpoints: tuple[Path, Path],
+    tiny_model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "out"
+    if kind == "file":
+        out.touch()
+    elif kind == "other":
+        out.mkdir()
+        (out / "letter.txt").write_text("dear")
+    else:
+        shutil.copytree(tiny_model, out)
+    assert main(words_of(checkpoints, out)) == 2
+    error = capsys.readouterr().err
+    assert str(out) in error and len(error.splitlines()) == 1
+    assert main(words_of(checkpoints, out, "--overwrite")) == (0 if kind == "model" else 2)
+    assert kind != "other" or (out / "letter.txt").exists()
+
+
+def test_wrong_checkpoints(
+    checkpoints: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for words in (
+        words_of((tmp_path / "missing.ckpt", checkpoints[1]), tmp_path / "out"),
+        words_of(checkpoints[::-1], tmp_path / "out"),
+        ["export", str(checkpoints[0]), "--out", str(tmp_path / "out")],
+    ):
+        assert main(words) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: expected") and len(error.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
