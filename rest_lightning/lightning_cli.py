@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,10 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI  # noqa:
 from rest_lightning.data.module import TalkingHeadDataModule  # noqa: E402
 
 FINAL_CHECKPOINT = "final.ckpt"
+EXPECTED_WARNINGS = (
+    "LightningCLI's args parameter",  # our own command line hands its words on
+    r"Found \d+ module\(s\) in eval mode",  # frozen parts are
+)
 
 
 class RestCLI(LightningCLI):
@@ -46,7 +51,9 @@ class RestCLI(LightningCLI):
 
 
 def run(args: list[str]) -> Any:
-    """Run LightningCLI with ``args`` (subcommand first)."""
+    """Run LightningCLI with ``args``, subcommand first; returns it, with ``trainer``, ``model`` and ``config``."""
+    for message in EXPECTED_WARNINGS:
+        warnings.filterwarnings("ignore", message)
     return RestCLI(
         LightningModule,
         TalkingHeadDataModule,

@@ -14,6 +14,7 @@ from torch import nn
 from rest_lightning.parts import PARTS_KEY, describe_part, load_part
 
 RNG_KEY = "rest_rng_state"
+FROZEN_PARTS_KEY = "rest_frozen_parts"
 
 
 @dataclass
@@ -125,10 +126,11 @@ class StageModule(LightningModule):
             self._resumed_rng = None
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Describe the parts, and leave the frozen ones out; keep torch's random state, which Lightning does not."""
+        """Describe the parts, leave the weights of frozen ones out; keep torch's random state (Lightning does not)."""
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
         checkpoint[RNG_KEY] = {"cpu": torch.get_rng_state(), "cuda": cuda}
         checkpoint[PARTS_KEY] = {name: describe_part(getattr(self, name)) for name in self.trained_parts}
+        checkpoint[FROZEN_PARTS_KEY] = {name: describe_part(getattr(self, name)) for name in self.frozen_parts}
         for state in _model_states(checkpoint):
             for key in self._frozen_keys(state):
                 del state[key]
