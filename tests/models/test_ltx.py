@@ -17,7 +17,7 @@ from rest_lightning.torchvision_compat import ensure_torchvision
 TEXT_DIM = 12
 
 
-def make_ltx(seed: int = 0, **changes: Any) -> nn.Module:
+def make_ltx(seed: int = 0, **changes: Any) -> Any:
     """A tiny LTX transformer with random weights."""
     ensure_torchvision()
     from diffusers.models.transformers.transformer_ltx import LTXVideoTransformer3DModel
@@ -95,7 +95,9 @@ def test_gradients_equal_ltx() -> None:
     own = dict(model.named_parameters())
     assert set(own) == {name for name, _ in ltx.named_parameters()}
     for name, parameter in ltx.named_parameters():
-        assert torch.allclose(own[name].grad, parameter.grad, rtol=1e-4, atol=1e-5), name
+        gradient = own[name].grad
+        assert gradient is not None
+        assert torch.allclose(gradient, parameter.grad, rtol=1e-4, atol=1e-5), name
 
 
 def original_names(state: dict[str, Tensor], prefix: str = "model.diffusion_model.") -> dict[str, Tensor]:
@@ -163,12 +165,13 @@ def test_left_over_tensors_of_a_folder_are_named(tmp_path: Path) -> None:
 
 def test_bad_sources(tmp_path: Path) -> None:
     (tmp_path / "text.safetensors").write_text("not weights")
-    for source, message in [
+    sources: list[tuple[Any, str]] = [
         (tmp_path, "expected a folder with config.json"),
         (tmp_path / "absent.safetensors", "got no such path"),
         (tmp_path / "text.safetensors", "expected LTX weights as safetensors"),
         (nn.Linear(2, 2), "expected an LTXVideoTransformer3DModel, got Linear"),
-    ]:
+    ]
+    for source, message in sources:
         with pytest.raises(ValueError, match=message):
             A2VDiT.from_ltx(source)
     with pytest.raises(ValueError, match="patch_size=1, got 2"):

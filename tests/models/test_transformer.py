@@ -12,6 +12,7 @@ import jsonargparse
 import pytest
 import torch
 
+from rest_lightning.models.attention import Rope, rotate
 from rest_lightning.models.cache import CacheOptions, IDContextCache
 from rest_lightning.models.transformer import A2VDiT
 
@@ -72,13 +73,15 @@ def test_speech_attention_starts_at_zero_and_learns(lab: SimpleNamespace, spatia
     assert torch.equal(model(latents, sigma, speech), model(latents, sigma))
     model(latents, sigma, speech).square().mean().backward()
     for block in model.transformer_blocks:
-        assert block.speech_attn.to_out[0].weight.grad.abs().max() > 0
+        gradient = block.get_parameter("speech_attn.to_out.0.weight").grad
+        assert gradient is not None
+        assert gradient.abs().max() > 0
 
 
 @pytest.mark.parametrize("attention", ["full", "chunked"])
 def test_frames_hear_their_own_speech_and_the_reference_none(attention: str, lab: SimpleNamespace) -> None:
     model = A2VDiT.from_config({**lab.make_student(num_layers=1).config, "attention": attention})
-    torch.nn.init.normal_(model.transformer_blocks[0].speech_attn.to_out[0].weight)
+    torch.nn.init.normal_(model.get_parameter("transformer_blocks.0.speech_attn.to_out.0.weight"))
     clip = lab.make_clip(model, 2)
     speech = clip["speech_latents"].requires_grad_()
     velocity = model(**clip)
@@ -129,6 +132,8 @@ def test_gradient_checkpointing_changes_nothing(attention: str, lab: SimpleNames
         loss.backward()
     assert torch.equal(losses[0], losses[1])
     for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert a.grad is not None
+        assert b.grad is not None
         assert torch.equal(a.grad, b.grad)
 
 
@@ -148,6 +153,16 @@ def test_bfloat16(attention: str, lab: SimpleNamespace) -> None:
     lab.assert_close(mixed.float(), expected, 0.05)
     pure = model.bfloat16()(**{k: v if v is None else v.bfloat16() for k, v in clip.items()})
     lab.assert_close(pure.float(), expected, 0.1)
+
+
+def test_rotation_compiles_and_keeps_lengths() -> None:
+    table = Rope(dim=20).table(3, 2, 2, 3, torch.device("cpu"))
+    x = torch.randn(4, 12, 20)
+    turned = rotate(x, table)
+    assert torch.allclose(turned.norm(dim=-1), x.norm(dim=-1), rtol=1e-5)
+    assert torch.equal(turned[..., :2], x[..., :2])  # 20 = 3 * 6 + 2: two channels do not turn
+    compiled = torch.compile(rotate, backend="eager", fullgraph=True)
+    assert torch.allclose(compiled(x, table), turned, atol=1e-6)
 
 
 def test_tables_made_in_inference_mode_serve_training(lab: SimpleNamespace) -> None:
