@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"expected to make {folder}, got '{error.strerror}': choose another --out") from error
-    outputs = {"out": folder / "demo.mp4", "report": folder / "demo.json", "sheet": folder / "demo.png"}
-    talk(TalkOptions(PORTRAIT, str(SPEECH), overwrite=True, **outputs, **options))
-    print("\n".join(f"wrote {path}" for path in outputs.values()))
+    video, report, sheet = (folder / f"demo{suffix}" for suffix in (".mp4", ".json", ".png"))
+    talk(TalkOptions(PORTRAIT, str(SPEECH), video, overwrite=True, report=report, sheet=sheet, **options))
+    print("\n".join(f"wrote {path}" for path in (video, report, sheet)))
     return 0

@@ -117,7 +117,6 @@ def _decode(path: Path) -> Iterator[AudioFrame]:
     num_bad = num_good = num_samples = 0
     with _open(path) as container:
         stream = container.streams.audio[0]
-        stream.thread_type = "SLICE"
         packets = container.demux(stream)
         while True:
             try:

@@ -112,7 +112,7 @@ def summarise_video(
         for number, frame in enumerate(container.decode(video=0)):
             if not callable(mouth_opening) and number not in wanted:
                 continue
-            pixels = frame.to_ndarray(format="rgb24")
+            pixels = np.asarray(frame.to_ndarray(format="rgb24"), dtype=np.uint8)
             if number in wanted:
                 kept.append(pixels)
             batch.append(pixels)
@@ -146,7 +146,7 @@ def _draw_title(figure: Figure, title: str, figures: Mapping[str, str]) -> None:
     figure.text(0.03, 1 - 0.42 / height, title, size=19, weight="bold", color=_INK, va="center")
     if figures:
         step = min(0.135, 0.94 / len(figures))
-        for index, (name, value) in enumerate(reversed(figures.items())):
+        for index, (name, value) in enumerate(reversed(list(figures.items()))):
             x = 0.97 - index * step
             figure.text(x, 1 - 0.32 / height, value, size=14, weight="bold", color=_INK, va="center", ha="right")
             figure.text(x, 1 - 0.62 / height, name, size=9.5, color=_QUIET, va="center", ha="right")

@@ -26,7 +26,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     torch.manual_seed(0)
     head = TalkingHead(
-        CompactVAE(4, (8, 12, 16), (1, 1, 1), (1, 1, 1), ((4, 2), (2, 2)), patch_size=8),
+        CompactVAE(4, (8, 16, 16), (1, 1, 1), (1, 1, 1), ((4, 2), (2, 2)), patch_size=8),
         LogMelEncoder(lookahead_frames=2),
         SpeechAE(feature_dim=160, num_tokens=2, latent_dim=8, width=8),
         A2VDiT(
