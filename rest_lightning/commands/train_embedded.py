@@ -36,7 +36,8 @@ class Stage:
 
 
 STAGES = (
-    Stage("vae", 0.50),
+    Stage("vae_start", 0.16),
+    Stage("vae", 0.34, {"vae": "vae_start"}),
     Stage("speech_ae", 0.03),
     Stage("teacher", 0.27, {"speech_ae": "speech_ae"}, uses_latents=True),
     Stage("student", 0.10, {"transformer": "teacher", "speech_ae": "teacher"}, uses_latents=True),

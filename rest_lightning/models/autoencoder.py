@@ -108,16 +108,18 @@ class CompactVAE(VideoAutoencoder):
         encoder_blocks, decoder_blocks: residual blocks of each stage, fine to coarse.
         strides: (time, space) factor between neighbouring stages; with ``patch_size`` they multiply to 8 and 32.
         patch_size: pixels on the side of one patch.
+        shortcuts: carry channel means past every change of resolution; widths have to divide (see :class:`Downsample`).
     """
 
     def __init__(
         self,
         latent_channels: int = 64,
-        widths: tuple[int, ...] = (96, 160, 224, 320),
+        widths: tuple[int, ...] = (64, 128, 256, 256),
         encoder_blocks: tuple[int, ...] = (1, 1, 2, 2),
         decoder_blocks: tuple[int, ...] = (2, 2, 3, 2),
         strides: tuple[tuple[int, int], ...] = ((2, 1), (2, 2), (2, 2)),
         patch_size: int = 8,
+        shortcuts: bool = False,
     ) -> None:
         super().__init__(latent_channels)
         time, space = 1, patch_size
@@ -140,6 +142,7 @@ class CompactVAE(VideoAutoencoder):
             "decoder_blocks": tuple(decoder_blocks),
             "strides": tuple((t, s) for t, s in strides),
             "patch_size": patch_size,
+            "shortcuts": shortcuts,
         }
         self.patch_size = patch_size
         patch_channels = 3 * patch_size**2
@@ -148,16 +151,18 @@ class CompactVAE(VideoAutoencoder):
         for i, width in enumerate(widths):
             encoder += [ResBlock(width) for _ in range(encoder_blocks[i])]
             if i < len(strides):
-                encoder.append(Downsample(width, widths[i + 1], *strides[i]))
+                encoder.append(Downsample(width, widths[i + 1], *strides[i], shortcut=shortcuts))
         self.encoder = nn.ModuleList(encoder)
         self.encoder_norm = RMSNorm(widths[-1])
         self.encoder_out = nn.Linear(widths[-1], 2 * latent_channels)
+        # Little noise at the start: a decoder that first sees noise alone learns to ignore its latents.
+        nn.init.constant_(self.encoder_out.bias[latent_channels:], -5.0)
 
         decoder: list[nn.Module] = [SpatialConv(latent_channels, widths[-1])]
         for i in reversed(range(len(widths))):
             decoder += [ResBlock(widths[i]) for _ in range(decoder_blocks[i])]
             if i:
-                decoder.append(Upsample(widths[i], widths[i - 1], *strides[i - 1]))
+                decoder.append(Upsample(widths[i], widths[i - 1], *strides[i - 1], shortcut=shortcuts))
         self.decoder = nn.ModuleList(decoder)
         self.decoder_norm = RMSNorm(widths[0])
         self.decoder_out = SpatialConv(widths[0], patch_channels)

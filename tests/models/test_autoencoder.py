@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from rest_lightning.models.autoencoder import CompactVAE
-from rest_lightning.models.causal import Stream, patchify, unpatchify
+from rest_lightning.models.causal import Downsample, Stream, Upsample, patchify, unpatchify
 
 
-def tiny_vae(seed: int = 0) -> CompactVAE:
+def tiny_vae(seed: int = 0, shortcuts: bool = False) -> CompactVAE:
     """A few thousand parameters, with random instead of zero second convolutions, so that time matters."""
     torch.manual_seed(seed)
-    vae = CompactVAE(4, (8, 12, 16), (1, 1, 1), (1, 1, 2), ((4, 2), (2, 2)), patch_size=8)
+    vae = CompactVAE(4, (8, 16, 16), (1, 1, 1), (1, 1, 2), ((4, 2), (2, 2)), patch_size=8, shortcuts=shortcuts)
     for name, parameter in vae.named_parameters():
         if "temporal.conv" in name:
             torch.nn.init.normal_(parameter, std=0.3)
@@ -25,8 +25,9 @@ def tiny_vae(seed: int = 0) -> CompactVAE:
 
 @pytest.mark.parametrize("pieces", [(1, 1, 1, 1, 1, 1), (3, 3), (2, 2, 2), (2, 3, 1), (6,), (5, 1)])
 @pytest.mark.parametrize("size", [(32, 32), (64, 96)])
-def test_streamed_decode_equals_whole_clip(pieces: tuple[int, ...], size: tuple[int, int]) -> None:
-    vae = tiny_vae()
+@pytest.mark.parametrize("shortcuts", [False, True])
+def test_streamed_decode_equals_whole_clip(pieces: tuple[int, ...], size: tuple[int, int], shortcuts: bool) -> None:
+    vae = tiny_vae(shortcuts=shortcuts)
     latents = torch.randn(2, 4, 1 + sum(pieces), size[0] // 32, size[1] // 32)
     whole = vae.decode(latents)
     first, stream = vae.start_decode(latents[:, :, :1])
@@ -114,6 +115,20 @@ def test_config_survives_json() -> None:
     copy.load_state_dict(vae.state_dict())
     frames = torch.rand(1, 3, 9, 32, 32)
     assert torch.equal(copy.eval().encode(frames), vae.encode(frames))
+
+
+@pytest.mark.parametrize(("time", "space"), [(2, 1), (1, 2), (2, 2), (4, 2)])
+def test_shortcuts_average_and_spread_channel_groups(time: int, space: int) -> None:
+    """With zero weights a block is its shortcut alone: constant frames come back as they were."""
+    down = Downsample(4, 4 * time, time, space, shortcut=True)
+    up = Upsample(4 * time, 4, time, space, shortcut=True)
+    for module in (down, up):
+        torch.nn.init.zeros_(module.proj.weight)
+        torch.nn.init.zeros_(module.proj.bias)
+    frames = torch.randn(2, 1, 1, 1, 1).expand(2, 1 + 2 * time, 4, 4, 4)
+    torch.testing.assert_close(up(down(frames)), frames)
+    with pytest.raises(ValueError, match="folded channels to be a multiple of 7"):
+        Downsample(4, 7, time, space, shortcut=True)
 
 
 @pytest.mark.parametrize("patch_size", [1, 2, 4])
