@@ -155,7 +155,7 @@ def _box(image: Image.Image, crop: Crop, name: str) -> tuple[float, float, float
 
 
 def _face_box(image: Image.Image, name: str) -> tuple[float, float, float, float]:
-    """A square around the largest face that shows the head as the training clips do: 2.2 times the detected box."""
+    """A square around the largest face that shows the head as the training clips do: 1.6 times the detected box."""
     try:
         import mediapipe
     except ImportError as error:
@@ -167,7 +167,7 @@ def _face_box(image: Image.Image, name: str) -> tuple[float, float, float, float
     boxes = [detection.location_data.relative_bounding_box for detection in found]
     box = max(boxes, key=lambda each: each.width * each.height)
     width, height = box.width * image.width, box.height * image.height
-    side = min(2.2 * max(width, height), image.width, image.height)
+    side = min(1.6 * max(width, height), image.width, image.height)
     x = (box.xmin * image.width) + width / 2 - side / 2
     y = (box.ymin * image.height) + 0.42 * height - side / 2  # the detected box ends at the brows: keep the hair
     return min(max(x, 0.0), image.width - side), min(max(y, 0.0), image.height - side), side, side
