@@ -18,6 +18,7 @@ from rest_lightning.models.causal import Stream
 from rest_lightning.streaming.report import StreamClock
 
 if TYPE_CHECKING:
+    from rest_lightning.models.transformer import Condition, SigmaEmbedding
     from rest_lightning.talking_head import TalkingHead
 
 
@@ -64,6 +65,13 @@ class ChunkEngine:
         side = model.size_px // SPATIAL_RATIO
         self.latent_shape = (batch, model.vae.latent_channels, self.chunk_length, side, side)
         self.sigmas = self._sigma_table(num_steps, side * side)
+        with torch.no_grad():
+            levels = [*self.sigmas[:-1], 0.0]
+            # Modulations depend on the noise level alone: once per session instead of once per step.
+            self.embeddings = [
+                model.transformer.embed_sigma(torch.full((1, 1), level, device=model.device, dtype=model.dtype))
+                for level in levels
+            ]
         rows = batch * (2 if self.guided else 1)
         self.cache = IDContextCache.allocate(model.transformer, rows, side, side, num_steps=num_steps)
         self.speech, self.decoder = Stream(), Stream()
@@ -89,8 +97,9 @@ class ChunkEngine:
             model.speech_ae.encode(self._silent_features(), self.speech)
         with self._stage("dit"):
             self.cache.reset_rows()
-            rows = torch.cat([latent, torch.zeros_like(latent)]) if self.guided else latent
-            model.transformer.prefill(rows, self.cache)
+            self.reference_rows = torch.cat([latent, torch.zeros_like(latent)]) if self.guided else latent
+            if self.cache.options.reference_attends == "self":
+                model.transformer.prefill(self.reference_rows, self.cache)
 
     def _silent_features(self) -> Tensor:
         """Speech features of frame 0, which lies before the speech: silence."""
@@ -122,20 +131,27 @@ class ChunkEngine:
         transformer, cache = self.model.transformer, self.cache
         if self.guided:
             speech_latents = torch.cat([speech_latents, torch.zeros_like(speech_latents)])
+        if cache.reference_expected:
+            speech_latents = torch.cat([torch.zeros_like(speech_latents[:, :1]), speech_latents], dim=1)
         speech = transformer.project_speech(speech_latents)
         sample = noise
         for step, (sigma, sigma_next) in enumerate(zip(self.sigmas[:-1], self.sigmas[1:], strict=True)):
-            velocity = self._velocity(sample, sigma, speech, step)
-            sample = euler_step(sample, velocity, sigma, sigma_next)
+            sample = euler_step(sample, self._velocity(sample, step, speech), sigma, sigma_next)
         if transformer.cache_options.cache_noise == "clean_pass":
-            self._velocity(sample, 0.0, speech, 0)
+            self._velocity(sample, -1, speech)
         cache.commit()
         return sample
 
-    def _velocity(self, sample: Tensor, sigma: float, speech: Any, step: int) -> Tensor:
+    def _velocity(self, sample: Tensor, step: int, speech: Condition) -> Tensor:
+        """Guided velocity of one step; step -1 is the clean pass at sigma 0."""
         rows = torch.cat([sample, sample]) if self.guided else sample
-        levels = sample.new_full((rows.shape[0], rows.shape[2]), sigma)
-        velocity = self.model.transformer(rows, levels, speech, cache=self.cache, step=step)
+        sigma: Tensor | SigmaEmbedding = self.embeddings[step]
+        num_references = int(self.cache.reference_expected)
+        if num_references:  # the first chunk alone: the reference comes along, at sigma 0
+            rows = torch.cat([self.reference_rows, rows], dim=2)
+            sigma = rows.new_full((rows.shape[0], rows.shape[2]), [*self.sigmas[:-1], 0.0][step])
+            sigma[:, 0] = 0.0
+        velocity = self.model.transformer(rows, sigma, speech, cache=self.cache, step=max(step, 0))[:, :, num_references:]
         if not self.guided:
             return velocity
         conditional, unconditional = velocity.chunk(2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -15,11 +16,11 @@ from rest_lightning.models.transformer import A2VDiT
 from rest_lightning.talking_head import SamplingSettings, TalkingHead
 
 
-def make_head(chunk_length: int = 3, lookahead_frames: int = 2, seed: int = 0) -> TalkingHead:
+def make_head(chunk_length: int = 3, lookahead_frames: int = 2, seed: int = 0, **cache_options: Any) -> TalkingHead:
     """Random weights, also where training starts from zero, so that every input matters."""
     torch.manual_seed(seed)
     head = TalkingHead(
-        CompactVAE(4, (8, 12, 16), (1, 1, 1), (1, 1, 1), ((4, 2), (2, 2)), patch_size=8),
+        CompactVAE(4, (8, 16, 16), (1, 1, 1), (1, 1, 1), ((4, 2), (2, 2)), patch_size=8),
         LogMelEncoder(lookahead_frames=lookahead_frames),
         SpeechAE(feature_dim=160, num_tokens=2, latent_dim=8, width=8),
         A2VDiT(
@@ -30,7 +31,7 @@ def make_head(chunk_length: int = 3, lookahead_frames: int = 2, seed: int = 0) -
             caption_channels=None,
             speech_dim=8,
             attention="chunked",
-            cache_options=CacheOptions(chunk_length=chunk_length),
+            cache_options=CacheOptions(chunk_length=chunk_length, **cache_options),
         ),
         SamplingSettings(num_steps=2, guidance=1.5, shift=1.0),
         size_px=64,

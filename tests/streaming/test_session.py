@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -55,6 +56,31 @@ def test_session_equals_offline_computation(
     assert streamed.shape == (48, 64, 64, 3)
     assert np.abs(streamed.astype(int) - whole.astype(int)).max() <= 1
     assert whole.std() > 5
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"reference_attends": "first_chunk"},
+        {"cache_noise": "clean_pass"},
+        {"cache_noise": "per_step"},
+        {"positions": "absolute"},
+        {"first_chunk_slot": "adjacent"},
+        {"use_sink": False},
+        {"use_context": False},
+    ],
+    ids=lambda options: "-".join(map(str, *options.items())),
+)
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_every_cache_option_streams_and_changes_the_frames(
+    make: Callable[..., TalkingHead], options: dict[str, Any], guidance: float
+) -> None:
+    samples = speech(60)
+    plain = frames_of(make(), samples, [], guidance=guidance)
+    other = frames_of(make(**options), samples, [777, 20000], guidance=guidance)
+    assert other.shape == plain.shape
+    assert not np.array_equal(other, plain)
+    assert np.array_equal(other, frames_of(make(**options), samples, [], guidance=guidance))
 
 
 @pytest.mark.parametrize("cuts", [[1], [639, 640, 641], list(range(100, 38000, 997)), [48000 - 640], [15000, 15000]])
