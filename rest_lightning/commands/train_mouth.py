@@ -133,7 +133,7 @@ def train(
     """AdamW for ``seconds``, the learning rate falling linearly to zero; returns steps and the last loss (a mean)."""
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
-    model.train().to(memory_format=torch.channels_last)
+    model.train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     started_s = shown_s = time.monotonic()
     step, mean_loss = 0, 0.0
     while (elapsed_s := time.monotonic() - started_s) < seconds:

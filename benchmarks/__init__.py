@@ -1,0 +1,1 @@
+"""One file per question; every one writes JSON. See README.md."""
