@@ -59,7 +59,8 @@ def load_part(part: nn.Module | None, name: str, source: str | Path) -> None:
     for problem, keys in (("missing", missing), ("unexpected", extra), ("another shape in", wrong)):
         if keys:
             raise UserError(
-                f"expected the weights of this {name}, got {source} with {problem} {keys[0]} (and {len(keys) - 1} more): "
+                f"expected the weights of this {name}, got {source} with {problem} {keys[0]} "
+                f"(and {len(keys) - 1} more): "
                 f"use the same {name} configuration as that run"
             )
     part.load_state_dict(state)
@@ -71,13 +72,17 @@ def read_part(name: str, source: str | Path) -> tuple[dict[str, Any], dict[str, 
     if path.is_dir():
         return _read_folder_part(name, path)
     if not path.is_file():
-        raise UserError(f"expected a checkpoint or a model folder for {name}, got no such file: {path}; train that stage first")
+        raise UserError(
+            f"expected a checkpoint or a model folder for {name}, got no such file: {path}; train that stage first"
+        )
     checkpoint = torch.load(path, map_location="cpu", weights_only=False)
     parts = checkpoint.get(PARTS_KEY, {}) if isinstance(checkpoint, dict) else {}
     if name not in parts:
         raise UserError(f"expected a checkpoint that holds {name}, got {path} with {sorted(parts) or 'none of ours'}")
     prefix = name + "."
-    state = {key.removeprefix(prefix): value for key, value in checkpoint["state_dict"].items() if key.startswith(prefix)}
+    state = {
+        key.removeprefix(prefix): value for key, value in checkpoint["state_dict"].items() if key.startswith(prefix)
+    }
     return parts[name], state
 
 
@@ -90,4 +95,6 @@ def _read_folder_part(name: str, folder: Path) -> tuple[dict[str, Any], dict[str
     state: dict[str, torch.Tensor] = {}
     for shard in sorted((folder / name).glob("*.safetensors")):
         state.update(load_file(shard))
-    return json.loads(config_file.read_text()), {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
+    return json.loads(config_file.read_text()), {
+        key: value.float() if value.is_floating_point() else value for key, value in state.items()
+    }

@@ -63,10 +63,13 @@ class TalkingHead(nn.Module):
     ) -> None:
         super().__init__()
         if transformer.config["attention"] != "chunked":
-            raise UserError("expected a streaming student (attention 'chunked'), got a teacher: train the student stage first")
+            raise UserError(
+                "expected a streaming student (attention 'chunked'), got a teacher: train the student stage first"
+            )
         if transformer.config["in_channels"] != vae.latent_channels:
             raise UserError(
-                f"expected a transformer for the VAE's {vae.latent_channels} channels, got {transformer.config['in_channels']}"
+                f"expected a transformer for the VAE's {vae.latent_channels} channels, "
+                f"got {transformer.config['in_channels']}: use one number for both"
             )
         self.vae, self.speech_encoder, self.speech_ae, self.transformer = vae, speech_encoder, speech_ae, transformer
         self.sampling = sampling or SamplingSettings()

@@ -49,7 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     parser.add_argument("--budget-min", type=float, default=100.0, help="minutes of training in all (default 100)")
     parser.add_argument("--out", type=Path, default=Path("runs/embedded"), help="folder of checkpoints and logs")
-    parser.add_argument("--data", type=Path, default=Path("data/talkers"), help="synthetic talkers; rendered when absent")
+    parser.add_argument(
+        "--data", type=Path, default=Path("data/talkers"), help="synthetic talkers; rendered when absent"
+    )
     parser.add_argument("--num-clips", type=int, default=1320, help="clips to render when the data are absent")
     parser.add_argument("--export", type=Path, default=None, help="model folder to write (default: OUT/model)")
     parser.add_argument("--config", type=Path, action="append", default=[], help="overlay for every stage; repeatable")
@@ -59,7 +61,9 @@ def run(args: argparse.Namespace) -> int:
     """Render, train stage after stage, export. A second run continues where the first one stopped."""
     started_s = time.monotonic()
     if not Path("configs/embedded").is_dir():
-        raise UserError("expected to run in a checkout of rest-lightning with configs/embedded, got another folder: cd there")
+        raise UserError(
+            "expected to run in a checkout of rest-lightning with configs/embedded, got another folder: cd there"
+        )
     out: Path = args.out
     out.mkdir(parents=True, exist_ok=True)
     synthesise(args.data, args.num_clips)
@@ -72,7 +76,15 @@ def run(args: argparse.Namespace) -> int:
             encode(out, args.data)
         train(stage, out, args.data, stage.share * training_min, args.config)
     model = args.export or out / "model"
-    rest("export", str(out / "asd" / "final.ckpt"), "--vae", str(out / "vae" / "final.ckpt"), "--out", str(model), "--overwrite")
+    rest(
+        "export",
+        str(out / "asd" / "final.ckpt"),
+        "--vae",
+        str(out / "vae" / "final.ckpt"),
+        "--out",
+        str(model),
+        "--overwrite",
+    )
     print(f"exported to {model}", flush=True)
     return 0
 
@@ -113,7 +125,7 @@ def stage_overlay(stage: Stage, out: Path, data: Path, minutes: float) -> dict[s
     overlay: dict[str, object] = {
         "trainer": {
             "default_root_dir": str(out / stage.name),
-            "max_time": f"{seconds // 86400:02d}:{seconds // 3600 % 24:02d}:{seconds // 60 % 60:02d}:{seconds % 60:02d}",
+            "max_time": f"00:{seconds // 3600:02d}:{seconds // 60 % 60:02d}:{seconds % 60:02d}",
             "logger": {
                 "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
                 "init_args": {"save_dir": str(out / stage.name), "name": "", "version": ""},

@@ -72,13 +72,13 @@ class VideoAutoencoder(nn.Module):
         return self.decode_raw(self.denormalise(latents))
 
     def start_decode(self, reference_latent: Tensor) -> tuple[Tensor, Stream]:
-        """Begin a streamed decode from slot 0 (B, C, 1, h, w): its frame (B, 3, 1, H, W), and the stream to continue."""
+        """Begin a streamed decode from slot 0 (B, C, 1, h, w): its frame (B, 3, 1, H, W), and the stream."""
         stream = Stream()
         frames = self.decode_raw(self.denormalise(reference_latent), stream)
         return frames, stream
 
     def decode_chunk(self, latents: Tensor, stream: Stream) -> Tensor:
-        """The next l latents (B, C, l, h, w) to 8 l frames (B, 3, 8 l, H, W); equals :meth:`decode` of the whole clip."""
+        """The next l latents (B, C, l, h, w) to 8 l frames (B, 3, 8 l, H, W); equals :meth:`decode` of all."""
         return self.decode_raw(self.denormalise(latents, first_slot=1), stream)
 
     def normalise(self, latents: Tensor) -> Tensor:
@@ -207,5 +207,6 @@ def check_frames(frames: Tensor) -> None:
     num_latent_frames(frames.shape[2])
     if frames.shape[3] % SPATIAL_RATIO or frames.shape[4] % SPATIAL_RATIO:
         raise ValueError(
-            f"expected frame sides that are multiples of {SPATIAL_RATIO}, got {tuple(frames.shape[3:])}: resize the clips"
+            f"expected frame sides that are multiples of {SPATIAL_RATIO}, got {tuple(frames.shape[3:])}: "
+            "resize the clips"
         )

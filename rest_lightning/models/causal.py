@@ -3,7 +3,7 @@
 Everything works on channels-last video, (B, F, ..., C), so that a linear layer, a norm or a reshape never transposes
 memory. Offline (``stream=None``) the past of the first frame is that frame repeated. With a :class:`Stream` the same
 ``forward`` takes a clip piece by piece: three things happen on the first piece only (the repetition, the downsampler's
-prepended frames, the upsampler's dropped frames); later pieces read the stored past instead (METHOD: REST sec. 3.1, LTX).
+prepended frames, the upsampler's dropped frames); later pieces read the stored past instead.
 """
 
 from __future__ import annotations
@@ -160,8 +160,8 @@ class Downsample(nn.Module):
     """Fold ``time`` frames and ``space`` x ``space`` places into channels, then a linear layer.
 
     The first frame is kept on its own: ``time - 1`` copies of it are prepended, so 1 + k * time frames become 1 + k.
-    ``space`` must be 1 for inputs without two spatial dimensions. With ``shortcut`` the means of groups of folded channels
-    are added: a path from pixels to latents that learning does not have to find (LTX-Video 0.9.5, DC-AE).
+    ``space`` must be 1 for inputs without two spatial dimensions. With ``shortcut`` the means of groups of folded
+    channels are added: a path from pixels to latents that learning does not have to find (LTX-Video 0.9.5, DC-AE).
     """
 
     def __init__(
@@ -171,7 +171,9 @@ class Downsample(nn.Module):
         self.time, self.space, self.shortcut = time, space, shortcut
         folded = in_channels * time * space * space
         if shortcut and folded % out_channels:
-            raise ValueError(f"expected {folded} folded channels to be a multiple of {out_channels}, for the shortcut's means")
+            raise ValueError(
+                f"expected {folded} folded channels to be a multiple of {out_channels}, for the shortcut's means"
+            )
         self.proj = nn.Linear(folded, out_channels)
 
     def forward(self, x: Tensor, stream: Stream | None = None) -> Tensor:
@@ -180,7 +182,9 @@ class Downsample(nn.Module):
         if t > 1 and is_first_piece(stream):
             x = torch.cat([x[:, :1]] * (t - 1) + [x], dim=1)
         if x.shape[1] % t:
-            raise ValueError(f"expected a first piece of {t}n+1 frames, later ones of {t}n, got a rest of {x.shape[1] % t}")
+            raise ValueError(
+                f"expected a first piece of {t}n+1 frames, later ones of {t}n, got a rest of {x.shape[1] % t}"
+            )
         if s == 1:
             x = x.unflatten(1, (-1, t)).movedim(2, -2).flatten(-2)
         else:

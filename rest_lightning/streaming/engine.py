@@ -151,7 +151,9 @@ class ChunkEngine:
             rows = torch.cat([self.reference_rows, rows], dim=2)
             sigma = rows.new_full((rows.shape[0], rows.shape[2]), [*self.sigmas[:-1], 0.0][step])
             sigma[:, 0] = 0.0
-        velocity = self.model.transformer(rows, sigma, speech, cache=self.cache, step=max(step, 0))[:, :, num_references:]
+        velocity = self.model.transformer(rows, sigma, speech, cache=self.cache, step=max(step, 0))[
+            :, :, num_references:
+        ]
         if not self.guided:
             return velocity
         conditional, unconditional = velocity.chunk(2)

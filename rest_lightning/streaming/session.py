@@ -99,7 +99,7 @@ class StreamingSession:
         return self._stack(list(self._feed(samples)))
 
     def flush(self) -> Frames:
-        """End the speech: the frames of what is left, so that the video is as long as the speech, rounded up to a frame."""
+        """End the speech: the frames of what is left, so that the video is as long as the speech."""
         return self._stack(list(self._drain()))
 
     def stream(self, blocks: Iterable[Any]) -> Iterator[Frames]:
@@ -146,7 +146,9 @@ class StreamingSession:
 
     def _feed(self, samples: Any) -> Iterator[Frames]:
         if self._finished:
-            raise UserError("expected speech before flush() or the end of the session, got a push after it: open a new session")
+            raise UserError(
+                "expected speech before flush() or the end of the session, got a push after it: open a new session"
+            )
         block = as_samples(samples, self._num_samples)
         position = 0
         while position < len(block):
@@ -204,7 +206,9 @@ def as_samples(samples: Any, position: int = 0) -> NDArray[np.float32]:
     """
     block = samples.detach().cpu().numpy() if isinstance(samples, Tensor) else np.asarray(samples)
     if block.ndim != 1:
-        raise UserError(f"expected speech of one dimension (mono, {SAMPLE_RATE} Hz), got shape {block.shape}: average the channels")
+        raise UserError(
+            f"expected speech of one dimension (mono, {SAMPLE_RATE} Hz), got shape {block.shape}: average the channels"
+        )
     if block.dtype == np.int16:
         return block.astype(np.float32) / 32768.0
     if not np.issubdtype(block.dtype, np.floating):
@@ -213,7 +217,9 @@ def as_samples(samples: Any, position: int = 0) -> NDArray[np.float32]:
     finite = np.isfinite(block)
     if not finite.all():
         at_s = (position + int(np.argmin(finite))) / SAMPLE_RATE
-        raise UserError(f"expected finite samples, got NaN or infinity at {at_s:.2f} s of the speech: repair the source")
+        raise UserError(
+            f"expected finite samples, got NaN or infinity at {at_s:.2f} s of the speech: repair the source"
+        )
     return block
 
 

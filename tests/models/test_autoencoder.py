@@ -100,7 +100,7 @@ def test_stream_keeps_its_addresses_and_size() -> None:
 def test_rows_of_a_batch_are_streams_of_their_own() -> None:
     vae = tiny_vae()
     latents = torch.randn(2, 4, 5, 1, 1)
-    first, stream = vae.start_decode(latents[:, :, :1])
+    _, stream = vae.start_decode(latents[:, :, :1])
     single: Stream = vae.start_decode(latents[1:, :, :1])[1]
     together = vae.decode_chunk(latents[:, :, 1:4], stream)
     torch.testing.assert_close(vae.decode_chunk(latents[1:, :, 1:4], single), together[1:], atol=1e-5, rtol=0)
@@ -141,7 +141,7 @@ def test_unpatchify_inverts_patchify(patch_size: int) -> None:
     ("shape", "message"),
     [
         ((1, 3, 10, 32, 32), "expected a clip of 8n.1 frames, got 10: use 9 or 17"),
-        ((1, 3, 9, 48, 32), "multiples of 32, got .48, 32.: resize"),
+        ((1, 3, 9, 48, 32), "multiples of 32, got .48, 32.: resize the clips"),
         ((1, 1, 9, 32, 32), "expected frames of shape .B, 3, F, H, W."),
     ],
 )
