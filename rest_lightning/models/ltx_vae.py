@@ -1,0 +1,302 @@
+"""The LTX-Video VAE with streamed decoding: published weights, whole clips bit-identical to diffusers (REST sec. 3.1).
+
+Encoder and decoder are diffusers' own. Two of the decoder's layers, the causal convolution and the upsampler, are
+exchanged for layers of the same parameters that can also continue a stream.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from rest_lightning.constants import TEMPORAL_RATIO
+from rest_lightning.errors import UserError
+from rest_lightning.models.autoencoder import VideoAutoencoder
+from rest_lightning.models.causal import Stream, StreamedModule, is_first_piece, name_streams
+from rest_lightning.models.ltx_vae_weights import build, check_compression, load
+
+# Keys of a stream beside the pasts of the convolutions.
+NUM_LATENTS = "num_latents"  # latents seen so far, (B,), on the CPU: reading it never waits for a device
+CONTEXT = "context"  # the last `halo` latents, (B, C, halo, h, w)
+
+
+class LTXVideoVAE(VideoAutoencoder):
+    """Diffusers' ``AutoencoderKLLTXVideo`` behind this project's interface.
+
+    Streamed decoding of a causal decoder (``decoder_causal: true``) is exact. Stock LTX decoders look ahead: there a
+    piece is decoded together with the last ``halo`` latents before it, whose frames are thrown away, and with its own
+    last frame repeated in place of what follows. So every piece of l latents gives 8 l frames at once; what that
+    costs in exactness, :func:`streaming_error` measures. A halo of zero decodes pieces without any context.
+
+    With timestep conditioning latents are mixed with noise before they are decoded, as in diffusers' LTX pipeline. The
+    noise is a fixed function of the latent's index in its clip, the same for every row (decided here), so that streamed
+    and whole decoding, and a row alone or in a batch, see the same noise. Layers that inject noise of their own
+    (``decoder_inject_noise``) draw the same picture at every call (decided here), for the same reason.
+
+    Args:
+        weights: a folder in diffusers format (the VAE's, or a pipeline's with ``vae/`` in it); a single safetensors
+            file in the original format; or a hub id that lies in the hub's cache on this machine. Nothing is
+            downloaded. None leaves the network untrained.
+        ltx_config: arguments of ``AutoencoderKLLTXVideo``. Beside a folder they replace single entries of its
+            configuration, as in ``{decoder_causal: true}``, which turns a stock decoder into a causal one to
+            fine-tune. A single file has no configuration: what is not given is diffusers' default, LTX-Video 0.9.0.
+        decode_timestep: decode timestep in [0, 1]; read by networks with timestep conditioning alone.
+        decode_noise_scale: share of noise in the decoded latents, in [0, 1]; likewise.
+        halo: latents before a piece that are decoded again; read by decoders that are not causal alone.
+
+    Attributes:
+        ltx: the diffusers model. Its own statistics are only where :attr:`latents_mean` and :attr:`latents_std` start.
+
+    Raises:
+        UserError: no such weights, weights of another architecture, or a compression other than 32x32x8.
+    """
+
+    def __init__(
+        self,
+        weights: str | None = None,
+        ltx_config: dict[str, Any] | None = None,
+        decode_timestep: float = 0.05,
+        decode_noise_scale: float = 0.025,
+        halo: int = 1,
+    ) -> None:
+        for name, value in (("decode_timestep", decode_timestep), ("decode_noise_scale", decode_noise_scale)):
+            if not 0.0 <= value <= 1.0:
+                raise UserError(f"expected {name} in [0, 1], got {value}: LTX-Video uses 0.05 and 0.025")
+        if halo < 0:
+            raise UserError(f"expected a halo of at least 0 latents, got {halo}")
+        ltx = build(ltx_config or {}) if weights is None else load(weights, ltx_config or {})
+        check_compression(ltx)
+        super().__init__(ltx.config.latent_channels)
+        self.ltx = ltx
+        self.decode_timestep, self.decode_noise_scale, self.halo = decode_timestep, decode_noise_scale, halo
+        self._call = _Call()
+        _exchange_layers(ltx.decoder, self._call)
+        name_streams(self)
+        # normalised = (z - mean) * scaling_factor / std (diffusers' LTX pipeline); both slots have LTX's statistics.
+        self.latents_mean.copy_(ltx.latents_mean)
+        self.latents_std.copy_(ltx.latents_std / ltx.config.scaling_factor)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Everything that :meth:`from_config` needs for the same untrained network, ready for JSON."""
+        entries = {name: value for name, value in self.ltx.config.items() if not name.startswith("_")}
+        return {
+            "ltx_config": {name: list(value) if isinstance(value, tuple) else value for name, value in entries.items()},
+            "decode_timestep": self.decode_timestep,
+            "decode_noise_scale": self.decode_noise_scale,
+            "halo": self.halo,
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Self:
+        """Build an untrained network from :attr:`config`."""
+        return cls(**config)
+
+    @property
+    def decoder_causal(self) -> bool:
+        """Whether streamed decoding is exact."""
+        return bool(self.ltx.config.decoder_causal)
+
+    def encode_moments(self, frames: Tensor) -> tuple[Tensor, Tensor]:
+        """See :meth:`VideoAutoencoder.encode_moments`."""
+        posterior = self.ltx.encode(frames).latent_dist
+        return posterior.mean, posterior.logvar
+
+    def decode_raw(self, latents: Tensor, stream: Stream | None = None) -> Tensor:
+        """See :meth:`VideoAutoencoder.decode_raw`."""
+        first = is_first_piece(stream)
+        start = torch.zeros(len(latents), dtype=torch.long) if stream is None or first else stream[NUM_LATENTS]
+        if self.ltx.config.timestep_conditioning and self.decode_noise_scale:
+            noise = frame_noise(start, latents)
+            latents = (1 - self.decode_noise_scale) * latents + self.decode_noise_scale * noise
+        if stream is None:
+            return self._decode(latents)
+        if self.decoder_causal:
+            with self._call.streaming(stream, first):
+                frames = self._decode(latents)
+        else:
+            frames = self._decode_with_context(latents, start, stream)
+        stream.remember(NUM_LATENTS, start + latents.shape[2])
+        stream.started = True
+        return frames
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        timestep = None
+        if self.ltx.config.timestep_conditioning:
+            timestep = latents.new_full((latents.shape[0],), self.decode_timestep)
+        return self.ltx.decode(latents, timestep).sample
+
+    def _decode_with_context(self, latents: Tensor, start: Tensor, stream: Stream) -> Tensor:
+        """A piece of a decoder that looks ahead, with the latents before it as far as the halo and the clip reach."""
+        num_new = latents.shape[2]
+        nothing = latents.new_zeros(*latents.shape[:2], self.halo, *latents.shape[3:])
+        context = stream[CONTEXT] if stream.started else nothing
+        halo = context.shape[2]
+        extended = torch.cat([context, latents], dim=2)
+        stream.remember(CONTEXT, extended[:, :, num_new:])
+        # Rows that restarted lately have less context; beyond the halo all rows are alike.
+        lengths = start.clamp(max=halo + 1).tolist()
+        pieces: dict[int, Tensor] = {}
+        for length in sorted(set(lengths)):
+            rows = [row for row, other in enumerate(lengths) if other == length]
+            known = extended[:, :, halo - min(length, halo) :]
+            # A context that reaches back to slot 0 is decoded as the clip's start that it is.
+            with self._call.streaming(None, first=length <= halo):
+                frames = self._decode(known if len(rows) == len(lengths) else known[rows])
+            if length:
+                frames = frames[:, :, -TEMPORAL_RATIO * num_new :]
+            if len(rows) == len(lengths):
+                return frames
+            pieces.update(zip(rows, frames.split(1), strict=True))
+        return torch.cat([pieces[row] for row in range(len(lengths))])
+
+
+@torch.no_grad()
+def streaming_error(vae: LTXVideoVAE, latents: Tensor, chunk_length: int = 3, halo: int | None = None) -> float:
+    """Largest absolute difference between the frames of a streamed and of a whole-clip decode, in [-1, 1] units.
+
+    Args:
+        vae: the network.
+        latents: normalised latents of a whole clip, slot 0 first, (B, C, f, h, w).
+        chunk_length: latents per piece after slot 0; the last piece may be shorter.
+        halo: measured in place of the network's own; a causal decoder does not read it.
+    """
+    streamed = streamed_decode(vae, latents, chunk_length, halo)
+    return float((streamed - vae.decode(latents)).abs().max())
+
+
+def streamed_decode(vae: LTXVideoVAE, latents: Tensor, chunk_length: int = 3, halo: int | None = None) -> Tensor:
+    """Decode a whole clip piece by piece; arguments as in :func:`streaming_error`, frames (B, 3, F, H, W)."""
+    if halo is not None:
+        vae = copy.copy(vae)  # the same weights, another halo
+        vae.halo = halo
+    first, stream = vae.start_decode(latents[:, :, :1])
+    pieces = latents[:, :, 1:].split(chunk_length, dim=2) if latents.shape[2] > 1 else ()
+    return torch.cat([first, *(vae.decode_chunk(piece, stream) for piece in pieces)], dim=2)
+
+
+def frame_noise(start: Tensor, latents: Tensor) -> Tensor:
+    """Unit Gaussian noise like ``latents`` (B, C, l, h, w), a fixed function of latent index, channel and place.
+
+    A counter-based generator (decided here): 32-bit mixing steps of MurmurHash3, then the Box-Muller transform.
+
+    Args:
+        start: index of each row's first latent in its clip, (B,).
+        latents: gives shape, type and device; its values are not read.
+    """
+    _, channels, num_frames, height, width = latents.shape
+    device = latents.device
+    index = start.to(device)[:, None] + torch.arange(num_frames, device=device)
+    key = _mix(index + 0x9E3779B9)[:, None, :, None, None]
+    place = torch.arange(channels * height * width, device=device).view(1, channels, 1, height, width)
+    # 24 bits are what a float32 holds; the half keeps the logarithm away from zero.
+    radius, angle = (((_mix(_mix(2 * place + i) ^ key) >> 8).float() + 0.5) / 2**24 for i in (0, 1))
+    return (torch.sqrt(-2.0 * torch.log(radius)) * torch.cos(2.0 * math.pi * angle)).to(latents.dtype)
+
+
+def _mix(x: Tensor) -> Tensor:
+    """The final mix of MurmurHash3 on the low 32 bits of int64 values."""
+    x = x & 0xFFFFFFFF
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
+    return x ^ (x >> 16)
+
+
+class _Call(threading.local):
+    """What the exchanged layers of one network have to know of the running call, for each thread apart.
+
+    Diffusers' blocks hand no further argument down to their convolutions.
+    """
+
+    stream: Stream | None = None
+    first = True
+
+    @contextmanager
+    def streaming(self, stream: Stream | None, first: bool) -> Iterator[None]:
+        """Run with a stream for the convolutions, and as a clip's start or its continuation."""
+        self.stream, self.first = stream, first
+        try:
+            yield
+        finally:
+            self.stream, self.first = None, True
+
+    def __reduce__(self) -> tuple[type[_Call], tuple[()]]:
+        return type(self), ()  # copies of the network get a call of their own
+
+
+class _Conv(StreamedModule):
+    """``LTXVideoCausalConv3d`` with the same parameters, able to continue a stream: (B, C, F, H, W)."""
+
+    def __init__(self, original: Any, call: _Call) -> None:
+        super().__init__()
+        self.conv = original.conv
+        self.is_causal: bool = original.is_causal
+        self._call = call
+
+    def forward(self, x: Tensor) -> Tensor:
+        num_past = self.conv.kernel_size[0] - 1
+        if not self.is_causal:
+            edges = (x[:, :, :1], x[:, :, -1:])
+            left, right = (edge.expand(-1, -1, num_past // 2, -1, -1) for edge in edges)
+            return self.conv(torch.cat([left, x, right], dim=2))
+        if not num_past:
+            return self.conv(x)
+        stream, first = self._call.stream, self._call.first
+        past = x[:, :, :1].expand(-1, -1, num_past, -1, -1) if stream is None or first else stream[self.stream_name]
+        x = torch.cat([past.to(x.dtype), x], dim=2)
+        if stream is not None:
+            stream.remember(self.stream_name, x[:, :, -num_past:])
+        return self.conv(x)
+
+
+class _Upsampler(nn.Module):
+    """``LTXVideoUpsampler3d`` with the same parameters; drops its first frames only at a clip's start."""
+
+    def __init__(self, original: Any, call: _Call) -> None:
+        super().__init__()
+        self.conv = original.conv
+        self.stride: tuple[int, int, int] = tuple(original.stride)
+        self.residual: bool = original.residual
+        self.num_repeats = math.prod(self.stride) // original.upscale_factor
+        self._call = call
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self._unfold(self.conv(x))
+        if self.residual:
+            y = y + self._unfold(x).repeat(1, self.num_repeats, 1, 1, 1)
+        return y[:, :, self.stride[0] - 1 :] if self._call.first else y
+
+    def _unfold(self, x: Tensor) -> Tensor:
+        """Channels to ``stride`` times the frames, rows and columns."""
+        t, s, r = self.stride
+        b, c, f, h, w = x.shape
+        x = x.reshape(b, c // (t * s * r), t, s, r, f, h, w).permute(0, 1, 5, 2, 6, 3, 7, 4)
+        return x.reshape(b, c // (t * s * r), f * t, h * s, w * r)
+
+
+def _exchange_layers(decoder: nn.Module, call: _Call) -> None:
+    """Put the layers above in the places of diffusers' own, with the same names and parameters."""
+    from diffusers.models.autoencoders import autoencoder_kl_ltx as ltx
+
+    for old, new in ((ltx.LTXVideoCausalConv3d, _Conv), (ltx.LTXVideoUpsampler3d, _Upsampler)):
+        for name, module in list(decoder.named_modules()):
+            if isinstance(module, old):
+                parent, _, child = name.rpartition(".")
+                setattr(decoder.get_submodule(parent), child, new(module, call))
+    blocks = [block for block in decoder.modules() if getattr(block, "per_channel_scale1", None) is not None]
+    for seed, block in enumerate(blocks):
+        block.register_forward_pre_hook(partial(_fix_noise, seed=seed))
+
+
+def _fix_noise(module: nn.Module, args: tuple[Any, ...], seed: int) -> tuple[Any, ...]:
+    """Give a noise-injecting block, called with (hidden_states, temb, generator), a generator that starts anew."""
+    x, temb = args[:2]
+    return x, temb, torch.Generator(x.device).manual_seed(seed)
