@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import WeightAveraging  # noqa: E402
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI  # noqa: E402
 
 from rest_lightning.data.module import TalkingHeadDataModule  # noqa: E402
+from rest_lightning.errors import UserError  # noqa: E402
 
 FINAL_CHECKPOINT = "final.ckpt"
 EXPECTED_WARNINGS = (
@@ -51,15 +52,32 @@ class RestCLI(LightningCLI):
 
 
 def run(args: list[str]) -> Any:
-    """Run LightningCLI with ``args``, subcommand first; returns it, with ``trainer``, ``model`` and ``config``."""
+    """Run LightningCLI with ``args``, subcommand first; returns it, with ``trainer``, ``model`` and ``config``.
+
+    Raises:
+        UserError: a user's mistake, also where a stage's constructor found it.
+    """
     for message in EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message)
-    return RestCLI(
-        LightningModule,
-        TalkingHeadDataModule,
-        subclass_mode_model=True,
-        seed_everything_default=0,
-        save_config_kwargs={"overwrite": True},
-        auto_configure_optimizers=False,
-        args=args,
-    )
+    try:
+        return RestCLI(
+            LightningModule,
+            TalkingHeadDataModule,
+            subclass_mode_model=True,
+            seed_everything_default=0,
+            save_config_kwargs={"overwrite": True},
+            auto_configure_optimizers=False,
+            args=args,
+        )
+    except Exception as error:
+        mistake = find_user_error(error)
+        if mistake is None:
+            raise
+        raise mistake from None
+
+
+def find_user_error(error: BaseException | None) -> UserError | None:
+    """The user's mistake behind an exception: jsonargparse wraps what a constructor raises into errors of its own."""
+    while error is not None and not isinstance(error, UserError):
+        error = error.__cause__ or error.__context__
+    return error

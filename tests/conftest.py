@@ -8,6 +8,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", MPLBACKEND="Agg")
 
+import argparse
 import ipaddress
 import random
 import socket
@@ -89,3 +90,105 @@ def _has_cuda() -> bool:
     import torch
 
     return torch.cuda.is_available()
+
+
+@pytest.fixture(scope="session")
+def talkers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six synthetic talkers of 57 frames, 64x64: four train, one val, one test. Read only."""
+    for name in ("espeakng_loader", "skia"):
+        pytest.importorskip(name, reason=f"{name} (extra `synthetic`) renders the clips that stages are tested on")
+    from rest_lightning.data.synthetic.synthesize import synthesize
+
+    root = tmp_path_factory.mktemp("talkers") / "data"
+    return synthesize(root, 6, 64, 57, num_workers=1, val_fraction=0.17, test_fraction=0.17)
+
+
+class Recipe:
+    """Runs the stages of `rest train-embedded` at tiny size, in this process, from the real configuration files.
+
+    Args:
+        out: folder of the stages, ``out / <stage>`` each.
+        data: prepared clips.
+        repository: where ``configs/`` is.
+    """
+
+    def __init__(self, out: Path, data: Path, repository: Path) -> None:
+        self.out, self.data, self.configs = out, data, repository / "configs"
+        from rest_lightning.commands.train_embedded import STAGES
+
+        self.stages = {stage.name: stage for stage in STAGES}
+        self.used: set[Path] = set()
+        self.clis: dict[str, Any] = {}
+
+    def final(self, stage: str) -> Path:
+        """Final checkpoint of a stage."""
+        return self.out / stage / "final.ckpt"
+
+    def run(self, stage: str, out: Path, *args: str, overlays: tuple[Path, ...] = (), command: str = "fit") -> Any:
+        """`rest fit` of one stage into ``out``; returns the CLI with its trainer and model.
+
+        It starts where the recipe says, from ``self.final`` of the stages before. ``overlays`` are further
+        configuration files; ``args`` come last on the command line.
+        """
+        from rest_lightning import lightning_cli
+
+        is_dit = self.stages[stage].uses_latents
+        size = "dit" if is_dit else "speech_ae" if stage == "speech_ae" else "vae"
+        files = ("trainer/embedded", f"embedded/{stage}", "trainer/tiny", f"size/tiny/{size}")
+        configs = [*(self.configs / f"{file}.yaml" for file in files), *overlays]
+        self.used.update(configs)
+        words = [command, *(word for config in configs for word in ("--config", str(config)))]
+        words += ["--trainer.default_root_dir", str(out), "--data.data_dir", str(self.data)]
+        initial = dict(self.stages[stage].initial)
+        if is_dit:
+            frozen_vae = self.configs / "size/tiny/frozen_vae.yaml"
+            self.used.add(frozen_vae)
+            words += ["--model.vae", str(frozen_vae)]
+            initial["vae"] = "vae"
+        words += [f"--model.initial.{part}={self.final(source)}" for part, source in initial.items()]
+        if (teacher := self.stages[stage].teacher) is not None:
+            words += [f"--model.asd.teacher={self.final(teacher)}"]
+        return lightning_cli.run([*words, *args])
+
+
+@pytest.fixture(scope="session")
+def recipe(tmp_path_factory: pytest.TempPathFactory, talkers: Path, repository: Path) -> Recipe:
+    """All stages after three steps each, their CLIs in ``clis``. Read only."""
+    recipe = Recipe(tmp_path_factory.mktemp("recipe"), talkers, repository)
+    for stage in recipe.stages:
+        recipe.clis[stage] = recipe.run(stage, recipe.out / stage)
+    return recipe
+
+
+@pytest.fixture(scope="session")
+def model_folder(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The recipe's student as an exported model folder: 64x64, two Euler steps, no guidance. Read only."""
+    from rest_lightning.commands import export
+
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    parser = argparse.ArgumentParser()
+    export.add_arguments(parser)
+    words = [str(recipe.final("asd")), "--vae", str(recipe.final("vae")), "--out", str(folder), "--size-px", "64"]
+    words += ["--num-steps", "2", "--guidance", "1", "--shift", "1", "--dtype", "float32"]
+    assert export.run(parser.parse_args(words)) == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
+    """Three portraits and speeches of 1.5, 1.3 and 0.9 s."""
+    import wave
+
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("pairs")
+    rng = np.random.default_rng(0)
+    pairs = []
+    for i, duration_s in enumerate((1.5, 1.3, 0.9)):
+        portrait, speech = folder / f"portrait-{i}.png", folder / f"speech-{i}.wav"
+        Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(portrait)
+        with wave.open(str(speech), "wb") as file:
+            file.setparams((1, 2, 16_000, 0, "NONE", ""))
+            file.writeframes(rng.normal(scale=3000, size=round(16_000 * duration_s)).astype("<i2").tobytes())
+        pairs.append({"portrait": str(portrait), "speech": str(speech)})
+    return pairs

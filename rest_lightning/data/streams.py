@@ -20,9 +20,9 @@ BLOCK_SAMPLES = 16_000
 _FORM = '{"portrait": "a.png", "speech": "a.wav", "name": "optional"}'
 
 
-@dataclass(frozen=True)
+@dataclass
 class PredictPair:
-    """One video to make.
+    """One video to make. Not frozen: Lightning rebuilds what travels in batches.
 
     Attributes:
         portrait: path of an image.
@@ -36,7 +36,7 @@ class PredictPair:
 
     def __post_init__(self) -> None:
         if not self.name:
-            object.__setattr__(self, "name", f"{Path(self.portrait).stem}-{Path(self.speech).stem}")
+            self.name = f"{Path(self.portrait).stem}-{Path(self.speech).stem}"
         if Path(self.name).name != self.name:
             raise UserError(f"expected a file name without folders as the name of a pair, got {self.name!r}: rename it")
 

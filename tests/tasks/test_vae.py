@@ -1,0 +1,126 @@
+"""VAE and SpeechAE stages: losses, statistics, learning."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from rest_lightning.diffusion.losses import speech_ae_loss
+from rest_lightning.models.autoencoder import CompactVAE
+from rest_lightning.models.speech import LogMelEncoder
+from rest_lightning.models.speech_ae import SpeechAE
+from rest_lightning.tasks.base import OptimizerSettings
+from rest_lightning.tasks.regions import region_weights
+from rest_lightning.tasks.speech_ae import SpeechAEModule
+from rest_lightning.tasks.vae import LatentMoments, VAELossWeights, VAEModule, border_jump_ratio, psnr_db
+
+
+def module(**weights: float) -> VAEModule:
+    vae = CompactVAE(4, (8, 12, 16), (1, 1, 1), (1, 1, 1), ((4, 2), (2, 2)), patch_size=8)
+    return VAEModule(vae, VAELossWeights(**weights), OptimizerSettings(lr=1.5e-2, warmup_steps=1))
+
+
+def batch(num_frames: int = 9) -> dict[str, Any]:
+    ramp = torch.linspace(-1, 1, 64)
+    image = torch.stack([ramp.expand(64, 64), ramp[:, None].expand(64, 64), ramp.flip(0).expand(64, 64)])
+    frames = torch.stack([image.roll(2 * i, dims=-1) for i in range(num_frames)], dim=1)[None]
+    return {"frames": frames, "landmarks": torch.full((1, num_frames, 3, 2), 0.5)}
+
+
+def test_vae_loss_falls_on_one_batch() -> None:
+    torch.manual_seed(0)
+    task = module(difference=1.0, border=2.0, mouth=4.0)
+    optimizer = task.configure_optimizers()["optimizer"]
+    losses = []
+    for _ in range(40):
+        loss = task.losses(batch())["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0], losses[::10]
+
+
+def test_speech_ae_loss_falls_on_one_batch() -> None:
+    torch.manual_seed(0)
+    encoder = LogMelEncoder(lookahead_frames=2)
+    speech_ae = SpeechAE(feature_dim=160, num_tokens=2, latent_dim=8, width=16)
+    task = SpeechAEModule(speech_ae, encoder, optimizer=OptimizerSettings(lr=1e-2, warmup_steps=1))
+    samples = torch.randn(2, 640 * 17) * torch.linspace(0.01, 0.3, 640 * 17)
+    features = encoder(encoder.pad(samples))
+    optimizer = task.configure_optimizers()["optimizer"]
+    losses = []
+    for _ in range(60):
+        loss = speech_ae_loss(task(features), features, temperature=task.temperature).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0], losses[::10]
+
+
+@pytest.mark.parametrize(("mouth", "border"), [(1.0, 1.0), (8.0, 3.0)])
+def test_loss_terms_are_their_definitions(mouth: float, border: float) -> None:
+    task = module(l1=1.0, difference=2.0, border=border, kl=0.5, mouth=mouth, eyes=mouth).eval()
+    data = batch(17)
+    with torch.no_grad():
+        terms = task.losses(data)
+        reconstruction, mean, log_variance = task(data["frames"])
+    weights = region_weights(data["landmarks"], (64, 64), mouth, mouth)
+    error = reconstruction - data["frames"]
+    assert float(terms["l1"]) == pytest.approx(float((weights * error.abs()).mean()), rel=1e-5)
+    total = 0.0
+    for i in range(1, 17):
+        change = (weights[:, :, i] * (error[:, :, i] - error[:, :, i - 1]).abs()).mean()
+        total += float(change) * (border if (i - 1) % 8 == 0 else 1.0) / 16
+    assert float(terms["difference"]) == pytest.approx(total, rel=1e-5)
+    kl = 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).mean()
+    assert float(terms["kl"]) == pytest.approx(float(kl), rel=1e-5)
+    assert float(terms["loss"]) == pytest.approx(float(terms["l1"]) + 2 * total + 0.5 * float(kl), rel=1e-5)
+
+
+def test_region_weights_of_known_and_unknown_landmarks() -> None:
+    landmarks = torch.full((1, 2, 3, 2), float("nan"))
+    landmarks[0, 0, 0] = torch.tensor([0.5, 0.75])  # mouth of the first frame alone
+    weights = region_weights(landmarks, (64, 64), mouth=5.0, eyes=3.0)
+    assert weights.shape == (1, 1, 2, 64, 64)
+    assert weights[0, 0, 0, 48, 32] == 5
+    assert weights[0, 0, 0, 10, 10] == 1
+    assert (weights[0, 0, 1] == 1).all()
+
+
+def test_moments_are_those_of_all_latents_together() -> None:
+    pieces = [torch.randn(2, 4, 3, 2, 2) * 3 + 1, torch.randn(1, 4, 5, 2, 2)]
+    moments = LatentMoments()
+    for piece in pieces:
+        moments.update(piece)
+    mean, std = moments.compute()
+    for row, part in ((0, slice(0, 1)), (1, slice(1, None))):
+        flat = torch.cat([piece[:, :, part].movedim(1, 0).flatten(1) for piece in pieces], dim=1)
+        torch.testing.assert_close(mean[row], flat.mean(1), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(std[row], flat.std(1, correction=0), atol=1e-5, rtol=1e-5)
+
+
+def test_jump_ratio_and_psnr() -> None:
+    steps = torch.ones(24)
+    steps[8::8] = 3.0  # from frame 8 to 9 and from 16 to 17
+    frames = torch.cat([torch.zeros(1), steps.cumsum(0)])[None, None, :, None, None].expand(1, 3, 25, 2, 2)
+    assert float(border_jump_ratio(frames)) == pytest.approx(3.0)
+    assert float(psnr_db(torch.tensor(0.04))) == pytest.approx(20.0)
+
+
+def test_final_checkpoint_holds_the_statistics_of_its_own_weights(recipe: Any) -> None:
+    cli = recipe.clis["vae"]
+    state = torch.load(recipe.final("vae"), weights_only=False)["state_dict"]
+    data = cli.datamodule.on_after_batch_transfer(next(iter(cli.datamodule.val_dataloader())))
+    vae = CompactVAE.from_config(cli.model.vae.config)
+    vae.load_state_dict({key.removeprefix("vae."): value for key, value in state.items()})
+    with torch.no_grad():
+        mean = vae.encode_moments(data["frames"])[0]
+    moments = LatentMoments()
+    moments.update(mean)
+    torch.testing.assert_close(vae.latents_mean, moments.compute()[0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(vae.latents_std, moments.compute()[1], atol=1e-4, rtol=1e-4)
+    assert state["vae.latents_std"].std() > 0
