@@ -22,6 +22,8 @@ class VAELossWeights:
     Attributes:
         l1: absolute error of pixels.
         difference: absolute error of the differences of neighbouring frames.
+        difference_from: progress (0 .. 1) of the stage from which ``difference`` counts, in full a tenth later: on a
+            VAE that has learnt little yet it rewards frames that do not move at all.
         border: extra weight of the differences across a latent border (frames 8k and 8k+1), where an 8x temporal
             compression makes jumps.
         kl: Kullback-Leibler divergence of the latents from a unit Gaussian, per value.
@@ -31,6 +33,7 @@ class VAELossWeights:
 
     l1: float = 1.0
     difference: float = 1.0
+    difference_from: float = 0.0
     border: float = 1.0
     kl: float = 1e-7
     lpips: float = 0.0
@@ -88,8 +91,16 @@ class VAEModule(StageModule):
         if self.lpips is not None:
             pairs = [video.transpose(1, 2).flatten(0, 1) for video in (reconstruction.float(), frames)]
             terms["lpips"] = self.lpips(*pairs).mean()
-        terms["loss"] = sum(getattr(weights, name) * value for name, value in terms.items())  # type: ignore[assignment]
+        factors = {"difference": self.difference_share()}
+        terms["loss"] = torch.stack(
+            [getattr(weights, name) * factors.get(name, 1.0) * value for name, value in terms.items()]
+        ).sum()
         return terms
+
+    def difference_share(self) -> float:
+        """Share of the difference loss that counts by now, 0 .. 1."""
+        start = self.loss_weights.difference_from
+        return 1.0 if start <= 0.0 else min(1.0, max(0.0, (self.progress(self.global_step) - start) / 0.1))
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """One step; logs every term."""
