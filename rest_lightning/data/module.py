@@ -106,6 +106,7 @@ class TalkingHeadDataModule(lightning.LightningDataModule):
         self._position = _Position()
         self._datasets: dict[str, PreparedClips | None] = {}
         self._latents: LatentsCache | None = None
+        self._loaders: list[ClipLoader] = []
 
     def setup(self, stage: str | None = None) -> None:
         """Open the splits of a stage (fit, validate, test) and decode them if asked to; predict reads its pairs."""
@@ -119,6 +120,12 @@ class TalkingHeadDataModule(lightning.LightningDataModule):
             if split not in self._datasets:
                 known = split == "train" or any(row.split == split for row in rows)
                 self._datasets[split] = self._open(split) if known else None
+
+    def teardown(self, stage: str | None = None) -> None:
+        """End the worker processes of the stage's loaders; decoded clips stay for the next stage."""
+        for loader in self._loaders:
+            loader.close()
+        self._loaders.clear()
 
     def dataset(self, split: str) -> PreparedClips:
         """The clips of ``split``, opened if need be; UserError when there are none."""
@@ -140,7 +147,7 @@ class TalkingHeadDataModule(lightning.LightningDataModule):
         sampler = _TrainSampler(
             len(dataset), self.windows_per_clip, self.batch_size, self.seed, rank, world_size, self._position
         )
-        return ClipLoader(dataset, sampler, self._num_workers(), self._position)
+        return self._loader(dataset, sampler, self._position)
 
     def val_dataloader(self) -> ClipLoader | list[Any]:
         """The middle window of every validation clip; an empty list when the set has none."""
@@ -210,16 +217,19 @@ class TalkingHeadDataModule(lightning.LightningDataModule):
     def _ordered_loader(self, split: str) -> ClipLoader:
         dataset = self.dataset(split)
         rank, world_size = self._rank()
-        return ClipLoader(
-            dataset, _OrderedSampler(len(dataset), self.batch_size, rank, world_size), self._num_workers()
-        )
+        return self._loader(dataset, _OrderedSampler(len(dataset), self.batch_size, rank, world_size))
+
+    def _loader(
+        self, dataset: PreparedClips, sampler: _TrainSampler | _OrderedSampler, position: _Position | None = None
+    ) -> ClipLoader:
+        # Decoded clips reach the workers by forking alone; where that is not safe, they need no workers either.
+        num_workers = self.num_workers if _CAN_FORK or not self.cache_in_memory else 0
+        loader = ClipLoader(dataset, sampler, num_workers, position)
+        self._loaders.append(loader)
+        return loader
 
     def _rank(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
-
-    def _num_workers(self) -> int:
-        # Decoded clips reach the workers by forking alone; where that is not safe, they need no workers either.
-        return self.num_workers if _CAN_FORK or not self.cache_in_memory else 0
 
 
 class ClipLoader:
@@ -255,6 +265,13 @@ class ClipLoader:
             if self._position is not None:
                 self._position.num_batches += 1  # when it is taken: batches that workers prefetched do not count
             yield batch
+
+    def close(self) -> None:
+        """End the worker processes; the next iteration starts new ones."""
+        iterator = self._loader._iterator  # as Lightning does for a plain DataLoader
+        if iterator is not None:
+            self._loader._iterator = None
+            iterator._shutdown_workers()  # type: ignore[attr-defined]
 
     def state_dict(self) -> dict[str, Any]:
         """Lightning takes a loader with these two methods for resumable; the data module's state is the same."""

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import multiprocessing
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,10 @@ def take(batches: Iterable[dict[str, Any]], count: int) -> list[Any]:
 
 def epochs(data: TalkingHeadDataModule, count: int) -> list[Any]:
     loader = data.train_dataloader()
-    return [identity(batch) for _ in range(count) for batch in loader]
+    try:
+        return [identity(batch) for _ in range(count) for batch in loader]
+    finally:
+        data.teardown()
 
 
 @pytest.mark.parametrize(("batch_size", "num_frames", "left", "right"), [(1, 9, 8, 4), (3, 17, 0, 0), (4, 41, 2, 9)])
@@ -132,6 +136,8 @@ def test_a_resumed_loader_gives_the_next_batches(dataset_dir: Path, num_workers:
     second.load_state_dict(first.state_dict())
     rest = second.train_dataloader()
     assert seen + take(itertools.chain(rest, rest), 8 - stop_after) == whole
+    first.teardown()
+    second.teardown()
     with pytest.raises(UserError, match="expected the checkpoint's data seed 0, got 5"):
         module(dataset_dir, seed=5).load_state_dict(first.state_dict())
 
@@ -240,6 +246,7 @@ def test_report_is_beside_the_run(make: Any, tmp_path: Path) -> None:
     trainer.fit(Recorder(), datamodule=data)
     assert "clip-002" in (tmp_path / "run" / "version_0" / "corrupt_clips.jsonl").read_text()
     assert data.dataset("train").corrupt_clip_ids == ["clip-002"]
+    assert not multiprocessing.active_children()  # the fit has ended its workers
 
 
 class HalvingVAE:
