@@ -111,8 +111,9 @@ class SampleVideos(Callback):
             rows = [np.concatenate(list(video[row, columns].numpy()), axis=1) for video in (truth, sample)]
             grid = np.concatenate(rows)
             for logger in trainer.loggers:
-                if hasattr(logger.experiment, "add_image"):
-                    logger.experiment.add_image(f"samples/{clip_id}", grid, trainer.global_step, dataformats="HWC")
+                experiment = getattr(logger, "experiment", None)
+                if hasattr(experiment, "add_image"):  # TensorBoard
+                    experiment.add_image(f"samples/{clip_id}", grid, trainer.global_step, dataformats="HWC")
 
     def sample(self, module: LightningModule, batch: dict[str, Any], datamodule: Any) -> tuple[Tensor, Tensor]:
         """Truth and sample of a validation batch, both uint8 (B, F, H, W, 3).

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from ..data.streams import PredictPair, SpeechBlock
 from ..errors import UserError
 from ..streaming.writer import Mp4Writer
+from ..tasks.predict import PredictModule
 
 
 class VideoSink(Callback):
@@ -40,6 +41,9 @@ class VideoSink(Callback):
         """
         if stage != "predict":
             return
+        if not isinstance(pl_module, PredictModule):
+            name = type(pl_module).__name__
+            raise UserError(f"expected VideoSink with PredictModule, got {name}: see configs/predict.yaml")
         try:
             self.out_dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -61,8 +65,8 @@ class VideoSink(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Write the frames and the samples of one block; at the end of a pair, finish its files."""
-        clock = pl_module.session.clock
-        with clock.stage("writing"):
+        assert isinstance(pl_module, PredictModule) and pl_module.session is not None
+        with pl_module.session.clock.stage("writing"):
             if batch["is_first"]:
                 self._pair = batch["pair"]
                 path = self._path(self._pair, ".mp4")

@@ -46,6 +46,8 @@ class StudentModule(A2VModule):
         asd: the distillation, or None for pre-training on ground truth only.
     """
 
+    teacher: A2VDiT
+
     def __init__(
         self,
         transformer: A2VDiT,
