@@ -112,7 +112,7 @@ class SampleVideos(Callback):
             grid = np.concatenate(rows)
             for logger in trainer.loggers:
                 experiment = getattr(logger, "experiment", None)
-                if hasattr(experiment, "add_image"):  # TensorBoard
+                if experiment is not None and hasattr(experiment, "add_image"):  # TensorBoard
                     experiment.add_image(f"samples/{clip_id}", grid, trainer.global_step, dataformats="HWC")
 
     def sample(self, module: LightningModule, batch: dict[str, Any], datamodule: Any) -> tuple[Tensor, Tensor]:
