@@ -128,12 +128,16 @@ class TalkingHead(nn.Module):
             parts[name] = build_part(description)
             parts[name].load_state_dict(state)
         head = cls(**parts, sampling=SamplingSettings(**index["sampling"]), size_px=index["size_px"])  # type: ignore[arg-type]
-        return head.to(device=device, dtype=dtype)
+        head.to(device=device)
+        for name in PART_NAMES:
+            if name != "speech_encoder":  # computes in float32 whatever the model's type, as in training
+                getattr(head, name).to(dtype=dtype)
+        return head
 
     def save_pretrained(self, path: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> None:
         """Write the folder: ``model_index.json`` and one folder per part with ``config.json`` and safetensors shards.
 
-        The folder appears whole or not at all; one that exists is replaced.
+        The folder appears whole or not at all; one that exists is replaced, and stays when writing fails.
 
         Args:
             path: the folder.
@@ -156,9 +160,16 @@ class TalkingHead(nn.Module):
             }
             (temporary / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
             temporary.chmod(0o755)
+            replaced = temporary.with_name(f"{temporary.name}.old")
             if target.exists():
-                shutil.rmtree(target)
-            os.replace(temporary, target)
+                os.replace(target, replaced)
+            try:
+                os.replace(temporary, target)
+            except OSError:
+                if replaced.exists():
+                    os.replace(replaced, target)
+                raise
+            shutil.rmtree(replaced, ignore_errors=True)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
