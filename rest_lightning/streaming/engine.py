@@ -67,10 +67,10 @@ class ChunkEngine:
         self.sigmas = self._sigma_table(num_steps, side * side)
         with torch.no_grad():
             levels = [*self.sigmas[:-1], 0.0]
-            # Modulations depend on the noise level alone: once per session instead of once per step.
+            # Modulations depend on the noise level alone: once per session instead of once per step. Levels stay
+            # float32 as in training: bfloat16 would round 1000 * sigma to steps of 4.
             self.embeddings = [
-                model.transformer.embed_sigma(torch.full((1, 1), level, device=model.device, dtype=model.dtype))
-                for level in levels
+                model.transformer.embed_sigma(torch.full((1, 1), level, device=model.device)) for level in levels
             ]
         rows = batch * (2 if self.guided else 1)
         self.cache = IDContextCache.allocate(model.transformer, rows, side, side, num_steps=num_steps)
@@ -149,7 +149,8 @@ class ChunkEngine:
         num_references = int(self.cache.reference_expected)
         if num_references:  # the first chunk alone: the reference comes along, at sigma 0
             rows = torch.cat([self.reference_rows, rows], dim=2)
-            sigma = rows.new_full((rows.shape[0], rows.shape[2]), [*self.sigmas[:-1], 0.0][step])
+            level = [*self.sigmas[:-1], 0.0][step]
+            sigma = torch.full((rows.shape[0], rows.shape[2]), level, device=rows.device)
             sigma[:, 0] = 0.0
         velocity = self.model.transformer(rows, sigma, speech, cache=self.cache, step=max(step, 0))[
             :, :, num_references:
