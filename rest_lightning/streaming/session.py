@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rest_lightning.constants import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME
+from rest_lightning.constants import SAMPLE_RATE, SAMPLES_PER_FRAME
 from rest_lightning.errors import UserError
 from rest_lightning.streaming.engine import ChunkEngine, EngineState
 from rest_lightning.streaming.report import StreamClock, StreamReport
@@ -221,8 +221,3 @@ def as_samples(samples: Any, position: int = 0) -> NDArray[np.float32]:
             f"expected finite samples, got NaN or infinity at {at_s:.2f} s of the speech: repair the source"
         )
     return block
-
-
-def video_seconds(num_samples: int) -> float:
-    """Length in seconds of the video for ``num_samples`` of speech."""
-    return -(-num_samples // SAMPLES_PER_FRAME) / FPS
