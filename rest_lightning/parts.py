@@ -17,6 +17,7 @@ from torch import nn
 from rest_lightning.errors import UserError
 
 PARTS_KEY = "rest_parts"
+FROZEN_PARTS_KEY = "rest_frozen_parts"  # descriptions alone: the weights are in other checkpoints
 PART_NAMES = ("vae", "speech_encoder", "speech_ae", "transformer")
 PART_CLASSES = {
     "CompactVAE": "rest_lightning.models.autoencoder",

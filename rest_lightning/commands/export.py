@@ -11,8 +11,6 @@ from rest_lightning.errors import UserError
 if TYPE_CHECKING:
     from torch import nn
 
-FROZEN_PARTS_KEY = "rest_frozen_parts"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
@@ -76,7 +74,7 @@ def _load_speech_encoder(source: Path) -> nn.Module:
     """
     import torch
 
-    from rest_lightning.parts import PARTS_KEY, build_part
+    from rest_lightning.parts import FROZEN_PARTS_KEY, PARTS_KEY, build_part
 
     if source.is_dir() or not source.is_file():
         return _load("speech_encoder", source)

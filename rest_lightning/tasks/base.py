@@ -11,10 +11,9 @@ from lightning import LightningModule
 from lightning.pytorch.callbacks import Timer
 from torch import nn
 
-from rest_lightning.parts import PARTS_KEY, describe_part, load_part
+from rest_lightning.parts import FROZEN_PARTS_KEY, PARTS_KEY, describe_part, load_part
 
 RNG_KEY = "rest_rng_state"
-FROZEN_PARTS_KEY = "rest_frozen_parts"
 
 
 @dataclass
