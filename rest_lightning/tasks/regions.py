@@ -5,9 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Half width and half height in fractions of the image side, for heads that fill a prepared clip (decided here).
-MOUTH_BOX = (0.15, 0.12)
-EYE_BOX = (0.09, 0.06)
+from rest_lightning.metrics.image import EYE_BOX, MOUTH_BOX
 
 
 def region_weights(landmarks: Tensor, size: tuple[int, int] | torch.Size, mouth: float, eyes: float) -> Tensor:
