@@ -11,6 +11,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from rest_lightning.data.layout import manifest_path
 from rest_lightning.errors import UserError
 
 CONFIGS = ("configs/trainer/embedded.yaml",)
@@ -90,8 +91,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def synthesise(data: Path, num_clips: int) -> None:
-    """Render the clips unless they are there."""
-    if not (data / "dataset.json").is_file():
+    """Render the clips unless they are there; an interrupted rendering goes on."""
+    if not manifest_path(data).is_file():
         rest("synthesize", "--out", str(data), "--num-clips", str(num_clips))
 
 
