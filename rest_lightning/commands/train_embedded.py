@@ -15,6 +15,8 @@ from rest_lightning.data.layout import manifest_path
 from rest_lightning.errors import UserError
 
 CONFIGS = ("configs/trainer/embedded.yaml",)
+RESERVE_MIN = 4.0  # starts of the processes, last validations, export
+SAMPLING = {"num-steps": 8, "guidance": 2.0, "shift": 1.0}  # chosen with benchmarks.quality; see the README
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data", type=Path, default=Path("data/talkers"), help="synthetic talkers; rendered when absent"
     )
     parser.add_argument("--num-clips", type=int, default=1320, help="clips to render when the data are absent")
-    parser.add_argument("--export", type=Path, default=None, help="model folder to write (default: OUT/model)")
+    parser.add_argument(
+        "--export",
+        type=Path,
+        default=Path("rest_lightning/assets/embedded"),
+        help="model folder to write (default: the embedded model itself)",
+    )
     parser.add_argument("--config", type=Path, action="append", default=[], help="overlay for every stage; repeatable")
 
 
@@ -68,25 +75,16 @@ def run(args: argparse.Namespace) -> int:
     out: Path = args.out
     out.mkdir(parents=True, exist_ok=True)
     synthesise(args.data, args.num_clips)
-    training_min = max(1.0, args.budget_min - (time.monotonic() - started_s) / 60)
-    for stage in STAGES:
+    for number, stage in enumerate(STAGES):
         if (out / stage.name / "final.ckpt").is_file():
             print(f"{stage.name}: done before", flush=True)
             continue
         if stage.uses_latents:
             encode(out, args.data)
-        train(stage, out, args.data, stage.share * training_min, args.config)
-    model = args.export or out / "model"
-    rest(
-        "export",
-        str(out / "asd" / "final.ckpt"),
-        "--vae",
-        str(out / "vae" / "final.ckpt"),
-        "--out",
-        str(model),
-        "--overwrite",
-    )
-    print(f"exported to {model}", flush=True)
+        left_min = args.budget_min - (time.monotonic() - started_s) / 60 - RESERVE_MIN
+        share = stage.share / sum(later.share for later in STAGES[number:])
+        train(stage, out, args.data, max(0.5, left_min * share), args.config)
+    export(out, args.export)
     return 0
 
 
@@ -100,6 +98,13 @@ def encode(out: Path, data: Path) -> None:
     """Latents of all clips, once, with the trained VAE."""
     target = out / "latents"
     rest("encode", "--model", str(out / "vae" / "final.ckpt"), "--data", str(data), "--out", str(target))
+
+
+def export(out: Path, model: Path) -> None:
+    """Write the model folder."""
+    checkpoint, vae = out / STAGES[-1].name / "final.ckpt", out / "vae" / "final.ckpt"
+    options = [word for name, value in SAMPLING.items() for word in (f"--{name}", str(value))]
+    rest("export", str(checkpoint), "--vae", str(vae), "--out", str(model), "--overwrite", *options)
 
 
 def train(stage: Stage, out: Path, data: Path, minutes: float, overlays: list[Path]) -> None:
@@ -119,8 +124,9 @@ def stage_overlay(stage: Stage, out: Path, data: Path, minutes: float) -> dict[s
     """What a stage's configuration file cannot know: folders, time and where its parts start. YAML reads JSON."""
     seconds = round(minutes * 60)
     init_args: dict[str, object] = {}
-    if stage.initial:
-        init_args["initial"] = {part: str(out / source / "final.ckpt") for part, source in stage.initial.items()}
+    sources = {**stage.initial, **({"vae": "vae"} if stage.uses_latents else {})}
+    if sources:
+        init_args["initial"] = {part: str(out / source / "final.ckpt") for part, source in sources.items()}
     if stage.teacher:
         init_args["asd"] = {"teacher": str(out / stage.teacher / "final.ckpt")}
     overlay: dict[str, object] = {

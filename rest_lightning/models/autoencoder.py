@@ -34,7 +34,10 @@ class VideoAutoencoder(nn.Module):
     Attributes:
         latent_channels: C.
         latents_mean, latents_std: buffers of shape (2, C).
+        measures_statistics: whether training measures them anew; False where published ones rule (LTX).
     """
+
+    measures_statistics = True
 
     latents_mean: Tensor
     latents_std: Tensor
@@ -151,7 +154,9 @@ class CompactVAE(VideoAutoencoder):
         for i, width in enumerate(widths):
             encoder += [ResBlock(width) for _ in range(encoder_blocks[i])]
             if i < len(strides):
-                encoder.append(Downsample(width, widths[i + 1], *strides[i], shortcut=shortcuts))
+                # The norm keeps the stream at unit scale, where residual blocks have a say: without it the wide linear
+                # layers grew it to 300, and the latents to a rank of 6 of 64.
+                encoder += [Downsample(width, widths[i + 1], *strides[i], shortcuts), RMSNorm(widths[i + 1])]
         self.encoder = nn.ModuleList(encoder)
         self.encoder_norm = RMSNorm(widths[-1])
         self.encoder_out = nn.Linear(widths[-1], 2 * latent_channels)
@@ -162,7 +167,7 @@ class CompactVAE(VideoAutoencoder):
         for i in reversed(range(len(widths))):
             decoder += [ResBlock(widths[i]) for _ in range(decoder_blocks[i])]
             if i:
-                decoder.append(Upsample(widths[i], widths[i - 1], *strides[i - 1], shortcut=shortcuts))
+                decoder += [Upsample(widths[i], widths[i - 1], *strides[i - 1], shortcuts), RMSNorm(widths[i - 1])]
         self.decoder = nn.ModuleList(decoder)
         self.decoder_norm = RMSNorm(widths[0])
         self.decoder_out = SpatialConv(widths[0], patch_channels)
@@ -196,7 +201,7 @@ class CompactVAE(VideoAutoencoder):
 def run(layers: nn.ModuleList, x: Tensor, stream: Stream | None) -> Tensor:
     """Apply ``layers`` in turn; those with a past or a first frame of their own read ``stream``."""
     for layer in layers:
-        x = layer(x) if isinstance(layer, SpatialConv) else layer(x, stream)
+        x = layer(x) if isinstance(layer, SpatialConv | RMSNorm) else layer(x, stream)
     return x
 
 

@@ -59,6 +59,8 @@ class LTXVideoVAE(VideoAutoencoder):
         UserError: no such weights, weights of another architecture, or a compression other than 32x32x8.
     """
 
+    measures_statistics = False
+
     def __init__(
         self,
         weights: str | None = None,

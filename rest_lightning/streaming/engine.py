@@ -88,13 +88,18 @@ class ChunkEngine:
     @torch.inference_mode()
     def start(self, reference: Tensor) -> None:
         """Begin every stream with its portrait (B, 3, H, W) in [-1, 1]: fills the ID-Sink, before any speech."""
+        with self._stage("speech"):
+            self.speech = Stream()
+            self.model.speech_ae.encode(self._silent_features(), self.speech)
+        self.show(reference)
+
+    @torch.inference_mode()
+    def show(self, reference: Tensor) -> None:
+        """Go on with another portrait (B, 3, H, W): the speech continues, context and decoder begin anew."""
         model = self.model
         with self._stage("vae"):
             latent = model.vae.encode(reference[:, :, None].to(model.device, model.dtype))
             self.decoder = model.vae.start_decode(latent)[1]
-        with self._stage("speech"):
-            self.speech = Stream()
-            model.speech_ae.encode(self._silent_features(), self.speech)
         with self._stage("dit"):
             self.cache.reset_rows()
             self.reference_rows = torch.cat([latent, torch.zeros_like(latent)]) if self.guided else latent

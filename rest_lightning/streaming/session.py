@@ -58,7 +58,7 @@ class StreamingSession:
     ) -> None:
         self.model = model
         self.clock = StreamClock(torch.cuda.synchronize if model.device.type == "cuda" else None)
-        self.configuration = {
+        self.configuration: dict[str, Any] = {
             "num_steps": model.sampling.num_steps if num_steps is None else num_steps,
             "guidance": model.sampling.guidance if guidance is None else guidance,
             "seed": seed,
@@ -67,9 +67,7 @@ class StreamingSession:
             "device": model.device.type,
         }
         self.reference = self._portrait(portrait)
-        self.engine = ChunkEngine(
-            model, 1, int(self.configuration["num_steps"]), float(self.configuration["guidance"]), self.clock
-        )
+        self.engine = ChunkEngine(model, 1, self.configuration["num_steps"], self.configuration["guidance"], self.clock)
         self.generator = torch.Generator().manual_seed(seed)
         self.engine.start(self.reference)
         self._chunk_samples = self.engine.chunk_frames * SAMPLES_PER_FRAME
@@ -111,7 +109,7 @@ class StreamingSession:
     def switch_identity(self, portrait: Any) -> None:
         """Continue with another portrait from the next chunk on; costs one prefill."""
         self.reference = self._portrait(portrait)
-        self.engine.start(self.reference)
+        self.engine.show(self.reference)
 
     def report(self) -> StreamReport:
         """Frames, speed, latency and memory so far."""

@@ -77,11 +77,13 @@ class TrainingInput:
         path: noisy latents, target velocity and sigmas; a dropped reference is zero in ``noisy_latents``.
         speech_latents: (B, f, n, d), zero where dropped; the transformer lets slot 0 read zeros by itself.
         drops: the masks.
+        clean_latents: (B, C, f, h, w), with the same dropped references: what a clean pass would cache.
     """
 
     path: NoisyPath
     speech_latents: Tensor
     drops: Drops
+    clean_latents: Tensor
 
 
 class A2VModule(StageModule):
@@ -144,9 +146,10 @@ class A2VModule(StageModule):
         """Frames (B, 3, F, H, W) to latents; slot 0 is the reference (B, 3, H, W) where one is given."""
         if self.vae is None:
             raise UserError("expected batches with precomputed latents, got frames: give this stage a vae")
-        latents = self.vae.encode(frames)
-        if reference is not None:
-            latents = torch.cat([self.vae.encode(reference[:, :, None]), latents[:, :, 1:]], dim=2)
+        with torch.autocast(frames.device.type, enabled=False):  # in float32, as `rest encode` and the session do
+            latents = self.vae.encode(frames)
+            if reference is not None:
+                latents = torch.cat([self.vae.encode(reference[:, :, None]), latents[:, :, 1:]], dim=2)
         return latents
 
     @torch.no_grad()
@@ -171,7 +174,7 @@ class A2VModule(StageModule):
         path = noisy_path(latents, noise, sigma)
         path = NoisyPath(drop_reference(path.noisy_latents, drops.identity), path.velocity, path.sigma)
         speech_latents = drop_speech(conditions.speech_latents, drops.audio)
-        return TrainingInput(path, speech_latents, drops)
+        return TrainingInput(path, speech_latents, drops, drop_reference(latents, drops.identity))
 
     def forward(self, inputs: TrainingInput) -> Tensor:
         """The network's velocity (B, C, f, h, w)."""
@@ -200,4 +203,7 @@ class A2VModule(StageModule):
 
 def step_generator(device: torch.device) -> torch.Generator:
     """A generator of one step's draws, seeded from torch's global state (which a checkpoint restores)."""
-    return torch.Generator(device=device).manual_seed(int(torch.randint(2**62, ()).item()))
+    seed = int(torch.randint(2**62, ()).item())
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        seed += torch.distributed.get_rank()  # seed_everything gives all ranks one state: they must not share noise
+    return torch.Generator(device=device).manual_seed(seed)

@@ -69,9 +69,26 @@ class StudentModule(A2VModule):
             )
         frozen = {"teacher": _load_teacher(asd.teacher, transformer)} if asd else {}
         super().__init__(
-            transformer, speech_ae, speech_encoder, vae, noise, optimizer, initial, frozen  # type: ignore[arg-type]
+            transformer,
+            speech_ae,
+            speech_encoder,
+            vae,
+            noise,
+            optimizer,
+            initial,
+            frozen,  # type: ignore[arg-type]
         )
         self.asd = asd
+
+    def forward(self, inputs: TrainingInput) -> Tensor:
+        """The network's velocity; with ``cache_noise: clean_pass`` later chunks read the clean latents."""
+        clean = self.transformer.cache_options.cache_noise == "clean_pass"
+        return self.transformer(
+            inputs.path.noisy_latents,
+            inputs.path.sigma,
+            inputs.speech_latents,
+            context_latents=inputs.clean_latents if clean else None,
+        )
 
     def losses(self, inputs: TrainingInput) -> dict[str, Tensor]:
         """The flow loss to ground truth, and with ASD the teacher's contrastive and smoothness losses."""

@@ -131,7 +131,7 @@ class VAEModule(StageModule):
 
     def on_validation_epoch_end(self) -> None:
         """Keep the statistics in the network, where encoding and decoding read them."""
-        if self._moments.count[1] > 0:
+        if self.vae.measures_statistics and self._moments.count[1] > 0:
             mean, std = self._moments.compute()
             self.vae.latents_mean.copy_(mean)
             self.vae.latents_std.copy_(std)
