@@ -73,7 +73,10 @@ def picture(width: int, height: int) -> Make:
 
 
 def text(content: str) -> Make:
-    return lambda path: path.write_text(content) and None
+    def write(path: Path) -> None:
+        path.write_text(content)
+
+    return write
 
 
 BAD_PORTRAITS: dict[str, tuple[Make, str]] = {
@@ -105,7 +108,7 @@ BAD_OUTPUTS: dict[str, tuple[Make, str]] = {
     "folder.mp4": (lambda path: path.mkdir(), "got the folder"),
     "exists.mp4": (text("old"), "choose another name or add --overwrite"),
     "out.avi": (lambda path: None, "ends in .mp4"),
-    "file.txt/out.mp4": (lambda path: path.parent.write_text("a file") and None, "found a file there"),
+    "file.txt/out.mp4": (lambda path: text("a file")(path.parent), "found a file there"),
 }
 
 

@@ -46,7 +46,7 @@ def _curtain_end(p: Identity) -> float:
 def _outer(p: Identity, x: Array, y: Array) -> Array:
     """Approximate distance inside the hair's outer outline, positive inside."""
     top, side, _ = _thickness(p)
-    half = p.face_width + side
+    half: Array | float = p.face_width + side
     if p.hair_style not in (*_CURTAIN, "curly", "afro"):
         half = p.face_width + side * (1 - smoothstep(0.34, 0.46, y))  # cropped sides end in the skin
     high = p.cheek_y - p.head_top + top

@@ -53,8 +53,8 @@ class Mesh:
         ys, xs = np.nonzero(alpha > 0.002)
         x0, x1 = max(xs.min() - 2, 0), min(xs.max() + 3, num)
         y0, y1 = max(ys.min() - 2, 0), min(ys.max() + 3, num)
-        gx, gy = np.meshgrid(np.linspace(x0, x1, columns + 1), np.linspace(y0, y1, rows + 1))
-        gx, gy = gx.ravel(), gy.ravel()
+        grid = np.meshgrid(np.linspace(x0, x1, columns + 1), np.linspace(y0, y1, rows + 1))
+        gx, gy = (axis.ravel() for axis in grid)
         self.x = LEFT + gx / num * SIDE
         self.y = TOP + gy / num * SIDE
         self._texs = list(map(skia.Point, gx.tolist(), gy.tolist()))
