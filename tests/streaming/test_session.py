@@ -201,6 +201,26 @@ def test_saved_and_loaded_heads_give_the_same_frames(head: TalkingHead, tmp_path
     assert sorted(p.name for p in tmp_path.iterdir()) == ["again", "model"]
 
 
+def test_bfloat16_head_streams_close_to_float32(head: TalkingHead, tmp_path: Path) -> None:
+    head.save_pretrained(tmp_path / "model", dtype=torch.bfloat16)
+    samples = speech(48)
+    full, half = (
+        frames_of(TalkingHead.from_pretrained(tmp_path / "model", dtype=dtype), samples, [])
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    difference = np.abs(full.astype(int) - half.astype(int)).mean()
+    assert 0 < difference < 0.1 * full.std()
+
+
+def test_switching_identity_keeps_the_speech_stream(head: TalkingHead) -> None:
+    session = head.open(portrait())
+    session.push(speech(26))
+    before = session.engine.speech.snapshot()
+    session.switch_identity(portrait(7))
+    assert all(torch.equal(session.engine.speech[name], past) for name, past in before.items())
+    assert session.engine.cache.num_frames == [0] * session.engine.cache.rows
+
+
 def test_missing_model_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"model folder with model_index.json, got .*: make one with `rest export`"):
         TalkingHead.from_pretrained(tmp_path)
