@@ -161,6 +161,8 @@ class LatentMoments:
 
 
 def _difference_loss(error: Tensor, pixel_weights: Tensor, border: float) -> Tensor:
+    if error.shape[2] < 2:
+        return error.new_zeros(())  # single images
     change = error[:, :, 1:] - error[:, :, :-1]
     weights = torch.where(torch.arange(change.shape[2], device=error.device) % 8 == 0, border, 1.0)
     return (pixel_weights[:, :, 1:] * weights[:, None, None] * change.abs()).mean()
