@@ -12,7 +12,7 @@ from rest_lightning.data.video import VideoFile
 SECONDS, EVERY, SIDE_PX = 6.0, 2, 256
 
 
-def main(source: str, target: Path = Path(__file__).with_name("demo.gif")) -> None:
+def main(source: str) -> None:
     """Every second frame of the first seconds, enlarged, as an endless GIF."""
     video = VideoFile(source)
     frames = video.read(0, min(video.num_frames, int(SECONDS * video.fps)))[::EVERY]
@@ -20,6 +20,7 @@ def main(source: str, target: Path = Path(__file__).with_name("demo.gif")) -> No
     palette = images[0].quantize(128)
     images = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images]
     duration_ms = round(1000 * EVERY / video.fps)
+    target = Path(__file__).with_name("demo.gif")
     images[0].save(target, save_all=True, append_images=images[1:], duration=duration_ms, loop=0, optimize=True)
 
 
