@@ -89,7 +89,13 @@ def test_interrupt_keeps_a_playable_video(tmp_path: Path, tiny_model: Path, port
     out = tmp_path / "out.mp4"
     words = ["talk", str(portrait), "-", "-o", str(out), "--model", str(tiny_model)]
     command = [sys.executable, "-m", "rest_lightning", *words]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a suite in the background ignores it
+    )
     assert process.stdin is not None
     sound = np.random.default_rng(0).integers(-3000, 3000, 60 * 640, dtype="<i2").tobytes()
     process.stdin.write(sound)

@@ -145,7 +145,11 @@ def test_signals_at_any_moment_leave_a_playable_video(tmp_path: Path) -> None:
         "        if chunk == 3: print('go', flush=True)\n"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", program, str(path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", program, str(path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a suite in the background ignores it
     )
     assert process.stdout is not None and process.stdout.readline() == "go\n"
     process.send_signal(signal.SIGINT)
