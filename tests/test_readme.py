@@ -20,10 +20,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 ASSETS = ROOT / "rest_lightning" / "assets"
 # Blocks whose parts are not in the tree yet: name -> what is missing. Delete an entry to have its block executed.
-PENDING: dict[str, str] = {
-    "talk": "the bundled portrait, speech and model in assets/",
-    "python": "the bundled portrait, speech and model in assets/",
-}
+PENDING: dict[str, str] = {}
 # What is appended to every command that holds the words on the left, so that it takes seconds.
 TINY = (
     ("rest synthesize", "--num_clips 6 --size_px 64 --num_frames 57 --val_fraction 0.17 --test_fraction 0.17"),
@@ -36,7 +33,7 @@ TINY = (
     ("rest export", "--size_px 64"),
 )
 # Local files that the README links to and that are made later.
-PENDING_FILES = {"docs/demo.gif"}
+PENDING_FILES: set[str] = set()
 
 
 @dataclass(frozen=True)
