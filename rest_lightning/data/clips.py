@@ -98,7 +98,7 @@ def load_frames(
         with VideoFile(path, backend) as video:
             if abs(video.fps - FPS) > 0.01:
                 raise ClipError(
-                    f"{path}: expected {FPS} frames per second, got {video.fps:g}: convert it with `rest prepare`"
+                    f"{path}: expected {FPS} frames per second, got {video.fps:g}: encode it at {FPS} fps"
                 )
             if video.num_frames < row.num_frames:
                 raise CorruptClip(
@@ -125,7 +125,7 @@ def load_tracks(root: str | os.PathLike[str], row: ManifestRow) -> ClipTracks:
         if (sidecar.fps, sidecar.sample_rate_hz) != (FPS, SAMPLE_RATE):
             raise ClipError(
                 f"clip {row.clip_id}: expected {FPS} frames per second and {SAMPLE_RATE} Hz, got {sidecar.fps} and "
-                f"{sidecar.sample_rate_hz}: convert it with `rest prepare`"
+                f"{sidecar.sample_rate_hz}: encode its sound as 16 kHz mono"
             )
         if sidecar.num_frames != row.num_frames:
             raise CorruptClip(

@@ -31,7 +31,7 @@ from rest_lightning.errors import UserError
 LAYOUT_VERSION = 1
 SPLITS = ("train", "val", "test")
 LANDMARKS = ("mouth", "left_eye", "right_eye")
-WAY_OUT = "make one with `rest synthesize --out FOLDER` or `rest prepare VIDEOS --out FOLDER`"
+WAY_OUT = "make one with `rest synthesize --out FOLDER`, or bring clips of your own into this layout"
 DECIMALS = 4  # of every number in a JSON array: 1e-4 of the image side is far below a pixel
 
 _CLIP_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")

@@ -42,7 +42,7 @@ class TalkingHeadDataModule(lightning.LightningDataModule):
     test take the middle window of every clip.
 
     Args:
-        data_dir: folder made by `rest synthesize` or `rest prepare`; predicting needs none.
+        data_dir: folder of prepared clips, as `rest synthesize` makes it; predicting needs none.
         batch_size: clips per batch and device.
         num_frames: window length F, 8n + 1 (97 = reference + 4 chunks).
         num_frames_train: shorter windows for training only (the VAE); None takes ``num_frames``.

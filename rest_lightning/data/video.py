@@ -138,7 +138,7 @@ def read_clip_audio(path: PathLike, num_frames: int) -> Samples:
             if stream.rate != SAMPLE_RATE or stream.channels != 1:
                 raise UserError(
                     f"{name}: expected {SAMPLE_RATE} Hz mono audio, got {stream.rate} Hz with {stream.channels} "
-                    "channels: convert the clip with `rest prepare`"
+                    "channels: encode its sound as 16 kHz mono"
                 )
             video = container.streams.video[0] if container.streams.video else None
             origin_s = _seconds(video.start_time, video.time_base) if video else 0.0

@@ -183,7 +183,7 @@ def test_too_many_corrupt_clips(make: Any, tmp_path: Path, max_corrupt: float, l
 
 def test_wrong_rate_and_size_are_named(make: Any, tmp_path: Path) -> None:
     slow = make.dataset(tmp_path / "slow", fps=30)
-    with pytest.raises(ClipError, match=r"clip-000\.mp4: expected 25 frames per second, got 30: convert"):
+    with pytest.raises(ClipError, match=r"clip-000\.mp4: expected 25 frames per second, got 30: encode"):
         PreparedClips(slow, "train", 9, max_corrupt=4)[0]
     good = make.dataset(tmp_path / "good")
     with pytest.raises(UserError, match="clip clip-000: expected 64x64 pixels, got 32x32"):

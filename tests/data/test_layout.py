@@ -82,7 +82,7 @@ def test_dataset_round_trip(dataset_dir: Path) -> None:
 def test_missing_and_unknown(tmp_path: Path) -> None:
     for folder, came in ((tmp_path / "none", "no such folder"), (tmp_path, "a folder without it")):
         with pytest.raises(
-            UserError, match=f"manifest.jsonl, got {came}: make one with `rest synthesize.*`rest prepare"
+            UserError, match=f"manifest.jsonl, got {came}: make one with `rest synthesize.*, or bring clips of your own"
         ):
             layout.read_manifest(folder)
     layout.write_manifest(tmp_path, [row()])
