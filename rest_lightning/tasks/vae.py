@@ -22,8 +22,8 @@ class VAELossWeights:
     Attributes:
         l1: absolute error of pixels.
         difference: absolute error of the differences of neighbouring frames.
-        difference_from: progress (0 .. 1) of the stage from which ``difference`` counts, in full a tenth later: on a
-            VAE that has learnt little yet it rewards frames that do not move at all.
+        difference_from: progress (0 .. 1) of the stage from which ``difference`` counts, in full a tenth later (a
+            precaution: frames that do not move cost it little; its effect was not measured apart).
         border: extra weight of the differences across a latent border (frames 8k and 8k+1), where an 8x temporal
             compression makes jumps.
         kl: Kullback-Leibler divergence of the latents from a unit Gaussian, per value.
