@@ -17,7 +17,7 @@ from torch import Tensor
 from ..constants import SAMPLES_PER_FRAME
 from ..data.clips import cut_audio
 from ..diffusion.sampling import euler_step, joint_guidance
-from ..diffusion.schedule import ltx_sigma_table, sigma_table
+from ..diffusion.schedule import sampling_sigmas
 from ..errors import UserError
 from ..models.transformer import A2VDiT
 from ..streaming.engine import ChunkEngine, to_uint8
@@ -137,16 +137,11 @@ class SampleVideos(Callback):
         if isinstance(module, StudentModule):
             reference = batch["reference"] if "reference" in batch else module.vae.decode(latents[:, :, :1])[:, :, 0]
             return to_uint8(truth), self._stream(module, reference, batch["audio"], noise, datamodule)
-        sigmas = self._sigmas(latents[0, 0].numel())
+        sigmas = sampling_sigmas(self.sampling.num_steps, self.sampling.shift, latents[0, 0].numel())
         clip = generate_clip(
             module.transformer, latents[:, :, :1], conditions.speech_latents, noise, sigmas, self.sampling.guidance
         )
         return to_uint8(truth), to_uint8(module.vae.decode(clip))
-
-    def _sigmas(self, num_tokens: int) -> list[float]:
-        num_steps, shift = self.sampling.num_steps, self.sampling.shift
-        table = ltx_sigma_table(num_steps, num_tokens) if shift is None else sigma_table(num_steps, shift)
-        return [float(sigma) for sigma in table]
 
     def _stream(self, module: A2VModule, reference: Tensor, audio: Tensor, noise: Tensor, datamodule: Any) -> Tensor:
         """What a session gives for the clip's reference and speech, the reference first: uint8 (B, F, H, W, 3)."""

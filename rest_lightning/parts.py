@@ -6,6 +6,7 @@ carries the configuration of its parts under :data:`PARTS_KEY`, so that it can b
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
 from pathlib import Path
@@ -41,6 +42,15 @@ def build_part(description: dict[str, Any]) -> nn.Module:
         raise UserError(f"expected a part of class {', '.join(PART_CLASSES)}, got {name!r}: update rest-lightning")
     cls = getattr(importlib.import_module(PART_CLASSES[name]), name)
     return cls.from_config(description["config"])
+
+
+def fingerprint_of(vae: nn.Module) -> str:
+    """Class name and a hash of all weights: latents fit a VAE only when it is exactly theirs."""
+    digest = hashlib.sha256()
+    for key, value in sorted(vae.state_dict().items()):
+        digest.update(key.encode())
+        digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
+    return f"{type(vae).__name__}-{digest.hexdigest()[:16]}"
 
 
 def load_part(part: nn.Module | None, name: str, source: str | Path) -> None:

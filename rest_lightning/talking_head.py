@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from rest_lightning.constants import SPATIAL_RATIO
 from rest_lightning.errors import UserError
 from rest_lightning.parts import PART_NAMES, build_part, describe_part, read_part
 
@@ -49,7 +50,7 @@ class TalkingHead(nn.Module):
     Args:
         vae, speech_encoder, speech_ae, transformer: the parts; the transformer has chunked attention (a student).
         sampling: defaults of :meth:`open`.
-        size_px: side of the square frames.
+        size_px: side of the square frames; None: what the transformer has a place for, or 512 where any size will do.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class TalkingHead(nn.Module):
         speech_ae: SpeechAE,
         transformer: A2VDiT,
         sampling: SamplingSettings | None = None,
-        size_px: int = 512,
+        size_px: int | None = None,
     ) -> None:
         super().__init__()
         if transformer.config["attention"] != "chunked":
@@ -73,7 +74,7 @@ class TalkingHead(nn.Module):
             )
         self.vae, self.speech_encoder, self.speech_ae, self.transformer = vae, speech_encoder, speech_ae, transformer
         self.sampling = sampling or SamplingSettings()
-        self.size_px = size_px
+        self.size_px: int = size_px or _size_of(transformer)
         self.requires_grad_(False).eval()
 
     @property
@@ -172,6 +173,10 @@ class TalkingHead(nn.Module):
             shutil.rmtree(replaced, ignore_errors=True)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _size_of(transformer: A2VDiT) -> int:
+    return SPATIAL_RATIO * transformer.spatial_size[0] if transformer.spatial_size is not None else 512
 
 
 def _save_part(part: nn.Module, folder: Path, dtype: torch.dtype) -> None:

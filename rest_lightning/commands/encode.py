@@ -3,13 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from torch import nn
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
@@ -28,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Encode what is missing."""
     from rest_lightning.data.latents import encode_dataset
-    from rest_lightning.parts import build_part, read_part
+    from rest_lightning.parts import build_part, fingerprint_of, read_part
 
     description, state = read_part("vae", args.model)
     vae = build_part(description)
@@ -38,12 +32,3 @@ def run(args: argparse.Namespace) -> int:
     cache = encode_dataset(vae, args.data, args.out, fingerprint=fingerprint_of(vae), **options)  # type: ignore[arg-type]
     print(f"{args.out}: latents of {len(cache.index['clips'])} clips")
     return 0
-
-
-def fingerprint_of(vae: nn.Module) -> str:
-    """Class name and a hash of all weights: latents fit a VAE only when it is exactly this one."""
-    digest = hashlib.sha256()
-    for key, value in sorted(vae.state_dict().items()):
-        digest.update(key.encode())
-        digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
-    return f"{type(vae).__name__}-{digest.hexdigest()[:16]}"

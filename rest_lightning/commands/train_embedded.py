@@ -39,12 +39,12 @@ class Stage:
 
 
 STAGES = (
-    Stage("vae_start", 0.26),
-    Stage("vae", 0.32, {"vae": "vae_start"}),
-    Stage("speech_ae", 0.03),
-    Stage("teacher", 0.24, {"speech_ae": "speech_ae"}, uses_latents=True),
-    Stage("student", 0.08, {"transformer": "teacher", "speech_ae": "teacher"}, uses_latents=True),
-    Stage("asd", 0.07, {"transformer": "student", "speech_ae": "student"}, "teacher", uses_latents=True),
+    Stage("vae_start", 0.12),
+    Stage("vae", 0.30, {"vae": "vae_start"}),
+    Stage("speech_ae", 0.04),
+    Stage("teacher", 0.32, {"speech_ae": "speech_ae"}, uses_latents=True),
+    Stage("student", 0.13, {"transformer": "teacher", "speech_ae": "teacher"}, uses_latents=True),
+    Stage("asd", 0.10, {"transformer": "student", "speech_ae": "student"}, "teacher", uses_latents=True),
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import os
@@ -266,6 +267,19 @@ class PreparedClips(Dataset[dict[str, Any]]):
             except CorruptClip as error:
                 self._report(candidate, error)
         raise ClipError(f"{self.root}: expected a readable {self.split} clip, got none: remake the data set")
+
+    def with_window(self, num_frames: int) -> PreparedClips:
+        """The same clips, decoded ones included, in windows of ``num_frames``; shorter clips are left out."""
+        kept = [i for i, row in enumerate(self.rows) if row.num_frames >= num_frames]
+        if not kept:
+            raise UserError(
+                f"{self.root}: expected {self.split} clips of {num_frames} frames or more, got none: add longer clips"
+            )
+        other = copy.copy(self)
+        other.num_frames, other._verified = num_frames, set()
+        other.rows, other._corrupt = [self.rows[i] for i in kept], self._corrupt[kept]
+        other._frames, other._tracks = [self._frames[i] for i in kept], [self._tracks[i] for i in kept]
+        return other
 
     def load_into_memory(self, num_threads: int = 1, progress: bool = True) -> None:
         """Decode every clip once and keep it as uint8 (one 128x128 clip of 113 frames: 5.6 MB).

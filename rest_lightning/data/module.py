@@ -149,6 +149,17 @@ class TalkingHeadDataModule(lightning.LightningDataModule):
         )
         return self._loader(dataset, sampler, self._position)
 
+    def sample_batches(self, num_frames: int) -> Iterator[Batch]:
+        """One epoch of shuffled training windows of ``num_frames``, on the CPU; the training's own order goes on."""
+        dataset = self.dataset("train").with_window(num_frames)
+        sampler = _TrainSampler(len(dataset), self.windows_per_clip, self.batch_size, self.seed, *self._rank())
+        loader = self._loader(dataset, sampler)
+        try:
+            for batch in loader:
+                yield to_model_batch(batch)
+        finally:
+            loader.close()
+
     def val_dataloader(self) -> ClipLoader | list[Any]:
         """The middle window of every validation clip; an empty list when the set has none."""
         return self._ordered_loader("val") if self._has("val") else []
@@ -298,11 +309,11 @@ class _TrainSampler:
         seed: int,
         rank: int,
         world_size: int,
-        position: _Position,
+        position: _Position | None = None,
     ) -> None:
         self.num_clips, self.epoch_length = num_clips, num_clips * windows_per_clip
         self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
-        self.position = position
+        self.position = position or _Position()
 
     def __len__(self) -> int:
         return max(1, self.epoch_length // (self.batch_size * self.world_size))

@@ -83,6 +83,15 @@ def ltx_sigma_table(
     return sigma_table(num_steps, ltx_shift(num_tokens), terminal, device)
 
 
+def sampling_sigmas(num_steps: int, shift: float | None, num_tokens: int) -> list[float]:
+    """The levels of a sampler as plain numbers: nothing in its loop waits for a device to tell a noise level.
+
+    ``shift`` None takes LTX's schedule for ``num_tokens`` latent tokens, a number :func:`sigma_table`'s.
+    """
+    table = ltx_sigma_table(num_steps, num_tokens) if shift is None else sigma_table(num_steps, shift)
+    return [float(sigma) for sigma in table]
+
+
 def training_table(
     num_levels: int = 1000, mean: float = 2.05, std: float = 1.0, device: torch.device | str | None = None
 ) -> Tensor:

@@ -23,6 +23,7 @@ from rest_lightning.models.causal import (
     patchify,
     unpatchify,
 )
+from rest_lightning.models.principal import PrincipalPath
 
 
 class VideoAutoencoder(nn.Module):
@@ -111,7 +112,8 @@ class CompactVAE(VideoAutoencoder):
         encoder_blocks, decoder_blocks: residual blocks of each stage, fine to coarse.
         strides: (time, space) factor between neighbouring stages; with ``patch_size`` they multiply to 8 and 32.
         patch_size: pixels on the side of one patch.
-        shortcuts: carry channel means past every change of resolution; widths have to divide (see :class:`Downsample`).
+        principal_components: components per 32x32 patch of a linear path beside the network, which then starts silent
+            and learns what the path leaves (see :class:`~rest_lightning.models.principal.PrincipalPath`); 0: no path.
     """
 
     def __init__(
@@ -122,7 +124,7 @@ class CompactVAE(VideoAutoencoder):
         decoder_blocks: tuple[int, ...] = (2, 2, 3, 2),
         strides: tuple[tuple[int, int], ...] = ((2, 1), (2, 2), (2, 2)),
         patch_size: int = 8,
-        shortcuts: bool = False,
+        principal_components: int = 0,
     ) -> None:
         super().__init__(latent_channels)
         time, space = 1, patch_size
@@ -145,7 +147,7 @@ class CompactVAE(VideoAutoencoder):
             "decoder_blocks": tuple(decoder_blocks),
             "strides": tuple((t, s) for t, s in strides),
             "patch_size": patch_size,
-            "shortcuts": shortcuts,
+            "principal_components": principal_components,
         }
         self.patch_size = patch_size
         patch_channels = 3 * patch_size**2
@@ -154,9 +156,7 @@ class CompactVAE(VideoAutoencoder):
         for i, width in enumerate(widths):
             encoder += [ResBlock(width) for _ in range(encoder_blocks[i])]
             if i < len(strides):
-                # The norm keeps the stream at unit scale, where residual blocks have a say: a run without it, at four
-                # times the learning rate, grew it to 300. Which of the two mattered was not measured apart.
-                encoder += [Downsample(width, widths[i + 1], *strides[i], shortcuts), RMSNorm(widths[i + 1])]
+                encoder.append(Downsample(width, widths[i + 1], *strides[i]))
         self.encoder = nn.ModuleList(encoder)
         self.encoder_norm = RMSNorm(widths[-1])
         self.encoder_out = nn.Linear(widths[-1], 2 * latent_channels)
@@ -167,10 +167,17 @@ class CompactVAE(VideoAutoencoder):
         for i in reversed(range(len(widths))):
             decoder += [ResBlock(widths[i]) for _ in range(decoder_blocks[i])]
             if i:
-                decoder += [Upsample(widths[i], widths[i - 1], *strides[i - 1], shortcuts), RMSNorm(widths[i - 1])]
+                decoder.append(Upsample(widths[i], widths[i - 1], *strides[i - 1]))
         self.decoder = nn.ModuleList(decoder)
         self.decoder_norm = RMSNorm(widths[0])
         self.decoder_out = SpatialConv(widths[0], patch_channels)
+        self.principal: PrincipalPath | None = None
+        if principal_components:
+            self.principal = PrincipalPath(latent_channels, principal_components)
+            for silent in (self.encoder_out.weight[:latent_channels], self.encoder_out.bias[:latent_channels]):
+                nn.init.zeros_(silent)
+            for silent in self.decoder_out.conv.parameters():
+                nn.init.zeros_(silent)
         name_streams(self)
 
     @property
@@ -186,22 +193,27 @@ class CompactVAE(VideoAutoencoder):
     def encode_moments(self, frames: Tensor) -> tuple[Tensor, Tensor]:
         """See :meth:`VideoAutoencoder.encode_moments`."""
         x = run(self.encoder, patchify(frames, self.patch_size), None)
-        mean, log_variance = self.encoder_out(self.encoder_norm(x)).movedim(-1, 1).chunk(2, dim=1)
-        return mean, log_variance.clamp(-20.0, 10.0)
+        mean, log_variance = self.encoder_out(self.encoder_norm(x)).chunk(2, dim=-1)
+        if self.principal is not None:
+            mean = mean + self.principal.encode(frames)
+        return mean.movedim(-1, 1), log_variance.movedim(-1, 1).clamp(-20.0, 10.0)
 
     def decode_raw(self, latents: Tensor, stream: Stream | None = None) -> Tensor:
         """See :meth:`VideoAutoencoder.decode_raw`."""
-        x = run(self.decoder, latents.movedim(1, -1).contiguous(), stream)
-        x = self.decoder_out(nn.functional.silu(self.decoder_norm(x)))
+        latents = latents.movedim(1, -1).contiguous()
+        x = run(self.decoder, latents, stream)
+        frames = unpatchify(self.decoder_out(nn.functional.silu(self.decoder_norm(x))), self.patch_size)
+        if self.principal is not None:
+            frames = frames + self.principal.decode(latents, stream)
         if stream is not None:
             stream.started = True
-        return unpatchify(x, self.patch_size)
+        return frames
 
 
 def run(layers: nn.ModuleList, x: Tensor, stream: Stream | None) -> Tensor:
     """Apply ``layers`` in turn; those with a past or a first frame of their own read ``stream``."""
     for layer in layers:
-        x = layer(x) if isinstance(layer, SpatialConv | RMSNorm) else layer(x, stream)
+        x = layer(x) if isinstance(layer, SpatialConv) else layer(x, stream)
     return x
 
 

@@ -160,21 +160,13 @@ class Downsample(nn.Module):
     """Fold ``time`` frames and ``space`` x ``space`` places into channels, then a linear layer.
 
     The first frame is kept on its own: ``time - 1`` copies of it are prepended, so 1 + k * time frames become 1 + k.
-    ``space`` must be 1 for inputs without two spatial dimensions. With ``shortcut`` the means of groups of folded
-    channels are added: a path from pixels to latents that learning does not have to find (LTX-Video 0.9.5, DC-AE).
+    ``space`` must be 1 for inputs without two spatial dimensions.
     """
 
-    def __init__(
-        self, in_channels: int, out_channels: int, time: int = 2, space: int = 1, shortcut: bool = False
-    ) -> None:
+    def __init__(self, in_channels: int, out_channels: int, time: int = 2, space: int = 1) -> None:
         super().__init__()
-        self.time, self.space, self.shortcut = time, space, shortcut
-        folded = in_channels * time * space * space
-        if shortcut and folded % out_channels:
-            raise ValueError(
-                f"expected {folded} folded channels to be a multiple of {out_channels}, for the shortcut's means"
-            )
-        self.proj = nn.Linear(folded, out_channels)
+        self.time, self.space = time, space
+        self.proj = nn.Linear(in_channels * time * space * space, out_channels)
 
     def forward(self, x: Tensor, stream: Stream | None = None) -> Tensor:
         """(B, F, ..., C_in) -> (B, F', ..., C_out)."""
@@ -190,32 +182,25 @@ class Downsample(nn.Module):
         else:
             b, f, h, w, c = x.shape
             x = x.reshape(b, f // t, t, h // s, s, w // s, s, c).permute(0, 1, 3, 5, 2, 4, 6, 7).flatten(4)
-        y = self.proj(x)
-        return y + x.unflatten(-1, (y.shape[-1], -1)).mean(-1) if self.shortcut else y
+        y: Tensor = self.proj(x)
+        return y
 
 
 class Upsample(nn.Module):
     """A linear layer, then unfold channels into ``time`` frames and ``space`` x ``space`` places.
 
-    The counterpart of :class:`Downsample`: on the first piece the first ``time - 1`` frames are dropped. With
-    ``shortcut`` every channel is added to the group of unfolded channels that the downsampler's mean took it from.
+    The counterpart of :class:`Downsample`: on the first piece the first ``time - 1`` frames are dropped.
     """
 
-    def __init__(
-        self, in_channels: int, out_channels: int, time: int = 2, space: int = 1, shortcut: bool = False
-    ) -> None:
+    def __init__(self, in_channels: int, out_channels: int, time: int = 2, space: int = 1) -> None:
         super().__init__()
-        self.time, self.space, self.shortcut = time, space, shortcut
-        folded = out_channels * time * space * space
-        if shortcut and folded % in_channels:
-            raise ValueError(f"expected {folded} unfolded channels to be a multiple of {in_channels}, for the shortcut")
-        self.proj = nn.Linear(in_channels, folded)
+        self.time, self.space = time, space
+        self.proj = nn.Linear(in_channels, out_channels * time * space * space)
 
     def forward(self, x: Tensor, stream: Stream | None = None) -> Tensor:
         """(B, F, ..., C_in) -> (B, F', ..., C_out)."""
         t, s = self.time, self.space
-        y = self.proj(x)
-        x = y + x.repeat_interleave(y.shape[-1] // x.shape[-1], dim=-1) if self.shortcut else y
+        x = self.proj(x)
         if s == 1:
             x = x.unflatten(-1, (t, -1)).movedim(-2, 2).flatten(1, 2)
         else:

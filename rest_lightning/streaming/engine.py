@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rest_lightning.constants import SAMPLES_PER_FRAME, SPATIAL_RATIO, TEMPORAL_RATIO
 from rest_lightning.diffusion.sampling import euler_step, joint_guidance
-from rest_lightning.diffusion.schedule import ltx_sigma_table, sigma_table
+from rest_lightning.diffusion.schedule import sampling_sigmas
 from rest_lightning.errors import UserError
 from rest_lightning.models.cache import IDContextCache
 from rest_lightning.models.causal import Stream
@@ -64,7 +64,8 @@ class ChunkEngine:
         )
         side = model.size_px // SPATIAL_RATIO
         self.latent_shape = (batch, model.vae.latent_channels, self.chunk_length, side, side)
-        self.sigmas = self._sigma_table(num_steps, side * side)
+        num_tokens = model.transformer.cache_options.num_slots * side * side
+        self.sigmas = sampling_sigmas(num_steps, model.sampling.shift, num_tokens)
         with torch.no_grad():
             levels = [*self.sigmas[:-1], 0.0]
             # Modulations depend on the noise level alone: once per session instead of once per step. Levels stay
@@ -75,15 +76,6 @@ class ChunkEngine:
         rows = batch * (2 if self.guided else 1)
         self.cache = IDContextCache.allocate(model.transformer, rows, side, side, num_steps=num_steps)
         self.speech, self.decoder = Stream(), Stream()
-
-    def _sigma_table(self, num_steps: int, tokens_per_frame: int) -> list[float]:
-        shift = self.model.sampling.shift
-        if shift is None:
-            table = ltx_sigma_table(num_steps, self.model.transformer.cache_options.num_slots * tokens_per_frame)
-        else:
-            table = sigma_table(num_steps, shift)
-        # Plain numbers: nothing in the loop waits for a device to tell a noise level.
-        return [float(sigma) for sigma in table]
 
     @torch.inference_mode()
     def start(self, reference: Tensor) -> None:

@@ -26,6 +26,7 @@ from rest_lightning.models.autoencoder import VideoAutoencoder
 from rest_lightning.models.speech import SpeechEncoder
 from rest_lightning.models.speech_ae import SpeechAE
 from rest_lightning.models.transformer import A2VDiT
+from rest_lightning.parts import fingerprint_of
 from rest_lightning.tasks.base import OptimizerSettings, StageModule
 from rest_lightning.tasks.speech_ae import crop_audio
 
@@ -125,6 +126,12 @@ class A2VModule(StageModule):
         table = training_table(self.noise.num_levels, self.noise.mean, self.noise.std)
         self.register_buffer("noise_table", table, persistent=False)
         self.noise_table: Tensor
+
+    def on_fit_start(self) -> None:
+        """Refuse latents that another VAE made: the previews and the session would decode them with this one."""
+        data = getattr(self.trainer, "datamodule", None)
+        if self.vae is not None and data is not None:
+            data.check_latents(fingerprint_of(self.vae))
 
     def conditions(self, batch: dict[str, Any]) -> Conditions:
         """Latents and speech latents of a batch, from frames and samples or from the cache on disk."""

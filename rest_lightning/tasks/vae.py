@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
+
+from rest_lightning.errors import UserError
 
 from rest_lightning.metrics.image import psnr_db
 from rest_lightning.metrics.seams import border_jump_ratio
 from rest_lightning.models.autoencoder import VideoAutoencoder, check_frames
+from rest_lightning.models.principal import PrincipalPath, fit_principal_path
 from rest_lightning.tasks.base import OptimizerSettings, StageModule
 from rest_lightning.tasks.regions import region_weights
+
+
+PRINCIPAL_FRAMES = 17  # of the windows that the principal path is fitted to, whatever length the training has
 
 
 @dataclass
@@ -22,8 +31,6 @@ class VAELossWeights:
     Attributes:
         l1: absolute error of pixels.
         difference: absolute error of the differences of neighbouring frames.
-        difference_from: progress (0 .. 1) of the stage from which ``difference`` counts, in full a tenth later (a
-            precaution: frames that do not move cost it little; its effect was not measured apart).
         border: extra weight of the differences across a latent border (frames 8k and 8k+1), where an 8x temporal
             compression makes jumps.
         kl: Kullback-Leibler divergence of the latents from a unit Gaussian, per value.
@@ -33,7 +40,6 @@ class VAELossWeights:
 
     l1: float = 1.0
     difference: float = 1.0
-    difference_from: float = 0.0
     border: float = 1.0
     kl: float = 1e-7
     lpips: float = 0.0
@@ -49,6 +55,12 @@ class VAEModule(StageModule):
         loss_weights: weights of the losses.
         optimizer: AdamW settings.
         initial: ``{"vae": checkpoint or folder}`` to start from.
+        principal_batches: batches from which a network with a principal path gets its components, before the first
+            step of a training that starts neither from ``initial`` nor from a checkpoint; 0 leaves the path to training.
+        whitening: of the components, see :func:`~rest_lightning.models.principal.fit_principal_path`.
+
+    Raises:
+        UserError: ``principal_batches`` for a network that has no principal path.
     """
 
     vae: VideoAutoencoder
@@ -59,8 +71,17 @@ class VAEModule(StageModule):
         loss_weights: VAELossWeights | None = None,
         optimizer: OptimizerSettings | None = None,
         initial: dict[str, str] | None = None,
+        principal_batches: int = 0,
+        whitening: float = 0.5,
     ) -> None:
         super().__init__({"vae": vae}, {}, initial, optimizer)
+        if principal_batches and self._principal_path() is None:
+            raise UserError(
+                f"principal_batches: expected a VAE with a principal path, got {type(vae).__name__} without one: set "
+                "principal_components of a CompactVAE, or leave principal_batches out"
+            )
+        self.principal_batches = 0 if initial else principal_batches
+        self.whitening = whitening
         self.loss_weights = loss_weights or VAELossWeights()
         self.lpips: nn.Module | None = None
         if self.loss_weights.lpips:
@@ -91,16 +112,33 @@ class VAEModule(StageModule):
         if self.lpips is not None:
             pairs = [video.transpose(1, 2).flatten(0, 1) for video in (reconstruction.float(), frames)]
             terms["lpips"] = self.lpips(*pairs).mean()
-        factors = {"difference": self.difference_share()}
-        terms["loss"] = torch.stack(
-            [getattr(weights, name) * factors.get(name, 1.0) * value for name, value in terms.items()]
-        ).sum()
+        terms["loss"] = torch.stack([getattr(weights, name) * value for name, value in terms.items()]).sum()
         return terms
 
-    def difference_share(self) -> float:
-        """Share of the difference loss that counts by now, 0 .. 1."""
-        start = self.loss_weights.difference_from
-        return 1.0 if start <= 0.0 else min(1.0, max(0.0, (self.progress(self.global_step) - start) / 0.1))
+    def on_train_start(self) -> None:
+        """Set the principal path from the training data, once."""
+        super().on_train_start()
+        path = self._principal_path()
+        if path is None or not self.principal_batches or self.global_step:
+            return
+        strategy = self.trainer.strategy
+        psnr = fit_principal_path(
+            path, self._weighted_frames, self.whitening, lambda x: strategy.reduce(x, reduce_op="sum")
+        )
+        path.load_state_dict(strategy.broadcast(path.state_dict()))
+        rank_zero_info(f"principal path: {psnr:.1f} dB on {self.principal_batches} weighted batches before training")
+
+    def _principal_path(self) -> PrincipalPath | None:
+        path = getattr(self.vae, "principal", None)
+        return path if isinstance(path, PrincipalPath) else None
+
+    def _weighted_frames(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Frames and pixel weights of ``principal_batches`` training batches, apart from the training's own order."""
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        for batch in itertools.islice(data.sample_batches(PRINCIPAL_FRAMES), self.principal_batches):
+            frames, landmarks = (batch[name].to(self.device) for name in ("frames", "landmarks"))
+            weights = self.loss_weights
+            yield frames, region_weights(landmarks, frames.shape[-2:], weights.mouth, weights.eyes)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """One step; logs every term."""

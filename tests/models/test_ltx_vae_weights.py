@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tiny_ltx import CONFIGS, assert_close, make_ltx, make_vae, random_latents, wrap
 from torch import Tensor
 
-from rest_lightning.commands.encode import fingerprint_of
+from rest_lightning.parts import fingerprint_of
 from rest_lightning.models.cache import CacheOptions
 from rest_lightning.models.causal import Stream
 from rest_lightning.models.ltx_vae import LTXVideoVAE, streamed_decode

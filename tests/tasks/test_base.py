@@ -115,7 +115,7 @@ def test_stages_start_from_the_stages_before(recipe: Any, tmp_path: Path, stage:
 
 def tiny_vae(**changes: Any) -> CompactVAE:
     shape = {"latent_channels": 4, "widths": (8, 16, 16), "encoder_blocks": (1, 1, 1), "decoder_blocks": (1, 1, 1)}
-    return CompactVAE(**{**shape, "strides": ((4, 2), (2, 2)), "patch_size": 8, "shortcuts": True} | changes)
+    return CompactVAE(**{**shape, "strides": ((4, 2), (2, 2)), "patch_size": 8, "principal_components": 8} | changes)
 
 
 @pytest.mark.parametrize(
