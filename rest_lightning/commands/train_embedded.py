@@ -40,7 +40,7 @@ class Stage:
 
 STAGES = (
     Stage("vae_start", 0.12),
-    Stage("vae", 0.30, {"vae": "vae_start"}),
+    Stage("vae", 0.20, {"vae": "vae_start"}),
     Stage("speech_ae", 0.04),
     Stage("teacher", 0.32, {"speech_ae": "speech_ae"}, uses_latents=True),
     Stage("student", 0.13, {"transformer": "teacher", "speech_ae": "teacher"}, uses_latents=True),

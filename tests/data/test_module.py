@@ -278,6 +278,22 @@ def test_latents_instead_of_frames(dataset_dir: Path, tmp_path: Path, cache_in_m
         module(dataset_dir, latents_dir=str(tmp_path), num_frames_train=9, num_frames=17).setup("fit")
 
 
+def test_samples_of_another_length_leave_the_training_order_alone(dataset_dir: Path) -> None:
+    data = module(dataset_dir, num_frames_train=1, cache_in_memory=True)
+    expected = [batch["start"].tolist() for batch in data.train_dataloader()]
+    data = module(dataset_dir, num_frames_train=1, cache_in_memory=True)
+    loader = data.train_dataloader()
+    samples = list(data.sample_batches(17))
+    assert [batch["start"].tolist() for batch in loader] == expected
+    for batch in samples:
+        assert batch["frames"].shape[2] == batch["mouth_opening"].shape[1] == 17
+        for frames, clip_id, start in zip(batch["frames"], batch["clip_id"], batch["start"].tolist(), strict=True):
+            truth = torch.from_numpy(read_frames(clip_path(dataset_dir, clip_id), start, 17)).permute(3, 0, 1, 2)
+            torch.testing.assert_close(frames, truth / 127.5 - 1)
+    with pytest.raises(UserError, match="expected train clips of 9001 frames or more, got none"):
+        next(data.sample_batches(9001))
+
+
 def test_settings_that_cannot_be(dataset_dir: Path) -> None:
     with pytest.raises(UserError, match="expected batch_size of at least 1, got 0"):
         module(dataset_dir, batch_size=0)

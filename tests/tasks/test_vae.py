@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from rest_lightning.diffusion.losses import speech_ae_loss
+from rest_lightning.errors import UserError
 from rest_lightning.models.autoencoder import CompactVAE
 from rest_lightning.models.speech import LogMelEncoder
 from rest_lightning.models.speech_ae import SpeechAE
@@ -124,3 +125,14 @@ def test_final_checkpoint_holds_the_statistics_of_its_own_weights(recipe: Any) -
     torch.testing.assert_close(vae.latents_mean, moments.compute()[0], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(vae.latents_std, moments.compute()[1], atol=1e-4, rtol=1e-4)
     assert state["vae.latents_std"].std() > 0
+
+
+def test_principal_path_is_set_before_the_first_stage_and_never_trained(recipe: Any) -> None:
+    states = [torch.load(recipe.final(stage), weights_only=False)["state_dict"] for stage in ("vae_start", "vae")]
+    keys = [key for key in states[0] if key.startswith("vae.principal.")]
+    assert keys
+    for key in keys:
+        assert states[0][key].any(), f"{key} was not set"
+        assert torch.equal(states[0][key], states[1][key]), f"{key} was trained"
+    with pytest.raises(UserError, match="expected a VAE with a principal path, got CompactVAE without one"):
+        VAEModule(module().vae, principal_batches=1)
