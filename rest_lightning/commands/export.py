@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vae", type=Path, help="checkpoint or model folder with the VAE (default: the checkpoint)")
     parser.add_argument("--speech-ae", type=Path, help="the same for the SpeechAE (default: the checkpoint)")
     parser.add_argument("--speech-encoder", type=Path, help="the same for the speech encoder (default: of the run)")
-    parser.add_argument("--size-px", type=int, help="side of the frames (default: what the model was trained at, or 512)")
+    parser.add_argument("--size-px", type=int, help="side of the frames (default: the trained one, or 512)")
     parser.add_argument("--num-steps", type=int, help="Euler steps per chunk to remember as default")
     parser.add_argument("--guidance", type=float, help="guidance to remember as default")
     parser.add_argument("--shift", type=float, help="shift of the sigma table to remember as default")

@@ -48,13 +48,16 @@ def flow_matching_loss(velocity: Tensor, target: Tensor, mask: Tensor | None = N
     Args:
         velocity: the network's output (B, C, f, h, w).
         target: noise - latents, same shape.
-        mask: optional weights (B, f) (bool or float; slot 0 is ignored): a weighted mean, 0 where nothing is selected.
+        mask: optional weights of frames (B, f) or of places (B, 1, f, h, w) (bool or float; slot 0 is ignored): a
+            weighted mean, 0 where nothing is selected.
     """
     error = (_generated(velocity) - _generated(target)).square()
     if mask is None:
         return error.mean()
-    weight = mask[:, 1:].to(error)
-    return (error.mean(dim=(1, 3, 4)) * weight).sum() / weight.sum().clamp_min(torch.finfo(error.dtype).tiny)
+    places = mask[:, None, :, None, None] if mask.ndim == 2 else mask
+    error = error.mean(dim=1, keepdim=True)
+    weight = places[:, :, 1:].to(error).expand_as(error)
+    return (error * weight).sum() / weight.sum().clamp_min(torch.finfo(error.dtype).tiny)
 
 
 def contrastive_loss(student: Tensor, teacher: Tensor, temperature: float = 0.1) -> Tensor:

@@ -28,6 +28,7 @@ from rest_lightning.models.speech_ae import SpeechAE
 from rest_lightning.models.transformer import A2VDiT
 from rest_lightning.parts import fingerprint_of
 from rest_lightning.tasks.base import OptimizerSettings, StageModule
+from rest_lightning.tasks.regions import token_weights
 from rest_lightning.tasks.speech_ae import crop_audio
 
 SIGMA_SAMPLERS: dict[str, Callable[..., Tensor]] = {"cans": sample_sigmas_cans, "ans": sample_sigmas_ans}
@@ -64,10 +65,11 @@ class NoiseSettings:
 
 @dataclass(frozen=True)
 class Conditions:
-    """Clean latents (B, C, f, h, w), slot 0 the reference, and speech latents (B, f, n, d)."""
+    """Clean latents (B, C, f, h, w), slot 0 the reference; speech latents (B, f, n, d); weights (B, 1, f, h, w)."""
 
     latents: Tensor
     speech_latents: Tensor
+    weights: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -79,12 +81,14 @@ class TrainingInput:
         speech_latents: (B, f, n, d), zero where dropped; the transformer lets slot 0 read zeros by itself.
         drops: the masks.
         clean_latents: (B, C, f, h, w), with the same dropped references: what a clean pass would cache.
+        weights: of the flow loss, (B, 1, f, h, w), or None.
     """
 
     path: NoisyPath
     speech_latents: Tensor
     drops: Drops
     clean_latents: Tensor
+    weights: Tensor | None = None
 
 
 class A2VModule(StageModule):
@@ -98,6 +102,8 @@ class A2VModule(StageModule):
         noise: noise and dropout settings.
         optimizer: AdamW settings.
         initial: part name -> checkpoint or folder.
+        mouth_weight: weight of the mouth's tokens in the flow loss, where any other token counts 1 (decided here; REST
+            names the mouth as its weakest region). Needs landmarks; clips without them count 1 everywhere.
     """
 
     transformer: A2VDiT
@@ -115,7 +121,10 @@ class A2VModule(StageModule):
         optimizer: OptimizerSettings | None = None,
         initial: dict[str, str] | None = None,
         frozen: dict[str, nn.Module] | None = None,
+        mouth_weight: float = 1.0,
     ) -> None:
+        if not mouth_weight > 0:
+            raise UserError(f"expected a mouth_weight above 0, got {mouth_weight}: 1 weighs all tokens alike")
         super().__init__(
             {"transformer": transformer, "speech_ae": speech_ae},
             {"speech_encoder": speech_encoder, "vae": vae, **(frozen or {})},
@@ -123,6 +132,7 @@ class A2VModule(StageModule):
             optimizer,
         )
         self.noise = noise or NoiseSettings()
+        self.mouth_weight = mouth_weight
         table = training_table(self.noise.num_levels, self.noise.mean, self.noise.std)
         self.register_buffer("noise_table", table, persistent=False)
         self.noise_table: Tensor
@@ -146,7 +156,11 @@ class A2VModule(StageModule):
                 f"set data.num_frames to {8 * length}k + 1 or noise.chunk_length to a divisor of {latents.shape[2] - 1}"
             )
         num_frames = 8 * (latents.shape[2] - 1) + 1
-        return Conditions(latents, self.speech_ae.encode(self.speech_features(batch["audio"], num_frames)))
+        speech_latents = self.speech_ae.encode(self.speech_features(batch["audio"], num_frames))
+        weights = None
+        if self.mouth_weight != 1.0:
+            weights = token_weights(batch["landmarks"], latents.shape[3], latents.shape[4], self.mouth_weight)
+        return Conditions(latents, speech_latents, weights)
 
     @torch.no_grad()
     def encode_clip(self, frames: Tensor, reference: Tensor | None = None) -> Tensor:
@@ -181,7 +195,8 @@ class A2VModule(StageModule):
         path = noisy_path(latents, noise, sigma)
         path = NoisyPath(drop_reference(path.noisy_latents, drops.identity), path.velocity, path.sigma)
         speech_latents = drop_speech(conditions.speech_latents, drops.audio)
-        return TrainingInput(path, speech_latents, drops, drop_reference(latents, drops.identity))
+        clean_latents = drop_reference(latents, drops.identity)
+        return TrainingInput(path, speech_latents, drops, clean_latents, conditions.weights)
 
     def forward(self, inputs: TrainingInput) -> Tensor:
         """The network's velocity (B, C, f, h, w)."""
@@ -197,7 +212,7 @@ class A2VModule(StageModule):
 
     def losses(self, inputs: TrainingInput) -> dict[str, Tensor]:
         """Losses by name; ``loss`` is what is minimised."""
-        return {"loss": flow_matching_loss(self(inputs), inputs.path.velocity)}
+        return {"loss": flow_matching_loss(self(inputs), inputs.path.velocity, inputs.weights)}
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """The flow loss on held-out clips, with draws that are the same every time."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from rest_lightning.constants import TEMPORAL_RATIO
 from rest_lightning.metrics.image import EYE_BOX, MOUTH_BOX
 
 
@@ -30,3 +32,21 @@ def region_weights(landmarks: Tensor, size: tuple[int, int] | torch.Size, mouth:
         inside_y = (y - centre[..., 1:]).abs() <= box[1]
         weights = torch.where(inside_y[..., :, None] & inside_x[..., None, :], value, weights)
     return weights[:, None]
+
+
+def token_weights(landmarks: Tensor, height: int, width: int, mouth: float) -> Tensor:
+    """:func:`region_weights` of latent tokens: each the mean over its place and its frames (slot 0 has one frame).
+
+    Args:
+        landmarks: (B, 8 n + 1, 3, 2) as there.
+        height, width: of the latents.
+        mouth: weight of the mouth's box; all else counts 1.
+
+    Returns:
+        (B, 1, 1 + n, height, width) float32.
+    """
+    samples = 8  # per side of a token: the box's edges fall between tokens
+    fine = region_weights(landmarks, (samples * height, samples * width), mouth, 1.0)
+    frames = F.avg_pool2d(fine[:, 0], samples)
+    later = frames[:, 1:].unflatten(1, (-1, TEMPORAL_RATIO)).mean(2)
+    return torch.cat([frames[:, :1], later], dim=1)[:, None]

@@ -41,8 +41,8 @@ class StudentModule(A2VModule):
     Training runs all chunks in one parallel forward, which equals the sequential cached computation.
 
     Args:
-        transformer, speech_ae, speech_encoder, vae, noise, optimizer, initial: see :class:`A2VModule`; ``initial``
-            takes the transformer from the teacher's checkpoint, whose parameter names are the same.
+        transformer, speech_ae, speech_encoder, vae, noise, optimizer, initial, mouth_weight: see :class:`A2VModule`;
+            ``initial`` takes the transformer from the teacher's checkpoint, whose parameter names are the same.
         asd: the distillation, or None for pre-training on ground truth only.
     """
 
@@ -58,6 +58,7 @@ class StudentModule(A2VModule):
         optimizer: OptimizerSettings | None = None,
         initial: dict[str, str] | None = None,
         asd: ASDSettings | None = None,
+        mouth_weight: float = 1.0,
     ) -> None:
         noise = noise or NoiseSettings()
         if transformer.config["attention"] != "chunked":
@@ -77,6 +78,7 @@ class StudentModule(A2VModule):
             optimizer,
             initial,
             frozen,  # type: ignore[arg-type]
+            mouth_weight,
         )
         self.asd = asd
 
@@ -104,6 +106,7 @@ class StudentModule(A2VModule):
             alpha=self.asd.alpha,
             beta=self.asd.beta,
             temperature=self.asd.temperature,
+            mask=inputs.weights,
         )
         error = (velocity - teacher_velocity)[:, :, 1:].detach().float().square().mean()
         return {

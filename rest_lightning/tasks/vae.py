@@ -12,14 +12,12 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
 from rest_lightning.errors import UserError
-
 from rest_lightning.metrics.image import psnr_db
 from rest_lightning.metrics.seams import border_jump_ratio
 from rest_lightning.models.autoencoder import VideoAutoencoder, check_frames
 from rest_lightning.models.principal import PrincipalPath, fit_principal_path
 from rest_lightning.tasks.base import OptimizerSettings, StageModule
 from rest_lightning.tasks.regions import region_weights
-
 
 PRINCIPAL_FRAMES = 17  # of the windows that the principal path is fitted to, whatever length the training has
 
@@ -56,7 +54,7 @@ class VAEModule(StageModule):
         optimizer: AdamW settings.
         initial: ``{"vae": checkpoint or folder}`` to start from.
         principal_batches: batches from which a network with a principal path gets its components, before the first
-            step of a training that starts neither from ``initial`` nor from a checkpoint; 0 leaves the path to training.
+            step of a training that starts neither from ``initial`` nor from a checkpoint; 0 leaves the path silent.
         whitening: of the components, see :func:`~rest_lightning.models.principal.fit_principal_path`.
 
     Raises:

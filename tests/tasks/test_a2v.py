@@ -20,6 +20,7 @@ from rest_lightning.parts import build_part, read_part
 from rest_lightning.talking_head import SamplingSettings, TalkingHead
 from rest_lightning.tasks.a2v import Conditions, NoiseSettings
 from rest_lightning.tasks.base import OptimizerSettings
+from rest_lightning.tasks.regions import region_weights, token_weights
 from rest_lightning.tasks.student import ASDSettings, StudentModule
 from rest_lightning.tasks.teacher import TeacherModule
 
@@ -198,3 +199,35 @@ def test_checkpoint_to_model_folder_gives_the_same_frames(recipe: Any, model_fol
     again = tmp_path / "again"
     TalkingHead.from_pretrained(model_folder).save_pretrained(again)
     assert np.array_equal(frames(TalkingHead.from_pretrained(again)), expected)
+
+
+@pytest.mark.parametrize(("mouth", "size"), [(4.0, (2, 2)), (3.0, (4, 6))])
+def test_token_weights_are_the_mean_of_the_pixels_in_each_token(mouth: float, size: tuple[int, int]) -> None:
+    height, width = size
+    landmarks = torch.rand(2, 17, 3, 2, generator=torch.Generator().manual_seed(0))
+    landmarks[1, 9:] = float("nan")  # unknown
+    weights = token_weights(landmarks, height, width, mouth)
+    assert weights.shape == (2, 1, 3, height, width)
+    pixels = region_weights(landmarks, (64 * height, 64 * width), mouth, 1.0)[:, 0].numpy()
+    for slot, frames in enumerate((slice(0, 1), slice(1, 9), slice(9, 17))):
+        for y, x in np.ndindex(height, width):
+            place = pixels[:, frames, 64 * y : 64 * (y + 1), 64 * x : 64 * (x + 1)].mean(axis=(1, 2, 3))
+            np.testing.assert_allclose(weights[:, 0, slot, y, x].numpy(), place, atol=0.12 * (mouth - 1))
+    assert (weights[1, 0, 2] == 1).all()
+
+
+def test_mouth_weight_weighs_the_flow_loss_and_nothing_else() -> None:
+    weights = torch.ones(2, 1, 7, 2, 2)
+    weights[..., 1, 1] = 3.0
+    clean = conditions()
+    for module in (student(), TeacherModule(transformer("full"), **speech_parts())):
+        torch.manual_seed(1)
+        plain = module.draw(clean)
+        torch.manual_seed(1)
+        weighted = module.draw(Conditions(clean.latents, clean.speech_latents, weights))
+        assert torch.equal(plain.path.noisy_latents, weighted.path.noisy_latents)
+        error = (module(plain) - plain.path.velocity)[:, :, 1:].square().double()
+        expected = (error * weights[:, :, 1:]).sum() / (weights[:, :, 1:].sum() * 4)
+        assert float(module.losses(weighted)["loss"]) == pytest.approx(float(expected), rel=1e-5)
+    with pytest.raises(UserError, match="expected a mouth_weight above 0, got 0.0"):
+        TeacherModule(transformer("full"), **speech_parts(), mouth_weight=0.0)
