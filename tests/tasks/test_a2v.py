@@ -229,5 +229,5 @@ def test_mouth_weight_weighs_the_flow_loss_and_nothing_else() -> None:
         error = (module(plain) - plain.path.velocity)[:, :, 1:].square().double()
         expected = (error * weights[:, :, 1:]).sum() / (weights[:, :, 1:].sum() * 4)
         assert float(module.losses(weighted)["loss"]) == pytest.approx(float(expected), rel=1e-5)
-    with pytest.raises(UserError, match="expected a mouth_weight above 0, got 0.0"):
+    with pytest.raises(UserError, match=r"expected a mouth_weight above 0, got 0\.0"):
         TeacherModule(transformer("full"), **speech_parts(), mouth_weight=0.0)
