@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Self
 
 import torch
@@ -114,6 +115,8 @@ class CompactVAE(VideoAutoencoder):
         patch_size: pixels on the side of one patch.
         principal_components: components per 32x32 patch of a linear path beside the network, which then starts silent
             and learns what the path leaves (see :class:`~rest_lightning.models.principal.PrincipalPath`); 0: no path.
+            The decoder's finest stage sees the path's frames: what jumps from one block of 8 frames to the next can be
+            smoothed only where it is seen.
     """
 
     def __init__(
@@ -174,6 +177,9 @@ class CompactVAE(VideoAutoencoder):
         self.principal: PrincipalPath | None = None
         if principal_components:
             self.principal = PrincipalPath(latent_channels, principal_components)
+            self.principal_in = SpatialConv(patch_channels, widths[0], 1)
+            for silent in self.principal_in.conv.parameters():
+                nn.init.zeros_(silent)
             for silent in (self.encoder_out.weight[:latent_channels], self.encoder_out.bias[:latent_channels]):
                 nn.init.zeros_(silent)
             for silent in self.decoder_out.conv.parameters():
@@ -201,16 +207,21 @@ class CompactVAE(VideoAutoencoder):
     def decode_raw(self, latents: Tensor, stream: Stream | None = None) -> Tensor:
         """See :meth:`VideoAutoencoder.decode_raw`."""
         latents = latents.movedim(1, -1).contiguous()
-        x = run(self.decoder, latents, stream)
+        num_fine = self._config["decoder_blocks"][0]
+        x = run(self.decoder[: len(self.decoder) - num_fine], latents, stream)
+        linear = self.principal.decode(latents, stream) if self.principal is not None else None
+        if linear is not None:
+            x = x + self.principal_in(patchify(linear, self.patch_size))
+        x = run(self.decoder[len(self.decoder) - num_fine :], x, stream)
         frames = unpatchify(self.decoder_out(nn.functional.silu(self.decoder_norm(x))), self.patch_size)
-        if self.principal is not None:
-            frames = frames + self.principal.decode(latents, stream)
+        if linear is not None:
+            frames = frames + linear
         if stream is not None:
             stream.started = True
         return frames
 
 
-def run(layers: nn.ModuleList, x: Tensor, stream: Stream | None) -> Tensor:
+def run(layers: Iterable[nn.Module], x: Tensor, stream: Stream | None) -> Tensor:
     """Apply ``layers`` in turn; those with a past or a first frame of their own read ``stream``."""
     for layer in layers:
         x = layer(x) if isinstance(layer, SpatialConv) else layer(x, stream)

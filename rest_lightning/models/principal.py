@@ -16,11 +16,9 @@ from torch import Tensor, nn
 from rest_lightning.constants import SPATIAL_RATIO, TEMPORAL_RATIO
 from rest_lightning.models.causal import Downsample, Stream, Upsample, patchify, unpatchify
 
-PATCH_VALUES = 3 * SPATIAL_RATIO**2
-
 
 class PrincipalPath(nn.Module):
-    """32x32 pixels of one frame -> components -> 8 frames of components -> one latent; and back. All linear.
+    """A square patch of one frame -> components -> 8 frames of components -> one latent; and back. All linear.
 
     The first frame counts as eight copies of itself, like everywhere in the causal VAE. Silent (zero) until
     :func:`fit_principal_path` has set it, and never trained: in a run that trained it along, at 1.5e-3, the weighted L1
@@ -28,35 +26,38 @@ class PrincipalPath(nn.Module):
 
     Args:
         latent_channels: C.
-        num_components: components kept of each 32x32 patch.
+        num_components: components kept of each patch.
+        patch_size: pixels on the side of a patch; the VAE's is its spatial compression.
 
     Raises:
         ValueError: more components than a patch has values, or more channels than eight frames of components.
     """
 
-    def __init__(self, latent_channels: int, num_components: int) -> None:
+    def __init__(self, latent_channels: int, num_components: int, patch_size: int = SPATIAL_RATIO) -> None:
         super().__init__()
-        if not latent_channels / TEMPORAL_RATIO <= num_components <= PATCH_VALUES:
+        patch_values = 3 * patch_size**2
+        if not latent_channels / TEMPORAL_RATIO <= num_components <= patch_values:
             raise ValueError(
-                f"expected between {math.ceil(latent_channels / TEMPORAL_RATIO)} and {PATCH_VALUES} principal "
+                f"expected between {math.ceil(latent_channels / TEMPORAL_RATIO)} and {patch_values} principal "
                 f"components for {latent_channels} latent channels, got {num_components}"
             )
-        self.patch_in = nn.Linear(PATCH_VALUES, num_components)
+        self.patch_size = patch_size
+        self.patch_in = nn.Linear(patch_values, num_components)
         self.fold = Downsample(num_components, latent_channels, TEMPORAL_RATIO)
         self.unfold = Upsample(latent_channels, num_components, TEMPORAL_RATIO)
-        self.patch_out = nn.Linear(num_components, PATCH_VALUES)
+        self.patch_out = nn.Linear(num_components, patch_values)
         for parameter in self.requires_grad_(False).parameters():
             nn.init.zeros_(parameter)
 
     def encode(self, frames: Tensor) -> Tensor:
         """Frames (B, 3, F, H, W) -> raw latents, channels last (B, f, h, w, C)."""
-        x: Tensor = self.fold(self.patch_in(patchify(frames, SPATIAL_RATIO).contiguous()))
+        x: Tensor = self.fold(self.patch_in(patchify(frames, self.patch_size).contiguous()))
         return x
 
     def decode(self, latents: Tensor, stream: Stream | None = None) -> Tensor:
         """Raw latents, channels last (B, f, h, w, C) -> frames (B, 3, F, H, W)."""
         # Contiguous, or torch copies the layer's weight for every frame (measured: 5 ms became 300).
-        return unpatchify(self.patch_out(self.unfold(latents, stream).contiguous()), SPATIAL_RATIO)
+        return unpatchify(self.patch_out(self.unfold(latents, stream).contiguous()), self.patch_size)
 
 
 @torch.no_grad()
@@ -84,17 +85,17 @@ def fit_principal_path(
         PSNR in dB that the path alone reaches on these frames, weighted, for range 2.
     """
     device = path.patch_in.weight.device
-    patches = _Moments(PATCH_VALUES, device)
+    patches = _Moments(path.patch_in.in_features, device)
     for frames, weights in batches():
-        patches.add(patchify(frames, SPATIAL_RATIO), _patch_weights(weights))
+        patches.add(patchify(frames, path.patch_size), _patch_weights(weights, path.patch_size))
     mean, variances, basis, lost = patches.leading(path.patch_in.out_features, sum_over_devices)
     _set(path.patch_in, basis.T, -basis.T @ mean)
     _set(path.patch_out, basis, mean)
 
     blocks = _Moments(TEMPORAL_RATIO * path.patch_in.out_features, device)
     for frames, weights in batches():
-        components = path.patch_in(patchify(frames[:, :, 1:], SPATIAL_RATIO))
-        weight = _patch_weights(weights[:, :, 1:]).unflatten(1, (-1, TEMPORAL_RATIO)).mean(2)
+        components = path.patch_in(patchify(frames[:, :, 1:], path.patch_size))
+        weight = _patch_weights(weights[:, :, 1:], path.patch_size).unflatten(1, (-1, TEMPORAL_RATIO)).mean(2)
         blocks.add(components.unflatten(1, (-1, TEMPORAL_RATIO)).movedim(2, -2).flatten(-2), weight)
     mean, variances, basis, lost_in_time = blocks.leading(path.fold.proj.out_features, sum_over_devices)
     variances = variances.clamp(min=1e-9 * float(variances[0]) + 1e-12)  # still pictures have none
@@ -104,7 +105,7 @@ def fit_principal_path(
     into = rotation @ (scale[:, None] * basis.T)
     _set(path.fold.proj, into, -into @ mean)
     _set(path.unfold.proj, (basis / scale) @ rotation.T, mean)
-    mean_square_error = (lost + lost_in_time / TEMPORAL_RATIO) / PATCH_VALUES
+    mean_square_error = (lost + lost_in_time / TEMPORAL_RATIO) / path.patch_in.in_features
     return 10 * math.log10(4 / max(mean_square_error, 1e-12))
 
 
@@ -134,9 +135,9 @@ class _Moments:
         return mean, variances[:count], directions[:, :count], float(variances[count:].sum())
 
 
-def _patch_weights(weights: Tensor) -> Tensor:
+def _patch_weights(weights: Tensor, patch_size: int) -> Tensor:
     """Pixel weights (B, 1, F, H, W) -> mean of each patch (B, F, h, w)."""
-    return patchify(weights, SPATIAL_RATIO).mean(-1)
+    return patchify(weights, patch_size).mean(-1)
 
 
 def _rotation(size: int) -> Tensor:

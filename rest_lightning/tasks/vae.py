@@ -56,6 +56,8 @@ class VAEModule(StageModule):
         principal_batches: batches from which a network with a principal path gets its components, before the first
             step of a training that starts neither from ``initial`` nor from a checkpoint; 0 leaves the path silent.
         whitening: of the components, see :func:`~rest_lightning.models.principal.fit_principal_path`.
+        train_encoder: False trains the decoder alone (and measures no statistics anew), so that latents made before, and
+            models trained on them, stay valid.
 
     Raises:
         UserError: ``principal_batches`` for a network that has no principal path.
@@ -71,6 +73,7 @@ class VAEModule(StageModule):
         initial: dict[str, str] | None = None,
         principal_batches: int = 0,
         whitening: float = 0.5,
+        train_encoder: bool = True,
     ) -> None:
         super().__init__({"vae": vae}, {}, initial, optimizer)
         if principal_batches and self._principal_path() is None:
@@ -80,6 +83,11 @@ class VAEModule(StageModule):
             )
         self.principal_batches = 0 if initial else principal_batches
         self.whitening = whitening
+        self.train_encoder = train_encoder
+        if not train_encoder:
+            for name, parameter in vae.named_parameters():
+                if any(piece.startswith("encoder") for piece in name.split(".")):
+                    parameter.requires_grad_(False)
         self.loss_weights = loss_weights or VAELossWeights()
         self.lpips: nn.Module | None = None
         if self.loss_weights.lpips:
@@ -167,7 +175,7 @@ class VAEModule(StageModule):
 
     def on_validation_epoch_end(self) -> None:
         """Keep the statistics in the network, where encoding and decoding read them."""
-        if self.vae.measures_statistics and self._moments.count[1] > 0:
+        if self.train_encoder and self.vae.measures_statistics and self._moments.count[1] > 0:
             mean, std = self._moments.compute()
             self.vae.latents_mean.copy_(mean)
             self.vae.latents_std.copy_(std)

@@ -136,3 +136,26 @@ def test_principal_path_is_set_before_the_first_stage_and_never_trained(recipe: 
         assert torch.equal(states[0][key], states[1][key]), f"{key} was trained"
     with pytest.raises(UserError, match="expected a VAE with a principal path, got CompactVAE without one"):
         VAEModule(module().vae, principal_batches=1)
+
+
+def test_training_the_decoder_alone_leaves_the_latents_as_they_are() -> None:
+    torch.manual_seed(0)
+    vae = CompactVAE(4, (8, 12, 16), (1, 1, 1), (1, 1, 1), ((4, 2), (2, 2)), 8, principal_components=8)
+    assert vae.principal is not None
+    for parameter in vae.principal.parameters():
+        parameter.normal_(std=0.05)
+    task = VAEModule(vae, VAELossWeights(), OptimizerSettings(lr=1e-2, warmup_steps=1), train_encoder=False)
+    frames = batch()["frames"]
+    with torch.no_grad():
+        before = vae.encode(frames), vae.decode(vae.encode(frames))
+    optimizer = task.configure_optimizers()["optimizer"]
+    for _ in range(3):
+        optimizer.zero_grad()
+        task.losses(batch())["loss"].backward()
+        optimizer.step()
+    task.on_validation_epoch_start()
+    task._moments.update(vae.encode_moments(frames)[0])
+    task.on_validation_epoch_end()
+    with torch.no_grad():
+        assert torch.equal(vae.encode(frames), before[0])
+        assert not torch.equal(vae.decode(before[0]), before[1])
