@@ -114,8 +114,9 @@ class Recipe:
 
     def __init__(self, out: Path, data: Path, repository: Path) -> None:
         self.out, self.data, self.configs = out, data, repository / "configs"
-        from rest_lightning.commands.train_embedded import STAGES
+        from rest_lightning.commands.train_embedded import STAGES, VAE_STAGE
 
+        self.vae_stage = VAE_STAGE
         self.stages = {stage.name: stage for stage in STAGES}
         self.used: set[Path] = set()
         self.clis: dict[str, Any] = {}
@@ -144,7 +145,7 @@ class Recipe:
             frozen_vae = self.configs / "size/tiny/frozen_vae.yaml"
             self.used.add(frozen_vae)
             words += ["--model.vae", str(frozen_vae)]
-            initial["vae"] = "vae"
+            initial["vae"] = self.vae_stage
         words += [f"--model.initial.{part}={self.final(source)}" for part, source in initial.items()]
         if (teacher := self.stages[stage].teacher) is not None:
             words += [f"--model.asd.teacher={self.final(teacher)}"]
@@ -168,7 +169,7 @@ def model_folder(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Pa
     folder = tmp_path_factory.mktemp("model") / "tiny"
     parser = argparse.ArgumentParser()
     export.add_arguments(parser)
-    words = [str(recipe.final("asd")), "--vae", str(recipe.final("vae")), "--out", str(folder), "--size-px", "64"]
+    words = [str(recipe.final("asd")), "--vae", str(recipe.final(recipe.vae_stage)), "--out", str(folder), "--size-px", "64"]
     words += ["--num-steps", "2", "--guidance", "1", "--shift", "1", "--dtype", "float32"]
     assert export.run(parser.parse_args(words)) == 0
     return folder

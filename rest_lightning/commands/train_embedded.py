@@ -41,11 +41,14 @@ class Stage:
 STAGES = (
     Stage("vae_start", 0.12),
     Stage("vae", 0.20, {"vae": "vae_start"}),
+    Stage("vae_decoder", 0.10, {"vae": "vae"}),
     Stage("speech_ae", 0.04),
     Stage("teacher", 0.32, {"speech_ae": "speech_ae"}, uses_latents=True),
     Stage("student", 0.13, {"transformer": "teacher", "speech_ae": "teacher"}, uses_latents=True),
     Stage("asd", 0.10, {"transformer": "student", "speech_ae": "student"}, "teacher", uses_latents=True),
 )
+
+VAE_STAGE = "vae_decoder"  # whose VAE makes the latents and is exported
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -97,12 +100,12 @@ def synthesise(data: Path, num_clips: int) -> None:
 def encode(out: Path, data: Path) -> None:
     """Latents of all clips, once, with the trained VAE."""
     target = out / "latents"
-    rest("encode", "--model", str(out / "vae" / "final.ckpt"), "--data", str(data), "--out", str(target))
+    rest("encode", "--model", str(out / VAE_STAGE / "final.ckpt"), "--data", str(data), "--out", str(target))
 
 
 def export(out: Path, model: Path) -> None:
     """Write the model folder."""
-    checkpoint, vae = out / STAGES[-1].name / "final.ckpt", out / "vae" / "final.ckpt"
+    checkpoint, vae = out / STAGES[-1].name / "final.ckpt", out / VAE_STAGE / "final.ckpt"
     options = [word for name, value in SAMPLING.items() for word in (f"--{name}", str(value))]
     rest("export", str(checkpoint), "--vae", str(vae), "--out", str(model), "--overwrite", *options)
 
@@ -124,7 +127,7 @@ def stage_overlay(stage: Stage, out: Path, data: Path, minutes: float) -> dict[s
     """What a stage's configuration file cannot know: folders, time and where its parts start. YAML reads JSON."""
     seconds = round(minutes * 60)
     init_args: dict[str, object] = {}
-    sources = {**stage.initial, **({"vae": "vae"} if stage.uses_latents else {})}
+    sources = {**stage.initial, **({"vae": VAE_STAGE} if stage.uses_latents else {})}
     if sources:
         init_args["initial"] = {part: str(out / source / "final.ckpt") for part, source in sources.items()}
     if stage.teacher:

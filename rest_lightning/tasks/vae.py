@@ -56,8 +56,8 @@ class VAEModule(StageModule):
         principal_batches: batches from which a network with a principal path gets its components, before the first
             step of a training that starts neither from ``initial`` nor from a checkpoint; 0 leaves the path silent.
         whitening: of the components, see :func:`~rest_lightning.models.principal.fit_principal_path`.
-        train_encoder: False trains the decoder alone (and measures no statistics anew), so that latents made before, and
-            models trained on them, stay valid.
+        train_encoder: False trains the decoder alone (and measures no statistics anew): latents made before, and models
+            trained on them, stay valid.
 
     Raises:
         UserError: ``principal_batches`` for a network that has no principal path.
