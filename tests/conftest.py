@@ -169,8 +169,8 @@ def model_folder(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Pa
     folder = tmp_path_factory.mktemp("model") / "tiny"
     parser = argparse.ArgumentParser()
     export.add_arguments(parser)
-    words = [str(recipe.final("asd")), "--vae", str(recipe.final(recipe.vae_stage)), "--out", str(folder), "--size-px", "64"]
-    words += ["--num-steps", "2", "--guidance", "1", "--shift", "1", "--dtype", "float32"]
+    words = [str(recipe.final("asd")), "--vae", str(recipe.final(recipe.vae_stage)), "--out", str(folder)]
+    words += ["--size-px", "64", "--num-steps", "2", "--guidance", "1", "--shift", "1", "--dtype", "float32"]
     assert export.run(parser.parse_args(words)) == 0
     return folder
 
