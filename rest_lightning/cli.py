@@ -18,6 +18,7 @@ COMMANDS = {
     "demo": "the bundled portrait and speech become outputs/demo.mp4, with a report",
     "synthesize": "render synthetic talkers to train on",
     "encode": "latents of all clips, once, for the stages that need them",
+    "encode-prompt": "the text embedding of the fixed prompt, once, for models that read text",
     "export": "a checkpoint becomes a model folder for talk --model",
     "train-embedded": "all stages of the embedded model within a time budget",
 }

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from rest_lightning.models.cache import CacheOptions
+    from rest_lightning.models.cache import CacheOptions, IDContextCache
 
 KeyValue = tuple[Tensor, Tensor]
 
@@ -103,6 +104,18 @@ class FullContext:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
         return attend(rotate(q, self.table), rotate(k, self.table), v, num_heads)
+
+
+class SinkContext:
+    """The reference alone: it sees itself, and its keys and values become the sink of some rows."""
+
+    def __init__(self, cache: IDContextCache, rows: Sequence[int] | None, table: Tensor) -> None:
+        self.cache, self.rows, self.table = cache, rows, table
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
+        k = rotate(k, self.table)
+        self.cache.write_sink(layer, k, v, self.rows)
+        return attend(rotate(q, self.table), k, v, num_heads)
 
 
 class ChunkedContext:

@@ -32,6 +32,11 @@ class Condition:
     blocks: list[KeyValue]
     mask: Tensor | None = None
 
+    def expand(self, batch: int) -> Condition:
+        """The condition of one row for ``batch`` rows, as views."""
+        blocks = [(k.expand(batch, -1, -1, -1), v.expand(batch, -1, -1, -1)) for k, v in self.blocks]
+        return Condition(blocks, None if self.mask is None else self.mask.expand(batch, -1, -1, -1))
+
     def twice(self) -> Condition:
         """The condition of a batch that is repeated."""
         blocks = [(torch.cat([k, k]), torch.cat([v, v])) for k, v in self.blocks]

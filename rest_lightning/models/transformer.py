@@ -18,9 +18,10 @@ from torch.utils.checkpoint import checkpoint
 
 from rest_lightning.constants import FPS, SPATIAL_RATIO, TEMPORAL_RATIO
 from rest_lightning.errors import UserError
-from rest_lightning.models.attention import AttentionContext, ChunkedContext, FullContext, Rope, attend, rotate
+from rest_lightning.models.attention import AttentionContext, ChunkedContext, FullContext, Rope, SinkContext
 from rest_lightning.models.cache import CacheOptions, IDContextCache
 from rest_lightning.models.layers import AdaLayerNormSingle, Block, CaptionProjection, Condition, SigmaEmbedding
+from rest_lightning.models.prompt import start_of_prompt
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -33,6 +34,8 @@ class A2VDiT(nn.Module):
         in_channels, out_channels: latent channels C; out_channels defaults to in_channels.
         num_layers, num_attention_heads, attention_head_dim: the paper's 28 blocks of 32 heads x 64.
         caption_channels: width of the text embeddings; None = no text attention at all.
+        prompt: file of `rest encode-prompt`: a fixed text, kept with the weights and read where no text is passed.
+        prompt_length: tokens of that text where the weights bring it along; None = text comes with every call.
         speech_dim: width d_A of the speech latents; None = no speech attention at all.
         fps: frames per second; positions in time are seconds, temporal_ratio / fps for a latent frame.
         temporal_ratio, spatial_ratio: pixel frames and pixels per latent.
@@ -52,6 +55,8 @@ class A2VDiT(nn.Module):
         num_attention_heads: int = 32,
         attention_head_dim: int = 64,
         caption_channels: int | None = 4096,
+        prompt: str | None = None,
+        prompt_length: int | None = None,
         speech_dim: int | None = 2048,
         fps: float = FPS,
         temporal_ratio: int = TEMPORAL_RATIO,
@@ -80,6 +85,12 @@ class A2VDiT(nn.Module):
         self.num_layers, self.num_heads = num_layers, num_attention_heads
         self.in_channels, self.speech_dim, self.caption_channels = in_channels, speech_dim, caption_channels
         self.gradient_checkpointing = gradient_checkpointing
+        embeds, mask = start_of_prompt(prompt, prompt_length, caption_channels)
+        self.prompt_embeds: Tensor | None
+        self.prompt_mask: Tensor | None
+        self.register_buffer("prompt_embeds", embeds)
+        self.register_buffer("prompt_mask", mask)
+        config |= {"prompt": None, "prompt_length": None if embeds is None else len(embeds)}
         self._config = {**config, "out_channels": out_channels or in_channels, "cache_options": self.cache_options}
         self.dim = dim = num_attention_heads * attention_head_dim
         frame_s, cell_px = temporal_ratio / fps, float(spatial_ratio)
@@ -176,6 +187,12 @@ class A2VDiT(nn.Module):
             mask = ((1 - text_mask.to(tokens.dtype)) * -10000.0)[:, None, None]
         return Condition([block.attn2.project(tokens) for block in self._blocks() if block.attn2], mask)
 
+    def project_prompt(self, batch: int) -> Condition | None:
+        """Keys and values of the model's own text for ``batch`` rows; None where it has none."""
+        if self.prompt_embeds is None or self.prompt_mask is None:
+            return None
+        return self.project_text(self.prompt_embeds[None], self.prompt_mask[None]).expand(batch)
+
     def _blocks(self) -> Iterable[Block]:
         yield from self.transformer_blocks  # type: ignore[misc]
 
@@ -202,7 +219,7 @@ class A2VDiT(nn.Module):
             sigma: noise levels ``(B, f)`` in [0, 1], 0 for the reference.
             speech_latents: ``(B, f, n, d_A)``; None = zeros (dropped speech). The reference always reads zeros,
                 whatever its slot holds: its keys are prefilled before any speech arrives.
-            text_embeds, text_mask: ``(B, L, caption_channels)`` and ``(B, L)``; required if the model reads text.
+            text_embeds, text_mask: ``(B, L, caption_channels)`` and ``(B, L)``; None = the model's own prompt.
             cache: the streams' state; this call is one denoising step of one chunk.
             step: index of the denoising step (``cache_noise: per_step``).
             context_latents, context_sigma: what the cache is fed with in the parallel form, ``(B, C, f, h, w)`` and
@@ -231,7 +248,7 @@ class A2VDiT(nn.Module):
             context = FullContext(self.rope.table(0, *size, noisy_latents.device))
 
         speech = self._speech(speech_latents, batch, size[0], num_references, noisy_latents)
-        text = self._text(text_embeds, text_mask)
+        text = self._text(text_embeds, text_mask, batch)
         if context_latents is None:
             return self._run(noisy_latents, sigma, context, text, speech)
         if self.attention != "chunked" or cache is not None or isinstance(sigma, SigmaEmbedding):
@@ -272,7 +289,8 @@ class A2VDiT(nn.Module):
         table = self.rope.table(0, 1, cache.height, cache.width, reference_latent.device)
         speech = self._speech(None, num_rows, 1, 1, reference_latent)
         sigma = reference_latent.new_zeros(num_rows, 1)
-        self._run(reference_latent, sigma, _SinkContext(cache, rows, table), self._text(text_embeds, text_mask), speech)
+        text = self._text(text_embeds, text_mask, num_rows)
+        self._run(reference_latent, sigma, SinkContext(cache, rows, table), text, speech)
 
     def _run(
         self,
@@ -322,14 +340,15 @@ class A2VDiT(nn.Module):
             speech = torch.cat([torch.zeros_like(speech[:, :1]), speech[:, 1:]], dim=1)
         return self.project_speech(speech)
 
-    def _text(self, text: Tensor | Condition | None, mask: Tensor | None) -> Condition | None:
+    def _text(self, text: Tensor | Condition | None, mask: Tensor | None, batch: int) -> Condition | None:
         if isinstance(text, Condition):
             return text
         if text is not None:
             return self.project_text(text, mask)
-        if self.caption_projection is not None:
-            raise UserError("expected text_embeds, got None: pass them, or set caption_channels to null")
-        return None
+        own = self.project_prompt(batch)
+        if own is None and self.caption_projection is not None:
+            raise UserError("expected text_embeds, got None: pass them, give a prompt, or set caption_channels to null")
+        return own
 
     def _check_latents(self, latents: Tensor) -> None:
         if latents.ndim != 5 or latents.shape[1] != self.in_channels:
@@ -371,15 +390,3 @@ class A2VDiT(nn.Module):
         got = (latents.shape[0], latents.shape[3], latents.shape[4])
         if got != expected:
             raise UserError(f"expected latents of the cache's (rows, h, w) = {expected}, got {got}: allocate it anew")
-
-
-class _SinkContext:
-    """The reference alone: it sees itself, and its keys and values become the sink of some rows."""
-
-    def __init__(self, cache: IDContextCache, rows: Sequence[int] | None, table: Tensor) -> None:
-        self.cache, self.rows, self.table = cache, rows, table
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
-        k = rotate(k, self.table)
-        self.cache.write_sink(layer, k, v, self.rows)
-        return attend(rotate(q, self.table), k, v, num_heads)

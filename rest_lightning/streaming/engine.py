@@ -74,6 +74,8 @@ class ChunkEngine:
                 model.transformer.embed_sigma(torch.full((1, 1), level, device=model.device)) for level in levels
             ]
         rows = batch * (2 if self.guided else 1)
+        with torch.no_grad():
+            self.text = model.transformer.project_prompt(rows)  # a fixed text: once per session
         self.cache = IDContextCache.allocate(model.transformer, rows, side, side, num_steps=num_steps)
         self.speech, self.decoder = Stream(), Stream()
 
@@ -96,7 +98,7 @@ class ChunkEngine:
             self.cache.reset_rows()
             self.reference_rows = torch.cat([latent, torch.zeros_like(latent)]) if self.guided else latent
             if self.cache.options.reference_attends == "self":
-                model.transformer.prefill(self.reference_rows, self.cache)
+                model.transformer.prefill(self.reference_rows, self.cache, text_embeds=self.text)
 
     def _silent_features(self) -> Tensor:
         """Speech features of frame 0, which lies before the speech: silence."""
@@ -149,7 +151,7 @@ class ChunkEngine:
             level = [*self.sigmas[:-1], 0.0][step]
             sigma = torch.full((rows.shape[0], rows.shape[2]), level, device=rows.device)
             sigma[:, 0] = 0.0
-        velocity = self.model.transformer(rows, sigma, speech, cache=self.cache, step=max(step, 0))[
+        velocity = self.model.transformer(rows, sigma, speech, self.text, cache=self.cache, step=max(step, 0))[
             :, :, num_references:
         ]
         if not self.guided:
