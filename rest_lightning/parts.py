@@ -56,11 +56,20 @@ def fingerprint_of(vae: nn.Module) -> str:
 def load_part(part: nn.Module | None, name: str, source: str | Path) -> None:
     """Fill ``part`` with the weights of part ``name`` from a stage's checkpoint or an exported folder.
 
+    A transformer also starts from LTX-Video's, a diffusers folder or a single file of it (REST sec. 4.1).
+
     Raises:
         UserError: a missing file, a source without that part, or a part of another shape.
     """
     if part is None:
         raise UserError(f"expected a part of this stage to initialise, got {name!r}: remove it from `initial`")
+    if name == "transformer":
+        from rest_lightning.models.ltx import is_ltx, load_ltx
+        from rest_lightning.models.transformer import A2VDiT
+
+        if isinstance(part, A2VDiT) and is_ltx(source):
+            load_ltx(part, source)
+            return
     description, state = read_part(name, source)
     if description["class"] != type(part).__name__:
         raise UserError(f"expected {name} of class {type(part).__name__}, got {description['class']} in {source}")
@@ -83,9 +92,12 @@ def read_part(name: str, source: str | Path) -> tuple[dict[str, Any], dict[str, 
     if path.is_dir():
         return _read_folder_part(name, path)
     if not path.is_file():
-        raise UserError(
-            f"expected a checkpoint or a model folder for {name}, got no such file: {path}; train that stage first"
-        )
+        way_out = "train that stage first"
+        if name == "transformer":
+            from rest_lightning.models.ltx import HOW_TO_GET
+
+            way_out += f", or start from LTX-Video's weights: {HOW_TO_GET}"
+        raise UserError(f"expected a checkpoint or a model folder for {name}, got no such file: {path}; {way_out}")
     checkpoint = torch.load(path, map_location="cpu", weights_only=False)
     parts = checkpoint.get(PARTS_KEY, {}) if isinstance(checkpoint, dict) else {}
     if name not in parts:

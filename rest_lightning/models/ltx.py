@@ -14,8 +14,11 @@ from torch import Tensor, nn
 from rest_lightning.errors import UserError
 from rest_lightning.models.transformer import A2VDiT
 
-NEW_PARTS = ("speech_attn.", "speech_norm.", "spatial_embedding")
+NEW_PARTS = ("speech_attn.", "speech_norm.", "spatial_embedding", "prompt_embeds", "prompt_mask")
 ORIGINAL_PREFIX = "model.diffusion_model."
+HOW_TO_GET = (
+    "get them with `hf download Lightricks/LTX-Video --include 'transformer/*' --local-dir FOLDER` and name FOLDER"
+)
 
 
 def from_ltx(source: str | Path | nn.Module, **overrides: Any) -> A2VDiT:
@@ -30,8 +33,39 @@ def from_ltx(source: str | Path | nn.Module, **overrides: Any) -> A2VDiT:
         UserError: no such weights, an architecture that A2VDiT does not cover, or a tensor left over or missing.
     """
     config, state = _read(source)
-    arguments = {**_arguments(config), **overrides}
-    model = A2VDiT(**arguments)
+    model = A2VDiT(**{**_arguments(config), **overrides}).to(state["proj_in.weight"])
+    _fill(model, state, "change the overrides")
+    return model
+
+
+def load_ltx(model: A2VDiT, source: str | Path | nn.Module) -> None:
+    """Fill ``model`` with LTX weights, in place; its new parts keep their start. ``source`` and errors: `from_ltx`."""
+    config, state = _read(source)
+    for name, value in _arguments(config).items():
+        if model.config[name] != value and not (name == "out_channels" and value is None):
+            raise UserError(
+                f"expected LTX weights for {name} {model.config[name]}, got {value}: "
+                f"set {name} of the transformer to {value}, or use other weights than {_name(source)}"
+            )
+    _fill(model, state, "change the transformer's configuration")
+
+
+def _name(source: str | Path | nn.Module) -> str:
+    return type(source).__name__ if isinstance(source, nn.Module) else str(source)
+
+
+def is_ltx(source: str | Path) -> bool:
+    """Whether ``source`` holds an LTX transformer: a diffusers folder, or a single file in the original format."""
+    path = Path(source)
+    if path.is_file():
+        return path.suffix == ".safetensors"
+    for config_file in (path / "transformer" / "config.json", path / "config.json"):
+        if config_file.is_file():
+            return json.loads(config_file.read_text()).get("_class_name") == "LTXVideoTransformer3DModel"
+    return False
+
+
+def _fill(model: A2VDiT, state: dict[str, Tensor], way_out: str) -> None:
     own = model.state_dict()
     new = {name for name in own if any(part in name for part in NEW_PARTS)}
     problems = {
@@ -43,11 +77,9 @@ def from_ltx(source: str | Path | nn.Module, **overrides: Any) -> A2VDiT:
         if names:
             raise UserError(
                 f"expected the tensors of an LTX transformer, got {len(names)} {what}: {', '.join(names[:5])}"
-                f"{', ...' if len(names) > 5 else ''}; use weights of the same architecture, or change the overrides"
+                f"{', ...' if len(names) > 5 else ''}; use weights of the same architecture, or {way_out}"
             )
-    model = model.to(state["proj_in.weight"])
     model.load_state_dict({**{name: own[name] for name in new}, **state})
-    return model
 
 
 def _arguments(config: dict[str, Any]) -> dict[str, Any]:
@@ -89,7 +121,8 @@ def _read(source: str | Path | nn.Module) -> tuple[dict[str, Any], dict[str, Ten
         return _read_pretrained(folder)
     if path.suffix or path.is_absolute() or str(source).count("/") != 1:
         raise UserError(
-            f"expected LTX weights (a diffusers folder, a single file or a hub id), got no such path: {path}"
+            f"expected LTX weights (a diffusers folder, a single file or a hub id), got no such path: {path}; "
+            f"{HOW_TO_GET}"
         )
     return _read_pretrained(str(source), subfolder="transformer")
 
