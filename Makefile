@@ -40,7 +40,7 @@ train-embedded: $(VENV)/.stamp-test  ## train all stages of the embedded model (
 	$(TRAIN_ENV) $(BIN)/rest train-embedded --budget-min $(BUDGET_MIN)
 
 bench: $(VENV)/.stamp-test  ## run the benchmarks; every one writes JSON
-	@for file in benchmarks/[a-z]*.py; do echo "$$file"; $(BIN)/python "$$file" || exit 1; done
+	@for file in benchmarks/[a-z]*.py; do echo "$$file"; $(BIN)/python -m "benchmarks.$$(basename "$$file" .py)" || exit 1; done
 
 clean:  ## remove what builds and runs left behind, keep .venv, data and trained models
 	rm -rf build dist *.egg-info outputs .pytest_cache .mypy_cache .ruff_cache
