@@ -13,6 +13,7 @@ ensure_torchvision()  # lightning imports torchvision
 from lightning.pytorch import LightningModule  # noqa: E402
 from lightning.pytorch.callbacks import WeightAveraging  # noqa: E402
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI  # noqa: E402
+from lightning.pytorch.utilities.exceptions import MisconfigurationException  # noqa: E402
 
 from rest_lightning.data.module import TalkingHeadDataModule  # noqa: E402
 from rest_lightning.errors import UserError  # noqa: E402
@@ -71,6 +72,8 @@ def run(args: list[str]) -> Any:
         )
     except Exception as error:
         mistake = find_user_error(error)
+        if mistake is None and isinstance(error, MisconfigurationException):  # no GPU, too few devices, ...
+            raise UserError(f"expected a `trainer` that this machine can run: {error}; change its values") from error
         if mistake is None:
             raise
         raise mistake from None
