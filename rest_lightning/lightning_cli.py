@@ -73,7 +73,11 @@ def run(args: list[str]) -> Any:
     except Exception as error:
         mistake = find_user_error(error)
         if mistake is None and isinstance(error, MisconfigurationException):  # no GPU, too few devices, ...
-            raise UserError(f"expected a `trainer` that this machine can run: {error}; change its values") from error
+            reason = " ".join(str(error).split()).rstrip(".!")
+            raise UserError(
+                f"expected a `trainer` that this machine can run, got: {reason}; change trainer.accelerator, devices, "
+                "strategy or precision"
+            ) from error
         if mistake is None:
             raise
         raise mistake from None
