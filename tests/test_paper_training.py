@@ -157,5 +157,5 @@ def test_other_weights_than_the_configuration_says(paper: TinyPaper) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_a_gpu_that_is_not_there(paper: TinyPaper) -> None:
-    with pytest.raises(UserError, match="^expected a `trainer` that this machine can run, got: .*gpu"):
+    with pytest.raises(UserError, match=r"^expected a `trainer` that this machine can run, got: .*gpu"):
         paper.run("vae", "--trainer.accelerator=gpu")
