@@ -82,6 +82,7 @@ class TrainingInput:
         drops: the masks.
         clean_latents: (B, C, f, h, w), with the same dropped references: what a clean pass would cache.
         weights: of the flow loss, (B, 1, f, h, w), or None.
+        rolled_out: (B,), True where a student generates its own context; None where that is no question.
     """
 
     path: NoisyPath
@@ -89,6 +90,12 @@ class TrainingInput:
     drops: Drops
     clean_latents: Tensor
     weights: Tensor | None = None
+    rolled_out: Tensor | None = None
+
+    @property
+    def noise(self) -> Tensor:
+        """The unit Gaussian of the draw (B, C, f, h, w); slot 0, never noisy, holds something else."""
+        return self.path.velocity + self.clean_latents
 
 
 class A2VModule(StageModule):
@@ -184,12 +191,9 @@ class A2VModule(StageModule):
         """Noise, sigmas and dropouts of one step (CANS or ANS), applied."""
         latents, settings = conditions.latents, self.noise
         generator = generator or step_generator(latents.device)
-        batch, num_chunks = latents.shape[0], (latents.shape[2] - 1) // settings.chunk_length
-        sigma = SIGMA_SAMPLERS[settings.schedule](
-            batch, num_chunks, settings.chunk_length, self.noise_table, settings.motion_dropout, generator=generator
-        )
+        sigma = self.sample_sigmas(latents, generator)
         drops = sample_drops(
-            batch, settings.identity_dropout, settings.audio_dropout, settings.joint_dropout, generator=generator
+            len(latents), settings.identity_dropout, settings.audio_dropout, settings.joint_dropout, generator=generator
         )
         noise = torch.randn(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
         path = noisy_path(latents, noise, sigma)
@@ -197,6 +201,14 @@ class A2VModule(StageModule):
         speech_latents = drop_speech(conditions.speech_latents, drops.audio)
         clean_latents = drop_reference(latents, drops.identity)
         return TrainingInput(path, speech_latents, drops, clean_latents, conditions.weights)
+
+    def sample_sigmas(self, latents: Tensor, generator: torch.Generator) -> Tensor:
+        """Noise levels (B, f) of training for ``latents`` (B, C, f, h, w)."""
+        settings = self.noise
+        batch, num_chunks = latents.shape[0], (latents.shape[2] - 1) // settings.chunk_length
+        return SIGMA_SAMPLERS[settings.schedule](
+            batch, num_chunks, settings.chunk_length, self.noise_table, settings.motion_dropout, generator=generator
+        )
 
     def forward(self, inputs: TrainingInput) -> Tensor:
         """The network's velocity (B, C, f, h, w)."""
@@ -215,12 +227,16 @@ class A2VModule(StageModule):
         return {"loss": flow_matching_loss(self(inputs), inputs.path.velocity, inputs.weights)}
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """The flow loss on held-out clips, with draws that are the same every time."""
+        """Losses on held-out clips, with draws that are the same every time."""
         conditions = self.conditions(batch)
         generator = torch.Generator(device=conditions.latents.device).manual_seed(batch_idx)
-        inputs = self.draw(conditions, generator)
-        loss = flow_matching_loss(self(inputs), inputs.path.velocity)
-        self.log("val/flow_loss", loss, prog_bar=True, batch_size=conditions.latents.shape[0])
+        losses = self.validation_losses(self.draw(conditions, generator))
+        for name, value in losses.items():
+            self.log(f"val/{name}", value, prog_bar=True, batch_size=len(conditions.latents), sync_dist=True)
+
+    def validation_losses(self, inputs: TrainingInput) -> dict[str, Tensor]:
+        """Losses by name: the flow loss, which all stages can be compared by."""
+        return {"flow_loss": flow_matching_loss(self(inputs), inputs.path.velocity)}
 
 
 def step_generator(device: torch.device) -> torch.Generator:

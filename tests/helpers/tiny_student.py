@@ -1,0 +1,86 @@
+"""Students of a few thousand parameters, with the stages around them and draws to feed them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rest_lightning.models.cache import CacheOptions
+from rest_lightning.models.speech import LogMelEncoder
+from rest_lightning.models.speech_ae import SpeechAE
+from rest_lightning.models.transformer import A2VDiT
+from rest_lightning.parts import PARTS_KEY, describe_part
+from rest_lightning.tasks.a2v import Conditions, NoiseSettings, TrainingInput
+from rest_lightning.tasks.base import OptimizerSettings
+from rest_lightning.tasks.student import StudentModule
+from rest_lightning.tasks.teacher import TeacherModule
+
+CHANNELS, SPEECH_DIM = 4, 8
+
+
+def make_transformer(attention: str = "chunked", seed: int = 0, std: float = 0.15, **options: Any) -> A2VDiT:
+    """Random weights everywhere, so that no path is hidden behind a zero start."""
+    generator = torch.Generator().manual_seed(seed)
+    model = A2VDiT(
+        in_channels=CHANNELS,
+        num_layers=2,
+        num_attention_heads=2,
+        attention_head_dim=10,
+        caption_channels=None,
+        speech_dim=SPEECH_DIM,
+        attention=attention,  # type: ignore[arg-type]
+        cache_options=CacheOptions(**options),
+    )
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=std, generator=generator)
+    return model
+
+
+def make_parts(seed: int = 0) -> dict[str, Any]:
+    """SpeechAE and speech encoder of a stage."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        speech_ae = SpeechAE(feature_dim=160, num_tokens=2, latent_dim=SPEECH_DIM, width=8)
+    return {"speech_ae": speech_ae, "speech_encoder": LogMelEncoder(lookahead_frames=2)}
+
+
+def make_student(transformer: A2VDiT | None = None, **settings: Any) -> StudentModule:
+    """A student stage; ``settings`` are asd, rollout and distill, and those of the noise."""
+    transformer = transformer or make_transformer()
+    stages = {name: settings.pop(name, None) for name in ("asd", "rollout", "distill")}
+    noise = NoiseSettings(chunk_length=transformer.cache_options.chunk_length, **settings)
+    optimizer = OptimizerSettings(lr=3e-3, warmup_steps=1)
+    return StudentModule(transformer, **make_parts(), noise=noise, optimizer=optimizer, **stages)
+
+
+def make_teacher(**settings: Any) -> TeacherModule:
+    """A teacher stage with the same transformer, attending fully."""
+    return TeacherModule(make_transformer("full", seed=1), **make_parts(), noise=NoiseSettings(**settings))
+
+
+def save_transformer(transformer: A2VDiT, path: Path) -> str:
+    """A checkpoint with this transformer, as a stage would have written it."""
+    state = {f"transformer.{name}": value for name, value in transformer.state_dict().items()}
+    torch.save({"state_dict": state, PARTS_KEY: {"transformer": describe_part(transformer)}}, path)
+    return str(path)
+
+
+def make_conditions(batch: int = 2, num_frames: int = 7, height: int = 2, width: int = 2, seed: int = 0) -> Conditions:
+    """Latents and speech latents of some clip."""
+    generator = torch.Generator().manual_seed(seed)
+    latents = torch.randn(batch, CHANNELS, num_frames, height, width, generator=generator)
+    return Conditions(latents, torch.randn(batch, num_frames, 2, SPEECH_DIM, generator=generator))
+
+
+def rows_of(inputs: TrainingInput, rows: slice) -> TrainingInput:
+    """Some rows of a draw: what one of several processes would have drawn."""
+
+    def cut(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return value[rows]
+        return None if value is None else replace(value, **{name: part[rows] for name, part in vars(value).items()})
+
+    return replace(inputs, **{name: cut(value) for name, value in vars(inputs).items()})
