@@ -106,6 +106,8 @@ def talkers(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Recipe:
     """Runs the stages of `rest train-embedded` at tiny size, in this process, from the real configuration files.
 
+    Two stages more, which that command leaves out, start from its last one: ``rollout`` and ``distill``.
+
     Args:
         out: folder of the stages, ``out / <stage>`` each.
         data: prepared clips.
@@ -114,10 +116,15 @@ class Recipe:
 
     def __init__(self, out: Path, data: Path, repository: Path) -> None:
         self.out, self.data, self.configs = out, data, repository / "configs"
-        from rest_lightning.commands.train_embedded import STAGES, VAE_STAGE
+        from rest_lightning.commands.train_embedded import STAGES, VAE_STAGE, Stage
 
+        initial = {"transformer": "asd", "speech_ae": "asd"}
+        optional = (
+            Stage("rollout", 0.0, initial, "teacher", uses_latents=True),
+            Stage("distill", 0.0, initial, uses_latents=True),
+        )
         self.vae_stage = VAE_STAGE
-        self.stages = {stage.name: stage for stage in STAGES}
+        self.stages = {stage.name: stage for stage in (*STAGES, *optional)}
         self.used: set[Path] = set()
         self.clis: dict[str, Any] = {}
 
@@ -149,6 +156,8 @@ class Recipe:
         words += [f"--model.initial.{part}={self.final(source)}" for part, source in initial.items()]
         if (teacher := self.stages[stage].teacher) is not None:
             words += [f"--model.asd.teacher={self.final(teacher)}"]
+        if stage == "distill":
+            words += [f"--model.distill.source={self.final('asd')}"]
         return lightning_cli.run([*words, *args])
 
 

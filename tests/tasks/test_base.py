@@ -74,7 +74,16 @@ def test_schedule_is_stepped_by_steps_and_parts_have_rates_of_their_own(recipe: 
     assert sizes == {name: sum(p.numel() for p in getattr(module, name).parameters()) for name in sizes}
 
 
-@pytest.mark.parametrize(("stage", "frozen"), [("teacher", {"vae"}), ("student", {"vae"}), ("asd", {"vae", "teacher"})])
+@pytest.mark.parametrize(
+    ("stage", "frozen"),
+    [
+        ("teacher", {"vae"}),
+        ("student", {"vae"}),
+        ("asd", {"vae", "teacher"}),
+        ("rollout", {"vae", "teacher"}),
+        ("distill", {"vae", "source"}),
+    ],
+)
 def test_frozen_parts_are_left_alone_and_out_of_checkpoints(recipe: Any, stage: str, frozen: set[str]) -> None:
     frozen = frozen | {"speech_encoder"}
     module = recipe.clis[stage].model
@@ -84,9 +93,9 @@ def test_frozen_parts_are_left_alone_and_out_of_checkpoints(recipe: Any, stage: 
         assert not any(child.training for child in part.modules())
         assert not any(p.requires_grad or p.grad is not None for p in part.parameters())
     assert all(getattr(module, name).training for name in module.trained_parts)
-    sources = {"vae": "vae", "teacher": "teacher"}
+    sources = {"vae": "vae", "teacher": "teacher", "source": "asd"}
     for name in frozen & sources.keys():
-        prefix = "transformer." if name == "teacher" else "vae."
+        prefix = "vae." if name == "vae" else "transformer."
         state = torch.load(recipe.final(sources[name]), weights_only=False)["state_dict"]
         own = getattr(module, name).state_dict()
         for key, value in own.items():  # averaging rounds: 0.9 * x + 0.1 * x is not always x
@@ -101,10 +110,10 @@ def test_frozen_parts_are_left_alone_and_out_of_checkpoints(recipe: Any, stage: 
         assert checkpoint["rest_frozen_parts"].keys() == frozen
 
 
-@pytest.mark.parametrize("stage", ["teacher", "student", "asd"])
+@pytest.mark.parametrize("stage", ["teacher", "student", "asd", "rollout", "distill"])
 def test_stages_start_from_the_stages_before(recipe: Any, tmp_path: Path, stage: str) -> None:
     cli = recipe.run(stage, tmp_path, "--trainer.max_steps=0", "--final_checkpoint=false")
-    before = {"teacher": "speech_ae", "student": "teacher", "asd": "student"}[stage]
+    before = {"teacher": "speech_ae", "student": "teacher", "asd": "student"}.get(stage, "asd")
     state = torch.load(recipe.final(before), weights_only=False)["state_dict"]
     own = cli.model.state_dict()
     names = [name for name in own if name.startswith(("speech_ae.", "transformer.")) and name in state]
