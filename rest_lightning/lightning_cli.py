@@ -10,18 +10,21 @@ from typing import Any
 from rest_lightning.torchvision_compat import ensure_torchvision
 
 ensure_torchvision()  # lightning imports torchvision
-from lightning.pytorch import LightningModule  # noqa: E402
+from lightning.fabric.plugins import TorchCheckpointIO  # noqa: E402
+from lightning.pytorch import LightningModule, Trainer  # noqa: E402
 from lightning.pytorch.callbacks import WeightAveraging  # noqa: E402
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI  # noqa: E402
 from lightning.pytorch.utilities.exceptions import MisconfigurationException  # noqa: E402
 
 from rest_lightning.data.module import TalkingHeadDataModule  # noqa: E402
 from rest_lightning.errors import UserError  # noqa: E402
+from rest_lightning.tasks.checkpoints import AtomicCheckpointIO  # noqa: E402
 
 FINAL_CHECKPOINT = "final.ckpt"
 EXPECTED_WARNINGS = (
     "LightningCLI's args parameter",  # our own command line hands its words on
     r"Found \d+ module\(s\) in eval mode",  # frozen parts are
+    "You're using the WeightAveraging callback with a model that overrides",  # sharded networks refuse the callback
 )
 
 
@@ -36,6 +39,13 @@ class RestCLI(LightningCLI):
             default=True,
             help="after fit, validate and write final.ckpt into trainer.default_root_dir",
         )
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """The trainer of the configuration; its checkpoints are whole or absent."""
+        trainer = super().instantiate_trainer(**kwargs)
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # else the user has chosen another
+            trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        return trainer
 
     def after_fit(self) -> None:
         """Validate the final weights, and write them where the next stage looks for them, whole or not at all."""

@@ -32,7 +32,8 @@ PART_CLASSES = {
 
 def describe_part(part: nn.Module) -> dict[str, Any]:
     """Class name and configuration of a part, ready for JSON."""
-    return {"class": type(part).__name__, "config": part.config}
+    names = [cls.__name__ for cls in type(part).__mro__]  # a sharded part has a class of its own, derived from its own
+    return {"class": next((name for name in names if name in PART_CLASSES), names[0]), "config": part.config}
 
 
 def build_part(description: dict[str, Any]) -> nn.Module:

@@ -133,13 +133,19 @@ class Recipe:
         return self.out / stage / "final.ckpt"
 
     def run(self, stage: str, out: Path, *args: str, overlays: tuple[Path, ...] = (), command: str = "fit") -> Any:
-        """`rest fit` of one stage into ``out``; returns the CLI with its trainer and model.
-
-        It starts where the recipe says, from ``self.final`` of the stages before. ``overlays`` are further
-        configuration files; ``args`` come last on the command line.
-        """
+        """`rest fit` of one stage into ``out``; returns the CLI with its trainer and model."""
         from rest_lightning import lightning_cli
 
+        return lightning_cli.run(self.words(stage, out, *args, overlays=overlays, command=command))
+
+    def words(
+        self, stage: str, out: Path, *args: str, overlays: tuple[Path, ...] = (), command: str = "fit"
+    ) -> list[str]:
+        """The command line of `run`.
+
+        The stage starts where the recipe says, from ``self.final`` of the stages before. ``overlays`` are further
+        configuration files; ``args`` come last on the command line.
+        """
         is_dit = self.stages[stage].uses_latents
         size = "dit" if is_dit else "speech_ae" if stage == "speech_ae" else "vae"
         files = ("trainer/embedded", f"embedded/{stage}", "trainer/tiny", f"size/tiny/{size}")
@@ -158,7 +164,7 @@ class Recipe:
             words += [f"--model.asd.teacher={self.final(teacher)}"]
         if stage == "distill":
             words += [f"--model.distill.source={self.final('asd')}"]
-        return lightning_cli.run([*words, *args])
+        return [*words, *args]
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor, nn
 
 from rest_lightning.diffusion.losses import flow_matching_loss
@@ -29,6 +30,7 @@ from rest_lightning.models.transformer import A2VDiT
 from rest_lightning.parts import fingerprint_of
 from rest_lightning.tasks.base import OptimizerSettings, StageModule
 from rest_lightning.tasks.regions import token_weights
+from rest_lightning.tasks.sharding import shard
 from rest_lightning.tasks.speech_ae import crop_audio
 
 SIGMA_SAMPLERS: dict[str, Callable[..., Tensor]] = {"cans": sample_sigmas_cans, "ans": sample_sigmas_ans}
@@ -138,11 +140,28 @@ class A2VModule(StageModule):
             initial,
             optimizer,
         )
+        for name, parameter in speech_ae.named_parameters():
+            if name.startswith("decoder"):  # nothing reads it here, and DDP waits for every gradient that may come
+                parameter.requires_grad_(False)
         self.noise = noise or NoiseSettings()
         self.mouth_weight = mouth_weight
         table = training_table(self.noise.num_levels, self.noise.mean, self.noise.std)
         self.register_buffer("noise_table", table, persistent=False)
         self.noise_table: Tensor
+
+    def configure_model(self) -> None:
+        """Shard the networks (FSDP2) where the strategy brings a mesh: Lightning's ModelParallelStrategy."""
+        if self.device_mesh is None:
+            return
+        averaging = [c for c in self.trainer.callbacks if isinstance(c, WeightAveraging)]  # type: ignore[attr-defined]
+        if averaging:  # it copies the whole module, which sharded networks cannot do
+            raise UserError(
+                f"expected no weight averaging with sharded networks, got {type(averaging[0]).__name__}: "
+                "take it out of trainer.callbacks"
+            )
+        for part in self.children():
+            shard(part, self.device_mesh)
+        self.strict_loading = False  # that strategy reads checkpoints itself, and frozen parts are not in them
 
     def on_fit_start(self) -> None:
         """Refuse latents that another VAE made: the previews and the session would decode them with this one."""

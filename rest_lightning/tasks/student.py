@@ -247,7 +247,9 @@ class StudentModule(A2VModule):
         """Contexts with the student's own samples in the rows that are rolled out; None if there are no such rows."""
         if self.rollout is None or inputs.rolled_out is None:
             return None
-        rows = inputs.rolled_out.nonzero().flatten().to(inputs.clean_latents.device)
+        mask = inputs.rolled_out.to(inputs.clean_latents.device)
+        # Sharded networks gather their weights in every forward, so all ranks have to run equally many.
+        rows = torch.arange(len(mask), device=mask.device) if self.device_mesh else mask.nonzero().flatten()
         if not len(rows):
             return None
         noise, clean = inputs.noise[rows, :, 1:], inputs.clean_latents
@@ -255,7 +257,9 @@ class StudentModule(A2VModule):
         own = roll_out(self.transformer, clean[rows, :, :1], noise, inputs.speech_latents[rows].detach(), sigmas)
         path = inputs.path
         truth = self._truth(inputs, 0.0) if self._caches_clean else Context(path.noisy_latents, path.sigma)
-        return Context(truth.latents.index_copy(0, rows, own.latents), truth.sigma.index_copy(0, rows, own.sigma))
+        latents, sigma = truth.latents.index_copy(0, rows, own.latents), truth.sigma.index_copy(0, rows, own.sigma)
+        latents = torch.where(mask[:, None, None, None, None], latents, truth.latents)
+        return Context(latents, torch.where(mask[:, None], sigma, truth.sigma))
 
     def distillation_loss(self, inputs: TrainingInput, settings: DistillSettings) -> Tensor:
         """Mean squared distance of the student's velocity and the average velocity of the source's guided steps."""

@@ -180,9 +180,9 @@ def test_loss_is_the_distance_to_guided_streams(
     def context(level: float) -> Context:
         sigma = inputs.path.sigma.new_full(inputs.path.sigma.shape, 0.0 if "cache_noise" in options else level)
         sigma[:, 0] = 0
-        level = sigma[:, None, :, None, None]
+        share = sigma[:, None, :, None, None]
         noise = inputs.path.velocity + inputs.clean_latents
-        return Context((1 - level) * inputs.clean_latents + level * noise, sigma)
+        return Context((1 - share) * inputs.clean_latents + share * noise, sigma)
 
     sigma = inputs.path.sigma
     sigma_next = next_level(sigma, table(student_steps))

@@ -71,7 +71,9 @@ def test_schedule_is_stepped_by_steps_and_parts_have_rates_of_their_own(recipe: 
     rates = {group["name"]: group["initial_lr"] for group in configured["optimizer"].param_groups}
     assert rates == pytest.approx({"transformer": 1e-3, "speech_ae": 1e-4})
     sizes = {group["name"]: sum(p.numel() for p in group["params"]) for group in configured["optimizer"].param_groups}
-    assert sizes == {name: sum(p.numel() for p in getattr(module, name).parameters()) for name in sizes}
+    assert sizes["transformer"] == sum(p.numel() for p in module.transformer.parameters())
+    read = [p for name, p in module.speech_ae.named_parameters() if not name.startswith("decoder")]
+    assert sizes["speech_ae"] == sum(p.numel() for p in read)  # nothing reads the decoder in this stage
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,87 @@
+"""Accumulated gradients are those of a larger batch; checkpoints hold averaged weights beside the current ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import strategy_run
+import torch
+from torch import Tensor
+
+from rest_lightning.errors import UserError
+from rest_lightning.tasks.a2v import A2VModule
+from rest_lightning.torchvision_compat import ensure_torchvision
+
+ensure_torchvision()
+import lightning  # noqa: E402
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint  # noqa: E402
+
+
+def fit(module: A2VModule, batches: list[slice], num_rows: int, folder: Path, **settings: Any) -> None:
+    """Lightning's loop over batches that are rows of one fixed draw."""
+
+    def training_step(batch: int, batch_idx: int) -> Tensor:
+        return strategy_run.losses_of(module, batches[batch], num_rows)["loss"]
+
+    module.training_step = training_step  # type: ignore[method-assign, assignment]
+    quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = lightning.Trainer(accelerator="cpu", devices=1, default_root_dir=folder, **quiet, **settings)
+    trainer.fit(module, range(len(batches)))
+
+
+@pytest.mark.parametrize("stage", ["teacher", "asd", "rollout", "distill"])
+@pytest.mark.parametrize(("num_batches", "batch_size"), [(2, 1), (2, 2), (4, 1)])
+def test_accumulated_gradients_are_those_of_one_batch(
+    tmp_path: Path, stage: str, num_batches: int, batch_size: int
+) -> None:
+    num_rows = num_batches * batch_size
+    module, whole = (strategy_run.make_stage(stage, tmp_path) for _ in range(2))
+    gradients: list[dict[str, Tensor]] = []
+
+    class Record(lightning.Callback):
+        def on_before_optimizer_step(self, *args: Any) -> None:
+            trained = {name: weight.grad for name, weight in module.named_parameters() if weight.requires_grad}
+            gradients.append({name: grad.clone() for name, grad in trained.items()})
+
+    batches = [slice(start, start + batch_size) for start in range(0, num_rows, batch_size)]
+    settings = {"accumulate_grad_batches": num_batches, "max_steps": 1, "enable_checkpointing": False}
+    fit(module, batches, num_rows, tmp_path, callbacks=[Record()], **settings)
+    strategy_run.losses_of(whole, slice(None), num_rows)["loss"].backward()
+    (found,) = gradients
+    for name, weight in whole.named_parameters():
+        if weight.requires_grad:
+            torch.testing.assert_close(found[name], weight.grad, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("decay", "accumulate"), [(0.5, 1), (0.9, 2)])
+def test_checkpoints_hold_the_moving_average(tmp_path: Path, decay: float, accumulate: int) -> None:
+    """Against ``a_1 = w_1, a_n = decay * a_(n-1) + (1 - decay) * w_n`` over the current weights of all checkpoints."""
+    module = strategy_run.make_stage("asd", tmp_path)
+    module.optimizer_settings.lr = 1e-2
+    save = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=1)
+    batches = [slice(0, 1), slice(1, 2)] * accumulate * 2
+    settings = {"accumulate_grad_batches": accumulate, "max_steps": 4}
+    fit(module, batches, 2, tmp_path, callbacks=[EMAWeightAveraging(decay=decay), save], **settings)
+    average: dict[str, Tensor] = {}
+    for step in range(1, 5):
+        checkpoint = torch.load(tmp_path / f"step={step}.ckpt", weights_only=False)
+        current, averaged = checkpoint["current_model_state"], checkpoint["state_dict"]
+        assert current.keys() == averaged.keys()
+        for name, weight in current.items():
+            average[name] = decay * average[name] + (1 - decay) * weight if step > 1 else weight
+            torch.testing.assert_close(averaged[name], average[name], atol=1e-6, rtol=1e-5)
+    assert any(float((average[name] - weight).abs().max()) > 1e-3 for name, weight in current.items())
+    for name, weight in module.state_dict().items():  # after training, the module has the averaged ones
+        if name in average:
+            torch.testing.assert_close(weight, average[name], atol=1e-6, rtol=1e-5)
+
+
+def test_sharded_networks_are_not_averaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = strategy_run.make_stage("student", tmp_path)
+    quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
+    module.trainer = lightning.Trainer(accelerator="cpu", callbacks=[EMAWeightAveraging()], **quiet)
+    monkeypatch.setattr(module, "_device_mesh", "any mesh")
+    with pytest.raises(UserError, match="expected no weight averaging with sharded networks, got EMAWeightAveraging:"):
+        module.configure_model()
