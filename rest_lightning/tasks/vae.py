@@ -58,6 +58,8 @@ class VAEModule(StageModule):
         whitening: of the components, see :func:`~rest_lightning.models.principal.fit_principal_path`.
         train_encoder: False trains the decoder alone (and measures no statistics anew): latents made before, and models
             trained on them, stay valid.
+        latent_noise: while training, the decoder reads normalised latents with noise of a random strength up to this: a
+            generated latent is never exactly one that the encoder makes (decided here). Needs measured statistics.
 
     Raises:
         UserError: ``principal_batches`` for a network that has no principal path.
@@ -74,6 +76,7 @@ class VAEModule(StageModule):
         principal_batches: int = 0,
         whitening: float = 0.5,
         train_encoder: bool = True,
+        latent_noise: float = 0.0,
     ) -> None:
         super().__init__({"vae": vae}, {}, initial, optimizer)
         if principal_batches and self._principal_path() is None:
@@ -83,7 +86,7 @@ class VAEModule(StageModule):
             )
         self.principal_batches = 0 if initial else principal_batches
         self.whitening = whitening
-        self.train_encoder = train_encoder
+        self.train_encoder, self.latent_noise = train_encoder, latent_noise
         if not train_encoder:
             for name, parameter in vae.named_parameters():
                 if any(piece.startswith("encoder") for piece in name.split(".")):
@@ -99,7 +102,13 @@ class VAEModule(StageModule):
     def forward(self, frames: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Frames to (reconstruction, mean, log-variance); latents are sampled while training."""
         mean, log_variance = self.vae.encode_moments(frames)
-        latents = mean + torch.randn_like(mean) * torch.exp(0.5 * log_variance) if self.training else mean
+        latents = mean
+        if self.training:
+            latents = mean + torch.randn_like(mean) * torch.exp(0.5 * log_variance)
+        if self.training and self.latent_noise:
+            strength = self.latent_noise * torch.rand(len(mean), 1, 1, 1, 1, device=mean.device)
+            normal = self.vae.normalise(latents)
+            latents = self.vae.denormalise(normal + strength * torch.randn_like(normal))
         return self.vae.decode_raw(latents), mean, log_variance
 
     def losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:

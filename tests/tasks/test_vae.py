@@ -159,3 +159,24 @@ def test_training_the_decoder_alone_leaves_the_latents_as_they_are() -> None:
     with torch.no_grad():
         assert torch.equal(vae.encode(frames), before[0])
         assert not torch.equal(vae.decode(before[0]), before[1])
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.5, 2.0])
+def test_latent_noise_is_relative_to_the_latents_and_for_training_only(strength: float) -> None:
+    torch.manual_seed(0)
+    vae = CompactVAE(4, (8, 12, 16), (1, 1, 1), (1, 1, 1), ((4, 2), (2, 2)), 8)
+    vae.latents_std.copy_(torch.tensor([[0.1, 1.0, 5.0, 2.0], [3.0, 0.2, 1.0, 0.5]]))
+    torch.nn.init.constant_(vae.encoder_out.bias[4:], -60.0)  # clamped: practically no noise of the VAE's own
+    task = VAEModule(vae, latent_noise=strength)
+    seen: list[torch.Tensor] = []
+    vae.decode_raw = lambda latents: seen.append(latents.detach()) or latents  # type: ignore[assignment, method-assign, func-returns-value]
+    frames = torch.rand(64, 3, 17, 32, 32) * 2 - 1
+    for training in (True, False):
+        task.train(training)
+        mean = task(frames)[1].detach()
+        error = vae.normalise(seen[-1]) - vae.normalise(mean)
+        for slot in (slice(0, 1), slice(1, None)):
+            # The strength is uniform in 0 .. s: its mean square is s^2 / 3.
+            expected = strength / 3**0.5 if training else 0.0
+            spread = error[:, :, slot].square().mean(dim=(0, 2, 3, 4)).sqrt()
+            torch.testing.assert_close(spread, torch.full((4,), expected), atol=2e-3, rtol=0.3)
