@@ -58,7 +58,9 @@ def make_student(transformer: A2VDiT | None = None, **settings: Any) -> StudentM
 
 def make_teacher(**settings: Any) -> TeacherModule:
     """A teacher stage with the same transformer, attending fully."""
-    return TeacherModule(make_transformer("full", seed=1), **make_parts(), noise=NoiseSettings(**settings))
+    optimizer = OptimizerSettings(lr=3e-3, warmup_steps=1)
+    transformer = make_transformer("full", seed=1)
+    return TeacherModule(transformer, **make_parts(), noise=NoiseSettings(**settings), optimizer=optimizer)
 
 
 def save_transformer(transformer: A2VDiT, path: Path) -> str:
