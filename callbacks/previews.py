@@ -16,13 +16,13 @@ from torch import Tensor
 
 from ..constants import SAMPLES_PER_FRAME
 from ..data.clips import cut_audio
-from ..diffusion.sampling import euler_step, joint_guidance
+from ..diffusion.sampling import Guidance, euler_step
 from ..diffusion.schedule import sampling_sigmas
 from ..errors import UserError
 from ..models.transformer import A2VDiT
 from ..streaming.engine import ChunkEngine, to_uint8
 from ..streaming.writer import Mp4Writer
-from ..talking_head import SamplingSettings, TalkingHead
+from ..talking_head import SamplingChanges, SamplingSettings, TalkingHead
 from ..tasks.a2v import A2VModule
 from ..tasks.speech_ae import SpeechAEModule
 from ..tasks.student import StudentModule
@@ -42,27 +42,23 @@ class SampleVideos(Callback):
     Args:
         every_n_validations: sample at the first validation of a run and at every n-th after it.
         num_clips: clips of the first validation batch.
-        num_steps: Euler steps.
-        guidance: weight of joint guidance; 1 runs the conditional branch alone.
-        shift: shift of the sigma table; None takes LTX's.
         num_grid_frames: columns of the grid.
         seed: of the noise, the same at every validation.
+        sampling: changes of the paper's; ``rest fit`` takes them from the top-level key ``sampling``.
     """
 
     def __init__(
         self,
         every_n_validations: int = 1,
         num_clips: int = 2,
-        num_steps: int = 8,
-        guidance: float = 1.0,
-        shift: float | None = None,
         num_grid_frames: int = 8,
         seed: int = 0,
+        sampling: SamplingChanges | None = None,
     ) -> None:
-        if min(every_n_validations, num_clips, num_steps, num_grid_frames) < 1:
-            raise UserError("expected every_n_validations, num_clips, num_steps and num_grid_frames of at least 1")
+        if min(every_n_validations, num_clips, num_grid_frames) < 1:
+            raise UserError("expected every_n_validations, num_clips and num_grid_frames of at least 1")
         self.every_n_validations, self.num_clips, self.num_grid_frames = every_n_validations, num_clips, num_grid_frames
-        self.sampling = SamplingSettings(num_steps, guidance, shift)
+        self.sampling = (sampling or SamplingChanges()).of(SamplingSettings())
         self.seed = seed
         self._num_validations = 0
         self._folder: Path | None = None
@@ -139,14 +135,14 @@ class SampleVideos(Callback):
             return to_uint8(truth), self._stream(module, reference, batch["audio"], noise, datamodule)
         sigmas = sampling_sigmas(self.sampling.num_steps, self.sampling.shift, latents[0, 0].numel())
         clip = generate_clip(
-            module.transformer, latents[:, :, :1], conditions.speech_latents, noise, sigmas, self.sampling.guidance
+            module.transformer, latents[:, :, :1], conditions.speech_latents, noise, sigmas, self.sampling.branches
         )
         return to_uint8(truth), to_uint8(module.vae.decode(clip))
 
     def _stream(self, module: A2VModule, reference: Tensor, audio: Tensor, noise: Tensor, datamodule: Any) -> Tensor:
         """What a session gives for the clip's reference and speech, the reference first: uint8 (B, F, H, W, 3)."""
         with borrowed_head(module, self.sampling, reference.shape[-1]) as head:
-            engine = ChunkEngine(head, len(reference), self.sampling.num_steps, self.sampling.guidance)
+            engine = ChunkEngine(head, len(reference), self.sampling)
             engine.start(reference)
             videos = [to_uint8(reference[:, :, None])]
             for chunk, piece in enumerate(noise[:, :, 1:].split(engine.chunk_length, dim=2)):
@@ -164,9 +160,9 @@ def generate_clip(
     speech_latents: Tensor,
     noise: Tensor,
     sigmas: list[float],
-    guidance: float = 1.0,
+    guidance: Guidance,
 ) -> Tensor:
-    """A teacher's whole clip from noise: Euler steps with joint guidance (REST sec. 3.3 and 3.5).
+    """A teacher's whole clip from noise: Euler steps with guidance (REST sec. 3.3 and 3.5).
 
     Args:
         transformer: with full attention.
@@ -174,24 +170,18 @@ def generate_clip(
         speech_latents: (B, f, n, d).
         noise: unit Gaussian (B, C, f, h, w); slot 0 is not used.
         sigmas: descending from 1 to 0.
-        guidance: weight ``a`` of joint guidance; 1 runs the conditional branch alone.
+        guidance: weights of the branches.
 
     Returns:
         Latents (B, C, f, h, w), slot 0 the reference.
     """
-    sample, guided = noise[:, :, 1:], guidance != 1.0
-    speech = torch.cat([speech_latents, torch.zeros_like(speech_latents)]) if guided else speech_latents
+    sample = noise[:, :, 1:]
+    references, speech = guidance.references(reference_latent), guidance.speech(speech_latents)
     for sigma, sigma_next in pairwise(sigmas):
-        rows = torch.cat([reference_latent, sample], dim=2)
-        if guided:
-            dropped = torch.cat([torch.zeros_like(reference_latent), sample], dim=2)
-            rows = torch.cat([rows, dropped])
+        rows = torch.cat([references, guidance.samples(sample)], dim=2)
         levels = sample.new_full((rows.shape[0], rows.shape[2]), sigma)
         levels[:, 0] = 0.0
-        velocity = transformer(rows, levels, speech)[:, :, 1:]
-        if guided:
-            conditional, unconditional = velocity.chunk(2)
-            velocity = joint_guidance(unconditional, conditional, guidance)
+        velocity = guidance.combine(transformer(rows, levels, speech)[:, :, 1:])
         sample = euler_step(sample, velocity, sigma, sigma_next)
     return torch.cat([reference_latent, sample], dim=2)
 

@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException  # 
 
 from rest_lightning.data.module import TalkingHeadDataModule  # noqa: E402
 from rest_lightning.errors import UserError  # noqa: E402
+from rest_lightning.talking_head import SamplingChanges  # noqa: E402
 from rest_lightning.tasks.checkpoints import AtomicCheckpointIO  # noqa: E402
 
 FINAL_CHECKPOINT = "final.ckpt"
@@ -32,7 +33,14 @@ class RestCLI(LightningCLI):
     """LightningCLI whose model is any stage; after ``fit`` it validates once and writes ``final.ckpt``."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Nothing is linked: a stage and its data are configured side by side."""
+        """A stage and its data are configured side by side; what generates videos shares one key, ``sampling``.
+
+        So one file of sampling choices serves `rest predict` and the previews of a training run, whose callback stands
+        in a list that a configuration file can only replace as a whole. Where nothing generates, nothing is linked.
+        """
+        parser.add_class_arguments(SamplingChanges, "sampling")
+        for user in ("model", "trainer.callbacks"):
+            parser.link_arguments("sampling", f"{user}.init_args.sampling")
         parser.add_argument(
             "--final_checkpoint",
             type=bool,

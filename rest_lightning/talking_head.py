@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rest_lightning.constants import SPATIAL_RATIO
+from rest_lightning.diffusion.sampling import Guidance
 from rest_lightning.errors import UserError
 from rest_lightning.parts import PART_NAMES, build_part, describe_part, read_part
 
@@ -35,13 +37,48 @@ class SamplingSettings:
 
     Attributes:
         num_steps: Euler steps per chunk (REST: 8).
-        guidance: weight ``a`` of joint guidance (REST: 6); 1 runs the conditional branch alone.
+        guidance: weight of the branch with reference and speech: ``a`` of joint guidance (REST: 6), ``b`` of split
+            guidance (READ: 6); 1 without reference_guidance runs that branch alone.
         shift: shift of the sigma table (SD3's form); None takes LTX's, which follows the number of tokens.
+        reference_guidance: weight ``a`` of the branch with the reference alone in split guidance (READ: 2); at 0 split
+            guidance is joint guidance, and that branch does not run.
+
+    Raises:
+        UserError: no step, a weight that is not finite, or a shift that is not positive.
     """
 
     num_steps: int = 8
     guidance: float = 6.0
     shift: float | None = None
+    reference_guidance: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.num_steps < 1:
+            raise UserError(f"expected at least 1 denoising step, got {self.num_steps}: 8 is the paper's choice")
+        for name in ("guidance", "reference_guidance"):
+            if not math.isfinite(getattr(self, name)):
+                raise UserError(f"expected a finite {name}, got {getattr(self, name)}: READ's are 6 and 2")
+        if self.shift is not None and not 0.0 < self.shift < math.inf:
+            raise UserError(f"expected a positive shift of the sigma table, got {self.shift}: 1 leaves it straight")
+
+    @property
+    def branches(self) -> Guidance:
+        """The weights of guidance, with what is done with them."""
+        return Guidance(self.guidance, self.reference_guidance)
+
+
+@dataclass
+class SamplingChanges:
+    """What is to differ from a model's own :class:`SamplingSettings`; None keeps a value as it is."""
+
+    num_steps: int | None = None
+    guidance: float | None = None
+    shift: float | None = None
+    reference_guidance: float | None = None
+
+    def of(self, settings: SamplingSettings) -> SamplingSettings:
+        """``settings`` with the changes."""
+        return replace(settings, **{name: value for name, value in asdict(self).items() if value is not None})
 
 
 class TalkingHead(nn.Module):
@@ -94,17 +131,20 @@ class TalkingHead(nn.Module):
         seed: int = 0,
         num_steps: int | None = None,
         guidance: float | None = None,
+        shift: float | None = None,
+        reference_guidance: float | None = None,
     ) -> StreamingSession:
         """A session for one portrait; its ID-Sink is filled before any speech arrives.
 
         Args:
             portrait: path of an image, PIL image, uint8 array (H, W, 3), or float tensor (3, H, W) in [-1, 1].
             seed: of the noise; the same seed, portrait and speech give the same frames.
-            num_steps, guidance: override :attr:`sampling`.
+            num_steps, guidance, shift, reference_guidance: override :attr:`sampling`.
         """
         from rest_lightning.streaming.session import StreamingSession
 
-        return StreamingSession(self, portrait, seed=seed, num_steps=num_steps, guidance=guidance)
+        changes = SamplingChanges(num_steps, guidance, shift, reference_guidance)
+        return StreamingSession(self, portrait, seed=seed, sampling=changes.of(self.sampling))
 
     @classmethod
     def from_pretrained(

@@ -19,10 +19,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vae", type=Path, help="checkpoint or model folder with the VAE (default: the checkpoint)")
     parser.add_argument("--speech-ae", type=Path, help="the same for the SpeechAE (default: the checkpoint)")
     parser.add_argument("--speech-encoder", type=Path, help="the same for the speech encoder (default: of the run)")
-    parser.add_argument("--size-px", type=int, help="side of the frames (default: the trained one, or 512)")
+    parser.add_argument("--size-px", type=int, help="side of the frames (default: that of the training, or 512)")
     parser.add_argument("--num-steps", type=int, help="Euler steps per chunk to remember as default")
     parser.add_argument("--guidance", type=float, help="guidance to remember as default")
     parser.add_argument("--shift", type=float, help="shift of the sigma table to remember as default")
+    parser.add_argument("--reference-guidance", type=float, help="the same for the reference alone (split guidance)")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the stored weights")
     parser.add_argument("--overwrite", action="store_true", help="replace a model folder")
 
@@ -32,13 +33,13 @@ def run(args: argparse.Namespace) -> int:
     check_folder(args.out, args.overwrite)
     import torch
 
-    from rest_lightning.talking_head import SamplingSettings, TalkingHead
+    from rest_lightning.talking_head import SamplingChanges, SamplingSettings, TalkingHead
 
+    changes = SamplingChanges(args.num_steps, args.guidance, args.shift, args.reference_guidance)
+    sampling = changes.of(SamplingSettings())
     sources = {"transformer": args.checkpoint, "speech_ae": args.speech_ae, "vae": args.vae}
     parts = {name: _load(name, source or args.checkpoint) for name, source in sources.items()}
     parts["speech_encoder"] = _load_speech_encoder(args.speech_encoder or args.checkpoint)
-    given = {name: getattr(args, name) for name in ("num_steps", "guidance", "shift")}
-    sampling = SamplingSettings(**{name: value for name, value in given.items() if value is not None})
     head = TalkingHead(**parts, sampling=sampling, size_px=args.size_px)  # type: ignore[arg-type]
     head.save_pretrained(args.out, getattr(torch, args.dtype))
     size_mb = sum(file.stat().st_size for file in args.out.rglob("*") if file.is_file()) / 1e6

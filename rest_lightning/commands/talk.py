@@ -40,7 +40,7 @@ class TalkOptions:
         model: model folder; None takes the embedded model.
         crop: of the portrait, see :func:`rest_lightning.data.portrait.read_portrait`.
         overwrite: whether existing outputs may be replaced.
-        seed, num_steps, guidance: see :meth:`rest_lightning.talking_head.TalkingHead.open`.
+        seed, num_steps, guidance, reference_guidance: see :meth:`rest_lightning.talking_head.TalkingHead.open`.
         report, sheet: JSON and PNG to write beside the video; None writes none.
         num_threads: of torch; None leaves its choice.
         dtype, device: of the model; device ``auto`` takes a CUDA device where there is one.
@@ -57,6 +57,7 @@ class TalkOptions:
     seed: int = 0
     num_steps: int | None = None
     guidance: float | None = None
+    reference_guidance: float | None = None
     report: Path | None = None
     sheet: Path | None = None
     num_threads: int | None = None
@@ -85,6 +86,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the noise (default 0)")
     parser.add_argument("--steps", dest="num_steps", type=_positive, help="Euler steps a chunk (default: the model's)")
     parser.add_argument("--guidance", type=float, help="weight of guidance, 1 for none (default: the model's)")
+    split = "weight of the reference alone (split guidance), 0 for joint guidance (default: the model's)"
+    parser.add_argument("--reference-guidance", type=float, help=split)
     parser.add_argument("--threads", dest="num_threads", type=_positive, help="threads of torch (default: its choice)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default float32")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default auto)")
@@ -151,10 +154,11 @@ def _stream(model: TalkingHead, portrait: np.ndarray, speech: SpeechSource, opti
     from rest_lightning.streaming.writer import Mp4Writer
 
     writer = Mp4Writer(options.out, model.size_px, overwrite=options.overwrite)
+    sampling = {name: getattr(options, name) for name in ("num_steps", "guidance", "reference_guidance")}
     try:
         with (
             writer,
-            model.open(portrait, seed=options.seed, num_steps=options.num_steps, guidance=options.guidance) as session,
+            model.open(portrait, seed=options.seed, **sampling) as session,
             _Progress(speech.duration_s, options.quiet) as progress,
         ):
             for num_frames in _write_stream(session, speech, writer):

@@ -10,16 +10,15 @@ import torch
 from torch import Tensor
 
 from rest_lightning.constants import SAMPLES_PER_FRAME, SPATIAL_RATIO, TEMPORAL_RATIO
-from rest_lightning.diffusion.sampling import euler_step, joint_guidance
+from rest_lightning.diffusion.sampling import euler_step
 from rest_lightning.diffusion.schedule import sampling_sigmas
-from rest_lightning.errors import UserError
 from rest_lightning.models.cache import IDContextCache
 from rest_lightning.models.causal import Stream
 from rest_lightning.streaming.report import StreamClock
 
 if TYPE_CHECKING:
     from rest_lightning.models.transformer import Condition, SigmaEmbedding
-    from rest_lightning.talking_head import TalkingHead
+    from rest_lightning.talking_head import SamplingSettings, TalkingHead
 
 
 @dataclass(frozen=True)
@@ -34,14 +33,14 @@ class EngineState:
 class ChunkEngine:
     """The state of a batch of streams and the computation of one chunk of each.
 
-    With guidance the cache holds two rows per stream, first all conditional ones, then all unconditional ones (no
-    speech, zeroed reference), so that both branches are one batch (REST sec. 3.5).
+    The cache holds one row per stream and branch of the guidance, so that all branches are one batch (REST sec. 3.5),
+    each with a past of its own: first the rows with reference and speech, then, with split guidance (READ), those with
+    the reference alone, then those without either, whose sink is that of a zeroed reference.
 
     Args:
         model: the talking head.
         batch: number of streams B.
-        num_steps: Euler steps per chunk.
-        guidance: weight of joint guidance; 1 runs the conditional rows alone.
+        sampling: steps, guidance and sigma table.
         clock: charged with the stages speech, dit and vae.
 
     Attributes:
@@ -50,12 +49,10 @@ class ChunkEngine:
     """
 
     def __init__(
-        self, model: TalkingHead, batch: int, num_steps: int, guidance: float, clock: StreamClock | None = None
+        self, model: TalkingHead, batch: int, sampling: SamplingSettings, clock: StreamClock | None = None
     ) -> None:
-        if num_steps < 1:
-            raise UserError(f"expected at least 1 denoising step, got {num_steps}: 8 is the paper's choice")
-        self.model, self.batch, self.guidance, self.clock = model, batch, guidance, clock
-        self.guided = guidance != 1.0
+        self.model, self.batch, self.clock = model, batch, clock
+        self.guidance = sampling.branches
         self.chunk_length: int = model.transformer.cache_options.chunk_length
         self.chunk_frames = TEMPORAL_RATIO * self.chunk_length
         encoder = model.speech_encoder
@@ -65,7 +62,7 @@ class ChunkEngine:
         side = model.size_px // SPATIAL_RATIO
         self.latent_shape = (batch, model.vae.latent_channels, self.chunk_length, side, side)
         num_tokens = model.transformer.cache_options.num_slots * side * side
-        self.sigmas = sampling_sigmas(num_steps, model.sampling.shift, num_tokens)
+        self.sigmas = sampling_sigmas(sampling.num_steps, sampling.shift, num_tokens)
         with torch.no_grad():
             levels = [*self.sigmas[:-1], 0.0]
             # Modulations depend on the noise level alone: once per session instead of once per step. Levels stay
@@ -73,10 +70,10 @@ class ChunkEngine:
             self.embeddings = [
                 model.transformer.embed_sigma(torch.full((1, 1), level, device=model.device)) for level in levels
             ]
-        rows = batch * (2 if self.guided else 1)
+        rows = batch * self.guidance.num_branches
         with torch.no_grad():
             self.text = model.transformer.project_prompt(rows)  # a fixed text: once per session
-        self.cache = IDContextCache.allocate(model.transformer, rows, side, side, num_steps=num_steps)
+        self.cache = IDContextCache.allocate(model.transformer, rows, side, side, num_steps=sampling.num_steps)
         self.speech, self.decoder = Stream(), Stream()
 
     @torch.inference_mode()
@@ -96,7 +93,7 @@ class ChunkEngine:
             self.decoder = model.vae.start_decode(latent)[1]
         with self._stage("dit"):
             self.cache.reset_rows()
-            self.reference_rows = torch.cat([latent, torch.zeros_like(latent)]) if self.guided else latent
+            self.reference_rows = self.guidance.references(latent)
             if self.cache.options.reference_attends == "self":
                 model.transformer.prefill(self.reference_rows, self.cache, text_embeds=self.text)
 
@@ -128,8 +125,7 @@ class ChunkEngine:
     def denoise(self, noise: Tensor, speech_latents: Tensor) -> Tensor:
         """Noise (B, C, l, h, w) and speech latents (B, l, n, d) to clean latents; moves the cache on by one chunk."""
         transformer, cache = self.model.transformer, self.cache
-        if self.guided:
-            speech_latents = torch.cat([speech_latents, torch.zeros_like(speech_latents)])
+        speech_latents = self.guidance.speech(speech_latents)
         if cache.reference_expected:
             speech_latents = torch.cat([torch.zeros_like(speech_latents[:, :1]), speech_latents], dim=1)
         speech = transformer.project_speech(speech_latents)
@@ -143,7 +139,7 @@ class ChunkEngine:
 
     def _velocity(self, sample: Tensor, step: int, speech: Condition) -> Tensor:
         """Guided velocity of one step; step -1 is the clean pass at sigma 0."""
-        rows = torch.cat([sample, sample]) if self.guided else sample
+        rows = self.guidance.samples(sample)
         sigma: Tensor | SigmaEmbedding = self.embeddings[step]
         num_references = int(self.cache.reference_expected)
         if num_references:  # the first chunk alone: the reference comes along, at sigma 0
@@ -151,13 +147,8 @@ class ChunkEngine:
             level = [*self.sigmas[:-1], 0.0][step]
             sigma = torch.full((rows.shape[0], rows.shape[2]), level, device=rows.device)
             sigma[:, 0] = 0.0
-        velocity = self.model.transformer(rows, sigma, speech, self.text, cache=self.cache, step=max(step, 0))[
-            :, :, num_references:
-        ]
-        if not self.guided:
-            return velocity
-        conditional, unconditional = velocity.chunk(2)
-        return joint_guidance(unconditional, conditional, self.guidance)
+        velocity = self.model.transformer(rows, sigma, speech, self.text, cache=self.cache, step=max(step, 0))
+        return self.guidance.combine(velocity[:, :, num_references:])
 
     def _stage(self, name: str) -> Any:
         return self.clock.stage(name) if self.clock is not None else nullcontext()

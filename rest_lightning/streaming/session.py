@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -18,7 +18,7 @@ from rest_lightning.streaming.engine import ChunkEngine, EngineState
 from rest_lightning.streaming.report import StreamClock, StreamReport
 
 if TYPE_CHECKING:
-    from rest_lightning.talking_head import TalkingHead
+    from rest_lightning.talking_head import SamplingSettings, TalkingHead
 
 Frames = NDArray[np.uint8]
 
@@ -44,7 +44,8 @@ class StreamingSession:
     Args:
         model: the talking head.
         portrait: see :meth:`TalkingHead.open`.
-        seed, num_steps, guidance: see :meth:`TalkingHead.open`.
+        seed: see :meth:`TalkingHead.open`.
+        sampling: None takes the model's own.
     """
 
     def __init__(
@@ -53,21 +54,20 @@ class StreamingSession:
         portrait: Any,
         *,
         seed: int = 0,
-        num_steps: int | None = None,
-        guidance: float | None = None,
+        sampling: SamplingSettings | None = None,
     ) -> None:
         self.model = model
+        sampling = sampling or model.sampling
         self.clock = StreamClock(torch.cuda.synchronize if model.device.type == "cuda" else None)
         self.configuration: dict[str, Any] = {
-            "num_steps": model.sampling.num_steps if num_steps is None else num_steps,
-            "guidance": model.sampling.guidance if guidance is None else guidance,
+            **asdict(sampling),
             "seed": seed,
             "size_px": model.size_px,
             "dtype": str(model.dtype).removeprefix("torch."),
             "device": model.device.type,
         }
         self.reference = self._portrait(portrait)
-        self.engine = ChunkEngine(model, 1, self.configuration["num_steps"], self.configuration["guidance"], self.clock)
+        self.engine = ChunkEngine(model, 1, sampling, self.clock)
         self.generator = torch.Generator().manual_seed(seed)
         self.engine.start(self.reference)
         self._chunk_samples = self.engine.chunk_frames * SAMPLES_PER_FRAME

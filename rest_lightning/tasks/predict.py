@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import asdict
 
 import numpy as np
 from lightning import LightningModule
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from rest_lightning.data.streams import SpeechBlock
 from rest_lightning.streaming.session import StreamingSession
-from rest_lightning.talking_head import TalkingHead
+from rest_lightning.talking_head import SamplingChanges, TalkingHead
 
 
 class PredictModule(LightningModule):
@@ -18,21 +18,16 @@ class PredictModule(LightningModule):
 
     Args:
         model: folder of a model; None is the embedded one.
-        num_steps, guidance: override the model's own sampling.
+        sampling: changes of the model's own; ``rest predict`` takes them from the top-level key ``sampling``.
         seed: of the noise of every video.
     """
 
-    def __init__(
-        self, model: str | None = None, num_steps: int | None = None, guidance: float | None = None, seed: int = 0
-    ) -> None:
+    def __init__(self, model: str | None = None, sampling: SamplingChanges | None = None, seed: int = 0) -> None:
         super().__init__()
         self.head = TalkingHead.from_pretrained(model)
-        self.configuration = {
-            "model": model or "embedded",
-            "num_steps": self.head.sampling.num_steps if num_steps is None else num_steps,
-            "guidance": self.head.sampling.guidance if guidance is None else guidance,
-            "seed": seed,
-        }
+        self.sampling = (sampling or SamplingChanges()).of(self.head.sampling)
+        self.seed = seed
+        self.configuration = {"model": model or "embedded", **asdict(self.sampling), "seed": seed}
         self.session: StreamingSession | None = None
 
     @property
@@ -43,8 +38,7 @@ class PredictModule(LightningModule):
     def on_predict_batch_start(self, batch: SpeechBlock, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Open a session when another pair begins: the ID-Sink is filled before its first samples."""
         if batch["is_first"]:
-            options: dict[str, Any] = {k: v for k, v in self.configuration.items() if k != "model"}
-            self.session = self.head.open(batch["pair"].portrait, **options)
+            self.session = self.head.open(batch["pair"].portrait, seed=self.seed, **asdict(self.sampling))
 
     def predict_step(self, batch: SpeechBlock, batch_idx: int) -> NDArray[np.uint8]:
         """The frames that this block completes, uint8 (n, H, W, 3)."""

@@ -13,10 +13,10 @@ import torch
 from rest_lightning.callbacks.previews import SampleVideos, borrowed_head, generate_clip
 from rest_lightning.data.layout import read_manifest
 from rest_lightning.data.video import VideoFile, read_clip_audio
-from rest_lightning.diffusion.sampling import euler_step
+from rest_lightning.diffusion.sampling import Guidance, euler_step
 from rest_lightning.models.transformer import A2VDiT
 from rest_lightning.streaming.engine import to_uint8
-from rest_lightning.talking_head import SamplingSettings
+from rest_lightning.talking_head import SamplingChanges, SamplingSettings
 
 OVERLAY = """
 trainer:
@@ -26,7 +26,8 @@ trainer:
   check_val_every_n_epoch: 1
   callbacks+:
     - class_path: rest_lightning.callbacks.previews.SampleVideos
-      init_args: {num_steps: 2, guidance: 1.5, shift: 1.0, num_clips: 3, num_grid_frames: 4}
+      init_args: {num_clips: 3, num_grid_frames: 4}
+sampling: {num_steps: 2, guidance: 1.5, shift: 1.0}
 """
 
 
@@ -103,7 +104,7 @@ def test_stream_of_the_student_equals_a_session(recipe: Any) -> None:
     generator = torch.Generator().manual_seed(3)
     noise = torch.cat([torch.randn(1, 4, 3, 2, 2, generator=generator) for _ in range(2)], dim=2)
     noise = torch.cat([torch.zeros(1, 4, 1, 2, 2), noise], dim=2)
-    callback = SampleVideos(num_steps=3, guidance=2.0, shift=1.0)
+    callback = SampleVideos(sampling=SamplingChanges(num_steps=3, guidance=2.0, shift=1.0))
     module.train()
     flags = [parameter.requires_grad for parameter in module.parameters()]
     modes = [part.training for part in module.modules()]
@@ -118,9 +119,9 @@ def test_stream_of_the_student_equals_a_session(recipe: Any) -> None:
     assert np.array_equal(video[0, 1:].numpy(), frames)
 
 
-@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("guidance", [Guidance(), Guidance(3.0), Guidance(3.0, 2.0), Guidance(1.0, -0.5)], ids=str)
 @pytest.mark.parametrize("num_frames", [4, 7])
-def test_generated_clip_is_the_plain_euler_loop(guidance: float, num_frames: int) -> None:
+def test_generated_clip_is_the_plain_euler_loop(guidance: Guidance, num_frames: int) -> None:
     shape = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16, "caption_channels": None}
     transformer = A2VDiT(in_channels=4, speech_dim=8, **shape).eval()
     for parameter in transformer.parameters():
@@ -136,8 +137,10 @@ def test_generated_clip_is_the_plain_euler_loop(guidance: float, num_frames: int
         dropped = sample.clone()
         dropped[:, :, 0] = 0
         with torch.no_grad():
-            velocity = guidance * transformer(sample, levels, speech)
-            velocity = velocity + (1 - guidance) * transformer(dropped, levels, None)
+            velocity = guidance.weight * transformer(sample, levels, speech)
+            velocity = velocity + guidance.reference_weight * transformer(sample, levels, None)
+            rest = 1 - guidance.weight - guidance.reference_weight
+            velocity = velocity + rest * transformer(dropped, levels, None)
         sample = euler_step(sample, velocity, levels, levels_next)
     torch.testing.assert_close(clip, sample, atol=1e-4, rtol=1e-4)
     assert torch.equal(clip[:, :, :1], reference)

@@ -246,6 +246,22 @@ def test_no_model(
     assert_one_line(capsys, "toaster", "--device cpu")
 
 
+@pytest.mark.parametrize("option", ["guidance", "reference_guidance"])
+def test_guidance_that_is_no_number(
+    option: str,
+    tmp_path: Path,
+    tiny_model: Path,
+    portrait: Path,
+    make_speech: MakeSpeech,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ["talk", str(portrait), str(make_speech(16_000)), "-o", str(tmp_path / "o.mp4"), "--model", str(tiny_model)]
+    before = tree(tmp_path)
+    assert main([*words, "--quiet", f"--{option}=nan"]) == 2
+    assert_one_line(capsys, option, "got nan: READ's are 6 and 2")
+    assert tree(tmp_path) == before
+
+
 def test_silence_simply_works(tmp_path: Path, tiny_model: Path, portrait: Path) -> None:
     sound(tmp_path / "silence.wav", np.zeros(32_000))
     words = ["talk", str(portrait), str(tmp_path / "silence.wav"), "-o", str(tmp_path / "out.mp4")]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from rest_lightning import TalkingHead
+from rest_lightning import SamplingSettings, TalkingHead
 from rest_lightning.cli import main
 from rest_lightning.parts import PART_NAMES, PARTS_KEY, describe_part
 
@@ -37,11 +37,11 @@ def test_exported_model_is_the_checkpoint(
     checkpoints: tuple[Path, Path], tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "my_model"
-    more = ["--dtype", "float32", "--num_steps", "5", "--guidance", "2.5", "--shift", "1"]
+    more = ["--dtype", "float32", "--num_steps", "5", "--guidance", "2.5", "--shift", "1", "--reference_guidance", "0.5"]
     assert main(words_of(checkpoints, out, *more)) == 0
     assert "MB" in capsys.readouterr().out
     ours, source = TalkingHead.from_pretrained(out), TalkingHead.from_pretrained(tiny_model)
-    assert (ours.size_px, ours.sampling.num_steps, ours.sampling.guidance, ours.sampling.shift) == (64, 5, 2.5, 1.0)
+    assert (ours.size_px, ours.sampling) == (64, SamplingSettings(5, 2.5, 1.0, 0.5))
     for name in PART_NAMES:
         state, expected = getattr(ours, name).state_dict(), getattr(source, name).state_dict()
         assert state.keys() == expected.keys()

@@ -52,11 +52,13 @@ def test_report_sheet_and_table(
     words = ["talk", str(portrait), str(make_speech(40_000)), "-o", str(tmp_path / "out.mp4")]
     words += ["--model", str(tiny_model)]
     words += ["--report", str(tmp_path / "out.json"), "--sheet", str(tmp_path / "out.png"), "--seed=3", "--steps", "2"]
+    words += ["--guidance", "6", "--reference_guidance", "2"]
     assert main(words) == 0
     report = json.loads((tmp_path / "out.json").read_text())
     assert report["num_frames"] == 63 and report["video_s"] == 2.52 and report["chunk_ms"]["count"] == 3
     assert set(report["stage_s"]) == {"speech", "dit", "vae", "writing"} and min(report["stage_s"].values()) > 0
     assert report["configuration"]["num_steps"] == 2 and report["configuration"]["seed"] == 3
+    assert report["configuration"]["guidance"] == 6 and report["configuration"]["reference_guidance"] == 2
     assert report["configuration"]["model"] == str(tiny_model)
     assert Image.open(tmp_path / "out.png").width == 1600
     printed = capsys.readouterr()

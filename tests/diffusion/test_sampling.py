@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rest_lightning.diffusion.noise import add_noise
-from rest_lightning.diffusion.sampling import euler_step, integrate, joint_guidance, split_guidance
+from rest_lightning.diffusion.sampling import Guidance, euler_step, integrate, joint_guidance, split_guidance
 from rest_lightning.diffusion.schedule import ltx_sigma_table, sigma_table
 
 SHAPE = (2, 4, 7, 2, 2)
@@ -71,3 +71,27 @@ def test_guidance_algebra() -> None:
     assert torch.allclose(
         split_guidance(v_none, v_ref, v_full, 0.0, 6.0), joint_guidance(v_none, v_full, 6.0), atol=1e-12
     )
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(
+    ("weight", "reference_weight", "num_branches"),
+    [(1.0, 0.0, 1), (6.0, 0.0, 2), (0.0, 0.0, 2), (6.0, 2.0, 3), (1.0, 0.5, 3), (0.0, -1.0, 3)],
+)
+def test_branches_are_one_batch(batch: int, weight: float, reference_weight: float, num_branches: int) -> None:
+    guidance = Guidance(weight, reference_weight)
+    assert guidance.num_branches == num_branches
+    reference, speech, sample = torch.randn(3, batch, 4, dtype=torch.float64)
+
+    def network(sample: torch.Tensor, reference: torch.Tensor, speech: torch.Tensor) -> torch.Tensor:
+        return sample * (1 + reference) + torch.sin(speech + reference)
+
+    rows = network(guidance.samples(sample), guidance.references(reference), guidance.speech(speech))
+    assert rows.shape == (num_branches * batch, 4)
+    zero = torch.zeros_like(reference)
+    expected = (
+        weight * network(sample, reference, speech)
+        + reference_weight * network(sample, reference, zero)
+        + (1 - weight - reference_weight) * network(sample, zero, zero)
+    )
+    assert torch.allclose(guidance.combine(rows), expected, atol=1e-12)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def test_session_equals_offline_computation(
     samples = speech(48)
     streamed = frames_of(head, samples, [], guidance=guidance)
 
-    engine = ChunkEngine(head, 1, head.sampling.num_steps, guidance)
+    engine = ChunkEngine(head, 1, replace(head.sampling, guidance=guidance))
     engine.start(portrait()[None])
     audio = torch.from_numpy(samples)[None]
     silence = head.speech_encoder(head.speech_encoder.pad(torch.zeros(1, SAMPLES)))
