@@ -26,6 +26,7 @@ PART_CLASSES = {
     "LogMelEncoder": "rest_lightning.models.speech",
     "WhisperEncoder": "rest_lightning.models.speech",
     "SpeechAE": "rest_lightning.models.speech_ae",
+    "SpeechPooling": "rest_lightning.models.speech_ae",
     "A2VDiT": "rest_lightning.models.transformer",
 }
 

@@ -55,10 +55,7 @@ class SpeechAE(nn.Module):
         kernel_size: int = 3,
     ) -> None:
         super().__init__()
-        if not 1 <= num_tokens <= WINDOW_STEPS:
-            raise UserError(
-                f"expected 1 to {WINDOW_STEPS} speech tokens per latent frame, got {num_tokens}: use 2 (REST)"
-            )
+        _check_num_tokens(num_tokens)
         self.feature_dim, self.num_tokens, self.latent_dim = feature_dim, num_tokens, latent_dim
         self._config = {
             "feature_dim": feature_dim,
@@ -163,6 +160,62 @@ class SpeechAE(nn.Module):
             num_latent_frames(num_frames)
         except ValueError as error:
             raise UserError(str(error)) from None
+
+
+class SpeechPooling(SpeechAE):
+    """The ablation *w/o SpeechAE* (READ): means instead of a learned compression, in SpeechAE's place in every stage.
+
+    The windows of a latent frame's 8 video frames are averaged, each over its 10 steps and then over ``num_tokens``
+    shares of time; every mean goes through one linear layer and the same norm as SpeechAE's latents. No latent frame
+    reads another, so it streams. The decoder, one linear layer too, repeats tokens. What takes SpeechAE's place READ
+    does not say (decided here).
+
+    Args:
+        feature_dim, num_tokens, latent_dim: see :class:`SpeechAE`.
+    """
+
+    def __init__(self, feature_dim: int = 1920, num_tokens: int = 2, latent_dim: int = 2048) -> None:
+        nn.Module.__init__(self)  # none of SpeechAE's layers
+        _check_num_tokens(num_tokens)
+        self.feature_dim, self.num_tokens, self.latent_dim = feature_dim, num_tokens, latent_dim
+        self._config = {"feature_dim": feature_dim, "num_tokens": num_tokens, "latent_dim": latent_dim}
+        self.encoder_out = nn.Linear(feature_dim, latent_dim)
+        # Attention to speech has no positions: without a place of its own a token could not tell when it is.
+        self.encoder_places = nn.Parameter(0.02 * torch.randn(num_tokens, latent_dim))
+        self.latent_norm = nn.LayerNorm(latent_dim, elementwise_affine=False)
+        self.decoder_out = nn.Linear(latent_dim, feature_dim)
+        self.decoder_places = nn.Parameter(0.02 * torch.randn(WINDOW_STEPS, feature_dim))
+
+    def encode(self, features: Tensor, stream: Stream | None = None) -> Tensor:
+        """Shapes and errors of :meth:`SpeechAE.encode`."""
+        self._check(features, stream)
+        frames = features.mean(dim=2)
+        if is_first_piece(stream):  # frame 0 is a latent frame on its own
+            frames = torch.cat([frames[:, :1]] * (TEMPORAL_RATIO - 1) + [frames], dim=1)
+        if stream is not None:
+            stream.started = True
+        tokens = _pool(frames.unflatten(1, (-1, TEMPORAL_RATIO)), self.num_tokens)
+        return self.latent_norm(self.encoder_out(tokens) + self.encoder_places)
+
+    def decode(self, latents: Tensor, stream: Stream | None = None) -> Tensor:
+        """Shapes of :meth:`SpeechAE.decode`."""
+        frames = _pool(self.decoder_out(latents), TEMPORAL_RATIO).flatten(1, 2)
+        if is_first_piece(stream):
+            frames = frames[:, TEMPORAL_RATIO - 1 :]
+        if stream is not None:
+            stream.started = True
+        return frames.unsqueeze(2) + self.decoder_places
+
+
+def _check_num_tokens(num_tokens: int) -> None:
+    if not 1 <= num_tokens <= WINDOW_STEPS:
+        raise UserError(f"expected 1 to {WINDOW_STEPS} speech tokens per latent frame, got {num_tokens}: use 2 (REST)")
+
+
+def _pool(x: Tensor, num_means: int) -> Tensor:
+    """Means over ``num_means`` equal shares of the third axis of (B, f, n, C); repeats where n is smaller."""
+    y = F.adaptive_avg_pool1d(x.flatten(0, 1).transpose(1, 2), num_means)
+    return y.transpose(1, 2).unflatten(0, x.shape[:2])
 
 
 def _along_window(convolution: nn.Module, x: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ from torch import nn
 from rest_lightning.diffusion.losses import speech_ae_loss
 from rest_lightning.errors import UserError
 from rest_lightning.models.causal import Stream, num_bytes
-from rest_lightning.models.speech_ae import SpeechAE
+from rest_lightning.models.speech_ae import SpeechAE, SpeechPooling
+from rest_lightning.parts import build_part, describe_part
 
 
 def speech_ae(**arguments: Any) -> SpeechAE:
@@ -134,3 +135,61 @@ def test_bad_input_is_named() -> None:
         model.encode(features(9), stream)
     with pytest.raises(UserError, match="1 to 10 speech tokens per latent frame, got 11"):
         SpeechAE(num_tokens=11)
+
+
+def shares(num: int, num_shares: int) -> list[list[int]]:
+    """Which of ``num`` things fall, wholly or in part, into each of equal shares of their length."""
+    cells = [(share / num_shares, (share + 1) / num_shares) for share in range(num_shares)]
+    return [[i for i in range(num) if i / num < end - 1e-9 and (i + 1) / num > begin + 1e-9] for begin, end in cells]
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2, 3, 4, 8, 10])
+@pytest.mark.parametrize("num_latents", [1, 2, 4])
+def test_pooling_is_means_and_a_linear_layer(num_tokens: int, num_latents: int) -> None:
+    model = SpeechPooling(feature_dim=12, num_tokens=num_tokens, latent_dim=6)
+    x = features(8 * (num_latents - 1) + 1)
+    latents, reconstruction = model.encode(x), model(x)
+    assert latents.shape == (2, num_latents, num_tokens, 6)
+    assert reconstruction.shape == x.shape
+    for i in range(num_latents):
+        frames = [0] * 8 if i == 0 else list(range(8 * i - 7, 8 * i + 1))
+        for token, share in enumerate(shares(8, num_tokens)):
+            mean = x[:, [frames[k] for k in share]].mean(dim=(1, 2))
+            y = mean @ model.encoder_out.weight.T + model.encoder_out.bias + model.encoder_places[token]
+            y = (y - y.mean(-1, keepdim=True)) / (y.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+            assert torch.allclose(latents[:, i, token], y, atol=1e-5)
+        for k, share in enumerate(shares(num_tokens, 8)):
+            if i or k == 7:
+                decoded = latents[:, i, share].mean(1) @ model.decoder_out.weight.T + model.decoder_out.bias
+                assert torch.allclose(reconstruction[:, frames[k]], decoded[:, None] + model.decoder_places, atol=1e-5)
+    model(x).square().sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("pieces", PIECES)
+@pytest.mark.parametrize("num_tokens", [2, 3])
+def test_streamed_pooling_equals_the_whole_clip(pieces: list[int], num_tokens: int) -> None:
+    model = SpeechPooling(feature_dim=12, num_tokens=num_tokens, latent_dim=6)
+    x = features(33)
+    whole = model.encode(x)
+    encoder, decoder = Stream(), Stream()
+    latents = [model.encode(piece, encoder) for piece in x.split(pieces, dim=1)]
+    outputs = [model.decode(piece, decoder) for piece in latents]
+    assert torch.allclose(torch.cat(latents, dim=1), whole, atol=1e-6)
+    assert torch.allclose(torch.cat(outputs, dim=1), model.decode(whole), atol=1e-6)
+    assert num_bytes(encoder) == num_bytes(decoder) == 0
+    with pytest.raises(UserError, match="8n frames of speech after the first piece, got 9"):
+        model.encode(features(9), encoder)
+
+
+def test_pooling_is_a_part_and_names_bad_input() -> None:
+    model = SpeechPooling(feature_dim=12, num_tokens=3, latent_dim=6)
+    again = build_part(json.loads(json.dumps(describe_part(model))))
+    again.load_state_dict(model.state_dict())
+    assert isinstance(again, SpeechPooling)
+    x = features(9)
+    assert torch.equal(again(x), model(x))
+    with pytest.raises(UserError, match=r"\(B, F, 10, 12\), got \(2, 9, 10, 11\)"):
+        model.encode(features(9, feature_dim=11))
+    with pytest.raises(UserError, match="1 to 10 speech tokens per latent frame, got 0"):
+        SpeechPooling(num_tokens=0)
