@@ -144,15 +144,14 @@ class Recipe:
         """The command line of `run`.
 
         The stage starts where the recipe says, from ``self.final`` of the stages before. ``overlays`` are further
-        configuration files; ``args`` come last on the command line.
+        configuration files, behind what the recipe says; ``args`` come last on the command line.
         """
         is_dit = self.stages[stage].uses_latents
         size = "dit" if is_dit else "speech_ae" if stage == "speech_ae" else "vae"
         files = ("trainer/embedded", f"embedded/{stage}", "trainer/tiny", f"size/tiny/{size}")
-        configs = [*(self.configs / f"{file}.yaml" for file in files), *overlays]
-        self.used.update(configs)
+        configs = [self.configs / f"{file}.yaml" for file in files]
+        self.used.update((*configs, *overlays))
         words = [command, *(word for config in configs for word in ("--config", str(config)))]
-        words += ["--trainer.default_root_dir", str(out), "--data.data_dir", str(self.data)]
         initial = dict(self.stages[stage].initial)
         if is_dit:
             frozen_vae = self.configs / "size/tiny/frozen_vae.yaml"
@@ -164,6 +163,8 @@ class Recipe:
             words += [f"--model.asd.teacher={self.final(teacher)}"]
         if stage == "distill":
             words += [f"--model.distill.source={self.final('asd')}"]
+        words += [word for overlay in overlays for word in ("--config", str(overlay))]
+        words += ["--trainer.default_root_dir", str(out), "--data.data_dir", str(self.data)]
         return [*words, *args]
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import warnings
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +14,21 @@ import pytest
 import torch
 import yaml
 
+from rest_lightning.parts import read_part
+
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 FILES = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml"))
 ABLATIONS = [file for file in FILES if file.startswith("ablation/")]
 DATA = [file for file in FILES if file.startswith("data/")]
 PAPER = [file for file in FILES if file.startswith("paper/") or file == "trainer/paper.yaml"]  # test_paper_configs.py
 STRATEGIES = ["trainer/ddp.yaml", "trainer/fsdp.yaml"]  # tests/tasks/test_strategies.py runs them in two processes
+# How to generate, not how to train: one file for `rest predict` and for the previews of `rest fit`.
+SAMPLED = [file for file in ABLATIONS if "\nsampling:" in (CONFIGS / file).read_text()]
+# Those that have a test of their own; no_asd.yaml has one besides.
+APART = ("ablation/no_speech_ae.yaml", "ablation/no_speech_ae_pretraining.yaml")
+TRAINED = [file for file in ABLATIONS if file not in (*SAMPLED, *APART)]
+RECIPES_OWN = ("ablation/lookahead_80_ms.yaml",)
+ONE_STEP = ("--trainer.max_steps=1", "--final_checkpoint=false")
 
 
 def leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -50,36 +62,113 @@ def test_data_file_feeds_a_stage(recipe: Any, tmp_path: Path, file: str) -> None
 
 
 @pytest.mark.parametrize("file", ABLATIONS)
-def test_ablation_trains_and_streams(recipe: Any, tmp_path: Path, file: str) -> None:
+def test_ablation_is_short_and_asks_a_question(file: str) -> None:
     lines = (CONFIGS / file).read_text().splitlines()
     assert len(lines) <= 5
+    assert all(len(line) <= 120 for line in lines)
     assert lines[0].startswith("# ")
-    assert "?" in lines[0]
-    # Another SpeechAE does not fit the stages after it; its ablation begins there.
-    stage = "speech_ae" if any("speech_ae:" in line for line in lines) else "asd"
-    cli = recipe.run(stage, tmp_path, "--trainer.max_steps=1", "--final_checkpoint=false", overlays=(CONFIGS / file,))
-    assert cli.trainer.global_step == 1
-    for key, value in leaves(yaml.safe_load("\n".join(lines))):
-        assert cli.config.fit[key] == value
-        assert recipe.clis[stage].config.fit.get(key) != value, f"{key} is what the recipe has anyway"
-    if stage != "asd":
-        return
+    assert lines[0].count("?") == 1
 
+
+def values(file: str) -> dict[str, Any]:
+    return dict(leaves(yaml.safe_load((CONFIGS / file).read_text())))
+
+
+def check_values(recipe: Any, config: Any, stage: str, file: str) -> None:
+    """All values of an ablation arrived, and differ from the recipe's, unless it is the recipe's point of a series."""
+    for key, value in values(file).items():
+        assert config[key] == value
+        same = recipe.clis[stage].config.fit.get(key) == value
+        assert same == (file in RECIPES_OWN), f"{key} is {'' if same else 'not '}what the recipe has"
+
+
+def stream(module: Any) -> np.ndarray:
+    """One and a half seconds of a student's stream."""
     from rest_lightning.callbacks.previews import borrowed_head
     from rest_lightning.talking_head import SamplingSettings
 
-    with borrowed_head(cli.model, SamplingSettings(num_steps=2, shift=1.0), 64) as head:
+    with borrowed_head(module, SamplingSettings(num_steps=2, shift=1.0), 64) as head:
         session = head.open(torch.zeros(3, 64, 64))
-        frames = np.concatenate([session.push(np.zeros(40_000, np.float32)), session.flush()])
-    assert frames.shape == (63, 64, 64, 3)
+        return np.concatenate([session.push(np.zeros(40_000, np.float32)), session.flush()])
 
 
-def test_predict(recipe: Any, tmp_path: Path, model_folder: Path, pairs: list[dict[str, str]]) -> None:
+@pytest.mark.parametrize("file", TRAINED)
+def test_ablation_trains_and_streams(recipe: Any, tmp_path: Path, file: str) -> None:
+    # Another number of speech tokens does not fit the stages after SpeechAE; its ablation begins there.
+    stage = "speech_ae" if file == "ablation/one_speech_token.yaml" else "asd"
+    cli = recipe.run(stage, tmp_path, *ONE_STEP, overlays=(CONFIGS / file,))
+    assert cli.trainer.global_step == 1
+    check_values(recipe, cli.config.fit, stage, file)
+    if stage == "asd":
+        assert stream(cli.model).shape == (63, 64, 64, 3)
+
+
+def test_without_asd_is_the_flow_loss_alone(recipe: Any, tmp_path: Path) -> None:
+    overlay = CONFIGS / "ablation/no_asd.yaml"
+    module = recipe.run("asd", tmp_path, *ONE_STEP, overlays=(overlay,)).model
+    assert module.asd is None
+    assert "teacher" not in module.frozen_parts
+    assert recipe.clis["asd"].model.asd is not None
+
+
+def test_without_pretraining_the_teacher_starts_with_a_random_speech_ae(recipe: Any, tmp_path: Path) -> None:
+    file = "ablation/no_speech_ae_pretraining.yaml"
+    cli = recipe.run("speech_ae", tmp_path, overlays=(CONFIGS / file,))
+    check_values(recipe, cli.config.fit, "speech_ae", file)
+    assert cli.trainer.global_step == 0
+    start = tmp_path / "final.ckpt"
+    untrained, trained = (read_part("speech_ae", path)[1] for path in (start, recipe.final("speech_ae")))
+    # A residual branch ends in a zero that the first step of training moves.
+    ends = [key for key in untrained if key.endswith("conv2.conv.weight")]
+    assert ends and all(not untrained[key].any() and trained[key].any() for key in ends)
+    teacher = recipe.run("teacher", tmp_path / "teacher", *ONE_STEP, f"--model.initial.speech_ae={start}")
+    assert teacher.trainer.global_step == 1
+
+
+def test_without_speech_ae_stages_follow_each_other(recipe: Any, tmp_path: Path) -> None:
+    from rest_lightning.models.speech_ae import SpeechPooling
+
+    file = "ablation/no_speech_ae.yaml"
+    overlays = (CONFIGS / file, CONFIGS / "ablation/no_speech_ae_pretraining.yaml")
+    recipe.run("speech_ae", tmp_path / "speech_ae", overlays=overlays)
+    start = tmp_path / "speech_ae" / "final.ckpt"
+    for stage in ("teacher", "asd"):
+        initial = f"--model.initial.speech_ae={start}"
+        cli = recipe.run(stage, tmp_path / stage, "--trainer.max_steps=1", initial, overlays=overlays[:1])
+        assert isinstance(cli.model.speech_ae, SpeechPooling)
+        assert cli.trainer.global_step == 1
+        check_values(recipe, cli.config.fit, stage, file)
+        start = tmp_path / stage / "final.ckpt"
+    assert stream(cli.model).shape == (63, 64, 64, 3)
+
+
+@pytest.mark.parametrize("file", SAMPLED)
+def test_sampling_ablation_serves_previews(recipe: Any, tmp_path: Path, file: str) -> None:
+    previews = tmp_path / "previews.yaml"
+    previews.write_text(
+        "trainer: {callbacks+: [{class_path: rest_lightning.callbacks.previews.SampleVideos}]}\n"
+        "sampling: {num_steps: 3, guidance: 2.5, shift: 1.0}\n"
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "no sample videos")
+        cli = recipe.run("asd", tmp_path, overlays=(previews, CONFIGS / file), command="validate")
+    given = {key.removeprefix("sampling."): value for key, value in values(file).items()}
+    (callback,) = (c for c in cli.trainer.callbacks if type(c).__name__ == "SampleVideos")
+    others = {"num_steps": 3, "guidance": 2.5, "shift": 1.0, "reference_guidance": 0.0}
+    assert asdict(callback.sampling) == others | given
+    assert len(list(tmp_path.rglob("samples/step-*.mp4"))) == 1
+
+
+@pytest.mark.parametrize("file", [None, *SAMPLED])
+def test_predict(tmp_path: Path, model_folder: Path, pairs: list[dict[str, str]], file: str | None) -> None:
     from rest_lightning import lightning_cli
+    from rest_lightning.talking_head import TalkingHead
 
+    configs = ["predict.yaml", file] if file else ["predict.yaml"]
     cli = lightning_cli.run(
         [
-            *("predict", "--config", str(CONFIGS / "predict.yaml"), "--model.model", str(model_folder)),
+            *("predict", *(word for name in configs for word in ("--config", str(CONFIGS / name)))),
+            *("--model.model", str(model_folder)),
             f"--data.predict_pairs+={pairs[0]}",
             *(f"--trainer.callbacks.out_dir={tmp_path}", f"--trainer.default_root_dir={tmp_path}"),
             *("--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"),
@@ -87,3 +176,7 @@ def test_predict(recipe: Any, tmp_path: Path, model_folder: Path, pairs: list[di
     )
     assert cli.config.predict.return_predictions is False
     assert {path.suffix for path in tmp_path.iterdir()} == {".mp4", ".json", ".yaml"}
+    (report,) = (json.loads(path.read_text())["configuration"] for path in tmp_path.glob("*.json"))
+    given = {key.removeprefix("sampling."): value for key, value in values(file).items()} if file else {}
+    expected = asdict(TalkingHead.from_pretrained(model_folder).sampling) | given
+    assert {key: report[key] for key in expected} == expected
