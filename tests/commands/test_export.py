@@ -37,7 +37,8 @@ def test_exported_model_is_the_checkpoint(
     checkpoints: tuple[Path, Path], tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "my_model"
-    more = ["--dtype", "float32", "--num_steps", "5", "--guidance", "2.5", "--shift", "1", "--reference_guidance", "0.5"]
+    more = ["--dtype", "float32", "--num_steps", "5", "--guidance", "2.5", "--shift", "1"]
+    more += ["--reference_guidance", "0.5"]
     assert main(words_of(checkpoints, out, *more)) == 0
     assert "MB" in capsys.readouterr().out
     ours, source = TalkingHead.from_pretrained(out), TalkingHead.from_pretrained(tiny_model)
