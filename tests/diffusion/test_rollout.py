@@ -92,7 +92,7 @@ def test_contexts_are_those_of_a_session(cache_noise: str, reference_attends: st
     )  # fmt: skip
     speech_ae = SpeechAE(feature_dim=160, num_tokens=2, latent_dim=SPEECH_DIM, width=8)
     head = TalkingHead(vae, LogMelEncoder(), speech_ae, model, SamplingSettings(3, 1.0, 1.0), size_px=64)
-    engine = ChunkEngine(head, 2, 3, 1.0)
+    engine = ChunkEngine(head, 2, replace(head.sampling, num_steps=3, guidance=1.0))
     engine.start(torch.zeros(2, 3, 64, 64))
     reference = vae.encode(torch.zeros(2, 3, 1, 64, 64))
     clean = make_conditions(2, 10)
