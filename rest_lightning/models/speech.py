@@ -48,10 +48,12 @@ def mel_filters(num_mels: int, num_bins: int, min_hz: float, max_hz: float, slan
     def to_mel(hz: float) -> float:
         return hz * 3 / 200 if hz < 1000 else 15 + math.log(hz / 1000) / step
 
-    mels = torch.linspace(to_mel(min_hz), to_mel(max_hz), num_mels + 2, dtype=torch.float64)
+    # Not torch.linspace: transformers leaves that on the CPU for good when loading weights on the meta device fails.
+    lowest, highest = to_mel(min_hz), to_mel(max_hz)
+    mels = lowest + (highest - lowest) / (num_mels + 1) * torch.arange(num_mels + 2, dtype=torch.float64)
     edges = torch.where(mels < 15, mels * 200 / 3, 1000 * torch.exp(step * (mels - 15)))
     low, peak, high = edges[:-2], edges[1:-1], edges[2:]
-    hz = torch.linspace(0, SAMPLE_RATE / 2, num_bins, dtype=torch.float64)[:, None]
+    hz = SAMPLE_RATE / 2 / (num_bins - 1) * torch.arange(num_bins, dtype=torch.float64)[:, None]
     filters = torch.minimum((hz - low) / (peak - low), (high - hz) / (high - peak)).clamp_min(0)
     return (filters * 2 / (high - low) if slaney_norm else filters).float()
 
@@ -160,7 +162,7 @@ class LogMelEncoder(SpeechEncoder):
         self.feature_dim = STEPS_PER_FRAME * num_mels
         num_fft = 512
         window = torch.hann_window(WINDOW_SAMPLES)
-        radians = torch.linspace(0, math.pi, num_fft // 2 + 1)
+        radians = math.pi / (num_fft // 2) * torch.arange(num_fft // 2 + 1)
         emphasis = (1 + 0.97**2 - 2 * 0.97 * torch.cos(radians))[:, None]
         filters = mel_filters(num_mels, num_fft // 2 + 1, 60.0, SAMPLE_RATE / 2, slaney_norm=False)
         self.num_fft = num_fft

@@ -179,7 +179,7 @@ def test_validation_draws_the_same_every_time(recipe: Any) -> None:
 
 
 def test_checkpoint_to_model_folder_gives_the_same_frames(recipe: Any, model_folder: Path, tmp_path: Path) -> None:
-    sources = {"vae": "vae", "speech_ae": "asd", "transformer": "asd"}
+    sources = {"vae": recipe.vae_stage, "speech_ae": "asd", "transformer": "asd"}
     parts: dict[str, Any] = {"speech_encoder": LogMelEncoder(lookahead_frames=2)}
     for name, stage in sources.items():
         description, state = read_part(name, recipe.final(stage))

@@ -95,7 +95,7 @@ def test_frozen_parts_are_left_alone_and_out_of_checkpoints(recipe: Any, stage: 
         assert not any(child.training for child in part.modules())
         assert not any(p.requires_grad or p.grad is not None for p in part.parameters())
     assert all(getattr(module, name).training for name in module.trained_parts)
-    sources = {"vae": "vae", "teacher": "teacher", "source": "asd"}
+    sources = {"vae": recipe.vae_stage, "teacher": "teacher", "source": "asd"}
     for name in frozen & sources.keys():
         prefix = "vae." if name == "vae" else "transformer."
         state = torch.load(recipe.final(sources[name]), weights_only=False)["state_dict"]

@@ -133,7 +133,8 @@ def test_principal_path_is_set_before_the_first_stage_and_never_trained(recipe: 
     assert keys
     for key in keys:
         assert states[0][key].any(), f"{key} was not set"
-        assert torch.equal(states[0][key], states[1][key]), f"{key} was trained"
+        # Averaging rounds: 0.9 * x + 0.1 * x is not always x.
+        torch.testing.assert_close(states[0][key], states[1][key], atol=1e-6, rtol=1e-5)
     with pytest.raises(UserError, match="expected a VAE with a principal path, got CompactVAE without one"):
         VAEModule(module().vae, principal_batches=1)
 
