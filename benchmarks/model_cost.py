@@ -288,7 +288,7 @@ def cost_of(name: str, tflops: float) -> dict[str, Any]:
     with torch.device("meta"):
         size = read_size(name)
         streaming = streaming_flops(size)
-        training = {stage: {"flops": training_flops(size, stage)} for stage in STAGES}
+        training: dict[str, Any] = {stage: {"flops": training_flops(size, stage)} for stage in STAGES}
         tokens = size.parts["speech_ae"].num_tokens
     for stage in ("teacher", "student", "asd"):
         model: A2VDiT = trained_parts(size, stage)["transformer"]  # type: ignore[assignment]

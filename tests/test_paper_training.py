@@ -80,8 +80,8 @@ class TinyPaper:
             data["size_px"] = 64
         before = {"teacher": "speech_ae", "student": "teacher", "asd": "student"}.get(stage)
         if before is not None:
-            transformer = {"in_channels": 4, "num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 12}
-            transformer |= {"caption_channels": 10, "prompt": str(self.prompt), "speech_dim": 8}
+            transformer: dict[str, Any] = {"caption_channels": 10, "prompt": str(self.prompt), "speech_dim": 8}
+            transformer |= {"in_channels": 4, "num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 12}
             model["transformer"] = {"init_args": transformer}
             source = self.ltx if stage == "teacher" else self.final(before)
             parts = {"vae": self.final("vae"), "speech_ae": self.final(before), "transformer": source}

@@ -172,18 +172,17 @@ class CompactVAE(VideoAutoencoder):
             if i:
                 decoder.append(Upsample(widths[i], widths[i - 1], *strides[i - 1]))
         self.decoder = nn.ModuleList(decoder)
+        self.num_fine = decoder_blocks[0]
         self.decoder_norm = RMSNorm(widths[0])
         self.decoder_out = SpatialConv(widths[0], patch_channels)
         self.principal: PrincipalPath | None = None
         if principal_components:
             self.principal = PrincipalPath(latent_channels, principal_components)
             self.principal_in = SpatialConv(patch_channels, widths[0], 1)
-            for silent in self.principal_in.conv.parameters():
+            for silent in (*self.principal_in.conv.parameters(), *self.decoder_out.conv.parameters()):
                 nn.init.zeros_(silent)
-            for silent in (self.encoder_out.weight[:latent_channels], self.encoder_out.bias[:latent_channels]):
-                nn.init.zeros_(silent)
-            for silent in self.decoder_out.conv.parameters():
-                nn.init.zeros_(silent)
+            nn.init.zeros_(self.encoder_out.weight[:latent_channels])
+            nn.init.zeros_(self.encoder_out.bias[:latent_channels])
         name_streams(self)
 
     @property
@@ -207,7 +206,7 @@ class CompactVAE(VideoAutoencoder):
     def decode_raw(self, latents: Tensor, stream: Stream | None = None) -> Tensor:
         """See :meth:`VideoAutoencoder.decode_raw`."""
         latents = latents.movedim(1, -1).contiguous()
-        num_fine = self._config["decoder_blocks"][0]
+        num_fine = self.num_fine
         x = run(self.decoder[: len(self.decoder) - num_fine], latents, stream)
         linear = self.principal.decode(latents, stream) if self.principal is not None else None
         if linear is not None:

@@ -48,7 +48,7 @@ def mel_filters(num_mels: int, num_bins: int, min_hz: float, max_hz: float, slan
     def to_mel(hz: float) -> float:
         return hz * 3 / 200 if hz < 1000 else 15 + math.log(hz / 1000) / step
 
-    # Not torch.linspace: transformers leaves that on the CPU for good when loading weights on the meta device fails.
+    # Not torch.linspace: torch.device("meta") can miss it (seen after transformers, which swaps it, loaded weights).
     lowest, highest = to_mel(min_hz), to_mel(max_hz)
     mels = lowest + (highest - lowest) / (num_mels + 1) * torch.arange(num_mels + 2, dtype=torch.float64)
     edges = torch.where(mels < 15, mels * 200 / 3, 1000 * torch.exp(step * (mels - 15)))

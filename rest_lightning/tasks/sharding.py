@@ -34,7 +34,7 @@ def shard(part: nn.Module, mesh: DeviceMesh) -> None:
         fully_shard(part, mesh=data_parallel)
         register_fsdp_forward_method(part, "encode")
         return
-    for block in part.transformer_blocks.children():
+    for block in list(part.transformer_blocks):  # type: ignore[arg-type]
         for name, methods in BLOCK_METHODS.items():
             layer = getattr(block, name)
             if layer is not None:

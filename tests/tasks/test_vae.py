@@ -170,7 +170,12 @@ def test_latent_noise_is_relative_to_the_latents_and_for_training_only(strength:
     torch.nn.init.constant_(vae.encoder_out.bias[4:], -60.0)  # clamped: practically no noise of the VAE's own
     task = VAEModule(vae, latent_noise=strength)
     seen: list[torch.Tensor] = []
-    vae.decode_raw = lambda latents: seen.append(latents.detach()) or latents  # type: ignore[assignment, method-assign, func-returns-value]
+
+    def decode_raw(latents: torch.Tensor) -> torch.Tensor:
+        seen.append(latents.detach())
+        return latents
+
+    vae.decode_raw = decode_raw  # type: ignore[assignment, method-assign]
     frames = torch.rand(64, 3, 17, 32, 32) * 2 - 1
     for training in (True, False):
         task.train(training)
