@@ -9,7 +9,7 @@ from PIL import Image
 
 from rest_lightning.data.video import VideoFile
 
-SECONDS, EVERY, SIDE_PX = 6.0, 2, 256
+SECONDS, EVERY, SIDE_PX = 6.0, 2, 192
 
 
 def main(source: str) -> None:
