@@ -16,9 +16,6 @@ from rest_lightning.metrics import mouth
 from rest_lightning.metrics.lips import pearson
 from rest_lightning.metrics.mouth import MouthOpeningEstimator, crop_mouth, mouth_opening
 
-SHIPPED = (mouth.ASSETS / mouth.WEIGHTS_FILE).is_file()
-needs_weights = pytest.mark.skipif(not SHIPPED, reason="the mouth estimator is not trained yet")
-
 
 def noise(num: int, size: int = 128) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (num, size, size, 3), dtype=np.uint8)
@@ -114,7 +111,6 @@ def test_missing_data_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "expected prepared clips with" in capsys.readouterr().err
 
 
-@needs_weights
 def test_shipped_weights_read_unseen_talkers() -> None:
     pytest.importorskip("espeakng_loader")
     from rest_lightning.data.synthetic.synthesize import synthesize_clip
@@ -133,7 +129,6 @@ def test_shipped_weights_read_unseen_talkers() -> None:
     assert np.mean(errors) < 0.08
 
 
-@needs_weights
 def test_shipped_weights_are_small_and_fast() -> None:
     folder = mouth.ASSETS
     assert sum(path.stat().st_size for path in folder.iterdir()) < 1.5e6

@@ -15,7 +15,6 @@ import pytest
 import torch
 from PIL import Image
 
-from rest_lightning.metrics import mouth
 from rest_lightning.models.autoencoder import CompactVAE
 from rest_lightning.models.speech import LogMelEncoder
 from rest_lightning.models.speech_ae import SpeechAE
@@ -23,7 +22,6 @@ from rest_lightning.models.transformer import A2VDiT
 from rest_lightning.talking_head import SamplingSettings, TalkingHead
 
 ROOT = Path(__file__).resolve().parents[2]
-pytestmark = pytest.mark.skipif(not (mouth.ASSETS / mouth.WEIGHTS_FILE).is_file(), reason="no mouth estimator yet")
 
 
 @pytest.fixture(scope="module")
