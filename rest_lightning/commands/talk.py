@@ -10,7 +10,7 @@ import argparse
 import os
 import sys
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -43,7 +43,8 @@ class TalkOptions:
         seed, num_steps, guidance, reference_guidance: see :meth:`rest_lightning.talking_head.TalkingHead.open`.
         report, sheet: JSON and PNG to write beside the video; None writes none.
         num_threads: of torch; None leaves its choice.
-        dtype, device: of the model; device ``auto`` takes a CUDA device where there is one.
+        dtype: of the model; ``auto`` takes bfloat16 on processors that compute it natively, else float32.
+        device: of the model; ``auto`` takes a CUDA device where there is one.
         stdin: the pipe; None takes the process's own.
         quiet: without progress bar and table.
     """
@@ -61,7 +62,7 @@ class TalkOptions:
     report: Path | None = None
     sheet: Path | None = None
     num_threads: int | None = None
-    dtype: str = "float32"
+    dtype: str = "auto"
     device: str = "auto"
     stdin: BinaryIO | None = field(default=None, repr=False)
     quiet: bool = False
@@ -89,7 +90,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     split = "weight of the reference alone (split guidance), 0 for joint guidance (default: the model's)"
     parser.add_argument("--reference-guidance", type=float, help=split)
     parser.add_argument("--threads", dest="num_threads", type=_positive, help="threads of torch (default: its choice)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default float32")
+    types = "of the model: auto (default) is bfloat16 on processors that compute it natively, else float32"
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help=types)
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default auto)")
 
 
@@ -147,7 +149,19 @@ def load_model(options: TalkOptions) -> TalkingHead:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     elif device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
         raise UserError(f"expected device auto, cpu or an available cuda, got {device}: try --device cpu")
-    return TalkingHead.from_pretrained(options.model, device=device, dtype=getattr(torch, options.dtype))
+    dtype = options.dtype
+    if dtype == "auto":
+        known = device == "cpu" and hasattr(torch.cpu, "get_capabilities")
+        dtype = natural_dtype(torch.cpu.get_capabilities() if known else {})
+    return TalkingHead.from_pretrained(options.model, device=device, dtype=getattr(torch, dtype))
+
+
+def natural_dtype(capabilities: Mapping[str, Any]) -> str:
+    """``bfloat16`` where a processor multiplies it natively (torch's names of capabilities), else ``float32``.
+
+    Elsewhere bfloat16 is converted for every operation, which costs more than it saves.
+    """
+    return "bfloat16" if any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16")) else "float32"
 
 
 def _stream(model: TalkingHead, portrait: np.ndarray, speech: SpeechSource, options: TalkOptions) -> StreamReport:

@@ -7,10 +7,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from rest_lightning.cli import main
@@ -118,3 +120,33 @@ def test_interrupt_keeps_a_playable_video(tmp_path: Path, tiny_model: Path, port
     assert num_frames >= 24 and num_sound == num_frames * SAMPLES_PER_FRAME
     assert f"kept {num_frames / 25:.2f} s" in last
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.mp4", "portrait.png"]
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [
+        ({"avx512_bf16": True, "amx_bf16": False}, "bfloat16"),
+        ({"amx_bf16": True}, "bfloat16"),
+        ({"avx512_bf16": False, "avx2": True, "architecture": "x86_64"}, "float32"),
+        ({}, "float32"),
+    ],
+)
+def test_bfloat16_only_where_the_processor_computes_it(capabilities: dict[str, Any], expected: str) -> None:
+    from rest_lightning.commands.talk import natural_dtype
+
+    assert natural_dtype(capabilities) == expected
+
+
+def test_bfloat16_gives_the_same_video_to_a_few_grey_levels() -> None:
+    """The embedded model, 3 s: sampled latents stay close, since every step is computed from float32 noise levels."""
+    from rest_lightning import TalkingHead
+    from rest_lightning.commands.demo import PORTRAIT
+
+    samples = np.random.default_rng(0).normal(scale=0.1, size=48_000).astype(np.float32)
+    frames = []
+    for dtype in (torch.float32, torch.bfloat16):
+        session = TalkingHead.from_pretrained(dtype=dtype).open(PORTRAIT)
+        frames.append(np.concatenate([session.push(samples), session.flush()]).astype(int))
+    assert frames[0].shape == frames[1].shape == (75, 128, 128, 3)
+    assert np.abs(frames[0] - frames[1]).mean() < 1.0
+    assert np.abs(np.diff(frames[0], axis=0)).mean() > 0.2  # something moves
