@@ -150,6 +150,11 @@ class VAEModule(StageModule):
     def _weighted_frames(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Frames and pixel weights of ``principal_batches`` training batches, apart from the training's own order."""
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        if data is None:
+            raise UserError(
+                "principal_batches: expected a TalkingHeadDataModule to draw clips from, got plain data loaders: pass "
+                "`datamodule=` to fit, or leave principal_batches out"
+            )
         for batch in itertools.islice(data.sample_batches(PRINCIPAL_FRAMES), self.principal_batches):
             frames, landmarks = (batch[name].to(self.device) for name in ("frames", "landmarks"))
             weights = self.loss_weights

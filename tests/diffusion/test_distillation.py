@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_student import make_conditions, make_student, make_transformer, save_transformer
+from tiny_student import make_conditions, make_student, make_transformer, save_transformer, train_on
 from torch import Tensor
 
 from rest_lightning.diffusion.distillation import (
@@ -224,13 +224,7 @@ def test_student_learns_and_its_source_stays(
     )
     module = make_student(make_transformer(seed=0, std=0.1), distill=settings)
     inputs = module.draw(make_conditions(4))
-    optimizer = module.configure_optimizers()["optimizer"]
-    losses = []
-    for _ in range(40):
-        losses.append(module.losses(inputs)["loss"])
-        optimizer.zero_grad()
-        losses[-1].backward()
-        optimizer.step()
+    losses = train_on(module, inputs, num_steps=40)
     assert losses[-1] < 0.5 * losses[0]
     assert "source" in module.frozen_parts
     for name, value in module.source.state_dict().items():

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_student import SPEECH_DIM, make_conditions, make_student, make_transformer, save_transformer
+from tiny_student import SPEECH_DIM, make_conditions, make_student, make_transformer, save_transformer, train_on
 from torch import Tensor
 
 from rest_lightning.diffusion.rollout import Context, roll_out
@@ -217,13 +217,7 @@ def test_loss_on_own_contexts_falls(tmp_path: Path, with_teacher: bool) -> None:
     teacher = ASDSettings(save_transformer(make_transformer("full"), tmp_path / "teacher.ckpt"))
     module = make_student(asd=teacher if with_teacher else None, rollout=RolloutSettings(2, 1.0, 1.0))
     inputs = module.draw(make_conditions())
-    optimizer = module.configure_optimizers()["optimizer"]
-    losses = []
-    for _ in range(60):
-        losses.append(module.losses(inputs)["loss"])
-        optimizer.zero_grad()
-        losses[-1].backward()
-        optimizer.step()
+    losses = train_on(module, inputs, num_steps=60)
     assert losses[-1] < 0.5 * losses[0]
     with torch.no_grad():
         validation = module.validation_losses(inputs)

@@ -86,3 +86,16 @@ def rows_of(inputs: TrainingInput, rows: slice) -> TrainingInput:
         return None if value is None else replace(value, **{name: part[rows] for name, part in vars(value).items()})
 
     return replace(inputs, **{name: cut(value) for name, value in vars(inputs).items()})
+
+
+def train_on(module: StudentModule, inputs: TrainingInput, num_steps: int) -> list[float]:
+    """The losses of ``num_steps`` optimiser steps on one draw."""
+    optimizer = module.configure_optimizers()["optimizer"]
+    losses = []
+    for _ in range(num_steps):
+        loss = module.losses(inputs)["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return losses

@@ -186,3 +186,14 @@ def test_latent_noise_is_relative_to_the_latents_and_for_training_only(strength:
             expected = strength / 3**0.5 if training else 0.0
             spread = error[:, :, slot].square().mean(dim=(0, 2, 3, 4)).sqrt()
             torch.testing.assert_close(spread, torch.full((4,), expected), atol=2e-3, rtol=0.3)
+
+
+def test_principal_batches_need_the_data_module() -> None:
+    import lightning
+
+    vae = CompactVAE(4, (8, 12, 16), (1, 1, 1), (1, 1, 1), ((4, 2), (2, 2)), 8, principal_components=8)
+    trainer = lightning.Trainer(
+        accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False, enable_progress_bar=False
+    )
+    with pytest.raises(UserError, match="expected a TalkingHeadDataModule to draw clips from, got plain data loaders"):
+        trainer.fit(VAEModule(vae, principal_batches=1), torch.utils.data.DataLoader([batch()], batch_size=None))
