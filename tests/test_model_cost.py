@@ -57,9 +57,7 @@ GRID: list[tuple[dict[str, Any], int, int, int]] = [
 
 
 @pytest.mark.parametrize(("changes", "batch", "num_frames", "cells"), GRID)
-def test_training_formula(
-    tools: ModuleType, changes: dict[str, Any], batch: int, num_frames: int, cells: int
-) -> None:
+def test_training_formula(tools: ModuleType, changes: dict[str, Any], batch: int, num_frames: int, cells: int) -> None:
     with torch.device("meta"):
         model = make_model(**changes)
         latents = torch.empty(batch, model.in_channels, num_frames, 2, cells // 2)

@@ -98,9 +98,7 @@ def load_frames(
     try:
         with VideoFile(path, backend) as video:
             if abs(video.fps - FPS) > 0.01:
-                raise ClipError(
-                    f"{path}: expected {FPS} frames per second, got {video.fps:g}: encode it at {FPS} fps"
-                )
+                raise ClipError(f"{path}: expected {FPS} frames per second, got {video.fps:g}: encode it at {FPS} fps")
             if video.num_frames < row.num_frames:
                 raise CorruptClip(
                     f"{path}: expected {row.num_frames} frames as in the manifest, got {video.num_frames}"

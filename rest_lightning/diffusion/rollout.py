@@ -35,7 +35,6 @@ class Context:
     sigma: Tensor
 
 
-
 @torch.no_grad()
 def roll_out(
     model: A2VDiT, reference: Tensor, noise: Tensor, speech_latents: Tensor | None, sigmas: Sequence[float]

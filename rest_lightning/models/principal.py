@@ -124,9 +124,7 @@ class _Moments:
         self.sum += weights @ vectors
         self.products += (vectors * weights[:, None]).T @ vectors
 
-    def leading(
-        self, count: int, sum_over_devices: Callable[[Tensor], Tensor]
-    ) -> tuple[Tensor, Tensor, Tensor, float]:
+    def leading(self, count: int, sum_over_devices: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor, float]:
         """Mean, the ``count`` largest variances, their directions as columns, and the variance that is left out."""
         weight, total, products = (sum_over_devices(value) for value in (self.weight, self.sum, self.products))
         mean = total / weight

@@ -28,6 +28,7 @@ class VAELossWeights:
 
     Attributes:
         l1: absolute error of pixels.
+        l2: squared error of pixels, which PSNR is made of: it looks at the few large errors of a moving mouth.
         difference: absolute error of the differences of neighbouring frames.
         border: extra weight of the differences across a latent border (frames 8k and 8k+1), where an 8x temporal
             compression makes jumps.
@@ -37,6 +38,7 @@ class VAELossWeights:
     """
 
     l1: float = 1.0
+    l2: float = 0.0
     difference: float = 1.0
     border: float = 1.0
     kl: float = 1e-7
@@ -121,6 +123,7 @@ class VAEModule(StageModule):
         pixel_weights = region_weights(batch["landmarks"], frames.shape[-2:], weights.mouth, weights.eyes)
         terms = {
             "l1": (pixel_weights * error.abs()).mean(),
+            "l2": (pixel_weights * error.square()).mean(),
             "difference": _difference_loss(error, pixel_weights, weights.border),
             "kl": 0.5 * (mean.float().square() + log_variance.float().exp() - 1.0 - log_variance.float()).mean(),
         }

@@ -49,7 +49,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def portrait(tmp_path: Path) -> Path:
     """A colourful 80x96 PNG."""
-    y, x = np.mgrid[0 : 1 : 96j, 0 : 1 : 80j]
+    y, x = np.mgrid[0:1:96j, 0:1:80j]
     pixels = np.stack([255 * x, 255 * y, 120 + 0 * x], axis=-1).astype(np.uint8)
     Image.fromarray(pixels).save(tmp_path / "portrait.png")
     return tmp_path / "portrait.png"

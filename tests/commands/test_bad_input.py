@@ -236,9 +236,7 @@ def test_pipe(
     assert tree(tmp_path) == before
 
 
-def test_no_model(
-    tmp_path: Path, portrait: Path, make_speech: MakeSpeech, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_no_model(tmp_path: Path, portrait: Path, make_speech: MakeSpeech, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["talk", str(portrait), str(make_speech(16_000)), "-o", str(tmp_path / "out.mp4")]
     assert main([*words, "--model", str(tmp_path / "nowhere")]) == 2
     assert_one_line(capsys, "nowhere", "rest export")

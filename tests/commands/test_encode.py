@@ -25,9 +25,7 @@ def dataset(tmp_path: Path) -> Path:
         with Mp4Writer(clip_path(root, clip_id), 64) as writer:
             writer.write(np.random.default_rng(index).integers(0, 256, (17, 64, 64, 3), dtype=np.uint8))
             writer.write_audio(np.zeros(17 * SAMPLES_PER_FRAME, np.float32))
-        sidecar = Sidecar(
-            clip_id=clip_id, identity=clip_id, source="test", num_frames=17, size_px=64, split=split
-        )
+        sidecar = Sidecar(clip_id=clip_id, identity=clip_id, source="test", num_frames=17, size_px=64, split=split)
         write_sidecar(root, sidecar)
     finish_dataset(root, {"made_by": "tests"})
     return root

@@ -96,9 +96,7 @@ def test_nothing_is_replaced_by_accident(
     assert kind != "other" or (out / "letter.txt").exists()
 
 
-def test_wrong_checkpoints(
-    checkpoints: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_wrong_checkpoints(checkpoints: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for words in (
         words_of((tmp_path / "missing.ckpt", checkpoints[1]), tmp_path / "out"),
         words_of(checkpoints[::-1], tmp_path / "out"),

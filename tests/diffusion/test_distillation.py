@@ -111,9 +111,7 @@ def test_many_steps_average_to_the_exact_flow() -> None:
     torch.testing.assert_close(end, sample * deviation(sigma_next) / deviation(sigma), atol=2e-3, rtol=0)
 
 
-def streamed_steps(
-    model: A2VDiT, inputs: TrainingInput, context: Context, levels: Tensor, guidance: float
-) -> Tensor:
+def streamed_steps(model: A2VDiT, inputs: TrainingInput, context: Context, levels: Tensor, guidance: float) -> Tensor:
     """Chunk after chunk as a guided stream does it: two rows of cache per clip, some Euler steps from the noisy chunk.
 
     Returns the samples after the last step, without the reference.

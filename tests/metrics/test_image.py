@@ -68,7 +68,9 @@ def test_sharpness_falls_with_blur_and_in_the_mask_alone() -> None:
     sharp = noise(1, 64, 64)
     values = []
     for radius in (0.0, 0.5, 1.0, 2.0):
-        values.append(image.sharpness(np.array(Image.fromarray(sharp[0]).filter(ImageFilter.GaussianBlur(radius)))[None]))
+        values.append(
+            image.sharpness(np.array(Image.fromarray(sharp[0]).filter(ImageFilter.GaussianBlur(radius)))[None])
+        )
     assert values == sorted(values, reverse=True)
     half = sharp.copy()
     half[:, :, 32:] = 128

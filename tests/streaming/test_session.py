@@ -97,9 +97,7 @@ def test_video_is_as_long_as_the_speech(head: TalkingHead, num_frames: float) ->
 
 
 @pytest.mark.parametrize("lookahead", [0, 2, 4])
-def test_frames_do_not_depend_on_speech_beyond_the_lookahead(
-    make: Callable[..., TalkingHead], lookahead: int
-) -> None:
+def test_frames_do_not_depend_on_speech_beyond_the_lookahead(make: Callable[..., TalkingHead], lookahead: int) -> None:
     head = make(lookahead_frames=lookahead)
     samples = speech(96)
     changed = samples.copy()

@@ -166,9 +166,7 @@ def test_initial_of_another_shape(recipe: Any, vae: nn.Module, message: str) -> 
         ("--data.num_frames_train=10", "num_frames: .*8n"),
     ],
 )
-def test_mistakes_on_the_command_line_keep_their_one_line(
-    recipe: Any, tmp_path: Path, word: str, message: str
-) -> None:
+def test_mistakes_on_the_command_line_keep_their_one_line(recipe: Any, tmp_path: Path, word: str, message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         recipe.run("vae", tmp_path, word)
     assert "\n" not in str(caught.value)

@@ -64,7 +64,7 @@ def test_speech_ae_loss_falls_on_one_batch() -> None:
 
 @pytest.mark.parametrize(("mouth", "border"), [(1.0, 1.0), (8.0, 3.0)])
 def test_loss_terms_are_their_definitions(mouth: float, border: float) -> None:
-    task = module(l1=1.0, difference=2.0, border=border, kl=0.5, mouth=mouth, eyes=mouth).eval()
+    task = module(l1=1.0, l2=3.0, difference=2.0, border=border, kl=0.5, mouth=mouth, eyes=mouth).eval()
     data = batch(17)
     with torch.no_grad():
         terms = task.losses(data)
@@ -72,6 +72,8 @@ def test_loss_terms_are_their_definitions(mouth: float, border: float) -> None:
     weights = region_weights(data["landmarks"], (64, 64), mouth, mouth)
     error = reconstruction - data["frames"]
     assert float(terms["l1"]) == pytest.approx(float((weights * error.abs()).mean()), rel=1e-5)
+    squared = float((weights * error**2).mean())
+    assert float(terms["l2"]) == pytest.approx(squared, rel=1e-5)
     total = 0.0
     for i in range(1, 17):
         change = (weights[:, :, i] * (error[:, :, i] - error[:, :, i - 1]).abs()).mean()
@@ -79,7 +81,9 @@ def test_loss_terms_are_their_definitions(mouth: float, border: float) -> None:
     assert float(terms["difference"]) == pytest.approx(total, rel=1e-5)
     kl = 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).mean()
     assert float(terms["kl"]) == pytest.approx(float(kl), rel=1e-5)
-    assert float(terms["loss"]) == pytest.approx(float(terms["l1"]) + 2 * total + 0.5 * float(kl), rel=1e-5)
+    assert float(terms["loss"]) == pytest.approx(
+        float(terms["l1"]) + 3 * squared + 2 * total + 0.5 * float(kl), rel=1e-5
+    )
 
 
 def test_region_weights_of_known_and_unknown_landmarks() -> None:

@@ -75,7 +75,7 @@ def paint_body(p: Identity, size_px: int) -> Array:
     mask = smoothstep(-0.005, 0.005, y - top)
     cloth = srgb_to_linear(p.cloth)
     fall = 0.62 + 0.34 * np.sqrt(np.clip(1 - (x / 0.62) ** 2, 0, 1)) + 0.12 * p.light_x * x / 0.5
-    rim = 1 - 0.22 * np.exp(-((y - top) / 0.02) ** 2)
+    rim = 1 - 0.22 * np.exp(-(((y - top) / 0.02) ** 2))
     folds = 1 + 0.05 * np.sin(9 * x + 3 * np.sin(5 * y) + p.hair_phase)
     shade = (fall * rim * folds * (0.92 - 0.15 * smoothstep(0.9, 1.1, y)))[..., None]
     if p.clothes == "jacket":

@@ -74,9 +74,7 @@ class Motion:
         y1 = y * np.cos(self._pitch) + z1 * np.sin(self._pitch)
         x2 = x1 * np.cos(self._roll) - y1 * np.sin(self._roll)
         y2 = x1 * np.sin(self._roll) + y1 * np.cos(self._roll)
-        return np.stack(
-            [0.5 + self._scale * x2 + self._shift_x, PIVOT_Y + self._scale * y2 + self._shift_y], axis=-1
-        )
+        return np.stack([0.5 + self._scale * x2 + self._shift_x, PIVOT_Y + self._scale * y2 + self._shift_y], axis=-1)
 
     def skin(self, x: Array, y: Array) -> Array:
         """Image points (F, N, 2) of the face's skin and hair: jaw, brows and cheeks move, hair ends follow weakly."""
