@@ -46,13 +46,19 @@ def build_part(description: dict[str, Any]) -> nn.Module:
     return cls.from_config(description["config"])
 
 
-def fingerprint_of(vae: nn.Module) -> str:
-    """Class name and a hash of all weights: latents fit a VAE only when it is exactly theirs."""
+def fingerprint_of(part: nn.Module, with_config: bool = False) -> str:
+    """Class name and a hash of all weights: latents fit a VAE only when it is exactly theirs.
+
+    ``with_config`` takes the configuration in: the same weights of a speech encoder make other features with another
+    look-ahead.
+    """
     digest = hashlib.sha256()
-    for key, value in sorted(vae.state_dict().items()):
+    if with_config:
+        digest.update(json.dumps(part.config, sort_keys=True).encode())
+    for key, value in sorted(part.state_dict().items()):
         digest.update(key.encode())
         digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
-    return f"{type(vae).__name__}-{digest.hexdigest()[:16]}"
+    return f"{type(part).__name__}-{digest.hexdigest()[:16]}"
 
 
 def load_part(part: nn.Module | None, name: str, source: str | Path) -> None:

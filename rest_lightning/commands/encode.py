@@ -1,16 +1,24 @@
-"""Encode every clip of a dataset with a trained VAE, once; a second run continues where the first one stopped."""
+"""Encode every clip of a dataset, once: its frames with a trained VAE, or its speech with the frozen speech encoder.
+
+A second run continues where the first one stopped.
+"""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
-    parser.add_argument("--model", type=Path, required=True, help="checkpoint of the VAE stage, or a model folder")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--model", type=Path, help="frames: checkpoint of the VAE stage, or a model folder")
+    what.add_argument(
+        "--speech-encoder", type=Path, help="speech: a stage's configuration or checkpoint, or a model folder"
+    )
     parser.add_argument("--data", type=Path, required=True, help="prepared clips")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the latents")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the latents or features")
     parser.add_argument("--num-frames", type=int, default=97, help="window length, 8n + 1 (default 97)")
     parser.add_argument("--windows-per-clip", type=int, default=1, help="windows spread over each clip (default 1)")
     parser.add_argument("--references-per-clip", type=int, default=0, help="single frames for random references")
@@ -22,6 +30,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Encode what is missing."""
+    shared = ("num_frames", "windows_per_clip", "device", "overwrite")
+    options = {name: getattr(args, name) for name in shared}
+    if args.speech_encoder is not None:
+        return _run_speech(args, options)
     from rest_lightning.data.latents import encode_dataset
     from rest_lightning.parts import build_part, fingerprint_of, read_part
 
@@ -29,7 +41,19 @@ def run(args: argparse.Namespace) -> int:
     vae = build_part(description)
     vae.load_state_dict(state)
     vae.requires_grad_(False).eval().to(args.device)
-    options = {name: value for name, value in vars(args).items() if name not in ("model", "data", "out")}
+    options |= {name: getattr(args, name) for name in ("references_per_clip", "dtype", "batch_size")}
     cache = encode_dataset(vae, args.data, args.out, fingerprint=fingerprint_of(vae), **options)  # type: ignore[arg-type]
     print(f"{args.out}: latents of {len(cache.index['clips'])} clips")
+    return 0
+
+
+def _run_speech(args: argparse.Namespace, options: dict[str, Any]) -> int:
+    from rest_lightning.commands.export import load_speech_encoder
+    from rest_lightning.data.speech_cache import encode_speech
+    from rest_lightning.parts import fingerprint_of
+
+    encoder = load_speech_encoder(args.speech_encoder).requires_grad_(False).eval().to(args.device)
+    fingerprint = fingerprint_of(encoder, with_config=True)
+    cache = encode_speech(encoder, args.data, args.out, fingerprint=fingerprint, **options)  # type: ignore[arg-type]
+    print(f"{args.out}: speech features of {len(cache.index['clips'])} clips")
     return 0

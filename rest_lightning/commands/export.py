@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     sampling = changes.of(SamplingSettings())
     sources = {"transformer": args.checkpoint, "speech_ae": args.speech_ae, "vae": args.vae}
     parts = {name: _load(name, source or args.checkpoint) for name, source in sources.items()}
-    parts["speech_encoder"] = _load_speech_encoder(args.speech_encoder or args.checkpoint)
+    parts["speech_encoder"] = load_speech_encoder(args.speech_encoder or args.checkpoint)
     head = TalkingHead(**parts, sampling=sampling, size_px=args.size_px)  # type: ignore[arg-type]
     head.save_pretrained(args.out, getattr(torch, args.dtype))
     size_mb = sum(file.stat().st_size for file in args.out.rglob("*") if file.is_file()) / 1e6
@@ -68,15 +68,21 @@ def _load(name: str, source: Path) -> nn.Module:
     return part
 
 
-def _load_speech_encoder(source: Path) -> nn.Module:
-    """A stage's checkpoint describes frozen parts without their weights.
+def load_speech_encoder(source: Path) -> nn.Module:
+    """The speech encoder of a model folder, of a stage's configuration file, or of its checkpoint.
 
-    Log-mel has none; the path of Whisper's stands in the config.yaml of the run.
+    A checkpoint describes frozen parts without weights: log-mel has none; the path of Whisper's stands in the
+    config.yaml of the run.
     """
     import torch
 
     from rest_lightning.parts import FROZEN_PARTS_KEY, PARTS_KEY, build_part
 
+    if source.suffix in (".yaml", ".yml") and source.is_file():
+        description = _described_in(source)
+        if description is None:
+            raise UserError(f"expected a stage's configuration with model.init_args.speech_encoder, got {source}")
+        return build_part(description)
     if source.is_dir() or not source.is_file():
         return _load("speech_encoder", source)
     checkpoint = torch.load(source, map_location="cpu", weights_only=False)
@@ -94,13 +100,17 @@ def _load_speech_encoder(source: Path) -> nn.Module:
 
 
 def _described_by_run(checkpoint: Path) -> dict[str, Any] | None:
+    for folder in checkpoint.resolve().parents[:4]:
+        if (folder / "config.yaml").is_file() and (found := _described_in(folder / "config.yaml")):
+            return found
+    return None
+
+
+def _described_in(file: Path) -> dict[str, Any] | None:
     import yaml
 
-    for folder in checkpoint.resolve().parents[:4]:
-        if not (folder / "config.yaml").is_file():
-            continue
-        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-        found = ((config.get("model") or {}).get("init_args") or {}).get("speech_encoder")
-        if found:
-            return {"class": found["class_path"].rsplit(".", 1)[-1], "config": found.get("init_args") or {}}
-    return None
+    config = yaml.safe_load(file.read_text(encoding="utf-8"))
+    found = ((config.get("model") or {}).get("init_args") or {}).get("speech_encoder")
+    if not found:
+        return None
+    return {"class": found["class_path"].rsplit(".", 1)[-1], "config": found.get("init_args") or {}}

@@ -20,11 +20,12 @@ from torch.utils.data import Dataset
 from rest_lightning.constants import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME, num_latent_frames
 from rest_lightning.data.augment import Samples, SpeechAugmentation
 from rest_lightning.data.layout import LANDMARKS, ManifestRow, clip_path, read_manifest, read_sidecar, sha256_of
-from rest_lightning.data.video import Backend, Frames, VideoFile, read_clip_audio
+from rest_lightning.data.video import Backend, Frames, VideoFile, check_memory, read_clip_audio
 from rest_lightning.errors import UserError
 
 if TYPE_CHECKING:
     from rest_lightning.data.latents import LatentsCache
+    from rest_lightning.data.speech_cache import SpeechCache
 
 Reference = Literal["first_frame", "random_frame"]
 
@@ -171,7 +172,8 @@ class PreparedClips(Dataset[dict[str, Any]]):
     index is the key (index, index). Samples hold ``frames`` uint8 (F, H, W, 3), ``reference`` uint8 (H, W, 3),
     ``audio`` float32 (640 * (left + F + right),), ``mouth_opening`` (F,) and ``landmarks`` (F, 3, 2) in the order
     mouth, left eye, right eye (NaN unknown), ``clip_id`` and ``start`` (first frame of the window in its clip).
-    With ``latents``: ``latents`` (C, f, h, w) instead of frames and reference.
+    With ``latents``: ``latents`` (C, f, h, w) instead of frames and reference. With ``speech``: also ``speech_steps``
+    (n, D_A), which `SpeechEncoder.unpack` turns into the window's features.
 
     Clips that are too short are left out and counted in ``skipped``. A clip that cannot be read is left out when that
     is found, the next readable one takes its place, and it is named in the log and the report.
@@ -186,6 +188,7 @@ class PreparedClips(Dataset[dict[str, Any]]):
         audio_left_frames, audio_right_frames: audio margins, from the clip where it has them, else zeros.
         augmentation: applied to the audio, margins included; None leaves it as recorded.
         latents: cache to read latents from; its windows are then the ones to choose from.
+        speech: the same for speech features; of both caches, the windows of ``latents`` have to be in ``speech``.
         with_frames: False leaves out frames and reference (a speech stage needs none).
         seed: of all random choices, together with the key.
         max_corrupt: how many unreadable clips are left out before it is an error: below 1 a fraction, else a number.
@@ -209,6 +212,7 @@ class PreparedClips(Dataset[dict[str, Any]]):
         audio_right_frames: int = 4,
         augmentation: SpeechAugmentation | None = None,
         latents: LatentsCache | None = None,
+        speech: SpeechCache | None = None,
         with_frames: bool = True,
         seed: int = 0,
         max_corrupt: float = 0.02,
@@ -223,14 +227,13 @@ class PreparedClips(Dataset[dict[str, Any]]):
         self.random_window, self.reference = random_window, reference
         self.audio_left_frames, self.audio_right_frames = audio_left_frames, audio_right_frames
         self.augmentation, self.latents, self.with_frames = augmentation, latents, with_frames and latents is None
-        self.seed, self.report_path, self.backend = seed, report_path, backend
+        self.speech, self.seed, self.report_path, self.backend = speech, seed, report_path, backend
         rows = read_manifest(root, split)
         self.rows, self.skipped = select_rows(rows, num_frames, size_px)
-        if latents is not None:
-            kept = [row for row in self.rows if latents.check_clip(row)]
-            if len(kept) < len(self.rows):
-                self.skipped["not in the latents cache"] = len(self.rows) - len(kept)
-            self.rows = kept
+        for cache in (latents, speech):
+            self.rows = self.rows if cache is None else cache.select(self.rows, self.skipped)
+        if latents is not None and speech is not None:
+            speech.check_windows(latents, self.rows)
         for reason, count in self.skipped.items():
             _log.warning("%s: %d of %d %s clips left out: %s", self.root, count, len(rows), split, reason)
         if not self.rows:
@@ -288,7 +291,7 @@ class PreparedClips(Dataset[dict[str, Any]]):
             UserError: it would not fit into the free memory, or too many clips are unreadable.
         """
         if self.with_frames:
-            _check_memory(sum(row.num_frames for row in self.rows) * self.size_px**2 * 3, self.root)
+            check_memory(sum(row.num_frames for row in self.rows) * self.size_px**2 * 3, self.root)
 
         def load(index: int) -> CorruptClip | None:
             try:
@@ -317,6 +320,9 @@ class PreparedClips(Dataset[dict[str, Any]]):
             start, images["latents"] = self.latents.sample(
                 row.clip_id, rng if self.random_window else None, self.reference == "random_frame"
             )
+        elif self.speech is not None:
+            number = self.speech.choose(row.clip_id, rng if self.random_window else None)
+            start = self.speech.starts(row.clip_id)[number]
         else:
             slack = row.num_frames - length
             start = int(rng.integers(slack + 1)) if self.random_window else slack // 2
@@ -331,11 +337,13 @@ class PreparedClips(Dataset[dict[str, Any]]):
             else:
                 frames, (reference,) = load_frames(self.root, row, [(start, length), (chosen, 1)], self.backend)
             images = {"frames": torch.from_numpy(frames), "reference": torch.from_numpy(reference)}
+        speech = {} if self.speech is None else {"speech_steps": self.speech.at(row.clip_id, start)}
         audio = cut_audio(tracks.audio, start, length, self.audio_left_frames, self.audio_right_frames)
         if self.augmentation is not None:
             audio = self.augmentation(audio, rng, lambda rng: self._other_voice(index, rng))
         return {
             **images,
+            **speech,
             "audio": torch.from_numpy(audio),
             "mouth_opening": torch.from_numpy(tracks.mouth_opening[start : start + length]),
             "landmarks": torch.from_numpy(tracks.landmarks[start : start + length]),
@@ -381,16 +389,3 @@ class PreparedClips(Dataset[dict[str, Any]]):
                 f"{self.root}: expected at most {self.max_num_corrupt} unreadable {self.split} clips, got "
                 f"{len(corrupt)} of {len(self)} ({names}; last: {error}): remake them or raise max_corrupt"
             )
-
-
-def _check_memory(num_bytes: int, name: str) -> None:
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            available = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return
-    if num_bytes > 0.9 * available:
-        raise UserError(
-            f"{name}: expected the decoded clips to fit into memory, got {num_bytes / 1e9:.1f} GB with "
-            f"{available / 1e9:.1f} GB free: set cache_in_memory to false"
-        )

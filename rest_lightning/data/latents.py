@@ -1,35 +1,24 @@
 """VAE latents of a data set on disk, computed once for the DiT stages.
 
-::
-
-    <folder>/latents-00000.safetensors   windows (N, C, f, h, w) and references (M, C, 1, h, w)
-    <folder>/index.json                  which VAE (fingerprint), which windows of which clips are where
-
-The index is replaced after every shard: an interrupted run continues where it was.
+Windows (N, C, f, h, w) and references (M, C, 1, h, w), as :mod:`rest_lightning.data.window_cache` tells.
 """
 
 from __future__ import annotations
 
-import json
-import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
-from typing import Any, Literal, Protocol
+from collections.abc import Sequence
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from rest_lightning.constants import num_latent_frames
-from rest_lightning.data.clips import CorruptClip, load_frames, select_rows
-from rest_lightning.data.layout import ManifestRow, read_manifest, temporary_path, write_text_atomic
+from rest_lightning.data.clips import load_frames
+from rest_lightning.data.layout import ManifestRow
+from rest_lightning.data.window_cache import WindowCache
 from rest_lightning.errors import UserError
 
-CACHE_VERSION = 1
 Precision = Literal["bfloat16", "float32"]
-
-_log = logging.getLogger(__name__)
 
 
 class FrameEncoder(Protocol):
@@ -38,83 +27,10 @@ class FrameEncoder(Protocol):
     def encode(self, frames: Tensor) -> Tensor: ...
 
 
-class LatentsCache:
-    """Latents of `encode_dataset`.
+class LatentsCache(WindowCache):
+    """Latents of `encode_dataset`; `window` gives (C, f, h, w)."""
 
-    Args:
-        folder: of the cache.
-        num_frames: expected window length; None takes the cache's.
-        fingerprint: expected VAE; None does not ask.
-        in_memory: read all shards now instead of mapping them.
-
-    Raises:
-        UserError: no cache, another version, window length or VAE.
-    """
-
-    def __init__(
-        self,
-        folder: str | os.PathLike[str],
-        num_frames: int | None = None,
-        fingerprint: str | None = None,
-        in_memory: bool = False,
-    ) -> None:
-        self.folder = Path(folder)
-        index = _read_index(self.folder)
-        if index is None:
-            raise UserError(f"expected a latents cache {self.folder}, got none: make it with `rest encode`")
-        self.index: dict[str, Any] = index
-        self.fingerprint: str = self.index["fingerprint"]
-        self.num_frames: int = self.index["num_frames"]
-        if fingerprint is not None:
-            self.check_fingerprint(fingerprint)
-        if num_frames is not None:
-            self.check_num_frames(num_frames)
-        self._clips: dict[str, dict[str, Any]] = self.index["clips"]
-        self._open_files: dict[tuple[int, int], Any] = {}
-        self._loaded: list[dict[str, Tensor]] = []
-        if in_memory:
-            from safetensors.torch import load_file
-
-            self._loaded = [load_file(self.folder / name) for name in self.index["shards"]]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_open_files": {}}  # mapped files belong to their process
-
-    def check_fingerprint(self, fingerprint: str) -> None:
-        """UserError unless the latents come from the VAE of this fingerprint."""
-        if fingerprint != self.fingerprint:
-            raise UserError(
-                f"{self.folder}: expected latents of the VAE {fingerprint}, got those of {self.fingerprint}: "
-                "make them again with `rest encode --overwrite`"
-            )
-
-    def check_num_frames(self, num_frames: int) -> None:
-        """UserError unless the windows have ``num_frames`` frames."""
-        if num_frames != self.num_frames:
-            raise UserError(
-                f"{self.folder}: expected latents of {num_frames} frames, got {self.num_frames}: make them again with "
-                "`rest encode`, or set num_frames to theirs"
-            )
-
-    def check_clip(self, row: ManifestRow) -> bool:
-        """Whether the clip is in the cache; UserError when it was made from another version of the clip."""
-        entry = self._clips.get(row.clip_id)
-        if entry is not None and entry["sha256"] != row.sha256:
-            raise UserError(
-                f"{self.folder}: expected latents of the present clip {row.clip_id}, got those of an older version: "
-                "make them again with `rest encode --overwrite`"
-            )
-        return entry is not None
-
-    def starts(self, clip_id: str) -> list[int]:
-        """First frames of the clip's windows."""
-        starts: list[int] = self._clips[clip_id]["starts"]
-        return starts
-
-    def window(self, clip_id: str, number: int) -> Tensor:
-        """Latents (C, f, h, w), float32, of window ``number`` of a clip."""
-        entry = self._clips[clip_id]
-        return self._row(entry["shard"], "windows", entry["row"] + number)
+    content, network, prefix = "latents", "VAE", "latents"
 
     def reference(self, clip_id: str, number: int) -> Tensor:
         """Latents (C, 1, h, w), float32, of the clip's reference frame ``number``, encoded on its own."""
@@ -127,12 +43,10 @@ class LatentsCache:
         ``random_reference`` puts one of the clip's single-frame latents into slot 0. The causal encoder treats the
         first frame on its own, so that is the latent of the window with another reference (METHOD sec. 2).
         """
-        entry = self._clips[clip_id]
-        count = len(entry["starts"])
-        number = count // 2 if rng is None else int(rng.integers(count))
+        number = self.choose(clip_id, rng)
         latents = self.window(clip_id, number)
         if random_reference:
-            num_references = len(entry["reference_frames"])
+            num_references = len(self._clips[clip_id]["reference_frames"])
             if not num_references:
                 raise UserError(
                     f"{self.folder}: expected latents of reference frames for reference=random_frame, got none: "
@@ -140,18 +54,7 @@ class LatentsCache:
                 )
             choice = 0 if rng is None else int(rng.integers(num_references))
             latents = torch.cat([self.reference(clip_id, choice), latents[:, 1:]], dim=1)
-        return entry["starts"][number], latents
-
-    def _row(self, shard: int, name: str, row: int) -> Tensor:
-        if self._loaded:
-            return self._loaded[shard][name][row].float()
-        key = (os.getpid(), shard)
-        if key not in self._open_files:
-            from safetensors import safe_open
-
-            self._open_files[key] = safe_open(self.folder / self.index["shards"][shard], framework="pt")
-        rows: Tensor = self._open_files[key].get_slice(name)[row : row + 1]
-        return rows[0].float()
+        return self.starts(clip_id)[number], latents
 
 
 def encode_dataset(
@@ -194,98 +97,28 @@ def encode_dataset(
     Raises:
         UserError: no data set, a cache of another VAE or other settings, or too many unreadable clips.
     """
-    from safetensors.torch import save_file
-    from tqdm import tqdm
-
-    try:
-        num_latent_frames(num_frames)
-    except ValueError as error:
-        raise UserError(f"num_frames: {error}") from None
-    folder = Path(out_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    settings = {
-        "version": CACHE_VERSION,
-        "fingerprint": fingerprint,
-        "num_frames": num_frames,
-        "windows_per_clip": windows_per_clip,
-        "references_per_clip": references_per_clip,
-        "dtype": dtype,
-    }
-    index = None if overwrite else _read_index(folder)
-    if index is not None:
-        changed = {key: (value, index.get(key)) for key, value in settings.items() if index.get(key) != value}
-        if changed:
-            key, (expected, came) = next(iter(changed.items()))
-            raise UserError(
-                f"{folder}: expected a latents cache with {key} {expected}, got one with {came}: give another folder "
-                "or `--overwrite`"
-            )
-    else:
-        index = {**settings, "shards": [], "clips": {}, "corrupt": {}}
-        _write_index(folder, index)  # before old shards go: no index ever names a file that is not there
-        for old in folder.glob("latents-*.safetensors"):
-            old.unlink()
-    rows, _ = select_rows([row for row in read_manifest(data_dir) if row.split in splits], num_frames)
-    done: dict[str, Any] = index["clips"]
-    for row in rows:
-        if row.clip_id in done and done[row.clip_id]["sha256"] != row.sha256:
-            raise UserError(
-                f"{folder}: expected latents of the present clip {row.clip_id}, got those of an older version: give "
-                "another folder or `--overwrite`"
-            )
-    todo = [row for row in rows if row.clip_id not in done]
-    allowed = int(max_corrupt * len(rows) if max_corrupt < 1 else max_corrupt)
     encode = _Encoder(vae, torch.device(device), getattr(torch, dtype), batch_size)
-    with tqdm(
-        total=len(rows), initial=len(rows) - len(todo), desc="encoding", unit="clip", disable=not progress
-    ) as bar:
-        for group in _groups(todo, clips_per_shard):
-            number = len(index["shards"])
-            windows: list[Tensor] = []
-            references: list[Tensor] = []
-            entries: dict[str, dict[str, Any]] = {}
-            for row in group:
-                bar.update()
-                try:
-                    (clip,) = load_frames(data_dir, row)
-                except CorruptClip as error:
-                    index["corrupt"][row.clip_id] = str(error)
-                    _log.warning("clip %s left out: %s", row.clip_id, error)
-                    if len(index["corrupt"]) > allowed:
-                        names = ", ".join(list(index["corrupt"])[:3])
-                        raise UserError(
-                            f"{data_dir}: expected at most {allowed} unreadable clips, got {len(index['corrupt'])} "
-                            f"({names}; last: {error}): remake them or raise max_corrupt"
-                        ) from None
-                    continue
-                starts = _spread(row.num_frames - num_frames, windows_per_clip)
-                frames = _spread(row.num_frames - 1, references_per_clip)
-                entries[row.clip_id] = {
-                    "sha256": row.sha256,
-                    "shard": number,
-                    "row": len(windows),
-                    "starts": starts,
-                    "reference_row": len(references),
-                    "reference_frames": frames,
-                }
-                windows += encode([clip[start : start + num_frames] for start in starts])
-                references += encode([clip[frame : frame + 1] for frame in frames])
-            if not entries:
-                continue
-            tensors = {"windows": torch.stack(windows)}
-            if references:
-                tensors["references"] = torch.stack(references)
-            path = folder / f"latents-{number:05d}.safetensors"
-            temporary = temporary_path(path)
-            try:
-                save_file(tensors, temporary)
-                os.replace(temporary, path)
-            finally:
-                temporary.unlink(missing_ok=True)
-            index["shards"].append(path.name)
-            done.update(entries)
-            _write_index(folder, index)
-    return LatentsCache(folder, num_frames, fingerprint)
+
+    def read_clip(row: ManifestRow, starts: list[int], frames: list[int]) -> tuple[list[Tensor], list[Tensor]]:
+        (clip,) = load_frames(data_dir, row)
+        windows = encode([clip[start : start + num_frames] for start in starts])
+        return windows, encode([clip[frame : frame + 1] for frame in frames])
+
+    return LatentsCache.encode(
+        read_clip,
+        data_dir,
+        out_dir,
+        fingerprint=fingerprint,
+        num_frames=num_frames,
+        windows_per_clip=windows_per_clip,
+        references_per_clip=references_per_clip,
+        splits=splits,
+        dtype=dtype,
+        clips_per_shard=clips_per_shard,
+        max_corrupt=max_corrupt,
+        overwrite=overwrite,
+        progress=progress,
+    )
 
 
 class _Encoder:
@@ -302,36 +135,3 @@ class _Encoder:
             frames = batch.permute(0, 4, 1, 2, 3).to(torch.float32, memory_format=torch.contiguous_format)
             out += self.vae.encode(frames.mul_(1 / 127.5).sub_(1)).to(self.dtype).cpu().unbind(0)
         return out
-
-
-def _spread(last: int, count: int) -> list[int]:
-    """Up to ``count`` different whole numbers evenly spread over 0..last; one is the middle."""
-    if count < 1:
-        return []
-    return [last // 2] if count == 1 else sorted(set(np.linspace(0, last, count).round().astype(int).tolist()))
-
-
-def _groups(rows: Sequence[ManifestRow], size: int) -> Iterator[Iterable[ManifestRow]]:
-    for low in range(0, len(rows), size):
-        yield rows[low : low + size]
-
-
-def _read_index(folder: Path) -> dict[str, Any] | None:
-    path = folder / "index.json"
-    if not path.is_file():
-        return None
-    try:
-        index: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        version = index.get("version")
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{path}: expected the index of a latents cache, got {error}: delete the folder") from None
-    if version != CACHE_VERSION:
-        raise UserError(
-            f"{path}: expected cache version {CACHE_VERSION}, got {version!r}: make it again with "
-            "`rest encode --overwrite`"
-        )
-    return index
-
-
-def _write_index(folder: Path, index: dict[str, Any]) -> None:
-    write_text_atomic(folder / "index.json", json.dumps(index))

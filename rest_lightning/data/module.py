@@ -16,6 +16,7 @@ from rest_lightning.data.augment import SpeechAugmentation
 from rest_lightning.data.clips import PreparedClips, Reference, WindowKey
 from rest_lightning.data.latents import LatentsCache
 from rest_lightning.data.layout import read_manifest
+from rest_lightning.data.speech_cache import SpeechCache
 from rest_lightning.data.streams import BLOCK_SAMPLES, PredictPair, SpeechStream, read_pairs
 from rest_lightning.errors import UserError
 from rest_lightning.torchvision_compat import ensure_torchvision
@@ -35,7 +36,7 @@ class TalkingHeadDataModule(lightning.LightningDataModule):
     until they are on the device), ``audio`` (B, 640 * (left + F + right)) float32, ``mouth_opening`` (B, F) and
     ``landmarks`` (B, F, 3, 2) in the order mouth, left eye, right eye, float32 with NaN where unknown, ``clip_id``
     list of B, ``start`` (B,) first frame of the window. With ``latents_dir``: ``latents`` (B, C, f, h, w) float32
-    instead of frames and reference.
+    instead of frames and reference. With ``speech_dir``: also ``speech_steps`` (B, n, D_A) float32.
 
     Training draws from one endless sequence of seeded permutations: a batch depends on its number alone, not on
     workers or epochs, so a resumed run goes on with exactly the batch that comes next (`state_dict`). Validation and
@@ -55,6 +56,7 @@ class TalkingHeadDataModule(lightning.LightningDataModule):
         cache_in_memory: decode all clips once before training.
         latents_dir: cache of `rest encode`.
         latents_fingerprint: the VAE whose latents are expected; None does not ask.
+        speech_dir: cache of `rest encode --speech-encoder`; not with ``augment``, which changes the sound every time.
         with_frames: False leaves out frames and reference (SpeechAE needs none).
         windows_per_clip: windows of each clip per epoch.
         max_corrupt: unreadable clips that are left out: below 1 a fraction of a split, else a number.
@@ -81,6 +83,7 @@ class TalkingHeadDataModule(lightning.LightningDataModule):
         cache_in_memory: bool = False,
         latents_dir: str | None = None,
         latents_fingerprint: str | None = None,
+        speech_dir: str | None = None,
         with_frames: bool = True,
         windows_per_clip: int = 1,
         max_corrupt: float = 0.02,
@@ -93,19 +96,25 @@ class TalkingHeadDataModule(lightning.LightningDataModule):
         for name, value in (("batch_size", batch_size), ("windows_per_clip", windows_per_clip)):
             if value < 1:
                 raise UserError(f"expected {name} of at least 1, got {value}: raise it")
+        if speech_dir is not None and augment:
+            raise UserError(
+                "expected augment false with speech_dir, whose features are those of the speech as recorded, got true: "
+                "set data.augment to false, or leave data.speech_dir out"
+            )
         self.data_dir, self.batch_size, self.num_workers = data_dir, batch_size, num_workers
         self.num_frames, self.num_frames_train = num_frames, num_frames_train or num_frames
         self.size_px, self.reference, self.with_frames = size_px, reference, with_frames
         self.audio_left_frames, self.audio_right_frames = audio_left_frames, audio_right_frames
         self.augmentation = (augmentation or SpeechAugmentation()) if augment else None
         self.cache_in_memory, self.progress = cache_in_memory, progress
-        self.latents_dir, self.latents_fingerprint = latents_dir, latents_fingerprint
+        self.latents_dir, self.latents_fingerprint, self.speech_dir = latents_dir, latents_fingerprint, speech_dir
         self.windows_per_clip, self.max_corrupt, self.seed = windows_per_clip, max_corrupt, seed
         self.predict_pairs, self.predict_block_samples = predict_pairs, predict_block_samples
         self.pairs: list[PredictPair] = []
         self._position = _Position()
         self._datasets: dict[str, PreparedClips | None] = {}
         self._latents: LatentsCache | None = None
+        self._speech: SpeechCache | None = None
         self._loaders: list[ClipLoader] = []
 
     def setup(self, stage: str | None = None) -> None:
@@ -139,6 +148,11 @@ class TalkingHeadDataModule(lightning.LightningDataModule):
         """UserError when batches hold latents of another VAE; a task calls it once it knows its own."""
         if self.latents_dir is not None:
             (self._latents or LatentsCache(self.latents_dir)).check_fingerprint(fingerprint)
+
+    def check_speech(self, fingerprint: str) -> None:
+        """UserError when batches hold features of another speech encoder; a task calls it once it knows its own."""
+        if self.speech_dir is not None:
+            (self._speech or SpeechCache(self.speech_dir)).check_fingerprint(fingerprint)
 
     def train_dataloader(self) -> ClipLoader:
         """Endless sequence of shuffled windows, cut into epochs of ``len(loader)`` batches."""
@@ -199,6 +213,9 @@ class TalkingHeadDataModule(lightning.LightningDataModule):
                     self.latents_dir, None, self.latents_fingerprint, in_memory=self.cache_in_memory
                 )
             self._latents.check_num_frames(num_frames)
+        if self.speech_dir is not None:
+            self._speech = self._speech or SpeechCache(self.speech_dir, in_memory=self.cache_in_memory)
+            self._speech.check_num_frames(num_frames)
         log_dir = self.trainer.log_dir if self.trainer is not None else None
         dataset = PreparedClips(
             self.data_dir,
@@ -211,6 +228,7 @@ class TalkingHeadDataModule(lightning.LightningDataModule):
             audio_right_frames=self.audio_right_frames,
             augmentation=self.augmentation if training else None,
             latents=self._latents,
+            speech=self._speech,
             with_frames=self.with_frames,
             seed=self.seed,
             max_corrupt=self.max_corrupt,

@@ -241,3 +241,17 @@ def _check_file(path: str) -> None:
 def _broken(path: str, expected: str, came: object) -> UserError:
     text = " ".join(str(came).split())
     return UserError(f"{path}: expected {expected}, got {text[:200] or type(came).__name__}: remake or remove the file")
+
+
+def check_memory(num_bytes: int, name: str) -> None:
+    """UserError when ``num_bytes`` of decoded clips would not fit into the free memory, where that is known."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            available = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return
+    if num_bytes > 0.9 * available:
+        raise UserError(
+            f"{name}: expected the decoded clips to fit into memory, got {num_bytes / 1e9:.1f} GB with "
+            f"{available / 1e9:.1f} GB free: set cache_in_memory to false"
+        )

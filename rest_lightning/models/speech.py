@@ -110,6 +110,24 @@ class SpeechEncoder(nn.Module):
         """What an encoder defines; shapes as in :meth:`forward`."""
         raise NotImplementedError
 
+    def pack(self, features: Tensor) -> Tensor:
+        """Features (B, F, 10, D_A) without what overlapping windows repeat: (B, n, D_A), n = 2 (length + 4) a block."""
+        blocks = features.split(self._blocks(features.shape[1]), dim=1)
+        steps = [part for block in blocks for part in (block[:, 0], block[:, 1:, -STEPS_PER_FRAME:].flatten(1, 2))]
+        return torch.cat(steps, dim=1)
+
+    def unpack(self, steps: Tensor, num_frames: int) -> Tensor:
+        """The features (B, F, 10, D_A) of `pack`, bit by bit."""
+        blocks = self._blocks(num_frames)
+        windows = [slide_windows(x) for x in steps.split([2 * (n + WINDOW_FRAMES - 1) for n in blocks], dim=1)]
+        return windows[0] if len(windows) == 1 else torch.cat(windows, dim=1)
+
+    def _blocks(self, num_frames: int) -> list[int]:
+        if self.block_frames == 1:
+            return [num_frames]
+        first = num_frames % self.block_frames
+        return [first] * (first > 0) + [self.block_frames] * (num_frames // self.block_frames)
+
     def pad(self, audio: Tensor) -> Tensor:
         """Surround a whole file (B, 640 * F) with the silence that :meth:`forward` reads before and after it."""
         return F.pad(audio, (self.left_context_frames * SAMPLES_PER_FRAME, self.lookahead_frames * SAMPLES_PER_FRAME))

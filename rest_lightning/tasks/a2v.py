@@ -31,7 +31,7 @@ from rest_lightning.parts import fingerprint_of
 from rest_lightning.tasks.base import OptimizerSettings, StageModule
 from rest_lightning.tasks.regions import token_weights
 from rest_lightning.tasks.sharding import shard
-from rest_lightning.tasks.speech_ae import crop_audio
+from rest_lightning.tasks.speech_ae import speech_features
 
 SIGMA_SAMPLERS: dict[str, Callable[..., Tensor]] = {"cans": sample_sigmas_cans, "ans": sample_sigmas_ans}
 
@@ -164,13 +164,19 @@ class A2VModule(StageModule):
         self.strict_loading = False  # that strategy reads checkpoints itself, and frozen parts are not in them
 
     def on_fit_start(self) -> None:
-        """Refuse latents that another VAE made: the previews and the session would decode them with this one."""
+        """Refuse latents that another VAE made: the previews and the session would decode them with this one.
+
+        The same for features of another speech encoder.
+        """
         data = getattr(self.trainer, "datamodule", None)
-        if self.vae is not None and data is not None:
+        if data is None:
+            return
+        if self.vae is not None:
             data.check_latents(fingerprint_of(self.vae))
+        data.check_speech(fingerprint_of(self.speech_encoder, with_config=True))
 
     def conditions(self, batch: dict[str, Any]) -> Conditions:
-        """Latents and speech latents of a batch, from frames and samples or from the cache on disk."""
+        """Latents and speech latents of a batch, from frames and samples or from the caches on disk."""
         latents = batch.get("latents")
         if latents is None:
             latents = self.encode_clip(batch["frames"], batch.get("reference"))
@@ -182,7 +188,7 @@ class A2VModule(StageModule):
                 f"set data.num_frames to {8 * length}k + 1 or noise.chunk_length to a divisor of {latents.shape[2] - 1}"
             )
         num_frames = 8 * (latents.shape[2] - 1) + 1
-        speech_latents = self.speech_ae.encode(self.speech_features(batch["audio"], num_frames))
+        speech_latents = self.speech_ae.encode(self.speech_features(batch, num_frames))
         weights = None
         if self.mouth_weight != 1.0:
             weights = token_weights(batch["landmarks"], latents.shape[3], latents.shape[4], self.mouth_weight)
@@ -200,9 +206,9 @@ class A2VModule(StageModule):
         return latents
 
     @torch.no_grad()
-    def speech_features(self, audio: Tensor, num_frames: int) -> Tensor:
-        """Samples with margins (B, 640 * (left + F + right)) to speech features (B, F, 10, D_A)."""
-        features = self.speech_encoder(crop_audio(audio, self.trainer.datamodule, self.speech_encoder))  # type: ignore[attr-defined]
+    def speech_features(self, batch: dict[str, Any], num_frames: int) -> Tensor:
+        """Speech features (B, F, 10, D_A) of a batch."""
+        features = speech_features(batch, self.trainer.datamodule, self.speech_encoder)  # type: ignore[attr-defined]
         assert features.shape[1] == num_frames, f"{features.shape[1]} frames of speech for {num_frames} of video"
         return features
 

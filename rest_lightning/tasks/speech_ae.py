@@ -12,6 +12,7 @@ from rest_lightning.diffusion.losses import SpeechAELoss, speech_ae_loss
 from rest_lightning.errors import UserError
 from rest_lightning.models.speech import SpeechEncoder
 from rest_lightning.models.speech_ae import SpeechAE
+from rest_lightning.parts import fingerprint_of
 from rest_lightning.tasks.base import OptimizerSettings, StageModule
 
 
@@ -40,6 +41,10 @@ class SpeechAEModule(StageModule):
         super().__init__({"speech_ae": speech_ae}, {"speech_encoder": speech_encoder}, initial, optimizer)
         self.temperature = temperature
 
+    def on_fit_start(self) -> None:
+        """Refuse features that another speech encoder made."""
+        self.trainer.datamodule.check_speech(fingerprint_of(self.speech_encoder, with_config=True))  # type: ignore[attr-defined]
+
     def forward(self, features: Tensor) -> Tensor:
         """Speech features (B, F, 10, D_A) to their reconstruction."""
         return self.speech_ae.decode(self.speech_ae.encode(features))
@@ -47,7 +52,7 @@ class SpeechAEModule(StageModule):
     def losses(self, batch: dict[str, Any]) -> SpeechAELoss:
         """The losses of one batch."""
         with torch.no_grad():
-            features = self.speech_encoder(crop_audio(batch["audio"], self.trainer.datamodule, self.speech_encoder))  # type: ignore[attr-defined]
+            features = speech_features(batch, self.trainer.datamodule, self.speech_encoder)  # type: ignore[attr-defined]
         return speech_ae_loss(self(features), features, temperature=self.temperature)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
@@ -62,6 +67,15 @@ class SpeechAEModule(StageModule):
         terms = self.losses(batch)
         for name in ("loss", "mse", "contrastive"):
             self.log(f"val/{name}", getattr(terms, name), prog_bar=name == "mse", batch_size=len(batch["audio"]))
+
+
+def speech_features(batch: dict[str, Any], datamodule: Any, encoder: SpeechEncoder) -> Tensor:
+    """Features (B, F, 10, D_A) of a batch: from the cache on disk where it has been read, else by ``encoder``."""
+    audio = crop_audio(batch["audio"], datamodule, encoder)
+    if "speech_steps" in batch:
+        return encoder.unpack(batch["speech_steps"], encoder.num_frames(audio))
+    # Row by row: matrix products round by the size of the batch, and the cache was made without knowing it.
+    return torch.cat([encoder(row) for row in audio.split(1)])
 
 
 def crop_audio(audio: Tensor, datamodule: Any, encoder: SpeechEncoder) -> Tensor:

@@ -11,6 +11,7 @@ from rest_lightning.cli import main
 from rest_lightning.constants import SAMPLES_PER_FRAME
 from rest_lightning.data.latents import LatentsCache
 from rest_lightning.data.layout import Sidecar, clip_path, finish_dataset, write_sidecar
+from rest_lightning.data.speech_cache import SpeechCache
 from rest_lightning.parts import fingerprint_of
 from rest_lightning.streaming.writer import Mp4Writer
 
@@ -61,3 +62,29 @@ def test_wrong_inputs(dataset: Path, tiny_model: Path, tmp_path: Path, capsys: p
         assert main(words) == 2
         error = capsys.readouterr().err
         assert "nowhere" in error and len(error.splitlines()) == 1
+
+
+def test_encode_speech_and_continue(
+    dataset: Path, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The encoder of a model folder, and the same one of a stage's configuration file."""
+    config = tmp_path / "stage.yaml"
+    encoder = "{class_path: rest_lightning.models.speech.LogMelEncoder, init_args: {lookahead_frames: 2}}"
+    config.write_text(f"model: {{init_args: {{speech_encoder: {encoder}}}}}")
+    words = ["encode", "--data", str(dataset), "--out", str(tmp_path / "speech"), "--num_frames", "17"]
+    assert main([*words, "--speech-encoder", str(tiny_model)]) == 0
+    files = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "speech").glob("*.safetensors")}
+    assert main([*words, "--speech-encoder", str(config)]) == 0
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "speech").glob("*.safetensors")} == files
+    loaded = TalkingHead.from_pretrained(tiny_model).speech_encoder
+    cache = SpeechCache(tmp_path / "speech", 17, fingerprint_of(loaded, with_config=True))
+    assert torch.equal(cache.window("clip-2", 0), torch.full((2 * (17 + 4), 160), -1.0))  # silence
+    assert "speech features of 3 clips" in capsys.readouterr().out
+    config.write_text(config.read_text().replace("2}", "1}"))
+    assert main([*words, "--speech-encoder", str(config)]) == 2
+    assert "expected a speech features cache with fingerprint" in capsys.readouterr().err
+    config.write_text("model: {}")
+    assert main([*words, "--speech-encoder", str(config)]) == 2
+    assert "expected a stage's configuration with model.init_args.speech_encoder" in capsys.readouterr().err
+    assert main(words) == 2
+    assert "--speech-encoder is required" in capsys.readouterr().err

@@ -1,0 +1,313 @@
+"""What is computed once for windows of a data set's clips and kept on disk: latents, and speech features.
+
+::
+
+    <folder>/<prefix>-00000.safetensors   windows (N, ...) and references (M, ...)
+    <folder>/index.json                   which network (fingerprint), which windows of which clips are where
+
+The index is replaced after every shard: an interrupted run continues where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from torch import Tensor
+
+from rest_lightning.constants import num_latent_frames
+from rest_lightning.data.clips import CorruptClip, select_rows
+from rest_lightning.data.layout import ManifestRow, read_manifest, temporary_path, write_text_atomic
+from rest_lightning.errors import UserError
+
+CACHE_VERSION = 1
+# A clip, the first frames of its windows and its reference frames -> a tensor for each of them.
+ReadClip = Callable[[ManifestRow, list[int], list[int]], tuple[list[Tensor], list[Tensor]]]
+
+_log = logging.getLogger(__name__)
+
+
+class WindowCache:
+    """A folder that :meth:`encode` wrote; shards are memory-mapped.
+
+    Args:
+        folder: of the cache.
+        num_frames: expected window length; None takes the cache's.
+        fingerprint: of the expected network; None does not ask.
+        in_memory: read all shards now instead of mapping them.
+
+    Raises:
+        UserError: no cache, another content, version, window length or network.
+    """
+
+    content: str  # plural, for messages and the index
+    network: str  # what it comes from, for messages
+    prefix: str  # of the shards' names
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        num_frames: int | None = None,
+        fingerprint: str | None = None,
+        in_memory: bool = False,
+    ) -> None:
+        self.folder = Path(folder)
+        index = self._read_index(self.folder)
+        if index is None:
+            raise UserError(f"expected a {self.content} cache {self.folder}, got none: make it with `rest encode`")
+        self._check_content(self.folder, index)
+        self.index: dict[str, Any] = index
+        self.fingerprint: str = self.index["fingerprint"]
+        self.num_frames: int = self.index["num_frames"]
+        if fingerprint is not None:
+            self.check_fingerprint(fingerprint)
+        if num_frames is not None:
+            self.check_num_frames(num_frames)
+        self._clips: dict[str, dict[str, Any]] = self.index["clips"]
+        self._open_files: dict[tuple[int, int], Any] = {}
+        self._loaded: list[dict[str, Tensor]] = []
+        if in_memory:
+            from safetensors.torch import load_file
+
+            self._loaded = [load_file(self.folder / name) for name in self.index["shards"]]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_open_files": {}}  # mapped files belong to their process
+
+    def check_fingerprint(self, fingerprint: str) -> None:
+        """UserError unless the cache comes from the network of this fingerprint."""
+        if fingerprint != self.fingerprint:
+            raise UserError(
+                f"{self.folder}: expected {self.content} of the {self.network} {fingerprint}, got those of "
+                f"{self.fingerprint}: make them again with `rest encode --overwrite`"
+            )
+
+    def check_num_frames(self, num_frames: int) -> None:
+        """UserError unless the windows have ``num_frames`` frames."""
+        if num_frames != self.num_frames:
+            raise UserError(
+                f"{self.folder}: expected {self.content} of {num_frames} frames, got {self.num_frames}: make them "
+                "again with `rest encode`, or set num_frames to theirs"
+            )
+
+    def select(self, rows: list[ManifestRow], skipped: dict[str, int]) -> list[ManifestRow]:
+        """The clips that are in the cache; counts the others in ``skipped``."""
+        kept = [row for row in rows if self.check_clip(row)]
+        if len(kept) < len(rows):
+            skipped[f"not in the {self.content} cache"] = len(rows) - len(kept)
+        return kept
+
+    def check_clip(self, row: ManifestRow) -> bool:
+        """Whether the clip is in the cache; UserError when it was made from another version of the clip."""
+        entry = self._clips.get(row.clip_id)
+        if entry is not None and entry["sha256"] != row.sha256:
+            raise UserError(
+                f"{self.folder}: expected {self.content} of the present clip {row.clip_id}, got those of an older "
+                "version: make them again with `rest encode --overwrite`"
+            )
+        return entry is not None
+
+    def starts(self, clip_id: str) -> list[int]:
+        """First frames of the clip's windows."""
+        starts: list[int] = self._clips[clip_id]["starts"]
+        return starts
+
+    def choose(self, clip_id: str, rng: np.random.Generator | None) -> int:
+        """Number of one window: a random one, or without ``rng`` the middle one."""
+        count = len(self.starts(clip_id))
+        return count // 2 if rng is None else int(rng.integers(count))
+
+    def window(self, clip_id: str, number: int) -> Tensor:
+        """What was kept of window ``number`` of a clip, float32."""
+        entry = self._clips[clip_id]
+        return self._row(entry["shard"], "windows", entry["row"] + number)
+
+    def _row(self, shard: int, name: str, row: int) -> Tensor:
+        if self._loaded:
+            return self._loaded[shard][name][row].float()
+        key = (os.getpid(), shard)
+        if key not in self._open_files:
+            from safetensors import safe_open
+
+            self._open_files[key] = safe_open(self.folder / self.index["shards"][shard], framework="pt")
+        rows: Tensor = self._open_files[key].get_slice(name)[row : row + 1]
+        return rows[0].float()
+
+    @classmethod
+    def encode(
+        cls,
+        read_clip: ReadClip,
+        data_dir: str | os.PathLike[str],
+        out_dir: str | os.PathLike[str],
+        *,
+        fingerprint: str,
+        num_frames: int,
+        windows_per_clip: int,
+        references_per_clip: int,
+        splits: Sequence[str],
+        dtype: str,
+        clips_per_shard: int,
+        max_corrupt: float,
+        overwrite: bool,
+        progress: bool,
+    ) -> Self:
+        """Keep what ``read_clip`` makes of every clip's windows; see the functions that call this."""
+        from safetensors.torch import save_file
+        from torch import stack
+        from tqdm import tqdm
+
+        folder = Path(out_dir)
+        settings = {
+            "version": CACHE_VERSION,
+            "content": cls.content,
+            "fingerprint": fingerprint,
+            "num_frames": num_frames,
+            "windows_per_clip": windows_per_clip,
+            "references_per_clip": references_per_clip,
+            "dtype": dtype,
+        }
+        index = cls._start(folder, settings, overwrite)
+        rows, _ = select_rows([row for row in read_manifest(data_dir) if row.split in splits], num_frames)
+        done: dict[str, Any] = index["clips"]
+        for row in rows:
+            if row.clip_id in done and done[row.clip_id]["sha256"] != row.sha256:
+                raise UserError(
+                    f"{folder}: expected {cls.content} of the present clip {row.clip_id}, got those of an older "
+                    "version: give another folder or `--overwrite`"
+                )
+        todo = [row for row in rows if row.clip_id not in done]
+        allowed = int(max_corrupt * len(rows) if max_corrupt < 1 else max_corrupt)
+        with tqdm(
+            total=len(rows), initial=len(rows) - len(todo), desc="encoding", unit="clip", disable=not progress
+        ) as bar:
+            for group in _groups(todo, clips_per_shard):
+                number = len(index["shards"])
+                windows: list[Tensor] = []
+                references: list[Tensor] = []
+                entries: dict[str, dict[str, Any]] = {}
+                for row in group:
+                    bar.update()
+                    starts = _spread(row.num_frames - num_frames, windows_per_clip)
+                    frames = _spread(row.num_frames - 1, references_per_clip)
+                    try:
+                        new_windows, new_references = read_clip(row, starts, frames)
+                    except CorruptClip as error:
+                        _leave_out(index, row, error, allowed, data_dir)
+                        continue
+                    entries[row.clip_id] = {
+                        "sha256": row.sha256,
+                        "shard": number,
+                        "row": len(windows),
+                        "starts": starts,
+                        "reference_row": len(references),
+                        "reference_frames": frames,
+                    }
+                    windows += new_windows
+                    references += new_references
+                if not entries:
+                    continue
+                tensors = {"windows": stack(windows)}
+                if references:
+                    tensors["references"] = stack(references)
+                path = folder / f"{cls.prefix}-{number:05d}.safetensors"
+                temporary = temporary_path(path)
+                try:
+                    save_file(tensors, temporary)
+                    os.replace(temporary, path)
+                finally:
+                    temporary.unlink(missing_ok=True)
+                index["shards"].append(path.name)
+                done.update(entries)
+                _write_index(folder, index)
+        return cls(folder, num_frames, fingerprint)
+
+    @classmethod
+    def _start(cls, folder: Path, settings: dict[str, Any], overwrite: bool) -> dict[str, Any]:
+        """The index to go on with: that of the same settings, or a new one."""
+        try:
+            num_latent_frames(settings["num_frames"])
+        except ValueError as error:
+            raise UserError(f"num_frames: {error}") from None
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            index = cls._read_index(folder)
+        except UserError:
+            if not overwrite:
+                raise
+            index = None
+        cls._check_content(folder, index)  # one cache never overwrites another of something else
+        if index is None or overwrite:
+            index = {**settings, "shards": [], "clips": {}, "corrupt": {}}
+            _write_index(folder, index)  # before old shards go: no index ever names a file that is not there
+            for old in folder.glob(f"{cls.prefix}-*.safetensors"):
+                old.unlink()
+            return index
+        changed = {key: (value, index.get(key)) for key, value in settings.items() if index.get(key) != value}
+        if changed:
+            key, (expected, came) = next(iter(changed.items()))
+            raise UserError(
+                f"{folder}: expected a {cls.content} cache with {key} {expected}, got one with {came}: give another "
+                "folder or `--overwrite`"
+            )
+        return index
+
+    @classmethod
+    def _read_index(cls, folder: Path) -> dict[str, Any] | None:
+        path = folder / "index.json"
+        if not path.is_file():
+            return None
+        try:
+            index: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            version = index.get("version")
+        except (OSError, ValueError, AttributeError) as error:
+            raise UserError(
+                f"{path}: expected the index of a {cls.content} cache, got {error}: delete the folder"
+            ) from None
+        if version != CACHE_VERSION:
+            raise UserError(
+                f"{path}: expected cache version {CACHE_VERSION}, got {version!r}: make it again with "
+                "`rest encode --overwrite`"
+            )
+        index.setdefault("content", "latents")  # older caches do not say it, and hold nothing else
+        return index
+
+    @classmethod
+    def _check_content(cls, folder: Path, index: dict[str, Any] | None) -> None:
+        if index is not None and index["content"] != cls.content:
+            raise UserError(
+                f"{folder}: expected a {cls.content} cache, got one of {index['content']}: name another folder"
+            )
+
+
+def _leave_out(
+    index: dict[str, Any], row: ManifestRow, error: CorruptClip, allowed: int, data_dir: str | os.PathLike[str]
+) -> None:
+    index["corrupt"][row.clip_id] = str(error)
+    _log.warning("clip %s left out: %s", row.clip_id, error)
+    if len(index["corrupt"]) > allowed:
+        names = ", ".join(list(index["corrupt"])[:3])
+        raise UserError(
+            f"{data_dir}: expected at most {allowed} unreadable clips, got {len(index['corrupt'])} "
+            f"({names}; last: {error}): remake them or raise max_corrupt"
+        ) from None
+
+
+def _spread(last: int, count: int) -> list[int]:
+    """Up to ``count`` different whole numbers evenly spread over 0..last; one is the middle."""
+    if count < 1:
+        return []
+    return [last // 2] if count == 1 else sorted(set(np.linspace(0, last, count).round().astype(int).tolist()))
+
+
+def _groups(rows: Sequence[ManifestRow], size: int) -> Iterator[Iterable[ManifestRow]]:
+    for low in range(0, len(rows), size):
+        yield rows[low : low + size]
+
+
+def _write_index(folder: Path, index: dict[str, Any]) -> None:
+    write_text_atomic(folder / "index.json", json.dumps(index))
