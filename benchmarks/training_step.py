@@ -1,0 +1,237 @@
+"""What does one forward for all chunks save? A student's training step, parallel against sequential (REST sec. 3.4).
+
+``python -m benchmarks.training_step --out benchmarks/results/training_step.json``
+
+Forward and backward of the A2V-DiT of configs/<size>/, random weights: all chunks at once in their windows, as training
+does, against chunk after chunk through the ID-Context Cache with its graph kept. Both give the same gradients (the
+largest difference stands in the JSON). README.md explains every number.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks._cost import LiveBytes, Size, read_size
+from rest_lightning.diffusion.losses import flow_matching_loss
+from rest_lightning.diffusion.noise import sample_sigmas_cans
+from rest_lightning.diffusion.schedule import training_table
+from rest_lightning.errors import UserError
+from rest_lightning.models.cache import DifferentiableCache
+from rest_lightning.models.transformer import A2VDiT
+from rest_lightning.streaming.output import whole_file
+from rest_lightning.streaming.report import commit, hardware, versions
+
+FORMS = ("parallel", "sequential")
+TARGET_TIME_RATIO = 0.5
+Batch = tuple[Tensor, Tensor, Tensor, Tensor]  # noisy latents, sigmas, speech latents, target velocity
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    try:
+        return run(parse(arguments))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Arguments of the benchmark."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--size", default="embedded", help="folder of configs/ (default embedded)")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 2, 4, 8], help="clips per step (default 1 2 4 8)")
+    parser.add_argument("--num-chunks", type=int, default=4, help="of every clip (default 4: 97 frames)")
+    parser.add_argument("--repeats", type=int, default=15, help="timed steps of each form (default 15)")
+    parser.add_argument(
+        "--precision", nargs="+", choices=("bfloat16", "float32"), default=["bfloat16", "float32"], help="of autocast"
+    )
+    parser.add_argument("--checkpointing", action="store_true", help="recompute blocks (the parallel form alone can)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
+    parser.add_argument("--threads", type=int, help="of torch (default: its choice)")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/training_step.json"))
+    return parser.parse_args(arguments)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure every batch size, write, print."""
+    for name in ("num_chunks", "repeats", *(["threads"] if args.threads is not None else [])):
+        if getattr(args, name) < 1:
+            raise UserError(f"expected --{name.replace('_', '-')} of at least 1, got {getattr(args, name)}: raise it")
+    if min(args.batch) < 1:
+        raise UserError(f"expected --batch of at least 1, got {min(args.batch)}: raise it")
+    if args.device != "cpu" and not torch.cuda.is_available():
+        raise UserError(f"expected a machine with {args.device}, got none: use --device cpu")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    size = read_size(args.size)
+    model: A2VDiT = size.parts["transformer"].to(args.device).train()
+    model.gradient_checkpointing = args.checkpointing
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)  # no path may hide behind a zero start
+        parameter.grad = torch.zeros_like(parameter)  # as in every step of an accumulation but the first
+    rows = []
+    for precision in args.precision:
+        for batch_size in args.batch:
+            row = {"precision": precision, "batch_size": batch_size}
+            rows.append(row | measure(size, model, batch_size, precision, args))
+            print(line(rows[-1]), flush=True)
+    result = {
+        "size": args.size,
+        "num_chunks": args.num_chunks,
+        "num_latent_frames": 1 + args.num_chunks * size.chunk_length,
+        "memory": "torch.cuda.max_memory_allocated"
+        if args.device != "cpu"
+        else "live tensor storages, every operation",
+        "rows": rows,
+        "target": {
+            "time_ratio": TARGET_TIME_RATIO,
+            "reached": [row["time_ratio"] <= TARGET_TIME_RATIO for row in rows],
+        },
+        "hardware": hardware(),
+        "versions": versions(),
+        "commit": commit(),
+        "config": json.loads(json.dumps(vars(args), default=str)),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    with whole_file(args.out) as temporary:
+        temporary.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    print(f"wrote {args.out}")
+    return 0
+
+
+def make_batch(size: Size, model: A2VDiT, batch_size: int, num_chunks: int) -> Batch:
+    """Random latents under CANS noise levels, without motion dropout: every chunk has a level of its own."""
+    generator = torch.Generator().manual_seed(batch_size)
+    num_frames = 1 + num_chunks * size.chunk_length
+    shape = (batch_size, model.in_channels, num_frames, size.cells, size.cells)
+    sigma = sample_sigmas_cans(
+        batch_size, num_chunks, size.chunk_length, training_table(1000, 2.05, 1.0), 0.0, generator=generator
+    )
+    tokens = size.parts["speech_ae"].num_tokens
+    speech = torch.randn(batch_size, num_frames, tokens, model.speech_dim or 0, generator=generator)
+    latents, target = (torch.randn(shape, generator=generator) for _ in range(2))
+    device = model.proj_in.weight.device
+    return latents.to(device), sigma.to(device), speech.to(device).requires_grad_(), target.to(device)
+
+
+def parallel(model: A2VDiT, batch: Batch) -> Tensor:
+    """The loss from one forward of all chunks."""
+    latents, sigma, speech, target = batch
+    return flow_matching_loss(model(latents, sigma, speech), target)
+
+
+def sequential(model: A2VDiT, batch: Batch) -> Tensor:
+    """The same loss, chunk after chunk through the cache."""
+    latents, sigma, speech, target = batch
+    length = model.cache_options.chunk_length
+    cache = DifferentiableCache.allocate(model, *(latents.shape[i] for i in (0, 3, 4)))
+    model.prefill(latents[:, :, :1], cache)
+    velocities = [torch.zeros_like(latents[:, :, :1])]  # the reference's place, which no loss reads
+    for start in range(1, latents.shape[2], length):
+        frames = slice(start, start + length)
+        velocities.append(model(latents[:, :, frames], sigma[:, frames], speech[:, frames], cache=cache))
+        cache.commit()
+    return flow_matching_loss(torch.cat(velocities, dim=2), target)
+
+
+def measure(size: Size, model: A2VDiT, batch_size: int, precision: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Median times and peak memory of both forms, taken in turns."""
+    batch = make_batch(size, model, batch_size, args.num_chunks)
+    forms: dict[str, Callable[[A2VDiT, Batch], Tensor]] = {"parallel": parallel, "sequential": sequential}
+    cuda = args.device != "cpu"
+
+    def autocast() -> AbstractContextManager[Any]:
+        device = torch.device(args.device).type
+        return torch.autocast(device, torch.bfloat16) if precision == "bfloat16" else nullcontext()
+
+    def step(name: str) -> None:
+        with autocast():
+            loss = forms[name](model, batch)
+        loss.backward()
+
+    difference = gradient_difference(model, batch, step)
+    memory = {name: peak_bytes(model, batch, lambda name=name: step(name), cuda) for name in FORMS}
+    times: dict[str, list[float]] = {name: [] for name in FORMS}
+    for repeat in range(args.repeats + 1):  # the first one warms up
+        for name in FORMS if repeat % 2 else FORMS[::-1]:
+            if cuda:
+                torch.cuda.synchronize()
+            started_s = time.perf_counter()
+            step(name)
+            if cuda:
+                torch.cuda.synchronize()
+            if repeat:
+                times[name].append(time.perf_counter() - started_s)
+    row: dict[str, Any] = {}
+    for name in FORMS:
+        row[name] = {
+            "step_ms": round(1e3 * statistics.median(times[name]), 3),
+            "step_ms_fastest": round(1e3 * min(times[name]), 3),
+            "peak_bytes": memory[name],
+            "peak_bytes_per_sample": memory[name] // batch_size,
+        }
+    row["time_ratio"] = round(row["parallel"]["step_ms"] / row["sequential"]["step_ms"], 4)
+    row["memory_ratio"] = round(memory["parallel"] / memory["sequential"], 4)
+    row["gradient_difference"] = difference
+    return row
+
+
+def gradient_difference(model: A2VDiT, batch: Batch, step: Callable[[str], None]) -> float:
+    """Largest difference of any gradient of both forms, over the largest gradient of its tensor."""
+    gradients: list[list[Tensor]] = []
+    tensors = [*model.parameters(), batch[2]]
+    for name in FORMS:
+        for tensor in tensors:
+            tensor.grad = torch.zeros_like(tensor)
+        step(name)
+        gradients.append([tensor.grad.clone() for tensor in tensors if tensor.grad is not None])
+    pairs = zip(*gradients, strict=True)
+    return float(max((a - b).abs().max() / b.abs().max().clamp_min(1e-12) for a, b in pairs))
+
+
+def peak_bytes(model: A2VDiT, batch: Batch, step: Callable[[], None], cuda: bool) -> int:
+    """What a step allocates beside weights, gradients and the batch, at its peak."""
+    gc.collect()
+    if cuda:
+        step()
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        torch.cuda.synchronize()
+        return int(torch.cuda.max_memory_allocated() - before)
+    known = [*model.parameters(), *model.buffers(), *batch]
+    with LiveBytes([*known, *(tensor.grad for tensor in known if tensor.grad is not None)]) as live:
+        step()
+    return int(live.peak)
+
+
+def line(row: dict[str, Any]) -> str:
+    """One row for people."""
+    return (
+        f"{row['precision']:>8}, batch {row['batch_size']}: "
+        + ", ".join(
+            f"{name} {row[name]['step_ms']:.1f} ms and {row[name]['peak_bytes_per_sample'] / 1e6:.1f} MB a sample"
+            for name in FORMS
+        )
+        + f"; time {row['time_ratio']:.2f}, memory {row['memory_ratio']:.2f}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,164 @@
+"""benchmarks/asd.py, training_curves.py and training_step.py from end to end at tiny size."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+from rest_lightning.cli import main as rest
+from rest_lightning.data.clips import PreparedClips
+from rest_lightning.data.latents import LatentsCache
+from rest_lightning.errors import UserError
+from rest_lightning.models.speech import LogMelEncoder
+from rest_lightning.parts import build_part, read_part
+from rest_lightning.tasks.a2v import Conditions, NoiseSettings
+from rest_lightning.tasks.student import ASDSettings, StudentModule
+
+
+@pytest.fixture(scope="module")
+def benchmark(repository: Path) -> Any:
+    """Imports a benchmark, which is not part of the package."""
+    patch = pytest.MonkeyPatch()
+    patch.syspath_prepend(str(repository))
+    yield lambda name: importlib.import_module(f"benchmarks.{name}")
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def asd_run(
+    recipe: Any, benchmark: Any, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[ModuleType, Path, list[str]]:
+    """The benchmark after two steps with each of two seeds, its folder, and its command line."""
+    folder = tmp_path_factory.mktemp("asd")
+    vae = str(recipe.final(recipe.vae_stage))
+    words = ["encode", "--model", vae, "--data", str(recipe.data), "--out", str(folder / "latents")]
+    assert rest([*words, "--num-frames", "49", "--windows-per-clip", "2"]) == 0
+    module = benchmark("asd")
+    words = [
+        "--teacher",
+        str(recipe.final("teacher")),
+        "--latents",
+        str(folder / "latents"),
+        "--data",
+        str(recipe.data),
+    ]
+    words += ["--steps", "2", "--seeds", "0", "5", "--draws", "3", "--runs", str(folder / "runs")]
+    for file in ("trainer/tiny", "size/tiny/dit"):
+        words += ["--config", str(recipe.configs / f"{file}.yaml")]
+    words += ["--out", str(folder / "asd.json")]
+    assert module.main(words) == 0
+    return module, folder, words
+
+
+def test_both_arms_differ_in_the_loss_alone(asd_run: Any) -> None:
+    _, folder, _ = asd_run
+    result = json.loads((folder / "asd.json").read_text())
+    assert [(row["arm"], row["seed"]) for row in result["runs"]] == [
+        ("asd", 0), ("no_asd", 0), ("asd", 5), ("no_asd", 5),
+    ]  # fmt: skip
+    runs = {(row["arm"], row["seed"]): row for row in result["runs"]}
+    assert all("train/contrastive" in runs["asd", seed]["training"] for seed in (0, 5))
+    assert all("train/contrastive" not in runs["no_asd", seed]["training"] for seed in (0, 5))
+    assert len({row["teacher_error"] for row in (*runs.values(), result["start"])}) == 5
+    teacher = {row["teacher_flow_loss"] for row in (*runs.values(), result["start"])}
+    assert len(teacher) == 1, "the teacher, its noise and its conditions are the same for all"
+    summary = result["summary"]["teacher_error"]
+    gap = runs["asd", 5]["teacher_error"] - runs["no_asd", 5]["teacher_error"]
+    assert summary["asd_minus_no_asd"]["per_seed"]["5"] == pytest.approx(gap)
+    assert summary["asd"]["mean"] == pytest.approx(
+        (runs["asd", 0]["teacher_error"] + runs["asd", 5]["teacher_error"]) / 2
+    )
+
+
+def test_errors_are_those_of_the_definition(asd_run: Any, recipe: Any) -> None:
+    """Clip by clip from the checkpoints and the clip's own latents and audio, without the benchmark's code."""
+    _, folder, _ = asd_run
+    final = folder / "runs/no_asd-seed5/final.ckpt"
+
+    def load(part: str, source: Path) -> Any:
+        description, state = read_part(part, source)
+        network = build_part(description)
+        network.load_state_dict(state)
+        return network.eval()
+
+    student, teacher = load("transformer", final), load("transformer", recipe.final("teacher"))
+    clips = PreparedClips(recipe.data, "test", 49, latents=LatentsCache(folder / "latents"))
+    errors, flows = [], []
+    noise = NoiseSettings(mean=1.0, std=1.0, identity_dropout=0.0, audio_dropout=0.0)
+    stage = StudentModule(
+        student, load("speech_ae", final), LogMelEncoder(2), noise=noise, asd=ASDSettings(str(recipe.final("teacher")))
+    )
+    assert len(clips) == 1
+    latents, audio = clips[0]["latents"][None], clips[0]["audio"]
+    features = LogMelEncoder(2)(audio[None, (8 - 3) * 640 : -(4 - 2) * 640])
+    with torch.no_grad():
+        for draw in range(3):
+            conditions = Conditions(latents, stage.speech_ae.encode(features))
+            path = stage.draw(conditions, torch.Generator().manual_seed(draw)).path
+            own = student(path.noisy_latents, path.sigma, conditions.speech_latents)[:, :, 1:]
+            theirs = teacher(
+                path.noisy_latents, path.sigma, load("speech_ae", recipe.final("teacher")).encode(features)
+            )
+            errors.append(float((own - theirs[:, :, 1:]).square().mean()))
+            flows.append(float((own - path.velocity[:, :, 1:]).square().mean()))
+    (row,) = (
+        r for r in json.loads((folder / "asd.json").read_text())["runs"] if (r["arm"], r["seed"]) == ("no_asd", 5)
+    )
+    assert row["teacher_error"] == pytest.approx(sum(errors) / 3, rel=1e-4)
+    assert row["flow_loss"] == pytest.approx(sum(flows) / 3, rel=1e-4)
+
+
+def test_done_runs_are_kept_and_other_settings_refused(asd_run: Any, tmp_path: Path, capsys: Any) -> None:
+    module, folder, words = asd_run
+    finals = {path: path.stat().st_mtime_ns for path in (folder / "runs").rglob("*.ckpt")}
+    assert module.main([*words, "--out", str(tmp_path / "again.json")]) == 0
+    assert finals == {path: path.stat().st_mtime_ns for path in (folder / "runs").rglob("*.ckpt")}
+    first, again = (json.loads(path.read_text())["runs"] for path in (folder / "asd.json", tmp_path / "again.json"))
+    assert first == again
+    assert module.main([*words, "--steps", "3"]) == 2
+    assert "expected a run of the same steps, got another: name a new folder with --runs" in capsys.readouterr().err
+    assert module.main([*words, "--teacher", str(tmp_path / "none.ckpt")]) == 2
+    assert "expected a file, got no such one" in capsys.readouterr().err
+
+
+def test_curves_tell_start_and_end(benchmark: Any, tmp_path: Path, capsys: Any) -> None:
+    module = benchmark("training_curves")
+    losses = {"falls": [5.0, 4.0, 3.0, 2.0, 1.0, 0.5], "rises": [1.0, 1.0, 2.0, 3.0]}
+    for stage, values in losses.items():
+        for first, part in ((0, values[:3]), (2, values[2:])):  # a resumed run: its file repeats one step
+            with SummaryWriter(str(tmp_path / stage), filename_suffix=f".{first}") as writer:
+                for step, value in enumerate(part, first):
+                    writer.add_scalar("train/loss", value, step)
+                    writer.add_scalar("lr", 0.1, step)
+    words = [str(tmp_path), "--points", "2", "--out", str(tmp_path / "curves.json")]
+    assert module.main([*words, "--stages", "falls"]) == 0
+    assert module.main([*words, "--stages", "falls", "rises"]) == 1
+    stages = json.loads((tmp_path / "curves.json").read_text())["stages"]
+    falls = stages["falls"]["curves"]["train/loss"]
+    assert (falls["start"], falls["end"], falls["lowest"]) == (4.5, 0.75, 0.5)
+    assert (falls["num_values"], falls["first_step"], falls["last_step"]) == (6, 0, 5)
+    assert not stages["rises"]["loss_fell"]
+    assert "DID NOT FALL" in capsys.readouterr().out
+    assert module.main([*words, "--stages", "absent"]) == 2
+    assert "expected TensorBoard's event files of a stage" in capsys.readouterr().err
+
+
+def test_training_step_compares_equal_gradients(benchmark: Any, tmp_path: Path) -> None:
+    module = benchmark("training_step")
+    words = ["--batch", "1", "--num-chunks", "2", "--repeats", "1", "--precision", "float32"]
+    assert module.main([*words, "--out", str(tmp_path / "step.json")]) == 0
+    (row,) = json.loads((tmp_path / "step.json").read_text())["rows"]
+    assert 0 < row["gradient_difference"] < 1e-4
+    for form in ("parallel", "sequential"):
+        # More than the saved input of each layer's feed-forward (4 x 256 wide, 16 tokens, 7 frames), of six layers.
+        assert row[form]["peak_bytes"] > 6 * 7 * 16 * 1024 * 4
+    assert row["time_ratio"] == pytest.approx(row["parallel"]["step_ms"] / row["sequential"]["step_ms"], rel=1e-3)
+    with pytest.raises(UserError, match="expected --batch of at least 1, got 0"):
+        module.run(module.parse(["--batch", "0"]))
