@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +140,8 @@ def sequential(model: A2VDiT, batch: Batch) -> Tensor:
     """The same loss, chunk after chunk through the cache."""
     latents, sigma, speech, target = batch
     length = model.cache_options.chunk_length
-    cache = DifferentiableCache.allocate(model, *(latents.shape[i] for i in (0, 3, 4)))
+    rows, height, width = (latents.shape[i] for i in (0, 3, 4))
+    cache = DifferentiableCache.allocate(model, rows, height, width)
     model.prefill(latents[:, :, :1], cache)
     velocities = [torch.zeros_like(latents[:, :, :1])]  # the reference's place, which no loss reads
     for start in range(1, latents.shape[2], length):
@@ -165,7 +167,7 @@ def measure(size: Size, model: A2VDiT, batch_size: int, precision: str, args: ar
         loss.backward()
 
     difference = gradient_difference(model, batch, step)
-    memory = {name: peak_bytes(model, batch, lambda name=name: step(name), cuda) for name in FORMS}
+    memory = {name: peak_bytes(model, batch, partial(step, name), cuda) for name in FORMS}
     times: dict[str, list[float]] = {name: [] for name in FORMS}
     for repeat in range(args.repeats + 1):  # the first one warms up
         for name in FORMS if repeat % 2 else FORMS[::-1]:

@@ -2,7 +2,7 @@
 
     python -m torch.distributed.run --standalone --nproc_per_node=2 strategy_run.py CONFIG FOLDER STAGE ...
 
-CONFIG is a file of configs/trainer/ that names a strategy.
+CONFIG is a file of configs/trainer/ that names a strategy. The STAGE ``resume`` trains ASD twice, once interrupted.
 """
 
 from __future__ import annotations
@@ -71,6 +71,46 @@ def full(tensor: Tensor) -> Tensor:
     return whole.detach().clone()
 
 
+def make_trainer(config: Path, max_steps: int, *callbacks: lightning.Callback) -> lightning.Trainer:
+    """Two CPU processes with the strategy of ``config``, and nothing that writes by itself."""
+    return lightning.Trainer(
+        accelerator="cpu",
+        devices=2,
+        strategy=read_strategy(config),
+        max_steps=max_steps,
+        gradient_clip_val=1.0,
+        callbacks=list(callbacks),
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+
+
+def train(config: Path, folder: Path, num_steps: int, target: str, source: str | None = None, seed: int = 0) -> None:
+    """ASD up to ``num_steps``, each rank on clips and draws of its own, from ``source`` if given; saves ``target``."""
+    module = make_stage("asd", folder)
+
+    def training_step(batch: int, batch_idx: int) -> Tensor:
+        number = 2 * module.trainer.global_step + torch.distributed.get_rank()
+        features = torch.randn(NUM_ROWS, 73, 10, 160, generator=torch.Generator().manual_seed(number))
+        latents = make_conditions(NUM_ROWS, 10, seed=number).latents
+        return module.losses(module.draw(Conditions(latents, module.speech_ae.encode(features))))["loss"]
+
+    module.training_step = training_step  # type: ignore[method-assign, assignment]
+    torch.manual_seed(seed)
+    trainer = make_trainer(config, num_steps)
+    trainer.fit(module, range(1), ckpt_path=None if source is None else str(folder / source))
+    trainer.save_checkpoint(folder / target)
+
+
+def resume(config: Path, folder: Path) -> None:
+    """``whole.ckpt`` after four steps, ``resumed.ckpt`` after two and, in another stage object, two more."""
+    train(config, folder, 4, "whole.ckpt")
+    train(config, folder, 2, "half.ckpt")
+    train(config, folder, 4, "resumed.ckpt", "half.ckpt", seed=99)
+
+
 def run(config: Path, folder: Path, stage: str) -> None:
     """One optimiser step; rank 0 saves gradients, ``Trainer`` the checkpoint, and every rank what it drew."""
     module = make_stage(stage, folder)
@@ -90,18 +130,7 @@ def run(config: Path, folder: Path, stage: str) -> None:
 
     module.training_step = training_step  # type: ignore[method-assign, assignment]
     torch.manual_seed(0)
-    trainer = lightning.Trainer(
-        accelerator="cpu",
-        devices=2,
-        strategy=read_strategy(config),
-        max_steps=1,
-        gradient_clip_val=1.0,  # after the gradients are saved; AdamW's first step does not mind it
-        callbacks=[OneRow()],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = make_trainer(config, 1, OneRow())  # clips after the gradients are saved; AdamW's first step ignores it
     trainer.fit(module, range(1))
     trainer.save_checkpoint(folder / f"{stage}.ckpt")
     torch.save(results, folder / f"{stage}-{trainer.global_rank}.pt")
@@ -109,4 +138,7 @@ def run(config: Path, folder: Path, stage: str) -> None:
 
 if __name__ == "__main__":
     for name in sys.argv[3:]:
-        run(Path(sys.argv[1]), Path(sys.argv[2]), name)
+        if name == "resume":
+            resume(Path(sys.argv[1]), Path(sys.argv[2]))
+        else:
+            run(Path(sys.argv[1]), Path(sys.argv[2]), name)

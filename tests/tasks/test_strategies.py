@@ -12,15 +12,17 @@ import pytest
 import strategy_run
 import torch
 import yaml
+from torch.utils._pytree import tree_flatten_with_path
 
 from rest_lightning.parts import build_part, read_part
 
+RESUMED = ("whole", "half", "resumed")
 STAGES = ("teacher", "student", "asd", "rollout", "distill")
 
 
 @pytest.fixture(scope="module", params=["ddp", "fsdp"])
 def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Any:
-    """Strategy and folder after one optimiser step of every stage in two processes."""
+    """Strategy and folder after one optimiser step of every stage in two processes, and a resumed run of one."""
     if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
         pytest.skip("this torch has no gloo")
     folder = tmp_path_factory.mktemp(request.param)
@@ -29,7 +31,7 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     config = repository / f"configs/trainer/{request.param}.yaml"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
-        [*command, strategy_run.__file__, str(config), str(folder), *STAGES],
+        [*command, strategy_run.__file__, str(config), str(folder), *STAGES, "resume"],
         env=environment, cwd=repository, capture_output=True, text=True, timeout=900, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
@@ -83,6 +85,22 @@ def test_checkpoint_is_that_of_one_process(runs: Any, stage: str) -> None:
             assert float((state[name] - before[f"{part}.{name}"]).abs().max()) <= 1.05 * rate
     checkpoint = torch.load(folder / f"{stage}.ckpt", weights_only=False)
     assert {name.split(".")[0] for name in checkpoint["state_dict"]} == {"transformer", "speech_ae"}
+
+
+@pytest.mark.slow
+def test_resumed_training_is_the_uninterrupted_one(runs: Any) -> None:
+    """Weights, AdamW's moments, learning rate and random state, bit by bit, in both processes' shares."""
+    whole, half, resumed = (torch.load(runs[1] / f"{name}.ckpt", weights_only=False) for name in RESUMED)
+    assert (whole["global_step"], half["global_step"]) == (4, 2)
+    for key in ("state_dict", "optimizer_states", "lr_schedulers", "rest_rng_state", "global_step"):
+        # By path: under FSDP2 AdamW's pair of betas comes back as a list.
+        ours, theirs = (dict(tree_flatten_with_path(checkpoint[key])[0]) for checkpoint in (whole, resumed))
+        assert ours.keys() == theirs.keys()
+        for path, value in ours.items():
+            same = torch.equal(value, theirs[path]) if isinstance(value, torch.Tensor) else value == theirs[path]
+            assert same, (key, path)
+    before, after = ({k: v for k, v in c["state_dict"].items() if "transformer" in k} for c in (half, whole))
+    assert not any(torch.equal(value, before[name]) for name, value in after.items())
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
