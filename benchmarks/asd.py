@@ -25,7 +25,7 @@ import yaml
 from torch import Tensor
 
 from benchmarks.training_curves import curves_of
-from rest_lightning import lightning_cli
+from rest_lightning import lightning_cli  # first: it makes lightning importable
 from rest_lightning.commands.export import load_speech_encoder
 from rest_lightning.data.latents import LatentsCache
 from rest_lightning.data.layout import sha256_of, write_text_atomic
@@ -38,6 +38,8 @@ from rest_lightning.streaming.report import commit, hardware, versions
 from rest_lightning.tasks.a2v import Conditions, NoiseSettings
 from rest_lightning.tasks.speech_ae import speech_features
 from rest_lightning.tasks.student import ASDSettings, StudentModule
+
+from lightning.pytorch import Callback, LightningModule, Trainer  # isort: skip
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 ARMS = {"asd": (), "no_asd": (CONFIGS / "ablation/no_asd.yaml",)}
@@ -144,6 +146,15 @@ def train(folder: Path, arm: str, seed: int, args: argparse.Namespace) -> None:
     assert cli.trainer.global_step == args.steps
 
 
+class SameDraws(Callback):
+    """Seeds a run's first step: building the teacher took numbers from the generator that the other arm still has."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A resumed run goes on with the state of its checkpoint instead."""
+        if trainer.global_step == 0:
+            torch.manual_seed(torch.initial_seed())
+
+
 def overlay(folder: Path, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     """What the stage's configuration cannot know. YAML reads JSON."""
     initial = {part: str(args.start) for part in ("transformer", "speech_ae")}
@@ -159,6 +170,7 @@ def overlay(folder: Path, seed: int, args: argparse.Namespace) -> dict[str, Any]
             "limit_val_batches": 1,
             "logger": {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": logger},
             "callbacks": [
+                {"class_path": "benchmarks.asd.SameDraws"},
                 {"class_path": f"lightning.pytorch.callbacks.{averaging}", "init_args": {"decay": 0.99}},
                 {
                     "class_path": f"lightning.pytorch.callbacks.{checkpoints}",

@@ -67,6 +67,11 @@ def test_both_arms_differ_in_the_loss_alone(asd_run: Any) -> None:
     assert all("train/contrastive" in runs["asd", seed]["training"] for seed in (0, 5))
     assert all("train/contrastive" not in runs["no_asd", seed]["training"] for seed in (0, 5))
     assert len({row["teacher_error"] for row in (*runs.values(), result["start"])}) == 5
+    for seed in (0, 5):  # the first step: the same weights, clips, noise and levels
+        first = [
+            runs[arm, seed]["training"][key]["start"] for arm, key in (("asd", "train/flow"), ("no_asd", "train/loss"))
+        ]
+        assert first[0] == pytest.approx(first[1], rel=1e-5)
     teacher = {row["teacher_flow_loss"] for row in (*runs.values(), result["start"])}
     assert len(teacher) == 1, "the teacher, its noise and its conditions are the same for all"
     summary = result["summary"]["teacher_error"]
