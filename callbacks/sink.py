@@ -12,15 +12,18 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from ..data.streams import PredictPair, SpeechBlock
 from ..errors import UserError
+from ..streaming.background import BackgroundWriter
+from ..streaming.output import remove_leftovers
 from ..streaming.writer import Mp4Writer
 from ..tasks.predict import PredictModule
 
 
 class VideoSink(Callback):
-    """Writes ``<name>.mp4`` and ``<name>.json`` per pair as the frames come, in bounded memory.
+    """Writes ``<name>.mp4`` and ``<name>.json`` per pair as the frames come, in a thread and in bounded memory.
 
     A run that was interrupted leaves what it has as ``<name>.partial.mp4``, which plays. The next run skips the
-    finished pairs: those with both files, made from the same portrait and speech with the same settings.
+    finished pairs: those with both files, made from the same portrait and speech with the same settings. So a run that
+    was killed, with no time to leave anything, does one pair again at most.
 
     Args:
         out_dir: folder of the videos; made when absent.
@@ -30,7 +33,8 @@ class VideoSink(Callback):
 
     def __init__(self, out_dir: str, overwrite: bool = False, crf: int = 18) -> None:
         self.out_dir, self.overwrite, self.crf = Path(out_dir), overwrite, crf
-        self._writer: Mp4Writer | None = None
+        self._file: Mp4Writer | None = None
+        self._writer: BackgroundWriter | None = None
         self._pair: PredictPair | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -66,36 +70,48 @@ class VideoSink(Callback):
     ) -> None:
         """Write the frames and the samples of one block; at the end of a pair, finish its files."""
         assert isinstance(pl_module, PredictModule) and pl_module.session is not None
-        with pl_module.session.clock.stage("writing"):
+        clock = pl_module.session.clock
+        with clock.stage("writing"):
             if batch["is_first"]:
-                self._pair = batch["pair"]
-                path = self._path(self._pair, ".mp4")
-                self._writer = Mp4Writer(path, pl_module.size_px, crf=self.crf, overwrite=self.overwrite)
-            assert self._writer is not None and self._pair is not None
-            self._writer.write(outputs)
-            self._writer.write_audio(batch["samples"])
+                self._open(batch["pair"], pl_module.size_px)
+            assert self._file is not None and self._writer is not None and self._pair is not None
+            self._writer.write(outputs, batch["samples"])
         if not batch["is_end"]:
             return
+        with clock.stage("writing"):
+            self._writer.drain()
         report = pl_module.session.report()
         report.configuration.update(_expected(self._pair, pl_module.configuration))
+        report.configuration["writing_thread_s"] = round(self._writer.busy_s, 3)
         # The report first: a pair counts as finished once the video has its final name.
         report.save(self._path(self._pair, ".json"))
         self._writer.close()
         self._path(self._pair, ".partial.mp4").unlink(missing_ok=True)
-        self._writer = self._pair = None
+        self._file = self._writer = self._pair = None
+
+    def _open(self, pair: PredictPair, size_px: int) -> None:
+        for suffix in (".mp4", ".json"):
+            remove_leftovers(self._path(pair, suffix))
+        self._file = Mp4Writer(self._path(pair, ".mp4"), size_px, crf=self.crf, overwrite=self.overwrite)
+        self._writer, self._pair = BackgroundWriter(self._file), pair
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Keep what was done of the present video, under a name that says so."""
-        writer, pair = self._writer, self._pair
-        self._writer = self._pair = None
-        if writer is None or pair is None:
+        file, writer, pair = self._file, self._writer, self._pair
+        self._file = self._writer = self._pair = None
+        if file is None or writer is None or pair is None:
             return
-        if writer.num_frames == 0:
-            writer.abort()
+        try:
+            writer.drain()
+            if file.num_frames == 0 or file.closed:  # closed: it was the writer that failed
+                writer.abort()
+                return
+            file.path = self._path(pair, ".partial.mp4")
+            writer.close()
+        except UserError as error:  # the disk is full, say; the exception under way is the one to be told
+            rank_zero_info(f"nothing is left of {pair.name}: {error}")
             return
-        writer.path = self._path(pair, ".partial.mp4")
-        writer.close()
-        rank_zero_info(f"{writer.duration_s:.1f} s of {pair.name} are in {writer.path}")
+        rank_zero_info(f"{file.duration_s:.1f} s of {pair.name} are in {file.path}")
 
     def _path(self, pair: PredictPair, suffix: str) -> Path:
         return self.out_dir / (pair.name + suffix)

@@ -1,7 +1,7 @@
 """Make a talking video of a portrait and speech, streamed chunk by chunk.
 
-The speech may be any sound file or the sound of a video; "-" reads raw 16 kHz mono s16le samples from a pipe.
-Ctrl-C keeps the video of what was done so far.
+The speech may be any sound file or the sound of a video; "-" reads raw 16 kHz mono s16le samples from a pipe, block by
+block as they arrive. "-o -" sends the video to a pipe as it is made. Ctrl-C keeps the video of what was done so far.
 """
 
 from __future__ import annotations
@@ -9,24 +9,26 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
-from rest_lightning.constants import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME
+from rest_lightning.constants import FPS, TEMPORAL_RATIO
+from rest_lightning.dtypes import dtype_on
 from rest_lightning.errors import UserError
 from rest_lightning.streaming.output import check_output
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from rest_lightning.data.audio import SpeechSource
     from rest_lightning.data.portrait import Crop
+    from rest_lightning.streaming.pipe import PipeFormat
     from rest_lightning.streaming.report import StreamReport
-    from rest_lightning.streaming.session import StreamingSession
-    from rest_lightning.streaming.writer import Mp4Writer
+    from rest_lightning.streaming.writer import VideoWriter
     from rest_lightning.talking_head import TalkingHead
 
 
@@ -36,7 +38,7 @@ class TalkOptions:
 
     Attributes:
         portrait, speech: files; speech ``-`` is a pipe.
-        out: the mp4.
+        out: the mp4; ``-`` is a pipe.
         model: model folder; None takes the embedded model.
         crop: of the portrait, see :func:`rest_lightning.data.portrait.read_portrait`.
         overwrite: whether existing outputs may be replaced.
@@ -45,8 +47,11 @@ class TalkOptions:
         num_threads: of torch; None leaves its choice.
         dtype: of the model; ``auto`` takes bfloat16 on processors that compute it natively, else float32.
         device: of the model; ``auto`` takes a CUDA device where there is one.
-        stdin: the pipe; None takes the process's own.
+        stdin, stdout: the pipes; None takes the process's own.
         quiet: without progress bar and table.
+        live: put silence where the pipe pauses, see :class:`rest_lightning.streaming.live.LiveSpeech`.
+        format: of the video in a pipe: ``mp4`` (fragmented, with sound; the default) or ``rgb24``.
+        profile: JSON for a Chrome trace of three chunks, see :class:`rest_lightning.streaming.profile.ChunkProfiler`.
     """
 
     portrait: Path
@@ -66,17 +71,30 @@ class TalkOptions:
     device: str = "auto"
     stdin: BinaryIO | None = field(default=None, repr=False)
     quiet: bool = False
+    live: bool = False
+    format: PipeFormat | None = None
+    profile: Path | None = None
+    stdout: BinaryIO | None = field(default=None, repr=False)
+
+    @property
+    def to_pipe(self) -> bool:
+        """Whether the video goes to ``stdout``."""
+        return str(self.out) == "-"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     parser.add_argument("portrait", type=Path, help="image of a face, the head filling most of it")
     parser.add_argument("speech", help='sound file, video, or "-" for a pipe')
-    parser.add_argument("-o", "--out", type=Path, required=True, help="the mp4 to write")
+    parser.add_argument("-o", "--out", type=Path, required=True, help='the mp4 to write, or "-" for a pipe')
+    parser.add_argument("--format", choices=("mp4", "rgb24"), help="in a pipe: fragmented mp4 (default), or raw frames")
+    parser.add_argument("--live", action="store_true", help="put silence where the speech in the pipe pauses")
     parser.add_argument("--crop", type=_crop, default="centre", help="centre (default), face, or x,y,width,height")
     parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
     parser.add_argument("--report", type=Path, help="also write the report as JSON")
     parser.add_argument("--sheet", type=Path, help="also write a contact sheet as PNG")
+    profile = "also write a Chrome trace (JSON) of three chunks, and print where their time went"
+    parser.add_argument("--profile", type=Path, help=profile)
     parser.add_argument("--quiet", action="store_true", help="no progress bar and no table")
     add_model_arguments(parser)
 
@@ -111,10 +129,7 @@ def talk(options: TalkOptions) -> StreamReport:
     from rest_lightning.data.audio import open_speech
     from rest_lightning.data.portrait import MIN_SIDE_PX, read_portrait
 
-    for path, suffix in ((options.out, ".mp4"), (options.report, ".json"), (options.sheet, ".png")):
-        if path is not None:
-            check_output(path, options.overwrite, suffix)
-            _check_not_input(path, options)
+    _check_outputs(options)
     read_portrait(options.portrait, MIN_SIDE_PX, options.crop)
     speech = open_speech(options.speech, stdin=options.stdin)
     model = load_model(options)
@@ -130,9 +145,7 @@ def talk(options: TalkOptions) -> StreamReport:
     if options.sheet is not None:
         _draw_sheet(portrait, report, options)
     if not options.quiet:
-        from rich.console import Console
-
-        Console().print(report.table(f"{options.out}"))
+        _console(options).print(report.table(f"{options.out}"))
     return report
 
 
@@ -149,108 +162,67 @@ def load_model(options: TalkOptions) -> TalkingHead:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     elif device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
         raise UserError(f"expected device auto, cpu or an available cuda, got {device}: try --device cpu")
-    dtype = options.dtype
-    if dtype == "auto":
-        known = device == "cpu" and hasattr(torch.cpu, "get_capabilities")
-        dtype = natural_dtype(torch.cpu.get_capabilities() if known else {})
-    return TalkingHead.from_pretrained(options.model, device=device, dtype=getattr(torch, dtype))
-
-
-def natural_dtype(capabilities: Mapping[str, Any]) -> str:
-    """``bfloat16`` where a processor multiplies it natively (torch's names of capabilities), else ``float32``.
-
-    Elsewhere bfloat16 is converted for every operation, which costs more than it saves.
-    """
-    return "bfloat16" if any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16")) else "float32"
+    dtype = dtype_on(options.dtype, device.partition(":")[0])
+    return TalkingHead.from_pretrained(options.model, device=device, dtype=dtype)
 
 
 def _stream(model: TalkingHead, portrait: np.ndarray, speech: SpeechSource, options: TalkOptions) -> StreamReport:
-    from rest_lightning.streaming.writer import Mp4Writer
+    from rest_lightning.commands._progress import TalkProgress
+    from rest_lightning.streaming.background import BackgroundWriter, write_stream
+    from rest_lightning.streaming.live import LiveSpeech
+    from rest_lightning.streaming.profile import ChunkProfiler
 
-    writer = Mp4Writer(options.out, model.size_px, overwrite=options.overwrite)
+    writer = _open_writer(model, options)
     sampling = {name: getattr(options, name) for name in ("num_steps", "guidance", "reference_guidance")}
     try:
-        with (
-            writer,
-            model.open(portrait, seed=options.seed, **sampling) as session,
-            _Progress(speech.duration_s, options.quiet) as progress,
-        ):
-            for num_frames in _write_stream(session, speech, writer):
-                progress.advance(num_frames)
-            with session.clock.stage("writing"):
-                writer.close()
-            session.clock.stop()
-            return session.report()
+        with BackgroundWriter(writer) as background:
+            session = model.open(portrait, seed=options.seed, **sampling)
+            blocks: Iterable[np.ndarray] = speech
+            if options.live:
+                blocks = LiveSpeech(speech, model.transformer.cache_options.chunk_length * TEMPORAL_RATIO / FPS)
+            with (
+                session,
+                TalkProgress(speech.duration_s, options.quiet) as progress,
+                ChunkProfiler(session.clock, options.profile) as profiler,
+            ):
+                for num_frames in write_stream(session, blocks, background):
+                    progress.advance(num_frames)
+                    profiler.step()
+                with session.clock.stage("writing"):
+                    background.close()
+                session.clock.stop()
+        report = session.report()
+        report.configuration["writing_thread_s"] = round(background.busy_s, 3)
     except KeyboardInterrupt:
         if not writer.num_frames:
             raise
-        raise KeyboardInterrupt(f"interrupted: kept {writer.duration_s:.2f} s of video in {options.out}") from None
+        kept = "sent" if options.to_pipe else "kept"
+        where = "to stdout" if options.to_pipe else f"in {options.out}"
+        raise KeyboardInterrupt(f"interrupted: {kept} {writer.duration_s:.2f} s of video {where}") from None
+    except BrokenPipeError:
+        if not options.quiet:
+            print(f"the reader of stdout has gone after {writer.duration_s:.2f} s of video", file=sys.stderr)
+        raise
+    if options.profile is not None and not options.quiet:
+        _console(options).print(profiler.table())
+    return report
 
 
-def _write_stream(session: StreamingSession, speech: SpeechSource, writer: Mp4Writer) -> Iterator[int]:
-    """Writes frames and the speech that belongs to them; yields numbers of frames.
+def _open_writer(model: TalkingHead, options: TalkOptions) -> VideoWriter:
+    if options.to_pipe:
+        from rest_lightning.streaming.pipe import open_pipe
 
-    Speech is held back until its frames are there: in an interrupted video it ends with the pictures.
-    """
-    waiting: deque[np.ndarray] = deque()
+        return open_pipe(options.stdout or sys.stdout.buffer, model.size_px, options.format or "mp4")
+    from rest_lightning.streaming.writer import Mp4Writer
 
-    def listened() -> Iterator[np.ndarray]:
-        for block in speech:
-            waiting.append(block)
-            yield block
-
-    def write_audio_until(num_samples: int | None) -> None:
-        while waiting and (num_samples is None or writer.num_samples < num_samples):
-            block = waiting.popleft()
-            if num_samples is not None and len(block) > (room := num_samples - writer.num_samples):
-                waiting.appendleft(block[room:])
-                block = block[:room]
-            writer.write_audio(block)
-
-    for frames in session.stream(listened()):
-        with session.clock.stage("writing"):
-            writer.write(frames)
-            write_audio_until(writer.num_frames * SAMPLES_PER_FRAME)
-        yield len(frames)
-    with session.clock.stage("writing"):
-        write_audio_until(None)
+    return Mp4Writer(options.out, model.size_px, overwrite=options.overwrite)
 
 
-class _Progress:
-    """A bar on stderr: frames, frames per second, times real time; without a total for pipes."""
+def _console(options: TalkOptions) -> Console:
+    """Where tables go: stdout, unless the video goes there."""
+    from rich.console import Console
 
-    def __init__(self, duration_s: float | None, quiet: bool) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
-        from rich.progress import TimeRemainingColumn as Remaining
-
-        total = None if duration_s is None else -(-round(duration_s * SAMPLE_RATE) // SAMPLES_PER_FRAME)
-        self._bar = Progress(
-            SpinnerColumn(),
-            TextColumn("talking"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("frames  {task.fields[speed]}"),
-            Remaining(),
-            console=Console(stderr=True),
-            disable=quiet,
-        )
-        self._task = self._bar.add_task("talking", total=total, speed="")
-
-    def advance(self, num_frames: int) -> None:
-        """Counts frames that are written."""
-        self._bar.update(self._task, advance=num_frames)
-        task = self._bar.tasks[self._task]
-        if task.elapsed:
-            speed = task.completed / task.elapsed
-            self._bar.update(self._task, speed=f"{speed:.1f} fps  {speed / FPS:.2f} x real time")
-
-    def __enter__(self) -> _Progress:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
+    return Console(stderr=options.to_pipe)
 
 
 def _draw_sheet(portrait: np.ndarray, report: StreamReport, options: TalkOptions) -> None:
@@ -279,6 +251,25 @@ def sheet_figures(report: StreamReport) -> dict[str, str]:
         "per chunk p50 / p95": "-" if p50 is None or p95 is None else f"{p50:.0f} / {p95:.0f} ms",
         "peak memory": f"{report.peak_memory_mb:,.0f} MB",
     }
+
+
+def _check_outputs(options: TalkOptions) -> None:
+    """Everything about the outputs that can be known before the work begins."""
+    if options.to_pipe:
+        if (options.stdout or sys.stdout).isatty():
+            raise UserError('expected a pipe or a file for "-o -", got a terminal: add `| ffplay -` or `> out.mp4`')
+        if options.sheet is not None:
+            raise UserError("expected a video file for --sheet, got a pipe: write to a file, or leave --sheet out")
+    elif options.format == "rgb24":
+        raise UserError(f"expected a pipe for --format rgb24, got {options.out}: use -o - > FILE")
+    if options.live and options.speech != "-":
+        raise UserError(f'expected a pipe ("-") for --live, got {options.speech}: leave --live out')
+    video = None if options.to_pipe else options.out
+    outputs = ((video, ".mp4"), (options.report, ".json"), (options.sheet, ".png"), (options.profile, ".json"))
+    for path, suffix in outputs:
+        if path is not None:
+            check_output(path, options.overwrite, suffix)
+            _check_not_input(path, options)
 
 
 def _check_not_input(path: Path, options: TalkOptions) -> None:

@@ -33,7 +33,8 @@ class SpeechSource:
         sample_rate_hz: rate inside the file; this and the next two are None for named pipes.
         num_channels: channels inside the file; they are mixed down.
         codec: name of the codec.
-        block_samples: length of the blocks at 16 kHz; the last one may be shorter.
+        block_samples: length of the blocks at 16 kHz; the last one may be shorter. From ``stdin`` they come as they
+            arrive, and are that long at most.
     """
 
     name: str
@@ -51,8 +52,9 @@ class SpeechSource:
 
     def __iter__(self) -> Iterator[np.ndarray]:
         """Blocks (block_samples,) of float32 mono at 16 kHz, in [-1, 1]."""
-        pieces = _read_pipe(self.pipe, self.block_samples) if self.pipe is not None else _resample(Path(self.name))
-        return _blocks(pieces, self.block_samples, self.num_samples)
+        if self.pipe is not None:
+            return _read_pipe(self.pipe, self.block_samples)
+        return _blocks(_resample(Path(self.name)), self.block_samples, self.num_samples)
 
     def read_all(self) -> np.ndarray:
         """Everything at once, (num_samples,) float32: 3 hours take 690 MB."""
@@ -76,7 +78,8 @@ def open_speech(
         UserError: no such file, a folder, not sound, truncated, no audio track, no samples, NaN samples.
     """
     if os.fspath(path) == "-":
-        pipe = stdin if stdin is not None else sys.stdin.buffer
+        # Without its buffer: whoever waits for that in a thread holds a lock that Python needs at its end.
+        pipe = stdin if stdin is not None else getattr(sys.stdin.buffer, "raw", sys.stdin.buffer)
         if pipe.isatty():
             raise UserError(f"expected raw 16 kHz samples from a pipe, got a terminal: try {_TO_PIPE}")
         return SpeechSource("stdin", None, SAMPLE_RATE, 1, "pcm_s16le", block_samples, pipe)
@@ -240,14 +243,27 @@ def _resample(path: Path) -> Iterator[np.ndarray]:
 
 
 def _read_pipe(pipe: BinaryIO, block_samples: int) -> Iterator[np.ndarray]:
-    num_bytes = 0
-    while data := pipe.read(2 * block_samples):
-        if num_bytes == 0 and data[:4] in (b"RIFF", b"fLaC", b"OggS", b"ID3\x03", b"ID3\x04"):
+    """Whatever has arrived, without waiting for more: a microphone's samples are not kept until a block is full."""
+    read = getattr(pipe, "read1", pipe.read)
+    waiting, num_bytes = b"", 0
+    while data := read(2 * block_samples):
+        waiting += data
+        if num_bytes == 0 and len(waiting) < 4:
+            continue
+        if num_bytes == 0 and waiting[:4] in (b"RIFF", b"fLaC", b"OggS", b"ID3\x03", b"ID3\x04"):
             raise UserError(f"expected raw 16 kHz s16le samples on stdin, got a whole sound file: try {_TO_PIPE}")
-        num_bytes += len(data)
-        yield np.frombuffer(data[: len(data) // 2 * 2], dtype="<i2").astype(np.float32) / 32768.0
-    if num_bytes < 2:
+        even = len(waiting) // 2 * 2
+        num_bytes += even
+        yield _from_int16(waiting[:even])
+        waiting = waiting[even:]
+    if num_bytes + len(waiting) < 2:
         raise UserError(f"expected raw 16 kHz s16le samples on stdin, got none: try {_TO_PIPE}")
+    if len(waiting) >= 2:
+        yield _from_int16(waiting[: len(waiting) // 2 * 2])
+
+
+def _from_int16(data: bytes) -> np.ndarray:
+    return np.frombuffer(data, dtype="<i2").astype(np.float32) / 32768.0
 
 
 def _blocks(pieces: Iterator[np.ndarray], block_samples: int, num_samples: int | None) -> Iterator[np.ndarray]:

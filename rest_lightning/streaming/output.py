@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,6 +40,21 @@ def explain_write_error(path: Path, error: OSError) -> str:
     return f"expected to write {path}, got '{reason}': choose a folder that you may write to"
 
 
+def temporary_name(path: Path, mark: str = "") -> Path:
+    """A hidden name beside ``path`` for what is not whole yet; ``mark`` tells several of one process apart."""
+    mark = f".{mark}" if mark else ""
+    return path.with_name(f".{path.stem}.{os.getpid()}{mark}.part{path.suffix}")
+
+
+def remove_leftovers(path: str | os.PathLike[str]) -> None:
+    """Removes the temporary files that killed processes left beside ``path``. Nobody else may be writing ``path``."""
+    path = Path(path)
+    left = re.compile(rf"\.{re.escape(path.stem)}\.\d+(\.[0-9a-f]+)?\.part{re.escape(path.suffix)}")
+    for other in path.parent.iterdir():
+        if left.fullmatch(other.name):
+            other.unlink(missing_ok=True)
+
+
 @contextmanager
 def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Gives a temporary name in the folder of ``path``; moves it to ``path`` when the block succeeds, else removes it.
@@ -47,7 +63,7 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         UserError: when the operating system refuses.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
+    temporary = temporary_name(path)
     try:
         yield temporary
         os.replace(temporary, path)

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 from types import FrameType, TracebackType
+from typing import Any, Protocol
 
 import av
 import numpy as np
@@ -17,10 +18,114 @@ from av.video.frame import VideoFrame
 
 from rest_lightning.constants import FPS, SAMPLE_RATE
 from rest_lightning.errors import UserError
-from rest_lightning.streaming.output import check_output, explain_write_error
+from rest_lightning.streaming.output import check_output, explain_write_error, temporary_name
 
 _BLOCK_SAMPLES = 16_384
 _BT601 = 6  # AVCOL_SPC_SMPTE170M: what swscale computes; tagged, so that no player has to guess
+
+
+class VideoWriter(Protocol):
+    """What a stream can be written to: a file, or a pipe."""
+
+    @property
+    def num_frames(self) -> int:
+        """Frames written so far."""
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of speech written so far."""
+
+    @property
+    def duration_s(self) -> float:
+        """Seconds of video written so far."""
+
+    def write(self, frames: np.ndarray) -> None:
+        """Appends frames (n, H, W, 3), uint8 RGB."""
+
+    def write_audio(self, samples: np.ndarray) -> None:
+        """Appends mono speech (n,)."""
+
+    def close(self) -> None:
+        """Finishes what was written."""
+
+    def abort(self) -> None:
+        """Gives up."""
+
+
+class Encoder:
+    """H.264 (yuv420p) and AAC, muxed frame by frame into an mp4 container, in bounded memory.
+
+    Args:
+        target: path, or an object with ``write``, of the container.
+        size_px: side of square frames, or ``(height, width)``; even numbers.
+        movflags: options of FFmpeg's mp4 muxer; ``container_options`` are further ones of the container.
+        video_options: of x264.
+        fps, sample_rate, audio: see :class:`Mp4Writer`.
+    """
+
+    def __init__(
+        self,
+        target: Any,
+        size_px: int | tuple[int, int],
+        movflags: str,
+        video_options: dict[str, str],
+        container_options: dict[str, str] | None = None,
+        fps: int = FPS,
+        sample_rate: int = SAMPLE_RATE,
+        audio: bool = True,
+    ) -> None:
+        self.height, self.width = even_sides(size_px)
+        self.fps, self.sample_rate = fps, sample_rate
+        self.num_frames = self.num_samples = 0
+        options = {"movflags": movflags, **(container_options or {})}
+        self._container = av.open(target, "w", format="mp4", options=options)
+        self._video = self._container.add_stream("libx264", rate=fps)
+        self._video.width, self._video.height, self._video.pix_fmt = self.width, self.height, "yuv420p"
+        self._video.options = video_options
+        context = self._video.codec_context
+        context.thread_count = 1  # the same bits on every machine, and no cores taken from the model
+        context.time_base = Fraction(1, fps)
+        context.colorspace = context.color_primaries = context.color_trc = _BT601
+        context.color_range = 1
+        self._audio = self._container.add_stream("aac", rate=sample_rate, layout="mono") if audio else None
+        if self._audio is not None:
+            self._audio.bit_rate = 64_000
+        self._container.start_encoding()  # opens the file: a folder that refuses says so now, not after an hour
+
+    def write(self, frames: np.ndarray) -> None:
+        """Appends frames that :func:`as_frames` has checked."""
+        for pixels in frames:
+            frame = VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+            frame.pts, frame.time_base = self.num_frames, Fraction(1, self.fps)
+            self._container.mux(self._video.encode(frame.reformat(format="yuv420p", dst_colorspace="SMPTE170M")))
+            self.num_frames += 1
+
+    def write_audio(self, samples: np.ndarray) -> None:
+        """Appends mono speech (n,), clipped to [-1, 1]."""
+        assert self._audio is not None
+        samples = np.clip(np.asarray(samples, dtype=np.float32).reshape(1, -1), -1.0, 1.0)
+        for start in range(0, samples.shape[1], _BLOCK_SAMPLES):
+            block = np.ascontiguousarray(samples[:, start : start + _BLOCK_SAMPLES])
+            frame = av.AudioFrame.from_ndarray(block, format="fltp", layout="mono")
+            frame.sample_rate = self.sample_rate
+            frame.pts, frame.time_base = self.num_samples, Fraction(1, self.sample_rate)
+            self._container.mux(self._audio.encode(frame))
+            self.num_samples += block.shape[1]
+
+    def finish(self) -> None:
+        """Writes what the encoders hold, and the container's end."""
+        if self.num_frames:
+            self._container.mux(self._video.encode(None))
+        if self._audio is not None and self.num_samples:
+            self._container.mux(self._audio.encode(None))
+        self._container.close()
+
+    def give_up(self) -> None:
+        """Closes the container, whatever becomes of it."""
+        try:
+            self._container.close()
+        except (OSError, ValueError, av.FFmpegError):
+            pass  # a full disk or a closed pipe cannot take the trailer either, and the file goes away anyway
 
 
 class Mp4Writer:
@@ -56,93 +161,73 @@ class Mp4Writer:
         preset: str = "veryfast",
     ) -> None:
         self.path = Path(path)
-        self.height, self.width = (size_px, size_px) if isinstance(size_px, int) else size_px
-        self.fps = fps
-        self.sample_rate = sample_rate
-        self.num_frames = 0
-        self.num_samples = 0
-        self._closed = False
-        if min(self.height, self.width) < 2 or self.height % 2 or self.width % 2:
-            size = f"{self.height}x{self.width}"
-            raise UserError(f"expected even frame sides for H.264, got {size}: crop or pad by one pixel")
+        even_sides(size_px)
+        self.closed, self._has_audio = False, audio
+        self._encoder: Encoder | None = None
         check_output(self.path, overwrite)
-        self._temporary = self.path.with_name(f".{self.path.stem}.{os.getpid()}.{id(self):x}.part.mp4")
+        self._temporary = temporary_name(self.path, f"{id(self):x}")
+        options = {"crf": str(crf), "preset": preset}
         with self._errors():
-            self._container = av.open(str(self._temporary), "w", format="mp4", options={"movflags": "+faststart"})
-            self._video = self._container.add_stream("libx264", rate=fps)
-            self._video.width, self._video.height, self._video.pix_fmt = self.width, self.height, "yuv420p"
-            self._video.options = {"crf": str(crf), "preset": preset}
-            context = self._video.codec_context
-            context.thread_count = 1  # the same bits on every machine, and no cores taken from the model
-            context.time_base = Fraction(1, fps)
-            context.colorspace = context.color_primaries = context.color_trc = _BT601
-            context.color_range = 1
-            self._audio = self._container.add_stream("aac", rate=sample_rate, layout="mono") if audio else None
-            if self._audio is not None:
-                self._audio.bit_rate = 64_000
-            self._container.start_encoding()  # opens the file: a folder that refuses says so now, not after an hour
+            self._encoder = Encoder(
+                str(self._temporary), size_px, "+faststart", options, fps=fps, sample_rate=sample_rate, audio=audio
+            )
+
+    @property
+    def encoder(self) -> Encoder:
+        """What encodes and muxes."""
+        assert self._encoder is not None
+        return self._encoder
+
+    @property
+    def num_frames(self) -> int:
+        """Frames written so far."""
+        return self.encoder.num_frames
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of speech written so far."""
+        return self.encoder.num_samples
 
     @property
     def duration_s(self) -> float:
         """Seconds of video written so far."""
-        return self.num_frames / self.fps
+        return self.encoder.num_frames / self.encoder.fps
 
     def write(self, frames: np.ndarray) -> None:
         """Appends frames (n, H, W, 3) or one frame (H, W, 3), uint8 RGB; ``n`` may be 0."""
-        frames = frames[None] if frames.ndim == 3 else frames
-        if frames.dtype != np.uint8 or frames.shape[1:] != (self.height, self.width, 3):
-            raise UserError(
-                f"expected uint8 frames (n, {self.height}, {self.width}, 3), got {frames.dtype} {frames.shape}: "
-                "open the writer with the size of the frames"
-            )
-        with self._errors(), _interrupt_later():
-            for pixels in frames:
-                frame = VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
-                frame.pts, frame.time_base = self.num_frames, Fraction(1, self.fps)
-                self._container.mux(self._video.encode(frame.reformat(format="yuv420p", dst_colorspace="SMPTE170M")))
-                self.num_frames += 1
+        frames = as_frames(frames, self.encoder.height, self.encoder.width)
+        with self._errors(), interrupt_later():
+            self.encoder.write(frames)
 
     def write_audio(self, samples: np.ndarray) -> None:
         """Appends mono speech (n,), float32 in [-1, 1] (clipped beyond) at ``sample_rate``."""
-        if self._audio is None:
+        if not self._has_audio:
             raise UserError("expected a writer with an audio track, got audio=False: open it with audio=True")
-        samples = np.clip(np.asarray(samples, dtype=np.float32).reshape(1, -1), -1.0, 1.0)
-        with self._errors(), _interrupt_later():
-            for start in range(0, samples.shape[1], _BLOCK_SAMPLES):
-                block = np.ascontiguousarray(samples[:, start : start + _BLOCK_SAMPLES])
-                frame = av.AudioFrame.from_ndarray(block, format="fltp", layout="mono")
-                frame.sample_rate = self.sample_rate
-                frame.pts, frame.time_base = self.num_samples, Fraction(1, self.sample_rate)
-                self._container.mux(self._audio.encode(frame))
-                self.num_samples += block.shape[1]
+        with self._errors(), interrupt_later():
+            self.encoder.write_audio(samples)
 
     def close(self) -> None:
         """Finishes the file and moves it to ``path``. A second call does nothing."""
-        if self._closed:
+        if self.closed:
             return
-        with self._errors(), _interrupt_later():
-            if self.num_frames:
-                self._container.mux(self._video.encode(None))
-            if self._audio is not None and self.num_samples:
-                self._container.mux(self._audio.encode(None))
-            self._container.close()
+        with self._errors(), interrupt_later():
+            self.encoder.finish()
             if not self.num_frames and not self.num_samples:
                 raise UserError(f"expected at least one frame for {self.path}, got none: nothing was written")
             with open(self._temporary, "rb+") as file:
                 os.fsync(file.fileno())  # a full disk may tell only now
             os.replace(self._temporary, self.path)
-            self._closed = True
+            self.closed = True
 
     def abort(self) -> None:
         """Gives up: removes the temporary file and leaves whatever is under ``path`` alone."""
-        if self._closed:
+        if self.closed:
             return
-        self._closed = True
-        with _interrupt_later():
+        self.closed = True
+        with interrupt_later():
             try:
-                self._container.close()
-            except (OSError, ValueError):
-                pass  # a full disk cannot take the trailer either, and the file goes away anyway
+                if self._encoder is not None:
+                    self._encoder.give_up()
             finally:
                 self._temporary.unlink(missing_ok=True)
 
@@ -152,7 +237,7 @@ class Mp4Writer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None or (issubclass(kind, KeyboardInterrupt) and self.num_frames):
+        if keeps(kind, self):
             self.close()
         else:
             self.abort()
@@ -160,24 +245,45 @@ class Mp4Writer:
     @contextmanager
     def _errors(self) -> Iterator[None]:
         """Turns what the operating system says into one line, and never leaves the temporary file behind."""
-        if self._closed:
+        if self.closed:
             raise UserError(f"expected an open writer, got a closed one ({self.path}): open a new one")
         try:
             yield
         except BaseException as error:
             if isinstance(error, KeyboardInterrupt):
                 raise
-            if hasattr(self, "_container"):
-                self.abort()
-            else:
-                self._temporary.unlink(missing_ok=True)
+            self.abort()
             if isinstance(error, OSError):
                 raise UserError(explain_write_error(self.path, error)) from error
             raise
 
 
+def keeps(kind: type[BaseException] | None, writer: VideoWriter) -> bool:
+    """Whether a block that ended with this kind of exception keeps its video: Ctrl-C does, once there is a frame."""
+    return kind is None or (issubclass(kind, KeyboardInterrupt) and writer.num_frames > 0)
+
+
+def even_sides(size_px: int | tuple[int, int]) -> tuple[int, int]:
+    """Height and width. Raises a UserError unless H.264 takes them."""
+    height, width = (size_px, size_px) if isinstance(size_px, int) else size_px
+    if min(height, width) < 2 or height % 2 or width % 2:
+        raise UserError(f"expected even frame sides for H.264, got {height}x{width}: crop or pad by one pixel")
+    return height, width
+
+
+def as_frames(frames: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Frames (n, H, W, 3), uint8, of one frame or several. Raises a UserError when they are anything else."""
+    frames = frames[None] if frames.ndim == 3 else frames
+    if frames.dtype != np.uint8 or frames.shape[1:] != (height, width, 3):
+        raise UserError(
+            f"expected uint8 frames (n, {height}, {width}, 3), got {frames.dtype} {frames.shape}: "
+            "open the writer with the size of the frames"
+        )
+    return frames
+
+
 @contextmanager
-def _interrupt_later() -> Iterator[None]:
+def interrupt_later() -> Iterator[None]:
     """Holds Ctrl-C back until the block is done: half a packet in the file would be a broken video."""
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from typing import Any
 
 import numpy as np
+import torch
 from lightning import LightningModule
 from numpy.typing import NDArray
 
 from rest_lightning.data.streams import SpeechBlock
+from rest_lightning.dtypes import DtypeName, dtype_on
+from rest_lightning.parts import PART_NAMES
 from rest_lightning.streaming.session import StreamingSession
 from rest_lightning.talking_head import SamplingChanges, TalkingHead
 
@@ -20,15 +24,40 @@ class PredictModule(LightningModule):
         model: folder of a model; None is the embedded one.
         sampling: changes of the model's own; ``rest predict`` takes them from the top-level key ``sampling``.
         seed: of the noise of every video.
+        dtype: of the model, as for ``rest talk``: ``auto`` is what the trainer's device multiplies natively.
     """
 
-    def __init__(self, model: str | None = None, sampling: SamplingChanges | None = None, seed: int = 0) -> None:
+    def __init__(
+        self,
+        model: str | None = None,
+        sampling: SamplingChanges | None = None,
+        seed: int = 0,
+        dtype: DtypeName = "auto",
+    ) -> None:
         super().__init__()
         self.head = TalkingHead.from_pretrained(model)
         self.sampling = (sampling or SamplingChanges()).of(self.head.sampling)
-        self.seed = seed
-        self.configuration = {"model": model or "embedded", **asdict(self.sampling), "seed": seed}
+        self.model_name, self.seed, self.dtype_name = model or "embedded", seed, dtype
         self.session: StreamingSession | None = None
+
+    @property
+    def configuration(self) -> dict[str, Any]:
+        """What decides the videos beside portrait and speech; known once a trainer has the module."""
+        return {
+            "model": self.model_name,
+            **asdict(self.sampling),
+            "seed": self.seed,
+            "dtype": str(self._head_dtype()).removeprefix("torch."),
+        }
+
+    def _head_dtype(self) -> torch.dtype:
+        return dtype_on(self.dtype_name, self.trainer.strategy.root_device.type)
+
+    def setup(self, stage: str) -> None:
+        """Bring the model to its type; speech is encoded in float32 whatever that is, as in training."""
+        for name in PART_NAMES:
+            if name != "speech_encoder":
+                getattr(self.head, name).to(dtype=self._head_dtype())
 
     @property
     def size_px(self) -> int:

@@ -132,7 +132,7 @@ def test_interrupt_keeps_a_playable_video(tmp_path: Path, tiny_model: Path, port
     ],
 )
 def test_bfloat16_only_where_the_processor_computes_it(capabilities: dict[str, Any], expected: str) -> None:
-    from rest_lightning.commands.talk import natural_dtype
+    from rest_lightning.dtypes import natural_dtype
 
     assert natural_dtype(capabilities) == expected
 

@@ -1,0 +1,124 @@
+"""Writing in a thread: the same file, bounded, with the writer's own errors and interruptions."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rest_lightning.constants import SAMPLES_PER_FRAME
+from rest_lightning.errors import UserError
+from rest_lightning.streaming.background import BackgroundWriter, write_stream
+from rest_lightning.streaming.pipe import RawPipe
+from rest_lightning.streaming.writer import Mp4Writer
+from rest_lightning.talking_head import TalkingHead
+
+
+def chunks(count: int, size_px: int = 64) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    rng = np.random.default_rng(0)
+    for _ in range(count):
+        frames = rng.integers(0, 256, (24, size_px, size_px, 3), dtype=np.uint8)
+        yield frames, rng.uniform(-0.5, 0.5, 24 * SAMPLES_PER_FRAME).astype(np.float32)
+
+
+class SlowPipe:
+    """A reader that takes a frame every ``pause_s``, or none any more after ``num_frames``."""
+
+    def __init__(self, pause_s: float = 0.0, num_frames: int = 1000) -> None:
+        self.pause_s, self.num_frames, self.taken = pause_s, num_frames, 0
+
+    def write(self, data: memoryview) -> int:
+        if self.taken == self.num_frames:
+            raise BrokenPipeError
+        time.sleep(self.pause_s)
+        self.taken += 1
+        return len(data)
+
+    def flush(self) -> None:
+        """Nothing waits."""
+
+
+def test_the_file_is_the_one_without_a_thread(tmp_path: Path) -> None:
+    with Mp4Writer(tmp_path / "plain.mp4", 64) as writer:
+        for frames, samples in chunks(4):
+            writer.write(frames)
+            writer.write_audio(samples)
+    with BackgroundWriter(Mp4Writer(tmp_path / "thread.mp4", 64)) as background:
+        for frames, samples in chunks(4):
+            background.write(frames, samples)
+    assert (tmp_path / "thread.mp4").read_bytes() == (tmp_path / "plain.mp4").read_bytes()
+    assert background.busy_s > 0 and background.writer.num_frames == 96
+
+
+def test_a_slow_writer_makes_the_caller_wait() -> None:
+    pipe = SlowPipe(pause_s=0.002)
+    background = BackgroundWriter(RawPipe(pipe, 64), max_waiting=2)  # type: ignore[arg-type]
+    for number, (frames, samples) in enumerate(chunks(6), 1):
+        background.write(frames, samples)
+        assert number * 24 - pipe.taken <= 24 * (2 + 1)  # two wait, one is being written
+    background.close()
+    assert pipe.taken == 6 * 24 and not any(thread.name == "writer" for thread in threading.enumerate())
+
+
+def test_the_writers_error_reaches_the_caller() -> None:
+    pipe = SlowPipe(num_frames=30)
+    with pytest.raises(BrokenPipeError), BackgroundWriter(RawPipe(pipe, 64)) as background:  # type: ignore[arg-type]
+        for frames, samples in chunks(50):
+            background.write(frames, samples)
+    assert pipe.taken == 30
+    closing = BackgroundWriter(RawPipe(SlowPipe(num_frames=0), 64))  # type: ignore[arg-type]
+    closing._put(next(chunks(1)))
+    with pytest.raises(BrokenPipeError):
+        closing.close()
+
+
+def test_an_error_beside_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), BackgroundWriter(Mp4Writer(tmp_path / "a.mp4", 64)) as background:
+        for frames, samples in chunks(3):
+            background.write(frames, samples)
+        raise ZeroDivisionError
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("count", [0, 3])
+def test_an_interruption_keeps_everything_handed_over(tmp_path: Path, count: int) -> None:
+    with pytest.raises(KeyboardInterrupt), BackgroundWriter(Mp4Writer(tmp_path / "a.mp4", 64)) as background:
+        for frames, samples in chunks(count):
+            background.write(frames, samples)
+        raise KeyboardInterrupt
+    assert background.writer.num_frames == 24 * count
+    assert background.writer.num_samples == 24 * count * SAMPLES_PER_FRAME
+    assert [path.name for path in tmp_path.iterdir()] == (["a.mp4"] if count else [])
+
+
+@pytest.mark.parametrize("block_samples", [1, 640, 999, 16_000, 100_000])
+def test_sound_goes_with_its_frames(head: TalkingHead, block_samples: int) -> None:
+    speech = np.random.default_rng(1).uniform(-0.5, 0.5, 60 * 640 + 5).astype(np.float32)
+    blocks = (speech[i : i + block_samples] for i in range(0, len(speech), block_samples))
+    taken: list[tuple[int, np.ndarray]] = []
+
+    class Collect(RawPipe):
+        def write_audio(self, samples: np.ndarray) -> None:
+            taken.append((self.num_frames, samples))
+
+    if block_samples == 1:  # 38,405 blocks of one sample would test patience
+        blocks = (part for part in np.split(speech, range(1, 700)))
+    with head.open(np.zeros((64, 64, 3), np.uint8)) as session:
+        with BackgroundWriter(Collect(SlowPipe(), 64)) as background:  # type: ignore[arg-type]
+            counts = list(write_stream(session, blocks, background))
+        assert session.clock.stage_s["writing"] > 0
+    assert counts == [24, 24, 13]
+    assert [frames for frames, _ in taken] == [24, 48, 61]
+    assert [len(samples) for _, samples in taken] == [15_360, 15_360, 12 * 640 + 5]
+    assert np.array_equal(np.concatenate([samples for _, samples in taken]), speech)
+
+
+def test_bad_frames_are_told_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="expected uint8 frames"):  # noqa: SIM117
+        with BackgroundWriter(Mp4Writer(tmp_path / "a.mp4", 64)) as background:
+            background.write(np.zeros((1, 32, 32, 3), np.uint8), np.zeros(640, np.float32))
+    assert not list(tmp_path.iterdir())
