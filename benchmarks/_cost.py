@@ -72,13 +72,41 @@ def read_size(name: str) -> Size:
     Raises:
         UserError: no such configuration files.
     """
+    stage, vae, trainer = _read_configs(name, "{}/student.yaml", "{}/vae.yaml", "trainer/{}.yaml")
+    parts = _build_parts(stage)
+    model: A2VDiT = parts["transformer"]
+    data, vae_data = stage["data"], vae["data"]
+    return Size(
+        parts=parts,
+        teacher=A2VDiT.from_config({**model.config, "attention": "full"}),
+        size_px=_size_px(stage, model),
+        num_frames=data["num_frames"],
+        vae_frames=vae_data.get("num_frames_train") or vae_data["num_frames"],
+        batch_size=data["batch_size"],
+        vae_batch=vae_data["batch_size"],
+        accumulate=trainer["trainer"].get("accumulate_grad_batches", 1),
+    )
+
+
+def read_student(name: str) -> tuple[dict[str, Any], int]:
+    """The four untrained parts of a size on the current device, and the side of its frames in pixels."""
+    (stage,) = _read_configs(name, "{}/student.yaml")
+    parts = _build_parts(stage)
+    return parts, _size_px(stage, parts["transformer"])
+
+
+def _read_configs(name: str, *files: str) -> list[dict[str, Any]]:
     known = sorted(path.parent.name for path in CONFIGS.glob("*/student.yaml"))
     if name not in known:
         raise UserError(f"expected a size of {', '.join(known)} (folders of configs/), got {name!r}: choose one")
-    stage, vae, trainer = (
-        yaml.safe_load((CONFIGS / file).read_text(encoding="utf-8"))
-        for file in (f"{name}/student.yaml", f"{name}/vae.yaml", f"trainer/{name}.yaml")
-    )
+    return [yaml.safe_load((CONFIGS / file.format(name)).read_text(encoding="utf-8")) for file in files]
+
+
+def _size_px(stage: dict[str, Any], model: A2VDiT) -> int:
+    return int(SPATIAL_RATIO * model.spatial_size[0] if model.spatial_size else stage["data"]["size_px"])
+
+
+def _build_parts(stage: dict[str, Any]) -> dict[str, Any]:
     given = {part: stage["model"]["init_args"][part] for part in PARTS}
     for part in given.values():
         part.get("init_args", {}).pop("weights", None)
@@ -89,20 +117,9 @@ def read_size(name: str) -> Size:
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     for part, base in PARTS.items():
         parser.add_argument(f"--{part}", type=base)
-    parts = parser.instantiate(parser.parse_object(given)).as_dict()
+    parts: dict[str, Any] = parser.instantiate(parser.parse_object(given)).as_dict()
     parts["speech_encoder"].requires_grad_(False)
-    model: A2VDiT = parts["transformer"]
-    data, vae_data = stage["data"], vae["data"]
-    return Size(
-        parts=parts,
-        teacher=A2VDiT.from_config({**model.config, "attention": "full"}),
-        size_px=SPATIAL_RATIO * model.spatial_size[0] if model.spatial_size else data["size_px"],
-        num_frames=data["num_frames"],
-        vae_frames=vae_data.get("num_frames_train") or vae_data["num_frames"],
-        batch_size=data["batch_size"],
-        vae_batch=vae_data["batch_size"],
-        accumulate=trainer["trainer"].get("accumulate_grad_batches", 1),
-    )
+    return parts
 
 
 def count_flops(call: Callable[[], object]) -> int:

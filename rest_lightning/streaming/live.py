@@ -36,7 +36,7 @@ class LiveSpeech:
 
     Args:
         blocks: arrays of mono samples, any length; read once.
-        pause_s: seconds of stream time after which silence takes over; a chunk's duration is the least that makes sense.
+        pause_s: seconds of stream time after which silence takes over; less than a chunk's duration makes little sense.
         max_waiting: blocks in the queue; beyond them the source has to wait.
 
     Attributes:

@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -122,10 +122,9 @@ class Encoder:
 
     def give_up(self) -> None:
         """Closes the container, whatever becomes of it."""
-        try:
+        # A full disk or a closed pipe cannot take the trailer either, and the file goes away anyway.
+        with suppress(OSError, ValueError, av.FFmpegError):
             self._container.close()
-        except (OSError, ValueError, av.FFmpegError):
-            pass  # a full disk or a closed pipe cannot take the trailer either, and the file goes away anyway
 
 
 class Mp4Writer:
