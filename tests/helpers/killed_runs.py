@@ -1,4 +1,6 @@
-"""Runs of `rest fit` that die at a chosen moment, each in a fork of this process: for tests/tasks/test_resume.py.
+"""Runs of `rest fit` and `rest predict` that die at a chosen moment, each in a fork of this process.
+
+For tests/tasks/test_resume.py and tests/callbacks/test_killed_predict.py.
 
 Reads JSON from standard input: a list of {"words": command line, "moment": name or null, "count": which time}. A run
 goes on from its --ckpt_path where that file exists, and starts anew where it does not.
@@ -70,13 +72,19 @@ def kill_at(moment: str, count: int) -> None:
             if arrived("validation"):
                 die()
 
-    fit = lightning_cli.Trainer.fit
+        def on_predict_batch_start(self, *args: Any) -> None:
+            if arrived("predict_batch_start"):
+                die()
 
-    def fit_with_kill(trainer: Any, *args: Any, **kwargs: Any) -> None:
-        trainer.callbacks.insert(0, Kill())
-        fit(trainer, *args, **kwargs)
+    def with_kill(run: Any) -> Any:
+        def run_with_kill(trainer: Any, *args: Any, **kwargs: Any) -> Any:
+            trainer.callbacks.insert(0, Kill())
+            return run(trainer, *args, **kwargs)
 
-    lightning_cli.Trainer.fit = fit_with_kill  # type: ignore[method-assign, assignment]
+        return run_with_kill
+
+    for name in ("fit", "predict"):
+        setattr(lightning_cli.Trainer, name, with_kill(getattr(lightning_cli.Trainer, name)))
 
 
 def run(words: list[str], moment: str | None, count: int) -> int:

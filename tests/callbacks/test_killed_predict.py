@@ -1,0 +1,102 @@
+"""`rest predict`, killed without a word and started again: done files stay, at most one is made again."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import wave
+from pathlib import Path
+from typing import Any
+
+import killed_runs
+import numpy as np
+import pytest
+from PIL import Image
+
+from rest_lightning.models.autoencoder import CompactVAE
+from rest_lightning.models.speech import LogMelEncoder
+from rest_lightning.models.speech_ae import SpeechAE
+from rest_lightning.models.transformer import A2VDiT
+from rest_lightning.talking_head import SamplingSettings, TalkingHead
+
+# (moment, which time, videos that are whole then). Three pairs of 2 blocks and an end; a report and a video are renamed
+# for each, the report first.
+MOMENTS = (
+    ("predict_batch_start", 1, 0),
+    ("predict_batch_start", 5, 1),  # in the middle of the second video
+    ("before_rename", 3, 1),  # of the second report
+    ("before_rename", 4, 1),  # the second report is there, its video is not
+    ("after_rename", 4, 2),
+    ("predict_batch_start", 9, 2),  # the last video lacks its end only
+)
+NAMES = [f"pair-{number}" for number in range(3)]
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    head = TalkingHead(
+        CompactVAE(4, (8, 16, 16), (1, 1, 1), (1, 1, 1), ((4, 2), (2, 2)), patch_size=8),
+        LogMelEncoder(lookahead_frames=2),
+        SpeechAE(feature_dim=160, num_tokens=2, latent_dim=8, width=8),
+        A2VDiT(
+            in_channels=4, num_layers=1, num_attention_heads=2, attention_head_dim=16, caption_channels=None,
+            speech_dim=8, attention="chunked",
+        ),
+        SamplingSettings(num_steps=1, guidance=1.0, shift=1.0),
+        size_px=64,
+    )  # fmt: skip
+    head.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(tmp_path / "face.png")
+    with wave.open(str(tmp_path / "speech.wav"), "wb") as file:
+        file.setparams((1, 2, 16_000, 0, "NONE", ""))
+        file.writeframes(rng.normal(scale=3000, size=20_000).astype("<i2").tobytes())
+    rows = [{"portrait": "face.png", "speech": "speech.wav", "name": name} for name in NAMES]
+    (tmp_path / "pairs.json").write_text(json.dumps(rows))
+    return tmp_path / "pairs.json"
+
+
+def run(jobs: list[dict[str, Any]], repository: Path) -> list[int]:
+    paths = os.pathsep.join((str(repository), str(repository / "tests" / "helpers")))
+    done = subprocess.run(
+        [sys.executable, killed_runs.__file__],
+        input=json.dumps(jobs), env=os.environ | {"PYTHONPATH": paths}, cwd=repository,
+        capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    codes: list[int] = json.loads(done.stdout.rsplit("exit codes", 1)[1])
+    return codes
+
+
+def test_killed_runs_redo_one_file_at_most(tmp_path: Path, model: Path, pairs: Path, repository: Path) -> None:
+    def job(folder: Path, moment: str | None = None, count: int = 0) -> dict[str, Any]:
+        sink = [{"class_path": "rest_lightning.callbacks.sink.VideoSink", "init_args": {"out_dir": str(folder)}}]
+        words = ["predict", "--config", str(repository / "configs/predict.yaml"), "--model.model", str(model)]
+        words += ["--model.dtype", "float32", "--data.predict_pairs", str(pairs), "--trainer.accelerator", "cpu"]
+        words += ["--trainer.callbacks", json.dumps(sink), "--trainer.enable_progress_bar", "false"]
+        return {"words": words, "moment": moment, "count": count}
+
+    folders = [tmp_path / f"{moment}-{count}" for moment, count, _ in MOMENTS]
+    killed = [job(folder, *moment[:2]) for folder, moment in zip(folders, MOMENTS, strict=True)]
+    assert run([*killed, job(tmp_path / "whole")], repository) == [*[-9] * len(MOMENTS), 0]
+    before: list[dict[str, int]] = []
+    for folder, (_, _, num_whole) in zip(folders, MOMENTS, strict=True):
+        videos = {path.name: path.stat().st_mtime_ns for path in folder.glob("[!.]*.mp4")}
+        assert sorted(videos) == [f"{name}.mp4" for name in NAMES[:num_whole]]
+        before.append(videos)
+    assert run([job(folder) for folder in folders], repository) == [0] * len(folders)
+    expected = sorted(f"{name}{suffix}" for name in NAMES for suffix in (".json", ".mp4"))
+    for folder, videos in zip(folders, before, strict=True):
+        assert sorted(path.name for path in folder.iterdir()) == expected, "nothing hidden is left behind"
+        for name in NAMES:
+            whole = tmp_path / "whole" / f"{name}.mp4"
+            assert (folder / f"{name}.mp4").read_bytes() == whole.read_bytes()
+        for name, written_ns in videos.items():
+            assert (folder / name).stat().st_mtime_ns == written_ns, "a finished video was made again"

@@ -1,0 +1,145 @@
+"""`rest talk` between pipes, as real processes: live in, live out, and a reader that goes away."""
+
+from __future__ import annotations
+
+import io
+import os
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from rest_lightning.cli import main
+from rest_lightning.commands.talk import TalkOptions, talk
+
+MakeSpeech = Callable[..., Path]
+FRAME_BYTES = 64 * 64 * 3
+
+
+def start(portrait: Path, model: Path, *words: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "rest_lightning", "talk", str(portrait), "-", "-o", "-", "--model", str(model)]
+    pipe = subprocess.PIPE
+    return subprocess.Popen([*command, *words], stdin=pipe, stdout=pipe, stderr=pipe, bufsize=0)
+
+
+def sound(num_frames: int) -> bytes:
+    return np.random.default_rng(0).integers(-3000, 3000, num_frames * 640, dtype="<i2").tobytes()
+
+
+def take(process: subprocess.Popen[bytes], num_bytes: int, timeout_s: float = 120) -> bytes:
+    """So many bytes of stdout, or what came before the time was over."""
+    assert process.stdout is not None
+    data, deadline_s = b"", time.monotonic() + timeout_s
+    while len(data) < num_bytes and (left_s := deadline_s - time.monotonic()) > 0:
+        if select.select([process.stdout], [], [], left_s)[0]:
+            data += (part := os.read(process.stdout.fileno(), num_bytes - len(data)))
+            if not part:
+                break
+    return data
+
+
+def test_frames_come_while_the_speech_still_goes_in_and_idle_goes_on(
+    tmp_path: Path, tiny_model: Path, portrait: Path
+) -> None:
+    """One process: a chunk as soon as its last sample is there, idle frames in a pause, and the ragged end."""
+    process = start(portrait, tiny_model, "--format", "rgb24", "--live")
+    assert process.stdin is not None and process.stdout is not None
+    process.stdin.write(sound(26)[:-2])
+    process.stdin.write(sound(26)[-2:])  # chunk of 24 frames, 2 of lookahead: the last sample needed
+    first = take(process, 24 * FRAME_BYTES)
+    assert len(first) == 24 * FRAME_BYTES
+    idle = take(process, 24 * FRAME_BYTES)  # nothing was sent since: silence keeps it going
+    assert len(idle) == 24 * FRAME_BYTES and idle != first
+    process.stdin.write(sound(30))
+    process.stdin.close()
+    rest, errors = process.stdout.read(), process.stderr.read()  # type: ignore[union-attr]
+    assert process.wait(60) == 0, errors
+    num_frames = (len(first) + len(idle) + len(rest)) / FRAME_BYTES
+    silent = num_frames - 56
+    assert silent % 24 == 0 and silent >= 24  # silence comes by chunks, and every sample has its frame
+    assert b"talking" in errors and b"end to end" in errors  # bar and table
+
+
+def test_pipe_holds_the_video_of_the_file(
+    tmp_path: Path, tiny_model: Path, portrait: Path, make_speech: MakeSpeech, capsys: pytest.CaptureFixture[str]
+) -> None:
+    speech, pipe, raw = make_speech(40_000), io.BytesIO(), io.BytesIO()
+    arguments = (portrait, str(speech))
+    talk(TalkOptions(*arguments, tmp_path / "file.mp4", model=tiny_model, quiet=True))
+    talk(TalkOptions(*arguments, Path("-"), model=tiny_model, stdout=pipe, report=tmp_path / "a.json"))
+    talk(TalkOptions(*arguments, Path("-"), model=tiny_model, stdout=raw, format="rgb24", quiet=True))
+    assert capsys.readouterr().out == ""
+    exact = np.frombuffer(raw.getvalue(), np.uint8).reshape(-1, 64, 64, 3).astype(int)
+    assert len(exact) == 63
+    for source in (str(tmp_path / "file.mp4"), io.BytesIO(pipe.getvalue())):
+        with av.open(source) as container:
+            frames = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+        luma = (frames - exact) @ np.array([0.299, 0.587, 0.114])
+        assert frames.shape == exact.shape and np.abs(luma).mean() < 8
+
+
+def test_a_reader_that_goes_away_ends_it(tiny_model: Path, portrait: Path) -> None:
+    process = start(portrait, tiny_model)
+    assert process.stdin is not None and process.stdout is not None
+    process.stdin.write(sound(60))
+    assert take(process, 2000)
+    process.stdout.close()
+    try:
+        while process.poll() is None:
+            process.stdin.write(sound(60))
+    except BrokenPipeError:  # it has ended
+        pass
+    errors = process.stderr.read().decode()  # type: ignore[union-attr]
+    assert process.wait(60) == 141, errors
+    assert "the reader of stdout has gone after" in errors and "Traceback" not in errors and "rror" not in errors
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["-o", "-", "--sheet", "a.png"], "expected a video file for --sheet, got a pipe"),
+        (["-o", "a.mp4", "--format", "rgb24"], "expected a pipe for --format rgb24, got a.mp4: use -o - > FILE"),
+        (["-o", "a.mp4", "--live"], r'expected a pipe ("-") for --live, got speech.wav'),
+        (["-o", "a.mp4", "--profile", "a.txt"], "ends in .json, got a.txt"),
+    ],
+)
+def test_what_does_not_go_together(
+    words: list[str], message: str, portrait: Path, make_speech: MakeSpeech, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(make_speech(16_000).parent)
+    assert main(["talk", str(portrait), "speech.wav", *words]) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err and len(printed.err.splitlines()) == 1 and not printed.out
+
+
+def test_profile_says_where_the_time_goes(
+    tmp_path: Path, tiny_model: Path, portrait: Path, make_speech: MakeSpeech, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import json
+
+    trace = tmp_path / "trace.json"
+    words = [
+        "talk",
+        str(portrait),
+        str(make_speech(6 * 24 * 640)),
+        "-o",
+        str(tmp_path / "a.mp4"),
+        "--profile",
+        str(trace),
+    ]
+    assert main([*words, "--model", str(tiny_model)]) == 0
+    names = {event.get("name", "") for event in json.loads(trace.read_text())["traceEvents"]}
+    assert {"stage: speech", "stage: dit", "stage: vae", "aten::addmm"} <= names
+    printed = capsys.readouterr().out
+    for word in ("3 profiled", "dit", "vae", "aten::", "share"):
+        assert word in printed
+    words[2], words[4] = str(make_speech(16_000)), str(tmp_path / "b.mp4")
+    assert main([*words, "--overwrite", "--model", str(tiny_model)]) == 2
+    assert "expected more than 2 chunks to profile, got 2: give it longer speech" in capsys.readouterr().err
