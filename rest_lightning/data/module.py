@@ -89,7 +89,8 @@ class TalkingHeadDataModule(lightning.LightningDataModule):
         max_corrupt: float = 0.02,
         progress: bool = True,
         seed: int = 0,
-        predict_pairs: str | list[PredictPair] | None = None,
+        # Dictionaries, not PredictPair: of a list of those jsonargparse reads the file itself, and forgets its folder.
+        predict_pairs: str | list[dict[str, str]] | None = None,
         predict_block_samples: int = BLOCK_SAMPLES,
     ) -> None:
         super().__init__()

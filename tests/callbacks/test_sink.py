@@ -13,7 +13,6 @@ import pytest
 from rest_lightning.callbacks.sink import VideoSink
 from rest_lightning.data.audio import open_speech
 from rest_lightning.data.module import TalkingHeadDataModule
-from rest_lightning.data.streams import read_pairs
 from rest_lightning.data.video import read_frames
 from rest_lightning.errors import UserError
 from rest_lightning.talking_head import TalkingHead
@@ -135,6 +134,6 @@ def test_predicting_without_pairs(model_folder: Path) -> None:
 
 
 def test_devices_take_turns(pairs: list[dict[str, str]]) -> None:
-    data = TalkingHeadDataModule(predict_pairs=read_pairs(pairs))
+    data = TalkingHeadDataModule(predict_pairs=pairs)
     data.setup("predict")
     assert [batch["pair"].name for batch in data.predict_dataloader() if batch["is_end"]] == NAMES

@@ -8,6 +8,7 @@ goes on from its --ckpt_path where that file exists, and starts anew where it do
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -77,6 +78,7 @@ def kill_at(moment: str, count: int) -> None:
                 die()
 
     def with_kill(run: Any) -> Any:
+        @functools.wraps(run)  # LightningCLI reads the signature
         def run_with_kill(trainer: Any, *args: Any, **kwargs: Any) -> Any:
             trainer.callbacks.insert(0, Kill())
             return run(trainer, *args, **kwargs)
