@@ -35,7 +35,7 @@ class Backbone:
         rows, side = settings.branches.num_branches, bench.head.size_px // SPATIAL_RATIO
         num_chunks = (num_latent_frames(self.num_frames) - 1) // length
         sigmas = sampling_sigmas(settings.num_steps, settings.shift, (1 + 2 * length) * side * side)
-        like = {"device": bench.head.device, "dtype": bench.head.dtype}
+        like = bench.like
         levels = [model.embed_sigma(torch.full((1, 1), level, device=bench.head.device)) for level in sigmas[:-1]]
         noise = torch.randn(rows, model.in_channels, length, side, side, **like)
         tokens = torch.randn(rows, length, bench.head.speech_ae.num_tokens, model.speech_dim or 1, **like)

@@ -17,13 +17,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from benchmarks._models import halo_decoders, load_head, ltx_pair, run_ltx
+from benchmarks._models import load_head, ltx_pair, run_ltx
 from rest_lightning.constants import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME, SPATIAL_RATIO, TEMPORAL_RATIO
 from rest_lightning.data.audio import open_speech
 from rest_lightning.diffusion.sampling import euler_step
 from rest_lightning.diffusion.schedule import sampling_sigmas
 from rest_lightning.models.cache import IDContextCache
-from rest_lightning.models.ltx_vae import streamed_decode
 from rest_lightning.streaming.background import BackgroundWriter
 from rest_lightning.streaming.engine import ChunkEngine
 from rest_lightning.streaming.writer import Mp4Writer
@@ -52,6 +51,11 @@ class Bench:
         """Random portraits (B, 3, H, W) in [-1, 1]."""
         side = self.head.size_px
         return torch.rand(batch, 3, side, side, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+    @property
+    def like(self) -> dict[str, Any]:
+        """Device and type of the model's tensors."""
+        return {"device": self.head.device, "dtype": self.head.dtype}
 
     @property
     def chunk_length(self) -> int:
@@ -256,7 +260,7 @@ class CacheOrRecompute:
         model, settings, length = bench.head.transformer, bench.head.sampling, bench.chunk_length
         rows, side = settings.branches.num_branches, bench.head.size_px // SPATIAL_RATIO
         sigmas = sampling_sigmas(settings.num_steps, settings.shift, (1 + 2 * length) * side * side)
-        like = {"device": bench.head.device, "dtype": bench.head.dtype}
+        like = bench.like
         window = torch.randn(rows, model.in_channels, 1 + 2 * length, side, side, **like)
         tokens = torch.randn(rows, 1 + 2 * length, bench.head.speech_ae.num_tokens, model.speech_dim or 1, **like)
         tokens[:, 0] = 0.0
@@ -304,7 +308,7 @@ class AgainstDiffusers:
         """One forward of one guided pair; ``difference`` says how far the outputs are apart."""
         ltx, ours = ltx_pair(bench.head)
         side = bench.head.size_px // SPATIAL_RATIO
-        like = {"device": bench.head.device, "dtype": bench.head.dtype}
+        like = bench.like
         latents = torch.randn(2, ours.in_channels, self.num_latents, side, side, **like)
         sigma, text = torch.rand(2, self.num_latents, **like), torch.randn(2, 32, ours.caption_channels or 1, **like)
         calls = {
@@ -315,31 +319,6 @@ class AgainstDiffusers:
         row = bench.alternate(calls, self.repeats)
         difference = float((first - second).abs().max() / second.abs().max())
         return {"forward_ms": row, "ratio": ratio(row, "ours", "diffusers"), "difference": difference}
-
-
-@dataclass(frozen=True)
-class StreamedDecode:
-    """Decoding a clip chunk by chunk, and whole."""
-
-    repeats: int
-    num_latents: int = 13
-    name: str = "decode"
-
-    @torch.inference_mode()
-    def run(self, bench: Bench) -> Row:
-        """Milliseconds per frame; the streamed decode includes slot 0."""
-        vae, side = bench.head.vae, bench.head.size_px // SPATIAL_RATIO
-        shape = (1, vae.latent_channels, self.num_latents, side, side)
-        latents = torch.randn(shape, device=bench.head.device, dtype=bench.head.dtype)
-
-        def streamed() -> None:
-            _, stream = vae.start_decode(latents[:, :, :1])
-            for piece in latents[:, :, 1:].split(bench.chunk_length, dim=2):
-                vae.decode_chunk(piece, stream)
-
-        row = bench.alternate({"streamed": streamed, "whole": lambda: vae.decode(latents)}, self.repeats)
-        num_frames = (self.num_latents - 1) * TEMPORAL_RATIO + 1
-        return {"num_frames": num_frames, "clip_ms": row, "ratio": ratio(row, "streamed", "whole")}
 
 
 @dataclass(frozen=True)
@@ -369,29 +348,3 @@ class Batch:
             call()
         row = bench.alternate(calls, self.repeats)
         return {"num_streams": self.num_streams, "chunk_ms": row, "ratio": ratio(row, "batch", "one_after_another")}
-
-
-@dataclass(frozen=True)
-class Halo:
-    """How exact the streamed decode of stock LTX decoders is with a halo of 0 to 3 latents, and what it costs."""
-
-    width: int
-    num_latents: int = 7
-    cells: int = 2
-    name: str = "halo"
-
-    @torch.inference_mode()
-    def run(self, bench: Bench) -> Row:
-        """Largest and mean absolute error against the whole decode, over the frames' standard deviation."""
-        rows = []
-        for decoder, vae in halo_decoders(self.width, bench.device).items():
-            shape = (1, vae.latent_channels, self.num_latents, self.cells, self.cells)
-            latents = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(bench.device)
-            whole = vae.decode(latents)
-            for halo in range(4):
-                start_s = bench.now_s()
-                error = (streamed_decode(vae, latents, bench.chunk_length, halo) - whole).abs() / whole.std()
-                took_ms = 1000 * (bench.now_s() - start_s)
-                numbers = {"max_error": round(float(error.max()), 5), "mean_error": round(float(error.mean()), 5)}
-                rows.append({"decoder": decoder, "halo": halo, **numbers, "decode_ms": round(took_ms, 2)})
-        return {"weights": "random", "width": self.width, "default": vae.halo, "rows": rows}

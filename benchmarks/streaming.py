@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from benchmarks._decode_scenarios import Halo, StreamedDecode
 from benchmarks._device_scenarios import Backbone, DeviceMemory
 from benchmarks._models import SIZES, load_head
 from benchmarks._scenarios import (
@@ -27,10 +28,8 @@ from benchmarks._scenarios import (
     CacheOrRecompute,
     Dtypes,
     FirstFrame,
-    Halo,
     LongStream,
     Row,
-    StreamedDecode,
     Writing,
     speech,
 )

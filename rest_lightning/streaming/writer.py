@@ -68,7 +68,7 @@ class Encoder:
         target: Any,
         size_px: int | tuple[int, int],
         movflags: str,
-        video_options: dict[str, str],
+        video_options: dict[str, Any],
         container_options: dict[str, str] | None = None,
         fps: int = FPS,
         sample_rate: int = SAMPLE_RATE,
