@@ -31,7 +31,9 @@ def dtype_on(name: str, device: str) -> torch.dtype:
 
     if name not in get_args(DtypeName):
         raise UserError(f"expected a dtype of {', '.join(get_args(DtypeName))}, got {name!r}: choose one")
-    if name == "auto":
+    if name == "auto" and device == "cuda":
+        name = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    elif name == "auto":
         known = device == "cpu" and hasattr(torch.cpu, "get_capabilities")
         name = natural_dtype(torch.cpu.get_capabilities() if known else {})
     found: torch.dtype = getattr(torch, name)

@@ -18,6 +18,7 @@ from PIL import Image
 from rest_lightning.cli import main
 from rest_lightning.commands.talk import TalkOptions, talk
 from rest_lightning.constants import SAMPLES_PER_FRAME
+from rest_lightning.errors import UserError
 
 MakeSpeech = Callable[..., Path]
 
@@ -135,6 +136,16 @@ def test_bfloat16_only_where_the_processor_computes_it(capabilities: dict[str, A
     from rest_lightning.dtypes import natural_dtype
 
     assert natural_dtype(capabilities) == expected
+
+
+def test_types_by_name_and_device() -> None:
+    from rest_lightning.dtypes import dtype_on, natural_dtype
+
+    assert dtype_on("float32", "cpu") is dtype_on("float32", "cuda") is torch.float32
+    assert dtype_on("bfloat16", "cpu") is torch.bfloat16
+    assert dtype_on("auto", "cpu") is getattr(torch, natural_dtype(torch.cpu.get_capabilities()))
+    with pytest.raises(UserError, match="expected a dtype of auto, float32, bfloat16, got 'float16': choose one"):
+        dtype_on("float16", "cpu")
 
 
 def test_bfloat16_gives_the_same_video_to_a_few_grey_levels() -> None:

@@ -113,6 +113,25 @@ def test_raw_samples_from_a_pipe(num_bytes: int) -> None:
     )
 
 
+@pytest.mark.parametrize("num_bytes", [1, 3, 7, 5001])
+def test_samples_are_handed_on_as_they_arrive(num_bytes: int) -> None:
+    """Writes of odd lengths: every whole sample comes out before the next write, none is torn apart."""
+    data = np.random.default_rng(0).integers(-32768, 32768, 8 * num_bytes, dtype="<i2").tobytes()[: 12 * num_bytes]
+    reading, writing = os.pipe()
+    with os.fdopen(reading, "rb", buffering=0) as pipe:
+        blocks = iter(open_speech("-", stdin=pipe))
+        got: list[np.ndarray] = []
+        for start in range(0, len(data), num_bytes):
+            os.write(writing, data[start : start + num_bytes])
+            there = (start + num_bytes) // 2
+            while start + num_bytes >= 4 and sum(map(len, got)) < there:
+                got.append(next(blocks))
+            assert sum(map(len, got)) in (there, 0)
+        os.close(writing)
+        got += list(blocks)
+    np.testing.assert_array_equal(np.concatenate(got), np.frombuffer(data, "<i2") / np.float32(32768))
+
+
 def test_named_pipe(tmp_path: Path) -> None:
     path = write_sound(tmp_path / "a.wav", tone(2.0, 16000), 16000)
     os.mkfifo(tmp_path / "pipe")
