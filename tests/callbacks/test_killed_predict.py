@@ -80,6 +80,7 @@ def test_killed_runs_redo_one_file_at_most(tmp_path: Path, model: Path, pairs: P
         words = ["predict", "--config", str(repository / "configs/predict.yaml"), "--model.model", str(model)]
         words += ["--model.dtype", "float32", "--data.predict_pairs", str(pairs), "--trainer.accelerator", "cpu"]
         words += ["--trainer.callbacks", json.dumps(sink), "--trainer.enable_progress_bar", "false"]
+        words += ["--trainer.default_root_dir", str(tmp_path / "run")]
         return {"words": words, "moment": moment, "count": count}
 
     folders = [tmp_path / f"{moment}-{count}" for moment, count, _ in MOMENTS]
