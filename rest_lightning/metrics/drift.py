@@ -103,6 +103,14 @@ class DriftTracker:
         nan = float("nan")
         return Drift(self._seconds[-1] if self._seconds else nan, list(self._seconds), self._colour_drift())
 
+    def colour_lab_by_minute(self) -> list[float]:
+        """Distance of each second's mean L*a*b* to that of the first ten seconds, averaged by minute; once complete."""
+        if not self._lab:
+            return []
+        lab = np.stack(self._lab)
+        distance = np.linalg.norm(lab - lab[: int(COLOUR_WINDOW_S)].mean(axis=0), axis=1)
+        return [float(distance[start : start + 60].mean()) for start in range(0, len(distance), 60)]
+
     def _close_second(self) -> None:
         frames = np.stack(self._tail)
         assert self.start is not None

@@ -138,6 +138,20 @@ def opening_in_silence(
     return float(np.asarray(opening)[mask].mean()) if mask.any() else float("nan")
 
 
+def motion_in_silence_per_s(
+    opening: ArrayLike, loudness: ArrayLike, threshold_db: float | None = None, min_s: float = MIN_SILENCE_S
+) -> float:
+    """How far the lips travel in a second of silence (see :func:`silent_frames`): 0 is still; NaN when there is none.
+
+    Args:
+        opening: (n,) in [0, 1]; a step counts when both of its frames are silent.
+        loudness: (n,) dB per frame.
+    """
+    mask = silent_frames(loudness, threshold_db, min_s)
+    steps = np.abs(np.diff(np.asarray(opening, dtype=np.float64)))[mask[1:] & mask[:-1]]
+    return float(steps.mean() * FPS) if len(steps) else float("nan")
+
+
 def summary(values: Iterable[float]) -> dict[str, float | int | None]:
     """Mean, sd (n - 1), min and max over clips, ``num`` of them; NaN values are left out and counted."""
     given = np.array(list(values), dtype=np.float64)

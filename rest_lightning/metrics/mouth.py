@@ -7,11 +7,8 @@ that no renderer made it is out of its domain.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from functools import cache
 from pathlib import Path
-from typing import Any, Self
 
 import numpy as np
 import torch
@@ -20,10 +17,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rest_lightning.errors import UserError
+from rest_lightning.metrics.shipped import WEIGHTS_FILE, ShippedNetwork
+from rest_lightning.metrics.weights import sha256_of_weights
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets" / "mouth"
 EXTRACTOR_NAME = "embedded-mouth"
-CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 # The mouth's place in a prepared clip, in pixels of a 128x128 frame: nose tip to chin, cheek to cheek (decided here).
 FRAME_PX = 128
 CROP_PX = (28, 58, 100, 122)  # left, top, right, bottom
@@ -32,7 +30,7 @@ CROP_SIZE = (CROP_PX[3] - CROP_PX[1], CROP_PX[2] - CROP_PX[0])
 Frames = NDArray[np.uint8] | Tensor
 
 
-class MouthOpeningEstimator(nn.Module):
+class MouthOpeningEstimator(ShippedNetwork):
     """Frames to mouth opening, 0 = lips touch, 1 = as wide as the renderer opens a mouth.
 
     Five strided convolutions over the mouth's crop and two linear layers. Brightness and contrast of the crop are
@@ -43,11 +41,13 @@ class MouthOpeningEstimator(nn.Module):
         hidden: width of the linear layer.
     """
 
+    title, command, assets = "mouth estimator", "python -m rest_lightning.commands.train_mouth", ASSETS
+
     def __init__(self, widths: tuple[int, ...] = (16, 32, 64, 128, 128), hidden: int = 128) -> None:
         super().__init__()
         if len(widths) != 5:
             raise ValueError(f"expected 5 widths (the crop is halved five times), got {len(widths)}: change `widths`")
-        self.config: dict[str, Any] = {"widths": tuple(widths), "hidden": hidden}
+        self.config = {"widths": tuple(widths), "hidden": hidden}
         layers: list[nn.Module] = []
         channels, height, width = 3, *CROP_SIZE
         for i, out in enumerate(widths):
@@ -67,42 +67,6 @@ class MouthOpeningEstimator(nn.Module):
         std = crops.std(dim=(1, 2, 3), keepdim=True, correction=0)
         features = self.features((crops - mean) / (std + 0.05))
         return torch.sigmoid(self.head(features.flatten(1)).float())[:, 0]
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path | None = None) -> Self:
-        """Load a folder made by :meth:`save_pretrained`, or the weights that ship with the package.
-
-        Raises:
-            UserError: no such folder or no weights in it.
-        """
-        from safetensors.torch import load_file
-
-        source = ASSETS if folder is None else Path(folder)
-        for name in (CONFIG_FILE, WEIGHTS_FILE):
-            if not (source / name).is_file():
-                raise UserError(
-                    f"expected the mouth estimator's {name} in {source}, got none: train one with "
-                    "`python -m rest_lightning.commands.train_mouth`"
-                )
-        config = json.loads((source / CONFIG_FILE).read_text())
-        model = cls(tuple(config["config"]["widths"]), config["config"]["hidden"])
-        state = load_file(source / WEIGHTS_FILE)
-        model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
-        return model.eval().requires_grad_(False)
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write ``config.json`` and ``model.safetensors``: matrices in bfloat16, all else as it is."""
-        from safetensors.torch import save
-
-        from rest_lightning.streaming.output import whole_file
-
-        target = Path(folder)
-        target.mkdir(parents=True, exist_ok=True)
-        state = {k: (v.bfloat16() if v.ndim > 1 else v).contiguous().cpu() for k, v in self.state_dict().items()}
-        with whole_file(target / WEIGHTS_FILE) as temporary:
-            temporary.write_bytes(save(state))
-        with whole_file(target / CONFIG_FILE) as temporary:
-            temporary.write_text(json.dumps({"class": type(self).__name__, "config": self.config}, indent=2) + "\n")
 
 
 def crop_mouth(frames: Frames, margin_px: int = 0) -> Tensor:
@@ -153,7 +117,7 @@ def shipped_estimator() -> MouthOpeningEstimator:
 def extractor() -> dict[str, str]:
     """Name and SHA-256 of the shipped weights, for result rows (EVALUATION sec. 1)."""
     shipped_estimator()
-    return {"name": EXTRACTOR_NAME, "sha256": hashlib.sha256((ASSETS / WEIGHTS_FILE).read_bytes()).hexdigest()}
+    return {"name": EXTRACTOR_NAME, "sha256": sha256_of_weights(ASSETS / WEIGHTS_FILE)}
 
 
 @torch.inference_mode()

@@ -5,13 +5,14 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from rest_lightning.constants import TEMPORAL_RATIO
+from rest_lightning.constants import FPS, TEMPORAL_RATIO
 from rest_lightning.metrics.drift import DriftTracker
 from rest_lightning.metrics.image import sharpness
 from rest_lightning.metrics.lips import (
     by_quarter,
     lip_correlation,
     loudness_db,
+    motion_in_silence_per_s,
     opening_in_silence,
     silent_frames,
     spearman,
@@ -73,6 +74,7 @@ class VideoScores:
             "background_drift": drift.background,
             "colour_drift_lab_per_minute": drift.colour_lab_per_minute,
             "sharpness": float(np.mean(self._sharpness)) if self._sharpness else float("nan"),
+            "sharpness_change_per_minute": self._sharpness_change(),
             "opening_mean": float(opening.mean()) if len(opening) else float("nan"),
             "opening_sd": float(opening.std()) if len(opening) else float("nan"),
         }
@@ -89,6 +91,20 @@ class VideoScores:
         if speech is not None:
             scores |= loudness_scores(opening, loudness_db(speech, len(opening)))
         return scores
+
+    def by_minute(self) -> dict[str, list[float]]:
+        """What drifts, minute by minute, after :meth:`compute`: L*a*b* distance to the first 10 s, and sharpness."""
+        per_minute = 60 * FPS // _SHARPNESS_EVERY
+        starts = range(0, len(self._sharpness), per_minute)
+        sharp = [float(np.mean(self._sharpness[start : start + per_minute])) for start in starts]
+        return {"colour_lab": self._drift.colour_lab_by_minute(), "sharpness": sharp}
+
+    def _sharpness_change(self) -> float:
+        """Slope of a line through the sharpness of all frames looked at; NaN below two seconds."""
+        if self._num_frames < 2 * FPS:
+            return float("nan")
+        minutes = np.arange(len(self._sharpness)) * _SHARPNESS_EVERY / (60.0 * FPS)
+        return float(np.polyfit(minutes, self._sharpness, 1)[0])
 
     @property
     def background_by_second(self) -> list[float]:
@@ -110,6 +126,7 @@ def loudness_scores(opening: NDArray[np.floating], loudness: NDArray[np.float64]
         "loudness_rank_correlation": lagged.zero_lag,
         "loudness_best_lag_frames": float(lagged.best_lag_frames),
         "opening_in_silence": opening_in_silence(opening, loudness),
+        "lip_motion_in_silence_per_s": motion_in_silence_per_s(opening, loudness),
         "opening_in_speech": float(opening[~silent].mean()) if (~silent).any() else float("nan"),
         "silent_share": float(silent.mean()) if len(silent) else float("nan"),
     }
