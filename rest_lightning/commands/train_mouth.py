@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from rest_lightning.data.layout import ManifestRow, clip_path, read_dataset_json, read_manifest, read_sidecar
 from rest_lightning.errors import UserError
+from rest_lightning.metrics.degrade import gaussian_blur
 from rest_lightning.metrics.mouth import ASSETS, CROP_SIZE, MouthOpeningEstimator, crop_mouth, mouth_opening
 
 CARD_FILE = "card.json"
@@ -171,21 +172,10 @@ def augment(crops: Tensor, generator: torch.Generator) -> Tensor:
     x = crops.permute(0, 2, 3, 1)[index, rows[:, :, None], columns[:, None, :]]
     x = x.permute(0, 3, 1, 2).float() / 127.5 - 1.0
     half = num // 2  # the other half stays sharp
-    x = torch.cat([_blur(x[:half], uniform(0.3, 1.6, 1)[:half]), x[half:]])
+    x = torch.cat([gaussian_blur(x[:half], uniform(0.3, 1.6, 1)[:half]), x[half:]])
     gain, shade = uniform(0.7, 1.2, 1, 1, 1), uniform(-0.15, 0.15, 3, 1, 1)
     noise = torch.randn(x.shape, generator=generator) * uniform(0.0, 0.08, 1, 1, 1)
     return x * gain + shade + noise
-
-
-def _blur(x: Tensor, sigma: Tensor) -> Tensor:
-    """Gaussian blur of every image with its own sigma (n, 1) in pixels."""
-    if not len(x):
-        return x
-    weights = torch.softmax(-0.5 * (torch.arange(-3.0, 4.0) / sigma).square(), dim=1)
-    weights = weights.repeat_interleave(3, dim=0)  # of every channel
-    flat = functional.pad(x, (3, 3, 3, 3), mode="replicate").flatten(0, 1)[None]
-    flat = functional.conv2d(flat, weights[:, None, :, None], groups=len(weights))
-    return functional.conv2d(flat, weights[:, None, None, :], groups=len(weights))[0].view(x.shape)
 
 
 def evaluate(model: MouthOpeningEstimator, data: Path, rows: list[ManifestRow], vae: Any = None) -> dict[str, Any]:

@@ -38,7 +38,7 @@ def _in_time(channels: int, out: int) -> list[nn.Module]:
     return [conv, nn.BatchNorm3d(out), nn.ReLU()]
 
 
-def _resized(frames: Tensor, side: int) -> Tensor:
+def resized(frames: Tensor, side: int) -> Tensor:
     """uint8 (n, H, W, 3) to (n, 3, side, side) in [-1, 1]."""
     x = frames.permute(0, 3, 1, 2).float().div(127.5).sub(1.0)
     if x.shape[2:] == (side, side):
@@ -162,7 +162,7 @@ class ImageFeatures(FeatureExtractor):
     def forward(self, frames: Tensor) -> Tensor:
         """Features (n, num_features)."""
         batches = frames.split(self.batch_size)
-        parts = [self.net(_resized(batch.to(self.device), IMAGE_PX))[self.output] for batch in batches]
+        parts = [self.net(resized(batch.to(self.device), IMAGE_PX))[self.output] for batch in batches]
         return torch.cat(parts)[:, : self.num_features]
 
 
@@ -180,7 +180,7 @@ class VideoFeatures(FeatureExtractor):
         """Features (n // 16, num_features)."""
         frames = frames[: len(frames) // VIDEO_WINDOW * VIDEO_WINDOW]
         batches = frames.split(VIDEO_WINDOW * self.batch_size)
-        parts = [_resized(batch.to(self.device), VIDEO_PX).unflatten(0, (-1, VIDEO_WINDOW)) for batch in batches]
+        parts = [resized(batch.to(self.device), VIDEO_PX).unflatten(0, (-1, VIDEO_WINDOW)) for batch in batches]
         return torch.cat([self.net(part) for part in parts])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +47,19 @@ def load_extractor(metric: str, source: str | Path = "embedded") -> FeatureExtra
     path = find_weights(metric, None if str(source) == "published" else source)
     try:
         extractor = _CLASSES[metric](path)
-    except (RuntimeError, KeyError, TypeError, AttributeError, ValueError, EOFError, OSError) as error:
-        if isinstance(error, UserError):
-            raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
+    except UserError:
+        raise
+    except (
+        RuntimeError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        ValueError,
+        EOFError,
+        OSError,
+        pickle.PickleError,
+    ) as error:
+        reason = (str(error).strip().splitlines() or [""])[0].strip()[:120] or type(error).__name__
         raise UserError(
             f"expected the weights of {PUBLISHED[metric].name} in {path}, got another file ({reason}): fetch it again"
         ) from error
@@ -102,6 +112,7 @@ class Inception(FeatureExtractor):
         ensure_torchvision()
         from torchmetrics.image.fid import NoTrainInceptionV3
 
+        torch.load(path, map_location="cpu", weights_only=True)  # torch-fidelity would run any code in the file
         try:
             self.net = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(path), antialias=False)
         except ModuleNotFoundError as error:
