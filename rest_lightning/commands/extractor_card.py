@@ -15,7 +15,7 @@ from torch import Tensor
 from rest_lightning.constants import SAMPLES_PER_FRAME
 from rest_lightning.data.layout import ManifestRow, clip_path, read_sidecar
 from rest_lightning.metrics import degrade
-from rest_lightning.metrics.embedded import FACTORS, IMAGE_PX, VIDEO_WINDOW, load_embedded, resized
+from rest_lightning.metrics.embedded import FACTORS, IMAGE_PX, VIDEO_WINDOW, EmbeddedImage, load_embedded, resized
 from rest_lightning.metrics.frechet import FID, FVD
 from rest_lightning.metrics.lips import pearson
 from rest_lightning.metrics.sync import sync_of_clip
@@ -82,12 +82,12 @@ def image_accuracy(folder: Path, data: Path, rows: list[ManifestRow], clips: lis
     """Correlation of every curve with the renderer's, and how often the nearest identity is the right one."""
     from rest_lightning.commands.extractor_data import factors_of
 
-    image = load_embedded("identity", folder)
+    image = EmbeddedImage.from_pretrained(folder / "image")
     guesses, truths, identities = [], [], []
     for row, (frames, _) in zip(rows, clips, strict=True):
         chosen = torch.arange(0, len(frames), 4)
         with torch.inference_mode():
-            _, curves, identity = image.net(resized(frames[chosen], IMAGE_PX))
+            _, curves, identity = image(resized(frames[chosen], IMAGE_PX))
         guesses.append(curves.numpy())
         truths.append(factors_of(read_sidecar(data, row.clip_id))[chosen.numpy()])
         identities.append(identity[[0, -1]])

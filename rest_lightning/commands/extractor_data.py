@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rest_lightning.data.layout import ManifestRow, Sidecar, clip_path, read_sidecar
 from rest_lightning.errors import UserError
-from rest_lightning.metrics.embedded import FACTORS, VIDEO_PX
+from rest_lightning.metrics.embedded import FACTORS, IMAGE_PX, VIDEO_PX
 from rest_lightning.metrics.mfcc import mfcc, to_int16
 from rest_lightning.metrics.mouth import crop_mouth
 
@@ -104,10 +104,12 @@ def _parts(
     grey = crop_mouth(frames, SYNC_MARGIN_PX).mean(dim=1).add(1.0).mul(127.5)
     mouths = grey.round().clamp(0, 255).to(torch.uint8)
     speech = torch.from_numpy(cepstra.astype(np.float32))
-    return frames[chosen], factors[chosen], small, factors[window], mouths, speech
+    return _resized(frames[chosen], IMAGE_PX), factors[chosen], small, factors[window], mouths, speech
 
 
 def _resized(frames: Tensor, side: int) -> Tensor:
+    if frames.shape[1:3] == (side, side):
+        return frames
     x = frames.permute(0, 3, 1, 2).float()
     x = torch.nn.functional.interpolate(x, (side, side), mode="bilinear", antialias=True, align_corners=False)
     return x.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)

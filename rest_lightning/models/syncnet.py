@@ -42,7 +42,7 @@ class SyncNet(nn.Module):
             nn.MaxPool2d(3, 2),
             *_block(2, c256, c512, (5, 4)),
         ]
-        frame = {"padding": (0, 1, 1)}
+        frame: dict[str, Any] = {"padding": (0, 1, 1)}
         half = (1, 2, 2)
         lip = [
             *_block(3, 3, c96, (WINDOW_FRAMES, 7, 7), stride=half),

@@ -193,7 +193,7 @@ def test_shifted_clips_come_late(shift: int) -> None:
     late, speech = cards.shifted(frames, audio, shift)
     assert len(late) == 50 and len(speech) == 50 * 640
     heard = speech[::640]
-    assert (late[:, 0, 0, 0].numpy() + shift == heard).all()
+    assert (late[:, 0, 0, 0].int().numpy() + shift == heard).all()
 
 
 def test_command_writes_networks_and_a_card(talkers: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

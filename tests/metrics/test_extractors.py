@@ -113,8 +113,8 @@ def test_videomae_sees_every_window_as_it_is(tmp_path: Path) -> None:
     features = extractor(frames)
     assert features.shape == (2, 24)
     for i, found in enumerate(features):
-        x = straightforward_square(frames[4 * i : 4 * i + 4].numpy(), 32)
-        x = torch.from_numpy((x - np.array(IMAGENET_MEAN)) / np.array(IMAGENET_STD)).float().permute(0, 3, 1, 2)
+        square = straightforward_square(frames[4 * i : 4 * i + 4].numpy(), 32)
+        x = torch.from_numpy((square - np.array(IMAGENET_MEAN)) / np.array(IMAGENET_STD)).float().permute(0, 3, 1, 2)
         with torch.no_grad():
             expected = net(pixel_values=x[None]).last_hidden_state[0].mean(0)
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)

@@ -95,7 +95,7 @@ def test_states_stay_float64_and_survive_a_checkpoint() -> None:
     metric.persistent(True)
     metric.update(features(9, 3, 0), real=True)
     metric.update(features(9, 3, 1), real=False)
-    metric = metric.half().float()
+    metric.half().float()
     assert metric.outer_real.dtype == torch.float64
     again = FrechetDistance(3)
     again.persistent(True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -58,7 +59,7 @@ def test_names_and_shapes_are_the_published_ones() -> None:
 
 
 # Strides and paddings of the published layers, and the pooling after them: (kernel, stride, padding).
-LAYERS = {
+LAYERS: dict[str, dict[int, Any]] = {
     "netcnnaud": {0: (1, 1, None), 4: (1, 1, (3, (1, 2), 0)), 8: (1, 1, None), 11: (1, 1, None),
                   14: (1, 1, (3, 2, 0)), 18: (1, 0, None)},
     "netcnnlip": {0: ((1, 2, 2), 0, ((1, 3, 3), (1, 2, 2), 0)),
