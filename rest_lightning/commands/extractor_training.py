@@ -131,7 +131,8 @@ class VideoTraining:
         error = functional.smooth_l1_loss(motion.float(), wanted, beta=0.5, reduction="none").mean(dim=1)
         loss = (error * whole).sum() / whole.sum().clamp(min=1)
         loss = loss + 2.0 * functional.smooth_l1_loss(damage.float(), torch.cat([spoilt, lost], dim=1), beta=0.2)
-        return loss + 0.5 * identity_loss(*functional.normalize(identity.float(), dim=1).chunk(2))
+        # Little: who it is must not drown how it moves.
+        return loss + 0.1 * identity_loss(*functional.normalize(identity.float(), dim=1).chunk(2))
 
     def _orders(self, num: int) -> tuple[Tensor, Tensor]:
         """Frames shown (num, 16) and the shares lost and shuffled (num, 2): a third is lost, a third shuffled."""

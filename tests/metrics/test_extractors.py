@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import rest_lightning  # noqa: F401  before transformers and torch_fidelity, which import torchvision
 from rest_lightning.errors import UserError
 from rest_lightning.metrics import weights
 from rest_lightning.metrics.extractors import IMAGENET_MEAN, IMAGENET_STD, centre_square, load_extractor
