@@ -65,7 +65,8 @@ class SyncNet(nn.Module):
     def embed_faces(self, frames: Tensor) -> Tensor:
         """Every window of five of the frames of one clip, to embeddings (n - 4, num_features).
 
-        Only the first convolution looks along time, so a whole clip costs what its frames cost, not five times that.
+        Only the first convolution looks along time, and it gives one step per window: the clip goes through as it is,
+        without the windows' copies of every frame, and the embeddings are the same.
 
         Args:
             frames: (3, n, 224, 224), n of at least 5, BGR in 0..255.
