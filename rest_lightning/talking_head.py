@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from rest_lightning.models.speech import SpeechEncoder
     from rest_lightning.models.speech_ae import SpeechAE
     from rest_lightning.models.transformer import A2VDiT
+    from rest_lightning.streaming.batch import BatchSession
+    from rest_lightning.streaming.options import EngineOptions
     from rest_lightning.streaming.session import StreamingSession
 
 INDEX_FILE = "model_index.json"
@@ -133,6 +135,7 @@ class TalkingHead(nn.Module):
         guidance: float | None = None,
         shift: float | None = None,
         reference_guidance: float | None = None,
+        options: EngineOptions | None = None,
     ) -> StreamingSession:
         """A session for one portrait; its ID-Sink is filled before any speech arrives.
 
@@ -140,11 +143,41 @@ class TalkingHead(nn.Module):
             portrait: path of an image, PIL image, uint8 array (H, W, 3), or float tensor (3, H, W) in [-1, 1].
             seed: of the noise; the same seed, portrait and speech give the same frames.
             num_steps, guidance, shift, reference_guidance: override :attr:`sampling`.
+            options: switches of the engine: graphs, compilation, overlap, warm-up, a short first chunk.
+
+        Raises:
+            UserError: a portrait or a value that is no good, or not enough memory.
         """
         from rest_lightning.streaming.session import StreamingSession
 
         changes = SamplingChanges(num_steps, guidance, shift, reference_guidance)
-        return StreamingSession(self, portrait, seed=seed, sampling=changes.of(self.sampling))
+        return StreamingSession(self, portrait, seed=seed, sampling=changes.of(self.sampling), options=options)
+
+    def open_batch(
+        self,
+        num_rows: int,
+        *,
+        num_steps: int | None = None,
+        guidance: float | None = None,
+        shift: float | None = None,
+        reference_guidance: float | None = None,
+        options: EngineOptions | None = None,
+        max_waiting_s: float = 60.0,
+    ) -> BatchSession:
+        """Up to ``num_rows`` streams that are computed together; rows come and go independently, chunk by chunk.
+
+        Args:
+            num_rows: rows n; memory for all of them is taken now.
+            num_steps, guidance, shift, reference_guidance, options: see :meth:`open`.
+            max_waiting_s: speech that a row may hold before it is computed.
+
+        Raises:
+            UserError: no row, a value that is no good, or not enough memory.
+        """
+        from rest_lightning.streaming.batch import BatchSession
+
+        sampling = SamplingChanges(num_steps, guidance, shift, reference_guidance).of(self.sampling)
+        return BatchSession(self, num_rows, sampling=sampling, options=options, max_waiting_s=max_waiting_s)
 
     @classmethod
     def from_pretrained(
@@ -153,7 +186,7 @@ class TalkingHead(nn.Module):
         """Load a model folder, or the embedded model when ``path`` is None.
 
         Raises:
-            UserError: no such folder, or one without ``model_index.json``.
+            UserError: no such folder, or one without ``model_index.json``; no CUDA, or too little memory.
         """
         folder = EMBEDDED_FOLDER if path is None else Path(path)
         index_file = folder / INDEX_FILE
@@ -169,7 +202,7 @@ class TalkingHead(nn.Module):
             parts[name] = build_part(description)
             parts[name].load_state_dict(state)
         head = cls(**parts, sampling=SamplingSettings(**index["sampling"]), size_px=index["size_px"])  # type: ignore[arg-type]
-        head.to(device=device)
+        _move(head, device)
         for name in PART_NAMES:
             if name != "speech_encoder":  # computes in float32 whatever the model's type, as in training
                 getattr(head, name).to(dtype=dtype)
@@ -213,6 +246,19 @@ class TalkingHead(nn.Module):
             shutil.rmtree(replaced, ignore_errors=True)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _move(head: TalkingHead, device: str) -> None:
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"expected an available device, got {device}, but torch finds no CUDA device: use cpu")
+    try:
+        head.to(device=device)
+    except torch.OutOfMemoryError as error:
+        weights_gb = sum(p.numel() * p.element_size() for p in head.parameters()) / 1e9
+        raise UserError(
+            f"expected {weights_gb:.2f} GB free on {device} for the weights, got out of memory: "
+            "free some, or use another device"
+        ) from error
 
 
 def _size_of(transformer: A2VDiT) -> int:

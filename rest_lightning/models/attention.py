@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from rest_lightning.models.cache import CacheOptions, IDContextCache
+    from rest_lightning.models.cache import IDContextCache
+    from rest_lightning.models.cache_options import CacheOptions
 
 KeyValue = tuple[Tensor, Tensor]
 

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from typing import Any, Self
 
 import torch
@@ -85,6 +85,14 @@ class VideoAutoencoder(nn.Module):
     def decode_chunk(self, latents: Tensor, stream: Stream) -> Tensor:
         """The next l latents (B, C, l, h, w) to 8 l frames (B, 3, 8 l, H, W); equals :meth:`decode` of all."""
         return self.decode_raw(self.denormalise(latents, first_slot=1), stream)
+
+    def decode_variant(self, stream: Stream) -> Hashable | None:
+        """What the next :meth:`decode_chunk` does on the device depends on this and on shapes alone: it may be captured
+        as a CUDA graph, one for each value. None: it depends on more, and has to be called."""
+        return stream.started
+
+    def count_decoded(self, stream: Stream, num_latents: int) -> None:
+        """What :meth:`decode_chunk` does on the host alone, to be done when a captured graph ran in its place."""
 
     def normalise(self, latents: Tensor) -> Tensor:
         """Raw latents of a whole clip to zero mean and unit variance per channel."""

@@ -16,61 +16,19 @@ of at every denoising step.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Self, get_args, get_type_hints
+import copy
+from collections.abc import Hashable, Sequence
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
 
 from rest_lightning.errors import UserError
 from rest_lightning.models.attention import KeyValue, Rope, attend, rotate
+from rest_lightning.models.cache_options import CacheOptions as CacheOptions
 
 if TYPE_CHECKING:
     from rest_lightning.models.transformer import A2VDiT
-
-
-@dataclass(frozen=True)
-class CacheOptions:
-    """The choices that REST leaves open, and its two cache ablations; see METHOD.md section 6.
-
-    Attributes:
-        chunk_length: l, new latent frames per chunk.
-        positions: ``window``: slots stay at positions 0 (sink), 1..l (previous), l+1..2l (current), for any length of
-            stream. ``absolute``: frames keep their position in the stream; chunk 1 is next to the reference then.
-        use_sink: False drops the reference after the first chunk (w/o ID-Sink).
-        use_context: False hides the preceding chunk (w/o Context-Cache).
-        reference_attends: ``self``: the reference sees itself only, so its keys are prefilled before any speech.
-            ``first_chunk``: it is computed together with the first chunk, and attends to it.
-        cache_noise: what later chunks read. ``last_step``: keys of the chunk's last denoising step. ``clean_pass``:
-            keys of one more forward at sigma 0. ``per_step``: step s reads the previous chunk's keys of step s.
-        cache_gradient: ``detached`` cuts the gradient through whatever is read from the cache.
-        first_chunk_slot: ``window`` position of the first chunk: ``current`` (l+1..2l) or ``adjacent`` (1..l).
-    """
-
-    chunk_length: int = 3
-    positions: Literal["window", "absolute"] = "window"
-    use_sink: bool = True
-    use_context: bool = True
-    reference_attends: Literal["self", "first_chunk"] = "self"
-    cache_noise: Literal["last_step", "clean_pass", "per_step"] = "last_step"
-    cache_gradient: Literal["full", "detached"] = "full"
-    first_chunk_slot: Literal["current", "adjacent"] = "current"
-
-    def __post_init__(self) -> None:
-        if self.chunk_length < 1:
-            raise UserError(f"expected chunk_length of at least 1, got {self.chunk_length}: the paper uses 3")
-        for name, hint in get_type_hints(type(self)).items():
-            allowed = get_args(hint)
-            if allowed and getattr(self, name) not in allowed:
-                raise UserError(f"expected {name} to be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        if self.positions == "absolute" and self.first_chunk_slot == "adjacent":
-            raise UserError("expected first_chunk_slot `current` with absolute positions, got `adjacent`: leave it out")
-
-    @property
-    def num_slots(self) -> int:
-        """Latent frames of the window: reference, previous chunk, current chunk."""
-        return 1 + 2 * self.chunk_length
 
 
 class IDContextCache:
@@ -109,6 +67,7 @@ class IDContextCache:
         with torch.inference_mode(False):
             self.mask = torch.zeros(rows, 1, 1, tokens, device=device, dtype=dtype)
             self.rotation = self._table(1, options.chunk_length).repeat(rows, 1, 1)
+            self._reference_rotation = self._table(0, 1)  # held: a captured graph goes on reading it
             self._make_slots((num_steps, num_layers, rows, tokens, rope.dim))
         self._positions: list[int] = []
         self._visible: list[tuple[int, bool]] = []
@@ -165,6 +124,11 @@ class IDContextCache:
         """Whether the next chunk comes with the reference in front (``reference_attends: first_chunk``)."""
         return self.options.reference_attends == "first_chunk" and 0 in self.num_frames
 
+    @property
+    def variant(self) -> Hashable:
+        """What the next chunk's sequence of operations depends on, beside its length: one captured graph for each."""
+        return self.reference_expected, self._start, self._masked
+
     # -- one denoising step -------------------------------------------------------------------------------------------
 
     def begin(self, num_frames: int, step: int = 0) -> int:
@@ -190,7 +154,7 @@ class IDContextCache:
         self._has_reference = has_reference
         self._rotation = self.rotation[:, : self.num_current * self.num_tokens]
         if has_reference:
-            self._rotation = torch.cat([self._table(0, 1).expand(self.rows, -1, -1), self._rotation], dim=1)
+            self._rotation = torch.cat([self._reference_rotation.expand(self.rows, -1, -1), self._rotation], dim=1)
         return int(has_reference)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
@@ -316,20 +280,44 @@ class IDContextCache:
 
     # -- moving state -------------------------------------------------------------------------------------------------
 
+    def narrow(self, rows: int) -> Self:
+        """The first ``rows`` rows as a cache of its own: the same memory, with counters that go their own way."""
+        narrow = copy.copy(self)
+        with torch.inference_mode(False):
+            narrow.rows, narrow._views = rows, {}
+            narrow.keys, narrow.values = self.keys[:, :, :rows], self.values[:, :, :rows]
+            narrow.mask, narrow.rotation = self.mask[:rows].clone(), self.rotation[:rows].clone()
+        narrow.num_frames, narrow.num_previous = self.num_frames[:rows], self.num_previous[:rows]
+        narrow._positions, narrow._visible = [], []
+        narrow._refresh()
+        return narrow
+
     def copy_row_(self, row: int, source: IDContextCache, source_row: int = 0) -> None:
         """Take over one stream of another cache, between two chunks."""
-        self.check_rows([row])
-        source.check_rows([source_row])
-        if (source.options, source.keys.shape[1], source.keys.shape[3:]) != (
-            self.options,
-            self.keys.shape[1],
-            self.keys.shape[3:],
-        ):
-            raise UserError("expected a row of a cache with the same model and size, got another: allocate both alike")
-        self.keys[:, :, row].copy_(source.keys[:, :, source_row])
-        self.values[:, :, row].copy_(source.values[:, :, source_row])
-        self.num_frames[row] = source.num_frames[source_row]
-        self.num_previous[row] = source.num_previous[source_row]
+        self.copy_rows_([(row, source, source_row)])
+
+    def copy_rows_(self, rows: Sequence[tuple[int, IDContextCache, int]]) -> None:
+        """The same for several rows, each (row, source, its row there). The current slot is written before it is read.
+
+        Raises:
+            UserError: no such row, or a cache of another model or size.
+        """
+        past = slice(0, (self.previous_frames + 1) * self.num_tokens)
+        for row, source, source_row in rows:
+            self.check_rows([row])
+            source.check_rows([source_row])
+            if (source.options, source.keys.shape[1], source.keys.shape[3:]) != (
+                self.options,
+                self.keys.shape[1],
+                self.keys.shape[3:],
+            ):
+                raise UserError(
+                    "expected a row of a cache with the same model and size, got another: allocate both alike"
+                )
+            self.keys[:, :, row, past].copy_(source.keys[:, :, source_row, past])
+            self.values[:, :, row, past].copy_(source.values[:, :, source_row, past])
+            self.num_frames[row] = source.num_frames[source_row]
+            self.num_previous[row] = source.num_previous[source_row]
         self._refresh()
 
     def snapshot(self) -> dict[str, Any]:

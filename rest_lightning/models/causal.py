@@ -44,6 +44,14 @@ class Stream(dict[str, Tensor]):
         else:
             self[name] = past.clone()
 
+    def for_batch(self, batch: int) -> Stream:
+        """An empty stream of the same network for another number of rows."""
+        return Stream(((name, past.new_zeros(batch, *past.shape[1:])) for name, past in self.items()), self.started)
+
+    def narrow(self, batch: int) -> Stream:
+        """The first rows, in the same memory."""
+        return Stream(((name, past[:batch]) for name, past in self.items()), self.started)
+
     def copy_row(self, row: int, source: Stream, source_row: int = 0) -> None:
         """Overwrite one batch row with a row of another stream of the same network."""
         for name, past in source.items():

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Self
@@ -130,6 +130,20 @@ class LTXVideoVAE(VideoAutoencoder):
         stream.started = True
         return frames
 
+    def decode_variant(self, stream: Stream) -> Hashable | None:
+        """See :meth:`VideoAutoencoder.decode_variant`: None where noise is mixed in, or rows have unequal context."""
+        config = self.ltx.config
+        if (config.timestep_conditioning and self.decode_noise_scale) or any(config.decoder_inject_noise):
+            return None
+        if self.decoder_causal or not stream.started:
+            return stream.started
+        lengths = set(stream[NUM_LATENTS].clamp(max=self.halo + 1).tolist())
+        return lengths.pop() if len(lengths) == 1 else None
+
+    def count_decoded(self, stream: Stream, num_latents: int) -> None:
+        """See :meth:`VideoAutoencoder.count_decoded`."""
+        stream[NUM_LATENTS] += num_latents
+
     def _decode(self, latents: Tensor) -> Tensor:
         timestep = None
         if self.ltx.config.timestep_conditioning:
@@ -173,6 +187,33 @@ def streaming_error(vae: LTXVideoVAE, latents: Tensor, chunk_length: int = 3, ha
     """
     streamed = streamed_decode(vae, latents, chunk_length, halo)
     return float((streamed - vae.decode(latents)).abs().max())
+
+
+def halo_errors(
+    vae: LTXVideoVAE, latents: Tensor, chunk_length: int = 3, halos: Sequence[int] = (0, 1, 2, 3)
+) -> dict[int, dict[str, float]]:
+    """What every halo costs in exactness: streamed against whole-clip decoding, for the table of the benchmark.
+
+    Args:
+        vae, latents, chunk_length: see :func:`streaming_error`.
+        halos: the halos to measure; a causal decoder reads none of them and errs by rounding alone.
+
+    Returns:
+        For each halo ``max_abs`` and ``mean_abs``, differences of frames in [-1, 1], and ``psnr_db`` for a range of 2
+        (infinite for equal frames). The reference's own frame is left out.
+    """
+    with torch.no_grad():
+        whole = vae.decode(latents)[:, :, 1:]
+        errors = {}
+        for halo in halos:
+            error = (streamed_decode(vae, latents, chunk_length, halo)[:, :, 1:] - whole).float()
+            mean_square = float(error.square().mean())
+            errors[halo] = {
+                "max_abs": float(error.abs().max()),
+                "mean_abs": float(error.abs().mean()),
+                "psnr_db": 10 * math.log10(4 / mean_square) if mean_square else math.inf,
+            }
+    return errors
 
 
 def streamed_decode(vae: LTXVideoVAE, latents: Tensor, chunk_length: int = 3, halo: int | None = None) -> Tensor:

@@ -19,7 +19,8 @@ from torch.utils.checkpoint import checkpoint
 from rest_lightning.constants import FPS, SPATIAL_RATIO, TEMPORAL_RATIO
 from rest_lightning.errors import UserError
 from rest_lightning.models.attention import AttentionContext, ChunkedContext, FullContext, Rope, SinkContext
-from rest_lightning.models.cache import CacheOptions, IDContextCache
+from rest_lightning.models.cache import IDContextCache
+from rest_lightning.models.cache_options import CacheOptions
 from rest_lightning.models.layers import AdaLayerNormSingle, Block, CaptionProjection, Condition, SigmaEmbedding
 from rest_lightning.models.prompt import start_of_prompt
 

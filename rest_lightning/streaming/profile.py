@@ -12,7 +12,7 @@ import torch
 
 from rest_lightning.errors import UserError
 from rest_lightning.streaming.output import whole_file
-from rest_lightning.streaming.report import StreamClock
+from rest_lightning.streaming.report import StreamClock, unlabelled
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -92,14 +92,14 @@ class ChunkProfiler:
         activities = [torch.profiler.ProfilerActivity.CPU]
         if torch.cuda.is_available():
             activities.append(torch.profiler.ProfilerActivity.CUDA)
-        self.clock.mark = lambda name: torch.profiler.record_function(_STAGE + name)
+        self.clock.label = lambda name: torch.profiler.record_function(_STAGE + name)
         self._profile = torch.profiler.profile(activities=activities)
         self._profile.start()
 
     def _stop(self) -> None:
         if self._profile is None:
             return
-        profile, self._profile, self.clock.mark = self._profile, None, None
+        profile, self._profile, self.clock.label = self._profile, None, unlabelled
         profile.stop()
         if not self.num_profiled:
             return

@@ -10,6 +10,7 @@ import resource
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -77,25 +78,27 @@ class Distribution:
         return {"count": self.count, "mean": _rounded(mean), **quantiles, "max": _rounded(self.maximum)}
 
 
+def unlabelled(name: str) -> AbstractContextManager[object]:
+    """No context around a stage."""
+    return nullcontext()
+
+
 class StreamClock:
     """Times one stream. The session holds it, and everybody who works for the stream adds a stage to it.
 
-    The wall clock starts when the clock is made (when a session is opened); so does the time to the first frame.
-
-    Args:
-        synchronize: called before a stage begins and before it ends, for example ``torch.cuda.synchronize``: without it
-            the stages of an accelerator would be charged to whoever waits first.
+    The wall clock starts when the clock is made (when a session is opened); so does the time to the first frame. Stages
+    of a device are timed by events, which are read when their chunk is closed or a report is made: the loop never waits
+    for them. Where a device works on two chunks at once, the stages of a chunk add up to more than the chunk took.
 
     Attributes:
-        stage_s: wall seconds per stage.
-        chunk_ms: compute milliseconds of every chunk: all stages since the last chunk, but writing.
+        chunk_ms: compute milliseconds of every chunk: all its stages but writing.
         chunk_stage_ms: the same, per stage.
-        mark: makes a context around every stage, by its name: for profilers.
+        label: makes a context around every stage, by its name: for profilers.
     """
 
-    def __init__(self, synchronize: Callable[[], object] | None = None) -> None:
-        self._synchronize = synchronize
-        self.mark: Callable[[str], AbstractContextManager[object]] | None = None
+    def __init__(self) -> None:
+        self._is_paused = False
+        self.label: Callable[[str], AbstractContextManager[object]] = unlabelled
         self.start()
 
     def start(self) -> None:
@@ -103,36 +106,79 @@ class StreamClock:
         self.started_s = time.perf_counter()
         self.stopped_s: float | None = None
         self.first_frame_s: float | None = None
+        self.first_input_s: float | None = None
         self.num_frames = 0
-        self.stage_s: dict[str, float] = dict.fromkeys(STAGES, 0.0)
         self.chunk_ms = Distribution()
         self.chunk_stage_ms: dict[str, Distribution] = {name: Distribution() for name in STAGES if name != "writing"}
+        self._stage_s: dict[str, float] = dict.fromkeys(STAGES, 0.0)
         self._since_chunk_s: dict[str, float] = {}
+        self._unread: deque[tuple[str, Any, Any]] = deque()
+        self._num_stages = self._num_read = 0
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Charges the block to a stage; any name may be used beside the four of ``STAGES``. Stages do not nest."""
-        if self._synchronize is not None:
-            self._synchronize()
+    def stage(self, name: str, event: Callable[[], Any] | None = None) -> Iterator[None]:
+        """Charges the block to a stage; any name may be used beside the four of ``STAGES``. Stages do not nest.
+
+        Args:
+            name: of the stage.
+            event: makes moments on the time line of the device that works in this block, as
+                ``torch.cuda.Event(enable_timing=True)`` does; None charges the host's time.
+        """
+        if self._is_paused:
+            yield
+            return
+        if event is not None:
+            begin, end = event(), event()
+            begin.record()
+            try:
+                with self.label(name):
+                    yield
+            finally:
+                end.record()
+                self._unread.append((name, begin, end))
+                self._num_stages += 1
+            return
         begin_s = time.perf_counter()
         try:
-            with self.mark(name) if self.mark is not None else nullcontext():
+            with self.label(name):
                 yield
         finally:
-            if self._synchronize is not None:
-                self._synchronize()
             self.add(name, time.perf_counter() - begin_s)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Charges nothing for what happens in the block (warming up)."""
+        self._is_paused = True
+        try:
+            yield
+        finally:
+            self._is_paused = False
 
     def add(self, name: str, seconds: float) -> None:
         """Charges ``seconds`` to a stage."""
-        self.stage_s[name] = self.stage_s.get(name, 0.0) + seconds
+        self._stage_s[name] = self._stage_s.get(name, 0.0) + seconds
         if name != "writing":
             self._since_chunk_s[name] = self._since_chunk_s.get(name, 0.0) + seconds
 
-    def end_chunk(self, num_frames: int) -> float:
-        """Closes a chunk of ``num_frames`` frames that are ready to be shown; returns its compute time in ms."""
+    def mark(self) -> int:
+        """The place between two chunks on the device's time line: hand it to :meth:`end_chunk` of the earlier one."""
+        return self._num_stages
+
+    def input_complete(self) -> None:
+        """The last sample that the first frame needs has arrived; later calls do nothing."""
+        if self.first_input_s is None:
+            self.first_input_s = time.perf_counter()
+
+    def end_chunk(self, num_frames: int, mark: int | None = None) -> float:
+        """Closes a chunk of ``num_frames`` frames that are ready to be shown; returns its compute time in ms.
+
+        Args:
+            num_frames: of the chunk.
+            mark: end of its stages, where the next chunk's were begun before it was ready.
+        """
         if num_frames and self.first_frame_s is None:
             self.first_frame_s = time.perf_counter()
+        self._read(self._num_stages if mark is None else mark)
         compute_ms = 1000.0 * sum(self._since_chunk_s.values())
         self.chunk_ms.add(compute_ms)
         for name, seconds in self._since_chunk_s.items():
@@ -140,6 +186,20 @@ class StreamClock:
         self._since_chunk_s.clear()
         self.num_frames += num_frames
         return compute_ms
+
+    def _read(self, until: int) -> None:
+        """Charges the device's stages up to a mark; those of a chunk that is ready are over: nothing is waited for."""
+        while self._unread and self._num_read < until:
+            name, begin, end = self._unread.popleft()
+            self._num_read += 1
+            end.synchronize()
+            self.add(name, begin.elapsed_time(end) / 1000.0)
+
+    @property
+    def stage_s(self) -> dict[str, float]:
+        """Seconds per stage so far; waits for stages that a device has not finished."""
+        self._read(self._num_stages)
+        return dict(self._stage_s)
 
     def stop(self) -> None:
         """Stops the wall clock; a report asked for before this counts up to now."""
@@ -155,15 +215,23 @@ class StreamClock:
         """Milliseconds from the start until the first frame was ready; None before it."""
         return None if self.first_frame_s is None else 1000.0 * (self.first_frame_s - self.started_s)
 
+    @property
+    def first_frame_compute_ms(self) -> float | None:
+        """Milliseconds from the arrival of the last sample that the first frame needs until it was ready."""
+        if self.first_frame_s is None or self.first_input_s is None:
+            return None
+        return 1000.0 * (self.first_frame_s - self.first_input_s)
+
     def report(self, configuration: dict[str, Any] | None = None) -> StreamReport:
         """The numbers so far, with the machine and the versions."""
         return StreamReport(
             num_frames=self.num_frames,
             wall_s=self.wall_s,
             time_to_first_frame_ms=self.time_to_first_frame_ms,
+            first_frame_compute_ms=self.first_frame_compute_ms,
             chunk_ms=self.chunk_ms.summary(),
             chunk_stage_ms={name: each.summary() for name, each in self.chunk_stage_ms.items() if each.count},
-            stage_s=dict(self.stage_s),
+            stage_s=self.stage_s,
             peak_memory_mb=peak_memory_mb(),
             configuration=dict(configuration or {}),
         )
@@ -233,6 +301,7 @@ class StreamReport:
         num_frames: frames that came out.
         wall_s: seconds from opening the session to the end, everything included.
         time_to_first_frame_ms: from opening the session to the first frame.
+        first_frame_compute_ms: from the arrival of the last sample that the first frame needs to that frame.
         chunk_ms: count, mean, p50, p95, p99, max of the compute time per chunk.
         chunk_stage_ms: the same per stage.
         stage_s: seconds per stage in all; what is missing to ``wall_s`` was reading and waiting.
@@ -247,6 +316,7 @@ class StreamReport:
     chunk_stage_ms: dict[str, dict[str, float | int | None]]
     stage_s: dict[str, float]
     peak_memory_mb: float
+    first_frame_compute_ms: float | None = None
     fps: int = FPS
     configuration: dict[str, Any] = field(default_factory=dict)
     hardware: dict[str, Any] = field(default_factory=lambda: hardware())
@@ -277,6 +347,7 @@ class StreamReport:
             "frames_per_second": round(self.frames_per_second, 2),
             "real_time_factor": round(self.real_time_factor, 3),
             "time_to_first_frame_ms": _rounded(self.time_to_first_frame_ms),
+            "first_frame_compute_ms": _rounded(self.first_frame_compute_ms),
             "chunk_ms": self.chunk_ms,
             "chunk_stage_ms": self.chunk_stage_ms,
             "stage_s": {name: round(seconds, 3) for name, seconds in self.stage_s.items()},
@@ -305,6 +376,7 @@ class StreamReport:
             ("frames", f"{self.num_frames:,}", f"{self.video_s:.2f} s of video at {self.fps} fps"),
             ("end to end", f"{self.frames_per_second:.1f} fps", f"{self.real_time_factor:.2f} x real time"),
             ("time to first frame", _ms(self.time_to_first_frame_ms), "from opening the portrait"),
+            ("computing it", _ms(self.first_frame_compute_ms), "from the last sample it needs"),
         ]
         notes = {"p50": f"{self.chunk_ms['count']:,} chunks", "p95": "", "p99": "", "max": ""}
         rows += [(f"per chunk, {key}", _ms(self.chunk_ms[key]), note) for key, note in notes.items()]

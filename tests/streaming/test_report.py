@@ -44,8 +44,7 @@ def test_empty_and_zero() -> None:
 
 
 def test_clock_divides_the_time_among_stages_and_chunks() -> None:
-    calls: list[int] = []
-    clock = StreamClock(synchronize=lambda: calls.append(1))
+    clock = StreamClock()
     assert clock.time_to_first_frame_ms is None
     with clock.stage("speech"):
         time.sleep(0.01)
@@ -59,7 +58,6 @@ def test_clock_divides_the_time_among_stages_and_chunks() -> None:
             time.sleep(0.01)
     clock.stop()
     report = clock.report({"model": "tiny"})
-    assert len(calls) == 2 * 5
     assert report.num_frames == 48 and report.video_s == 48 / 25
     assert report.stage_s["vae"] == 1.0 and list(report.stage_s) == list(STAGES)
     assert 0.05 <= report.stage_s["dit"] < 0.5 and 0.02 <= report.stage_s["writing"] < 0.5
@@ -68,6 +66,58 @@ def test_clock_divides_the_time_among_stages_and_chunks() -> None:
     assert report.time_to_first_frame_ms is not None and 30 <= report.time_to_first_frame_ms < 1000 * report.wall_s
     assert report.frames_per_second == pytest.approx(48 / report.wall_s)
     assert clock.wall_s == clock.wall_s  # stopped
+
+
+class Moment:
+    """A moment of a device that is always ``late_s`` behind the host, and that says when somebody waits for it."""
+
+    late_s = 0.05
+    num_waits = 0
+
+    def record(self) -> None:
+        self.at_s = time.perf_counter() + self.late_s
+
+    def synchronize(self) -> None:
+        if (wait_s := self.at_s - time.perf_counter()) > 0:
+            Moment.num_waits += 1
+            time.sleep(wait_s)
+
+    def elapsed_time(self, end: Moment) -> float:
+        return 1000.0 * (end.at_s - self.at_s)
+
+
+def test_stages_of_a_device_are_read_when_their_chunk_is_ready() -> None:
+    Moment.num_waits = 0
+    clock = StreamClock()
+    marks = []
+    for seconds in (0.01, 0.03):  # two chunks are queued before the first is fetched
+        with clock.stage("dit", Moment):
+            time.sleep(seconds)
+        marks.append(clock.mark())
+    time.sleep(0.06)
+    clock.end_chunk(24, marks[0])
+    assert Moment.num_waits == 0
+    assert 10 <= clock.chunk_ms.maximum < 30
+    assert 30 <= clock.end_chunk(24, marks[1])
+    with clock.paused(), clock.stage("dit", Moment):
+        time.sleep(0.05)
+    with clock.stage("vae", Moment):
+        pass
+    assert 0.04 <= clock.report().stage_s["dit"] < 0.08 and Moment.num_waits == 1
+    assert len(clock._unread) == 0
+
+
+def test_first_frame_counts_from_the_last_sample_that_it_needs() -> None:
+    clock = StreamClock()
+    assert clock.first_frame_compute_ms is None
+    time.sleep(0.02)
+    clock.input_complete()
+    time.sleep(0.01)
+    clock.end_chunk(24)
+    clock.input_complete()  # of later chunks: nothing
+    assert clock.first_frame_compute_ms is not None and clock.time_to_first_frame_ms is not None
+    assert 10 <= clock.first_frame_compute_ms <= clock.time_to_first_frame_ms - 20
+    assert clock.report().to_dict()["first_frame_compute_ms"] == pytest.approx(clock.first_frame_compute_ms, abs=1e-3)
 
 
 def test_stage_counts_even_when_it_fails() -> None:

@@ -1,0 +1,109 @@
+"""How the engine runs a chunk: graphs, compilation, overlap, warm-up, and the length of a stream's first chunk."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from rest_lightning.errors import UserError
+
+if TYPE_CHECKING:
+    from rest_lightning.talking_head import SamplingSettings, TalkingHead
+
+GRAPHS_VARIABLE = "REST_CUDA_GRAPHS"
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """Switches of the engine. All but the last change the speed alone.
+
+    Attributes:
+        graphs: capture the denoising steps and the decoding as CUDA graphs. None: on CUDA; ``REST_CUDA_GRAPHS=0`` in
+            the environment turns them off whatever stands here.
+        compile: ``torch.compile`` every transformer block, in a copy that shares the weights. Costs a minute or more at
+            the first chunk.
+        overlap: on CUDA decode a chunk, and copy it to the host, while the next one is denoised.
+        warm_up: run dummy chunks when a session opens, so that the first real one is as fast as the others (and every
+            graph is captured); the state is what it was before, bit for bit. None: where graphs are captured.
+        first_chunk_length: latents of a stream's first chunk, 1 to chunk_length: a short one needs less speech before
+            the first frame. None takes chunk_length.
+    """
+
+    graphs: bool | None = None
+    compile: bool = False
+    overlap: bool = True
+    warm_up: bool | None = None
+    first_chunk_length: int | None = None
+
+    def captures(self, device: torch.device) -> bool:
+        """Whether graphs are captured on ``device``.
+
+        Raises:
+            UserError: graphs asked for without CUDA, or a value of the variable other than 0 and 1.
+        """
+        variable = os.environ.get(GRAPHS_VARIABLE, "1")
+        if variable not in ("0", "1"):
+            raise UserError(f"expected {GRAPHS_VARIABLE}=0 or 1, got {variable!r}: 0 turns CUDA graphs off")
+        if self.graphs and device.type != "cuda":
+            raise UserError(f"expected a model on a CUDA device for graphs, got {device}: leave graphs at None")
+        return device.type == "cuda" and variable == "1" and self.graphs is not False
+
+    def warms_up(self, device: torch.device) -> bool:
+        """Whether a session on ``device`` runs dummy chunks when it opens."""
+        return self.captures(device) if self.warm_up is None else self.warm_up
+
+    def first_length(self, chunk_length: int) -> int:
+        """Latents of the first chunk.
+
+        Raises:
+            UserError: none, or more than the other chunks have.
+        """
+        length = chunk_length if self.first_chunk_length is None else self.first_chunk_length
+        if not 1 <= length <= chunk_length:
+            raise UserError(f"expected a first_chunk_length from 1 to {chunk_length} latents, got {length}")
+        return length
+
+
+@contextmanager
+def explain_out_of_memory(model: TalkingHead, batch: int, sampling: SamplingSettings) -> Iterator[None]:
+    """Turns a device's (or the CPU allocator's) out-of-memory error into one line.
+
+    Raises:
+        UserError: what was needed, and which settings lower it.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        branches = sampling.branches.num_branches
+        weights_gb = sum(p.numel() * p.element_size() for p in model.parameters()) / 1e9
+        cache_gb = cache_num_bytes(model, batch * branches, sampling.num_steps) / 1e9
+        raise UserError(
+            f"expected memory on {model.device} for {batch} stream(s) of {model.size_px}x{model.size_px} pixels: "
+            f"{weights_gb:.2f} GB of weights, {cache_gb:.2f} GB of cache, and frames beside, got out of memory: lower "
+            f"the number of streams or size_px, load the model with dtype bfloat16, or set guidance to 1 (the cache "
+            f"then has 1 instead of {branches} rows a stream)"
+        ) from error
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    words = ("DefaultCPUAllocator", "CUDA out of memory", "Storage size calculation overflowed")
+    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
+
+
+def cache_num_bytes(model: TalkingHead, rows: int, num_steps: int) -> int:
+    """Bytes of the keys and values of ``rows`` rows: what an ID-Context Cache of this model holds."""
+    from rest_lightning.constants import SPATIAL_RATIO
+
+    transformer, options = model.transformer, model.transformer.cache_options
+    side = model.size_px // SPATIAL_RATIO
+    slots = 1 + options.chunk_length * (2 if options.use_context else 1)
+    kept = num_steps if options.cache_noise == "per_step" else 1
+    size = torch.empty((), dtype=model.dtype).element_size()
+    return 2 * kept * transformer.num_layers * rows * slots * side * side * transformer.dim * size
