@@ -100,7 +100,6 @@ class BatchSession:
         self._sampling, self._options = sampling or model.sampling, options or EngineOptions()
         self.clock = StreamClock()
         self.configuration = describe(model, self._sampling, self._options) | {"num_rows": num_rows}
-        self._members: list[_Member | None] = [None] * num_rows
         self._closed = False
         self._in_lanes: tuple[int, ...] = ()  # the rows whose state is in the lanes, newer than their own
         with explain_out_of_memory(model, num_rows, self._sampling), self.clock.paused():
@@ -109,6 +108,7 @@ class BatchSession:
             first.start(torch.zeros(1, 3, model.size_px, model.size_px))
             lanes = first.for_batch(num_rows)
             self._places = [first, *(first.for_batch(1) for _ in range(num_rows - 1))]
+        self._members: list[_Member | None] = [None] * num_rows
         self._widest = ChunkEngine(model, num_rows, self._sampling, self.clock, self._options, lanes)
         self._lanes = {num_rows: self._widest}
         if self._options.warms_up(model.device):

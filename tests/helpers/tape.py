@@ -1,7 +1,8 @@
 """CUDA graphs on the CPU: the operations of a function are recorded once, and repeated on the very same memory.
 
-Integers are left out: a decoder counts on the host, which no graph of a device would repeat. What a replay computes can differ from a call of the function only where a graph would go wrong: where the function
-decides something on the host, or reads memory that is exchanged between two calls.
+Integers are left out: a decoder counts on the host, which no graph of a device would repeat. What a replay computes
+can differ from a call of the function only where a graph would go wrong: where the function decides something on the
+host, or reads memory that is exchanged between two calls.
 """
 
 from __future__ import annotations
@@ -59,6 +60,6 @@ def tensors_alive_bytes() -> int:
     import gc
 
     gc.collect()
-    tensors = [value for value in gc.get_objects() if isinstance(value, Tensor) and value.device.type != "meta"]
+    tensors = [value for value in gc.get_objects() if type(value) in (Tensor, torch.nn.Parameter)]
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())

@@ -98,7 +98,7 @@ def test_stages_of_a_device_are_read_when_their_chunk_is_ready() -> None:
     clock.end_chunk(24, marks[0])
     assert Moment.num_waits == 0
     assert 10 <= clock.chunk_ms.maximum < 30
-    assert 30 <= clock.end_chunk(24, marks[1])
+    assert clock.end_chunk(24, marks[1]) >= 30
     with clock.paused(), clock.stage("dit", Moment):
         time.sleep(0.05)
     with clock.stage("vae", Moment):

@@ -1,4 +1,4 @@
-"""A chunk as one static program: replayed operations give the called function's frames, nothing moves, nothing grows."""
+"""A chunk as one static program: repeated operations give the called function's frames; nothing moves or grows."""
 
 from __future__ import annotations
 
