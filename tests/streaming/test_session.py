@@ -220,6 +220,48 @@ def test_switching_identity_keeps_the_speech_stream(head: TalkingHead) -> None:
     assert session.engine.cache.num_frames == [0] * session.engine.cache.rows
 
 
+@pytest.mark.parametrize(
+    "other",
+    [{"seed": 1}, {"chunk_length": 2}, {"cache_noise": "per_step"}, {"guidance": 1.0}, {"dtype": torch.bfloat16}],
+    ids=str,
+)
+def test_a_snapshot_of_another_model_is_refused_and_changes_nothing(
+    make: Callable[..., TalkingHead], head: TalkingHead, other: dict[str, Any]
+) -> None:
+    guidance, dtype = other.get("guidance"), other.get("dtype", torch.float32)
+    stranger = make(**{name: value for name, value in other.items() if name not in ("guidance", "dtype")})
+    for part in (stranger.vae, stranger.speech_ae, stranger.transformer):
+        part.to(dtype)
+    state = stranger.open(portrait(), guidance=guidance).snapshot()
+    session, untouched = head.open(portrait()), head.open(portrait())
+    session.push(speech(30))
+    untouched.push(speech(30))
+    with pytest.raises(
+        ValueError, match=r"expected a snapshot .* got one of another: restore it in a session that was"
+    ):
+        session.restore(state)
+    assert np.array_equal(session.flush(), untouched.flush())
+
+
+def test_a_snapshot_brings_the_portrait_back(make: Callable[..., TalkingHead]) -> None:
+    for options in ({}, {"reference_attends": "first_chunk"}):  # the latter reads it again at the first chunk
+        head = make(**options)
+        session = head.open(portrait())
+        expected = session.snapshot()
+        frames = session.push(speech(26))
+        session.switch_identity(portrait(7))
+        session.restore(expected)
+        assert np.array_equal(session.push(speech(26)), frames)
+        assert torch.equal(session.reference[0], portrait())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_where_there_is_none(head: TalkingHead, tmp_path: Path) -> None:
+    head.save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"expected an available device, got cuda, but torch finds no CUDA .* use cpu"):
+        TalkingHead.from_pretrained(tmp_path / "model", device="cuda")
+
+
 def test_missing_model_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"model folder with model_index.json, got .*: make one with `rest export`"):
         TalkingHead.from_pretrained(tmp_path)
