@@ -284,7 +284,7 @@ class BatchSession:
         """A copy of everything that the following frames of all rows depend on."""
         self._check_open()
         self._settle(self._in_lanes)
-        return BatchState(tuple(member and member.snapshot() for member in self._members))
+        return BatchState(tuple(None if member is None else member.snapshot() for member in self._members))
 
     def restore(self, state: BatchState) -> None:
         """Go back to a snapshot of this batch or of one like it: the same speech then gives the same frames.

@@ -80,8 +80,8 @@ class ChunkEngine:
             self._noise, self._speech, self._latents, self._decoder_input, self._frames = self._static
             overlaps = model.device.type == "cuda" and self.options.overlap
             way: Device | Host = Device(model.device, self._frames.shape) if overlaps and widest is None else Host()
-        self._way = way if widest is None else widest._way
-        self.depth = self._way.depth
+        self._way: Device | Host = way if widest is None else widest._way
+        self.depth: int = self._way.depth
         self.tables, self.guidance = self.state.tables, self.state.tables.guidance
         self.sigmas = self.tables.sigmas
         self._text = self.state.text

@@ -123,10 +123,10 @@ class StreamingSession:
 
     def snapshot(self) -> SessionState:
         """A copy of everything that the following frames depend on."""
-        waiting = [(pending.frames(), *rest) for pending, *rest in self._under_way]
-        self._under_way = deque((Ready(frames), num, mark) for frames, num, mark in waiting)
-        self.engine.join()
-        return SessionState(self._row.snapshot(), tuple(frames[0, :num] for frames, num, _ in waiting))
+        waiting = [(Ready(pending.frames()), num_frames, mark) for pending, num_frames, mark in self._under_way]
+        self._under_way = deque(waiting)
+        frames = tuple(ready.frames()[0, :num_frames] for ready, num_frames, _ in waiting)
+        return SessionState(self._row.snapshot(), frames)
 
     def restore(self, state: SessionState) -> None:
         """Go back to a snapshot: the same speech then gives the same frames, bit for bit.
@@ -134,7 +134,6 @@ class StreamingSession:
         Raises:
             UserError: a snapshot of another model, type, size or guidance; the session is as it was then.
         """
-        self.engine.join()
         self._row.restore(state.row)
         self._under_way = deque((Ready(frames[None]), len(frames), self.clock.mark()) for frames in state.waiting)
         self._closed = False

@@ -276,9 +276,9 @@ def test_bad_use(head: TalkingHead) -> None:
     for row in (-1, 2):
         with pytest.raises(ValueError, match=f"expected a row from 0 to 1, got {row}: open the batch with more rows"):
             batch.start(row, portrait())
-    for call in (batch.finish, batch.stop, batch.num_frames, lambda row: batch.push(row, speech(1))):
+    for name, more in (("finish", ()), ("stop", ()), ("num_frames", ()), ("push", (speech(1),))):
         with pytest.raises(ValueError, match=r"row 1 was not started or has ended: call start\(1, ...\)"):
-            call(1)
+            getattr(batch, name)(1, *more)
     batch.start(0, portrait())
     with pytest.raises(ValueError, match=r"got NaN or infinity at 0\.00 s"):
         batch.push(0, np.array([np.nan], np.float32))
