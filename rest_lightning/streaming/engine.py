@@ -10,6 +10,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from types import MethodType
 from typing import TYPE_CHECKING
 
 import torch
@@ -85,7 +86,12 @@ class ChunkEngine:
         self.tables, self.guidance = self.state.tables, self.state.tables.guidance
         self.sigmas = self.tables.sigmas
         self._text = self.state.text
-        self._transformer = compiled_copy(model.transformer) if self.options.compile else model.transformer
+        self._transformer = model.transformer
+        if self.options.compile:
+            self._transformer = compiled_copy(model.transformer)
+            # Slots and complex rotations are no matter for the compiler: it takes what lies before and behind.
+            opaque = MethodType(torch.compiler.disable(IDContextCache.attend), self.cache)
+            self.cache.attend = opaque  # type: ignore[method-assign]
 
     def _allocate(self) -> tuple[Tensor, ...]:
         """Inputs and outputs of the two programs: noise, speech latents, latents, the decoder's own latents, frames."""
