@@ -20,6 +20,9 @@ COMMANDS = {
     "encode": "latents of all clips, once, for the stages that need them",
     "encode-prompt": "the text embedding of the fixed prompt, once, for models that read text",
     "export": "a checkpoint becomes a model folder for talk --model",
+    "score": "any folder of videos becomes a result row",
+    "leaderboard": "result rows become Markdown, a self-contained HTML page and JSON",
+    "ablate": "train and score a base and its ablations within the same budget",
     "train-embedded": "all stages of the embedded model within a time budget",
 }
 STAGE_COMMANDS = {

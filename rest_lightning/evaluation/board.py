@@ -1,0 +1,309 @@
+"""The leaderboard: which rows may stand in one table, and in which order. Needs no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean, stdev
+from typing import Any
+
+from rest_lightning.errors import UserError
+from rest_lightning.evaluation.row import ResultRow, Value
+
+GROUND_TRUTH_TOLERANCE = 0.01  # relative; beyond it two rows did not score the same true clips
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How a number is shown. ``goal``: ``low``, ``high``, or the value that is perfect; None has no better side."""
+
+    label: str
+    goal: str | float | None
+    decimals: int = 2
+
+    def badness(self, value: float) -> float:
+        """Lower is better."""
+        if self.goal == "low":
+            return value
+        return -value if self.goal == "high" else abs(value - float(self.goal or 0.0))
+
+    @property
+    def arrow(self) -> str:
+        """The better side, for a heading."""
+        if self.goal is None:
+            return ""
+        return {"low": "↓", "high": "↑"}.get(str(self.goal), f"→{self.goal:g}" if isinstance(self.goal, float) else "")
+
+
+# In the order of the columns. A key that is not here is shown under its own name, without a better side.
+METRICS = {
+    "fvd": Metric("FVD", "low", 1),
+    "fvd_videomae": Metric("FVD VideoMAE", "low", 1),
+    "fid": Metric("FID", "low", 2),
+    "sync_c": Metric("Sync-C", "high", 2),
+    "sync_d": Metric("Sync-D", "low", 2),
+    "offset_frames": Metric("offset (frames)", 0.0, 2),
+    "offset_abs_frames": Metric("|offset| (frames)", "low", 2),
+    "e_fid": Metric("E-FID", "low", 3),
+    "identity_similarity": Metric("identity", "high", 3),
+    "lip_correlation": Metric("lip correlation", "high", 3),
+    "opening_error": Metric("lip error", "low", 3),
+    "lip_best_lag_frames": Metric("lip lag (frames)", 0.0, 2),
+    "seam_ratio": Metric("seam ratio", 1.0, 2),
+    "lip_motion_in_silence_per_s": Metric("silent lips (1/s)", "low", 3),
+    "opening_in_silence": Metric("silent opening", "low", 3),
+    "colour_drift_lab_per_minute": Metric("colour drift (Lab/min)", "low", 2),
+    "background_drift": Metric("background drift", "low", 2),
+    "sharpness_change_per_minute": Metric("sharpness change (1/min)", 0.0, 3),
+    "colour_drift_lab": Metric("colour drift (Lab)", "low", 2),  # of curves
+    "psnr_db": Metric("PSNR (dB)", "high", 2),
+    "ssim": Metric("SSIM", "high", 3),
+    "lpips": Metric("LPIPS", "low", 3),
+    "backbone_run_time_s": Metric("backbone run time (s)", "low", 2),
+}
+SORT_ORDER = ("fvd", "fid", "sync_c", "lip_correlation")
+SPEED = "frames_per_second"
+_SPEED_METRIC = Metric("frames/s", "high", 1)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Mean over runs, and the spread (sample standard deviation) where there are several."""
+
+    mean: float
+    spread: float | None = None
+
+    @classmethod
+    def of(cls, values: Sequence[Any]) -> Cell | None:
+        """None where no value is a number."""
+        numbers = [float(v) for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
+        if not numbers:
+            return None
+        return cls(fmean(numbers), stdev(numbers) if len(numbers) > 1 else None)
+
+    def text(self, decimals: int) -> str:
+        """``mean`` or ``mean ± spread``."""
+        spread = "" if self.spread is None else f" ± {self.spread:.{decimals}f}"
+        return f"{self.mean:.{decimals}f}{spread}"
+
+
+@dataclass
+class Entry:
+    """One line of a table: a method, over all its runs (training seeds)."""
+
+    name: str
+    rows: list[ResultRow]
+    rank: int | None = None
+
+    def cell(self, key: str) -> Cell | None:
+        """A metric, or ``frames_per_second``."""
+        return Cell.of([row.speed.get(key) if key == SPEED else row.metrics.get(key) for row in self.rows])
+
+    def curve(self, key: str) -> list[float]:
+        """A curve, averaged over runs; cut to the shortest."""
+        return mean_curve([row.metrics.get(key) for row in self.rows])
+
+    @property
+    def num_clips(self) -> str:
+        """Clips that count; a range where runs differ."""
+        counts = sorted({row.num_clips for row in self.rows})
+        return f"{counts[0]}" if len(counts) == 1 else f"{counts[0]}–{counts[-1]}"
+
+    @property
+    def num_failures(self) -> int:
+        """Failed clips of all runs."""
+        return sum(row.num_attempted - row.num_clips for row in self.rows)
+
+
+@dataclass
+class Group:
+    """Rows that may be compared: one protocol and version, the same extractors, clips asked for and frames per clip."""
+
+    protocol: str
+    version: int
+    extractors: Mapping[str, Mapping[str, Any]]
+    num_attempted: int
+    num_frames: int
+    entries: list[Entry] = field(default_factory=list)
+    claimed: list[ResultRow] = field(default_factory=list)
+    sort_by: str | None = None
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def title(self) -> str:
+        """``synthetic v1``."""
+        return f"{self.protocol} v{self.version}"
+
+    @property
+    def fingerprint(self) -> str:
+        """Short hash of all extractors."""
+        return fingerprint(self.extractors) if self.extractors else "none"
+
+    @property
+    def rows(self) -> list[ResultRow]:
+        """All measured rows."""
+        return [row for entry in self.entries for row in entry.rows]
+
+    @property
+    def ground_truth(self) -> dict[str, Cell]:
+        """The true clips through the same code, averaged over rows (equal but for rounding)."""
+        cells = {key: Cell.of([row.ground_truth.get(key) for row in self.rows]) for key in self.columns}
+        return {key: Cell(cell.mean) for key, cell in cells.items() if cell is not None}
+
+    @property
+    def columns(self) -> list[str]:
+        """Keys that are numbers in at least one measured row, known ones first."""
+        return _columns(self.rows)
+
+    @property
+    def claimed_columns(self) -> list[str]:
+        """The same of the published figures."""
+        return _columns(self.claimed)
+
+    @property
+    def curves(self) -> list[str]:
+        """Keys of curves."""
+        return sorted({key for row in self.rows for key, value in row.metrics.items() if _is_curve(value)})
+
+    def ground_truth_curve(self, key: str) -> list[float]:
+        """A curve of the true clips."""
+        return mean_curve([row.ground_truth.get(key) for row in self.rows])
+
+    def best(self, key: str) -> Entry | None:
+        """The entry with the best value of a metric; None where it has no better side, or one entry alone has it."""
+        metric = metric_of(key)
+        if metric.goal is None:
+            return None
+        having = [(entry, cell) for entry in self.entries if (cell := entry.cell(key)) is not None]
+        return min(having, key=lambda pair: metric.badness(pair[1].mean))[0] if len(having) > 1 else None
+
+
+def metric_of(key: str) -> Metric:
+    """How a key is shown."""
+    return _SPEED_METRIC if key == SPEED else METRICS.get(key, Metric(key.replace("_", " "), None, 3))
+
+
+def fingerprint(extractors: Mapping[str, Mapping[str, Any]]) -> str:
+    """Eight hex digits of the names and hashes of all extractors."""
+    content = {metric: [entry["name"], entry["sha256"]] for metric, entry in extractors.items()}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def make_board(rows: Sequence[ResultRow], sort_by: str | None = None) -> list[Group]:
+    """Groups of comparable rows, each sorted; published figures stand beside every group of their protocol.
+
+    Args:
+        rows: measured and published ones.
+        sort_by: metric to sort by; None takes the first of FVD, FID, Sync-C and lip correlation that a group has.
+
+    Raises:
+        UserError: no row, or a ``sort_by`` that no row has.
+    """
+    rows = _without_repeats(rows)
+    if not rows:
+        raise UserError("expected at least one result row, got none: make one with `rest score` or `rest test`")
+    groups: dict[tuple[Any, ...], Group] = {}
+    by_group: dict[tuple[Any, ...], list[ResultRow]] = {}
+    for row in (row for row in rows if row.measured):
+        # What is left of two tables once their biases are taken off is not known (FID falls with the number of clips).
+        key = (row.protocol, row.protocol_version, fingerprint(row.extractors), row.num_attempted, row.num_frames)
+        groups.setdefault(
+            key, Group(row.protocol, row.protocol_version, row.extractors, row.num_attempted, row.num_frames)
+        )
+        by_group.setdefault(key, []).append(row)
+    for row in (row for row in rows if not row.measured):
+        beside = [group for group in groups.values() if (group.protocol, group.version) == _protocol(row)]
+        if not beside:
+            key = (*_protocol(row), "", 0, 0)
+            beside = [groups.setdefault(key, Group(*_protocol(row), {}, 0, 0))]
+        for group in beside:
+            group.claimed.append(row)
+    for key, group in groups.items():
+        group.entries = _entries(by_group.get(key, []))
+        group.warnings = _warnings(group)
+        _sort(group, sort_by)
+    known_keys = list(dict.fromkeys(key for group in groups.values() for key in (*group.columns, SPEED)))
+    if sort_by is not None and sort_by not in known_keys:
+        known = ", ".join(known_keys)
+        raise UserError(f"expected a metric to sort by ({known}), got {sort_by!r}: choose one of them")
+    return sorted(
+        groups.values(), key=lambda group: (not group.entries, group.protocol, group.version, -len(group.rows))
+    )
+
+
+def mean_curve(curves: Sequence[Value | None]) -> list[float]:
+    """Mean of curves, cut to the shortest and to the first value that is not defined."""
+    lists = [[math.nan if v is None else v for v in curve] for curve in curves if isinstance(curve, list) and curve]
+    mean = [fmean(values) for values in zip(*lists, strict=False)]
+    end = next((i for i, value in enumerate(mean) if math.isnan(value)), len(mean))
+    return mean[:end]
+
+
+def _columns(rows: Sequence[ResultRow]) -> list[str]:
+    found = {key for row in rows for key, value in row.metrics.items() if value is not None and not _is_curve(value)}
+    return [key for key in METRICS if key in found] + sorted(found - set(METRICS))
+
+
+def _is_curve(value: Any) -> bool:
+    return isinstance(value, list)
+
+
+def _protocol(row: ResultRow) -> tuple[str, int]:
+    return row.protocol, row.protocol_version
+
+
+def _without_repeats(rows: Sequence[ResultRow]) -> list[ResultRow]:
+    """A file that is named twice, or lies in two folders, is one run."""
+    return list({json.dumps(row.to_dict(), sort_keys=True): row for row in rows}.values())
+
+
+def _sampler(row: ResultRow) -> dict[str, Any]:
+    return {key: value for key, value in row.sampler.items() if key != "seed"}
+
+
+def _entries(rows: list[ResultRow]) -> list[Entry]:
+    """One entry per method; a method that was sampled in several ways is told apart by what differs."""
+    entries: dict[str, list[ResultRow]] = {}
+    for row in rows:
+        samplers = [_sampler(other) for other in rows if other.method == row.method]
+        own = _sampler(row)
+        differing = [key for key in own if any(other.get(key) != own[key] for other in samplers)]
+        suffix = f" ({', '.join(f'{key} {own[key]}' for key in differing)})" if differing else ""
+        entries.setdefault(row.method + suffix, []).append(row)
+    return [Entry(name, members) for name, members in entries.items()]
+
+
+def _warnings(group: Group) -> list[str]:
+    warnings = []
+    for key, cell in group.ground_truth.items():
+        # Frechet distances of the truth to itself are zero up to rounding: relative to what they measure.
+        scale = max(abs(cell.mean), *(abs(c.mean) for e in group.entries if (c := e.cell(key)) is not None), 1e-9)
+        values = [value for row in group.rows if isinstance(value := row.ground_truth.get(key), int | float)]
+        if len(values) > 1 and max(values) - min(values) > GROUND_TRUTH_TOLERANCE * scale:
+            label = metric_of(key).label
+            warnings.append(
+                f"{label} of the ground truth lies between {min(values):.4g} and {max(values):.4g}: "
+                "these rows did not score the same true clips, do not compare them"
+            )
+    return warnings
+
+
+def _sort(group: Group, sort_by: str | None) -> None:
+    order = (sort_by,) if sort_by is not None else SORT_ORDER
+    keys = [key for key in order if key is not None and any(entry.cell(key) is not None for entry in group.entries)]
+    group.entries.sort(key=lambda entry: entry.name)
+    if not keys:
+        return
+    group.sort_by = key = keys[0]
+    metric = metric_of(key)
+
+    def place(entry: Entry) -> float:
+        cell = entry.cell(key)
+        return math.inf if cell is None else metric.badness(cell.mean)
+
+    group.entries.sort(key=place)
+    for rank, entry in enumerate(group.entries, 1):
+        entry.rank = None if entry.cell(key) is None else rank
