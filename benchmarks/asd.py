@@ -26,7 +26,7 @@ from torch import Tensor
 
 from benchmarks.training_curves import curves_of
 from rest_lightning import lightning_cli  # first: it makes lightning importable
-from rest_lightning.commands.export import load_speech_encoder
+from rest_lightning.parts import open_speech_encoder
 from rest_lightning.data.latents import LatentsCache
 from rest_lightning.data.layout import sha256_of, write_text_atomic
 from rest_lightning.data.module import TalkingHeadDataModule
@@ -208,7 +208,7 @@ class Pair:
         student = StudentModule(
             parts["transformer"],  # type: ignore[arg-type]
             parts["speech_ae"],  # type: ignore[arg-type]
-            load_speech_encoder(final),  # type: ignore[arg-type]
+            open_speech_encoder(final),  # type: ignore[arg-type]
             noise=replace(noise, identity_dropout=0.0, audio_dropout=0.0, joint_dropout=0.0),
             asd=ASDSettings(str(args.teacher)),
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +11,14 @@ import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
+from numpy.typing import NDArray
 from torch import Tensor
 
-from ..constants import SAMPLES_PER_FRAME
+from ..constants import FPS, SAMPLES_PER_FRAME
 from ..data.clips import cut_audio
-from ..diffusion.sampling import Guidance, euler_step
 from ..diffusion.schedule import sampling_sigmas
 from ..errors import UserError
-from ..models.transformer import A2VDiT
+from ..evaluation.generate import generate_clip
 from ..streaming.engine import ChunkEngine, to_uint8
 from ..streaming.writer import Mp4Writer
 from ..talking_head import SamplingChanges, SamplingSettings, TalkingHead
@@ -94,22 +93,18 @@ class SampleVideos(Callback):
             truth, sample = self.sample(module, batch, trainer.datamodule)  # type: ignore[attr-defined]
         truth, sample = truth.cpu(), sample.cpu()
         assert self._folder is not None
-        self._folder.mkdir(parents=True, exist_ok=True)
+        left = trainer.datamodule.audio_left_frames  # type: ignore[attr-defined]
         for row, clip_id in enumerate(batch["clip_id"]):
-            pair = torch.cat([truth[row], sample[row]], dim=2).numpy()
-            path = self._folder / f"step-{trainer.global_step:06d}-{clip_id}.mp4"
-            with Mp4Writer(path, pair.shape[1:3], overwrite=True) as writer:
-                writer.write(pair)
-                audio = batch["audio"][row].float().cpu().numpy()
-                left = trainer.datamodule.audio_left_frames  # type: ignore[attr-defined]
-                writer.write_audio(cut_audio(audio, left, len(pair), 0, 0))
-            columns = np.linspace(0, len(pair) - 1, min(self.num_grid_frames, len(pair))).round().astype(int)
-            rows = [np.concatenate(list(video[row, columns].numpy()), axis=1) for video in (truth, sample)]
-            grid = np.concatenate(rows)
-            for logger in trainer.loggers:
-                experiment = getattr(logger, "experiment", None)
-                if experiment is not None and hasattr(experiment, "add_image"):  # TensorBoard
-                    experiment.add_image(f"samples/{clip_id}", grid, trainer.global_step, dataformats="HWC")
+            audio = batch["audio"][row].float().cpu().numpy()
+            show_sample(
+                trainer,
+                self._folder,
+                clip_id,
+                truth[row].numpy(),
+                sample[row].numpy(),
+                cut_audio(audio, left, truth.shape[1], 0, 0),
+                self.num_grid_frames,
+            )
 
     def sample(self, module: LightningModule, batch: dict[str, Any], datamodule: Any) -> tuple[Tensor, Tensor]:
         """Truth and sample of a validation batch, both uint8 (B, F, H, W, 3).
@@ -153,37 +148,57 @@ class SampleVideos(Callback):
         return torch.cat(videos, dim=1)
 
 
-@torch.no_grad()
-def generate_clip(
-    transformer: A2VDiT,
-    reference_latent: Tensor,
-    speech_latents: Tensor,
-    noise: Tensor,
-    sigmas: list[float],
-    guidance: Guidance,
-) -> Tensor:
-    """A teacher's whole clip from noise: Euler steps with guidance (REST sec. 3.3 and 3.5).
+def show_sample(
+    trainer: Trainer,
+    folder: Path,
+    clip_id: str,
+    truth: NDArray[np.uint8],
+    sample: NDArray[np.uint8],
+    audio: NDArray[np.float32],
+    num_grid_frames: int,
+    with_video: bool = False,
+) -> None:
+    """Write ``<folder>/step-<step>-<clip_id>.mp4`` (truth | sample), and a grid of frames to TensorBoard.
 
     Args:
-        transformer: with full attention.
-        reference_latent: (B, C, 1, h, w), clean.
-        speech_latents: (B, f, n, d).
-        noise: unit Gaussian (B, C, f, h, w); slot 0 is not used.
-        sigmas: descending from 1 to 0.
-        guidance: weights of the branches.
-
-    Returns:
-        Latents (B, C, f, h, w), slot 0 the reference.
+        trainer: gives step and loggers.
+        folder: made when absent.
+        clip_id: of the file and of the log.
+        truth, sample: (F, H, W, 3).
+        audio: (640 F,).
+        num_grid_frames: columns of the grid.
+        with_video: also to TensorBoard, as an animation.
     """
-    sample = noise[:, :, 1:]
-    references, speech = guidance.references(reference_latent), guidance.speech(speech_latents)
-    for sigma, sigma_next in pairwise(sigmas):
-        rows = torch.cat([references, guidance.samples(sample)], dim=2)
-        levels = sample.new_full((rows.shape[0], rows.shape[2]), sigma)
-        levels[:, 0] = 0.0
-        velocity = guidance.combine(transformer(rows, levels, speech)[:, :, 1:])
-        sample = euler_step(sample, velocity, sigma, sigma_next)
-    return torch.cat([reference_latent, sample], dim=2)
+    folder.mkdir(parents=True, exist_ok=True)
+    pair = np.concatenate([truth, sample], axis=2)
+    path = folder / f"step-{trainer.global_step:06d}-{clip_id}.mp4"
+    with Mp4Writer(path, pair.shape[1:3], overwrite=True) as writer:
+        writer.write(pair)
+        writer.write_audio(audio)
+    columns = np.linspace(0, len(pair) - 1, min(num_grid_frames, len(pair))).round().astype(int)
+    grid = np.concatenate([np.concatenate(list(video[columns]), axis=1) for video in (truth, sample)])
+    for logger in trainer.loggers:
+        experiment = getattr(logger, "experiment", None)
+        if experiment is None or not hasattr(experiment, "add_image"):  # not TensorBoard
+            continue
+        experiment.add_image(f"samples/{clip_id}", grid, trainer.global_step, dataformats="HWC")
+        if with_video:
+            experiment._get_file_writer().add_summary(_animation(f"videos/{clip_id}", pair), trainer.global_step)
+
+
+def _animation(tag: str, video: NDArray[np.uint8]) -> Any:
+    """What TensorBoard's add_video makes, without moviepy: an image summary that holds a GIF, here at half the rate."""
+    from io import BytesIO
+
+    from PIL import Image
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    first, *others = (Image.fromarray(frame) for frame in video[::2])
+    content = BytesIO()
+    first.save(content, "GIF", save_all=True, append_images=others, duration=2000 // FPS, loop=0)
+    height, width = video.shape[1:3]
+    image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=content.getvalue())
+    return Summary(value=[Summary.Value(tag=tag, image=image)])
 
 
 @contextmanager

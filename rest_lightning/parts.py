@@ -129,3 +129,59 @@ def _read_folder_part(name: str, folder: Path) -> tuple[dict[str, Any], dict[str
     return json.loads(config_file.read_text()), {
         key: value.float() if value.is_floating_point() else value for key, value in state.items()
     }
+
+
+def open_part(name: str, source: str | Path) -> nn.Module:
+    """A part with its weights, from a stage's checkpoint or an exported folder; errors as :func:`read_part`'s."""
+    description, state = read_part(name, source)
+    part = build_part(description)
+    part.load_state_dict(state)
+    return part
+
+
+def open_speech_encoder(source: str | Path) -> nn.Module:
+    """The speech encoder of a model folder, of a stage's configuration file, or of its checkpoint.
+
+    A checkpoint describes frozen parts without their weights: log-mel has none, and the path of Whisper's stands in the
+    config.yaml of the run.
+
+    Raises:
+        UserError: no speech encoder that can be built from the source.
+    """
+    source = Path(source)
+    if source.suffix in (".yaml", ".yml") and source.is_file():
+        found = _described_in(source)
+        if found is None:
+            raise UserError(f"expected a stage's configuration with model.init_args.speech_encoder, got {source}")
+        return build_part(found)
+    if source.is_dir() or not source.is_file():
+        return open_part("speech_encoder", source)
+    checkpoint = torch.load(source, map_location="cpu", weights_only=False)
+    if "speech_encoder" in checkpoint.get(PARTS_KEY, {}):
+        return open_part("speech_encoder", source)
+    for description in (checkpoint.get(FROZEN_PARTS_KEY, {}).get("speech_encoder"), _described_by_run(source)):
+        if description is not None:
+            part = build_part(description)
+            if description["config"].get("weights") or not any(True for _ in part.parameters()):
+                return part
+    raise UserError(
+        f"expected a speech encoder described in {source} or in a config.yaml beside it, got none with weights: "
+        "name a model folder with --speech-encoder"
+    )
+
+
+def _described_by_run(checkpoint: Path) -> dict[str, Any] | None:
+    for folder in checkpoint.resolve().parents[:4]:
+        if (folder / "config.yaml").is_file() and (found := _described_in(folder / "config.yaml")):
+            return found
+    return None
+
+
+def _described_in(file: Path) -> dict[str, Any] | None:
+    import yaml
+
+    config = yaml.safe_load(file.read_text(encoding="utf-8"))
+    found = ((config.get("model") or {}).get("init_args") or {}).get("speech_encoder")
+    if not found:
+        return None
+    return {"class": found["class_path"].rsplit(".", 1)[-1], "config": found.get("init_args") or {}}

@@ -48,11 +48,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run_speech(args: argparse.Namespace, options: dict[str, Any]) -> int:
-    from rest_lightning.commands.export import load_speech_encoder
+    from rest_lightning.parts import open_speech_encoder
     from rest_lightning.data.speech_cache import encode_speech
     from rest_lightning.parts import fingerprint_of
 
-    encoder = load_speech_encoder(args.speech_encoder).requires_grad_(False).eval().to(args.device)
+    encoder = open_speech_encoder(args.speech_encoder).requires_grad_(False).eval().to(args.device)
     fingerprint = fingerprint_of(encoder, with_config=True)
     cache = encode_speech(encoder, args.data, args.out, fingerprint=fingerprint, **options)  # type: ignore[arg-type]
     print(f"{args.out}: speech features of {len(cache.index['clips'])} clips")

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from rest_lightning.errors import UserError
-
-if TYPE_CHECKING:
-    from torch import nn
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,13 +29,14 @@ def run(args: argparse.Namespace) -> int:
     check_folder(args.out, args.overwrite)
     import torch
 
+    from rest_lightning.parts import open_part, open_speech_encoder
     from rest_lightning.talking_head import SamplingChanges, SamplingSettings, TalkingHead
 
     changes = SamplingChanges(args.num_steps, args.guidance, args.shift, args.reference_guidance)
     sampling = changes.of(SamplingSettings())
     sources = {"transformer": args.checkpoint, "speech_ae": args.speech_ae, "vae": args.vae}
-    parts = {name: _load(name, source or args.checkpoint) for name, source in sources.items()}
-    parts["speech_encoder"] = load_speech_encoder(args.speech_encoder or args.checkpoint)
+    parts = {name: open_part(name, source or args.checkpoint) for name, source in sources.items()}
+    parts["speech_encoder"] = open_speech_encoder(args.speech_encoder or args.checkpoint)
     head = TalkingHead(**parts, sampling=sampling, size_px=args.size_px)  # type: ignore[arg-type]
     head.save_pretrained(args.out, getattr(torch, args.dtype))
     size_mb = sum(file.stat().st_size for file in args.out.rglob("*") if file.is_file()) / 1e6
@@ -57,60 +54,3 @@ def check_folder(out: Path, overwrite: bool) -> None:
         raise UserError(f"expected a new or empty folder, but {out} holds something else: choose another name")
     if not overwrite:
         raise UserError(f"expected a new folder, but {out} holds a model: choose another name or add --overwrite")
-
-
-def _load(name: str, source: Path) -> nn.Module:
-    from rest_lightning.parts import build_part, read_part
-
-    description, state = read_part(name, source)
-    part = build_part(description)
-    part.load_state_dict(state)
-    return part
-
-
-def load_speech_encoder(source: Path) -> nn.Module:
-    """The speech encoder of a model folder, of a stage's configuration file, or of its checkpoint.
-
-    A checkpoint describes frozen parts without weights: log-mel has none; the path of Whisper's stands in the
-    config.yaml of the run.
-    """
-    import torch
-
-    from rest_lightning.parts import FROZEN_PARTS_KEY, PARTS_KEY, build_part
-
-    if source.suffix in (".yaml", ".yml") and source.is_file():
-        description = _described_in(source)
-        if description is None:
-            raise UserError(f"expected a stage's configuration with model.init_args.speech_encoder, got {source}")
-        return build_part(description)
-    if source.is_dir() or not source.is_file():
-        return _load("speech_encoder", source)
-    checkpoint = torch.load(source, map_location="cpu", weights_only=False)
-    if "speech_encoder" in checkpoint.get(PARTS_KEY, {}):
-        return _load("speech_encoder", source)
-    for description in (checkpoint.get(FROZEN_PARTS_KEY, {}).get("speech_encoder"), _described_by_run(source)):
-        if description is not None:
-            part = build_part(description)
-            if description["config"].get("weights") or not any(True for _ in part.parameters()):
-                return part
-    raise UserError(
-        f"expected a speech encoder described in {source} or in a config.yaml beside it, got none with weights: "
-        "name a model folder with --speech-encoder"
-    )
-
-
-def _described_by_run(checkpoint: Path) -> dict[str, Any] | None:
-    for folder in checkpoint.resolve().parents[:4]:
-        if (folder / "config.yaml").is_file() and (found := _described_in(folder / "config.yaml")):
-            return found
-    return None
-
-
-def _described_in(file: Path) -> dict[str, Any] | None:
-    import yaml
-
-    config = yaml.safe_load(file.read_text(encoding="utf-8"))
-    found = ((config.get("model") or {}).get("init_args") or {}).get("speech_encoder")
-    if not found:
-        return None
-    return {"class": found["class_path"].rsplit(".", 1)[-1], "config": found.get("init_args") or {}}

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import subprocess
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from rest_lightning.commands._runs import fit, rest, trainer_overlay, write_overlay
 from rest_lightning.data.layout import manifest_path
 from rest_lightning.errors import UserError
 
@@ -113,19 +110,13 @@ def export(out: Path, model: Path) -> None:
 def train(stage: Stage, out: Path, data: Path, minutes: float, overlays: list[Path]) -> None:
     """One ``rest fit`` in a process of its own; continues from its last checkpoint."""
     folder = out / stage.name
-    folder.mkdir(parents=True, exist_ok=True)
-    overlay = folder / "overlay.yaml"
-    overlay.write_text(json.dumps(stage_overlay(stage, out, data, minutes), indent=2))
-    configs = [*CONFIGS, f"configs/embedded/{stage.name}.yaml", *map(str, overlays), str(overlay)]
-    last = folder / "checkpoints" / "last.ckpt"
-    resume = ["--ckpt_path", str(last)] if last.is_file() else []
-    print(f"{stage.name}: {minutes:.1f} minutes{' (resumed)' if resume else ''}", flush=True)
-    rest("fit", *[word for config in configs for word in ("--config", config)], *resume)
+    overlay = write_overlay(folder, stage_overlay(stage, out, data, minutes))
+    print(f"{stage.name}: {minutes:.1f} minutes", flush=True)
+    fit(folder, [*CONFIGS, f"configs/embedded/{stage.name}.yaml", *overlays, overlay])
 
 
 def stage_overlay(stage: Stage, out: Path, data: Path, minutes: float) -> dict[str, object]:
     """What a stage's configuration file cannot know: folders, time and where its parts start. YAML reads JSON."""
-    seconds = round(minutes * 60)
     init_args: dict[str, object] = {}
     sources = {**stage.initial, **({"vae": VAE_STAGE} if stage.uses_latents else {})}
     if sources:
@@ -133,14 +124,7 @@ def stage_overlay(stage: Stage, out: Path, data: Path, minutes: float) -> dict[s
     if stage.teacher:
         init_args["asd"] = {"teacher": str(out / stage.teacher / "final.ckpt")}
     overlay: dict[str, object] = {
-        "trainer": {
-            "default_root_dir": str(out / stage.name),
-            "max_time": f"00:{seconds // 3600:02d}:{seconds // 60 % 60:02d}:{seconds % 60:02d}",
-            "logger": {
-                "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
-                "init_args": {"save_dir": str(out / stage.name), "name": "", "version": ""},
-            },
-        },
+        "trainer": trainer_overlay(out / stage.name, minutes),
         "data": {"data_dir": str(data)},
     }
     if init_args:
@@ -148,11 +132,3 @@ def stage_overlay(stage: Stage, out: Path, data: Path, minutes: float) -> dict[s
     if stage.uses_latents:
         overlay["data"] = {"data_dir": str(data), "latents_dir": str(out / "latents")}
     return overlay
-
-
-def rest(*arguments: str) -> None:
-    """Run a command of this package in a process of its own; a failure ends the recipe with its exit code."""
-    environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}  # spinning threads halve the speed of two processes
-    result = subprocess.run([sys.executable, "-m", "rest_lightning", *arguments], env=environment, check=False)
-    if result.returncode:
-        raise SystemExit(result.returncode)

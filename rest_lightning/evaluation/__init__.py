@@ -1,1 +1,1 @@
-"""Evaluation: result rows, protocols, scoring of clips, the leaderboard. Free of Lightning; rows and leaderboard also of torch."""
+"""Result rows, protocols, scoring of clips, the leaderboard: free of Lightning, and rows and leaderboard of torch."""

@@ -173,12 +173,13 @@ class Group:
         return mean_curve([row.ground_truth.get(key) for row in self.rows])
 
     def best(self, key: str) -> Entry | None:
-        """The entry with the best value of a metric; None where it has no better side, or one entry alone has it."""
+        """The entry with the best value of a metric; None where none is better."""
         metric = metric_of(key)
         if metric.goal is None:
             return None
-        having = [(entry, cell) for entry in self.entries if (cell := entry.cell(key)) is not None]
-        return min(having, key=lambda pair: metric.badness(pair[1].mean))[0] if len(having) > 1 else None
+        having = [(metric.badness(cell.mean), entry) for entry in self.entries if (cell := entry.cell(key)) is not None]
+        levels = {badness for badness, _ in having}
+        return min(having, key=lambda pair: pair[0])[1] if len(levels) > 1 else None
 
 
 def metric_of(key: str) -> Metric:

@@ -200,7 +200,8 @@ def _claims(group: Group) -> str:
     return (
         f'<div class="claims"><h3>Published figures</h3><p>{CLAIMED.capitalize()} here: other extractors, clips and '
         "code. Read them beside the table, not in it.</p>"
-        f'<div class="scroll"><table class="sortable"><thead><tr>{"".join(heads)}<th scope="col" class="text">source</th></tr></thead>'
+        f'<div class="scroll"><table class="sortable"><thead><tr>{"".join(heads)}'
+        '<th scope="col" class="text">source</th></tr></thead>'
         f"<tbody>{rows}</tbody></table></div></div>"
     )
 

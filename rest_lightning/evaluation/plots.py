@@ -110,7 +110,8 @@ def _grid_y(axis: _Axis, label: str) -> str:
         parts.append(f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{value:g}</text>')
     middle = (TOP + HEIGHT - BOTTOM) / 2
     parts.append(
-        f'<text class="axis" transform="translate(15 {middle:.0f}) rotate(-90)" text-anchor="middle">{escape(label)}</text>'
+        f'<text class="axis" transform="translate(15 {middle:.0f}) rotate(-90)" text-anchor="middle">'
+        f"{escape(label)}</text>"
     )
     return "".join(parts)
 
@@ -138,7 +139,7 @@ def _label_beside(label: str, x: float, y: float, taken: list[tuple[float, float
     right = x + 10 + width <= WIDTH - RIGHT
     left_px = x + 10 if right else x - 10 - width
     top = y + 4
-    while any(abs(top - t) < 13 and left_px < r and l < left_px + width for l, r, t in taken):
+    while any(abs(top - y_px) < 13 and left_px < end and start < left_px + width for start, end, y_px in taken):
         top += 13
     taken.append((left_px, left_px + width, top))
     anchor = "start" if right else "end"

@@ -28,7 +28,7 @@ class ResultRow:
         protocol, protocol_version: what was measured, and how; rows of two protocols are never compared.
         method: name of what was scored.
         measured: False for figures that somebody published; these need ``source``, and only the keys up to ``metrics``.
-        metrics: key -> number; None where a metric is not defined; a list is a curve (``*_by_second``, ``*_by_minute``).
+        metrics: key -> number; None where a metric is not defined; a list is a curve (``..._by_second``).
         ground_truth: the same keys for the true clips in place of the generated ones, through the same code.
         num_clips: clips that count in every metric.
         num_frames: frames per clip.

@@ -1,0 +1,293 @@
+"""Evaluation inside Lightning: generates clips, scores them under a protocol, writes a result row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from numpy.typing import NDArray
+
+from ..constants import SAMPLES_PER_FRAME
+from ..data.clips import load_frames
+from ..data.layout import manifest_path, read_manifest, read_sidecar, sha256_of
+from ..errors import UserError
+from ..evaluation.faces import MediapipeFaces, SidecarFaces
+from ..evaluation.generate import Generator, Streamed, Whole
+from ..evaluation.protocol import Protocol
+from ..evaluation.row import ResultRow, write_row
+from ..evaluation.scorer import ClipPair, Scorer
+from ..talking_head import SamplingChanges, SamplingSettings
+from ..tasks.a2v import A2VModule
+from ..tasks.evaluate import EvaluateModule
+from ..tasks.student import StudentModule
+from .previews import NO_VAE, borrowed_head, show_sample
+
+SPLITS = {"test": "test", "validate": "val", "fit": "val"}
+Frames = NDArray[np.uint8]
+
+
+class Evaluation(Callback):
+    """FID, FVD, Sync-C and the rest of a protocol on generated clips, one at a time, the true clips beside.
+
+    ``rest test`` of an `EvaluateModule` writes the row. With a teacher or student stage it runs at every n-th
+    validation of ``rest fit`` and at ``rest validate`` on the validation clips, logs ``eval/<metric>`` and writes
+    ``evaluation/step-<step>.json``; there an evaluation that fails is a warning. A clip shows its first frame speaking
+    from there on: frame k of the generated one belongs to frame k of the true one.
+
+    Args:
+        protocol: what to measure; its clips are the first ones of the split.
+        out: file of the row; None: ``row.json`` of ``rest test`` in the trainer's folder.
+        method: name in the row; None: that of the model.
+        every_n_validations: of a training run.
+        num_clips: fewer than the protocol's, for a quick look: the row is ranked apart.
+        num_videos: clips shown as video and grid, in ``samples/`` and in TensorBoard.
+        num_grid_frames: columns of a grid.
+        seed: of the noise in a training run; `EvaluateModule` has its own.
+        sampling: the same; ``rest fit`` takes it from the top-level key ``sampling``.
+    """
+
+    def __init__(
+        self,
+        protocol: Protocol,
+        out: str | None = None,
+        method: str | None = None,
+        every_n_validations: int = 1,
+        num_clips: int | None = None,
+        num_videos: int = 2,
+        num_grid_frames: int = 8,
+        seed: int = 0,
+        sampling: SamplingChanges | None = None,
+    ) -> None:
+        if min(every_n_validations, num_grid_frames, 1 if num_clips is None else num_clips) < 1:
+            raise UserError("expected every_n_validations, num_grid_frames and num_clips of at least 1")
+        self.protocol, self.out, self.method = protocol, out, method
+        self.every_n_validations, self.num_videos = every_n_validations, num_videos
+        self.num_clips = min(protocol.num_clips, num_clips or protocol.num_clips)
+        self.num_grid_frames, self.seed, self.sampling = num_grid_frames, seed, sampling or SamplingChanges()
+        self.row: ResultRow | None = None
+        self._scorer: Scorer | None = None
+        self._resumed: dict[str, Any] | None = None
+        self._generator: Generator | None = None
+        self._num_validations = self._num_seen = 0
+        self._folder = Path()
+
+    @property
+    def state_key(self) -> str:
+        """Several protocols may stand side by side."""
+        return self._generate_state_key(protocol=self.protocol.name, version=self.protocol.version)
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many validations there were, and an evaluation that has begun."""
+        scorer = None if self._scorer is None else self._scorer.state_dict()
+        return {"num_validations": self._num_validations, "num_seen": self._num_seen, "scorer": scorer}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the count; an evaluation that was cut short goes on when its scorer is made."""
+        self._num_validations, self._num_seen = state_dict["num_validations"], state_dict["num_seen"]
+        self._resumed = state_dict["scorer"]
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what cannot be scored before anything is computed.
+
+        Raises:
+            UserError: windows shorter than the protocol's clips, weights that are not there, a stage that makes no
+                clips.
+        """
+        if stage not in SPLITS:
+            return
+        if not isinstance(pl_module, EvaluateModule | A2VModule):
+            name = type(pl_module).__name__
+            raise UserError(
+                f"expected Evaluation with a teacher, a student or EvaluateModule, got {name}: leave it out"
+            )
+        if isinstance(pl_module, A2VModule) and pl_module.vae is None:
+            raise UserError(NO_VAE.replace("SampleVideos", "Evaluation"))
+        datamodule = trainer.datamodule  # type: ignore[attr-defined]
+        if datamodule.num_frames < self.protocol.num_frames:
+            raise UserError(
+                f"expected data.num_frames of at least {self.protocol.num_frames} for {self.protocol.name}, "
+                f"got {datamodule.num_frames}: set it to 8n + 1"
+            )
+        self._folder = Path(trainer.log_dir or trainer.default_root_dir)
+        self._scorer_for(pl_module)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """An evaluation begins, if its turn has come."""
+        if trainer.sanity_checking or not isinstance(pl_module, A2VModule):
+            return
+        self._num_validations += 1
+        due = trainer.state.fn != "fit" or (self._num_validations - 1) % self.every_n_validations == 0
+        self._begin(pl_module) if due else self._drop()
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The evaluation begins."""
+        self._begin(pl_module)
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, loader: int = 0
+    ) -> None:
+        """Generate and score the clips of a batch; here, weights that are averaged are those of the module."""
+        if self._scorer is not None:
+            self._batch(trainer, pl_module, batch)
+
+    def on_test_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, loader: int = 0
+    ) -> None:
+        """The same."""
+        self._batch(trainer, pl_module, batch)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log and write the row; what cannot make one is a warning."""
+        if self._scorer is None:
+            return
+        path = self._folder / "evaluation" / f"step-{trainer.global_step:06d}.json"
+        try:
+            self._finish(trainer, pl_module, path)
+        except UserError as error:
+            if trainer.state.fn != "fit":
+                raise
+            rank_zero_warn(f"no evaluation at step {trainer.global_step}: {error}")
+        self._drop()
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log and write the row.
+
+        Raises:
+            UserError: fewer usable clips than the protocol needs.
+        """
+        default = Path(trainer.default_root_dir) / "row.json"
+        self._finish(trainer, pl_module, default if self.out is None else Path(self.out))
+        self._drop()
+
+    def _begin(self, module: LightningModule) -> None:
+        self._scorer_for(module)
+        assert self._scorer is not None
+        if self._resumed is not None:
+            self._scorer.load_state_dict(self._resumed)
+            self._resumed = None
+        else:
+            self._num_seen = 0
+
+    def _scorer_for(self, module: LightningModule) -> None:
+        if self._scorer is None:
+            parts = module.generator if isinstance(module, EvaluateModule) else module.transformer
+            chunk_frames = parts.chunk_frames if isinstance(parts, Generator) else 8 * parts.cache_options.chunk_length
+            self._scorer = Scorer(self.protocol, chunk_frames, module.device)
+
+    def _drop(self) -> None:
+        self._scorer = self._generator = None
+
+    def _batch(self, trainer: Trainer, module: LightningModule, batch: dict[str, Any]) -> None:
+        quota = -(-self.num_clips // trainer.world_size)
+        for row in range(len(batch["clip_id"])):
+            if self._num_seen >= quota:
+                return
+            self._num_seen += 1
+            self._clip(trainer, module, batch, row)
+
+    def _clip(self, trainer: Trainer, module: LightningModule, batch: dict[str, Any], row: int) -> None:
+        assert self._scorer is not None
+        clip_id, num_frames = batch["clip_id"][row], self.protocol.num_frames
+        datamodule = trainer.datamodule  # type: ignore[attr-defined]
+        try:
+            truth = true_frames(datamodule.data_dir, batch, row, num_frames)
+            start = datamodule.audio_left_frames * SAMPLES_PER_FRAME
+            audio = batch["audio"][row, start:][: num_frames * SAMPLES_PER_FRAME].float().cpu().numpy()
+            portrait = torch.from_numpy(truth[0]).permute(2, 0, 1).float().div(127.5).sub(1.0)
+            with self._generating(module, portrait.shape[-1]) as generator:
+                frames = generator.generate(portrait.to(module.device), audio)
+            faces = None
+            if self.protocol.faces == "mediapipe":
+                faces = MediapipeFaces()
+            elif self.protocol.faces == "sidecar":
+                faces = SidecarFaces(_landmarks(datamodule.data_dir, clip_id, int(batch["start"][row])))
+            opening = batch["mouth_opening"][row].cpu().numpy()
+            pair = ClipPair(
+                name=clip_id,
+                pieces=[(frames, truth)],
+                audio=audio,
+                true_audio=audio,
+                reference=truth[0],
+                true_opening=None if np.isnan(opening).any() else opening,
+                faces=faces,
+            )
+        except UserError as error:
+            self._scorer.fail(clip_id, str(error))
+            return
+        self._scorer.add(pair)
+        if self._num_seen <= self.num_videos and trainer.is_global_zero and frames.shape == truth.shape:
+            show_sample(trainer, self._folder / "samples", clip_id, truth, frames, audio, self.num_grid_frames, True)
+
+    @contextmanager
+    def _generating(self, module: LightningModule, size_px: int) -> Iterator[Generator]:
+        """What generates: the evaluated model, or the parts of a stage, which train on afterwards as before."""
+        if isinstance(module, EvaluateModule):
+            self._generator = module.generator
+            yield module.generator
+            return
+        assert isinstance(module, A2VModule)
+        settings = self.sampling.of(SamplingSettings())
+        before = self._generator
+        if isinstance(module, StudentModule):
+            with borrowed_head(module, settings, size_px) as head:
+                self._generator = Streamed(head, settings, self.seed)
+                _keep_times(before, self._generator)
+                yield self._generator
+                self._generator.head = None  # type: ignore[assignment]
+            return
+        parts = (module.vae, module.speech_encoder, module.speech_ae, module.transformer)
+        self._generator = Whole(*parts, settings, self.seed, size_px)
+        _keep_times(before, self._generator)
+        yield self._generator
+
+    def _finish(self, trainer: Trainer, module: LightningModule, path: Path) -> None:
+        assert self._scorer is not None
+        datamodule = trainer.datamodule  # type: ignore[attr-defined]
+        own = module.configuration if isinstance(module, EvaluateModule) else {"model": type(module).__name__}
+        generator = self._generator
+        config = {
+            "command": trainer.state.fn,
+            "split": SPLITS[str(trainer.state.fn)],
+            "manifest_sha256": sha256_of(manifest_path(datamodule.data_dir)),
+            "precision": str(trainer.precision),
+            "step": trainer.global_step,
+            **own,
+        }
+        self.row = self._scorer.row(
+            self.method or own["model"],
+            {} if generator is None else generator.describe(),
+            {} if generator is None else generator.speed(),
+            config,
+        )
+        numbers = {f"eval/{key}": value for key, value in self.row.metrics.items() if isinstance(value, float)}
+        truths = {f"eval_truth/{key}": v for key, v in self.row.ground_truth.items() if isinstance(v, float)}
+        for name, value in (numbers | truths).items():
+            self.log(name, value, rank_zero_only=True)
+        if trainer.is_global_zero:
+            write_row(self.row, path)
+            rank_zero_info(f"{path}: {self.row.num_clips} clips, {len(self.row.failures)} failed")
+
+
+def true_frames(root: str, batch: dict[str, Any], row: int, num_frames: int) -> Frames:
+    """The first frames of a batch's window, uint8 (num_frames, H, W, 3): from the file where the batch has none."""
+    if "frames" in batch:
+        floats = batch["frames"][row, :, :num_frames]
+        return ((floats.float() + 1.0) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy()
+    (found,) = (r for r in read_manifest(root) if r.clip_id == batch["clip_id"][row])
+    return load_frames(root, found, [(int(batch["start"][row]), num_frames)])[0]
+
+
+def _landmarks(root: str, clip_id: str, start: int) -> dict[str, Any] | None:
+    found = read_sidecar(root, clip_id).landmarks
+    return None if found is None else {name: points[start:] for name, points in found.items()}
+
+
+def _keep_times(before: Generator | None, now: Generator) -> None:
+    if before is not None:
+        now.seconds, now.num_frames, now.first_frame_ms = before.seconds, before.num_frames, before.first_frame_ms

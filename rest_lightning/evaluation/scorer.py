@@ -1,0 +1,246 @@
+"""Scores clips under a protocol, one at a time: every fault is named and counted, a failed clip counts nowhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn import functional
+
+from rest_lightning.constants import SAMPLES_PER_FRAME
+from rest_lightning.errors import UserError
+from rest_lightning.evaluation.faces import FaceFinder
+from rest_lightning.evaluation.measures import Load, Measure, assemble, make_measures
+from rest_lightning.evaluation.protocol import Protocol
+from rest_lightning.evaluation.row import ResultRow
+from rest_lightning.metrics.extractors import load_extractor
+from rest_lightning.metrics.video import CHUNK_FRAMES
+from rest_lightning.streaming.report import commit, hardware, versions
+
+Frames = NDArray[np.uint8]
+Samples = NDArray[np.float32]
+
+
+@dataclass
+class ClipPair:
+    """A generated clip and the true one, frame by frame.
+
+    Attributes:
+        name: in failures.
+        pieces: frames of both, uint8 (n, H, W, 3) each, n the same for both, ``num_frames`` in all.
+        audio: (640 * num_frames,) or longer, 16 kHz mono: what the generated clip is heard with.
+        true_audio: the same of the true clip.
+        reference: the portrait, uint8 (H, W, 3).
+        true_opening: (num_frames,) or longer of the renderer, or None.
+        faces: finds the face for SyncNet's crop; None: the frame is the crop.
+    """
+
+    name: str
+    pieces: Iterable[tuple[Frames, Frames]]
+    audio: Samples
+    true_audio: Samples
+    reference: Frames
+    true_opening: NDArray[np.floating] | None = None
+    faces: FaceFinder | None = None
+
+
+class Scorer:
+    """Takes clips in and makes a row.
+
+    Args:
+        protocol: what to measure.
+        chunk_frames: period of chunk borders of the method, for the seam ratio.
+        device: of the networks.
+        load: where extractors come from.
+    """
+
+    def __init__(
+        self,
+        protocol: Protocol,
+        chunk_frames: int = CHUNK_FRAMES,
+        device: str | torch.device = "cpu",
+        load: Load = load_extractor,
+    ) -> None:
+        self.protocol = protocol
+        self.measures = make_measures(protocol, chunk_frames, load)
+        self.failures: list[dict[str, str]] = []
+        self.resized: set[int] = set()
+        self.num_clips = 0
+        for measure in self.measures.values():
+            for metric in measure.metrics.values():
+                metric.persistent(True)
+                metric.to(device)
+
+    @torch.no_grad()
+    def add(self, clip: ClipPair) -> bool:
+        """Score one clip; returns whether it counts. A user's error on the way is a failure of this clip."""
+        before = self._states()
+        try:
+            self._check(clip)
+            for measure in self.measures.values():
+                measure.start(clip)
+            num_frames = 0
+            for generated, truth in clip.pieces:
+                num_frames += len(generated)
+                pair = [self._fit(frames, what) for frames, what in ((generated, "generated"), (truth, "true"))]
+                for measure in self.measures.values():
+                    measure.push(*pair)
+            if num_frames != self.protocol.num_frames:
+                raise UserError(f"expected {self.protocol.num_frames} frames, got {num_frames}: too short")
+            for name, measure in self.measures.items():
+                self._finish(name, measure, clip)
+        except UserError as error:
+            self._restore(before)
+            self.fail(clip.name, str(error))
+            return False
+        self.num_clips += 1
+        return True
+
+    def fail(self, name: str, reason: str) -> None:
+        """Count a clip that could not be scored."""
+        self.failures.append({"clip": name, "reason": " ".join(reason.split())})
+
+    def row(
+        self,
+        method: str,
+        sampler: Mapping[str, Any] | None = None,
+        speed: Mapping[str, Any] | None = None,
+        config: Mapping[str, Any] | None = None,
+    ) -> ResultRow:
+        """The row of all clips so far; call it on every process.
+
+        Raises:
+            UserError: fewer usable clips than the protocol or a metric needs.
+        """
+        failures = [failure for part in _gathered(self.failures) for failure in part]
+        num_clips = sum(_gathered(self.num_clips))
+        if num_clips < self.protocol.min_clips:
+            first = f" ({failures[0]['clip']}: {failures[0]['reason']})" if failures else ""
+            raise UserError(
+                f"expected at least {self.protocol.min_clips} usable clips under {self.protocol.name}, got {num_clips}"
+                f"; {len(failures)} failed{first}: mend them or give more clips"
+            )
+        sides: dict[str, dict[str, Any]] = {}
+        for side in ("generated", "truth"):
+            values: dict[str, Any] = {}
+            for measure in self.measures.values():
+                values |= measure.metrics[side].compute()
+            sides[side] = assemble(values)
+        for key in sides["generated"].keys() ^ sides["truth"].keys():
+            sides["generated"].setdefault(key, None)
+            sides["truth"].setdefault(key, None)
+        return ResultRow(
+            protocol=self.protocol.name,
+            protocol_version=self.protocol.version,
+            method=method,
+            measured=True,
+            metrics=sides["generated"],
+            ground_truth=sides["truth"],
+            num_clips=num_clips,
+            num_frames=self.protocol.num_frames,
+            failures=failures,
+            extractors={key: dict(row) for m in self.measures.values() for key, row in m.extractors.items()},
+            sampler=dict(sampler or {}),
+            speed=dict(speed or {}),
+            hardware=hardware(),
+            commit=commit(),
+            config={
+                "size_px": self.protocol.size_px,
+                "fps": self.protocol.fps,
+                "notes": self.notes(),
+                "protocol": asdict(self.protocol),
+                "versions": versions(),
+                **(config or {}),
+            },
+            date=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+
+    def notes(self) -> list[str]:
+        """What readers of the numbers must know."""
+        notes = [note for measure in self.measures.values() for note in measure.notes()]
+        sizes = sorted({size for part in _gathered(sorted(self.resized)) for size in part})
+        notes += [f"frames of {size} px were resized to {self.protocol.size_px}" for size in sizes]
+        unknown = {
+            row["name"] for m in self.measures.values() for row in m.extractors.values() if row.get("known") is False
+        }
+        return notes + [f"the weights of {name} are none of the known files" for name in sorted(unknown)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that :meth:`row` depends on."""
+        metrics = {
+            f"{name}.{side}": {"state": metric.state_dict(), "num_updates": metric._update_count}
+            for name, measure in self.measures.items()
+            for side, metric in measure.metrics.items()
+        }
+        return {
+            "metrics": metrics,
+            "failures": list(self.failures),
+            "num_clips": self.num_clips,
+            "resized": sorted(self.resized),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state_dict`."""
+        for name, measure in self.measures.items():
+            for side, metric in measure.metrics.items():
+                saved = state["metrics"][f"{name}.{side}"]
+                metric.load_state_dict(saved["state"])
+                metric._update_count = saved["num_updates"]
+        self.failures, self.num_clips = list(state["failures"]), state["num_clips"]
+        self.resized = set(state["resized"])
+
+    def _check(self, clip: ClipPair) -> None:
+        needed = self.protocol.num_frames * SAMPLES_PER_FRAME
+        for what, samples in (("generated", clip.audio), ("true", clip.true_audio)):
+            if len(samples) < needed - SAMPLES_PER_FRAME:
+                seconds = f"{needed / 16_000:.2f} s of sound in the {what} clip, got {len(samples) / 16_000:.2f} s"
+                raise UserError(f"expected {seconds}: too short")
+            if not np.isfinite(samples).all():
+                raise UserError(f"expected numbers as samples of the {what} clip, got NaN or infinity: export it again")
+        clip.audio, clip.true_audio = clip.audio[:needed], clip.true_audio[:needed]
+
+    def _fit(self, frames: Frames, what: str) -> Frames:
+        """Frames at the protocol's size."""
+        height, width = frames.shape[1:3]
+        size = self.protocol.size_px
+        if (height, width) == (size, size):
+            return frames
+        if height != width:
+            raise UserError(f"expected square frames, got {width}x{height} in the {what} clip: crop it")
+        self.resized.add(width)
+        pixels = torch.from_numpy(frames).permute(0, 3, 1, 2).float()
+        fitted = functional.interpolate(pixels, (size, size), mode="bilinear", antialias=True, align_corners=False)
+        return fitted.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
+
+    @staticmethod
+    def _finish(name: str, measure: Measure, clip: ClipPair) -> None:
+        try:
+            measure.finish(clip)
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from None
+
+    def _states(self) -> list[tuple[Any, int, dict[str, Any]]]:
+        metrics = [metric for measure in self.measures.values() for metric in measure.metrics.values()]
+        return [(m, m._update_count, {k: v.clone() for k, v in m.metric_state.items()}) for m in metrics]
+
+    @staticmethod
+    def _restore(states: list[tuple[Any, int, dict[str, Any]]]) -> None:
+        """Take back what a clip that failed half-way has left: it counts in all metrics or in none."""
+        for metric, num_updates, values in states:
+            metric._update_count = num_updates
+            for name, value in values.items():
+                setattr(metric, name, value)
+
+
+def _gathered(value: Any) -> list[Any]:
+    """The value of every process."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return [value]
+    values = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values

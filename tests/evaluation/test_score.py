@@ -1,0 +1,258 @@
+"""`rest score`: numbers equal those of the metric classes, and every fault is named, counted and leaves no trace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+
+from rest_lightning.cli import main
+from rest_lightning.data.layout import Sidecar
+from rest_lightning.data.video import read_clip_audio, read_frames
+from rest_lightning.evaluation.row import ResultRow, read_rows
+from rest_lightning.metrics.extractors import load_extractor
+from rest_lightning.metrics.frechet import EFID, FID, FVD
+from rest_lightning.metrics.identity import IdentitySimilarity
+from rest_lightning.metrics.sync import SyncScore
+from rest_lightning.metrics.talking import TalkingScores
+
+NUM_FRAMES = 48
+
+
+def write(path: Path, frames: np.ndarray, audio: np.ndarray | None, fps: int = 25) -> None:
+    from rest_lightning.streaming.writer import Mp4Writer
+
+    with Mp4Writer(path, frames.shape[1:3], fps=fps, overwrite=True) as writer:
+        writer.write(frames)
+        if audio is not None:
+            writer.write_audio(audio)
+
+
+def blurred(source: Path, target: Path) -> None:
+    frames = read_frames(source)
+    averaged = frames.reshape(len(frames), 32, 2, 32, 2, 3).mean(axis=(2, 4)).round().astype(np.uint8)
+    write(target, averaged.repeat(2, axis=1).repeat(2, axis=2), read_clip_audio(source, len(frames)))
+
+
+@pytest.fixture(scope="module")
+def generated(truth: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every true clip, blurred. Read only."""
+    folder = tmp_path_factory.mktemp("generated") / "blur"
+    folder.mkdir()
+    for path in truth.glob("*.mp4"):
+        blurred(path, folder / path.name)
+    return folder
+
+
+@pytest.fixture
+def score(protocol_file: Path, truth: Path, tmp_path: Path) -> Callable[..., tuple[int, ResultRow]]:
+    def run(folder: Path, *args: str) -> tuple[int, ResultRow]:
+        out = tmp_path / "rows" / "row.json"
+        words = ["--protocol", str(protocol_file), "--generated", str(folder), "--truth", str(truth)]
+        code = main(["score", *words, "--out", str(out), *args])
+        return code, read_rows(out)[0]
+
+    return run
+
+
+def test_row_equals_the_metric_classes(
+    score: Callable[..., tuple[int, ResultRow]], generated: Path, truth: Path, extractors: Path
+) -> None:
+    code, row = score(generated)
+    assert code == 0 and row.failures == [] and row.num_clips == 3 and row.num_frames == NUM_FRAMES
+    assert (row.protocol, row.protocol_version, row.method, row.measured) == ("tiny", 1, "blur", True)
+
+    load = lambda name: load_extractor(name, str(extractors))  # noqa: E731
+    frechet = {"fid": FID(load("fid")), "fvd": FVD(load("fvd")), "e_fid": EFID(load("e_fid"))}
+    others = {side: (SyncScore(load("sync")), TalkingScores(), IdentitySimilarity(load("identity"))) for side in "gt"}
+    for path in sorted(truth.glob("*.mp4")):
+        clips = {
+            side: read_frames(folder / path.name, 0, NUM_FRAMES) for side, folder in (("g", generated), ("t", truth))
+        }
+        for metric in frechet.values():
+            metric.update(clips["t"], real=True)
+            metric.update(clips["g"], real=False)
+        opening = Sidecar.from_json(path.with_suffix(".json").read_text()).mouth_opening
+        for side, folder in (("g", generated), ("t", truth)):
+            audio = read_clip_audio(folder / path.name, NUM_FRAMES)
+            sync, talking, identity = others[side]
+            sync.update(clips[side], audio)
+            talking.update(clips[side], audio, opening)
+            identity.update(clips[side], clips["t"][0])
+    expected = {"metrics": {}, "ground_truth": {"fid": 0.0, "fvd": 0.0, "e_fid": 0.0}}
+    for metric in frechet.values():
+        expected["metrics"] |= metric.compute()
+    for side, name in (("g", "metrics"), ("t", "ground_truth")):
+        for metric in others[side]:
+            expected[name] |= metric.compute()
+    for name, values in expected.items():
+        scalars = {key: value for key, value in getattr(row, name).items() if not isinstance(value, list)}
+        assert scalars.keys() == values.keys()
+        for key, value in values.items():
+            if np.isfinite(float(value)):
+                assert scalars[key] == pytest.approx(float(value), rel=1e-4, abs=2e-6), key
+            else:
+                assert scalars[key] is None, key
+    assert row.metrics["fid"] > 1e-3 and row.metrics["identity_similarity"] < row.ground_truth["identity_similarity"]
+    assert len(row.metrics["background_drift_by_second"]) == 2
+    assert set(row.extractors) == {"fid", "fvd", "e_fid", "sync_c", "identity_similarity", "lip_correlation"}
+    assert row.extractors["fid"]["name"] == "embedded-image" and row.config["protocol"]["size_px"] == 64
+
+
+def test_pieces_are_the_whole(truth: Path, protocol_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory: however a video is cut, the numbers are the same."""
+    from rest_lightning.evaluation import videos
+    from rest_lightning.evaluation.protocol import read_protocol
+    from rest_lightning.evaluation.scorer import Scorer
+
+    rows = []
+    for length in (7, 128):
+        monkeypatch.setattr(videos, "PIECE_FRAMES", length)
+        scorer = Scorer(read_protocol(protocol_file))
+        files = videos.pair_folders(truth, truth, 2)
+        assert all(counts for _, counts in videos.score_folders(scorer, files))
+        rows.append(scorer.row("same"))
+    for key, value in rows[0].metrics.items():
+        if value is not None:
+            assert value == pytest.approx(rows[1].metrics[key], rel=1e-5, abs=1e-6), key
+
+
+def test_every_fault_is_named_and_counts_nowhere(truth: Path, protocol_file: Path, tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    from rest_lightning.evaluation.protocol import read_protocol
+    from rest_lightning.evaluation.scorer import Scorer
+    from rest_lightning.evaluation.videos import PairedFiles, pair_folders, score_folders
+
+    (_, _, first), *others = pair_folders(truth, truth, 2).pairs
+    frames = read_frames(first)
+    audio = read_clip_audio(first, len(frames))
+    faults = {
+        "expected a readable video": lambda path: path.write_bytes(b"no video"),
+        "expected 25 frames per second, got 30": lambda path: write(path, frames, audio, fps=30),
+        "expected 48 frames, got 20: too short": lambda path: write(path, frames[:20], audio[: 20 * 640]),
+        "expected an audio track": lambda path: write(path, frames, None),
+        "got 4.56 s: frames are missing": lambda path: write(path, frames, np.tile(audio, 2)),
+        "of sound, got 1.02 s: too short": lambda path: write(path, frames, audio[:16_000]),
+        "expected square frames, got 64x48": lambda path: write(path, frames[:, :48], audio),
+        "expected a generated video of this name": lambda path: None,
+    }
+    protocol = replace(read_protocol(protocol_file), measures=["fid", "talking"])
+    pairs = []
+    for number, spoil in enumerate(faults.values()):
+        path = tmp_path / f"{number}.mp4"
+        spoil(path)
+        pairs.append((path.stem, path if path.is_file() else None, first))
+    scorer, clean = Scorer(protocol), Scorer(protocol)
+    good = [("good", first, first), *others]
+    counts = dict(score_folders(scorer, PairedFiles([good[0], *pairs, *good[1:]], [])))
+    assert sum(counts.values()) == 2 and list(score_folders(clean, PairedFiles(good, [])))
+    row = scorer.row("x")
+    assert row.num_clips == 2 and row.num_attempted == 2 + len(faults)
+    for failure, (number, reason) in zip(row.failures, enumerate(faults), strict=True):
+        assert failure["clip"] == str(number) and reason in failure["reason"], failure
+    assert row.metrics == clean.row("x").metrics, "a clip that failed has left a trace"
+
+
+def test_features_that_are_not_numbers_fail_after_others_took_the_clip(protocol_file: Path, truth: Path) -> None:
+    """FID has the clip already when sync refuses it: it must be taken back."""
+    from rest_lightning.evaluation.protocol import read_protocol
+    from rest_lightning.evaluation.scorer import Scorer
+    from rest_lightning.evaluation.videos import open_pair, pair_folders
+
+    protocol = read_protocol(protocol_file)
+    scorer, clean = Scorer(protocol), Scorer(protocol)
+    pairs = pair_folders(truth, truth, 3).pairs
+    for number, pair in enumerate(pairs):
+        if number != 1:
+            assert clean.add(open_pair(*pair, protocol)) and scorer.add(open_pair(*pair, protocol))
+            continue
+        layer = scorer.measures["sync"].metrics["generated"].extractor.net.speech[-1]
+        weight = layer.weight.clone()
+        layer.weight.fill_(float("nan"))
+        assert not scorer.add(open_pair(*pair, protocol))
+        layer.weight.copy_(weight)
+    (failure,) = scorer.failures
+    assert failure["clip"] == pairs[1][0] and failure["reason"].startswith("sync: expected numbers as embeddings")
+    assert scorer.row("x").metrics == clean.row("x").metrics
+    audio = open_pair(*pairs[0], protocol)
+    audio.audio[100] = np.nan
+    assert not scorer.add(audio) and "NaN" in scorer.failures[-1]["reason"]
+
+
+def test_state_goes_on_where_it_was(protocol_file: Path, truth: Path) -> None:
+    from rest_lightning.evaluation.protocol import read_protocol
+    from rest_lightning.evaluation.scorer import Scorer
+    from rest_lightning.evaluation.videos import open_pair, pair_folders
+
+    protocol = read_protocol(protocol_file)
+    whole, first, second = (Scorer(protocol) for _ in range(3))
+    pairs = pair_folders(truth, truth, 3).pairs
+    for number, pair in enumerate(pairs):
+        whole.add(open_pair(*pair, protocol))
+        if number == 1:
+            first.fail("somebody", "a reason")
+            second.load_state_dict(first.state_dict())
+        (first if number < 1 else second).add(open_pair(*pair, protocol))
+    assert second.row("x").metrics == whole.row("x").metrics
+    assert second.num_clips == 3 and second.failures == [{"clip": "somebody", "reason": "a reason"}]
+
+
+def test_another_size_is_resized_and_told(
+    score: Callable[..., tuple[int, ResultRow]], truth: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "large"
+    folder.mkdir()
+    for path in truth.glob("*.mp4"):
+        frames = read_frames(path).repeat(2, axis=1).repeat(2, axis=2)
+        write(folder / path.name, frames, read_clip_audio(path, len(frames)))
+    code, row = score(folder)
+    assert code == 0 and "frames of 128 px were resized to 64" in row.config["notes"]
+    assert row.metrics["lip_correlation"] == pytest.approx(row.ground_truth["lip_correlation"], abs=0.05)
+
+
+@pytest.mark.parametrize("rate", [48_000, 8_000])
+def test_sound_of_another_rate_is_heard(truth: Path, tmp_path: Path, rate: int) -> None:
+    from rest_lightning.evaluation.videos import _sound
+
+    source = min(truth.glob("*.mp4"))
+    audio = read_clip_audio(source, NUM_FRAMES)
+    path = tmp_path / "other.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=rate, layout="stereo")
+        resampler = av.AudioResampler("fltp", "stereo", rate)
+        block = av.AudioFrame.from_ndarray(audio[None], format="fltp", layout="mono")
+        block.sample_rate = 16_000
+        for frame in (*resampler.resample(block), *resampler.resample(None)):
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    heard = _sound(path, NUM_FRAMES)[: len(audio)]
+    assert np.corrcoef(heard, audio[: len(heard)])[0, 1] > 0.8
+
+
+def test_unusable_whole_is_an_error(
+    protocol_file: Path, truth: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path in truth.glob("*.mp4"):
+        (tmp_path / path.name).write_bytes(b"no video")
+    out = tmp_path / "rows" / "row.json"
+    words = ["score", "--protocol", str(protocol_file), "--truth", str(truth), "--out", str(out), "--generated"]
+    assert main([*words, str(tmp_path)]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "expected at least 2 usable clips under tiny, got 0; 3 failed" in error and not out.exists()
+    other = tmp_path / "other"
+    other.mkdir()
+    assert main([*words, str(other)]) == 2
+    assert "expected videos" in capsys.readouterr().err
+    (other / "nobody.mp4").write_bytes(b"x")
+    assert main([*words, str(other)]) == 2
+    assert "name each video after its true clip" in capsys.readouterr().err
+    assert main([*words, str(truth), "--protocol", "nowhere"]) == 2
+    assert "got 'nowhere'" in capsys.readouterr().err
+    assert main([*words, str(truth), "--num-clips", "1"]) == 2
+    assert "expected at least 2 usable clips under tiny, got 1; 0 failed" in capsys.readouterr().err
+    assert torch.is_grad_enabled()
