@@ -178,7 +178,8 @@ class Evaluation(Callback):
         if self._scorer is None:
             parts = module.generator if isinstance(module, EvaluateModule) else module.transformer
             chunk_frames = parts.chunk_frames if isinstance(parts, Generator) else 8 * parts.cache_options.chunk_length
-            self._scorer = Scorer(self.protocol, chunk_frames, module.device)
+            with torch.random.fork_rng(devices=[]):  # networks are born with random weights: not the training's numbers
+                self._scorer = Scorer(self.protocol, chunk_frames, module.device)
 
     def _drop(self) -> None:
         self._scorer = self._generator = None
@@ -251,9 +252,10 @@ class Evaluation(Callback):
         datamodule = trainer.datamodule  # type: ignore[attr-defined]
         own = module.configuration if isinstance(module, EvaluateModule) else {"model": type(module).__name__}
         generator = self._generator
+        command = str(getattr(trainer.state.fn, "value", trainer.state.fn))
         config = {
-            "command": trainer.state.fn,
-            "split": SPLITS[str(trainer.state.fn)],
+            "command": command,
+            "split": SPLITS[command],
             "manifest_sha256": sha256_of(manifest_path(datamodule.data_dir)),
             "precision": str(trainer.precision),
             "step": trainer.global_step,

@@ -21,6 +21,7 @@ FILES = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*
 ABLATIONS = [file for file in FILES if file.startswith("ablation/")]
 DATA = [file for file in FILES if file.startswith("data/")]
 PAPER = [file for file in FILES if file.startswith("paper/") or file == "trainer/paper.yaml"]  # test_paper_configs.py
+EVAL = [file for file in FILES if file.startswith("eval/")]  # tests/evaluation/test_rest_test.py
 STRATEGIES = ["trainer/ddp.yaml", "trainer/fsdp.yaml"]  # tests/tasks/test_strategies.py runs them in two processes
 # How to generate, not how to train: one file for `rest predict` and for the previews of `rest fit`.
 SAMPLED = [file for file in ABLATIONS if "\nsampling:" in (CONFIGS / file).read_text()]
@@ -39,7 +40,7 @@ def leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield prefix + key, value
 
 
-OWN_TESTS = (*ABLATIONS, *DATA, *PAPER, *STRATEGIES, "predict.yaml")
+OWN_TESTS = (*ABLATIONS, *DATA, *PAPER, *EVAL, *STRATEGIES, "predict.yaml")
 
 
 @pytest.mark.parametrize("file", [f for f in FILES if f not in OWN_TESTS])

@@ -97,7 +97,7 @@ def test_row_equals_the_metric_classes(
                 assert scalars[key] == pytest.approx(float(value), rel=1e-4, abs=2e-6), key
             else:
                 assert scalars[key] is None, key
-    assert row.metrics["fid"] > 1e-3 and row.metrics["identity_similarity"] < row.ground_truth["identity_similarity"]
+    assert row.metrics["fid"] > 1e-3
     assert len(row.metrics["background_drift_by_second"]) == 2
     assert set(row.extractors) == {"fid", "fvd", "e_fid", "sync_c", "identity_similarity", "lip_correlation"}
     assert row.extractors["fid"]["name"] == "embedded-image" and row.config["protocol"]["size_px"] == 64
