@@ -219,7 +219,7 @@ class Evaluation(Callback):
                 faces=faces,
             )
         except UserError as error:
-            self._scorer.fail(clip_id, str(error))
+            self._scorer.fail(clip_id, str(error).replace(f"{datamodule.data_dir}/", ""))
             return
         self._scorer.add(pair)
         if self._num_seen <= self.num_videos and trainer.is_global_zero and frames.shape == truth.shape:

@@ -69,7 +69,7 @@ def score_folders(scorer: Scorer, files: PairedFiles) -> Iterator[tuple[str, boo
         try:
             pair = open_pair(name, made, true, scorer.protocol)
         except UserError as error:
-            scorer.fail(name, str(error))
+            scorer.fail(name, _without_folders(str(error), made, true))
             yield name, False
             continue
         yield name, scorer.add(pair)
@@ -100,6 +100,13 @@ def open_pair(name: str, made: Path, true: Path, protocol: Protocol) -> ClipPair
         true_opening=None if opening is None else np.asarray(opening, dtype=np.float64),
         faces=_faces(protocol, sidecar),
     )
+
+
+def _without_folders(reason: str, *paths: Path) -> str:
+    """Rows travel: the files are named, not where they lie on this machine."""
+    for path in paths:
+        reason = reason.replace(str(path), path.name)
+    return reason
 
 
 def _check_video(path: Path, protocol: Protocol) -> None:
@@ -143,10 +150,13 @@ def _first_sample(path: Path) -> int:
 
 
 def _pieces(made: Path, true: Path, num_frames: int) -> Iterator[tuple[Frames, Frames]]:
-    with VideoFile(made) as generated, VideoFile(true) as truth:
-        for start in range(0, num_frames, PIECE_FRAMES):
-            count = min(PIECE_FRAMES, num_frames - start)
-            yield generated.read(start, count), truth.read(start, count)
+    try:
+        with VideoFile(made) as generated, VideoFile(true) as truth:
+            for start in range(0, num_frames, PIECE_FRAMES):
+                count = min(PIECE_FRAMES, num_frames - start)
+                yield generated.read(start, count), truth.read(start, count)
+    except UserError as error:
+        raise UserError(_without_folders(str(error), made, true)) from None
 
 
 def _faces(protocol: Protocol, sidecar: Sidecar | None) -> FaceFinder | None:
