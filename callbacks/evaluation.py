@@ -13,11 +13,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from numpy.typing import NDArray
 
-from ..constants import SAMPLES_PER_FRAME
+from ..constants import SAMPLES_PER_FRAME, TEMPORAL_RATIO
 from ..data.clips import load_frames
 from ..data.layout import manifest_path, read_manifest, read_sidecar, sha256_of
 from ..errors import UserError
-from ..evaluation.faces import MediapipeFaces, SidecarFaces
+from ..evaluation.faces import FaceFinder, MediapipeFaces, SidecarFaces
 from ..evaluation.generate import Generator, Streamed, Whole
 from ..evaluation.protocol import Protocol
 from ..evaluation.row import ResultRow, write_row
@@ -176,8 +176,11 @@ class Evaluation(Callback):
 
     def _scorer_for(self, module: LightningModule) -> None:
         if self._scorer is None:
-            parts = module.generator if isinstance(module, EvaluateModule) else module.transformer
-            chunk_frames = parts.chunk_frames if isinstance(parts, Generator) else 8 * parts.cache_options.chunk_length
+            if isinstance(module, EvaluateModule):
+                chunk_frames = module.generator.chunk_frames
+            else:
+                assert isinstance(module, A2VModule)
+                chunk_frames = TEMPORAL_RATIO * module.transformer.cache_options.chunk_length
             with torch.random.fork_rng(devices=[]):  # networks are born with random weights: not the training's numbers
                 self._scorer = Scorer(self.protocol, chunk_frames, module.device)
 
@@ -203,7 +206,7 @@ class Evaluation(Callback):
             portrait = torch.from_numpy(truth[0]).permute(2, 0, 1).float().div(127.5).sub(1.0)
             with self._generating(module, portrait.shape[-1]) as generator:
                 frames = generator.generate(portrait.to(module.device), audio)
-            faces = None
+            faces: FaceFinder | None = None
             if self.protocol.faces == "mediapipe":
                 faces = MediapipeFaces()
             elif self.protocol.faces == "sidecar":
@@ -270,7 +273,7 @@ class Evaluation(Callback):
         numbers = {f"eval/{key}": value for key, value in self.row.metrics.items() if isinstance(value, float)}
         truths = {f"eval_truth/{key}": v for key, v in self.row.ground_truth.items() if isinstance(v, float)}
         for name, value in (numbers | truths).items():
-            self.log(name, value, rank_zero_only=True)
+            module.log(name, value, rank_zero_only=True)
         if trainer.is_global_zero:
             write_row(self.row, path)
             rank_zero_info(f"{path}: {self.row.num_clips} clips, {len(self.row.failures)} failed")

@@ -176,7 +176,7 @@ def load_generator(
             f"expected a vae for the checkpoint {model}, which does not hold frozen parts, got none: name the VAE "
             "stage's final.ckpt or a model folder as model.vae"
         )
-    transformer = open_part("transformer", model)
+    transformer: Any = open_part("transformer", model)
     parts: dict[str, Any] = {
         "vae": open_part("vae", vae),  # type: ignore[arg-type]
         "speech_encoder": open_speech_encoder(model),

@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rest_lightning.constants import FPS
-from rest_lightning.evaluation.faces import FaceFinder, face_crops
+from rest_lightning.evaluation.faces import FaceFinder
 from rest_lightning.evaluation.protocol import Protocol
 from rest_lightning.metrics.extractors import FeatureExtractor, load_extractor
+from rest_lightning.metrics.face_crop import face_crops
 from rest_lightning.metrics.frechet import FrechetDistance
 from rest_lightning.metrics.mouth import extractor as mouth_extractor
 from rest_lightning.metrics.sums import MeanMetric, RowMetric, check_clip

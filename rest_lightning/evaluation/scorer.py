@@ -226,7 +226,10 @@ class Scorer:
 
     def _states(self) -> list[tuple[Any, int, dict[str, Any]]]:
         metrics = [metric for measure in self.measures.values() for metric in measure.metrics.values()]
-        return [(m, m._update_count, {k: v.clone() for k, v in m.metric_state.items()}) for m in metrics]
+        return [
+            (m, m._update_count, {k: v.clone() for k, v in m.metric_state.items() if isinstance(v, torch.Tensor)})
+            for m in metrics
+        ]
 
     @staticmethod
     def _restore(states: list[tuple[Any, int, dict[str, Any]]]) -> None:

@@ -100,7 +100,7 @@ def test_base_and_ablations(recipe: Any, tmp_path: Path, calls: list[list[str]],
     assert [row.sampler["seed"] for row in rows["base"]] == [0, 1]
     assert "± " in table and "- **two_steps**: Are two steps better?" in table
     assert "- failed run: wrong seed 0 (exit code 2)" in table and "wrong seed 1" in table
-    value = fmean(row.metrics["sharpness"] for row in rows["base"])
+    value = fmean(float(str(row.metrics["sharpness"])) for row in rows["base"])
     (line,) = (line for line in table.splitlines() if re.match(r"\| \S+ \| base", line))
     assert f"{value:.3f} ±" in line
 

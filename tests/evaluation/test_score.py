@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -82,12 +83,12 @@ def test_row_equals_the_metric_classes(
             sync.update(clips[side], audio)
             talking.update(clips[side], audio, opening)
             identity.update(clips[side], clips["t"][0])
-    expected = {"metrics": {}, "ground_truth": {"fid": 0.0, "fvd": 0.0, "e_fid": 0.0}}
+    expected: dict[str, Any] = {"metrics": {}, "ground_truth": {"fid": 0.0, "fvd": 0.0, "e_fid": 0.0}}
     for metric in frechet.values():
         expected["metrics"] |= metric.compute()
     for side, name in (("g", "metrics"), ("t", "ground_truth")):
-        for metric in others[side]:
-            expected[name] |= metric.compute()
+        for other in others[side]:
+            expected[name] |= other.compute()
     for name, values in expected.items():
         scalars = {key: value for key, value in getattr(row, name).items() if not isinstance(value, list)}
         assert scalars.keys() == values.keys()
