@@ -8,6 +8,7 @@ in the row's `failures`, and counts nowhere.
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 from rest_lightning.errors import UserError
@@ -21,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="row to write, .json")
     parser.add_argument("--method", help="name in the row (default: the folder's)")
     parser.add_argument("--num-clips", type=int, help="fewer than the protocol's: the row is ranked apart")
+    parser.add_argument("--num-frames", type=int, help="other frames per clip than the protocol's: ranked apart, too")
     parser.add_argument(
         "--chunk-frames", type=int, default=24, help="frames per chunk, for the seam ratio (default 24)"
     )
@@ -34,6 +36,8 @@ def run(args: argparse.Namespace) -> int:
     from rest_lightning.streaming.output import check_output
 
     protocol = read_protocol(args.protocol)
+    if args.num_frames is not None:
+        protocol = replace(protocol, num_frames=args.num_frames)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     check_output(args.out, args.overwrite, ".json")
     if args.num_clips is not None and args.num_clips < 1:

@@ -255,4 +255,6 @@ def test_unusable_whole_is_an_error(
     assert "got 'nowhere'" in capsys.readouterr().err
     assert main([*words, str(truth), "--num-clips", "1"]) == 2
     assert "expected at least 2 usable clips under tiny, got 1; 0 failed" in capsys.readouterr().err
+    assert main([*words, str(truth), "--num-frames", "58"]) == 2
+    assert "expected 58 frames, got 57" in capsys.readouterr().err
     assert torch.is_grad_enabled()
