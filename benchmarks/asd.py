@@ -26,15 +26,14 @@ from torch import Tensor
 
 from benchmarks.training_curves import curves_of
 from rest_lightning import lightning_cli  # first: it makes lightning importable
-from rest_lightning.parts import open_speech_encoder
 from rest_lightning.data.latents import LatentsCache
 from rest_lightning.data.layout import sha256_of, write_text_atomic
 from rest_lightning.data.module import TalkingHeadDataModule
 from rest_lightning.diffusion.losses import asd_loss
 from rest_lightning.errors import UserError
-from rest_lightning.parts import build_part, read_part
+from rest_lightning.machine import commit, hardware, versions
+from rest_lightning.parts import build_part, open_speech_encoder, read_part
 from rest_lightning.streaming.output import whole_file
-from rest_lightning.streaming.report import commit, hardware, versions
 from rest_lightning.tasks.a2v import Conditions, NoiseSettings
 from rest_lightning.tasks.speech_ae import speech_features
 from rest_lightning.tasks.student import ASDSettings, StudentModule

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from rest_lightning.constants import SAMPLES_PER_FRAME
 from rest_lightning.errors import UserError
+from rest_lightning.machine import commit, hardware, versions
 from rest_lightning.metrics.embedded import (
     EmbeddedImage,
     EmbeddedSync,
@@ -42,7 +43,6 @@ from rest_lightning.metrics.sync import SyncScore
 from rest_lightning.metrics.talking import TalkingScores
 from rest_lightning.models.syncnet import FACE_PX, SyncNet
 from rest_lightning.streaming.output import whole_file
-from rest_lightning.streaming.report import commit, hardware, versions
 
 FRAMES, SIDE = 113, 128
 

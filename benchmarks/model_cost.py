@@ -31,11 +31,11 @@ from benchmarks._cost import (
 from rest_lightning.constants import FPS, SAMPLES_PER_FRAME, TEMPORAL_RATIO, num_latent_frames
 from rest_lightning.diffusion.losses import asd_loss, flow_matching_loss, speech_ae_loss
 from rest_lightning.errors import UserError
+from rest_lightning.machine import commit, hardware, versions
 from rest_lightning.models.cache import IDContextCache
 from rest_lightning.models.causal import Stream, num_bytes
 from rest_lightning.models.transformer import A2VDiT
 from rest_lightning.streaming.output import whole_file
-from rest_lightning.streaming.report import commit, hardware, versions
 
 STAGES = ("vae", "speech_ae", "teacher", "student", "asd")
 

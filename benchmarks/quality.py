@@ -29,12 +29,12 @@ from rest_lightning.data.audio import open_speech
 from rest_lightning.data.portrait import read_portrait
 from rest_lightning.data.synthetic.synthesize import SyntheticClip, synthesize_clip
 from rest_lightning.errors import UserError
+from rest_lightning.machine import commit, hardware, versions
 from rest_lightning.metrics.image import mouth_psnr_db, video_psnr_db
 from rest_lightning.metrics.lips import pearson, summary
 from rest_lightning.metrics.mouth import extractor
 from rest_lightning.metrics.video import VideoScores
 from rest_lightning.streaming.output import whole_file
-from rest_lightning.streaming.report import commit, hardware, versions
 from rest_lightning.talking_head import EMBEDDED_FOLDER, TalkingHead
 
 PROTOCOL, PROTOCOL_VERSION = "synthetic-talkers", 1

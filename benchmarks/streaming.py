@@ -36,9 +36,9 @@ from benchmarks._scenarios import (
 from rest_lightning.constants import FPS, TEMPORAL_RATIO
 from rest_lightning.dtypes import dtype_on
 from rest_lightning.errors import UserError
+from rest_lightning.machine import commit, hardware, peak_memory_mb, versions
 from rest_lightning.streaming.output import check_output, whole_file
 from rest_lightning.streaming.profile import ChunkProfiler
-from rest_lightning.streaming.report import commit, hardware, peak_memory_mb, versions
 
 # (where it counts, what, path in the JSON, sign, target). Elsewhere the value is shown without a target.
 CPU, ANY, GPU = ("embedded", "cpu"), ("", ""), ("paper", "cuda")

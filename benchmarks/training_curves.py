@@ -18,8 +18,8 @@ import numpy as np
 
 from rest_lightning.commands.train_embedded import STAGES
 from rest_lightning.errors import UserError
+from rest_lightning.machine import commit, hardware, versions
 from rest_lightning.streaming.output import whole_file
-from rest_lightning.streaming.report import commit, hardware, versions
 
 LOSS = "train/loss"
 PREFIXES = ("train/", "val/")

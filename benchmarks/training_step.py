@@ -30,10 +30,10 @@ from rest_lightning.diffusion.losses import flow_matching_loss
 from rest_lightning.diffusion.noise import sample_sigmas_cans
 from rest_lightning.diffusion.schedule import training_table
 from rest_lightning.errors import UserError
+from rest_lightning.machine import commit, hardware, versions
 from rest_lightning.models.cache import DifferentiableCache
 from rest_lightning.models.transformer import A2VDiT
 from rest_lightning.streaming.output import whole_file
-from rest_lightning.streaming.report import commit, hardware, versions
 
 FORMS = ("parallel", "sequential")
 TARGET_TIME_RATIO = 0.5

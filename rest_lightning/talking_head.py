@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from rest_lightning.constants import SPATIAL_RATIO
 from rest_lightning.diffusion.sampling import Guidance
 from rest_lightning.errors import UserError
-from rest_lightning.parts import PART_NAMES, build_part, describe_part, read_part
+from rest_lightning.parts import PART_NAMES, describe_part, open_part
 
 if TYPE_CHECKING:
     from rest_lightning.models.autoencoder import VideoAutoencoder
@@ -196,11 +196,7 @@ class TalkingHead(nn.Module):
                 "or leave the path out for the embedded model"
             )
         index = json.loads(index_file.read_text())
-        parts = {}
-        for name in PART_NAMES:
-            description, state = read_part(name, folder)
-            parts[name] = build_part(description)
-            parts[name].load_state_dict(state)
+        parts = {name: open_part(name, folder) for name in PART_NAMES}
         head = cls(**parts, sampling=SamplingSettings(**index["sampling"]), size_px=index["size_px"])  # type: ignore[arg-type]
         _move(head, device)
         for name in PART_NAMES:

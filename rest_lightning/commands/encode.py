@@ -48,9 +48,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run_speech(args: argparse.Namespace, options: dict[str, Any]) -> int:
-    from rest_lightning.parts import open_speech_encoder
     from rest_lightning.data.speech_cache import encode_speech
-    from rest_lightning.parts import fingerprint_of
+    from rest_lightning.parts import fingerprint_of, open_speech_encoder
 
     encoder = open_speech_encoder(args.speech_encoder).requires_grad_(False).eval().to(args.device)
     fingerprint = fingerprint_of(encoder, with_config=True)

@@ -18,9 +18,9 @@ from rest_lightning.evaluation.faces import FaceFinder
 from rest_lightning.evaluation.measures import Load, Measure, assemble, make_measures
 from rest_lightning.evaluation.protocol import Protocol
 from rest_lightning.evaluation.row import ResultRow
+from rest_lightning.machine import commit, hardware, versions
 from rest_lightning.metrics.extractors import load_extractor
 from rest_lightning.metrics.video import CHUNK_FRAMES
-from rest_lightning.streaming.report import commit, hardware, versions
 
 Frames = NDArray[np.uint8]
 Samples = NDArray[np.float32]

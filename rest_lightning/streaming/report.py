@@ -5,23 +5,17 @@ from __future__ import annotations
 import json
 import math
 import os
-import platform
-import resource
-import subprocess
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
-from functools import cache
-from importlib import metadata
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from rest_lightning.constants import FPS
+from rest_lightning.machine import commit, hardware, peak_memory_mb, versions
 from rest_lightning.streaming.output import whole_file
 
 if TYPE_CHECKING:
@@ -29,7 +23,6 @@ if TYPE_CHECKING:
 
 STAGES = ("speech", "dit", "vae", "writing")
 _TITLES = {"speech": "speech encoder", "dit": "DiT", "vae": "VAE decoder", "writing": "writing"}
-_PACKAGES = ("rest_lightning", "torch", "lightning", "diffusers", "transformers", "numpy", "av")
 
 
 class Distribution:
@@ -235,62 +228,6 @@ class StreamClock:
             peak_memory_mb=peak_memory_mb(),
             configuration=dict(configuration or {}),
         )
-
-
-def peak_memory_mb() -> float:
-    """Largest resident memory of this process so far, in MB (10^6 bytes)."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
-
-
-@cache
-def hardware() -> dict[str, Any]:
-    """Processor, cores, memory, and the accelerator when torch is loaded and has one."""
-    found: dict[str, Any] = {"processor": _processor(), "num_cores": os.cpu_count(), "system": platform.platform()}
-    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        found["memory_gb"] = round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9, 1)
-    if (torch := sys.modules.get("torch")) is not None:
-        found["num_threads"] = torch.get_num_threads()
-        if torch.cuda.is_available():
-            found["accelerator"] = torch.cuda.get_device_name()
-    return found
-
-
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return " ".join(line.split(":", 1)[1].split())
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-@cache
-def versions() -> dict[str, str]:
-    """Installed versions of Python and of the packages that decide speed and results."""
-    found = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-@cache
-def commit() -> str | None:
-    """Commit of the checkout that this package runs from, with ``+`` when files were changed; None elsewhere."""
-    root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():
-        return None
-    try:
-        git = ["git", "-C", str(root)]
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True)
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=5)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
 
 
 @dataclass

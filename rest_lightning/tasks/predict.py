@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from rest_lightning.data.streams import SpeechBlock
 from rest_lightning.dtypes import DtypeName, dtype_on
-from rest_lightning.parts import PART_NAMES
 from rest_lightning.streaming.session import StreamingSession
 from rest_lightning.talking_head import SamplingChanges, TalkingHead
 
@@ -54,10 +53,8 @@ class PredictModule(LightningModule):
         return dtype_on(self.dtype_name, self.trainer.strategy.root_device.type)
 
     def setup(self, stage: str) -> None:
-        """Bring the model to its type; speech is encoded in float32 whatever that is, as in training."""
-        for name in PART_NAMES:
-            if name != "speech_encoder":
-                getattr(self.head, name).to(dtype=self._head_dtype())
+        """Bring the model to its type."""
+        self.head.set_dtype(self._head_dtype())
 
     @property
     def size_px(self) -> int:

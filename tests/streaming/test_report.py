@@ -9,7 +9,8 @@ import pytest
 from rich.console import Console
 
 from rest_lightning.errors import UserError
-from rest_lightning.streaming.report import STAGES, Distribution, StreamClock, peak_memory_mb
+from rest_lightning.machine import peak_memory_mb
+from rest_lightning.streaming.report import STAGES, Distribution, StreamClock
 
 
 @pytest.mark.parametrize("count", [1, 2, 99, 10_000])
