@@ -36,13 +36,13 @@ class Stage:
 
 
 STAGES = (
-    Stage("vae_start", 0.12),
-    Stage("vae", 0.20, {"vae": "vae_start"}),
+    Stage("vae_start", 0.10),
+    Stage("vae", 0.28, {"vae": "vae_start"}),
     Stage("vae_decoder", 0.10, {"vae": "vae"}),
-    Stage("speech_ae", 0.04),
-    Stage("teacher", 0.32, {"speech_ae": "speech_ae"}, uses_latents=True),
-    Stage("student", 0.13, {"transformer": "teacher", "speech_ae": "teacher"}, uses_latents=True),
-    Stage("asd", 0.10, {"transformer": "student", "speech_ae": "student"}, "teacher", uses_latents=True),
+    Stage("speech_ae", 0.03),
+    Stage("teacher", 0.31, {"speech_ae": "speech_ae"}, uses_latents=True),
+    Stage("student", 0.10, {"transformer": "teacher", "speech_ae": "teacher"}, uses_latents=True),
+    Stage("asd", 0.08, {"transformer": "student", "speech_ae": "student"}, "teacher", uses_latents=True),
 )
 
 VAE_STAGE = "vae_decoder"  # whose VAE makes the latents and is exported
