@@ -199,10 +199,14 @@ class TalkingHead(nn.Module):
         parts = {name: open_part(name, folder) for name in PART_NAMES}
         head = cls(**parts, sampling=SamplingSettings(**index["sampling"]), size_px=index["size_px"])  # type: ignore[arg-type]
         _move(head, device)
-        for name in PART_NAMES:
-            if name != "speech_encoder":  # computes in float32 whatever the model's type, as in training
-                getattr(head, name).to(dtype=dtype)
+        head.set_dtype(dtype)
         return head
+
+    def set_dtype(self, dtype: torch.dtype) -> None:
+        """Bring the weights to a type; the speech encoder computes in float32 whatever it is, as in training."""
+        for name in PART_NAMES:
+            if name != "speech_encoder":
+                getattr(self, name).to(dtype=dtype)
 
     def save_pretrained(self, path: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> None:
         """Write the folder: ``model_index.json`` and one folder per part with ``config.json`` and safetensors shards.

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from pathlib import Path
 from statistics import fmean
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,7 +27,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         seen.append(command[3:])
         return subprocess.CompletedProcess(command, main(command[3:]))
 
-    monkeypatch.setattr(_runs.subprocess, "run", run)
+    monkeypatch.setattr(_runs, "subprocess", SimpleNamespace(run=run))  # others start processes too
     return seen
 
 
