@@ -16,7 +16,6 @@ import statistics
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +23,15 @@ import torch
 import yaml
 from torch import Tensor
 
+from benchmarks._result import origin, write_result
 from benchmarks.training_curves import curves_of
 from rest_lightning import lightning_cli  # first: it makes lightning importable
 from rest_lightning.data.latents import LatentsCache
 from rest_lightning.data.layout import sha256_of, write_text_atomic
 from rest_lightning.data.module import TalkingHeadDataModule
 from rest_lightning.diffusion.losses import asd_loss
-from rest_lightning.errors import UserError
-from rest_lightning.machine import commit, hardware, versions
+from rest_lightning.errors import UserError, exit_code
 from rest_lightning.parts import build_part, open_speech_encoder, read_part
-from rest_lightning.streaming.output import whole_file
 from rest_lightning.tasks.a2v import Conditions, NoiseSettings
 from rest_lightning.tasks.speech_ae import speech_features
 from rest_lightning.tasks.student import ASDSettings, StudentModule
@@ -55,11 +53,7 @@ DATA_KEYS = ("num_frames", "batch_size", "audio_left_frames", "audio_right_frame
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    try:
-        return run(parse(arguments))
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
+    return exit_code(lambda: run(parse(arguments)))
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -291,15 +285,10 @@ def write(args: argparse.Namespace, rows: list[dict[str, Any]], start: dict[str,
         "summary": summarise(rows),
         "checkpoints": {name: sha256_of(getattr(args, name)) for name in ("teacher", "start")},
         "latents": json.loads((args.latents / "index.json").read_text(encoding="utf-8"))["fingerprint"],
-        "hardware": hardware(),
-        "versions": versions(),
-        "commit": commit(),
-        "config": json.loads(json.dumps(vars(args), default=str)),
+        **origin(args),
         "seeds": {"training": args.seeds, "measuring": "1000 * batch + draw"},
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    with whole_file(args.out) as temporary:
-        temporary.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    write_result(args.out, result)
 
 
 def table(summary: dict[str, Any], start: dict[str, Any]) -> str:

@@ -9,23 +9,21 @@ beside them, in one process on the same random weights, the features of ours and
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import resource
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks._result import origin, write_result
 from rest_lightning.constants import SAMPLES_PER_FRAME
-from rest_lightning.errors import UserError
-from rest_lightning.machine import commit, hardware, versions
+from rest_lightning.errors import UserError, exit_code
 from rest_lightning.metrics.embedded import (
     EmbeddedImage,
     EmbeddedSync,
@@ -42,7 +40,6 @@ from rest_lightning.metrics.sums import RowMetric
 from rest_lightning.metrics.sync import SyncScore
 from rest_lightning.metrics.talking import TalkingScores
 from rest_lightning.models.syncnet import FACE_PX, SyncNet
-from rest_lightning.streaming.output import whole_file
 
 FRAMES, SIDE = 113, 128
 
@@ -198,32 +195,30 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "metrics": rows,
         "against_reference": references,
         "clip": {"num_frames": FRAMES, "size_px": SIDE},
-        "hardware": hardware(),
-        "versions": versions(),
-        "commit": commit(),
-        "config": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        **origin(args),
     }
 
 
-def main(args: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
+    return exit_code(lambda: _main(parse(arguments)))
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Arguments of the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--metrics", nargs="+", choices=METRICS, default=list(METRICS))
     parser.add_argument("--num-clips", nargs="+", type=int, default=[100, 1000])
     parser.add_argument("--i3d", type=Path, default=None, help="i3d_torchscript.pt, to compare FVD's features too")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/metrics.json"))
-    options = parser.parse_args(args)
-    try:
-        if min(options.num_clips) < 2:
-            raise UserError("expected --num-clips of at least 2, got fewer: a distance needs them")
-        row = run(options)
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(options.out) as temporary:
-            temporary.write_text(json.dumps(row, indent=2) + "\n")
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
+    return parser.parse_args(arguments)
+
+
+def _main(args: argparse.Namespace) -> int:
+    if min(args.num_clips) < 2:
+        raise UserError("expected --num-clips of at least 2, got fewer: a distance needs them")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    write_result(args.out, run(args))
     return 0
 
 

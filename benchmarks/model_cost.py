@@ -9,9 +9,7 @@ tensors. Both run the project's own networks from configs/<size>/. README.md exp
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +26,13 @@ from benchmarks._cost import (
     training_formula,
     transformer_flops,
 )
+from benchmarks._result import origin, write_result
 from rest_lightning.constants import FPS, SAMPLES_PER_FRAME, TEMPORAL_RATIO, num_latent_frames
 from rest_lightning.diffusion.losses import asd_loss, flow_matching_loss, speech_ae_loss
-from rest_lightning.errors import UserError
-from rest_lightning.machine import commit, hardware, versions
+from rest_lightning.errors import UserError, exit_code
 from rest_lightning.models.cache import IDContextCache
 from rest_lightning.models.causal import Stream, num_bytes
 from rest_lightning.models.transformer import A2VDiT
-from rest_lightning.streaming.output import whole_file
 
 STAGES = ("vae", "speech_ae", "teacher", "student", "asd")
 
@@ -245,11 +242,7 @@ def streaming_flops(size: Size) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    try:
-        return run(parse(arguments))
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
+    return exit_code(lambda: run(parse(arguments)))
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -269,14 +262,9 @@ def run(args: argparse.Namespace) -> int:
     result = {
         "sizes": {name: cost_of(name, args.tflops) for name in args.size},
         "tflops": args.tflops,
-        "hardware": hardware(),
-        "versions": versions(),
-        "commit": commit(),
-        "config": json.loads(json.dumps(vars(args), default=str)),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        **origin(args),
     }
-    with whole_file(args.out) as temporary:
-        temporary.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    write_result(args.out, result)
     for name, cost in result["sizes"].items():
         print(table(name, cost, args.tflops))
     print(f"wrote {args.out}")

@@ -9,13 +9,11 @@ The same numbers of the true renders and of the VAE's reconstructions stand besi
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -24,12 +22,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from benchmarks._result import origin, write_result
 from rest_lightning.constants import FPS, SAMPLE_RATE
 from rest_lightning.data.audio import open_speech
 from rest_lightning.data.portrait import read_portrait
 from rest_lightning.data.synthetic.synthesize import SyntheticClip, synthesize_clip
-from rest_lightning.errors import UserError
-from rest_lightning.machine import commit, hardware, versions
+from rest_lightning.errors import UserError, exit_code
 from rest_lightning.metrics.image import mouth_psnr_db, video_psnr_db
 from rest_lightning.metrics.lips import pearson, summary
 from rest_lightning.metrics.mouth import extractor
@@ -86,11 +84,7 @@ class Sampler:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    try:
-        return run(parse(arguments))
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
+    return exit_code(lambda: run(parse(arguments)))
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -276,20 +270,15 @@ class Benchmark:
             "real": self.real,
             "failures": self.failures,
             "extractors": {"mouth_opening": extractor()},
-            "hardware": hardware(),
-            "versions": versions(),
-            "commit": commit(),
-            "config": json.loads(json.dumps(vars(self.args), default=str)),
+            **origin(self.args),
             "seeds": {"talkers": self.args.seed, "noise": self.args.noise_seed},
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         result["targets"] = targets(result)
         return result
 
     def write(self) -> None:
         """The JSON so far, whole."""
-        with whole_file(self.args.out) as temporary:
-            temporary.write_text(json.dumps(self.result(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        write_result(self.args.out, self.result())
 
     def print(self) -> None:
         """The same for people."""

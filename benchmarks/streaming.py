@@ -9,10 +9,8 @@ never estimated. README.md explains every key; ``--size tiny`` rehearses everyth
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ import torch
 from benchmarks._decode_scenarios import Halo, StreamedDecode
 from benchmarks._device_scenarios import Backbone, DeviceMemory
 from benchmarks._models import SIZES, load_head
+from benchmarks._result import origin, write_result
 from benchmarks._scenarios import (
     AgainstDiffusers,
     Batch,
@@ -35,8 +34,8 @@ from benchmarks._scenarios import (
 )
 from rest_lightning.constants import FPS, TEMPORAL_RATIO
 from rest_lightning.dtypes import dtype_on
-from rest_lightning.errors import UserError
-from rest_lightning.machine import commit, hardware, peak_memory_mb, versions
+from rest_lightning.errors import UserError, exit_code
+from rest_lightning.machine import peak_memory_mb
 from rest_lightning.streaming.output import check_output, whole_file
 from rest_lightning.streaming.profile import ChunkProfiler
 
@@ -82,11 +81,7 @@ def scenarios(size: str, minutes: float) -> list[Any]:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    try:
-        return run(parse(arguments))
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
+    return exit_code(lambda: run(parse(arguments)))
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -162,10 +157,7 @@ def prepare(args: argparse.Namespace) -> tuple[Bench, Row]:
         "scenarios": {},
         "targets": [],
         "failures": [],
-        "hardware": hardware(),
-        "versions": versions(),
-        "commit": commit(),
-        "config": json.loads(json.dumps(vars(args), default=str)),
+        **origin(args),
         "seeds": {"weights": 0, "noise": 0},
     }
     return Bench(head, args.size, args.device), result
@@ -175,9 +167,7 @@ def write(path: Path, result: Row) -> None:
     """The JSON so far, whole."""
     result["targets"] = targets(result)
     result["peak_memory_mb"] = round(peak_memory_mb(), 1)
-    result["date"] = datetime.now(UTC).isoformat(timespec="seconds")
-    with whole_file(path) as temporary:
-        temporary.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    write_result(path, result)
 
 
 def targets(result: Row) -> list[Row]:

@@ -8,18 +8,15 @@ FOLDER holds a folder per stage, as `rest train-embedded` leaves them. README.md
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks._result import origin, write_result
 from rest_lightning.commands.train_embedded import STAGES
-from rest_lightning.errors import UserError
-from rest_lightning.machine import commit, hardware, versions
-from rest_lightning.streaming.output import whole_file
+from rest_lightning.errors import UserError, exit_code
 
 LOSS = "train/loss"
 PREFIXES = ("train/", "val/")
@@ -27,11 +24,7 @@ PREFIXES = ("train/", "val/")
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    try:
-        return run(parse(arguments))
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
+    return exit_code(lambda: run(parse(arguments)))
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -53,14 +46,9 @@ def run(args: argparse.Namespace) -> int:
     result = {
         "stages": stages,
         "all_losses_fell": all(stage["loss_fell"] for stage in stages.values()),
-        "hardware_of_this_report": hardware(),
-        "versions": versions(),
-        "commit": commit(),
-        "config": json.loads(json.dumps(vars(args), default=str)),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        **origin(args),
     }
-    with whole_file(args.out) as temporary:
-        temporary.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    write_result(args.out, result)
     for name, stage in stages.items():
         loss = stage["curves"][LOSS]
         print(

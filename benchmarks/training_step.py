@@ -11,13 +11,11 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,14 +24,13 @@ import torch
 from torch import Tensor
 
 from benchmarks._cost import LiveBytes, Size, read_size
+from benchmarks._result import origin, write_result
 from rest_lightning.diffusion.losses import flow_matching_loss
 from rest_lightning.diffusion.noise import sample_sigmas_cans
 from rest_lightning.diffusion.schedule import training_table
-from rest_lightning.errors import UserError
-from rest_lightning.machine import commit, hardware, versions
+from rest_lightning.errors import UserError, exit_code
 from rest_lightning.models.cache import DifferentiableCache
 from rest_lightning.models.transformer import A2VDiT
-from rest_lightning.streaming.output import whole_file
 
 FORMS = ("parallel", "sequential")
 TARGET_TIME_RATIO = 0.5
@@ -42,11 +39,7 @@ Batch = tuple[Tensor, Tensor, Tensor, Tensor]  # noisy latents, sigmas, speech l
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    try:
-        return run(parse(arguments))
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
+    return exit_code(lambda: run(parse(arguments)))
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -103,14 +96,9 @@ def run(args: argparse.Namespace) -> int:
             "time_ratio": TARGET_TIME_RATIO,
             "reached": [row["time_ratio"] <= TARGET_TIME_RATIO for row in rows],
         },
-        "hardware": hardware(),
-        "versions": versions(),
-        "commit": commit(),
-        "config": json.loads(json.dumps(vars(args), default=str)),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        **origin(args),
     }
-    with whole_file(args.out) as temporary:
-        temporary.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    write_result(args.out, result)
     print(f"wrote {args.out}")
     return 0
 

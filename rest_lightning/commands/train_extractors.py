@@ -26,7 +26,7 @@ from rest_lightning.commands.extractor_training import (
     fit,
 )
 from rest_lightning.data.layout import read_dataset_json, read_manifest
-from rest_lightning.errors import UserError
+from rest_lightning.errors import UserError, exit_code
 from rest_lightning.metrics.embedded import ASSETS, COMMAND, EmbeddedImage, EmbeddedSync, EmbeddedVideo
 from rest_lightning.metrics.shipped import ShippedNetwork
 
@@ -141,11 +141,7 @@ def main(args: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     add_arguments(parser)
-    try:
-        return run(parser.parse_args(args))
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
+    return exit_code(lambda: run(parser.parse_args(args)))
 
 
 if __name__ == "__main__":

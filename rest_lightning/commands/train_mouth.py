@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from rest_lightning.data.layout import ManifestRow, clip_path, read_dataset_json, read_manifest, read_sidecar
-from rest_lightning.errors import UserError
+from rest_lightning.errors import UserError, exit_code
 from rest_lightning.metrics.degrade import gaussian_blur
 from rest_lightning.metrics.mouth import ASSETS, CROP_SIZE, MouthOpeningEstimator, crop_mouth, mouth_opening
 
@@ -230,11 +230,7 @@ def main(args: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     add_arguments(parser)
-    try:
-        return run(parser.parse_args(args))
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
+    return exit_code(lambda: run(parser.parse_args(args)))
 
 
 if __name__ == "__main__":
