@@ -20,6 +20,7 @@ from rest_lightning.metrics.mouth import extractor as mouth_extractor
 from rest_lightning.metrics.sums import MeanMetric, RowMetric, check_clip
 from rest_lightning.metrics.sync import SyncScore
 from rest_lightning.metrics.talking import KEYS as TALKING_KEYS
+from rest_lightning.metrics.talking import row_scores
 from rest_lightning.metrics.video import VideoScores
 
 Frames = NDArray[np.uint8]
@@ -176,8 +177,7 @@ class Talking(Measure):
         """See :class:`Measure`."""
         for side, sound in (("generated", clip.audio), ("truth", clip.true_audio)):
             scores = self.scores[side]
-            numbers = scores.compute(sound, clip.true_opening)
-            numbers["seam_ratio"] = numbers["jump_ratio_chunk"]
+            numbers = row_scores(scores, sound, clip.true_opening)
             if self.by_minute:
                 minutes = scores.by_minute()
                 curves = {

@@ -14,6 +14,7 @@ from rest_lightning.errors import UserError
 from rest_lightning.streaming.output import whole_file
 
 DECIMALS = 6
+NOT_ROWS = ("ablation.json", "recipe.json", "leaderboard.json")  # lie beside rows: `rest ablate`, `rest leaderboard`
 _HEX = set("0123456789abcdef")
 _NEEDED_WHEN_CLAIMED = ("protocol", "protocol_version", "method", "measured", "metrics", "source")
 
@@ -133,14 +134,15 @@ def write_row(row: ResultRow, path: str | os.PathLike[str]) -> None:
 
 
 def row_files(paths: Sequence[Path]) -> Iterator[Path]:
-    """JSON files among ``paths``; of a folder all below it, in the order of their names.
+    """JSON files among ``paths``; of a folder all below it that may be rows, in the order of their names.
 
     Raises:
         UserError: a path that is neither.
     """
     for path in paths:
         if path.is_dir():
-            yield from sorted(file for file in path.rglob("*.json") if not file.name.startswith("."))
+            files = (file for file in path.rglob("*.json") if file.name not in NOT_ROWS)
+            yield from sorted(file for file in files if not file.name.startswith("."))
         elif path.is_file():
             yield path
         else:

@@ -72,8 +72,13 @@ class TalkingScores(MeanMetric):
             )
         scores = VideoScores(self.first_frame, self.chunk_frames, self.extractor)
         scores.update(clip)
-        numbers = scores.compute(speech, truth)
-        self.add({**numbers, _SEAM: numbers["jump_ratio_chunk"]})
+        self.add(row_scores(scores, speech, truth))
+
+
+def row_scores(scores: VideoScores, audio: np.ndarray | None, true_opening: np.ndarray | None) -> dict[str, float]:
+    """The numbers of one clip under their keys in a result row; arguments as those of :meth:`VideoScores.compute`."""
+    numbers = scores.compute(audio, true_opening)
+    return {**numbers, _SEAM: numbers["jump_ratio_chunk"]}
 
 
 def _array(values: Any) -> np.ndarray:

@@ -104,6 +104,10 @@ def test_base_and_ablations(recipe: Any, tmp_path: Path, calls: list[list[str]],
     value = fmean(float(str(row.metrics["sharpness"])) for row in rows["base"])
     (line,) = (line for line in table.splitlines() if re.match(r"\| \S+ \| base", line))
     assert f"{value:.3f} ±" in line
+    for _ in range(2):  # the second time its own JSON lies among the rows
+        assert main(["leaderboard", str(out), "--out", str(out / "board")]) == 0
+    board = json.loads((out / "board" / "leaderboard.json").read_text())
+    assert "two_steps" in json.dumps(board)
 
     calls.clear()
     assert main([*words, "--overlays", *overlays[:2]]) == 0
