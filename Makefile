@@ -13,7 +13,7 @@ TYPES := build/typecheck
 TYPED := $(patsubst %/,%,$(sort $(dir $(wildcard tests/*.py benchmarks/*.py))))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format train-embedded bench clean distclean
+.PHONY: help demo test test-slow lint format train-embedded bench clean distclean
 
 help:  ## list the targets
 	@echo "usage: make TARGET [PYTHON=$(PYTHON)] [VENV=$(VENV)]"
@@ -22,8 +22,11 @@ help:  ## list the targets
 demo: $(VENV)/.stamp-run  ## stream the bundled portrait and speech to outputs/demo.mp4, with a report
 	$(BIN)/rest demo --out $(OUT)
 
-test: $(VENV)/.stamp-test  ## run the tests (PYTEST_ARGS="-m 'not slow'" for the quick ones)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+test: $(VENV)/.stamp-test  ## run the tests that take seconds (PYTEST_ARGS=... goes to pytest)
+	$(BIN)/python -m pytest -m 'not slow' $(PYTEST_ARGS)
+
+test-slow: $(VENV)/.stamp-test  ## run the others: whole runs, several processes, a browser, a Ray cluster
+	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 
 lint: $(VENV)/.stamp-test  ## ruff and mypy over the whole tree
 	$(BIN)/ruff check .
@@ -66,5 +69,5 @@ $(VENV)/.stamp-run: $(VENV)/.stamp-venv pyproject.toml constraints.txt
 
 $(VENV)/.stamp-test: $(VENV)/.stamp-venv pyproject.toml constraints.txt
 	@echo "installing rest_lightning with its test tools into $(VENV) (about 2 minutes the first time)"
-	@$(PIP) -e '.[test,synthetic]'
+	@$(PIP) -e '.[test]'
 	@touch $@ $(VENV)/.stamp-run
