@@ -188,12 +188,18 @@ class Evaluation(Callback):
         self._scorer = self._generator = None
 
     def _batch(self, trainer: Trainer, module: LightningModule, batch: dict[str, Any]) -> None:
-        quota = -(-self.num_clips // trainer.world_size)
         for row in range(len(batch["clip_id"])):
-            if self._num_seen >= quota:
+            if self._num_seen >= self._share(trainer):
                 return
             self._num_seen += 1
             self._clip(trainer, module, batch, row)
+
+    def _share(self, trainer: Trainer) -> int:
+        """Clips of this process: the processes take turns, and the last ones may be given a clip a second time."""
+        datamodule = trainer.datamodule  # type: ignore[attr-defined]
+        split = SPLITS[str(getattr(trainer.state.fn, "value", trainer.state.fn))]
+        num_clips = min(self.num_clips, len(read_manifest(datamodule.data_dir, split)))
+        return len(range(trainer.global_rank, num_clips, trainer.world_size))
 
     def _clip(self, trainer: Trainer, module: LightningModule, batch: dict[str, Any], row: int) -> None:
         assert self._scorer is not None

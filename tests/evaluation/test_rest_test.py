@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from rest_lightning.cli import main
 from rest_lightning.data.clips import cut_audio
@@ -186,7 +190,9 @@ def test_an_evaluation_goes_on_from_its_state(protocol_file: Path, model_folder:
     data = TalkingHeadDataModule(str(test_clips), batch_size=2, num_frames=57, num_workers=0, progress=False)
     module = EvaluateModule(str(model_folder), sampling=SamplingChanges(num_steps=1))
     state = SimpleNamespace(fn="test")
-    trainer: Any = SimpleNamespace(datamodule=data, world_size=1, is_global_zero=False, global_step=0, state=state)
+    trainer: Any = SimpleNamespace(
+        datamodule=data, world_size=1, global_rank=0, is_global_zero=False, global_step=0, state=state
+    )
     batches = [data.on_after_batch_transfer(batch) for batch in data.test_dataloader()][:2]
     rows = []
     for cut in (False, True):
@@ -201,6 +207,43 @@ def test_an_evaluation_goes_on_from_its_state(protocol_file: Path, model_folder:
         assert callback._scorer is not None
         rows.append(callback._scorer.row("x"))
     assert rows[0].num_clips == 3 and rows[0].metrics == rows[1].metrics
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_clips", [3, 4])
+def test_two_processes_make_the_row_of_one(
+    protocol_file: Path, test_clips: Path, model_folder: Path, tmp_path: Path, repository: Path, num_clips: int
+) -> None:
+    """An odd number too: no clip counts twice, whoever has the last one. The split holds just these clips."""
+    data = tmp_path / "data"
+    shutil.copytree(test_clips, data)
+    kept = complete_clip_ids(data)[:num_clips]
+    finish_dataset(data, {"made_by": "tests"}, kept)
+    changes = {"num_clips": 8, "num_frames": NUM_FRAMES}
+    protocol = tmp_path / "protocol.yaml"
+    content = yaml.safe_load(protocol_file.read_text())
+    content["trainer"]["callbacks"][0]["init_args"]["protocol"] |= changes
+    protocol.write_text(yaml.safe_dump(content))
+    rows = []
+    for num_processes in (1, 2):
+        out = tmp_path / str(num_processes)
+        out.mkdir()
+        command = words(protocol, data, out, "--model.model", str(model_folder), "--sampling.num_steps=1")
+        command += [f"--trainer.devices={num_processes}", "--trainer.strategy", "auto" if num_processes == 1 else "ddp"]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(repository)}
+        done = subprocess.run(
+            [sys.executable, "-m", "rest_lightning", *command],
+            env=environment, cwd=repository, capture_output=True, text=True, timeout=300, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-2000:]
+        rows += read_rows(out / "row.json")
+    one, two = rows
+    assert (one.num_clips, two.num_clips) == (num_clips, num_clips)
+    for side in ("metrics", "ground_truth"):
+        mine, theirs = getattr(two, side), getattr(one, side)
+        assert mine.keys() == theirs.keys()
+        for key, value in theirs.items():
+            assert mine[key] == (None if value is None else pytest.approx(value, rel=1e-5, abs=1e-6)), key
 
 
 def test_clips_are_bounded_and_mistakes_told(
@@ -233,8 +276,6 @@ def test_protocols_of_the_repository(name: str, repository: Path) -> None:
     protocol = read_protocol(name)
     assert protocol.name == name and protocol.version == 1
     assert read_protocol(repository / "configs/eval" / f"{name}.yaml") == protocol
-    import yaml
-
     content = yaml.safe_load((repository / "configs/eval" / f"{name}.yaml").read_text())
     num_frames = content["data"]["num_frames"]
     assert num_frames % 8 == 1 and num_frames >= protocol.num_frames
