@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,7 @@ from ..evaluation.generate import Generator, Streamed, Whole
 from ..evaluation.protocol import Protocol
 from ..evaluation.row import ResultRow, write_row
 from ..evaluation.scorer import ClipPair, Scorer
+from ..streaming.output import whole_file
 from ..talking_head import SamplingChanges, SamplingSettings
 from ..tasks.a2v import A2VModule
 from ..tasks.evaluate import EvaluateModule
@@ -35,10 +37,10 @@ Frames = NDArray[np.uint8]
 class Evaluation(Callback):
     """FID, FVD, Sync-C and the rest of a protocol on generated clips, one at a time, the true clips beside.
 
-    ``rest test`` of an `EvaluateModule` writes the row. With a teacher or student stage it runs at every n-th
-    validation of ``rest fit`` and at ``rest validate`` on the validation clips, logs ``eval/<metric>`` and writes
-    ``evaluation/step-<step>.json``; there an evaluation that fails is a warning. A clip shows its first frame speaking
-    from there on: frame k of the generated one belongs to frame k of the true one.
+    ``rest test`` of an `EvaluateModule` writes the row, and beside it the first clip (true | generated). With a teacher
+    or student stage it runs at every n-th validation of ``rest fit`` and at ``rest validate`` on the validation clips,
+    logs ``eval/<metric>`` and writes ``evaluation/step-<step>.json``; there an evaluation that fails is a warning. A
+    clip shows its first frame speaking from there on: frame k of the generated one belongs to frame k of the true one.
 
     Args:
         protocol: what to measure; its clips are the first ones of the split.
@@ -76,6 +78,7 @@ class Evaluation(Callback):
         self._generator: Generator | None = None
         self._num_validations = self._num_seen = 0
         self._folder = Path()
+        self._video: Path | None = None  # of the first clip
 
     @property
     def state_key(self) -> str:
@@ -162,7 +165,11 @@ class Evaluation(Callback):
             UserError: fewer usable clips than the protocol needs.
         """
         default = Path(trainer.default_root_dir) / "row.json"
-        self._finish(trainer, pl_module, default if self.out is None else Path(self.out))
+        path = default if self.out is None else Path(self.out)
+        self._finish(trainer, pl_module, path)
+        if self._video is not None:  # beside the row, where `rest leaderboard` looks for one to show
+            with whole_file(path.with_suffix(self._video.suffix)) as temporary:
+                shutil.copyfile(self._video, temporary)
         self._drop()
 
     def _begin(self, module: LightningModule) -> None:
@@ -185,7 +192,7 @@ class Evaluation(Callback):
                 self._scorer = Scorer(self.protocol, chunk_frames, module.device)
 
     def _drop(self) -> None:
-        self._scorer = self._generator = None
+        self._scorer = self._generator = self._video = None
 
     def _batch(self, trainer: Trainer, module: LightningModule, batch: dict[str, Any]) -> None:
         for row in range(len(batch["clip_id"])):
@@ -232,7 +239,9 @@ class Evaluation(Callback):
             return
         self._scorer.add(pair)
         if self._num_seen <= self.num_videos and trainer.is_global_zero and frames.shape == truth.shape:
-            show_sample(trainer, self._folder / "samples", clip_id, truth, frames, audio, self.num_grid_frames, True)
+            folder = self._folder / "samples"
+            video = show_sample(trainer, folder, clip_id, truth, frames, audio, self.num_grid_frames, True)
+            self._video = self._video or video
 
     @contextmanager
     def _generating(self, module: LightningModule, size_px: int) -> Iterator[Generator]:

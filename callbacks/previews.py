@@ -157,7 +157,7 @@ def show_sample(
     audio: NDArray[np.float32],
     num_grid_frames: int,
     with_video: bool = False,
-) -> None:
+) -> Path:
     """Write ``<folder>/step-<step>-<clip_id>.mp4`` (truth | sample), and a grid of frames to TensorBoard.
 
     Args:
@@ -168,6 +168,9 @@ def show_sample(
         audio: (640 F,).
         num_grid_frames: columns of the grid.
         with_video: also to TensorBoard, as an animation.
+
+    Returns:
+        The video's path.
     """
     folder.mkdir(parents=True, exist_ok=True)
     pair = np.concatenate([truth, sample], axis=2)
@@ -184,6 +187,7 @@ def show_sample(
         experiment.add_image(f"samples/{clip_id}", grid, trainer.global_step, dataformats="HWC")
         if with_video:
             experiment._get_file_writer().add_summary(_animation(f"videos/{clip_id}", pair), trainer.global_step)
+    return path
 
 
 def _animation(tag: str, video: NDArray[np.uint8]) -> Any:

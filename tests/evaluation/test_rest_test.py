@@ -98,7 +98,8 @@ def test_student_streams_and_is_scored(
         session = head.open(truth[0], seed=3, num_steps=1)
         generated.append(np.concatenate([session.push(audio), session.flush()]))
     check_row(row, protocol_file, clips, generated)
-    assert len(list((tmp_path / "samples").glob("*.mp4"))) == 2
+    samples = sorted((tmp_path / "samples").glob("*.mp4"))
+    assert len(samples) == 2 and (tmp_path / "row.mp4").read_bytes() == samples[0].read_bytes()
 
 
 def test_teacher_makes_whole_clips_on_the_sessions_clock(
