@@ -13,6 +13,7 @@ from typing import Any
 from rest_lightning.errors import UserError
 from rest_lightning.evaluation.row import ResultRow, Value
 
+MAX_DECIMALS = 4
 GROUND_TRUTH_TOLERANCE = 0.01  # relative; beyond it two rows did not score the same true clips
 
 
@@ -171,6 +172,16 @@ class Group:
     def ground_truth_curve(self, key: str) -> list[float]:
         """A curve of the true clips."""
         return mean_curve([row.ground_truth.get(key) for row in self.rows])
+
+    def decimals(self, key: str) -> int:
+        """Decimals of a column: a metric's usual ones, or three significant digits of the column's largest value.
+
+        Distances in small feature spaces are a thousand times smaller than those that the usual ones are made for.
+        """
+        cells = (entry.cell(key) for entry in self.entries)
+        largest = max((abs(cell.mean) for cell in cells if cell is not None), default=0.0)
+        usual = metric_of(key).decimals
+        return usual if largest == 0 else max(usual, min(2 - math.floor(math.log10(largest)), MAX_DECIMALS))
 
     def best(self, key: str) -> Entry | None:
         """The entry with the best value of a metric; None where none is better."""

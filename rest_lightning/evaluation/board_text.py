@@ -100,13 +100,13 @@ def _group(group: Group) -> list[str]:
     if group.entries:
         truth = group.ground_truth
         lines += [_row(headings), _row(["--:", "---", *["--:"] * (len(headings) - 2)])]
-        cells = [truth[key].text(metric_of(key).decimals) if key in truth else "–" for key in columns]
+        cells = [truth[key].text(group.decimals(key)) if key in truth else "–" for key in columns]
         lines.append(_row(["", "*ground truth*", *[""] * 4, *(f"*{cell}*" for cell in cells)]))
     for entry in group.entries:
         shown = []
         for key in keys:
             cell = entry.cell(key)
-            text = "–" if cell is None else cell.text(metric_of(key).decimals)
+            text = "–" if cell is None else cell.text(group.decimals(key))
             shown.append(f"**{text}**" if group.best(key) is entry else text)
         counts = [str(len(entry.rows)), entry.num_clips, str(entry.num_failures)]
         lines.append(_row([str(entry.rank or "–"), _escape(entry.name), *counts, *shown]))

@@ -102,7 +102,7 @@ def _table(group: Group) -> str:
             f'<td data-value="{len(entry.rows)}">{len(entry.rows)}</td>',
             f'<td data-value="{entry.rows[0].num_clips}">{entry.num_clips}</td>',
             f'<td{look} data-value="{entry.num_failures}">{entry.num_failures}</td>',
-            *(_cell(entry, key, best[key] is entry) for key in keys),
+            *(_cell(entry, key, best[key] is entry, group.decimals(key)) for key in keys),
         ]
         rank = "–" if entry.rank is None else str(entry.rank)
         name = escape(entry.name)
@@ -124,16 +124,15 @@ def _head(text: str, goal: str | float | None) -> str:
 
 def _truth_row(group: Group) -> str:
     truth = group.ground_truth
-    cells = [f"<td>{truth[key].text(metric_of(key).decimals) if key in truth else '–'}</td>" for key in group.columns]
+    cells = [f"<td>{truth[key].text(group.decimals(key)) if key in truth else '–'}</td>" for key in group.columns]
     label = f'<th scope="row"><span class="rank"></span>{TRUTH}</th>'
     return f'<tr class="truth">{label}{"<td></td>" * 4}{"".join(cells)}</tr>'
 
 
-def _cell(entry: Entry, key: str, is_best: bool) -> str:
+def _cell(entry: Entry, key: str, is_best: bool, decimals: int) -> str:
     cell = entry.cell(key)
     if cell is None:
         return '<td data-value="">–</td>'
-    decimals = metric_of(key).decimals
     spread = "" if cell.spread is None else f" <small>± {cell.spread:.{decimals}f}</small>"
     look = ' class="best"' if is_best else ""
     return f'<td{look} data-value="{cell.mean!r}">{cell.mean:.{decimals}f}{spread}</td>'

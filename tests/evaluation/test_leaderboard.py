@@ -18,6 +18,7 @@ import pytest
 
 from rest_lightning.cli import main
 from rest_lightning.evaluation.board import Group, make_board
+from rest_lightning.evaluation.board_text import to_markdown
 from rest_lightning.evaluation.plots import Point, Series, lines, scatter
 from rest_lightning.evaluation.row import ResultRow
 
@@ -67,6 +68,15 @@ def test_runs_of_a_method_are_one_entry_with_its_spread(make_row: Make) -> None:
     cell = second.cell("fid")
     assert cell is not None and (cell.mean, cell.spread) == (6.0, stdev(values))
     assert cell.text(2) == "6.00 ± 2.65"
+
+
+@pytest.mark.parametrize(
+    ("fid", "decimals"), [(245.4, 2), (16.9, 2), (1.5, 2), (0.99, 3), (0.113, 3), (1e-9, 4), (0.0, 2)]
+)
+def test_columns_of_small_numbers_have_more_decimals(make_row: Make, fid: float, decimals: int) -> None:
+    (group,) = board(make_row("a", fid=fid), make_row("b", fid=fid / 7))
+    assert group.decimals("fid") == decimals
+    assert f" {fid:.{decimals}f} " in to_markdown([group], "").replace("*", "")
 
 
 def test_samplers_of_a_method_are_told_apart(make_row: Make) -> None:
