@@ -93,8 +93,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, num_heads: int, mask: Tensor | None 
 class AttentionContext(Protocol):
     """Where queries find their keys: rotates, widens the window if need be, and attends."""
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
-        """``q, k, v (B, f * n, D)`` of block ``layer`` -> ``(B, f * n, D)``."""
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor | list[Tensor]:
+        """``q, k, v (B, f * n, D)`` of block ``layer`` -> ``(B, f * n, D)``, or its pieces in order of their tokens."""
 
 
 class FullContext:
@@ -140,14 +140,58 @@ class ChunkedContext:
         self.num_chunk = length * height * width
         self.num_chunks = (num_frames - 1) // length
         slots = rope.table(0, options.num_slots, height, width, device)
-        self.reference_table, self.previous_table, self.current_table = slots.split(
-            [self.num_reference, self.num_chunk, self.num_chunk]
-        )
-        adjacent = options.first_chunk_slot == "adjacent"
-        self.first_table = self.previous_table if adjacent else self.current_table
+        reference, previous, current = slots.split([self.num_reference, self.num_chunk, self.num_chunk])
         if options.positions == "absolute":
-            table = rope.table(0, num_frames, height, width, device)[self.num_reference :]
-            self.absolute_table = table.unflatten(0, (self.num_chunks, self.num_chunk))
+            table = rope.table(0, num_frames, height, width, device)
+            self.start_table, later = table.tensor_split([self.num_reference + self.num_chunk])
+            self.later_table = later.unflatten(0, (self.num_chunks - 1, self.num_chunk))
+            self.previous_table = table[self.num_reference : -self.num_chunk].view_as(self.later_table)
+        else:
+            first = previous if options.first_chunk_slot == "adjacent" else current
+            self.start_table = torch.cat([reference, first])
+            self.later_table, self.previous_table = current, previous
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> list[Tensor]:
+        n, chunk, num_later = self.num_reference, self.num_chunk, self.num_chunks - 1
+        # Split, not indexed: a single concatenation takes the gradients of the pieces back.
+        (q_start, q_later), (k_start, k_later), (v_start, v_later) = (
+            x.split([n + chunk, num_later * chunk], 1) for x in (q, k, v)
+        )
+        q_start, k_start = rotate(q_start, self.start_table), rotate(k_start, self.start_table)
+        v_start = v_start.clone()  # the graph keeps it: a view would keep the values of all chunks
+        if self.options.reference_attends == "self":
+            q_ref, q_first = q_start.split([n, chunk], 1)
+            out = [
+                attend(q_ref, k_start[:, :n], v_start[:, :n], num_heads),
+                attend(q_first, self._first_window(k_start), self._first_window(v_start), num_heads),
+            ]
+        else:
+            out = [attend(q_start, k_start, v_start, num_heads)]
+        if num_later:
+            q_later, k_later, v_later = (x.unflatten(1, (num_later, chunk)) for x in (q_later, k_later, v_later))
+            k_previous, v_previous = (x[:, n:-chunk].unflatten(1, (num_later, chunk)) for x in (k, v))
+            if self.options.use_context:
+                k_previous = rotate(k_previous, self.previous_table)
+            keys = self._windows(k_start[:, :n], k_previous, rotate(k_later, self.later_table))
+            values = self._windows(v_start[:, :n], v_previous, v_later)
+            later = attend(rotate(q_later, self.later_table).flatten(0, 1), keys, values, num_heads)
+            out.append(later.unflatten(0, (-1, num_later)).flatten(1, 2))
+        return out
+
+    def _first_window(self, start: Tensor) -> Tensor:
+        """What the first chunk reads: keys or values ``(B, (1 + l) * n, D)`` of the reference and of itself."""
+        if not self.two_streams and self.options.cache_gradient == "full":
+            return start
+        return torch.cat([self._cached(start[:, : self.num_reference]), start[:, self.num_reference :]], 1)
+
+    def _windows(self, reference: Tensor, previous: Tensor, current: Tensor) -> Tensor:
+        """What chunks 2 to K read, each its window of keys or values: ``(B * (K - 1), tokens, D)``."""
+        pieces = [current]
+        if self.options.use_context:
+            pieces.insert(0, self._cached(previous))
+        if self.options.use_sink:
+            pieces.insert(0, self._cached(reference).unsqueeze(1).expand(-1, current.shape[1], -1, -1))
+        return torch.cat(pieces, 2).flatten(0, 1)
 
     def _cached(self, x: Tensor) -> Tensor:
         """What a later chunk reads of ``x``: the context stream, cut from the graph if the gradient is detached."""
@@ -155,39 +199,3 @@ class ChunkedContext:
             context = x[x.shape[0] // 2 :]
             x = torch.cat([context, context])
         return x.detach() if self.options.cache_gradient == "detached" else x
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
-        options, n = self.options, self.num_reference
-        q_ref, k_ref, v_ref = rotate(q[:, :n], self.reference_table), rotate(k[:, :n], self.reference_table), v[:, :n]
-        q, k, v = (x[:, n:].unflatten(1, (self.num_chunks, self.num_chunk)) for x in (q, k, v))
-        if options.positions == "absolute":
-            q, k = rotate(q, self.absolute_table), rotate(k, self.absolute_table)
-            q_first, k_first, q_later, k_later, k_previous = q[:, 0], k[:, 0], q[:, 1:], k[:, 1:], k[:, :-1]
-        else:
-            q_first, k_first = rotate(q[:, 0], self.first_table), rotate(k[:, 0], self.first_table)
-            q_later, k_later = rotate(q[:, 1:], self.current_table), rotate(k[:, 1:], self.current_table)
-            k_previous = rotate(k[:, :-1], self.previous_table) if options.use_context else k[:, :-1]
-        v_first, v_later, v_previous = v[:, 0], v[:, 1:], v[:, :-1]
-
-        k_sink, v_sink = self._cached(k_ref), self._cached(v_ref)
-        if options.reference_attends == "self":
-            out = [
-                attend(q_ref, k_ref, v_ref, num_heads),
-                attend(q_first, torch.cat([k_sink, k_first], 1), torch.cat([v_sink, v_first], 1), num_heads),
-            ]
-        else:
-            joined = [torch.cat(pair, 1) for pair in ((q_ref, q_first), (k_ref, k_first), (v_ref, v_first))]
-            out = [attend(joined[0], joined[1], joined[2], num_heads)]
-
-        if self.num_chunks > 1:
-            keys, values = [k_later], [v_later]
-            if options.use_context:
-                keys.insert(0, self._cached(k_previous))
-                values.insert(0, self._cached(v_previous))
-            if options.use_sink:
-                keys.insert(0, k_sink.unsqueeze(1).expand(-1, self.num_chunks - 1, -1, -1))
-                values.insert(0, v_sink.unsqueeze(1).expand(-1, self.num_chunks - 1, -1, -1))
-            windows = torch.cat(keys, 2).flatten(0, 1), torch.cat(values, 2).flatten(0, 1)
-            later = attend(q_later.flatten(0, 1), *windows, num_heads)
-            out.append(later.unflatten(0, (-1, self.num_chunks - 1)).flatten(1, 2))
-        return torch.cat(out, 1)

@@ -72,7 +72,11 @@ class Attention(nn.Module):
     def self_attention(self, x: Tensor, layer: int, context: AttentionContext) -> Tensor:
         """``x (B, f * n, D)`` attends inside ``context``."""
         q, k, v = self.norm_q(self.to_q(x)), self.norm_k(self.to_k(x)), self.to_v(x)
-        return self.to_out[0](context.attend(layer, q, k, v, self.num_heads))
+        out = context.attend(layer, q, k, v, self.num_heads)
+        if isinstance(out, Tensor):
+            return self.to_out[0](out)
+        # Joined behind the projection: the graph keeps each of the pieces, and would keep a copy of all of them.
+        return torch.cat([self.to_out[0](piece) for piece in out], 1)
 
     def project(self, context: Tensor) -> KeyValue:
         """Keys and values ``(N, heads, m, D / heads)`` of a condition ``(N, m, context_dim)``."""

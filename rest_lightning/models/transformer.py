@@ -320,7 +320,8 @@ class A2VDiT(nn.Module):
             )
             x = checkpoint(block, *arguments, use_reentrant=False) if recompute else block(*arguments)
         shift, scale = embedding.out
-        x = self.proj_out(torch.addcmul(shift, F.layer_norm(x, (self.dim,), eps=1e-6), scale))
+        # In place, where addcmul would make two more tensors in its backward pass, at the peak of a training step.
+        x = self.proj_out((F.layer_norm(x, (self.dim,), eps=1e-6) * scale).add_(shift))
         return x.permute(0, 3, 1, 2).unflatten(-1, (height, width))
 
     # -- conditions and checks ----------------------------------------------------------------------------------------
