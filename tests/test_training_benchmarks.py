@@ -164,6 +164,10 @@ def test_training_step_compares_equal_gradients(benchmark: Any, tmp_path: Path) 
     for form in ("parallel", "sequential"):
         # More than the saved input of each layer's feed-forward (4 x 256 wide, 16 tokens, 7 frames), of six layers.
         assert row[form]["peak_bytes"] > 6 * 7 * 16 * 1024 * 4
+        assert 0 < row[form]["products_ms"] < 3 * row[form]["step_ms"]  # timed in other steps, on a shared machine
     assert row["time_ratio"] == pytest.approx(row["parallel"]["step_ms"] / row["sequential"]["step_ms"], rel=1e-3)
+    assert row["time_ratio_floor"] == pytest.approx(
+        row["parallel"]["products_ms"] / row["sequential"]["step_ms"], rel=1e-3
+    )
     with pytest.raises(UserError, match="expected --batch of at least 1, got 0"):
         module.run(module.parse(["--batch", "0"]))
