@@ -23,7 +23,7 @@ class StreamedDecode:
     @torch.inference_mode()
     def run(self, bench: Bench) -> Row:
         """Milliseconds per frame; the streamed decode includes slot 0."""
-        vae, side = bench.head.vae, bench.head.size_px // SPATIAL_RATIO
+        vae, side = bench.vae, bench.head.size_px // SPATIAL_RATIO
         shape = (1, vae.latent_channels, self.num_latents, side, side)
         latents = torch.randn(shape, **bench.like)
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import torch
 
 from benchmarks._cost import prompt_length, transformer_flops
-from benchmarks._scenarios import Bench, Row, speech
+from benchmarks._scenarios import Bench, Row, ratio, speech
 from rest_lightning.constants import FPS, SPATIAL_RATIO, num_latent_frames
 from rest_lightning.diffusion.sampling import euler_step
 from rest_lightning.diffusion.schedule import sampling_sigmas
 from rest_lightning.models.cache import IDContextCache
+from rest_lightning.streaming.engine import ChunkEngine
+from rest_lightning.streaming.options import EngineOptions
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class Backbone:
     @torch.inference_mode()
     def run(self, bench: Bench) -> Row:
         """Seconds of the clip; FLOPs by the formula that tests/test_model_cost.py checks."""
-        model, settings, length = bench.head.transformer, bench.head.sampling, bench.chunk_length
+        model, settings, length = bench.transformer, bench.head.sampling, bench.chunk_length
         rows, side = settings.branches.num_branches, bench.head.size_px // SPATIAL_RATIO
         num_chunks = (num_latent_frames(self.num_frames) - 1) // length
         sigmas = sampling_sigmas(settings.num_steps, settings.shift, (1 + 2 * length) * side * side)
@@ -91,3 +94,34 @@ class DeviceMemory:
         assert num_frames == round(self.seconds * FPS)
         peaks = {"allocated": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
         return {f"peak_{name}_gb": round(peak / 1e9, 3) for name, peak in peaks.items()}
+
+
+@dataclass(frozen=True)
+class Graphs:
+    """A chunk as captured CUDA graphs, and the same functions called one operation after another."""
+
+    repeats: int
+    name: str = "graphs"
+
+    def run(self, bench: Bench) -> Row:
+        """One chunk of one stream in the steady state, frames on the host; nothing without CUDA."""
+        if bench.device != "cuda":
+            return {"not_measured": "no CUDA device"}
+        engines = {}
+        for name, graphs in (("captured", True), ("eager", False)):
+            engine = ChunkEngine(bench.head, 1, bench.head.sampling, options=EngineOptions(graphs=graphs))
+            if engine.options.captures(bench.head.device) != graphs:
+                return {"not_measured": "REST_CUDA_GRAPHS=0"}
+            engine.start(bench.portrait())
+            engines[name] = engine
+        audio = torch.randn(1, engine.window_samples) * 0.1
+        noise = torch.randn(engine.latent_shape)
+
+        def chunk(engine: ChunkEngine) -> None:
+            engine.step(audio, noise).cpu()
+
+        for _ in range(3):  # the first chunk, the second, and all others are captured apart
+            for engine in engines.values():
+                chunk(engine)
+        row = bench.alternate({name: partial(chunk, engine) for name, engine in engines.items()}, self.repeats)
+        return {"chunk_ms": row, "ratio": ratio(row, "captured", "eager")}

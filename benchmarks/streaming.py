@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks._decode_scenarios import Halo, StreamedDecode
-from benchmarks._device_scenarios import Backbone, DeviceMemory
+from benchmarks._device_scenarios import Backbone, DeviceMemory, Graphs
 from benchmarks._models import SIZES, load_head
 from benchmarks._result import origin, write_result
 from benchmarks._scenarios import (
@@ -72,6 +72,7 @@ def scenarios(size: str, minutes: float) -> list[Any]:
         Batch(repeats),
         Halo(width=8 if tiny else 32),
         Backbone(repeats=2 if tiny else 5, matmul_size=256 if tiny else 2048 if size == "embedded" else 8192),
+        Graphs(repeats),
         DeviceMemory(seconds),
         Dtypes(seconds, repeats=2 if tiny else 3),
         Writing(seconds, repeats=2 if tiny else 3),

@@ -82,6 +82,7 @@ class VideoSink(Callback):
             self._writer.drain()
         report = pl_module.session.report()
         report.configuration.update(_expected(self._pair, pl_module.configuration))
+        report.configuration["writing_thread"] = self._writer.threaded
         report.configuration["writing_thread_s"] = round(self._writer.busy_s, 3)
         # The report first: a pair counts as finished once the video has its final name.
         report.save(self._path(self._pair, ".json"))

@@ -21,6 +21,13 @@ def peak_memory_mb() -> float:
     return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
 
 
+def num_usable_cores() -> int:
+    """Cores that this process may run on: fewer than the machine's in a container or under ``taskset``."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 @cache
 def hardware() -> dict[str, Any]:
     """Processor, cores, memory, and the accelerator when torch is loaded and has one."""

@@ -26,7 +26,18 @@ def streaming() -> Iterator[ModuleType]:
 
 def test_tiny_rehearsal(streaming: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "results" / "a.json"
-    names = ["first_frame", "cache", "diffusers", "decode", "batch", "halo", "backbone", "device_memory", "long_stream"]
+    names = [
+        "first_frame",
+        "cache",
+        "diffusers",
+        "decode",
+        "batch",
+        "halo",
+        "backbone",
+        "graphs",
+        "device_memory",
+        "long_stream",
+    ]
     words = ["--size", "tiny", "--minutes", "0.2", "--out", str(out), "--device", "cpu", "--dtype", "float32"]
     assert streaming.main([*words, "--only", *names]) == 0
     result = json.loads(out.read_text())
@@ -35,6 +46,9 @@ def test_tiny_rehearsal(streaming: ModuleType, tmp_path: Path, capsys: pytest.Ca
     assert rows["diffusers"]["difference"] < 1e-4  # the same function was timed
     assert rows["long_stream"]["num_frames"] == 288 and rows["long_stream"]["chunk_ms"]["num"] == 12
     assert rows["first_frame"]["first_frame_ms"]["min"] > 0
+    short = rows["first_frame"]["short"]
+    assert short["first_chunk_length"] == 1 and short["first_frame_ms"]["min"] > 0
+    assert rows["graphs"] == {"not_measured": "no CUDA device"}
     for name, first, second, times in (
         ("cache", "cached", "recomputed", "chunk_ms"),
         ("diffusers", "ours", "diffusers", "forward_ms"),
@@ -48,6 +62,7 @@ def test_tiny_rehearsal(streaming: ModuleType, tmp_path: Path, capsys: pytest.Ca
         assert len(errors) == 4 and errors[0] > errors[1] > errors[3] > 0
     met = {row["what"]: row["met"] for row in result["targets"]}
     assert met["backbone for 121 frames, s"] == met["peak device memory, GB"] == "not measured"
+    assert met["captured graph / eager"] == "not measured"
     assert met["time per chunk, last minute / second minute"] == "not measured"  # too short a stream
     assert met["cached chunk / recomputing without a cache"] == "no target here"
     assert Image.open(tmp_path / "results" / "a.png").width == 1000

@@ -175,7 +175,8 @@ def _stream(model: TalkingHead, portrait: np.ndarray, speech: SpeechSource, opti
     writer = _open_writer(model, options)
     sampling = {name: getattr(options, name) for name in ("num_steps", "guidance", "reference_guidance")}
     try:
-        with BackgroundWriter(writer) as background:
+        # The reader of a pipe may be slow: that must not stop the model, whatever the cores.
+        with BackgroundWriter(writer, threaded=options.to_pipe or None) as background:
             session = model.open(portrait, seed=options.seed, **sampling)
             blocks: Iterable[np.ndarray] = speech
             if options.live:
@@ -192,6 +193,7 @@ def _stream(model: TalkingHead, portrait: np.ndarray, speech: SpeechSource, opti
                     background.close()
                 session.clock.stop()
         report = session.report()
+        report.configuration["writing_thread"] = background.threaded
         report.configuration["writing_thread_s"] = round(background.busy_s, 3)
     except KeyboardInterrupt:
         if not writer.num_frames:

@@ -105,8 +105,11 @@ class VideoAutoencoder(nn.Module):
         return latents * std + mean
 
     def _statistics(self, latents: Tensor, first_slot: int) -> tuple[Tensor, Tensor]:
-        slots = torch.arange(latents.shape[2], device=latents.device).add(first_slot).clamp(max=1)
-        mean, std = self.latents_mean[slots].T, self.latents_std[slots].T
+        if first_slot:  # one column serves any number of video-like slots
+            mean, std = self.latents_mean[1:].T, self.latents_std[1:].T
+        else:
+            slots = torch.arange(latents.shape[2], device=latents.device).clamp(max=1)
+            mean, std = self.latents_mean[slots].T, self.latents_std[slots].T
         return mean[None, :, :, None, None].to(latents.dtype), std[None, :, :, None, None].to(latents.dtype)
 
 
@@ -214,12 +217,13 @@ class CompactVAE(VideoAutoencoder):
     def decode_raw(self, latents: Tensor, stream: Stream | None = None) -> Tensor:
         """See :meth:`VideoAutoencoder.decode_raw`."""
         latents = latents.movedim(1, -1).contiguous()
-        num_fine = self.num_fine
-        x = run(self.decoder[: len(self.decoder) - num_fine], latents, stream)
+        layers = list(self.decoder)  # a slice of a ModuleList would be a new module at every call
+        coarse, fine = layers[: len(layers) - self.num_fine], layers[len(layers) - self.num_fine :]
+        x = run(coarse, latents, stream)
         linear = self.principal.decode(latents, stream) if self.principal is not None else None
         if linear is not None:
             x = x + self.principal_in(patchify(linear, self.patch_size))
-        x = run(self.decoder[len(self.decoder) - num_fine :], x, stream)
+        x = run(fine, x, stream)
         frames = unpatchify(self.decoder_out(nn.functional.silu(self.decoder_norm(x))), self.patch_size)
         if linear is not None:
             frames = frames + linear

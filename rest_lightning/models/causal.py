@@ -142,8 +142,9 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, stream: Stream | None = None) -> Tensor:
         """(B, F, H, W, C) -> the same."""
-        y = self.spatial(F.silu(self.norm1(x)))
-        return x + self.temporal(F.silu(self.norm2(y)), stream)
+        in_place = not torch.is_grad_enabled()
+        y = self.spatial(F.silu(self.norm1(x), in_place))
+        return x + self.temporal(F.silu(self.norm2(y), in_place), stream)
 
 
 class TemporalResBlock(nn.Module):

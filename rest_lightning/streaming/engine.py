@@ -76,7 +76,8 @@ class ChunkEngine:
         self._capture = capture
         self._denoising, self._decoding = (Program(capture() if capture is not None else None) for _ in range(2))
         with explain_out_of_memory(model, batch, sampling):
-            self.state = state or StreamState(Tables(model, sampling), batch, self._stage)
+            pack = self.options.packs(model.device, model.dtype)
+            self.state = state or StreamState(Tables(model, sampling, pack), batch, self._stage)
             self._static = widest.static(batch) if widest is not None else self._allocate()
             self._noise, self._speech, self._latents, self._decoder_input, self._frames = self._static
             overlaps = model.device.type == "cuda" and self.options.overlap
@@ -86,7 +87,7 @@ class ChunkEngine:
         self.tables, self.guidance = self.state.tables, self.state.tables.guidance
         self.sigmas = self.tables.sigmas
         self._text = self.state.text
-        self._transformer = model.transformer
+        self._transformer = self.tables.transformer
         if self.options.compile:
             self._transformer = compiled_copy(model.transformer)
             # Slots and complex rotations are no matter for the compiler: it takes what lies before and behind.
@@ -180,7 +181,7 @@ class ChunkEngine:
         with explain_out_of_memory(model, self.batch, self.sampling):
             with self._stage("speech"):
                 features = model.speech_encoder(_upload(audio, model.device)).to(model.dtype)
-                speech_latents = model.speech_ae.encode(features, self.speech)
+                speech_latents = self.tables.speech_ae.encode(features, self.speech)
             with self._stage("dit"):
                 self._denoise(_upload(noise, model.device), speech_latents)
             num_frames = TEMPORAL_RATIO * num_latents
@@ -233,7 +234,7 @@ class ChunkEngine:
 
     def _decode(self, num_latents: int) -> None:
         """The other captured half: from clean latents to uint8 frames."""
-        vae, decoder = self.model.vae, self.decoder
+        vae, decoder = self.tables.vae, self.decoder
         latents = self._decoder_input[:, :, :num_latents]
 
         def decode() -> None:

@@ -1,4 +1,4 @@
-"""How the engine runs a chunk: graphs, compilation, overlap, warm-up, and the length of a stream's first chunk."""
+"""How the engine runs a chunk: graphs, compilation, packed weights, overlap, warm-up, first chunk."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from rest_lightning.errors import UserError
+from rest_lightning.models.packed import can_pack
 
 if TYPE_CHECKING:
     from rest_lightning.talking_head import SamplingSettings, TalkingHead
@@ -27,6 +28,8 @@ class EngineOptions:
             the environment turns them off whatever stands here.
         compile: ``torch.compile`` every transformer block, in a copy that shares the weights. Costs a minute or more at
             the first chunk.
+        pack: lay the weights out once for the CPU's kernels, instead of at every call. None: on the CPU, where torch
+            can. Packed weights lie beside the others, once for all sessions of a model. Not with ``compile``.
         overlap: on CUDA decode a chunk, and copy it to the host, while the next one is denoised.
         warm_up: run dummy chunks when a session opens, so that the first real one is as fast as the others (and every
             graph is captured); the state is what it was before, bit for bit. None: where graphs are captured.
@@ -36,6 +39,7 @@ class EngineOptions:
 
     graphs: bool | None = None
     compile: bool = False
+    pack: bool | None = None
     overlap: bool = True
     warm_up: bool | None = None
     first_chunk_length: int | None = None
@@ -52,6 +56,20 @@ class EngineOptions:
         if self.graphs and device.type != "cuda":
             raise UserError(f"expected a model on a CUDA device for graphs, got {device}: leave graphs at None")
         return device.type == "cuda" and variable == "1" and self.graphs is not False
+
+    def packs(self, device: torch.device, dtype: torch.dtype) -> bool:
+        """Whether a model of that type on ``device`` streams with packed weights.
+
+        Raises:
+            UserError: asked for where torch has no such kernels, or together with ``compile``.
+        """
+        possible = can_pack(device, dtype) and not self.compile
+        if self.pack and not possible:
+            raise UserError(
+                f"expected an uncompiled float32 or bfloat16 model on a CPU with oneDNN for pack, got {dtype} on "
+                f"{device}{' with compile' if self.compile else ''}: leave pack at None"
+            )
+        return possible and self.pack is not False
 
     def warms_up(self, device: torch.device) -> bool:
         """Whether a session on ``device`` runs dummy chunks when it opens."""

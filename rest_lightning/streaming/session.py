@@ -196,6 +196,7 @@ def describe(model: TalkingHead, sampling: SamplingSettings, options: EngineOpti
         "device": model.device.type,
         "cuda_graphs": options.captures(model.device),
         "compile": options.compile,
+        "packed": options.packs(model.device, model.dtype),
         "overlap": options.overlap and model.device.type == "cuda",
         "first_chunk_length": options.first_length(model.transformer.cache_options.chunk_length),
     }

@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from rest_lightning.diffusion.schedule import sampling_sigmas
 from rest_lightning.errors import UserError
 from rest_lightning.models.cache import IDContextCache
 from rest_lightning.models.causal import Stream
+from rest_lightning.models.packed import packed
 
 if TYPE_CHECKING:
     from rest_lightning.talking_head import SamplingSettings, TalkingHead
@@ -32,6 +33,7 @@ class Tables:
     """What depends on the model and the sampling alone: made once, shared by all engines of a session.
 
     Attributes:
+        vae, speech_ae, transformer: the model's, with packed weights if wanted.
         sigmas: noise levels of the Euler steps, from 1 to 0, as plain numbers.
         levels: the same on the device: a number from the host would be copied, and waited for, at every step.
         embeddings: modulations of every level but the last, and of 0 (the clean pass). Levels stay float32 as in
@@ -41,8 +43,10 @@ class Tables:
     """
 
     @torch.no_grad()
-    def __init__(self, model: TalkingHead, sampling: SamplingSettings) -> None:
+    def __init__(self, model: TalkingHead, sampling: SamplingSettings, pack: bool = False) -> None:
         self.model, self.sampling = model, sampling
+        parts = (model.vae, model.speech_ae, model.transformer)
+        self.vae, self.speech_ae, self.transformer = (cast("Any", packed(part)) if pack else part for part in parts)
         self.guidance = sampling.branches
         self.side = model.size_px // SPATIAL_RATIO
         options = model.transformer.cache_options
@@ -114,7 +118,7 @@ class StreamState:
             silence = torch.zeros(self.batch, SAMPLES_PER_FRAME, device=model.device)  # frame 0 lies before the speech
             features = model.speech_encoder(model.speech_encoder.pad(silence)).to(model.dtype)
             speech = Stream()
-            model.speech_ae.encode(features, speech)
+            self.tables.speech_ae.encode(features, speech)
             self.speech.restore(speech)
         self.show(reference)
 
@@ -123,13 +127,13 @@ class StreamState:
         """Go on with another portrait (B, 3, H, W): the speech continues, context and decoder begin anew."""
         model, tables = self.tables.model, self.tables
         with self._stage("vae"):
-            latent = model.vae.encode(reference[:, :, None].to(model.device, model.dtype))
-            self.decoder.restore(model.vae.start_decode(latent)[1])
+            latent = tables.vae.encode(reference[:, :, None].to(model.device, model.dtype))
+            self.decoder.restore(tables.vae.start_decode(latent)[1])
         with self._stage("dit"):
             self.cache.reset_rows()
             self.reference_rows.copy_(tables.guidance.references(latent))
             if self.cache.options.reference_attends == "self":
-                model.transformer.prefill(self.reference_rows, self.cache, text_embeds=self.text)
+                tables.transformer.prefill(self.reference_rows, self.cache, text_embeds=self.text)
 
     @property
     def text(self) -> Any:

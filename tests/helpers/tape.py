@@ -61,5 +61,10 @@ def tensors_alive_bytes() -> int:
 
     gc.collect()
     tensors = [value for value in gc.get_objects() if type(value) in (Tensor, torch.nn.Parameter)]
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-    return sum(storages.values())
+    opaque = [tensor for tensor in tensors if tensor.is_mkldnn]  # packed weights have no storage to look at
+    storages = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        for tensor in tensors
+        if not tensor.is_mkldnn
+    }
+    return sum(storages.values()) + sum(tensor.numel() * tensor.element_size() for tensor in opaque)

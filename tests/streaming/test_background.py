@@ -1,4 +1,4 @@
-"""Writing in a thread: the same file, bounded, with the writer's own errors and interruptions."""
+"""Writing in a thread and without one: the same file, bounded, with the writer's own errors and interruptions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import pytest
 
 from rest_lightning.constants import SAMPLES_PER_FRAME
 from rest_lightning.errors import UserError
-from rest_lightning.streaming.background import BackgroundWriter, write_stream
+from rest_lightning.machine import num_usable_cores
+from rest_lightning.streaming.background import THREAD_VARIABLE, BackgroundWriter, write_stream, writes_in_thread
 from rest_lightning.streaming.pipe import RawPipe
 from rest_lightning.streaming.writer import Mp4Writer
 from rest_lightning.talking_head import TalkingHead
@@ -42,12 +43,34 @@ class SlowPipe:
         """Nothing waits."""
 
 
-def test_the_file_is_the_one_without_a_thread(tmp_path: Path) -> None:
+@pytest.fixture(params=[True, False], ids=["thread", "inline"])
+def threaded(request: pytest.FixtureRequest) -> bool:
+    """Both ways of writing."""
+    return bool(request.param)
+
+
+def test_few_cores_write_for_themselves(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv(THREAD_VARIABLE, raising=False)
+    assert [writes_in_thread(cores) for cores in (1, 2, 3, 64)] == [False, False, True, True]
+    assert writes_in_thread() == (num_usable_cores() > 2)
+    for variable in ("0", "1"):
+        monkeypatch.setenv(THREAD_VARIABLE, variable)
+        assert all(writes_in_thread(cores) == (variable == "1") for cores in (None, 1, 64))
+        with BackgroundWriter(Mp4Writer(tmp_path / f"{variable}.mp4", 64)) as background:
+            assert any(thread.name == "writer" for thread in threading.enumerate()) == (variable == "1")
+            background.write(*next(chunks(1)))
+            assert variable == "1" or background.writer.num_frames == 24  # nothing waits
+    monkeypatch.setenv(THREAD_VARIABLE, "yes")
+    with pytest.raises(UserError, match="expected REST_WRITER_THREAD=0 or 1, got 'yes'"):
+        writes_in_thread()
+
+
+def test_the_file_is_the_one_without_a_thread(tmp_path: Path, threaded: bool) -> None:
     with Mp4Writer(tmp_path / "plain.mp4", 64) as writer:
         for frames, samples in chunks(4):
             writer.write(frames)
             writer.write_audio(samples)
-    with BackgroundWriter(Mp4Writer(tmp_path / "thread.mp4", 64)) as background:
+    with BackgroundWriter(Mp4Writer(tmp_path / "thread.mp4", 64), threaded=threaded) as background:
         for frames, samples in chunks(4):
             background.write(frames, samples)
     assert (tmp_path / "thread.mp4").read_bytes() == (tmp_path / "plain.mp4").read_bytes()
@@ -56,7 +79,7 @@ def test_the_file_is_the_one_without_a_thread(tmp_path: Path) -> None:
 
 def test_a_slow_writer_makes_the_caller_wait() -> None:
     pipe = SlowPipe(pause_s=0.002)
-    background = BackgroundWriter(RawPipe(pipe, 64), max_waiting=2)  # type: ignore[arg-type]
+    background = BackgroundWriter(RawPipe(pipe, 64), max_waiting=2, threaded=True)  # type: ignore[arg-type]
     for number, (frames, samples) in enumerate(chunks(6), 1):
         background.write(frames, samples)
         assert number * 24 - pipe.taken <= 24 * (2 + 1)  # two wait, one is being written
@@ -64,20 +87,23 @@ def test_a_slow_writer_makes_the_caller_wait() -> None:
     assert pipe.taken == 6 * 24 and not any(thread.name == "writer" for thread in threading.enumerate())
 
 
-def test_the_writers_error_reaches_the_caller() -> None:
+def test_the_writers_error_reaches_the_caller(threaded: bool) -> None:
     pipe = SlowPipe(num_frames=30)
-    with pytest.raises(BrokenPipeError), BackgroundWriter(RawPipe(pipe, 64)) as background:  # type: ignore[arg-type]
+    with pytest.raises(BrokenPipeError), BackgroundWriter(RawPipe(pipe, 64), threaded=threaded) as background:  # type: ignore[arg-type]
         for frames, samples in chunks(50):
             background.write(frames, samples)
     assert pipe.taken == 30
-    closing = BackgroundWriter(RawPipe(SlowPipe(num_frames=0), 64))  # type: ignore[arg-type]
+    closing = BackgroundWriter(RawPipe(SlowPipe(num_frames=0), 64), threaded=True)  # type: ignore[arg-type]
     closing._put(next(chunks(1)))
     with pytest.raises(BrokenPipeError):
         closing.close()
 
 
-def test_an_error_beside_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), BackgroundWriter(Mp4Writer(tmp_path / "a.mp4", 64)) as background:
+def test_an_error_beside_leaves_nothing(tmp_path: Path, threaded: bool) -> None:
+    with (
+        pytest.raises(ZeroDivisionError),
+        BackgroundWriter(Mp4Writer(tmp_path / "a.mp4", 64), threaded=threaded) as background,
+    ):
         for frames, samples in chunks(3):
             background.write(frames, samples)
         raise ZeroDivisionError
@@ -85,8 +111,11 @@ def test_an_error_beside_leaves_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("count", [0, 3])
-def test_an_interruption_keeps_everything_handed_over(tmp_path: Path, count: int) -> None:
-    with pytest.raises(KeyboardInterrupt), BackgroundWriter(Mp4Writer(tmp_path / "a.mp4", 64)) as background:
+def test_an_interruption_keeps_everything_handed_over(tmp_path: Path, threaded: bool, count: int) -> None:
+    with (
+        pytest.raises(KeyboardInterrupt),
+        BackgroundWriter(Mp4Writer(tmp_path / "a.mp4", 64), threaded=threaded) as background,
+    ):
         for frames, samples in chunks(count):
             background.write(frames, samples)
         raise KeyboardInterrupt
@@ -96,7 +125,7 @@ def test_an_interruption_keeps_everything_handed_over(tmp_path: Path, count: int
 
 
 @pytest.mark.parametrize("block_samples", [1, 640, 999, 16_000, 100_000])
-def test_sound_goes_with_its_frames(head: TalkingHead, block_samples: int) -> None:
+def test_sound_goes_with_its_frames(head: TalkingHead, block_samples: int, threaded: bool) -> None:
     speech = np.random.default_rng(1).uniform(-0.5, 0.5, 60 * 640 + 5).astype(np.float32)
     blocks = (speech[i : i + block_samples] for i in range(0, len(speech), block_samples))
     taken: list[tuple[int, np.ndarray]] = []
@@ -108,7 +137,7 @@ def test_sound_goes_with_its_frames(head: TalkingHead, block_samples: int) -> No
     if block_samples == 1:  # 38,405 blocks of one sample would test patience
         blocks = (part for part in np.split(speech, range(1, 700)))
     with head.open(np.zeros((64, 64, 3), np.uint8)) as session:
-        with BackgroundWriter(Collect(SlowPipe(), 64)) as background:  # type: ignore[arg-type]
+        with BackgroundWriter(Collect(SlowPipe(), 64), threaded=threaded) as background:  # type: ignore[arg-type]
             counts = list(write_stream(session, blocks, background))
         assert session.clock.stage_s["writing"] > 0
     assert counts == [24, 24, 13]
@@ -117,8 +146,8 @@ def test_sound_goes_with_its_frames(head: TalkingHead, block_samples: int) -> No
     assert np.array_equal(np.concatenate([samples for _, samples in taken]), speech)
 
 
-def test_bad_frames_are_told_in_one_line(tmp_path: Path) -> None:
+def test_bad_frames_are_told_in_one_line(tmp_path: Path, threaded: bool) -> None:
     with pytest.raises(UserError, match="expected uint8 frames"):  # noqa: SIM117
-        with BackgroundWriter(Mp4Writer(tmp_path / "a.mp4", 64)) as background:
+        with BackgroundWriter(Mp4Writer(tmp_path / "a.mp4", 64), threaded=threaded) as background:
             background.write(np.zeros((1, 32, 32, 3), np.uint8), np.zeros(640, np.float32))
     assert not list(tmp_path.iterdir())

@@ -13,6 +13,7 @@ from tape import Tape, tensors_alive_bytes
 from tiny_ltx import make_vae
 
 from rest_lightning.models.ltx_vae import LTXVideoVAE
+from rest_lightning.models.packed import can_pack
 from rest_lightning.streaming.engine import ChunkEngine
 from rest_lightning.streaming.options import GRAPHS_VARIABLE, EngineOptions
 from rest_lightning.streaming.session import StreamingSession
@@ -186,3 +187,20 @@ def test_switches(make: Callable[..., TalkingHead], monkeypatch: pytest.MonkeyPa
     for length in (0, 4):
         with pytest.raises(ValueError, match=f"expected a first_chunk_length from 1 to 3 latents, got {length}"):
             make().open(portrait()[0], options=EngineOptions(first_chunk_length=length))
+
+
+def test_packed_weights_give_the_same_frames(make: Callable[..., TalkingHead]) -> None:
+    head = make()
+    if not can_pack(torch.device("cpu"), torch.float32):
+        pytest.skip("torch without oneDNN")
+    speech = np.random.default_rng(0).uniform(-0.5, 0.5, 60 * 640).astype(np.float32)
+    videos = []
+    for pack in (False, None, True):
+        session = head.open(portrait()[0], options=EngineOptions(pack=pack))
+        assert session.report().configuration["packed"] == (pack is not False)
+        videos.append(np.concatenate([session.push(speech), session.flush()]).astype(int))
+    assert np.array_equal(videos[1], videos[2]) and videos[0].std() > 1
+    assert np.abs(videos[0] - videos[1]).max() <= 1  # a value at the edge of two grey levels
+    for options in (EngineOptions(pack=True, compile=True), EngineOptions(pack=True, compile=True, graphs=False)):
+        with pytest.raises(ValueError, match="expected an uncompiled float32 or bfloat16 model on a CPU"):
+            head.open(portrait()[0], options=options)
