@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -64,12 +64,12 @@ class Bench:
     @property
     def vae(self) -> VideoAutoencoder:
         """The VAE as a session runs it: on a CPU with packed weights."""
-        return cast("VideoAutoencoder", packed(self.head.vae))
+        return packed(self.head.vae)
 
     @property
     def transformer(self) -> A2VDiT:
         """The same of the A2V-DiT."""
-        return cast("A2VDiT", packed(self.head.transformer))
+        return packed(self.head.transformer)
 
     @property
     def chunk_length(self) -> int:

@@ -11,6 +11,7 @@ import copy
 import weakref
 import zlib
 from collections.abc import Callable, Hashable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,8 @@ _OPERATORS = (
 )
 # Layouts are chosen for inputs of about this size, and are right for any: tokens of a chunk, (N, H, W) of a chunk.
 _NUM_TOKENS, _PLACES = 96, (8, 16, 16)
-_packed: weakref.WeakKeyDictionary[nn.Module, tuple[Hashable, nn.Module]] = weakref.WeakKeyDictionary()
+Network = TypeVar("Network", bound=nn.Module)
+_packed: weakref.WeakKeyDictionary[nn.Module, tuple[Hashable, Any]] = weakref.WeakKeyDictionary()
 
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
@@ -38,7 +40,7 @@ def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def packed(network: nn.Module) -> nn.Module:
+def packed(network: Network) -> Network:
     """A copy for inference with packed linear layers and convolutions; everything else is shared.
 
     It computes what ``network`` computes, up to rounding, and keeps to the weights of now. Packed weights take as much
@@ -51,7 +53,8 @@ def packed(network: nn.Module) -> nn.Module:
     known = _packed.get(network)
     if known is None or known[0] != state:
         known = _packed[network] = (state, _copy(network))
-    return known[1]
+    twin: Network = known[1]
+    return twin
 
 
 def _state(network: nn.Module) -> Hashable:

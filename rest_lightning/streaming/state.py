@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
@@ -45,8 +45,9 @@ class Tables:
     @torch.no_grad()
     def __init__(self, model: TalkingHead, sampling: SamplingSettings, pack: bool = False) -> None:
         self.model, self.sampling = model, sampling
-        parts = (model.vae, model.speech_ae, model.transformer)
-        self.vae, self.speech_ae, self.transformer = (cast("Any", packed(part)) if pack else part for part in parts)
+        self.vae = packed(model.vae) if pack else model.vae
+        self.speech_ae = packed(model.speech_ae) if pack else model.speech_ae
+        self.transformer = packed(model.transformer) if pack else model.transformer
         self.guidance = sampling.branches
         self.side = model.size_px // SPATIAL_RATIO
         options = model.transformer.cache_options
