@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rest_lightning.models.cache import IDContextCache
+from rest_lightning.models.packed import packed
 from rest_lightning.streaming.engine import ChunkEngine
 from rest_lightning.talking_head import INDEX_FILE, SamplingChanges, SamplingSettings, TalkingHead
 
@@ -123,7 +124,7 @@ def test_a_stream_of_a_batch_is_the_stream_alone(head: TalkingHead, weights: tup
 @pytest.mark.parametrize("num_steps", [1, 3])
 @torch.inference_mode()
 def test_joint_guidance_is_two_rows_and_a_lerp_bit_for_bit(head: TalkingHead, batch: int, num_steps: int) -> None:
-    sampling, model = settings(num_steps, JOINT), head.transformer
+    sampling, model = settings(num_steps, JOINT), packed(head.transformer)  # the kernels that a session uses
     portraits, noise, speech = inputs(head, batch, num_chunks=3)
     cache = IDContextCache.allocate(model, 2 * batch, 2, 2)
     reference = head.vae.encode(portraits[:, :, None])
