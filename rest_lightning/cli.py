@@ -17,6 +17,7 @@ COMMANDS = {
     "talk": "a portrait and speech become a talking video",
     "demo": "the bundled portrait and speech become outputs/demo.mp4, with a report",
     "synthesize": "render synthetic talkers to train on",
+    "prepare": "raw videos become prepared clips, with a reason for each that does not",
     "encode": "latents of all clips, once, for the stages that need them",
     "encode-prompt": "the text embedding of the fixed prompt, once, for models that read text",
     "export": "a checkpoint becomes a model folder for talk --model",

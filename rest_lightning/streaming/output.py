@@ -71,3 +71,12 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise UserError(explain_write_error(path, error)) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether an error, or one that caused it, came of a disk, quota or file size that ended."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _NO_SPACE:
+            return True
+        error = error.__cause__
+    return False

@@ -41,6 +41,7 @@ class PrepareOptions:
         min_frames, max_frames: of a clip; longer tracks are cut into equal parts of at most ``max_frames``.
         max_gap_frames: a face may be lost for so long within a track.
         min_iou: overlap of the boxes of one face in consecutive frames.
+        min_fps: videos with fewer frames per second on average are refused.
         max_gap_s: frames further apart than this are a hole in the video, where clips end.
         scene_threshold: least difference of two frames at a scene cut, of 255.
         scene_ratio: how many times the differences around it a cut has.
@@ -77,6 +78,7 @@ class PrepareOptions:
     max_frames: int = 750
     max_gap_frames: int = 5
     min_iou: float = 0.4
+    min_fps: float = 10.0
     max_gap_s: float = 2.0
     scene_threshold: float = 18.0
     scene_ratio: float = 3.0

@@ -78,8 +78,7 @@ class Row:
 
     def to_json(self) -> str:
         """One line of JSON without its end."""
-        # surrogateescape: names on disk need not be UTF-8, and must come back as they were
-        return json.dumps(rounded(asdict(self)), ensure_ascii=True)
+        return json.dumps(rounded(asdict(self)), ensure_ascii=False)
 
     @classmethod
     def from_dict(cls, content: Any, name: str) -> Row:

@@ -1,0 +1,135 @@
+"""Raw videos become prepared clips: 25 fps, 16 kHz, one static square around each face, filtered and split.
+
+Needs the extra: pip install 'rest_lightning[prepare]'; not with --box or --already-cropped. Run it again after an
+interruption, or when videos were added: what is done stays. All thresholds: configs/data/prepare.yaml, docs/prepare.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from rest_lightning.errors import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    parser.add_argument("videos", type=Path, nargs="?", help="folder of videos, or one video")
+    parser.add_argument("--out", type=Path, help="folder of the dataset")
+    parser.add_argument("--inspect", type=Path, metavar="OUT", help="print what a prepared folder holds, and stop")
+    parser.add_argument("--config", type=Path, help="YAML file of options, see configs/data/prepare.yaml")
+    parser.add_argument("--size-px", type=int, help="side of the clips: 128, 256 (default) or 512")
+    parser.add_argument("--box", type=_numbers, metavar="X,Y,W,H", help="this square of every video; finds no faces")
+    parser.add_argument(
+        "--already-cropped", action="store_true", default=None, help="the centred square of every video; finds no faces"
+    )
+    parser.add_argument("--detector", help="mediapipe (default) or package.module:Class")
+    parser.add_argument("--min-frames", type=int, help="shorter clips are dropped (default 97)")
+    parser.add_argument("--max-frames", type=int, help="longer clips are cut into parts (default 750)")
+    parser.add_argument("--margin", type=float, help="around the face, as a share of it (default 0.2)")
+    parser.add_argument("--identity-rule", help="auto (default), hdtf, mead or file")
+    parser.add_argument("--identity-map", help="JSON or CSV of videos or folders -> identities")
+    parser.add_argument("--val-fraction", type=float, help="share of the validation split (default 0.05)")
+    parser.add_argument("--test-fraction", type=float, help="share of the test split (default 0)")
+    parser.add_argument("--sync-weights", help="SyncNet for the filter of offsets: a file, published, or embedded")
+    parser.add_argument("--keep-dropped", action="store_true", default=None, help="write filtered clips too")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="any other option, e.g. --set max_text=null"
+    )
+    parser.add_argument("--num-workers", type=int, default=2, help="processes (default 2)")
+    parser.add_argument("--engine", choices=("local", "ray"), default="local", help="where the work runs")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+_NO_OPTIONS = ("videos", "out", "inspect", "config", "set", "num_workers", "engine", "quiet")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prepare, or inspect."""
+    if args.inspect is not None:
+        from rest_lightning.data.preparation.report import print_table
+
+        print_table(args.inspect)
+        return 0
+    if args.videos is None or args.out is None:
+        raise UserError("expected VIDEOS and --out FOLDER, got less: see rest prepare --help")
+    from rest_lightning.data.preparation.options import load_options
+
+    given = {name: value for name, value in vars(args).items() if name not in _NO_OPTIONS and value is not None}
+    options = load_options(args.config, given | _settings(args.set))
+    _check_packages(options)
+    from rest_lightning.data.preparation.engine_local import find_videos, locked
+    from rest_lightning.data.preparation.finish import finish
+
+    root = args.videos if args.videos.is_dir() else args.videos.parent
+    sources = [args.videos] if args.videos.is_file() else find_videos(args.videos, args.out)
+    with locked(args.out):
+        try:
+            rows = _engine(args.engine)(sources, root, args.out, options, args.num_workers, not args.quiet)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"interrupted: the same command goes on where {args.out} stopped") from None
+        rows = finish(args.out, rows, options)
+    _summarise(args.out, len(sources), rows)
+    return 0
+
+
+def _engine(name: str) -> Any:
+    if name == "ray":
+        from rest_lightning.data.preparation import engine_ray
+
+        return engine_ray.run
+    from rest_lightning.data.preparation import engine_local
+
+    return engine_local.run
+
+
+def _settings(pairs: list[str]) -> dict[str, Any]:
+    import yaml
+
+    settings = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not (name and equals):
+            raise UserError(f"expected --set NAME=VALUE, got {pair!r}: write --set min_face_px=80")
+        try:
+            settings[name.replace("-", "_")] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise UserError(f"expected a value in --set {pair}, got no YAML: write --set min_face_px=80") from None
+    return settings
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected four numbers x,y,w,h, got {text!r}") from None
+
+
+def _check_packages(options: Any) -> None:
+    """What no video could be prepared without is told before the first one."""
+    if options.finds_faces and options.detector == "mediapipe":
+        from rest_lightning.data.preparation.faces import mediapipe_solutions
+
+        mediapipe_solutions()
+    if options.sync_weights is not None:
+        from rest_lightning.data.preparation.sync import load_sync
+
+        load_sync(options.sync_weights)
+    if options.identity_map is not None:
+        from rest_lightning.data.preparation.splits import read_mapping
+
+        read_mapping(options.identity_map)
+
+
+def _summarise(out: Path, num_videos: int, rows: list[Any]) -> None:
+    status = Counter(row.status for row in rows)
+    filters = Counter(row.filter for row in rows if row.status == "dropped")
+    hours = sum(row.num_frames or 0 for row in rows if row.status == "kept") / 25 / 3600
+    why = ", ".join(f"{name} {count}" for name, count in filters.most_common())
+    print(f"{out}: {status['kept']} clips ({hours:.2f} h) of {num_videos} videos")
+    if filters:
+        print(f"dropped {status['dropped']}: {why}")
+    if status["failed"]:
+        print(f"failed {status['failed']}: the reasons are in {out / 'prepare.jsonl'}")

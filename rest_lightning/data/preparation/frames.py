@@ -1,0 +1,273 @@
+"""Any video as upright frames at 25 fps: variable rates, rotated phones, odd time stamps, damaged ends."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+from av.video.frame import VideoFrame
+
+from rest_lightning.constants import FPS
+from rest_lightning.data.preparation.faces import Picture
+from rest_lightning.errors import UserError
+
+MIN_SIDE_PX = 32
+_SPF = Fraction(1, FPS)
+_STILL = ("image2", "png_pipe", "jpeg_pipe", "webp_pipe", "bmp_pipe", "tiff_pipe", "gif_pipe", "piped", "ico")
+_BACKWARDS_S = Fraction(1, 1000)
+
+
+class SourceError(UserError):
+    """A video that cannot be used; one line, without its name.
+
+    Attributes:
+        stage: at which it ended, see `rows.STAGES`.
+    """
+
+    def __init__(self, stage: str, reason: str) -> None:
+        super().__init__(reason)
+        self.stage = stage
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a video's header says.
+
+    Attributes:
+        width, height: upright and with square pixels.
+        rotation: counterclockwise degrees that make it upright, 0, 90, 180 or 270.
+        fps: average frames per second, None where unknown.
+        duration_s: None where unknown.
+        start_s: time stamp of the first frame as the header has it.
+        num_audio_tracks: the first, or the one marked as default, is used.
+    """
+
+    width: int
+    height: int
+    rotation: int
+    fps: float | None
+    duration_s: float | None
+    num_audio_tracks: int
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One frame at 25 fps.
+
+    Attributes:
+        index: number at 25 fps; a hole in the video leaves numbers out.
+        is_repeat: whether it shows the same picture as the frame before.
+    """
+
+    index: int
+    is_repeat: bool
+    decoded: VideoFrame
+    rotation: int
+
+    def picture(self, width: int, height: int) -> Picture:
+        """Upright uint8 RGB (height, width, 3), averaged over areas where it is reduced."""
+        if self.rotation in (90, 270):
+            width, height = height, width
+        reduced = self.decoded.reformat(
+            width, height, "rgb24", interpolation="AREA" if width < self.decoded.width else "BICUBIC"
+        )
+        return np.ascontiguousarray(np.rot90(reduced.to_ndarray(), self.rotation // 90))
+
+
+def probe(path: Path, min_fps: float = 0.0) -> Probe:
+    """Read the header and the first frame.
+
+    Raises:
+        SourceError: unreadable, no video, too small, too slow.
+    """
+    _check_file(path)
+    with open_container(path) as container:
+        stream = video_stream(container)
+        fps = float(stream.average_rate) if stream.average_rate else None
+        if fps is not None and fps < min_fps:
+            raise SourceError("probe", f"expected at least {min_fps:g} frames per second, got {fps:.3g}")
+        duration_s = _duration_s(container, stream)
+        num_audio_tracks = len(container.streams.audio)
+        first = next(_decoded(container, stream), None)
+        if first is None:
+            raise SourceError("decode", "expected frames, got none that can be decoded: the file is damaged or empty")
+        rotation = round(first.rotation / 90) * 90 % 360
+        aspect = stream.sample_aspect_ratio or Fraction(1)
+        aspect = aspect if Fraction(1, 10) <= aspect <= 10 else Fraction(1)
+        width, height = round(first.width * aspect), first.height
+    if rotation in (90, 270):
+        width, height = height, width
+    if min(width, height) < MIN_SIDE_PX:
+        raise SourceError("probe", f"expected at least {MIN_SIDE_PX} pixels on each side, got {width}x{height}")
+    return Probe(width, height, rotation, fps, duration_s, num_audio_tracks)
+
+
+class FrameStream:
+    """Frames at 25 fps of a video, one at a time.
+
+    Frame k shows what the video shows in the middle of its 40 ms; times count from the first frame.
+
+    Attributes:
+        damage: after the iteration: what was wrong with the file, or None.
+        start: time stamp of the first frame in seconds, once it came; sound is placed by it.
+
+    Args:
+        path: the video.
+        probe: of it.
+        max_gap_s: after a longer hole no frame is repeated, and numbers are left out.
+    """
+
+    def __init__(self, path: Path, probe: Probe, max_gap_s: float = 2.0) -> None:
+        self.path, self.probe, self.max_gap = path, probe, Fraction(max_gap_s)
+        self.damage: str | None = None
+
+    def __iter__(self) -> Iterator[Frame]:
+        damage: list[str] = []
+        with open_container(self.path) as container:
+            stream = video_stream(container)
+            usual = 1 / stream.average_rate if stream.average_rate else _SPF
+            index, last = 0, Fraction(0)
+            shown: VideoFrame | None = None
+            for time, frame in _timed(_decoded(container, stream, damage), usual):
+                if shown is not None:
+                    hole = time - last > self.max_gap
+                    yield from self._repeat(shown, index, last + usual if hole else time)
+                    index = max(index, _next_index(time))
+                shown, last = frame, time
+            if shown is not None:
+                yield from self._repeat(shown, index, last + usual)
+        self.damage = damage[0] if damage else self._truncation(float(last + usual) if shown is not None else 0.0)
+
+    def _repeat(self, shown: VideoFrame, index: int, end: Fraction) -> Iterator[Frame]:
+        """The shown frame at all places before ``end``."""
+        for number, place in enumerate(range(index, _next_index(end))):
+            yield Frame(place, number > 0, shown, self.probe.rotation)
+
+    def _truncation(self, end_s: float) -> str | None:
+        claimed_s = self.probe.duration_s
+        if claimed_s is None or end_s >= claimed_s - 0.5 - 0.01 * claimed_s:
+            return None
+        return f"expected {claimed_s:.2f} s of video as its header says, got {end_s:.2f} s: the file is truncated"
+
+
+def start_s(path: Path) -> Fraction:
+    """Time stamp of the first decoded frame in seconds: time 0 of a `FrameStream`."""
+    with open_container(path) as container:
+        stream = video_stream(container)
+        first = next(_decoded(container, stream), None)
+        if first is None or first.pts is None or first.time_base is None:
+            return Fraction(0)
+        return first.pts * first.time_base
+
+
+def _next_index(time: Fraction) -> int:
+    """Number of the first frame whose middle does not lie before ``time``."""
+    return max(0, -((_SPF / 2 - time) // _SPF))
+
+
+def _timed(frames: Iterator[VideoFrame], usual: Fraction) -> Iterator[tuple[Fraction, VideoFrame]]:
+    """Frames with their times from the first one on; those that go back in time are left out."""
+    origin: Fraction | None = None
+    last = -usual
+    for frame in frames:
+        if frame.pts is None or frame.time_base is None:
+            time = last + usual
+        else:
+            stamp = frame.pts * frame.time_base
+            origin = stamp - max(last + usual, Fraction(0)) if origin is None else origin
+            time = stamp - origin
+        if time < last + _BACKWARDS_S and last >= 0:
+            continue
+        yield time, frame
+        last = time
+
+
+def _decoded(container: Any, stream: Any, damage: list[str] | None = None) -> Iterator[VideoFrame]:
+    """Decoded frames; a few bad packets are skipped, more end it and are told in ``damage``."""
+    num_bad = num_good = 0
+    at_s = 0.0
+    packets = container.demux(stream)
+    while True:
+        try:
+            packet = next(packets, None)
+            frames = packet.decode() if packet is not None else []
+        except (av.FFmpegError, ValueError, ZeroDivisionError, EOFError) as error:
+            num_bad += 1
+            if num_bad > 2 + num_good // 100:
+                if damage is not None:
+                    damage.append(f"expected frames that can be decoded, got '{reason_of(error)}' after {at_s:.2f} s")
+                return
+            continue
+        if packet is None:
+            return
+        for frame in frames:
+            num_good += 1
+            at_s = frame.time or at_s
+            yield frame
+
+
+def open_container(path: Path) -> Any:
+    """An open PyAV container. Raises SourceError."""
+    try:
+        # Names such as "a:b.mp4" are files, not protocols.
+        return av.open(f"file:{path}", metadata_errors="ignore")
+    except (av.FFmpegError, OSError, ValueError) as error:
+        raise SourceError(
+            "probe", f"expected a video, got '{reason_of(error)}': the file is damaged or another kind"
+        ) from None
+
+
+def video_stream(container: Any) -> Any:
+    """The video stream, on one decoding thread. Raises SourceError when there is none."""
+    name = container.format.name
+    if name in _STILL or name.endswith("_pipe"):
+        raise SourceError("probe", "expected a video, got a still image")
+    moving = [s for s in container.streams.video if not is_picture(s)]
+    if not moving:
+        if container.streams.audio:
+            raise SourceError("probe", "expected a video stream, got sound only")
+        kinds = ", ".join(sorted({s.type for s in container.streams})) or "nothing"
+        raise SourceError("probe", f"expected a video stream, got {kinds} only")
+    stream = next((s for s in moving if s.disposition & av.stream.Disposition.default), moving[0])
+    if stream.codec_context is None:
+        raise SourceError("probe", "expected a video codec that FFmpeg decodes, got another")
+    stream.codec_context.thread_count = 1  # every thread more holds frames of its own: memory stays bounded
+    return stream
+
+
+def is_picture(stream: Any) -> bool:
+    """Whether a video stream is the cover picture of a sound file."""
+    return bool(stream.disposition & av.stream.Disposition.attached_pic)
+
+
+def reason_of(error: BaseException) -> str:
+    """A few words for what a library raised."""
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return " ".join(str(text).split()).lower()[:120]
+
+
+def _duration_s(container: Any, stream: Any) -> float | None:
+    if stream.duration is not None and stream.time_base is not None:
+        return float(stream.duration * stream.time_base)
+    return None
+
+
+def _check_file(path: Path) -> None:
+    try:
+        info = path.stat()
+        if stat.S_ISREG(info.st_mode) and info.st_size:
+            with open(path, "rb") as file:
+                file.read(1)
+    except OSError as error:
+        raise SourceError("probe", f"expected a readable file, got '{os.strerror(error.errno or 0).lower()}'") from None
+    if not stat.S_ISREG(info.st_mode):
+        raise SourceError("probe", "expected a file, got a pipe, a device or a folder")
+    if not info.st_size:
+        raise SourceError("probe", "expected a video, got an empty file of zero bytes")
