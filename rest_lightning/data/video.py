@@ -10,6 +10,7 @@ import os
 from fractions import Fraction
 from functools import cache, cached_property
 from importlib.util import find_spec
+from itertools import islice
 from types import TracebackType
 from typing import Any, Literal, Protocol
 
@@ -209,18 +210,58 @@ class _PyAVReader:
             raise ValueError("no frames")
 
     def read(self, start: int, count: int) -> Frames:
-        # From the start and by counting: clips are short, and time stamps of foreign files are not to be trusted.
+        if start and (frames := self._read_from_key_frame(start, count)) is not None:
+            return frames
+        # From the start and by counting: what is always right, as time stamps of foreign files need not be.
         self._container.seek(0)
-        frames: list[Frames] = []
-        for number, frame in enumerate(self._container.decode(self._stream)):
-            if number >= start + count:
+        decoded = islice(self._container.decode(self._stream), start, start + count)
+        return _stack([_pixels(frame) for frame in decoded])
+
+    def _read_from_key_frame(self, start: int, count: int) -> Frames | None:
+        """The same frames, decoded from the key frame before them; None where that cannot be trusted."""
+        shown = self._packet_times
+        if shown is None:
+            return None
+        wanted = shown[start : start + count]
+        seek_to = next((dts for pts, dts in reversed(self._key_frames) if pts <= wanted[0]), None)
+        if seek_to is None or seek_to == self._key_frames[0][1]:
+            return None  # nothing to leap over
+        self._container.seek(seek_to, stream=self._stream)
+        frames, times = [], []
+        for frame in self._container.decode(self._stream):
+            if frame.pts is not None and frame.pts < wanted[0]:
+                continue
+            frames.append(_pixels(frame))
+            times.append(frame.pts)
+            if len(frames) == count:
                 break
-            if number >= start:
-                frames.append(frame.to_ndarray(format="rgb24").astype(np.uint8, copy=False))
-        return np.stack(frames) if frames else np.empty((0, 0, 0, 3), np.uint8)
+        return _stack(frames) if times == wanted else None
+
+    @cached_property
+    def _packet_times(self) -> list[int] | None:
+        """When each frame is shown, in time-base units; None where the file does not say it clearly."""
+        self._container.seek(0)
+        packets = [packet for packet in self._container.demux(self._stream) if packet.size and not packet.is_discard]
+        times = sorted(packet.pts for packet in packets if packet.pts is not None)
+        self._key_frames = sorted(
+            (packet.pts, packet.dts)
+            for packet in packets
+            if packet.is_keyframe and packet.pts is not None and packet.dts is not None
+        )
+        is_clear = len(times) == len(set(times)) == len(packets) == self.num_frames and self._key_frames
+        return times if is_clear else None
 
     def close(self) -> None:
         self._container.close()
+
+
+def _pixels(frame: Any) -> Frames:
+    pixels: Frames = frame.to_ndarray(format="rgb24")
+    return pixels.astype(np.uint8, copy=False)
+
+
+def _stack(frames: list[Frames]) -> Frames:
+    return np.stack(frames) if frames else np.empty((0, 0, 0, 3), np.uint8)
 
 
 def _to_float(block: NDArray[Any]) -> Samples:

@@ -22,6 +22,7 @@ def write_mp4(
     crf: int = 12,
     sample_rate: int = SAMPLE_RATE,
     max_b_frames: int = 2,
+    key_frame_every: int | None = None,
 ) -> None:
     """frames uint8 (F, H, W, 3), audio float32 (n,)."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -30,6 +31,8 @@ def write_mp4(
         video.width, video.height, video.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
         video.codec_context.max_b_frames = max_b_frames
         video.codec_context.thread_count = 1
+        if key_frame_every is not None:
+            video.codec_context.gop_size = key_frame_every
         sound = None
         if audio is not None:
             sound = container.add_stream("aac", rate=sample_rate, layout="mono")

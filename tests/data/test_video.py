@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 
@@ -26,6 +27,39 @@ def test_backends_give_the_same_frames(make: Any, tmp_path: Path, num_frames: in
         assert ours.dtype == np.uint8
         np.testing.assert_array_equal(ours, theirs)
         assert np.abs(ours.astype(int) - truth[start : start + count]).mean() < 4
+
+
+@pytest.mark.parametrize(("key_frame_every", "b_frames"), [(1, 0), (2, 1), (7, 0), (12, 3), (25, 2), (500, 2)])
+def test_leaping_to_key_frames_changes_nothing(make: Any, tmp_path: Path, key_frame_every: int, b_frames: int) -> None:
+    """Any window, in any order, of one reader: the frames that decoding all of them gives."""
+    path = tmp_path / "clip.mp4"
+    truth = make.frames(61, 32, seed=b_frames)
+    make.mp4(path, truth, make.speech(61 * 640), max_b_frames=b_frames, key_frame_every=key_frame_every)
+    whole = read_frames(path, backend="pyav")
+    with VideoFile(path, "pyav") as video:
+        for start in [60, 0, *np.random.default_rng(0).permutation(60)]:
+            count = min(1 + start % 13, 61 - start)
+            np.testing.assert_array_equal(video.read(int(start), int(count)), whole[start : start + count])
+    if has_decord():
+        np.testing.assert_array_equal(read_frames(path, 31, 17, "decord"), whole[31:48])
+
+
+@pytest.mark.parametrize("suffix", [".mkv", ".ts"])
+def test_other_containers_are_read_exactly(make: Any, tmp_path: Path, suffix: str) -> None:
+    """With coarse time stamps, or an imprecise seek: never another frame than counting gives."""
+    path, other = tmp_path / "clip.mp4", tmp_path / f"clip{suffix}"
+    make.mp4(path, make.frames(41, 32), None, key_frame_every=8)
+    whole = read_frames(path, backend="pyav")
+    with av.open(str(path)) as source, av.open(str(other), "w") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.size:
+                packet.stream = stream
+                target.mux(packet)
+    with VideoFile(other, "pyav") as video:
+        num_frames = video.num_frames
+        for start in (20, 3, 33, 8):
+            np.testing.assert_array_equal(video.read(start, num_frames - start), whole[start:num_frames])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
