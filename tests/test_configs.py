@@ -19,7 +19,8 @@ from rest_lightning.parts import read_part
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 FILES = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml"))
 ABLATIONS = [file for file in FILES if file.startswith("ablation/")]
-DATA = [file for file in FILES if file.startswith("data/")]
+PREPARE = "data/prepare.yaml"  # tests/data/preparation/test_options.py
+DATA = [file for file in FILES if file.startswith("data/") and file != PREPARE]
 PAPER = [file for file in FILES if file.startswith("paper/") or file == "trainer/paper.yaml"]  # test_paper_configs.py
 EVAL = [file for file in FILES if file.startswith("eval/")]  # tests/evaluation/test_rest_test.py
 STRATEGIES = ["trainer/ddp.yaml", "trainer/fsdp.yaml"]  # tests/tasks/test_strategies.py runs them in two processes
@@ -40,7 +41,7 @@ def leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield prefix + key, value
 
 
-OWN_TESTS = (*ABLATIONS, *DATA, *PAPER, *EVAL, *STRATEGIES, "predict.yaml")
+OWN_TESTS = (*ABLATIONS, *DATA, *PAPER, *EVAL, *STRATEGIES, PREPARE, "predict.yaml")
 
 
 @pytest.mark.parametrize("file", [f for f in FILES if f not in OWN_TESTS])

@@ -156,18 +156,14 @@ def _box(image: Image.Image, crop: Crop, name: str) -> tuple[float, float, float
 
 def _face_box(image: Image.Image, name: str) -> tuple[float, float, float, float]:
     """A square around the largest face that shows the head as the training clips do: 1.6 times the detected box."""
-    try:
-        import mediapipe
-    except ImportError as error:
-        raise UserError("expected mediapipe for crop='face': pip install 'rest_lightning[prepare]'") from error
-    with mediapipe.solutions.face_detection.FaceDetection(model_selection=1) as detector:
-        found = detector.process(np.asarray(image)).detections
+    from rest_lightning.data.preparation.faces import FaceBoxes
+
+    with FaceBoxes() as detector:
+        found = detector.find(np.asarray(image))
     if not found:
         raise UserError(f"expected a face in {name}, found none: give the crop as a box (x, y, width, height)")
-    boxes = [detection.location_data.relative_bounding_box for detection in found]
-    box = max(boxes, key=lambda each: each.width * each.height)
-    width, height = box.width * image.width, box.height * image.height
+    left, top, width, height = max((box for box, _, _ in found), key=lambda box: box[2] * box[3])
     side = min(1.6 * max(width, height), image.width, image.height)
-    x = (box.xmin * image.width) + width / 2 - side / 2
-    y = (box.ymin * image.height) + 0.42 * height - side / 2  # the detected box ends at the brows: keep the hair
+    x = left + width / 2 - side / 2
+    y = top + 0.42 * height - side / 2  # the detected box ends at the brows: keep the hair
     return min(max(x, 0.0), image.width - side), min(max(y, 0.0), image.height - side), side, side

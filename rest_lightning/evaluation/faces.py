@@ -8,6 +8,7 @@ from typing import Protocol as Interface
 import numpy as np
 from numpy.typing import NDArray
 
+from rest_lightning.data.preparation.faces import FaceBoxes
 from rest_lightning.errors import UserError
 
 MAX_GAP_FRAMES = 25  # a face that is lost for longer ends a track there
@@ -67,18 +68,11 @@ class MediapipeFaces:
 
     def boxes(self, frames: Frames) -> Boxes:
         """See :class:`FaceFinder`."""
-        try:
-            import mediapipe
-        except ImportError as error:
-            raise UserError("expected mediapipe for faces: pip install 'rest_lightning[prepare]'") from error
-        height, width = frames.shape[1:3]
         found = np.full((len(frames), 4), np.nan)
-        options = {"model_selection": 1, "min_detection_confidence": self.min_confidence}
         last: NDArray[np.float64] | None = None
-        with mediapipe.solutions.face_detection.FaceDetection(**options) as detector:
+        with FaceBoxes(self.min_confidence) as detector:
             for number, frame in enumerate(frames):
-                relative = [d.location_data.relative_bounding_box for d in detector.process(frame).detections or ()]
-                boxes = [_square(b.xmin * width, b.ymin * height, b.width * width, b.height * height) for b in relative]
+                boxes = [_square(*box) for box, _, _ in detector.find(frame)]
                 if boxes:
                     # The largest face first, then the one that moved least: other people are left alone.
                     last = (

@@ -97,7 +97,9 @@ class Encoder:
         for pixels in frames:
             frame = VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
             frame.pts, frame.time_base = self.num_frames, Fraction(1, self.fps)
-            self._container.mux(self._video.encode(frame.reformat(format="yuv420p", dst_colorspace="SMPTE170M")))
+            # One thread: FFmpeg would start new ones for every frame, for the same pixels.
+            planes = frame.reformat(format="yuv420p", dst_colorspace="SMPTE170M", threads=1)
+            self._container.mux(self._video.encode(planes))
             self.num_frames += 1
 
     def write_audio(self, samples: np.ndarray) -> None:

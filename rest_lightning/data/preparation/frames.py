@@ -13,6 +13,7 @@ from typing import Any
 import av
 import numpy as np
 from av.video.frame import VideoFrame
+from av.video.reformatter import VideoReformatter
 
 from rest_lightning.constants import FPS
 from rest_lightning.data.preparation.faces import Picture
@@ -45,7 +46,6 @@ class Probe:
         rotation: counterclockwise degrees that make it upright, 0, 90, 180 or 270.
         fps: average frames per second, None where unknown.
         duration_s: None where unknown.
-        start_s: time stamp of the first frame as the header has it.
         num_audio_tracks: the first, or the one marked as default, is used.
     """
 
@@ -70,14 +70,15 @@ class Frame:
     is_repeat: bool
     decoded: VideoFrame
     rotation: int
+    reformatter: VideoReformatter
 
     def picture(self, width: int, height: int) -> Picture:
         """Upright uint8 RGB (height, width, 3), averaged over areas where it is reduced."""
         if self.rotation in (90, 270):
             width, height = height, width
-        reduced = self.decoded.reformat(
-            width, height, "rgb24", interpolation="AREA" if width < self.decoded.width else "BICUBIC"
-        )
+        how = "AREA" if width < self.decoded.width else "BICUBIC"
+        # One thread: FFmpeg would start new ones for every frame.
+        reduced = self.reformatter.reformat(self.decoded, width, height, "rgb24", interpolation=how, threads=1)
         return np.ascontiguousarray(np.rot90(reduced.to_ndarray(), self.rotation // 90))
 
 
@@ -116,7 +117,6 @@ class FrameStream:
 
     Attributes:
         damage: after the iteration: what was wrong with the file, or None.
-        start: time stamp of the first frame in seconds, once it came; sound is placed by it.
 
     Args:
         path: the video.
@@ -127,6 +127,7 @@ class FrameStream:
     def __init__(self, path: Path, probe: Probe, max_gap_s: float = 2.0) -> None:
         self.path, self.probe, self.max_gap = path, probe, Fraction(max_gap_s)
         self.damage: str | None = None
+        self._reformatter = VideoReformatter()
 
     def __iter__(self) -> Iterator[Frame]:
         damage: list[str] = []
@@ -148,7 +149,7 @@ class FrameStream:
     def _repeat(self, shown: VideoFrame, index: int, end: Fraction) -> Iterator[Frame]:
         """The shown frame at all places before ``end``."""
         for number, place in enumerate(range(index, _next_index(end))):
-            yield Frame(place, number > 0, shown, self.probe.rotation)
+            yield Frame(place, number > 0, shown, self.probe.rotation, self._reformatter)
 
     def _truncation(self, end_s: float) -> str | None:
         claimed_s = self.probe.duration_s

@@ -75,6 +75,8 @@ class Row:
                 f"{self.source}: expected a status of {', '.join(STATUSES)} and a stage of {', '.join(STAGES)}, "
                 f"got {self.status!r} and {self.stage!r}: prepare the folder again"
             )
+        if self.box is not None:
+            object.__setattr__(self, "box", tuple(self.box))  # of JSON it is a list
 
     def to_json(self) -> str:
         """One line of JSON without its end."""
