@@ -49,9 +49,9 @@ _NO_OPTIONS = ("videos", "out", "inspect", "config", "set", "num_workers", "engi
 def run(args: argparse.Namespace) -> int:
     """Prepare, or inspect."""
     if args.inspect is not None:
-        from rest_lightning.data.preparation.report import print_table
+        from rest_lightning.data.preparation.summary import inspect
 
-        print_table(args.inspect)
+        print(inspect(args.inspect), end="")
         return 0
     if args.videos is None or args.out is None:
         raise UserError("expected VIDEOS and --out FOLDER, got less: see rest prepare --help")

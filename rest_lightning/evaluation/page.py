@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from string import Template
@@ -46,12 +46,22 @@ def to_html(groups: Sequence[Group], media: Media | None = None, title: str = "L
         f"svg .curve.c{i} {{ stroke: var(--c{i}); }} "
         for i in range(NUM_COLOURS)
     )
+    lead = escape(APART) + " Click a heading to sort; green is the best of a column."
+    return fill_page(title, lead, (_section(group, media or {}) for group in groups), footer, colours)
+
+
+def fill_page(title: str, lead: str, sections: Iterable[str], footer: str = "", style: str = "") -> str:
+    """A page of the house's look.
+
+    Args:
+        title: heading, plain text.
+        lead: HTML below it.
+        sections: HTML.
+        footer: last line, plain text.
+        style: further CSS.
+    """
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
-        title=escape(title),
-        lead=escape(APART) + " Click a heading to sort; green is the best of a column.",
-        sections="\n".join(_section(group, media or {}) for group in groups),
-        footer=escape(footer),
-        colours=colours,
+        title=escape(title), lead=lead, sections="\n".join(sections), footer=escape(footer), colours=style
     )
 
 

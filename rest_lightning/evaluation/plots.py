@@ -1,4 +1,4 @@
-"""Two small plots as inline SVG: quality against speed, and curves over time. Colours come from the page's style."""
+"""Small plots as inline SVG: quality against speed, curves over time, histograms. The page's style has the colours."""
 
 from __future__ import annotations
 
@@ -88,6 +88,41 @@ def lines(series: Sequence[Series], step_name: str, y_label: str) -> str:
         look = "truth" if one.colour is None else f"c{one.colour % NUM_COLOURS}"
         parts.append(f'<polyline class="curve {look}" points="{points}"><title>{escape(one.label)}</title></polyline>')
     return _svg(parts, f"{y_label} over time")
+
+
+def histogram(
+    bars: Sequence[tuple[int, int]], low: float, high: float, x_label: str, y_label: str, limits: Sequence[float] = ()
+) -> str:
+    """Bars of equal width between ``low`` and ``high``.
+
+    Args:
+        bars: of each bin what is within the limits, and what is not, which stands on top in the second colour.
+        low, high: edges of the first and the last bin.
+        x_label, y_label: of the axes.
+        limits: dashed lines.
+    """
+    x_axis = _Axis(low, high, LEFT, WIDTH - RIGHT)
+    y_axis = _Axis(0.0, 1.08 * max(1, *(sum(bar) for bar in bars)), HEIGHT - BOTTOM, TOP)
+    parts = [_grid_y(y_axis, y_label), _frame(x_label)]
+    parts += [_tick_x(x_axis.place(value), value) for value in _ticks(low, high, 6)]
+    width = (high - low) / len(bars)
+    for number, (good, bad) in enumerate(bars):
+        left, right = x_axis.place(low + number * width), x_axis.place(low + (number + 1) * width)
+        text = f"{low + number * width:.4g} to {low + (number + 1) * width:.4g}: {good + bad}"
+        for count, below, look in ((good, 0, "c0"), (bad, good, "c1")):
+            if count:
+                top, bottom = y_axis.place(below + count), y_axis.place(below)
+                parts.append(
+                    f'<rect class="{look}" x="{left + 0.7:.1f}" y="{top:.1f}" width="{right - left - 1.4:.1f}" '
+                    f'height="{bottom - top:.1f}"><title>{text}</title></rect>'
+                )
+    for limit in limits:
+        x = x_axis.place(limit)
+        parts.append(f'<line class="truth" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
+        end = ' text-anchor="end"' if x > (LEFT + WIDTH) / 2 else ""
+        at = x - 5 if end else x + 5
+        parts.append(f'<text class="note" x="{at:.1f}" y="{TOP + 10}"{end}>threshold {limit:g}</text>')
+    return _svg(parts, f"{y_label} by {x_label}")
 
 
 def _svg(parts: Sequence[str], title: str) -> str:

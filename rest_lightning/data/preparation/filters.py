@@ -36,6 +36,11 @@ EARLY = ("short", "small", "faces", "profile")
 """Known from the track alone: such clips are not encoded."""
 
 
+def score_of_rule(rule: Rule) -> str:
+    """Name of the score that a rule asks."""
+    return _SCORE_OF.get(rule.option, rule.filter)
+
+
 def first_failure(
     scores: Mapping[str, float], options: PrepareOptions, only: tuple[str, ...] | None = None
 ) -> tuple[str, str] | None:
@@ -50,7 +55,7 @@ def first_failure(
     """
     for rule in RULES:
         limit = getattr(options, rule.option)
-        score = scores.get(_SCORE_OF.get(rule.option, rule.filter))
+        score = scores.get(score_of_rule(rule))
         if limit is None or score is None or (only is not None and rule.filter not in only):
             continue
         if score > limit if rule.kind == "max" else score < limit:
