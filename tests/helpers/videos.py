@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import struct
 from collections.abc import Sequence
 from fractions import Fraction
@@ -128,3 +130,35 @@ class KnownFaces:
 
     def close(self) -> None:
         pass
+
+
+class OneFace:
+    """A detector that sees one still face in the middle of every picture."""
+
+    def __init__(self, source: Path, min_confidence: float) -> None:
+        self.source = source
+
+    def detect(self, picture: np.ndarray, time_s: float) -> list[Face]:
+        height, width = picture.shape[:2]
+        side = min(height, width) / 2
+        x, y = (width - side) / 2, (height - side) / 2
+        spots = {"left_eye": (0.3, 0.4), "right_eye": (0.7, 0.4), "mouth": (0.5, 0.75), "nose": (0.5, 0.55)}
+        points = {name: np.array([x + u * side, y + v * side]) for name, (u, v) in spots.items()}
+        corners = np.array([(x, y), (x + side, y + side)])
+        return [Face((x, y, side, side), np.vstack([corners, *points.values()]), **points)]
+
+    def close(self) -> None:
+        pass
+
+
+class Crashing(OneFace):
+    """Ends its process at a video that is called so."""
+
+    def detect(self, picture: np.ndarray, time_s: float) -> list[Face]:
+        if "crash" in self.source.name and time_s > 0.1:
+            os.kill(os.getpid(), signal.SIGSEGV)
+        if "raise" in self.source.name:
+            raise ZeroDivisionError("a bug\nin a plug-in")
+        if "memory" in self.source.name:
+            raise MemoryError
+        return super().detect(picture, time_s)

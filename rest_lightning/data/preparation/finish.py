@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from importlib.util import find_spec
 from pathlib import Path
 
 from rest_lightning.data import layout
 from rest_lightning.data.preparation.duplicates import mark_duplicates
 from rest_lightning.data.preparation.options import PrepareOptions
+from rest_lightning.data.preparation.report import write_report
 from rest_lightning.data.preparation.rows import Row, sort_rows, write_rows
 from rest_lightning.data.preparation.splits import assign_splits
 
@@ -45,7 +44,7 @@ def finish(out: Path, rows: Sequence[Row], options: PrepareOptions) -> list[Row]
     }
     write_rows(out, rows)
     layout.finish_dataset(out, info, [row.clip_id for row in kept if row.clip_id is not None])
-    _write_report(out)
+    write_report(out)
     return rows
 
 
@@ -56,10 +55,3 @@ def _update_sidecar(out: Path, row: Row) -> None:
     identity, split = row.identity or row.source, row.split or sidecar.split
     if (sidecar.identity, sidecar.split) != (identity, split):
         layout.write_sidecar(out, replace(sidecar, identity=identity, split=split))
-
-
-def _write_report(out: str | os.PathLike[str]) -> None:
-    if find_spec("rest_lightning.data.preparation.report") is not None:
-        from rest_lightning.data.preparation.report import write_report
-
-        write_report(Path(out))

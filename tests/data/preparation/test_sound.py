@@ -55,7 +55,7 @@ def test_starts_are_aligned(tmp_path: Path, audio_start_s: float, video_start_s:
     times = np.arange(50) / 25 + video_start_s
     frames = np.full((50, 64, 64, 3), 30, np.uint8)
     frames[np.abs(times - moment_s).argmin()] = 220
-    sound = np.zeros(round(2 * 16_000), np.float32)
+    sound = np.zeros(2 * 16_000, np.float32)
     sound[round((moment_s - audio_start_s) * 16_000) :][:80] = 0.5
     path = write_video(tmp_path / "a.mp4", frames, [sound], times_s=times.tolist(), audio_start_s=audio_start_s)
     heard = decoded(path)
