@@ -59,12 +59,12 @@ def run(args: argparse.Namespace) -> int:
 
     given = {name: value for name, value in vars(args).items() if name not in _NO_OPTIONS and value is not None}
     options = load_options(args.config, given | _settings(args.set))
-    _check_packages(options)
     from rest_lightning.data.preparation.engine_local import find_videos, locked
     from rest_lightning.data.preparation.finish import finish
 
     root = args.videos if args.videos.is_dir() else args.videos.parent
     sources = [args.videos] if args.videos.is_file() else find_videos(args.videos, args.out)
+    _check_packages(options)
     with locked(args.out):
         try:
             rows = _engine(args.engine)(sources, root, args.out, options, args.num_workers, not args.quiet)
@@ -109,10 +109,10 @@ def _numbers(text: str) -> list[float]:
 
 def _check_packages(options: Any) -> None:
     """What no video could be prepared without is told before the first one."""
-    if options.finds_faces and options.detector == "mediapipe":
-        from rest_lightning.data.preparation.faces import mediapipe_solutions
+    if options.finds_faces:
+        from rest_lightning.data.preparation.faces import check_detector
 
-        mediapipe_solutions()
+        check_detector(options.detector)
     if options.sync_weights is not None:
         from rest_lightning.data.preparation.sync import load_sync
 

@@ -70,18 +70,22 @@ def make_detector(name: str, source: Path, min_confidence: float) -> FaceDetecto
     Raises:
         UserError: no such class, or mediapipe is not installed.
     """
+    detector: FaceDetector = check_detector(name)(source=source, min_confidence=min_confidence)
+    return detector
+
+
+def check_detector(name: str) -> Any:
+    """The class that `make_detector` makes. Raises a UserError where there is none."""
     if name == "mediapipe":
-        return MediapipeDetector(source, min_confidence)
+        mediapipe_solutions()
+        return MediapipeDetector
     module, colon, attribute = name.partition(":")
     if not (module and colon and attribute):
         raise UserError(f"expected a detector mediapipe or package.module:Class, got {name!r}: correct the name")
     try:
-        made: FaceDetector = getattr(importlib.import_module(module), attribute)(
-            source=source, min_confidence=min_confidence
-        )
+        return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise UserError(f"expected the detector {name}, got {error}: install it, or correct the name") from None
-    return made
 
 
 def mediapipe_solutions() -> Any:

@@ -49,7 +49,7 @@ class PrepareOptions:
         max_other_faces: filter ``faces``: share of frames in which another face reaches into the box.
         max_profile: filter ``profile``: distance of the nose from the middle between the eyes, in eye distances, 90th
             percentile: 0 is frontal, about 0.6 a head turned by 45 degrees.
-        min_sharpness: filter ``blur``: variance of the Laplacian of the grey face at 128x128, median.
+        min_sharpness: filter ``blur``: variance of the Laplacian of the grey face at 64x64, median.
         max_flow: filter ``motion``: mean optical flow per frame, in percent of the side, 95th percentile.
         min_brightness: filter ``dark``: mean luma of the crop, 0 to 1.
         max_hands: filter ``hands``: share of looked-at frames with a hand over the face.
@@ -85,7 +85,7 @@ class PrepareOptions:
     min_face_px: float | None = 64.0
     max_other_faces: float | None = 0.1
     max_profile: float | None = 0.5
-    min_sharpness: float | None = 20.0
+    min_sharpness: float | None = 30.0
     max_flow: float | None = 4.0
     min_brightness: float | None = 0.12
     max_hands: float | None = 0.1
@@ -178,7 +178,7 @@ def _checked(name: str, value: Any, hint: Any) -> Any:
         raise UserError(f"expected {name} of {num} numbers, got {value!r}: write [0, 0, 256, 256]")
     if kind is float and _is_number(value):
         return float(value)
-    if type(value) is kind:  # not isinstance: True is no number
+    if type(value) is kind and kind is not float:  # not isinstance: True is no number
         return value
     raise UserError(f"expected {name} as {kind.__name__}, got {value!r}: correct it")
 
