@@ -169,6 +169,12 @@ class Recipe:
 
 
 @pytest.fixture(scope="session")
+def recipe_class() -> type[Recipe]:
+    """For a recipe on other clips: in importlib mode tests cannot import this file."""
+    return Recipe
+
+
+@pytest.fixture(scope="session")
 def recipe(tmp_path_factory: pytest.TempPathFactory, talkers: Path, repository: Path) -> Recipe:
     """All stages after three steps each, their CLIs in ``clis``. Read only."""
     recipe = Recipe(tmp_path_factory.mktemp("recipe"), talkers, repository)

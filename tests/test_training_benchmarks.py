@@ -1,13 +1,16 @@
-"""benchmarks/asd.py, training_curves.py and training_step.py from end to end at tiny size."""
+"""benchmarks/asd.py, reading.py, training_curves.py and training_step.py from end to end at tiny size."""
 
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import av
+import numpy as np
 import pytest
 import torch
 from torch.utils.tensorboard import SummaryWriter
@@ -171,3 +174,55 @@ def test_training_step_compares_equal_gradients(benchmark: Any, tmp_path: Path) 
     )
     with pytest.raises(UserError, match="expected --batch of at least 1, got 0"):
         module.run(module.parse(["--batch", "0"]))
+
+
+def test_reading_compares_equal_windows(benchmark: Any, talkers: Path, tmp_path: Path) -> None:
+    module = benchmark("reading")
+    words = [
+        "--data",
+        str(talkers),
+        "--sizes",
+        "64",
+        "--key-frames",
+        "5",
+        "50",
+        "--num-clips",
+        "2",
+        "--workers",
+        "0",
+        "1",
+    ]
+    words += ["--clip-frames", "60", "--window", "17", "--seconds", "0.05", "--readers", "decord", "pyav", "--stages"]
+    assert module.main([*words, "--out", str(tmp_path / "reading.json")]) == 0
+    result = json.loads((tmp_path / "reading.json").read_text())
+    readers = [name for name in ("decord", "pyav") if result["readers"][name] is True]
+    assert len(result["reading"]) == 2 * 2 * len(readers)
+    assert all(row["windows_per_s"] > 0 for row in result["reading"])
+    near, far = (row["mb_per_minute"] for row in result["clips"])
+    assert near > far, "more key frames, larger files"
+    assert {row["key_frame_every"] for row in result["fastest"]} == {5, 50}
+
+    (path,) = module.make_clips(tmp_path, module.parse([*words, "--num-clips", "1"]), 64, 5)
+    with av.open(str(path)) as container:
+        keys = [i for i, packet in enumerate(container.demux(video=0)) if packet.size and packet.is_keyframe]
+    assert max(b - a for a, b in itertools.pairwise(keys)) <= 5
+    windows = [module.read(path, name, 31, 17) for name in readers]
+    assert all(np.array_equal(windows[0], other) for other in windows)
+    assert windows[0].shape == (17, 64, 64, 3)
+    with pytest.raises(UserError, match="expected --clip-frames of at least --window 97, got 60"):
+        module.run(module.parse(["--clip-frames", "60"]))
+
+
+@pytest.mark.slow
+def test_reading_times_the_stages_that_train(benchmark: Any, talkers: Path, tmp_path: Path) -> None:
+    module = benchmark("reading")
+    words = ["--data", str(talkers), "--size", "tiny", "--steps", "3", "--stages", "vae_start", "teacher"]
+    words += ["--sizes", "64", "--key-frames", "9", "--readers", "pyav", "--workers", "0", "--num-clips", "1"]
+    words += ["--clip-frames", "20", "--window", "9", "--seconds", "0.01"]
+    assert module.main([*words, "--out", str(tmp_path / "reading.json")]) == 0
+    result = json.loads((tmp_path / "reading.json").read_text())
+    assert [row["stage"] for row in result["data_wait"]] == ["vae_start", "teacher"]
+    for row in result["data_wait"]:
+        assert 0 < row["wait_ms"] < row["step_ms"]
+        assert row["wait_share"] == pytest.approx(row["wait_ms"] / row["step_ms"])
+    assert set(result["targets"]["met"]) == {"vae_start", "teacher"}

@@ -118,7 +118,7 @@ def run(
             waiting.append(number)
         else:
             rows[number] = done
-    with _bar(sources, list(rows), progress) as advance:
+    with progress_bar(sources, list(rows), progress) as advance:
         for number, result in _results(sources, waiting, root, out, options, num_workers):
             rows[number] = result
             advance(number)
@@ -177,6 +177,34 @@ def _results(
             worker.process.join()
 
 
+class VideoProcess:
+    """One process that prepares video after video and is replaced when one kills it: what other engines work with.
+
+    Args:
+        root: folder of the input.
+        out: folder of the dataset.
+        options: sizes and thresholds.
+    """
+
+    def __init__(self, root: Path, out: Path, options: PrepareOptions) -> None:
+        self.root, self.out, self.options = root, out, options
+        self._worker: _Worker | None = None
+
+    def prepare(self, path: Path) -> list[Row]:
+        """Rows of one video; a failed row when the process dies over it. Raises a UserError as `run` does."""
+        self._worker = self._worker or _start(self.root, self.out, self.options)
+        try:
+            self._worker.pipe.send(path)
+            answer = self._worker.pipe.recv()
+        except (EOFError, ConnectionError):
+            worker, self._worker = self._worker, None
+            return [_crashed(worker, path, self.root, self.out)]
+        if isinstance(answer, UserError):
+            raise answer
+        rows: list[Row] = answer
+        return rows
+
+
 def _crashed(worker: _Worker, path: Path, root: Path, out: Path) -> Row:
     worker.process.join()
     code = worker.process.exitcode
@@ -213,7 +241,7 @@ def _work(pipe: Connection, root: Path, out: Path, options: PrepareOptions) -> N
 
 
 @contextmanager
-def _bar(sources: Sequence[Path], done: list[int], progress: bool) -> Iterator[Callable[[int], None]]:
+def progress_bar(sources: Sequence[Path], done: list[int], progress: bool) -> Iterator[Callable[[int], None]]:
     """A bar in bytes of video, which tell the time left better than their number does."""
     from tqdm import tqdm
 
