@@ -7,9 +7,10 @@ import multiprocessing
 import os
 import re
 import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -155,7 +156,8 @@ def _results(
             for worker in workers:
                 if worker.number is None and waiting:
                     worker.number = waiting.popleft()
-                    worker.pipe.send(sources[worker.number])
+                    with suppress(ConnectionError):  # it died idle: what follows finds out
+                        worker.pipe.send(sources[worker.number])
             busy = {worker.pipe: worker for worker in workers if worker.number is not None}
             for pipe in wait(list(busy)):
                 worker = busy[pipe]  # type: ignore[index]
@@ -227,6 +229,7 @@ def _work(pipe: Connection, root: Path, out: Path, options: PrepareOptions) -> N
     """Loop of a worker process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops its workers
     os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
+    threading.Thread(target=_follow_parent, daemon=True).start()
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 2)  # decoders and mediapipe's C++ log there, line upon line; what matters comes back as rows
     while True:
@@ -238,6 +241,14 @@ def _work(pipe: Connection, root: Path, out: Path, options: PrepareOptions) -> N
             pipe.send(prepare_video(path, root, out, options))
         except UserError as error:
             pipe.send(UserError(str(error)))
+
+
+def _follow_parent() -> None:
+    """Ends this process with its parent: once that is gone, the folder is no longer locked for us."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)
 
 
 @contextmanager
