@@ -151,6 +151,13 @@ class OneFace:
         pass
 
 
+class NoFace(OneFace):
+    """A detector that sees nobody."""
+
+    def detect(self, picture: np.ndarray, time_s: float) -> list[Face]:
+        return []
+
+
 class Crashing(OneFace):
     """Ends its process at a video that is called so."""
 

@@ -8,7 +8,7 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rest_lightning.errors import UserError
 
@@ -98,7 +98,7 @@ class PrepareOptions:
     look_every_frames: int = 5
     max_duplicate_distance: int = 6
     keep_dropped: bool = False
-    identity_rule: str = "auto"
+    identity_rule: Literal["auto", "hdtf", "mead", "file"] = "auto"
     identity_map: str | None = None
     val_fraction: float = 0.05
     test_fraction: float = 0.0
@@ -176,6 +176,11 @@ def _checked(name: str, value: Any, hint: Any) -> Any:
         if isinstance(value, (list, tuple)) and len(value) == num and all(_is_number(item) for item in value):
             return tuple(float(item) for item in value)
         raise UserError(f"expected {name} of {num} numbers, got {value!r}: write [0, 0, 256, 256]")
+    if typing.get_origin(kind) is Literal:
+        choices = typing.get_args(kind)
+        if value in choices:
+            return value
+        raise UserError(f"expected {name} of {', '.join(choices)}, got {value!r}: choose one of them")
     if kind is float and _is_number(value):
         return float(value)
     if type(value) is kind and kind is not float:  # not isinstance: True is no number

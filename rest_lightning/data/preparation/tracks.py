@@ -100,6 +100,8 @@ def link_tracks(seen: Seen, breaks: Iterable[int], options: PrepareOptions) -> l
     Returns:
         Tracks by their start, then from left to right; long ones in equal parts.
     """
+    if not len(seen.frames):
+        return []
     scenes = np.unique(np.asarray(list(breaks), np.int64))
     open_tracks: list[_Chain] = []
     done: list[_Chain] = []

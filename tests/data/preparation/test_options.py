@@ -38,6 +38,7 @@ def test_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
         ({"size_px": "128"}, "expected size_px as int, got '128'"),
         ({"max_text": "much"}, "expected max_text as float, got 'much'"),
         ({"max_text": float("nan")}, "expected max_text as float, got nan"),
+        ({"identity_rule": "name"}, "expected identity_rule of auto, hdtf, mead, file, got 'name'"),
         ({"keep_dropped": 1}, "expected keep_dropped as bool, got 1"),
         ({"box": [1, 2, 3]}, "expected box of 4 numbers"),
         ({"box": [0, 0, 64, 32]}, "expected a square box"),
