@@ -83,6 +83,13 @@ def select_rows(
     return chosen, {f"shorter than {num_frames} frames": num_short} if num_short else {}
 
 
+def check_clip_file(root: str | os.PathLike[str], row: ManifestRow) -> None:
+    """CorruptClip when a clip's file is not the one of the manifest: decoders conceal damage, checksums do not."""
+    path = clip_path(root, row.clip_id)
+    if path.is_file() and sha256_of(path) != row.sha256:
+        raise CorruptClip(f"{path}: expected the checksum of the manifest, got another: remake the clip")
+
+
 def load_frames(
     root: str | os.PathLike[str],
     row: ManifestRow,
@@ -353,10 +360,8 @@ class PreparedClips(Dataset[dict[str, Any]]):
 
     def _load_tracks(self, index: int) -> ClipTracks:
         row = self.rows[index]
-        if index not in self._verified:  # decoders conceal damage, checksums do not
-            path = clip_path(self.root, row.clip_id)
-            if path.is_file() and sha256_of(path) != row.sha256:
-                raise CorruptClip(f"{path}: expected the checksum of the manifest, got another: remake the clip")
+        if index not in self._verified:
+            check_clip_file(self.root, row)
             self._verified.add(index)
         return load_tracks(self.root, row)
 

@@ -21,7 +21,7 @@ import numpy as np
 from torch import Tensor
 
 from rest_lightning.constants import num_latent_frames
-from rest_lightning.data.clips import CorruptClip, select_rows
+from rest_lightning.data.clips import CorruptClip, check_clip_file, select_rows
 from rest_lightning.data.layout import ManifestRow, read_manifest, temporary_path, write_text_atomic
 from rest_lightning.errors import UserError
 
@@ -69,6 +69,7 @@ class WindowCache:
         if num_frames is not None:
             self.check_num_frames(num_frames)
         self._clips: dict[str, dict[str, Any]] = self.index["clips"]
+        self._corrupt: dict[str, str] = self.index.get("corrupt", {})
         self._open_files: dict[tuple[int, int], Any] = {}
         self._loaded: list[dict[str, Tensor]] = []
         if in_memory:
@@ -96,8 +97,18 @@ class WindowCache:
             )
 
     def select(self, rows: list[ManifestRow], skipped: dict[str, int]) -> list[ManifestRow]:
-        """The clips that are in the cache; counts the others in ``skipped``."""
+        """The clips that are in the cache; counts in ``skipped`` those that could not be read when it was made.
+
+        Raises:
+            UserError: clips that the cache has not seen, or was made from another version of.
+        """
         kept = [row for row in rows if self.check_clip(row)]
+        missing = [row.clip_id for row in rows if row.clip_id not in self._clips and row.clip_id not in self._corrupt]
+        if missing:
+            raise UserError(
+                f"{self.folder}: expected {self.content} of all {len(rows)} clips, got none of {len(missing)} (first: "
+                f"{missing[0]}): run the same `rest encode` again, it adds them"
+            )
         if len(kept) < len(rows):
             skipped[f"not in the {self.content} cache"] = len(rows) - len(kept)
         return kept
@@ -195,10 +206,12 @@ class WindowCache:
                     starts = _spread(row.num_frames - num_frames, windows_per_clip)
                     frames = _spread(row.num_frames - 1, references_per_clip)
                     try:
+                        check_clip_file(data_dir, row)
                         new_windows, new_references = read_clip(row, starts, frames)
                     except CorruptClip as error:
                         _leave_out(index, row, error, allowed, data_dir)
                         continue
+                    index["corrupt"].pop(row.clip_id, None)  # a run before found it broken
                     entries[row.clip_id] = {
                         "sha256": row.sha256,
                         "shard": number,

@@ -181,3 +181,36 @@ def test_unreadable_clips_are_left_out(make: Any, tmp_path: Path) -> None:
     clips = PreparedClips(root, "train", 9, latents=cache)
     assert len(clips) == 3
     assert clips.skipped == {"not in the latents cache": 1}
+
+
+def test_clips_that_the_cache_has_not_seen_are_an_error(make: Any, tmp_path: Path) -> None:
+    """Videos were added after `rest encode`: training on the old ones alone would be a silent mismatch."""
+    root, folder = make.dataset(tmp_path / "talkers", num_frames=(41, 41), splits=("train", "train")), tmp_path / "l"
+    settings: dict[str, Any] = {"fingerprint": "v1", "num_frames": 9, "progress": False}
+    encode_dataset(TinyVAE(), root, folder, **settings)
+    make.dataset(root, num_frames=(41, 41, 41, 20), splits=("train",) * 4)
+    message = r"expected latents of all 4 clips, got none of 2 \(first: clip-002\): run the same `rest encode` again"
+    with pytest.raises(UserError, match=message):
+        PreparedClips(root, "train", 9, latents=LatentsCache(folder))
+    vae = TinyVAE()
+    encode_dataset(vae, root, folder, **settings)
+    assert vae.num_calls == 4, "a window, and no references, of each new clip"
+    assert len(PreparedClips(root, "train", 9, latents=LatentsCache(folder))) == 4
+
+
+def test_a_damaged_clip_is_not_encoded(make: Any, tmp_path: Path) -> None:
+    """One that still decodes: only its checksum tells. Mended, it is encoded by the next run."""
+    root, folder = make.dataset(tmp_path / "talkers"), tmp_path / "latents"
+    path = clip_path(root, "clip-001")
+    good = path.read_bytes()
+    damaged = bytearray(good)
+    damaged[damaged.index(b"mdat") + 600] ^= 0xFF
+    path.write_bytes(damaged)
+    settings: dict[str, Any] = {"fingerprint": "v1", "num_frames": 9, "progress": False, "max_corrupt": 1}
+    cache = encode_dataset(TinyVAE(), root, folder, **settings)
+    assert list(cache.index["corrupt"]) == ["clip-001"]
+    assert "expected the checksum of the manifest" in cache.index["corrupt"]["clip-001"]
+    path.write_bytes(good)
+    cache = encode_dataset(TinyVAE(), root, folder, **settings)
+    assert not cache.index["corrupt"]
+    torch.testing.assert_close(cache.window("clip-001", 0), direct(path, 16, 9).bfloat16().float())
