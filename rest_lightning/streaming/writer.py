@@ -145,6 +145,7 @@ class Mp4Writer:
         overwrite: whether a file under the final name may be replaced.
         audio: whether the file gets an audio track. A track that receives no sample is left out.
         preset: preset of x264.
+        key_frame_every: most frames from one key frame to the next; None leaves it to x264 (250).
 
     Raises:
         UserError: on a name, size or folder that cannot be written, on an existing file, and when the disk is full.
@@ -160,6 +161,7 @@ class Mp4Writer:
         overwrite: bool = False,
         audio: bool = True,
         preset: str = "veryfast",
+        key_frame_every: int | None = None,
     ) -> None:
         self.path = Path(path)
         even_sides(size_px)
@@ -168,6 +170,8 @@ class Mp4Writer:
         check_output(self.path, overwrite)
         self._temporary = temporary_name(self.path, f"{id(self):x}")
         options = {"crf": str(crf), "preset": preset}
+        if key_frame_every is not None:
+            options["g"] = str(key_frame_every)
         with self._errors():
             self._encoder = Encoder(
                 str(self._temporary), size_px, "+faststart", options, fps=fps, sample_rate=sample_rate, audio=audio

@@ -225,3 +225,14 @@ def test_bad_frames(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="at least one frame"), Mp4Writer(tmp_path / "b.mp4", 64):
         pass
     assert os.listdir(tmp_path) == ["a.mp4"]
+
+
+@pytest.mark.parametrize("key_frame_every", [1, 7, None])
+def test_distance_of_key_frames(tmp_path: Path, key_frame_every: int | None) -> None:
+    frames = np.random.default_rng(0).integers(0, 255, (1, 64, 64, 3), dtype=np.uint8).repeat(20, axis=0)
+    with Mp4Writer(tmp_path / "a.mp4", 64, key_frame_every=key_frame_every) as writer:
+        writer.write(frames)
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        keys = sorted(packet.pts for packet in container.demux(video=0) if packet.size and packet.is_keyframe)
+        frame_pts = 1 / (25 * float(container.streams.video[0].time_base))
+    assert [round(pts / frame_pts) for pts in keys] == list(range(0, 20, key_frame_every or 20))

@@ -82,9 +82,7 @@ def test_batches_are_those_of_rendered_clips(prepared: Path, talkers: Path) -> N
 
 
 @pytest.mark.slow
-def test_it_trains_a_vae_and_a_teacher(
-    prepared: Path, recipe_class: Any, repository: Path, tmp_path: Path, caplog: Any
-) -> None:
+def test_it_trains_a_vae_and_a_teacher(prepared: Path, recipe_class: Any, repository: Path, tmp_path: Path) -> None:
     recipe = recipe_class(tmp_path, prepared, repository)
     recipe.vae_stage = "vae_start"
     wider = "--model.transformer.init_args.spatial_embedding=[4,4]"  # 128 pixels where the tiny configuration has 64
