@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rest_lightning.data.clips import PreparedClips, WindowKey
 from rest_lightning.data.latents import LatentsCache, encode_dataset
-from rest_lightning.data.layout import clip_path
+from rest_lightning.data.layout import clip_path, finish_dataset
 from rest_lightning.data.video import read_frames
 from rest_lightning.errors import UserError
 
@@ -185,10 +185,14 @@ def test_unreadable_clips_are_left_out(make: Any, tmp_path: Path) -> None:
 
 def test_clips_that_the_cache_has_not_seen_are_an_error(make: Any, tmp_path: Path) -> None:
     """Videos were added after `rest encode`: training on the old ones alone would be a silent mismatch."""
-    root, folder = make.dataset(tmp_path / "talkers", num_frames=(41, 41), splits=("train", "train")), tmp_path / "l"
+    root, folder = (
+        make.dataset(tmp_path / "talkers", num_frames=(41, 41, 41, 20), splits=("train",) * 4),
+        tmp_path / "l",
+    )
+    finish_dataset(root, {}, ["clip-000", "clip-001"])
     settings: dict[str, Any] = {"fingerprint": "v1", "num_frames": 9, "progress": False}
     encode_dataset(TinyVAE(), root, folder, **settings)
-    make.dataset(root, num_frames=(41, 41, 41, 20), splits=("train",) * 4)
+    finish_dataset(root, {})
     message = r"expected latents of all 4 clips, got none of 2 \(first: clip-002\): run the same `rest encode` again"
     with pytest.raises(UserError, match=message):
         PreparedClips(root, "train", 9, latents=LatentsCache(folder))

@@ -48,8 +48,14 @@ def main() -> int:
     from ray.cluster_utils import Cluster
 
     machine = {"num_cpus": 1, "node_ip_address": "127.0.0.1", "object_store_memory": 80_000_000}
-    cluster = Cluster(initialize_head=True, head_node_args={**machine, "include_dashboard": False})
-    cluster.add_node(**machine)
+    for trial in range(3):
+        try:
+            cluster = Cluster(initialize_head=True, head_node_args={**machine, "include_dashboard": False})
+            cluster.add_node(**machine)
+            break
+        except Exception:  # on a busy machine, Ray's own 30 s for a start may not be enough
+            if trial == 2:
+                raise
     os.environ["RAY_ADDRESS"] = cluster.address
     from rest_lightning.cli import main as rest
 

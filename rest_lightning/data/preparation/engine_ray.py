@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -116,8 +117,9 @@ def _cluster(num_workers: int) -> Iterator[None]:
     if not address:
         settings |= {"num_cpus": num_workers, "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
     try:
+        _check_address(address)
         ray.init(address=address or "local", **settings)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         text = " ".join(str(error).split())[:200]
         raise UserError(
             f"expected a Ray cluster at RAY_ADDRESS={address}, got '{text}': start one, or unset it"
@@ -127,3 +129,10 @@ def _cluster(num_workers: int) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _check_address(address: str | None) -> None:
+    """OSError when nobody listens at ``host:port``: Ray itself would try for minutes."""
+    host, colon, port = (address or "").rpartition(":")
+    if colon and port.isdigit() and "/" not in host:
+        socket.create_connection((host, int(port)), timeout=20).close()

@@ -17,6 +17,8 @@ from rest_lightning.constants import SAMPLES_PER_FRAME
 
 pytest.importorskip("ray", reason="ray (extra `ray`) is the engine under test")
 
+# Starts take long where other programs have the cores.
+PATIENT = {"RAY_worker_register_timeout_seconds": "200"}
 FILES = ("prepare.jsonl", "manifest.jsonl", "dataset.json", "clips/*", "thumbs/*")
 
 
@@ -48,7 +50,7 @@ def content(out: Path) -> dict[str, bytes]:
 def on_ray(arguments: Sequence[str], repository: Path, script: str = "ray_prepare.py", **more: str) -> Any:
     helpers = repository / "tests/helpers"
     paths = os.pathsep.join(filter(None, [str(repository), str(helpers), os.environ.get("PYTHONPATH", "")]))
-    environment = {**os.environ, "PYTHONPATH": paths, "RAY_USAGE_STATS_ENABLED": "0", **more}
+    environment = {**os.environ, "PYTHONPATH": paths, "RAY_USAGE_STATS_ENABLED": "0", **PATIENT, **more}
     command = [sys.executable, *([str(helpers / script)] if script else ["-m", "rest_lightning"]), *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
@@ -87,7 +89,7 @@ def test_two_machines_give_what_one_process_gives(
 
 @pytest.mark.slow
 def test_mistakes_are_one_line(videos: Path, tmp_path: Path, repository: Path) -> None:
-    # An address where nobody listens: the port of no service.
+    # The port of no service.
     done = on_ray(words(videos, tmp_path / "a", "--engine", "ray"), repository, "", RAY_ADDRESS="127.0.0.1:1")
     assert done.returncode == 2
     assert "expected a Ray cluster at RAY_ADDRESS=127.0.0.1:1, got" in done.stderr.splitlines()[-1]
