@@ -66,7 +66,7 @@ def write_video(
     path.parent.mkdir(parents=True, exist_ok=True)
     chosen = {"crf": "10", "preset": "ultrafast"} if codec == "libx264" else {}
     with av.open(str(path), "w", options=options or {}) as container:
-        video = container.add_stream(codec, rate=round(fps), options=chosen)
+        video: Any = container.add_stream(codec, rate=round(fps), options=chosen)
         video.width, video.height, video.pix_fmt = frames.shape[2], frames.shape[1], pix_fmt
         video.codec_context.time_base, video.codec_context.thread_count = TIME_BASE, 1
         video.codec_context.max_b_frames = 0
@@ -145,7 +145,7 @@ class OneFace:
         spots = {"left_eye": (0.3, 0.4), "right_eye": (0.7, 0.4), "mouth": (0.5, 0.75), "nose": (0.5, 0.55)}
         points = {name: np.array([x + u * side, y + v * side]) for name, (u, v) in spots.items()}
         corners = np.array([(x, y), (x + side, y + side)])
-        return [Face((x, y, side, side), np.vstack([corners, *points.values()]), **points)]
+        return [Face((x, y, side, side), np.vstack([corners, *points.values()]), **points)]  # type: ignore[arg-type]
 
     def close(self) -> None:
         pass

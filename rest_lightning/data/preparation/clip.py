@@ -156,7 +156,7 @@ class ClipMaker:
             split=PROVISIONAL_SPLIT,
             crop_box=self.box,
             quality=self.scores,
-            landmarks=self.track.points(self.box) if self.options.finds_faces else None,
+            landmarks=rounded(self.track.points(self.box)) if self.options.finds_faces else None,
         )
 
 

@@ -5,6 +5,7 @@ Text and optical flow need OpenCV, which comes with mediapipe; without it these 
 
 from __future__ import annotations
 
+import importlib
 from importlib.util import find_spec
 from typing import Any
 
@@ -39,10 +40,9 @@ class ClipScores:
         self.with_hands: list[bool] = []
         self.with_text: list[bool] = []
         self._last: Grey | None = None
-        self._flow = None
+        self._flow: Any = None
         if find_spec("cv2") is not None:
-            import cv2
-
+            cv2: Any = importlib.import_module("cv2")  # its type information misses much
             cv2.setNumThreads(1)
             self._flow = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
 

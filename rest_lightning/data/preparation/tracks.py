@@ -66,7 +66,9 @@ class Track:
         """Centres of mouth and eyes (n, 2) in fractions of a box."""
         x, y, width, height = box
         named = {"mouth": _MOUTH, "left_eye": _EYE_L, "right_eye": _EYE_R}
-        return {name: (self.values[:, part] - (x, y)) / (width, height) for name, part in named.items()}
+        return {
+            name: (self.values[:, part].astype(np.float64) - (x, y)) / (width, height) for name, part in named.items()
+        }
 
     def face_px(self) -> float:
         """Larger side of the landmarks' extremes, median over frames."""

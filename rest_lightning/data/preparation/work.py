@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from rest_lightning.constants import FPS, SAMPLES_PER_FRAME
 from rest_lightning.data.layout import clip_path, rounded, sidecar_path, write_text_atomic
 from rest_lightning.data.preparation.clip import ClipMaker, centre_box, thumbnail_path
-from rest_lightning.data.preparation.faces import Box, HandFinder, make_detector
+from rest_lightning.data.preparation.faces import Box, FaceDetector, HandFinder, make_detector
 from rest_lightning.data.preparation.frames import Frame, FrameStream, Probe, SourceError, probe, reason_of, start_s
 from rest_lightning.data.preparation.options import FINISHING, PrepareOptions
 from rest_lightning.data.preparation.rows import Row, sort_rows
@@ -293,7 +293,7 @@ class _Preparation:
                 file.unlink()
 
     @contextmanager
-    def _detector(self) -> Iterator[object]:
+    def _detector(self) -> Iterator[FaceDetector | None]:
         if not self.options.finds_faces:
             yield None
             return
@@ -333,4 +333,4 @@ def _checked_box(box: Box, header: Probe) -> Box:
 
 
 def _has_samples(file: Path) -> bool:
-    return file.is_file() and np.fromfile(file, np.int16, 16_000_000).any()
+    return file.is_file() and bool(np.fromfile(file, np.int16, 16_000_000).any())

@@ -23,7 +23,7 @@ from rest_lightning.errors import UserError
 from rest_lightning.evaluation.plots import histogram
 
 EVIL = "a <b>&\"'🎬'.mp4"
-OPTIONS = PrepareOptions(max_text=None)
+OPTIONS = PrepareOptions(max_text=None, min_sharpness=20.0)
 
 
 def clip(number: int, **changes: Any) -> Row:

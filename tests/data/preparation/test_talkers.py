@@ -60,7 +60,7 @@ def make_scene(path: Path, index: int, num_frames: int) -> Scene:
     frames = np.empty((num_frames, HEIGHT, WIDTH, 3), np.uint8)
     for frame, pixels in zip(frames, clip.frames, strict=True):
         scene = still.copy()
-        scene[top : top + side, left : left + side] = Image.fromarray(pixels).resize((side, side))
+        scene[top : top + side, left : left + side] = np.asarray(Image.fromarray(pixels).resize((side, side)))
         scene += rng.normal(0, 6, (HEIGHT, WIDTH, 1)).astype(np.int16)
         frame[:] = scene.clip(0, 255)
     write_video(path, frames, [clip.audio])
