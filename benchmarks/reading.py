@@ -153,7 +153,7 @@ class RandomWindows(Dataset[torch.Tensor]):
 def read(path: Path, reader: str, start: int, count: int) -> Frames:
     """Frames (count, H, W, 3) by one of the libraries."""
     if reader == "torchcodec":
-        from torchcodec.decoders import VideoDecoder
+        from torchcodec.decoders import VideoDecoder  # type: ignore[import-not-found]
 
         decoder = VideoDecoder(os.fspath(path), dimension_order="NHWC", num_ffmpeg_threads=1, seek_mode="exact")
         frames: Frames = decoder.get_frames_in_range(start, start + count).data.numpy()

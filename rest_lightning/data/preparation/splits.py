@@ -14,15 +14,13 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
-from typing import Literal
 
 from rest_lightning.data.layout import split_of_identity
 from rest_lightning.data.preparation.options import PrepareOptions
 from rest_lightning.data.preparation.rows import Row
 from rest_lightning.errors import UserError
 
-Rule = Literal["auto", "hdtf", "mead", "file"]
-RULES: tuple[Rule, ...] = ("auto", "hdtf", "mead", "file")
+RULES = ("auto", "hdtf", "mead", "file")
 
 # RD_Radio34_009: speaker 34, clip 9. WRA_KevinBrady2_000: the third video of Kevin Brady, clip 0.
 _HDTF_SPEAKER = re.compile(r"RD_(Radio\d+)(?:_\d+)*")
@@ -32,7 +30,7 @@ _MEAD_PERSON = re.compile(r"[MW]\d{3}")
 _MEAD_EMOTION = re.compile(r"(?:^|[/_])(?:angry|contempt|disgusted|fear|happy|neutral|sad|surprised)(?=[/_])")
 
 
-def identity_of(source: str, rule: Rule = "auto", mapping: Mapping[str, str] | None = None) -> str:
+def identity_of(source: str, rule: str = "auto", mapping: Mapping[str, str] | None = None) -> str:
     """Who is seen in a video.
 
     Args:

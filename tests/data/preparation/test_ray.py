@@ -76,7 +76,7 @@ def test_two_machines_give_what_one_process_gives(
     }  # fmt: skip
     assert "ended by signal SIGKILL" in rows["crash.mp4"]["reason"]
     assert (rows["empty.mp4"]["status"], rows["empty.mp4"]["stage"]) == ("failed", "probe")
-    assert done.stdout.splitlines()[0].startswith(f"{ray}: 5 clips")
+    assert f"{ray}: 5 clips" in done.stdout
 
     # Again, with a cluster of its own: what is done stays as it is, the crash is tried again.
     before = {path: path.stat().st_mtime_ns for path in (ray / "clips").glob("*.mp4")}

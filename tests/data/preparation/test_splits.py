@@ -74,7 +74,7 @@ def test_other_names_are_their_own_identity_or_an_error() -> None:
         identity_of("video/front/angry/level_1/001.mp4", "auto")
     assert identity_of("video/front/angry/level_1/001.mp4", "file") == "video/front/angry/level_1/001.mp4"
     with pytest.raises(UserError, match="expected an identity rule of auto, hdtf, mead, file, got 'vox'"):
-        identity_of("a.mp4", "vox")  # type: ignore[arg-type]
+        identity_of("a.mp4", "vox")
 
 
 def test_mappings(tmp_path: Path) -> None:
