@@ -127,14 +127,14 @@ def test_joint_guidance_is_two_rows_and_a_lerp_bit_for_bit(head: TalkingHead, ba
     sampling, model = settings(num_steps, JOINT), packed(head.transformer)  # the kernels that a session uses
     portraits, noise, speech = inputs(head, batch, num_chunks=3)
     cache = IDContextCache.allocate(model, 2 * batch, 2, 2)
-    reference = head.vae.encode(portraits[:, :, None])
+    reference = packed(head.vae).encode(portraits[:, :, None])
     model.prefill(torch.cat([reference, torch.zeros_like(reference)]), cache)
     table = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64).float()
     chunks = []
     for sample, words in zip(noise.split(3, dim=2), speech.split(3, dim=1), strict=True):
         condition = model.project_speech(torch.cat([words, torch.zeros_like(words)]))
         for step in range(num_steps):
-            level = model.embed_sigma(table[step].view(1, 1))
+            level = head.transformer.embed_sigma(table[step].view(1, 1))
             conditional, unconditional = model(torch.cat([sample, sample]), level, condition, cache=cache).chunk(2)
             sample = sample + (table[step + 1] - table[step]) * torch.lerp(unconditional, conditional, 6.0)
         cache.commit()
