@@ -1,6 +1,6 @@
 """Do the lips follow the speech? Correlations of mouth opening with its truth and with loudness.
 
-Pure functions over numpy arrays; the torchmetrics class is in ``lip_metric.py``, since torchmetrics is slow to import.
+Pure functions over numpy arrays; :class:`rest_lightning.metrics.talking.TalkingScores` is the torchmetrics class.
 """
 
 from __future__ import annotations
