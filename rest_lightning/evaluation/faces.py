@@ -12,6 +12,7 @@ from rest_lightning.data.preparation.faces import FaceBoxes
 from rest_lightning.errors import UserError
 
 MAX_GAP_FRAMES = 25  # a face that is lost for longer ends a track there
+MIN_OVERLAP = 0.5  # intersection over union with the last box: less is another face, as in SyncNet's pipeline
 EYES_TO_MOUTH_PER_SIDE = 0.36  # of a detector's box on an upright face (decided here)
 
 Frames = NDArray[np.uint8]
@@ -57,7 +58,7 @@ class SidecarFaces:
 
 
 class MediapipeFaces:
-    """Boxes from mediapipe's detector (the ``prepare`` extra): the face nearest to the last one, gaps bridged.
+    """Boxes from mediapipe's detector (the ``prepare`` extra), see :func:`follow`; gaps are bridged.
 
     Args:
         min_confidence: of a detection.
@@ -73,15 +74,25 @@ class MediapipeFaces:
         with FaceBoxes(self.min_confidence) as detector:
             for number, frame in enumerate(frames):
                 boxes = [_square(*box) for box, _, _ in detector.find(frame)]
-                if boxes:
-                    # The largest face first, then the one that moved least: other people are left alone.
-                    last = (
-                        max(boxes, key=lambda b: b[2] - b[0])
-                        if last is None
-                        else min(boxes, key=lambda b: _moved(b, last))
-                    )
-                    found[number] = last
+                if (box := follow(boxes, last)) is not None:
+                    found[number] = last = box
         return bridge(found)
+
+
+def follow(boxes: Sequence[Boxes], last: Boxes | None) -> Boxes | None:
+    """The box, of those found in a frame, that goes on with a track: the largest first, then the one that moved least.
+
+    Args:
+        boxes: left, top, right and bottom, each (4,).
+        last: the track's last box, None where it begins.
+
+    Returns:
+        None when there is none, or none that overlaps the last one enough: other people are left alone.
+    """
+    if last is None:
+        return max(boxes, key=lambda box: box[2] - box[0], default=None)
+    nearest = max(boxes, key=lambda box: _overlap(box, last), default=None)
+    return nearest if nearest is not None and _overlap(nearest, last) > MIN_OVERLAP else None
 
 
 def bridge(boxes: Boxes) -> Boxes:
@@ -109,5 +120,8 @@ def _square(x: float, y: float, width: float, height: float) -> NDArray[np.float
     return np.array([x - half, y - half, x + half, y + half])
 
 
-def _moved(box: NDArray[np.float64], last: NDArray[np.float64] | None) -> float:
-    return 0.0 if last is None else float(np.linalg.norm(box - last))
+def _overlap(a: Boxes, b: Boxes) -> float:
+    """Intersection over union of two boxes (4,)."""
+    sides = np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2])
+    common = float(np.prod(sides.clip(min=0)))
+    return common / float(np.prod(a[2:] - a[:2]) + np.prod(b[2:] - b[:2]) - common)

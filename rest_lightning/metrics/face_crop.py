@@ -13,7 +13,7 @@ from rest_lightning.metrics.sums import Frames, check_clip
 from rest_lightning.models.syncnet import FACE_PX
 
 CROP_SCALE = 0.40  # the crop reaches this much of the face's half side beyond it
-MIN_TRACK_FRAMES = 100
+MIN_TRACK_FRAMES = 101  # the reference keeps tracks of more than 100 frames
 _SMOOTHING_FRAMES = 13
 _PADDING = 110  # grey level outside the image
 
@@ -27,7 +27,7 @@ def face_crops(frames: Frames, boxes: ArrayLike, min_track_frames: int = MIN_TRA
     Args:
         frames: uint8 (n, H, W, 3).
         boxes: (n, 4), left, top, right and bottom of the detector's box in pixels.
-        min_track_frames: a shorter track is no track (the reference's 100).
+        min_track_frames: a shorter track is no track.
 
     Raises:
         UserError: too short a track, boxes that do not fit the frames or are empty.

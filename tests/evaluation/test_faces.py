@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+from PIL import Image
 
 from rest_lightning.errors import UserError
-from rest_lightning.evaluation.faces import MediapipeFaces, SidecarFaces, bridge
+from rest_lightning.evaluation.faces import MediapipeFaces, SidecarFaces, bridge, follow
 from rest_lightning.evaluation.protocol import Protocol
 
 
@@ -31,6 +34,37 @@ def test_sidecar_landmarks_become_boxes() -> None:
         SidecarFaces(landmarks).boxes(np.zeros((6, 200, 200, 3), np.uint8))
     with pytest.raises(UserError, match="expected landmarks in the true clip's sidecar"):
         SidecarFaces(None)
+
+
+@pytest.mark.parametrize(
+    ("boxes", "expected"),
+    [
+        ([], None),
+        ([(52, 50, 152, 150), (0, 0, 40, 40)], 0),
+        ([(200, 50, 400, 250), (60, 55, 160, 155)], 1),  # a larger one elsewhere
+        ([(200, 50, 400, 250)], None),  # the face is lost, and somebody else is there
+        ([(100, 50, 200, 150)], None),  # a third in common
+    ],
+)
+def test_a_track_stays_with_its_face(boxes: list[tuple[int, ...]], expected: int | None) -> None:
+    found = [np.array(box, float) for box in boxes]
+    box = follow(found, np.array([50.0, 50.0, 150.0, 150.0]))
+    assert box is (None if expected is None else found[expected])
+    largest = max(found, key=lambda b: b[2] - b[0], default=None)
+    assert follow(found, None) is largest
+
+
+def test_mediapipe_follows_a_face_and_bridges_where_there_is_none(repository: Path) -> None:
+    pytest.importorskip("mediapipe", reason="extra `prepare` finds faces")
+    picture = np.array(Image.open(repository / "rest_lightning/assets/portrait.png").convert("RGB").resize((192, 192)))
+    canvas = np.full((12, 256, 320, 3), 120, np.uint8)
+    for i, frame in enumerate(canvas):
+        if i not in (5, 6):
+            frame[32:224, 10 * i : 10 * i + 192] = picture
+    boxes = MediapipeFaces().boxes(canvas)
+    centres = (boxes[:, 0] + boxes[:, 2]) / 2
+    np.testing.assert_allclose(np.diff(centres), 10, atol=5)
+    assert abs(centres[0] - 96) < 20 and 90 < np.mean(boxes[:, 3] - boxes[:, 1]) < 192
 
 
 def test_mediapipe_finds_no_face_in_noise_or_says_how_to_get_it() -> None:

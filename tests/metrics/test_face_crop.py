@@ -49,7 +49,7 @@ def test_one_wrong_detection_does_not_move_the_crop_and_outside_is_grey() -> Non
 def test_bad_tracks_are_named() -> None:
     frames = ramps(97, 32, 32)
     boxes = np.tile((4.0, 4.0, 20.0, 20.0), (97, 1))
-    with pytest.raises(UserError, match="at least 100 frames, got 97"):
+    with pytest.raises(UserError, match="at least 101 frames, got 97"):
         face_crops(frames, boxes)
     with pytest.raises(UserError, match=r"each of 97 frames, got \(96, 4\)"):
         face_crops(frames, boxes[1:])
