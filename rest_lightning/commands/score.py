@@ -57,7 +57,13 @@ def run(args: argparse.Namespace) -> int:
         for name, counts in bar:
             if not counts:
                 bar.write(f"{name} failed: {scorer.failures[-1]['reason']}")
-    config = {"command": "score", "chunk_frames": args.chunk_frames, "num_unpaired": len(files.unpaired)}
+    scorer.remarks += [f"left out: {path.name}, no true clip of this name" for path in files.unpaired]
+    config = {
+        "command": "score",
+        "chunk_frames": args.chunk_frames,
+        "unpaired": [path.name for path in files.unpaired],
+        "frame_source": files.frame_source(),
+    }
     row = scorer.row(args.method or args.generated.resolve().name, config=config)
     write_row(row, args.out)
     print(f"{args.out}: {row.num_clips} clips, {len(row.failures)} failed")

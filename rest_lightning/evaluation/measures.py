@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rest_lightning.constants import FPS
+from rest_lightning.errors import UserError
 from rest_lightning.evaluation.faces import FaceFinder
 from rest_lightning.evaluation.protocol import Protocol
 from rest_lightning.metrics.extractors import FeatureExtractor, load_extractor
@@ -51,8 +52,9 @@ class Measure:
         """The clip is complete."""
 
     def notes(self) -> list[str]:
-        """What readers must know."""
-        return self.metrics["generated"].notes()
+        """What readers must know, of the clips of all processes: call it on every one."""
+        with self.metrics["generated"].sync_context():  # `compute` has given the states back to their processes
+            return self.metrics["generated"].notes()
 
 
 class Frechet(Measure):
@@ -116,6 +118,8 @@ class Identity(Measure):
 
     def finish(self, clip: Any) -> None:
         """See :class:`Measure`."""
+        if not np.isfinite([*self.cosines["generated"], *self.cosines["truth"]]).all():
+            raise UserError("expected numbers as identities, got NaN or infinity: look at the extractor's weights")
         for side, values in self.cosines.items():
             self.metrics[side].update({self.key: float(np.mean(values))})
 

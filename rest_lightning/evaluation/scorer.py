@@ -70,6 +70,7 @@ class Scorer:
         self.measures = make_measures(protocol, chunk_frames, load)
         self.failures: list[dict[str, str]] = []
         self.resized: set[int] = set()
+        self.remarks: list[str] = []  # further notes of the row
         self.num_clips = 0
         for measure in self.measures.values():
             for metric in measure.metrics.values():
@@ -161,8 +162,9 @@ class Scorer:
         )
 
     def notes(self) -> list[str]:
-        """What readers of the numbers must know."""
-        notes = [note for measure in self.measures.values() for note in measure.notes()]
+        """What readers of the numbers must know; call it on every process."""
+        notes = [*self.remarks]
+        notes += [note for measure in self.measures.values() for note in measure.notes()]
         sizes = sorted({size for part in _gathered(sorted(self.resized)) for size in part})
         notes += [f"frames of {size} px were resized to {self.protocol.size_px}" for size in sizes]
         unknown = {

@@ -36,6 +36,11 @@ class PairedFiles:
     pairs: list[tuple[str, Path | None, Path]]
     unpaired: list[Path]
 
+    def frame_source(self) -> dict[str, str]:
+        """Kinds of files that the frames of both sides come from, for result rows: codecs move FID."""
+        sides = {"generated": [made for _, made, _ in self.pairs if made], "truth": [true for _, _, true in self.pairs]}
+        return {side: ", ".join(sorted({p.suffix[1:].lower() for p in paths})) for side, paths in sides.items()}
+
 
 def pair_folders(generated: Path, truth: Path, num_clips: int) -> PairedFiles:
     """Pairs of two folders by file name without its ending: the first ``num_clips`` true clips, each with its file.
@@ -84,10 +89,7 @@ def open_pair(name: str, made: Path, true: Path, protocol: Protocol) -> ClipPair
     """
     for path in (made, true):
         _check_video(path, protocol)
-    sidecar_file = true.with_suffix(".json")
-    sidecar = None
-    if sidecar_file.is_file():
-        sidecar = Sidecar.from_json(sidecar_file.read_text(encoding="utf-8"), str(sidecar_file))
+    sidecar = _sidecar(true.with_suffix(".json"))
     opening = None if sidecar is None else sidecar.mouth_opening
     with VideoFile(true) as video:
         reference = video.read(0, 1)[0]
@@ -100,6 +102,15 @@ def open_pair(name: str, made: Path, true: Path, protocol: Protocol) -> ClipPair
         true_opening=None if opening is None else np.asarray(opening, dtype=np.float64),
         faces=_faces(protocol, sidecar),
     )
+
+
+def _sidecar(path: Path) -> Sidecar | None:
+    if not path.is_file():
+        return None
+    try:
+        return Sidecar.from_json(path.read_text(encoding="utf-8"), path.name)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path.name}: expected the true clip's sidecar, got {error}: make it again") from None
 
 
 def _without_folders(reason: str, *paths: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,23 @@ def test_row_equals_the_metric_classes(
     assert row.extractors["fid"]["name"] == "embedded-image" and row.config["protocol"]["size_px"] == 64
 
 
+def test_videos_without_a_true_clip_are_named_in_the_row(
+    score: Callable[..., tuple[int, ResultRow]], generated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "more"
+    shutil.copytree(generated, folder)
+    shutil.copy(min(generated.iterdir()), folder / "nobody.mp4")
+    missing = max(path for path in folder.iterdir() if path.stem != "nobody")
+    missing.unlink()
+    code, row = score(folder)
+    assert code == 1 and row.config["unpaired"] == ["nobody.mp4"] and row.num_clips == 2
+    assert row.failures == [{"clip": missing.stem, "reason": "expected a generated video of this name, got none"}]
+    assert "left out: nobody.mp4, no true clip of this name" in row.config["notes"]
+    assert "the weights of embedded-image are none of the known files" in row.config["notes"]
+    assert row.config["frame_source"] == {"generated": "mp4", "truth": "mp4"}
+    assert "nobody.mp4: no true clip of this name" in capsys.readouterr().out
+
+
 def test_pieces_are_the_whole(truth: Path, protocol_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory: however a video is cut, the numbers are the same."""
     from rest_lightning.evaluation import videos
@@ -159,8 +177,90 @@ def test_every_fault_is_named_and_counts_nowhere(truth: Path, protocol_file: Pat
     assert row.metrics == clean.row("x").metrics, "a clip that failed has left a trace"
 
 
-def test_features_that_are_not_numbers_fail_after_others_took_the_clip(protocol_file: Path, truth: Path) -> None:
-    """FID has the clip already when sync refuses it: it must be taken back."""
+def test_damaged_files_of_both_sides_are_named(truth: Path, protocol_file: Path, tmp_path: Path) -> None:
+    """Files that open and break later on, and sidecars that are none."""
+    from dataclasses import replace
+
+    from rest_lightning.evaluation.protocol import read_protocol
+    from rest_lightning.evaluation.scorer import Scorer
+    from rest_lightning.evaluation.videos import PairedFiles, score_folders
+
+    good = min(truth.glob("*.mp4"))
+    content = good.read_bytes()
+    third = len(content) // 3
+    damages = {
+        "empty": b"",
+        "half": content[: len(content) // 2],
+        "hole": content[:third] + bytes(third) + content[2 * third :],
+    }
+    pairs = []
+    for name, damaged in damages.items():
+        (tmp_path / f"{name}.mp4").write_bytes(damaged)
+        pairs += [(name, tmp_path / f"{name}.mp4", good), (f"true {name}", good, tmp_path / f"{name}.mp4")]
+    for name, sidecar in (("keys", b"{}"), ("bytes", b"\xff\xfe")):
+        (tmp_path / f"{name}.mp4").write_bytes(content)
+        (tmp_path / f"{name}.json").write_bytes(sidecar)
+        pairs.append((name, good, tmp_path / f"{name}.mp4"))
+    scorer = Scorer(replace(read_protocol(protocol_file), measures=["fid"]))
+    assert not any(counts for _, counts in score_folders(scorer, PairedFiles(pairs, [])))
+    assert [failure["clip"] for failure in scorer.failures] == [name for name, _, _ in pairs]
+    for failure in scorer.failures:
+        assert "expected" in failure["reason"] and str(tmp_path) not in failure["reason"], failure
+    assert "bytes.json" in scorer.failures[-1]["reason"]
+
+
+def test_faces_of_a_track_are_what_sync_sees(truth: Path, protocol_file: Path) -> None:
+    """Crops along each side's own track; no face and too short a track are failures of the clip, in the row."""
+    from dataclasses import replace
+
+    from rest_lightning.evaluation.faces import MediapipeFaces, SidecarFaces
+    from rest_lightning.evaluation.protocol import read_protocol
+    from rest_lightning.evaluation.scorer import ClipPair, Scorer
+    from rest_lightning.metrics.face_crop import face_crops
+    from rest_lightning.metrics.sync import sync_of_clip
+
+    protocol = replace(read_protocol(protocol_file), measures=["sync"], num_frames=104, faces="sidecar")
+    path = min(truth.glob("*.mp4"))
+    frames = np.concatenate([read_frames(path)] * 2)[:104]
+    audio = np.tile(read_clip_audio(path, 57), 2)[: 104 * 640]
+    landmarks = Sidecar.from_json(path.with_suffix(".json").read_text()).landmarks
+    assert landmarks is not None
+    faces = SidecarFaces({name: (points * 2)[:104] for name, points in landmarks.items()})
+    scorer = Scorer(protocol)
+    late = np.roll(frames, 3, axis=0)
+    for name in "ab":
+        assert scorer.add(ClipPair(name, [(late, frames)], audio, audio, frames[0], faces=faces)), scorer.failures
+    extractor = scorer.measures["sync"].metrics["generated"].extractor
+    blank = ClipPair("blank", [(0 * frames, frames)], audio, audio, frames[0], faces=MediapipeFaces())
+    assert not scorer.add(blank)  # no face, or no mediapipe
+    assert scorer.failures[-1]["clip"] == "blank" and "expected" in scorer.failures[-1]["reason"]
+    row = scorer.row("x")
+    for side, made in ((row.metrics, late), (row.ground_truth, frames)):
+        expected = sync_of_clip(face_crops(made, faces.boxes(made)), audio, extractor)
+        assert side["sync_d"] == pytest.approx(expected.distance, rel=1e-5)
+        assert side["offset_frames"] == expected.offset_frames
+    assert row.metrics["sync_d"] != row.ground_truth["sync_d"] and row.num_clips == 2
+
+    short = Scorer(replace(protocol, num_frames=100))
+    assert not short.add(ClipPair("c", [(late[:100], frames[:100])], audio, audio, frames[0], faces=faces))
+    assert short.failures == [
+        {"clip": "c", "reason": "sync: expected a face track of at least 101 frames, got 100: give a longer clip"}
+    ]
+
+
+@pytest.mark.parametrize(
+    ("measure", "layer", "reason"),
+    [
+        ("sync", "speech.11", "sync: expected numbers as embeddings"),
+        ("identity", "identity", "identity: expected numbers as identities"),
+        ("e_fid", "factors", "expected numbers as e_fid features"),
+        ("fvd", "late.0", "fvd: expected numbers as fvd features"),
+    ],
+)
+def test_features_that_are_not_numbers_fail_after_others_took_the_clip(
+    protocol_file: Path, truth: Path, measure: str, layer: str, reason: str
+) -> None:
+    """FID has the clip already when another refuses it: it must be taken back."""
     from rest_lightning.evaluation.protocol import read_protocol
     from rest_lightning.evaluation.scorer import Scorer
     from rest_lightning.evaluation.videos import open_pair, pair_folders
@@ -172,13 +272,15 @@ def test_features_that_are_not_numbers_fail_after_others_took_the_clip(protocol_
         if number != 1:
             assert clean.add(open_pair(*pair, protocol)) and scorer.add(open_pair(*pair, protocol))
             continue
-        layer = scorer.measures["sync"].metrics["generated"].extractor.net.speech[-1]
-        weight = layer.weight.clone()
-        layer.weight.fill_(float("nan"))
+        part: Any = scorer.measures[measure]
+        extractor = part.extractor if measure != "sync" else part.metrics["generated"].extractor
+        weight = extractor.net.get_submodule(layer).weight
+        before = weight.clone()
+        weight.fill_(float("nan"))
         assert not scorer.add(open_pair(*pair, protocol))
-        layer.weight.copy_(weight)
+        weight.copy_(before)
     (failure,) = scorer.failures
-    assert failure["clip"] == pairs[1][0] and failure["reason"].startswith("sync: expected numbers as embeddings")
+    assert failure["clip"] == pairs[1][0] and failure["reason"].startswith(reason), failure
     assert scorer.row("x").metrics == clean.row("x").metrics
     audio = open_pair(*pairs[0], protocol)
     audio.audio[100] = np.nan

@@ -182,8 +182,11 @@ def test_wrong_frames_are_named() -> None:
 def test_two_processes_give_what_one_gives(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(metric_processes.run, args=(str(tmp_path),), nprocs=2)
     alone = metric_processes.numbers_of(range(metric_processes.NUM_CLIPS))
+    notes = alone.pop("notes")
+    assert notes == ["b: mean over 4 of 5 clips"]  # of all processes
     assert set(alone) == {"frechet", "a", "b"} and float(alone["frechet"]) > 0.1
     for rank in range(2):
         together = torch.load(tmp_path / f"{rank}.pt")
+        assert together["notes"] == notes
         for key, value in alone.items():
             assert float(together[key]) == pytest.approx(float(value), rel=1e-12), key
