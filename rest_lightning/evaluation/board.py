@@ -121,7 +121,7 @@ class Entry:
 
 @dataclass
 class Group:
-    """Rows that may be compared: one protocol and version, the same extractors, clips asked for and frames per clip."""
+    """Rows that may be compared: one protocol, version, setting; the same extractors, numbers of clips and frames."""
 
     protocol: str
     version: int
@@ -221,7 +221,13 @@ def make_board(rows: Sequence[ResultRow], sort_by: str | None = None) -> list[Gr
     by_group: dict[tuple[Any, ...], list[ResultRow]] = {}
     for row in (row for row in rows if row.measured):
         # What is left of two tables once their biases are taken off is not known (FID falls with the number of clips).
-        key = (row.protocol, row.protocol_version, fingerprint(row.extractors), row.num_attempted, row.num_frames)
+        key = (
+            *_protocol(row),
+            fingerprint(row.extractors),
+            row.num_attempted,
+            row.num_frames,
+            *_setting(row),
+        )
         groups.setdefault(
             key, Group(row.protocol, row.protocol_version, row.extractors, row.num_attempted, row.num_frames)
         )
@@ -267,6 +273,13 @@ def _protocol(row: ResultRow) -> tuple[str, int]:
     return row.protocol, row.protocol_version
 
 
+def _setting(row: ResultRow) -> tuple[str, ...]:
+    """What a protocol fixes, for whoever changes its file and leaves its version."""
+    protocol = row.config.get("protocol")
+    faces = protocol.get("faces") if isinstance(protocol, Mapping) else None
+    return tuple(str(value) for value in (row.config.get("size_px"), row.config.get("fps"), faces))
+
+
 def _without_repeats(rows: Sequence[ResultRow]) -> list[ResultRow]:
     """A file that is named twice, or lies in two folders, is one run."""
     return list({json.dumps(row.to_dict(), sort_keys=True): row for row in rows}.values())
@@ -290,6 +303,12 @@ def _entries(rows: list[ResultRow]) -> list[Entry]:
 
 def _warnings(group: Group) -> list[str]:
     warnings = []
+    sources = {json.dumps(source, sort_keys=True): source for row in group.rows if (source := _frame_source(row))}
+    if len(sources) > 1:
+        warnings.append(
+            f"Frames come from {' and '.join(' / '.join(source.values()) for source in sources.values())} (generated / "
+            "true): compression alone moves FID, FVD and sharpness; score all of them from files of one kind"
+        )
     for key, cell in group.ground_truth.items():
         # Frechet distances of the truth to itself are zero up to rounding: relative to what they measure.
         scale = max(abs(cell.mean), *(abs(c.mean) for e in group.entries if (c := e.cell(key)) is not None), 1e-9)
@@ -301,6 +320,11 @@ def _warnings(group: Group) -> list[str]:
                 "these rows did not score the same true clips, do not compare them"
             )
     return warnings
+
+
+def _frame_source(row: ResultRow) -> dict[str, str] | None:
+    source = row.config.get("frame_source")
+    return {key: str(value) for key, value in sorted(source.items())} if isinstance(source, Mapping) else None
 
 
 def _sort(group: Group, sort_by: str | None) -> None:

@@ -41,8 +41,11 @@ OTHER_EXTRACTOR = {"fid": {"name": "embedded-image", "sha256": "b" * 64}}
         {"extractors": OTHER_EXTRACTOR},
         {"num_clips": 7},
         {"num_frames": 120},
+        {"config": {"size_px": 256, "fps": 25}},
+        {"config": {"size_px": 128, "fps": 30}},
+        {"config": {"size_px": 128, "fps": 25, "protocol": {"faces": "sidecar"}}},
     ],
-    ids=lambda changes: next(iter(changes)),
+    ids=str,
 )
 def test_what_cannot_be_compared_is_never_in_one_table(make_row: Make, changes: dict[str, Any]) -> None:
     first, second = board(make_row("a", 5.0), make_row("b", 1.0, **changes))
@@ -117,6 +120,22 @@ def test_other_true_clips_are_told(make_row: Make) -> None:
     assert any("did not score the same true clips" in warning for warning in group.warnings)
     (group,) = board(make_row("a"), make_row("b", ground_truth=truth | {"sync_c": 5.001, "fid": 1e-6}))
     assert group.warnings == []
+
+
+def test_other_kinds_of_frames_are_told(make_row: Make) -> None:
+    """Compression moves FID: raw frames of one method beside mp4 files of another are no fair table."""
+
+    def row(name: str, source: dict[str, str] | None) -> dict[str, Any]:
+        config = {"size_px": 128, "fps": 25, "notes": []}
+        return make_row(name, config=config if source is None else config | {"frame_source": source})
+
+    raw, files = {"generated": "decoder", "truth": "mp4"}, {"generated": "mp4", "truth": "mp4"}
+    (group,) = board(row("a", raw), row("b", files))
+    (warning,) = group.warnings
+    assert "decoder / mp4 and mp4 / mp4 (generated / true)" in warning
+    for others in ([raw, raw], [raw, None]):
+        (group,) = board(*(row(str(i), other) for i, other in enumerate(others)))
+        assert group.warnings == []
 
 
 class Tags(HTMLParser):
