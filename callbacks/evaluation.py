@@ -76,7 +76,9 @@ class Evaluation(Callback):
         self._scorer: Scorer | None = None
         self._resumed: dict[str, Any] | None = None
         self._generator: Generator | None = None
-        self._num_validations = self._num_seen = 0
+        self._num_validations = 0
+        self._seen: list[str] = []  # clips of this process in this evaluation
+        self._step = 0  # of its weights
         self._folder = Path()
         self._video: Path | None = None  # of the first clip
 
@@ -86,14 +88,25 @@ class Evaluation(Callback):
         return self._generate_state_key(protocol=self.protocol.name, version=self.protocol.version)
 
     def state_dict(self) -> dict[str, Any]:
-        """How many validations there were, and an evaluation that has begun."""
-        scorer = None if self._scorer is None else self._scorer.state_dict()
-        return {"num_validations": self._num_validations, "num_seen": self._num_seen, "scorer": scorer}
+        """How many validations there were, and an evaluation that has begun: of process 0, whose state is kept."""
+        begun = self._scorer is not None and bool(self._seen)
+        return {
+            "num_validations": max(0, self._num_validations - begun),  # one that has begun will begin again
+            "scorer": self._scorer.state_dict() if self._scorer is not None and begun else None,
+            "seen": list(self._seen),
+            "step": self._step,
+            "num_processes": self._num_processes(),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the count; an evaluation that was cut short goes on when its scorer is made."""
-        self._num_validations, self._num_seen = state_dict["num_validations"], state_dict["num_seen"]
-        self._resumed = state_dict["scorer"]
+        """Go on with the count; an evaluation that was cut short goes on when its scorer is made.
+
+        The loop starts at the first clip again: what was scored before is skipped. The other processes kept nothing and
+        score their clips again. Where the clips are shared out among another number of processes, or the weights have
+        moved on, all of them do.
+        """
+        self._num_validations = state_dict["num_validations"]
+        self._resumed = state_dict if state_dict["scorer"] is not None else None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot be scored before anything is computed.
@@ -136,7 +149,7 @@ class Evaluation(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, loader: int = 0
     ) -> None:
         """Generate and score the clips of a batch; here, weights that are averaged are those of the module."""
-        if self._scorer is not None:
+        if self._scorer is not None and not trainer.sanity_checking:
             self._batch(trainer, pl_module, batch)
 
     def on_test_batch_end(
@@ -147,7 +160,7 @@ class Evaluation(Callback):
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log and write the row; what cannot make one is a warning."""
-        if self._scorer is None:
+        if self._scorer is None or trainer.sanity_checking:
             return
         path = self._folder / "evaluation" / f"step-{trainer.global_step:06d}.json"
         try:
@@ -175,11 +188,13 @@ class Evaluation(Callback):
     def _begin(self, module: LightningModule) -> None:
         self._scorer_for(module)
         assert self._scorer is not None
-        if self._resumed is not None:
-            self._scorer.load_state_dict(self._resumed)
-            self._resumed = None
-        else:
-            self._num_seen = 0
+        self._seen, self._step = [], module.global_step
+        saved, self._resumed = self._resumed, None
+        if saved is None or module.global_rank:
+            return
+        if (saved["step"], saved["num_processes"]) == (self._step, self._num_processes()):
+            self._scorer.load_state_dict(saved["scorer"])
+            self._seen = list(saved["seen"])
 
     def _scorer_for(self, module: LightningModule) -> None:
         if self._scorer is None:
@@ -193,13 +208,20 @@ class Evaluation(Callback):
 
     def _drop(self) -> None:
         self._scorer = self._generator = self._video = None
+        self._seen = []
 
     def _batch(self, trainer: Trainer, module: LightningModule, batch: dict[str, Any]) -> None:
-        for row in range(len(batch["clip_id"])):
-            if self._num_seen >= self._share(trainer):
+        for row, clip_id in enumerate(batch["clip_id"]):
+            if len(self._seen) >= self._share(trainer):
                 return
-            self._num_seen += 1
-            self._clip(trainer, module, batch, row)
+            if clip_id not in self._seen:
+                self._seen.append(clip_id)
+                self._clip(trainer, module, batch, row)
+
+    @staticmethod
+    def _num_processes() -> int:
+        distributed = torch.distributed
+        return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
     def _share(self, trainer: Trainer) -> int:
         """Clips of this process: the processes take turns, and the last ones may be given a clip a second time."""
@@ -238,7 +260,7 @@ class Evaluation(Callback):
             self._scorer.fail(clip_id, str(error).replace(f"{datamodule.data_dir}/", ""))
             return
         self._scorer.add(pair)
-        if self._num_seen <= self.num_videos and trainer.is_global_zero and frames.shape == truth.shape:
+        if len(self._seen) <= self.num_videos and trainer.is_global_zero and frames.shape == truth.shape:
             folder = self._folder / "samples"
             video = show_sample(trainer, folder, clip_id, truth, frames, audio, self.num_grid_frames, True)
             self._video = self._video or video
@@ -276,6 +298,7 @@ class Evaluation(Callback):
             "split": SPLITS[command],
             "manifest_sha256": sha256_of(manifest_path(datamodule.data_dir)),
             "precision": str(trainer.precision),
+            "frame_source": {"generated": "decoder", "truth": "mp4"},
             "step": trainer.global_step,
             **own,
         }

@@ -92,6 +92,7 @@ def test_student_streams_and_is_scored(
     }
     assert row.speed["frames_per_second"] > 0 and row.speed["time_to_first_frame_ms"] > 0
     assert row.config["split"] == "test" and row.config["size_px"] == 64
+    assert row.config["frame_source"] == {"generated": "decoder", "truth": "mp4"}
 
     head, clips, generated = TalkingHead.from_pretrained(model_folder), windows(test_clips), []
     for _, truth, audio, _ in clips:
@@ -180,8 +181,12 @@ def test_stage_is_evaluated_while_it_trains_and_does_not_notice(
     assert video.encoded_image_string[:4] == b"GIF8" and (video.width, video.height) == (128, 64)
 
 
-def test_an_evaluation_goes_on_from_its_state(protocol_file: Path, model_folder: Path, test_clips: Path) -> None:
-    """Half the clips before a checkpoint, half after it, in another callback."""
+@pytest.mark.parametrize("change", [None, "step", "num_processes"])
+def test_an_evaluation_goes_on_from_its_state(
+    protocol_file: Path, model_folder: Path, test_clips: Path, change: str | None
+) -> None:
+    """Half the clips before a checkpoint, half after it, in another callback: Lightning's loop begins at the first
+    clip again, and none may count twice. Clips of other weights, or of another sharing out, must not be mixed in."""
     from types import SimpleNamespace
 
     from rest_lightning.callbacks.evaluation import Evaluation
@@ -202,12 +207,44 @@ def test_an_evaluation_goes_on_from_its_state(protocol_file: Path, model_folder:
         callback.on_test_batch_end(trainer, module, None, batches[0], 0)
         if cut:
             saved, callback = callback.state_dict(), Evaluation(read_protocol(protocol_file), num_videos=0)
-            callback.load_state_dict(saved)
+            assert callback._scorer is None and saved["seen"] == list(batches[0]["clip_id"])
+            callback.load_state_dict(saved if change is None else saved | {change: 7})
             callback.on_test_start(trainer, module)
+            assert callback._scorer is not None and callback._scorer.num_clips == (2 if change is None else 0)
+            callback.on_test_batch_end(trainer, module, None, batches[0], 0)
         callback.on_test_batch_end(trainer, module, None, batches[1], 1)
         assert callback._scorer is not None
         rows.append(callback._scorer.row("x"))
-    assert rows[0].num_clips == 3 and rows[0].metrics == rows[1].metrics
+    assert rows[0].num_clips == rows[1].num_clips == 3 and rows[0].metrics == rows[1].metrics
+
+
+def test_turns_of_a_training_run(protocol_file: Path, recipe: Any) -> None:
+    """Every third validation; a checkpoint of one that has begun begins it again; a sanity check is none."""
+    from types import SimpleNamespace
+
+    from rest_lightning.callbacks.evaluation import Evaluation
+
+    module = recipe.clis["student"].model
+    trainer: Any = SimpleNamespace(sanity_checking=False, state=SimpleNamespace(fn="fit"))
+
+    def turns(callback: Evaluation, count: int) -> list[bool]:
+        due = []
+        for _ in range(count):
+            callback.on_validation_start(trainer, module)
+            due.append(callback._scorer is not None)
+            callback._seen = ["a clip"] if due[-1] else []
+        return due
+
+    make = lambda: Evaluation(read_protocol(protocol_file), every_n_validations=3)  # noqa: E731
+    callback = make()
+    trainer.sanity_checking = True
+    assert turns(callback, 1) == [False]
+    trainer.sanity_checking = False
+    assert turns(callback, 5) == [True, False, False, True, False]
+    assert turns(callback, 2) == [False, True]
+    again = make()
+    again.load_state_dict(callback.state_dict())
+    assert turns(again, 4) == [True, False, False, True]
 
 
 @pytest.mark.slow
