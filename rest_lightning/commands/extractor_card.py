@@ -15,7 +15,15 @@ from torch import Tensor
 from rest_lightning.constants import SAMPLES_PER_FRAME
 from rest_lightning.data.layout import ManifestRow, clip_path, read_sidecar
 from rest_lightning.metrics import degrade
-from rest_lightning.metrics.embedded import FACTORS, IMAGE_PX, VIDEO_WINDOW, EmbeddedImage, load_embedded, resized
+from rest_lightning.metrics.embedded import (
+    EXPRESSION,
+    FACTORS,
+    IMAGE_PX,
+    VIDEO_WINDOW,
+    EmbeddedImage,
+    load_embedded,
+    resized,
+)
 from rest_lightning.metrics.frechet import FID, FVD
 from rest_lightning.metrics.lips import pearson
 from rest_lightning.metrics.sync import sync_of_clip
@@ -32,6 +40,7 @@ SEVERITIES = {
 ORDER_ONLY = ("frame_drop", "frame_shuffle")
 MIN_SHARE_WITHIN_1 = 0.9
 MAX_SHIFT_FRAMES = 10
+READABLE = 0.5  # correlation of a curve with its truth
 _FID_EVERY = 6  # frames
 
 Clip = tuple[Tensor, np.ndarray]
@@ -206,6 +215,7 @@ def markdown(card: dict[str, Any]) -> str:
         lines.append(f"| {name} | {net['num_parameters']} | {net['loss']} | {net['num_steps']} | {net['final_loss']} |")
     sync, image, answers = held_out["sync"], held_out["image"], held_out["frechet"]
     correlations = ", ".join(f"{name} {value}" for name, value in image["correlation"].items())
+    unread = [name for name in EXPRESSION if not image["correlation"][name] >= READABLE]
     lines += [
         "",
         f"On {sync['num_clips']} clips of unseen people and sentences:",
@@ -213,6 +223,7 @@ def markdown(card: dict[str, Any]) -> str:
         f"* offset within 1 frame: {_shares(sync['within_1_frame'])}; exact: {_shares(sync['exact'])} "
         f"({_verdict(sync['accepted'])}, 90 % wanted of both)",
         f"* correlation of the curves: {correlations}",
+        *([f"* E-FID is blind to how these move (below {READABLE}): {', '.join(unread)}"] if unread else []),
         f"* identity found among {image['num_clips']}: {image['identity_found']:.1%}",
         "",
         f"FID and FVD of {answers['num_clips']} damaged clips against themselves ({_verdict(answers['accepted'])}); "
