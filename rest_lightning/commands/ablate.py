@@ -191,7 +191,7 @@ def _checkpoint(args: argparse.Namespace, variant: Variant, seed: int) -> Path:
 
 def _check_recipe(args: argparse.Namespace) -> None:
     """Runs of another recipe under the same folder would end up in one table."""
-    recipe = {
+    recipe: dict[str, Any] = {
         "base": [path.read_text(encoding="utf-8") for path in args.base],
         "budget_min": args.budget_min,
         "budget_steps": args.budget_steps,
@@ -200,16 +200,29 @@ def _check_recipe(args: argparse.Namespace) -> None:
         "data": str(args.data),
         "protocol": args.protocol,
         "num_clips": args.num_clips,
+        "eval_data": args.eval_data and str(args.eval_data),
+        "vae": args.vae and str(args.vae),
+        "overlays": {path.stem: path.read_text(encoding="utf-8") for path in args.overlays},
     }
     path = args.out / RECIPE
     if path.is_file():
         before = json.loads(path.read_text(encoding="utf-8"))
-        if different := [key for key, value in recipe.items() if before.get(key) != value]:
+        overlays = before.get("overlays", {})
+        recipe["overlays"] = overlays | recipe["overlays"]  # more of them may come
+        different = [key for key, value in recipe.items() if key != "overlays" and before.get(key, value) != value]
+        changed = [name for name, text in overlays.items() if recipe["overlays"][name] != text]
+        different += [f"overlay {name}" for name in changed if _has_begun(args.out / name)]
+        if different:
             raise UserError(
                 f"expected the recipe that {args.out} was begun with, got another {different[0]}: repeat it, or choose "
                 "another --out"
             )
     write_overlay(args.out, recipe, RECIPE)
+
+
+def _has_begun(folder: Path) -> bool:
+    """Whether a run left something that another overlay of the same name would go on from."""
+    return any(path.suffix == ".ckpt" or path.name == "row.json" for path in folder.rglob("*"))
 
 
 def _read(path: Path) -> dict[str, Any]:

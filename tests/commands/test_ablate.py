@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import shutil
@@ -15,6 +16,7 @@ import pytest
 
 from rest_lightning.cli import main
 from rest_lightning.commands import _runs
+from rest_lightning.errors import UserError
 from rest_lightning.evaluation.row import read_rows
 
 
@@ -134,3 +136,36 @@ def test_mistakes(words: list[str], message: str, repository: Path, capsys: pyte
     assert main(["ablate", *(base if word == "BASE" else word for word in words)]) == 2
     error = capsys.readouterr().err
     assert message in error and len(error.splitlines()) == 1
+
+
+def test_another_recipe_under_the_same_folder_is_refused(tmp_path: Path) -> None:
+    """What an overlay of another text has trained must not stand under this one's name; a failed one may be mended."""
+    from rest_lightning.commands import ablate
+
+    parser = argparse.ArgumentParser()
+    ablate.add_arguments(parser)
+    base, first, second = (tmp_path / f"{name}.yaml" for name in ("base", "first", "second"))
+    for path in (base, first, second):
+        path.write_text("# Why?\nmodel: {}\n")
+    words = ["--base", str(base), "--budget-steps", "2", "--out", str(tmp_path / "out"), "--overlays", str(first)]
+
+    def check(*more: str) -> None:
+        ablate._check_recipe(parser.parse_args([*words, *more]))
+
+    check("--vae", "a.ckpt")
+    check(str(second), "--vae", "a.ckpt")
+    check("--vae", "a.ckpt")  # the overlays may come one by one
+    first.write_text("# Why not?\nmodel: {}\n")
+    check("--vae", "a.ckpt")
+    row = tmp_path / "out" / "second" / "seed-0" / "row.json"
+    row.parent.mkdir(parents=True)
+    row.write_text("{}")
+    second.write_text("# Why not?\nmodel: {}\n")
+    for more, message in (
+        ((str(second), "--vae", "a.ckpt"), "got another overlay second"),
+        (("--vae", "b.ckpt"), "got another vae"),
+        (("--vae", "a.ckpt", "--eval-data", "x"), "got another eval_data"),
+        (("--vae", "a.ckpt", "--num-clips", "3"), "got another num_clips"),
+    ):
+        with pytest.raises(UserError, match=f"{message}: repeat it, or choose another --out"):
+            check(*more)
