@@ -22,6 +22,11 @@ def test_whole_clips_and_windows_give_the_same_embeddings() -> None:
     assert row["largest_difference"] < 1e-4 and row["speed_up"] > 0
 
 
+def test_fvd_is_compared_without_the_published_file_too() -> None:
+    row = benchmark.compare_fvd(None, num_frames=10, repeats=1)
+    assert row["network"] == "stand-in" and row["largest_difference"] < 1e-4 and row["speed_up"] > 0
+
+
 def test_clips_differ() -> None:
     (a, sound_a), (b, sound_b) = benchmark.made_up_clips(2, 3)
     assert not torch.equal(a, b) and not torch.equal(sound_a, sound_b)
