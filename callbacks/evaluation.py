@@ -192,7 +192,7 @@ class Evaluation(Callback):
         saved, self._resumed = self._resumed, None
         if saved is None or module.global_rank:
             return
-        if (saved["step"], saved["num_processes"]) == (self._step, self._num_processes()):
+        if (saved.get("step"), saved.get("num_processes")) == (self._step, self._num_processes()):
             self._scorer.load_state_dict(saved["scorer"])
             self._seen = list(saved["seen"])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -302,6 +303,9 @@ def test_state_goes_on_where_it_was(protocol_file: Path, truth: Path) -> None:
             second.load_state_dict(first.state_dict())
         (first if number < 1 else second).add(open_pair(*pair, protocol))
     assert second.row("x").metrics == whole.row("x").metrics
+    sizes = [len(pickle.dumps(scorer.state_dict()["metrics"])) for scorer in (Scorer(protocol), whole)]
+    assert sizes[0] == sizes[1], "states grow with the number of clips"
+    assert not any(getattr(measure, "waiting", None) for measure in whole.measures.values())
     assert second.num_clips == 3 and second.failures == [{"clip": "somebody", "reason": "a reason"}]
 
 

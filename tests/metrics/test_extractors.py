@@ -178,25 +178,19 @@ def test_hash_on_record_is_known_and_no_other() -> None:
     assert not weights.is_known("sync", 64 * "0")  # none on record: nothing can be confirmed
 
 
-@pytest.mark.real_weights
+@pytest.mark.real_weights("i3d_torchscript.pt")
 def test_golden_fvd_of_zeros_against_ones() -> None:
     """8 clips x 30 frames x 64 x 64, all black against all white: 151.256."""
-    folder = Path(os.environ[weights.VARIABLE])
-    if not (folder / "i3d_torchscript.pt").is_file():
-        pytest.skip(f"{folder} has no i3d_torchscript.pt")
-    fvd = FVD(load_extractor("fvd", folder))
+    fvd = FVD(load_extractor("fvd", os.environ[weights.VARIABLE]))
     for _ in range(8):
         fvd.update(torch.zeros(30, 64, 64, 3, dtype=torch.uint8), real=True)
         fvd.update(torch.full((30, 64, 64, 3), 255, dtype=torch.uint8), real=False)
     assert float(fvd.compute()["fvd"]) == pytest.approx(151.256, abs=0.05)
 
 
-@pytest.mark.real_weights
+@pytest.mark.real_weights("*inception-2015-12-05-6726825d.pth")
 def test_published_inception_has_its_hash() -> None:
-    folder = Path(os.environ[weights.VARIABLE])
-    if not any((folder / name).is_file() for name in weights.PUBLISHED["fid"].files):
-        pytest.skip(f"{folder} has no {weights.PUBLISHED['fid'].files[0]}")
-    assert load_extractor("fid", folder).known
+    assert load_extractor("fid", os.environ[weights.VARIABLE]).known
 
 
 def test_devices_and_modes(i3d_file: Path) -> None:

@@ -225,18 +225,15 @@ def test_embeddings_that_are_not_numbers_are_named() -> None:
         sync_of_embeddings(torch.zeros(0, 3), torch.zeros(0, 3))
 
 
-@pytest.mark.real_weights
+@pytest.mark.real_weights("syncnet_v2.model", "syncnet_example.avi")
 def test_golden_value_of_the_example_clip() -> None:
-    """The reference repository's example: offset 3, minimum distance 5.353, confidence 10.021."""
+    """The reference repository's data/example.avi, a face crop: offset 3, minimum distance 5.353, confidence 10.021."""
     import os
 
     from rest_lightning.data.audio import open_speech
     from rest_lightning.data.video import read_frames
 
     folder = Path(os.environ[VARIABLE])
-    for name in ("syncnet_v2.model", "syncnet_example.avi"):
-        if not (folder / name).is_file():
-            pytest.skip(f"{folder} has no {name} (the example's face crop, 224x224, with its audio)")
     frames = read_frames(folder / "syncnet_example.avi")
     audio = open_speech(folder / "syncnet_example.avi").read_all()
     sync = sync_of_clip(frames, audio, load_extractor("sync", folder))
