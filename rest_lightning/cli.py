@@ -16,6 +16,7 @@ from rest_lightning.errors import UserError
 COMMANDS = {
     "talk": "a portrait and speech become a talking video",
     "demo": "the bundled portrait and speech become outputs/demo.mp4, with a report",
+    "serve": "a page in the browser: speak, and the portrait speaks",
     "synthesize": "render synthetic talkers to train on",
     "prepare": "raw videos become prepared clips, with a reason for each that does not",
     "encode": "latents of all clips, once, for the stages that need them",

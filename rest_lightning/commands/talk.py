@@ -103,11 +103,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments about the model, shared with ``rest demo``."""
     parser.add_argument("--model", type=Path, help="model folder (default: the embedded model)")
     parser.add_argument("--seed", type=int, default=0, help="of the noise (default 0)")
-    parser.add_argument("--steps", dest="num_steps", type=_positive, help="Euler steps a chunk (default: the model's)")
+    parser.add_argument("--steps", dest="num_steps", type=positive, help="Euler steps a chunk (default: the model's)")
     parser.add_argument("--guidance", type=float, help="weight of guidance, 1 for none (default: the model's)")
     split = "weight of the reference alone (split guidance), 0 for joint guidance (default: the model's)"
     parser.add_argument("--reference-guidance", type=float, help=split)
-    parser.add_argument("--threads", dest="num_threads", type=_positive, help="threads of torch (default: its choice)")
+    parser.add_argument("--threads", dest="num_threads", type=positive, help="threads of torch (default: its choice)")
     types = "of the model: auto (default) is bfloat16 on processors that compute it natively, else float32"
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help=types)
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default auto)")
@@ -292,7 +292,7 @@ def _crop(text: str) -> Any:
     return values
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text!r}")
     return int(text)

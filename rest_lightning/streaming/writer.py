@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import av
 import numpy as np
+from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
 
 from rest_lightning.constants import FPS, SAMPLE_RATE
@@ -85,8 +86,7 @@ class Encoder:
         context = self._video.codec_context
         context.thread_count = 1  # the same bits on every machine, and no cores taken from the model
         context.time_base = Fraction(1, fps)
-        context.colorspace = context.color_primaries = context.color_trc = _BT601
-        context.color_range = 1
+        tag_colours(context)
         self._audio = self._container.add_stream("aac", rate=sample_rate, layout="mono") if audio else None
         if self._audio is not None:
             self._audio.bit_rate = 64_000
@@ -95,11 +95,7 @@ class Encoder:
     def write(self, frames: np.ndarray) -> None:
         """Appends frames that :func:`as_frames` has checked."""
         for pixels in frames:
-            frame = VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
-            frame.pts, frame.time_base = self.num_frames, Fraction(1, self.fps)
-            # One thread: FFmpeg would start new ones for every frame, for the same pixels.
-            planes = frame.reformat(format="yuv420p", dst_colorspace="SMPTE170M", threads=1)
-            self._container.mux(self._video.encode(planes))
+            self._container.mux(self._video.encode(video_frame(pixels, self.num_frames, self.fps)))
             self.num_frames += 1
 
     def write_audio(self, samples: np.ndarray) -> None:
@@ -266,6 +262,19 @@ class Mp4Writer:
 def keeps(kind: type[BaseException] | None, writer: VideoWriter) -> bool:
     """Whether a block that ended with this kind of exception keeps its video: Ctrl-C does, once there is a frame."""
     return kind is None or (issubclass(kind, KeyboardInterrupt) and writer.num_frames > 0)
+
+
+def video_frame(pixels: np.ndarray, index: int, fps: int) -> VideoFrame:
+    """RGB pixels (H, W, 3), uint8, as the yuv420p frame ``index`` that an encoder takes."""
+    frame = VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+    frame.pts, frame.time_base = index, Fraction(1, fps)
+    return frame.reformat(format="yuv420p", dst_colorspace="SMPTE170M")
+
+
+def tag_colours(context: VideoCodecContext) -> None:
+    """Tells an encoder which colours :func:`video_frame` gives."""
+    context.colorspace = context.color_primaries = context.color_trc = _BT601
+    context.color_range = 1
 
 
 def even_sides(size_px: int | tuple[int, int]) -> tuple[int, int]:

@@ -1,0 +1,114 @@
+"""Serve the live page: choose a portrait, speak, and it speaks.
+
+Open the printed address in a browser. The microphone needs localhost or TLS (--cert, --key). Ctrl-C takes no new
+sessions and lets those that are there go on for --grace seconds; a second Ctrl-C ends them at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rest_lightning.commands.talk import TalkOptions, load_model, positive
+from rest_lightning.constants import FPS
+from rest_lightning.errors import UserError
+
+if TYPE_CHECKING:
+    from rest_lightning.serve.scheduler import Scheduler
+    from rest_lightning.serve.server import LiveServer
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine)")
+    parser.add_argument("--port", type=int, default=8765, help="port (default 8765; 0 takes any free one)")
+    parser.add_argument("--cert", type=Path, help="TLS certificate, PEM")
+    parser.add_argument("--key", type=Path, help="its key, PEM")
+    origin = "a further origin whose page may open sessions, such as https://example.org; may be repeated"
+    parser.add_argument("--origin", action="append", default=[], help=origin)
+    parser.add_argument("--max-sessions", type=positive, default=3, help="sessions at once (default 3)")
+    parser.add_argument("--max-per-address", type=positive, help="of one address (default: all)")
+    parser.add_argument("--session-min", type=float, default=120.0, help="length of a session in minutes (default 120)")
+    parser.add_argument("--idle-min", type=float, default=5.0, help="minutes without a message (default 5)")
+    parser.add_argument("--grace", type=float, default=30.0, help="seconds for sessions at the end (default 30)")
+    parser.add_argument("--model", type=Path, help="model folder (default: the embedded model)")
+    parser.add_argument("--threads", dest="num_threads", type=positive, help="threads of torch (default: its choice)")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the model")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default auto)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve until told to stop."""
+    try:
+        from rest_lightning.serve.limits import Limits
+        from rest_lightning.serve.server import JsonFormatter, LiveServer, ServerOptions
+    except ModuleNotFoundError as error:
+        raise UserError(f"expected the package {error.name}, found none: pip install 'rest-lightning[serve]'") from None
+    from rest_lightning.serve.scheduler import Scheduler
+
+    options = ServerOptions(args.host, args.port, tuple(args.origin), args.cert, args.key)
+    options.tls()  # before the model is loaded
+    if not 0 <= args.port <= 65535:
+        raise UserError(f"expected a port from 0 to 65535, got {args.port}: 8765 is the default")
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonFormatter())
+    logger = logging.getLogger("rest_lightning.serve")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    model = load_model(
+        TalkOptions(Path(), "", Path(), args.model, num_threads=args.num_threads, dtype=args.dtype, device=args.device)
+    )
+    limits = Limits(
+        max_sessions=args.max_sessions,
+        max_per_address=args.max_per_address or args.max_sessions,
+        session_s=60 * args.session_min,
+        idle_s=60 * args.idle_min,
+        grace_s=args.grace,
+    )
+    print("warming up the model", flush=True)
+    scheduler = Scheduler(model, limits.max_sessions)
+    scheduler.start()
+    _tell_speed(scheduler, logger)
+    server = LiveServer(scheduler, options, limits)
+    try:
+        asyncio.run(_serve(server))
+    finally:
+        server.service.close()
+    return 0
+
+
+def _tell_speed(scheduler: Scheduler, logger: logging.Logger) -> None:
+    """Warns when the machine cannot serve all sessions in real time."""
+    chunk_ms = 1000 * scheduler.chunk_frames // FPS
+    took_ms = [round(each) for each in scheduler.warm_up_ms]
+    logger.info("warmed up", extra={"chunk_ms": took_ms, "real_time_ms": chunk_ms})
+    slow = [count for count, took in enumerate(took_ms, 1) if took > 0.9 * chunk_ms]
+    if slow:
+        text = "%d sessions at once take %d ms for %d ms of video: set --max-sessions %d"
+        logger.warning(text, slow[0], took_ms[slow[0] - 1], chunk_ms, max(1, slow[0] - 1))
+
+
+async def _serve(server: LiveServer) -> None:
+    loop, asked = asyncio.get_running_loop(), asyncio.Event()
+    forced = asyncio.Event()
+
+    def ask() -> None:
+        (forced if asked.is_set() else asked).set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, ask)
+    await server.start()
+    print(f"open {server.url} in a browser; Ctrl-C stops", flush=True)
+    await asked.wait()
+    print("stopping: sessions may finish; Ctrl-C again ends them", flush=True)
+    stopping = asyncio.create_task(server.stop())
+    forcing = asyncio.create_task(forced.wait())
+    await asyncio.wait({stopping, forcing}, return_when=asyncio.FIRST_COMPLETED)
+    if not stopping.done():
+        stopping.cancel()
+        await server.stop(0.0)
+    forcing.cancel()

@@ -1,0 +1,126 @@
+"""Who may come in, how long, and how much may be sent."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Limits of a server.
+
+    Attributes:
+        max_sessions: sessions at once; ``max_per_address``: of one address.
+        session_s: length of a session; idle_s: time without a message of the client; hello_s: time for the first one.
+        token_s: how long a token waits for its session.
+        message_bytes: largest message.
+        input_rate: speech per second of clock, in the long run; input_burst_s: beyond it, at any time.
+        messages_per_s: messages, in the long run; message_burst: beyond it.
+        unread_s: how long a client may leave what it is sent unread.
+        upload_bytes, sound_s, image_side_px: of uploads; num_uploads: decoded at once, upload_s: time for one.
+        max_portraits: uploaded portraits that are kept; portrait_s: how long an unused one is.
+        grace_s: how long sessions may go on when the server is told to stop.
+    """
+
+    max_sessions: int = 3
+    max_per_address: int = 3
+    session_s: float = 7200.0
+    idle_s: float = 300.0
+    hello_s: float = 10.0
+    token_s: float = 30.0
+    message_bytes: int = 65_536
+    input_rate: float = 1.2
+    input_burst_s: float = 10.0
+    messages_per_s: float = 250.0
+    message_burst: float = 2500.0
+    unread_s: float = 10.0
+    upload_bytes: int = 20_000_000
+    sound_s: float = 300.0
+    image_side_px: int = 8192
+    num_uploads: int = 2
+    upload_s: float = 20.0
+    max_portraits: int = 64
+    portrait_s: float = 3600.0
+    grace_s: float = 30.0
+
+
+class Refused(Exception):
+    """No session for this client now; ``code`` is for metrics, the message is one line for people."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class Admission:
+    """Counts sessions, and the tokens that let them begin: each is good once, for a short time, for one address."""
+
+    def __init__(self, limits: Limits, clock: Callable[[], float] = time.monotonic) -> None:
+        self.limits, self._clock = limits, clock
+        self.closing = False
+        self._tokens: dict[str, tuple[str, float]] = {}
+        self._active: Counter[str] = Counter()
+
+    @property
+    def num_active(self) -> int:
+        """Sessions now."""
+        return self._active.total()
+
+    def grant(self, address: str) -> str:
+        """A token for a session; a place is kept for it.
+
+        Raises:
+            Refused: the server is full or stopping, or the address has its share.
+        """
+        self._expire()
+        if self.closing:
+            raise Refused("closing", "the server is stopping: try again in a minute")
+        kept = Counter(owner for owner, _ in self._tokens.values())
+        if self._active[address] + kept[address] >= self.limits.max_per_address:
+            share = self.limits.max_per_address
+            raise Refused("address", f"this address has {share} of {share} sessions: end one, then try again")
+        if self.num_active + kept.total() >= self.limits.max_sessions:
+            most = self.limits.max_sessions
+            raise Refused("full", f"the server is full ({most} of {most} sessions): try again later")
+        token = secrets.token_urlsafe(24)
+        self._tokens[token] = (address, self._clock() + self.limits.token_s)
+        return token
+
+    def enter(self, token: str, address: str) -> None:
+        """Turn a token into a session; :meth:`leave` must follow.
+
+        Raises:
+            Refused: unknown, used, too old, or another address's.
+        """
+        self._expire()
+        owner, _ = self._tokens.pop(token, (None, 0.0))
+        if owner != address:
+            raise Refused("token", "this session's token is unknown, used or too old: reload the page")
+        self._active[address] += 1
+
+    def leave(self, address: str) -> None:
+        """A session has ended."""
+        self._active[address] -= 1
+        self._active += Counter()  # forgets addresses without sessions
+
+    def _expire(self) -> None:
+        now_s = self._clock()
+        self._tokens = {token: kept for token, kept in self._tokens.items() if kept[1] > now_s}
+
+
+class Bucket:
+    """An allowance that refills: ``rate`` a second, up to ``burst``; full at the start."""
+
+    def __init__(self, rate: float, burst: float, now_s: float) -> None:
+        self.rate, self.burst = rate, burst
+        self._left, self._at_s = burst, now_s
+
+    def take(self, amount: float, now_s: float) -> bool:
+        """Whether ``amount`` is allowed now."""
+        self._left = min(self.burst, self._left + self.rate * (now_s - self._at_s)) - amount
+        self._at_s = now_s
+        return self._left >= 0.0

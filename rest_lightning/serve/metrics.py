@@ -1,0 +1,36 @@
+"""What /metrics shows, in Prometheus format."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+
+_SECONDS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8, 0.96, 1.2, 1.6, 2.4)
+_OFFSETS = (-0.2, -0.1, -0.06, -0.04, -0.02, 0.0, 0.02, 0.04, 0.06, 0.1, 0.2)
+
+
+class Metrics:
+    """Figures of one server, in a registry of its own: several servers may live in one process."""
+
+    def __init__(self) -> None:
+        self.registry = registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
+        self.sessions = Gauge("rest_sessions", "Sessions now", registry=registry)
+        self.ended = Counter("rest_sessions_ended", "Sessions that ended, by reason", ["reason"], registry=registry)
+        self.refused = Counter("rest_refused", "Requests refused, by reason", ["reason"], registry=registry)
+        self.compute_s = self._histogram("rest_chunk_compute_seconds", "Model time of a chunk", _SECONDS)
+        self.queued_s = self._histogram("rest_chunk_queued_seconds", "Time that a chunk waited for the model", _SECONDS)
+        self.encode_s = self._histogram("rest_chunk_encode_seconds", "Encoding time of a chunk", _SECONDS)
+        self.rows = self._histogram("rest_chunk_rows", "Sessions computed together", (1, 2, 3, 4, 6, 8, 12, 16))
+        self.offset_s = self._histogram("rest_offset_seconds", "Sound minus picture, told by clients", _OFFSETS)
+        self.frames = Counter("rest_frames", "Frames sent", registry=registry)
+        self.dropped_s = Counter("rest_dropped_seconds", "Speech not shown, by reason", ["reason"], registry=registry)
+        self.idle_s = Counter("rest_idle_seconds", "Silence put in by the server", registry=registry)
+        self.model_errors = Counter("rest_model_errors", "Sessions in which the model failed", registry=registry)
+        self.uploads = Counter("rest_uploads", "Uploads, by kind and outcome", ["kind", "outcome"], registry=registry)
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(name, text, buckets=buckets, registry=self.registry)
+
+    def exposition(self) -> bytes:
+        """The text that Prometheus reads."""
+        return generate_latest(self.registry)

@@ -1,0 +1,407 @@
+"""One session: speech comes in through a channel, pictures and sound go out, chunk by chunk, in step with a clock."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import time
+from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from rest_lightning.constants import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME
+from rest_lightning.errors import UserError
+from rest_lightning.serve.encoder import FrameEncoder, open_encoder
+from rest_lightning.serve.intake import Intake, Piece
+from rest_lightning.serve.limits import Bucket, Limits
+from rest_lightning.serve.metrics import Metrics
+from rest_lightning.serve.portraits import Portraits
+from rest_lightning.serve.protocol import (
+    IDLE,
+    KEYFRAME,
+    MAX_EPOCH,
+    SOUND,
+    VERSION,
+    Channel,
+    ChannelClosed,
+    Hello,
+    Identity,
+    Interrupt,
+    ProtocolError,
+    Speech,
+    Stats,
+    message,
+    num_frames_of,
+    pack,
+    parse_speech,
+    parse_text,
+)
+from rest_lightning.serve.scheduler import Computed, ModelError, Scheduler, Slot
+
+LOG = logging.getLogger("rest_lightning.serve")
+CUSHION_MS = 80
+_FIRST_FRAMES = 4  # sent while the others are being encoded
+_numbers = itertools.count(1)
+_Result = TypeVar("_Result")
+
+
+class SessionOver(Exception):
+    """The server ends a session; ``code`` is for programs, the message is one line for people."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+@dataclass
+class Service:
+    """What the sessions of a server share: nothing of a user's."""
+
+    scheduler: Scheduler
+    portraits: Portraits
+    limits: Limits = field(default_factory=Limits)
+    metrics: Metrics = field(default_factory=Metrics)
+    sessions: set[Session] = field(default_factory=set)
+    encoding: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, "encoder"))
+
+    def close(self) -> None:
+        """End the threads."""
+        self.scheduler.close()
+        self.encoding.shutdown(wait=False, cancel_futures=True)
+
+
+async def run_session(channel: Channel, service: Service, address: str = "") -> str:
+    """Serve one client to the end; the channel is closed then, and nothing of the session is left.
+
+    Args:
+        channel: the connection; any transport will do.
+        service: model, portraits, limits, metrics.
+        address: of the client, for the log.
+
+    Returns:
+        Why it ended, in one word: ended, gone, idle, too_long, unread, model, stopping, full, or a protocol error's.
+    """
+    slot = service.scheduler.acquire()
+    session = Session(channel, service, slot) if slot is not None else None
+    number = next(_numbers)
+    LOG.info("session begins", extra={"session": number, "address": address})
+    reason, said = "ended", "the session has ended"
+    service.metrics.sessions.inc()
+    start_s = time.monotonic()
+    try:
+        if session is None:
+            raise SessionOver("full", "the server is full: try again later")
+        service.sessions.add(session)
+        await session.run()
+    except ChannelClosed:
+        reason = "gone"
+    except (ProtocolError, SessionOver) as error:
+        reason, said = error.code, str(error)
+    except asyncio.CancelledError:
+        reason = "cancelled"
+        raise
+    except Exception:
+        LOG.exception("session failed", extra={"session": number})
+        reason, said = "internal", "the server failed in this session: start a new one"
+    finally:
+        if session is not None and slot is not None:
+            service.sessions.discard(session)
+            slot.release()
+        service.metrics.sessions.dec()
+        service.metrics.ended.labels(reason).inc()
+        num_frames = session.num_frames if session is not None else 0
+        LOG.info(
+            "session ended",
+            extra={
+                "session": number,
+                "address": address,
+                "reason": reason,
+                "seconds": round(time.monotonic() - start_s, 1),
+                "frames": num_frames,
+            },
+        )
+        await _say_goodbye(channel, reason, said)
+    return reason
+
+
+async def _say_goodbye(channel: Channel, reason: str, said: str) -> None:
+    """Tells the client why, as far as it still listens."""
+    try:
+        async with asyncio.timeout(1.0):
+            if reason not in ("ended", "gone", "cancelled"):
+                await channel.send_text(message("error", code=reason, message=said))
+            if reason != "gone":
+                await channel.send_text(message("bye", reason=said))
+    except (ChannelClosed, TimeoutError):
+        pass
+    await channel.close()
+
+
+class Session:
+    """State and tasks of one client; see :func:`run_session`."""
+
+    def __init__(self, channel: Channel, service: Service, slot: Slot) -> None:
+        self.channel, self.service, self.slot = channel, service, slot
+        self.epoch = self.num_frames = 0
+        now_s = time.monotonic()
+        limits = service.limits
+        self._next_index = 0
+        self._speech_s = Bucket(limits.input_rate, limits.input_burst_s, now_s)
+        self._messages = Bucket(limits.messages_per_s, limits.message_burst, now_s)
+        self._start_s = self._heard_s = now_s
+        self._portrait: str | None = None  # to be shown from the next chunk on
+        self._keyframe = True
+        self._stop: SessionOver | None = None
+        self._changed = asyncio.Event()
+        self._intake: Intake
+        self._encoder: FrameEncoder
+
+    def stop(self, code: str, said: str) -> None:
+        """End the session after the chunk that it is at."""
+        self._stop = SessionOver(code, said)
+        self._changed.set()
+
+    async def run(self) -> None:
+        """To the end.
+
+        Raises:
+            ChannelClosed: the client has gone; ProtocolError: it broke the rules; SessionOver: the server ends it.
+        """
+        await self._begin()
+        tasks = {asyncio.create_task(self._read()), asyncio.create_task(self._produce())}
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    # -- from the client ----------------------------------------------------------------------------------------------
+
+    async def _begin(self) -> None:
+        limits, scheduler = self.service.limits, self.service.scheduler
+        size_px = scheduler.model.size_px
+        try:
+            async with asyncio.timeout(limits.hello_s):
+                hello = self._parse(await self.channel.receive())
+        except TimeoutError:
+            raise ProtocolError("hello", f"expected a hello within {limits.hello_s:g} s, got none") from None
+        if not isinstance(hello, Hello):
+            raise ProtocolError("hello", "expected a hello first, got another message")
+        encoder = await self._in_thread(lambda: open_encoder(hello.codecs, size_px))
+        if encoder is None:
+            raise ProtocolError("codec", "expected a codec of h264, jpeg, got none of them")
+        self._encoder = encoder
+        try:
+            portrait = await self._in_thread(lambda: self.service.portraits.load(hello.portrait, size_px))
+        except UserError as error:
+            raise ProtocolError("portrait", str(error)) from None
+        await asyncio.wrap_future(self.slot.start(portrait, hello.seed))
+        fields = {
+            "version": VERSION,
+            "size_px": size_px,
+            "fps": FPS,
+            "sample_rate_hz": SAMPLE_RATE,
+            "chunk_frames": scheduler.chunk_frames,
+            "lookahead_ms": round(1e3 * scheduler.lookahead_samples / SAMPLE_RATE),
+            "codec": encoder.codec,
+            "codec_string": encoder.codec_string,
+            "cushion_ms": CUSHION_MS,
+            "limits": {
+                "session_s": limits.session_s,
+                "idle_s": limits.idle_s,
+                "message_bytes": limits.message_bytes,
+                "input_rate": limits.input_rate,
+                "input_burst_s": limits.input_burst_s,
+            },
+        }
+        await self.channel.send_text(message("hello", **fields))
+        self._intake = Intake(scheduler.chunk_samples, scheduler.lookahead_samples, time.monotonic())
+
+    def _parse(self, data: bytes | str) -> object:
+        now_s = time.monotonic()
+        if not self._messages.take(1.0, now_s):
+            raise ProtocolError("flood", f"expected at most {self._messages.rate:g} messages a second, got more")
+        if len(data) > self.service.limits.message_bytes:
+            most = self.service.limits.message_bytes
+            raise ProtocolError("too_long", f"expected messages of at most {most} bytes, got {len(data)}")
+        return parse_text(data) if isinstance(data, str) else parse_speech(data)
+
+    async def _read(self) -> None:
+        while True:
+            received = self._parse(await self.channel.receive())
+            match received:
+                case Speech():
+                    self._hear(received)
+                case Interrupt():
+                    await self._interrupt(received.epoch)
+                case Identity():
+                    self._portrait = received.portrait
+                case Stats():
+                    self._note(received)
+                    continue
+                case Hello():
+                    raise ProtocolError("hello", "expected one hello, got a second one")
+                case _:
+                    self._intake.finish(time.monotonic())
+            self._heard_s = time.monotonic()
+            self._changed.set()
+
+    def _hear(self, speech: Speech) -> None:
+        now_s = time.monotonic()
+        if not self._speech_s.take(len(speech.samples) / SAMPLE_RATE, now_s):
+            rate = self.service.limits.input_rate
+            raise ProtocolError("input_rate", f"expected speech at {rate:g} x real time at most, got it faster")
+        if speech.epoch < self.epoch:
+            self.service.metrics.dropped_s.labels("epoch").inc(len(speech.samples) / SAMPLE_RATE)
+            return
+        self._raise_epoch(speech.epoch)
+        if speech.index < self._next_index:
+            raise ProtocolError(
+                "index", f"expected speech from sample {self._next_index} of the epoch on, got sample {speech.index}"
+            )
+        self._next_index = speech.index + len(speech.samples)
+        trimmed = self._intake.num_trimmed
+        dropped = self._intake.push(speech.samples, speech.index, now_s)
+        self._keyframe |= dropped > 0
+        lost_s = self.service.metrics.dropped_s
+        lost_s.labels("queue").inc(dropped * self._intake.chunk_s)
+        lost_s.labels("trim").inc((self._intake.num_trimmed - trimmed) / SAMPLE_RATE)
+
+    async def _interrupt(self, epoch: int) -> None:
+        if epoch >= self.epoch:
+            self._raise_epoch(epoch)
+            await self._send_text(message("interrupted", epoch=epoch))
+
+    def _raise_epoch(self, epoch: int) -> None:
+        if epoch == self.epoch:
+            return
+        if epoch > self.epoch + 1 or epoch == MAX_EPOCH:
+            raise ProtocolError("epoch", f"expected epoch {self.epoch} or {self.epoch + 1}, got {epoch}")
+        self.epoch, self._next_index = epoch, 0
+        forgotten = self._intake.interrupt(time.monotonic())
+        self.service.metrics.dropped_s.labels("interrupt").inc(forgotten / SAMPLE_RATE)
+        self._keyframe = True
+
+    def _note(self, stats: Stats) -> None:
+        if stats.offset_ms is not None:
+            self.service.metrics.offset_s.observe(stats.offset_ms / 1e3)
+        if stats.slack_ms is not None:
+            self._intake.trim(stats.slack_ms / 1e3, time.monotonic())
+
+    # -- to the client ------------------------------------------------------------------------------------------------
+
+    async def _produce(self) -> None:
+        while not (self._intake.is_finished and not self._intake.has_speech):
+            await self._until_chunk()
+            if self._portrait is not None:
+                await self._switch(self._portrait)
+            piece, epoch = self._intake.take(), self.epoch
+            try:
+                chunk = await asyncio.wrap_future(self.slot.compute(piece.window, piece.num_new))
+            except ModelError as error:
+                self.service.metrics.model_errors.inc()
+                LOG.warning("the model failed", exc_info=error.__cause__)
+                raise SessionOver("model", "the model failed in this session: start a new one") from error
+            if epoch == self.epoch:
+                await self._send(piece, chunk, epoch)
+
+    async def _until_chunk(self) -> None:
+        """Wait until a chunk can be taken."""
+        limits = self.service.limits
+        while True:
+            self._changed.clear()
+            now_s = time.monotonic()
+            if self._stop is not None:
+                raise self._stop
+            if now_s - self._start_s > limits.session_s:
+                raise SessionOver("too_long", f"a session lasts {limits.session_s / 60:g} minutes: start a new one")
+            if now_s - self._heard_s > limits.idle_s:
+                raise SessionOver("idle", f"nothing was sent for {limits.idle_s / 60:g} minutes: start a new session")
+            if self._intake.advance(now_s):
+                return
+            try:
+                async with asyncio.timeout(self._intake.wait_s(now_s) + 0.001):
+                    await self._changed.wait()
+            except TimeoutError:
+                pass
+
+    async def _switch(self, name: str) -> None:
+        self._portrait = None
+        size_px = self.service.scheduler.model.size_px
+        try:
+            portrait = await self._in_thread(lambda: self.service.portraits.load(name, size_px))
+        except UserError as error:
+            await self._send_text(message("error", code="portrait", message=str(error)))
+            return
+        await asyncio.wrap_future(self.slot.show(portrait))
+        self._keyframe = True
+        await self._send_text(message("identity", portrait=name, frame=self.num_frames))
+
+    async def _send(self, piece: Piece, chunk: Computed, epoch: int) -> None:
+        first, metrics = self.num_frames, self.service.metrics
+        frames, sound = chunk.frames, piece.sound
+        if self._intake.is_finished and not self._intake.has_speech:  # the last one: as long as the speech
+            frames = frames[: num_frames_of(piece.num_speech)]
+            sound = sound[: SAMPLES_PER_FRAME * len(frames)]
+        idle = IDLE if piece.idle else 0
+        self.num_frames += len(frames)
+        if len(sound):
+            await self._send_bytes(pack(SOUND, idle, epoch, first, len(sound), sound.astype("<i2").tobytes()))
+        encode_s, keyframe, self._keyframe = 0.0, self._keyframe, False
+        for start in (0, _FIRST_FRAMES):
+            part = frames[start:] if start else frames[:_FIRST_FRAMES]
+            begin_s = time.perf_counter()
+            encoded = await self._in_thread(
+                lambda part=part, start=start: [
+                    self._encoder.encode(pixels, keyframe and not start and not place)
+                    for place, pixels in enumerate(part)
+                ]
+            )
+            encode_s += time.perf_counter() - begin_s
+            for place, (data, is_key) in enumerate(encoded):
+                if epoch != self.epoch:
+                    return  # the new epoch begins with a keyframe
+                flags = idle | (KEYFRAME if is_key else 0)
+                await self._send_bytes(pack(self._encoder.kind, flags, epoch, first + start + place, 1, data))
+                metrics.frames.inc()
+        metrics.compute_s.observe(chunk.compute_ms / 1e3)
+        metrics.queued_s.observe(chunk.queued_ms / 1e3)
+        metrics.encode_s.observe(encode_s)
+        metrics.rows.observe(chunk.num_rows)
+        if piece.idle:
+            metrics.idle_s.inc(len(sound) / SAMPLE_RATE)
+        fields = {
+            "index": first,
+            "frames": len(frames),
+            "epoch": epoch,
+            "compute_ms": round(chunk.compute_ms, 1),
+            "queued_ms": round(chunk.queued_ms, 1),
+            "encode_ms": round(1e3 * encode_s, 1),
+            "rows": chunk.num_rows,
+            "input_sample": piece.last_index,
+            "dropped_s": round(self._intake.num_dropped / SAMPLE_RATE, 2),
+        }
+        await self._send_text(message("chunk", **fields))
+
+    async def _send_bytes(self, data: bytes) -> None:
+        await self._patiently(self.channel.send_bytes(data))
+
+    async def _send_text(self, text: str) -> None:
+        await self._patiently(self.channel.send_text(text))
+
+    async def _patiently(self, sending: Coroutine[None, None, None]) -> None:
+        unread_s = self.service.limits.unread_s
+        try:
+            async with asyncio.timeout(unread_s):
+                await sending
+        except TimeoutError:
+            raise SessionOver("unread", f"what was sent was not read for {unread_s:g} s: reload the page") from None
+
+    async def _in_thread(self, call: Callable[[], _Result]) -> _Result:
+        """Runs what would keep the network waiting."""
+        return await asyncio.get_running_loop().run_in_executor(self.service.encoding, call)

@@ -1,0 +1,150 @@
+"""Portraits and sound files of strangers: decoded by a process of their own, with little time and memory.
+
+``python -m rest_lightning.serve.uploads portrait|sound LIMIT SIZE`` is that process: it reads the file ``upload`` in
+its working folder and writes PNG or raw samples to stdout, or one line to stderr and exits with 2.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+from rest_lightning.errors import UserError
+
+_NAME = "upload"
+_MEMORY_BYTES = 2_000_000_000
+_DAMAGED = "it is damaged, too large, or something else; export it again"
+# What FFmpeg would guess from anything else includes playlists, which name other files.
+_MPEG_STARTS = tuple(bytes((0xFF, second)) for second in (0xFB, 0xFA, 0xF3, 0xF2, 0xF1, 0xF9))  # mp3 and raw aac
+_SOUND_STARTS = (b"RIFF", b"RF64", b"fLaC", b"OggS", b"ID3", b"FORM", b"caff", b"#!AMR", b"\x1a\x45\xdf\xa3")
+
+
+class Uploads:
+    """Decodes a few uploads at a time.
+
+    Args:
+        num_at_once: processes; others wait.
+        timeout_s: a process that takes longer is killed.
+        image_side_px: largest side of an image; sound_s: longest sound.
+    """
+
+    def __init__(
+        self, num_at_once: int = 2, timeout_s: float = 20.0, image_side_px: int = 8192, sound_s: float = 300.0
+    ) -> None:
+        self._places = asyncio.Semaphore(num_at_once)
+        self._timeout_s, self._image_side_px, self._sound_s = timeout_s, image_side_px, sound_s
+
+    async def portrait(self, data: bytes, size_px: int) -> bytes:
+        """An image file as a square PNG of ``size_px``. Raises a UserError when it is none, or too large."""
+        return await self._decode(data, "portrait", str(self._image_side_px), str(size_px))
+
+    async def sound(self, data: bytes) -> bytes:
+        """A sound file as raw samples, s16le mono 16 kHz. Raises a UserError when it is none, or too long."""
+        return await self._decode(data, "sound", str(self._sound_s), "0")
+
+    async def _decode(self, data: bytes, *arguments: str) -> bytes:
+        async with self._places:
+            with tempfile.TemporaryDirectory(prefix="rest_upload_") as folder:
+                await asyncio.to_thread((Path(folder) / _NAME).write_bytes, data)
+                return await self._run(folder, arguments)
+
+    async def _run(self, folder: str, arguments: tuple[str, ...]) -> bytes:
+        module = [sys.executable, "-P", "-m", "rest_lightning.serve.uploads", *arguments]
+        package = str(Path(__file__).resolve().parents[2])
+        search = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
+        kept = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH", "SYSTEMROOT") if name in os.environ}
+        process = await asyncio.create_subprocess_exec(
+            *module,
+            cwd=folder,
+            env=kept | {"PYTHONPATH": search, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                out, said = await process.communicate()
+        except TimeoutError:
+            raise UserError(
+                f"expected a file that is decoded within {self._timeout_s:g} s, got a slower one: {_DAMAGED}"
+            ) from None
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+        if process.returncode == 0:
+            return out
+        lines = said.decode(errors="replace").strip().splitlines() if process.returncode == 2 else []
+        raise UserError(lines[-1] if lines else f"expected a file that can be decoded, got one that cannot: {_DAMAGED}")
+
+
+def main(kind: str, limit: str, size: str) -> int:
+    """The process: decodes ``upload`` in the working folder to stdout."""
+    _limit_resources()
+    try:
+        data = _portrait(int(limit), int(size)) if kind == "portrait" else _sound(float(limit))
+    except UserError as error:
+        text = " ".join(str(error).split()).replace(_NAME, "the file")
+        print(text, file=sys.stderr)
+        return 2
+    except MemoryError:
+        print(f"expected a file that needs less memory: {_DAMAGED}", file=sys.stderr)
+        return 2
+    sys.stdout.buffer.write(data)
+    return 0
+
+
+def _limit_resources() -> None:
+    try:
+        import resource
+    except ImportError:  # not on Windows: the parent's clock is the only limit there
+        return
+    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+
+
+def _portrait(side_px: int, size_px: int) -> bytes:
+    import io
+    import warnings
+
+    from PIL import Image
+
+    from rest_lightning.data.portrait import read_portrait
+
+    warnings.simplefilter("ignore")
+    try:
+        with Image.open(_NAME) as image:
+            width, height = image.size
+    except Exception:
+        width = height = 0  # read_portrait tells what is wrong
+    if max(width, height) > side_px:
+        raise UserError(f"expected an image of at most {side_px} x {side_px} pixels, got {width} x {height}: scale it")
+    file = io.BytesIO()
+    Image.fromarray(read_portrait(_NAME, size_px)).save(file, "PNG")
+    return file.getvalue()
+
+
+def _sound(longest_s: float) -> bytes:
+    import av
+    import numpy as np
+
+    from rest_lightning.data.audio import open_speech
+
+    head = Path(_NAME).read_bytes()[:16]
+    if not head.startswith(_SOUND_STARTS + _MPEG_STARTS) and head[4:8] != b"ftyp":
+        raise UserError("expected a sound file (wav, mp3, flac, m4a, ogg, webm or mp4), got something else: export it")
+    with av.open(_NAME) as container:
+        claimed_s = (container.duration or 0) / av.time_base
+    speech = open_speech(_NAME) if claimed_s <= longest_s else None
+    duration_s = claimed_s if speech is None else speech.duration_s
+    if speech is None or duration_s is None or duration_s > longest_s:
+        raise UserError(f"expected at most {longest_s:g} s of sound, got {duration_s:.0f} s: cut it")
+    return (np.clip(speech.read_all(), -1.0, 1.0) * 32767.0).round().astype("<i2").tobytes()
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
