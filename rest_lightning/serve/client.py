@@ -135,17 +135,25 @@ class LiveClient:
         try:
             while (received := await self.receive()) is not None:
                 yield received
+            if sending.done():
+                sending.result()
         finally:
             sending.cancel()
 
     async def _send_all(self, blocks: Iterable[Pcm]) -> None:
         loop = asyncio.get_running_loop()
         due_s = loop.time()
-        for block in blocks:
-            await self.send(block)
-            due_s += len(block) / SAMPLE_RATE
-            await asyncio.sleep(due_s - loop.time())
-        await self.end()
+        try:
+            for block in blocks:
+                await self.send(block)
+                due_s += len(block) / SAMPLE_RATE
+                await asyncio.sleep(due_s - loop.time())
+            await self.end()
+        except ConnectionError:
+            pass  # the server has ended the session, and told why
+        except Exception:
+            await self.socket.close()  # whoever waits for pictures learns that the source has failed
+            raise
 
 
 async def record(url: str, blocks: Iterable[Pcm], out: Path, portrait: str | None = None) -> None:
@@ -161,10 +169,10 @@ async def record(url: str, blocks: Iterable[Pcm], out: Path, portrait: str | Non
         with Mp4Writer(out, client.hello["size_px"], overwrite=True) as writer:
             async for received in client.stream(blocks):
                 if isinstance(received, Sound):
-                    writer.write_audio(received.samples.astype(np.float32) / 32768.0)
+                    await asyncio.to_thread(writer.write_audio, received.samples.astype(np.float32) / 32768.0)
                 elif isinstance(received, Picture):
                     for frame in decoder.decode(av.Packet(received.data)):  # type: ignore[attr-defined]
-                        writer.write(frame.to_ndarray(format="rgb24"))
+                        await asyncio.to_thread(writer.write, frame.to_ndarray(format="rgb24"))
                 elif received["type"] == "error":
                     raise UserError(f"expected the session to go on, got: {received['message']}")
 

@@ -12,6 +12,7 @@ import av
 import numpy as np
 from av.video.codeccontext import VideoCodecContext
 from av.video.frame import PictureType
+from av.video.reformatter import VideoReformatter
 from PIL import Image
 
 from rest_lightning.constants import FPS
@@ -45,12 +46,12 @@ class H264Encoder:
     codec: Codec = "h264"
 
     def __init__(self, size_px: int) -> None:
-        self._context, self._num_frames = _open(size_px), 0
+        self._context, self._reformatter, self._num_frames = _open(size_px), VideoReformatter(), 0
         self.codec_string = _codec_string(size_px)
 
     def encode(self, pixels: np.ndarray, keyframe: bool = False) -> tuple[bytes, bool]:
         """See :class:`FrameEncoder`."""
-        frame = video_frame(pixels, self._num_frames, FPS)
+        frame = video_frame(pixels, self._num_frames, FPS, self._reformatter)
         if keyframe:
             frame.pict_type = PictureType.I
         self._num_frames += 1
@@ -104,7 +105,7 @@ def _open(size_px: int) -> VideoCodecContext:
 @cache
 def _codec_string(size_px: int) -> str:
     """``avc1.`` and profile, constraints and level, as x264 writes them into the SPS of this size."""
-    black = video_frame(np.zeros((size_px, size_px, 3), np.uint8), 0, FPS)
+    black = video_frame(np.zeros((size_px, size_px, 3), np.uint8), 0, FPS, VideoReformatter())
     packets = b"".join(map(bytes, _open(size_px).encode(black)))
     profile = packets[packets.index(_SPS_START) + len(_SPS_START) :][:3]
     return f"avc1.{profile.hex().upper()}"

@@ -87,6 +87,7 @@ class Intake:
         """Speech of a client; returns how many chunks were dropped to make room."""
         if not len(samples) or self.is_finished:
             return 0
+        self._catch_up(now_s)
         slack = round(self.slack_s * SAMPLE_RATE)
         ahead = self._num + len(samples) - self._whole - round((now_s - self.due_s) * SAMPLE_RATE)
         if ahead < -slack:
@@ -111,14 +112,18 @@ class Intake:
 
         A chunk that is complete is given at most one chunk before it is due.
         """
+        self._catch_up(now_s)
         missing = self._whole - self._num
         if missing > 0 and now_s >= self._deadline_s:
-            if now_s - self.due_s > self.chunk_s:  # everything stood still: the clock begins anew
-                self.due_s = now_s
             self._append(np.zeros(missing, np.int16), None)
             self._settled_s = min(self._settled_s, now_s)
             missing = 0
         return missing <= 0 and now_s >= self.due_s - self.chunk_s
+
+    def _catch_up(self, now_s: float) -> None:
+        """Everything stood still, here or at the client: the clock begins anew."""
+        if self._num < self._whole and now_s - self.due_s > self.chunk_s:
+            self.due_s = now_s
 
     def wait_s(self, now_s: float) -> float:
         """Seconds until :meth:`advance` may say something else, if nothing comes."""

@@ -21,7 +21,9 @@ class Limits:
         input_rate: speech per second of clock, in the long run; input_burst_s: beyond it, at any time.
         messages_per_s: messages, in the long run; message_burst: beyond it.
         unread_s: how long a client may leave what it is sent unread.
-        upload_bytes, sound_s, image_side_px: of uploads; num_uploads: decoded at once, upload_s: time for one.
+        send_buffer_bytes: what the system keeps of it; then it counts as unread.
+        upload_bytes, sound_s, image_side_px: of uploads; num_uploads: decoded at once, of at most max_uploads that
+            come in; receive_s, upload_s: time for sending and for decoding one.
         max_portraits: uploaded portraits that are kept; portrait_s: how long an unused one is.
         grace_s: how long sessions may go on when the server is told to stop.
     """
@@ -38,10 +40,13 @@ class Limits:
     messages_per_s: float = 250.0
     message_burst: float = 2500.0
     unread_s: float = 10.0
+    send_buffer_bytes: int = 262_144
     upload_bytes: int = 20_000_000
     sound_s: float = 300.0
     image_side_px: int = 8192
     num_uploads: int = 2
+    max_uploads: int = 8
+    receive_s: float = 120.0
     upload_s: float = 20.0
     max_portraits: int = 64
     portrait_s: float = 3600.0

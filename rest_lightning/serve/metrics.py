@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+
+from rest_lightning.constants import FPS
+
+if TYPE_CHECKING:
+    from rest_lightning.serve.scheduler import Computed
 
 _SECONDS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8, 0.96, 1.2, 1.6, 2.4)
 _OFFSETS = (-0.2, -0.1, -0.06, -0.04, -0.02, 0.0, 0.02, 0.04, 0.06, 0.1, 0.2)
@@ -30,6 +37,16 @@ class Metrics:
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(name, text, buckets=buckets, registry=self.registry)
+
+    def chunk(self, chunk: Computed, num_frames: int, encode_s: float, idle: bool) -> None:
+        """A chunk that was sent to the last frame."""
+        self.compute_s.observe(chunk.compute_ms / 1e3)
+        self.queued_s.observe(chunk.queued_ms / 1e3)
+        self.encode_s.observe(encode_s)
+        self.rows.observe(chunk.num_rows)
+        self.frames.inc(num_frames)
+        if idle:
+            self.idle_s.inc(num_frames / FPS)
 
     def exposition(self) -> bytes:
         """The text that Prometheus reads."""

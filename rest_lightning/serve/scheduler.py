@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from rest_lightning.constants import SAMPLES_PER_FRAME, TEMPORAL_RATIO
-from rest_lightning.errors import UserError
 from rest_lightning.serve.protocol import Pcm
 from rest_lightning.streaming.overlap import Frames
 
@@ -134,6 +133,11 @@ class Scheduler:
     # -- called by the network's thread -------------------------------------------------------------------------------
 
     @property
+    def is_alive(self) -> bool:
+        """Whether the model's thread works."""
+        return self._thread.is_alive()
+
+    @property
     def num_free(self) -> int:
         """Rows that no session holds."""
         return len(self._free)
@@ -211,8 +215,8 @@ class Scheduler:
         try:
             self._batch.push(row, job.window[len(job.window) - job.num_new :])
             self._jobs[row] = job
-        except UserError as error:
-            job.future.set_exception(ModelError(str(error)))
+        except Exception as error:  # the row was never started, or has failed before
+            job.future.set_exception(_failure(error))
 
     def _step(self) -> None:
         jobs, self._jobs = self._jobs, {}
@@ -223,7 +227,10 @@ class Scheduler:
             self._one_by_one(jobs)
             return
         for row, job in jobs.items():
-            self._hand_out(job, frames[row], start_s, len(frames))
+            if row in frames:
+                self._hand_out(job, frames[row], start_s, len(frames))
+            else:
+                job.future.set_exception(ModelError("expected a whole chunk of speech, got less"))
 
     def _one_by_one(self, jobs: dict[int, _Job]) -> None:
         """After a failure: nobody knows what the rows hold by now, so each begins anew with its own chunk."""
@@ -236,10 +243,14 @@ class Scheduler:
                 self._hand_out(job, self._batch.step()[row], start_s, 1)
             except Exception as error:
                 self._stop(row)
-                failure = ModelError(f"the model failed: {type(error).__name__}")
-                failure.__cause__ = error
-                job.future.set_exception(failure)
+                job.future.set_exception(_failure(error))
 
     def _hand_out(self, job: _Job, frames: Frames, start_s: float, num_rows: int) -> None:
         queued_ms, compute_ms = 1e3 * (start_s - job.asked_s), 1e3 * (time.perf_counter() - start_s)
         job.future.set_result(Computed(frames, compute_ms, queued_ms, num_rows))
+
+
+def _failure(error: Exception) -> ModelError:
+    failure = ModelError(f"the model failed: {type(error).__name__}")
+    failure.__cause__ = error
+    return failure

@@ -23,7 +23,7 @@ from rest_lightning.serve.uploads import Uploads
 
 PAGE_FOLDER = Path(__file__).parent / "page"
 _HEARTBEAT_S = 15.0
-_SEND_BUFFER_BYTES = 262_144  # what a client may leave unread before sending waits; the kernel would keep megabytes
+_LARGEST_BYTES = 2**20  # of a message: beyond the limits' own, which are told in words
 _SHOWN_SIDE_PX = 256  # of uploaded portraits, where the model's frames are smaller
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -115,7 +115,7 @@ class LiveServer:
         self.service = Service(scheduler, portraits, limits)
         self.admission = Admission(limits)
         self.uploads = Uploads(limits.num_uploads, limits.upload_s, limits.image_side_px, limits.sound_s)
-        self.url = ""
+        self.url, self._num_uploads = "", 0
         self._origins: frozenset[str] = frozenset()
         self._runner: web.AppRunner | None = None
 
@@ -209,6 +209,9 @@ class LiveServer:
             response = web.json_response({"error": str(error)}, status=400)
         except web.HTTPException as error:
             response = web.json_response({"error": error.reason.lower()}, status=error.status)
+        except Exception:
+            LOG.exception("request failed", extra={"path": request.path})
+            response = web.json_response({"error": "the server failed at this request"}, status=500)
         if not response.prepared:
             response.headers.update(self._headers())
         return response
@@ -238,7 +241,7 @@ class LiveServer:
         return web.FileResponse(index)
 
     async def _health(self, request: web.Request) -> web.StreamResponse:
-        status = "stopping" if self.admission.closing else "ok"
+        status = "stopping" if self.admission.closing else "ok" if self.service.scheduler.is_alive else "model ended"
         body = {"status": status, "sessions": self.admission.num_active, "max_sessions": self.limits.max_sessions}
         return web.json_response(body, status=200 if status == "ok" else 503)
 
@@ -255,13 +258,13 @@ class LiveServer:
         self.admission.enter(request.query.get("token", ""), address)
         try:
             response = web.WebSocketResponse(
-                max_msg_size=self.limits.message_bytes + 1, heartbeat=_HEARTBEAT_S, compress=False, timeout=1.0
+                max_msg_size=_LARGEST_BYTES, heartbeat=_HEARTBEAT_S, compress=False, timeout=1.0
             )
             await response.prepare(request)
             assert request.transport is not None
             connection = request.transport.get_extra_info("socket")
             if connection is not None:
-                connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self.limits.send_buffer_bytes)
             await run_session(AioChannel(response), self.service, address)
         finally:
             self.admission.leave(address)
@@ -287,17 +290,28 @@ class LiveServer:
         return web.Response(body=samples, content_type="application/octet-stream")
 
     async def _decoded(self, request: web.Request, kind: str, decode: Callable[[bytes], Awaitable[bytes]]) -> bytes:
-        outcome = "refused"
+        outcome, limits = "refused", self.limits
+        if self._num_uploads >= limits.max_uploads:
+            raise Refused("uploads", "too many files are being sent at once: try again in a minute")
+        self._num_uploads += 1
         try:
-            decoded = await decode(await self._uploaded(request))
+            async with asyncio.timeout(limits.receive_s):
+                data = await self._uploaded(request)
+            decoded = await decode(data)
             outcome = "taken"
             return decoded
+        except TimeoutError:
+            raise UserError(f"expected a file within {limits.receive_s:g} s, got it slower: make it smaller") from None
         finally:
+            self._num_uploads -= 1
             self.service.metrics.uploads.labels(kind, outcome).inc()
 
     async def _uploaded(self, request: web.Request) -> bytes:
         """The one file of a form."""
         most = self.limits.upload_bytes
+        too_large = UserError(f"expected a file of at most {most / 1e6:g} MB, got a larger one: make it smaller")
+        if (request.content_length or 0) > most + 65_536:
+            raise too_large
         if not request.content_type.startswith("multipart/"):
             raise UserError("expected a form with one file (multipart/form-data), got something else")
         try:
@@ -308,7 +322,7 @@ class LiveServer:
             while part is not None and (block := await part.read_chunk(65_536)):
                 data += block
                 if len(data) > most:
-                    raise UserError(f"expected a file of at most {most / 1e6:g} MB, got a larger one: make it smaller")
+                    raise too_large
         except ValueError as error:
             if isinstance(error, UserError):
                 raise

@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 import time
-from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TypeVar
+from itertools import count, pairwise
 
 from rest_lightning.constants import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME
 from rest_lightning.errors import UserError
-from rest_lightning.serve.encoder import FrameEncoder, open_encoder
+from rest_lightning.serve.encoder import open_encoder
 from rest_lightning.serve.intake import Intake, Piece
 from rest_lightning.serve.limits import Bucket, Limits
 from rest_lightning.serve.metrics import Metrics
+from rest_lightning.serve.outlet import Outlet, SessionOver
 from rest_lightning.serve.portraits import Portraits
 from rest_lightning.serve.protocol import (
-    IDLE,
-    KEYFRAME,
     MAX_EPOCH,
-    SOUND,
     VERSION,
     Channel,
     ChannelClosed,
@@ -34,7 +30,6 @@ from rest_lightning.serve.protocol import (
     Stats,
     message,
     num_frames_of,
-    pack,
     parse_speech,
     parse_text,
 )
@@ -42,17 +37,8 @@ from rest_lightning.serve.scheduler import Computed, ModelError, Scheduler, Slot
 
 LOG = logging.getLogger("rest_lightning.serve")
 CUSHION_MS = 80
-_FIRST_FRAMES = 4  # sent while the others are being encoded
-_numbers = itertools.count(1)
-_Result = TypeVar("_Result")
-
-
-class SessionOver(Exception):
-    """The server ends a session; ``code`` is for programs, the message is one line for people."""
-
-    def __init__(self, code: str, message: str) -> None:
-        super().__init__(message)
-        self.code = code
+_INTERRUPTS_PER_S, _INTERRUPT_BURST = 4.0, 20.0  # each lets the model begin a chunk at once
+_numbers = count(1)
 
 
 @dataclass
@@ -65,6 +51,18 @@ class Service:
     metrics: Metrics = field(default_factory=Metrics)
     sessions: set[Session] = field(default_factory=set)
     encoding: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, "encoder"))
+
+    def begin_s(self, now_s: float, chunk_s: float) -> float:
+        """When a new session should begin, so that its chunks fall due where other sessions' chunks do not.
+
+        In the middle of the largest gap between them, less than a chunk from now.
+        """
+        phases = sorted((session.due_s - now_s) % chunk_s for session in self.sessions if session.due_s is not None)
+        if not phases:
+            return now_s
+        gaps = [(after - before, before) for before, after in pairwise([*phases, phases[0] + chunk_s])]
+        length, begin_s = max(gaps)
+        return now_s + (begin_s + length / 2) % chunk_s
 
     def close(self) -> None:
         """End the threads."""
@@ -144,6 +142,7 @@ class Session:
 
     def __init__(self, channel: Channel, service: Service, slot: Slot) -> None:
         self.channel, self.service, self.slot = channel, service, slot
+        self.outlet = Outlet(channel, service.encoding, service.limits.unread_s)
         self.epoch = self.num_frames = 0
         now_s = time.monotonic()
         limits = service.limits
@@ -155,8 +154,19 @@ class Session:
         self._keyframe = True
         self._stop: SessionOver | None = None
         self._changed = asyncio.Event()
-        self._intake: Intake
-        self._encoder: FrameEncoder
+        self._interrupts = Bucket(_INTERRUPTS_PER_S, _INTERRUPT_BURST, now_s)
+        self._intake: Intake | None = None
+
+    @property
+    def due_s(self) -> float | None:
+        """When the next chunk should be complete; None before the first."""
+        return None if self._intake is None else self._intake.due_s
+
+    @property
+    def intake(self) -> Intake:
+        """The speech that waits."""
+        assert self._intake is not None, "speech before hello"
+        return self._intake
 
     def stop(self, code: str, said: str) -> None:
         """End the session after the chunk that it is at."""
@@ -192,16 +202,16 @@ class Session:
             raise ProtocolError("hello", f"expected a hello within {limits.hello_s:g} s, got none") from None
         if not isinstance(hello, Hello):
             raise ProtocolError("hello", "expected a hello first, got another message")
-        encoder = await self._in_thread(lambda: open_encoder(hello.codecs, size_px))
+        encoder = await self.outlet.in_thread(lambda: open_encoder(hello.codecs, size_px))
         if encoder is None:
             raise ProtocolError("codec", "expected a codec of h264, jpeg, got none of them")
-        self._encoder = encoder
+        self.outlet.encoder = encoder
         try:
-            portrait = await self._in_thread(lambda: self.service.portraits.load(hello.portrait, size_px))
+            portrait = await self.outlet.in_thread(lambda: self.service.portraits.load(hello.portrait, size_px))
         except UserError as error:
             raise ProtocolError("portrait", str(error)) from None
         await asyncio.wrap_future(self.slot.start(portrait, hello.seed))
-        fields = {
+        fields: dict[str, object] = {
             "version": VERSION,
             "size_px": size_px,
             "fps": FPS,
@@ -219,8 +229,9 @@ class Session:
                 "input_burst_s": limits.input_burst_s,
             },
         }
-        await self.channel.send_text(message("hello", **fields))
-        self._intake = Intake(scheduler.chunk_samples, scheduler.lookahead_samples, time.monotonic())
+        await self.outlet.say("hello", **fields)
+        begin_s = self.service.begin_s(time.monotonic(), scheduler.chunk_samples / SAMPLE_RATE)
+        self._intake = Intake(scheduler.chunk_samples, scheduler.lookahead_samples, begin_s)
 
     def _parse(self, data: bytes | str) -> object:
         now_s = time.monotonic()
@@ -240,14 +251,14 @@ class Session:
                 case Interrupt():
                     await self._interrupt(received.epoch)
                 case Identity():
-                    self._portrait = received.portrait
+                    self._portrait = received.portrait  # of several before a chunk, the last
                 case Stats():
                     self._note(received)
                     continue
                 case Hello():
                     raise ProtocolError("hello", "expected one hello, got a second one")
                 case _:
-                    self._intake.finish(time.monotonic())
+                    self.intake.finish(time.monotonic())
             self._heard_s = time.monotonic()
             self._changed.set()
 
@@ -265,25 +276,27 @@ class Session:
                 "index", f"expected speech from sample {self._next_index} of the epoch on, got sample {speech.index}"
             )
         self._next_index = speech.index + len(speech.samples)
-        trimmed = self._intake.num_trimmed
-        dropped = self._intake.push(speech.samples, speech.index, now_s)
+        trimmed = self.intake.num_trimmed
+        dropped = self.intake.push(speech.samples, speech.index, now_s)
         self._keyframe |= dropped > 0
         lost_s = self.service.metrics.dropped_s
-        lost_s.labels("queue").inc(dropped * self._intake.chunk_s)
-        lost_s.labels("trim").inc((self._intake.num_trimmed - trimmed) / SAMPLE_RATE)
+        lost_s.labels("queue").inc(dropped * self.intake.chunk_s)
+        lost_s.labels("trim").inc((self.intake.num_trimmed - trimmed) / SAMPLE_RATE)
 
     async def _interrupt(self, epoch: int) -> None:
         if epoch >= self.epoch:
             self._raise_epoch(epoch)
-            await self._send_text(message("interrupted", epoch=epoch))
+            await self.outlet.say("interrupted", epoch=epoch)
 
     def _raise_epoch(self, epoch: int) -> None:
         if epoch == self.epoch:
             return
         if epoch > self.epoch + 1 or epoch == MAX_EPOCH:
             raise ProtocolError("epoch", f"expected epoch {self.epoch} or {self.epoch + 1}, got {epoch}")
+        if not self._interrupts.take(1.0, time.monotonic()):
+            raise ProtocolError("flood", f"expected at most {_INTERRUPTS_PER_S:g} interruptions a second, got more")
         self.epoch, self._next_index = epoch, 0
-        forgotten = self._intake.interrupt(time.monotonic())
+        forgotten = self.intake.interrupt(time.monotonic())
         self.service.metrics.dropped_s.labels("interrupt").inc(forgotten / SAMPLE_RATE)
         self._keyframe = True
 
@@ -291,16 +304,16 @@ class Session:
         if stats.offset_ms is not None:
             self.service.metrics.offset_s.observe(stats.offset_ms / 1e3)
         if stats.slack_ms is not None:
-            self._intake.trim(stats.slack_ms / 1e3, time.monotonic())
+            self.intake.trim(stats.slack_ms / 1e3, time.monotonic())
 
     # -- to the client ------------------------------------------------------------------------------------------------
 
     async def _produce(self) -> None:
-        while not (self._intake.is_finished and not self._intake.has_speech):
+        while not (self.intake.is_finished and not self.intake.has_speech):
             await self._until_chunk()
             if self._portrait is not None:
                 await self._switch(self._portrait)
-            piece, epoch = self._intake.take(), self.epoch
+            piece, epoch = self.intake.take(), self.epoch
             try:
                 chunk = await asyncio.wrap_future(self.slot.compute(piece.window, piece.num_new))
             except ModelError as error:
@@ -322,10 +335,10 @@ class Session:
                 raise SessionOver("too_long", f"a session lasts {limits.session_s / 60:g} minutes: start a new one")
             if now_s - self._heard_s > limits.idle_s:
                 raise SessionOver("idle", f"nothing was sent for {limits.idle_s / 60:g} minutes: start a new session")
-            if self._intake.advance(now_s):
+            if self.intake.advance(now_s):
                 return
             try:
-                async with asyncio.timeout(self._intake.wait_s(now_s) + 0.001):
+                async with asyncio.timeout(self.intake.wait_s(now_s) + 0.001):
                     await self._changed.wait()
             except TimeoutError:
                 pass
@@ -334,74 +347,37 @@ class Session:
         self._portrait = None
         size_px = self.service.scheduler.model.size_px
         try:
-            portrait = await self._in_thread(lambda: self.service.portraits.load(name, size_px))
+            portrait = await self.outlet.in_thread(lambda: self.service.portraits.load(name, size_px))
         except UserError as error:
-            await self._send_text(message("error", code="portrait", message=str(error)))
+            await self.outlet.say("error", code="portrait", message=str(error))
             return
         await asyncio.wrap_future(self.slot.show(portrait))
         self._keyframe = True
-        await self._send_text(message("identity", portrait=name, frame=self.num_frames))
+        await self.outlet.say("identity", portrait=name, frame=self.num_frames)
 
     async def _send(self, piece: Piece, chunk: Computed, epoch: int) -> None:
-        first, metrics = self.num_frames, self.service.metrics
+        intake, metrics, first = self.intake, self.service.metrics, self.num_frames
         frames, sound = chunk.frames, piece.sound
-        if self._intake.is_finished and not self._intake.has_speech:  # the last one: as long as the speech
+        if intake.is_finished and not intake.has_speech:  # the last one: as long as the speech
             frames = frames[: num_frames_of(piece.num_speech)]
             sound = sound[: SAMPLES_PER_FRAME * len(frames)]
-        idle = IDLE if piece.idle else 0
         self.num_frames += len(frames)
-        if len(sound):
-            await self._send_bytes(pack(SOUND, idle, epoch, first, len(sound), sound.astype("<i2").tobytes()))
-        encode_s, keyframe, self._keyframe = 0.0, self._keyframe, False
-        for start in (0, _FIRST_FRAMES):
-            part = frames[start:] if start else frames[:_FIRST_FRAMES]
-            begin_s = time.perf_counter()
-            encoded = await self._in_thread(
-                lambda part=part, start=start: [
-                    self._encoder.encode(pixels, keyframe and not start and not place)
-                    for place, pixels in enumerate(part)
-                ]
-            )
-            encode_s += time.perf_counter() - begin_s
-            for place, (data, is_key) in enumerate(encoded):
-                if epoch != self.epoch:
-                    return  # the new epoch begins with a keyframe
-                flags = idle | (KEYFRAME if is_key else 0)
-                await self._send_bytes(pack(self._encoder.kind, flags, epoch, first + start + place, 1, data))
-                metrics.frames.inc()
-        metrics.compute_s.observe(chunk.compute_ms / 1e3)
-        metrics.queued_s.observe(chunk.queued_ms / 1e3)
-        metrics.encode_s.observe(encode_s)
-        metrics.rows.observe(chunk.num_rows)
-        if piece.idle:
-            metrics.idle_s.inc(len(sound) / SAMPLE_RATE)
-        fields = {
-            "index": first,
-            "frames": len(frames),
-            "epoch": epoch,
-            "compute_ms": round(chunk.compute_ms, 1),
-            "queued_ms": round(chunk.queued_ms, 1),
-            "encode_ms": round(1e3 * encode_s, 1),
-            "rows": chunk.num_rows,
-            "input_sample": piece.last_index,
-            "dropped_s": round(self._intake.num_dropped / SAMPLE_RATE, 2),
-        }
-        await self._send_text(message("chunk", **fields))
-
-    async def _send_bytes(self, data: bytes) -> None:
-        await self._patiently(self.channel.send_bytes(data))
-
-    async def _send_text(self, text: str) -> None:
-        await self._patiently(self.channel.send_text(text))
-
-    async def _patiently(self, sending: Coroutine[None, None, None]) -> None:
-        unread_s = self.service.limits.unread_s
-        try:
-            async with asyncio.timeout(unread_s):
-                await sending
-        except TimeoutError:
-            raise SessionOver("unread", f"what was sent was not read for {unread_s:g} s: reload the page") from None
-
-    async def _in_thread(self, call: Callable[[], _Result]) -> _Result:
-        """Runs what would keep the network waiting."""
-        return await asyncio.get_running_loop().run_in_executor(self.service.encoding, call)
+        keyframe, self._keyframe = self._keyframe, False
+        encode_s = await self.outlet.send_chunk(
+            sound, frames, epoch, first, idle=piece.idle, keyframe=keyframe, wanted=lambda: epoch == self.epoch
+        )
+        if encode_s is None:
+            return
+        metrics.chunk(chunk, len(frames), encode_s, idle=piece.idle)
+        await self.outlet.say(
+            "chunk",
+            index=first,
+            frames=len(frames),
+            epoch=epoch,
+            compute_ms=round(chunk.compute_ms, 1),
+            queued_ms=round(chunk.queued_ms, 1),
+            encode_ms=round(1e3 * encode_s, 1),
+            rows=chunk.num_rows,
+            input_sample=piece.last_index,
+            dropped_s=round(intake.num_dropped / SAMPLE_RATE, 2),
+        )

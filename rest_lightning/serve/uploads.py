@@ -10,6 +10,7 @@ import asyncio
 import os
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from rest_lightning.errors import UserError
@@ -102,9 +103,9 @@ def _limit_resources() -> None:
         import resource
     except ImportError:  # not on Windows: the parent's clock is the only limit there
         return
-    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    for kind, most in ((resource.RLIMIT_AS, _MEMORY_BYTES), (resource.RLIMIT_CORE, 0), (resource.RLIMIT_FSIZE, 0)):
+        with suppress(ValueError, OSError):  # a system that does not know one
+            resource.setrlimit(kind, (most, most))
 
 
 def _portrait(side_px: int, size_px: int) -> bytes:
