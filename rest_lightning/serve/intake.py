@@ -89,21 +89,21 @@ class Intake:
             return 0
         self._catch_up(now_s)
         slack = round(self.slack_s * SAMPLE_RATE)
-        ahead = self._num + len(samples) - self._whole - round((now_s - self.due_s) * SAMPLE_RATE)
-        if ahead < -slack:
-            # A third of the slack: later blocks may be as late without missing their chunk.
-            self._append(np.zeros(min(-ahead + slack // 3, self._whole), np.int16), None)
-        elif ahead > slack and int(np.abs(samples.astype(np.int32)).max()) < _QUIET:
+        margin = slack // 3  # later blocks may be as late without missing their chunk
+        ahead = self._ahead_of_clock(now_s) + len(samples)
+        flows = bool(self._blocks) and self._blocks[-1].index is not None
+        if ahead < (-slack if flows else margin):
+            self._append(np.zeros(min(margin - ahead, self._whole), np.int16), None)
+        elif ahead > (margin if self._is_trimming else slack) and np.abs(samples.astype(np.int32)).max() < _QUIET:
             cut = min(ahead, len(samples))
             self.num_trimmed += cut
-            samples, index = samples[cut:], index + cut
-            ahead -= cut
-        if ahead <= slack:
+            samples, index, ahead = samples[cut:], index + cut, ahead - cut
+        if ahead <= margin:
             self._settled_s = min(self._settled_s, now_s)
         self._append(samples, index)
         num_dropped = 0
         while self._num > self._whole + self._max_chunks * self.chunk_samples:
-            self._drop_chunk()
+            self._drop_chunk(now_s)
             num_dropped += 1
         return num_dropped
 
@@ -183,10 +183,19 @@ class Intake:
             self.due_s += min(seconds, self.chunk_s)
             self._settled_s = math.inf
 
-    def _drop_chunk(self) -> None:
+    def _drop_chunk(self, now_s: float) -> None:
         self._remove(self._ahead, self.chunk_samples)
         self.num_dropped += self.chunk_samples
-        self.due_s += self.chunk_s  # what follows does not move on the clock
+        behind_s = -self._ahead_of_clock(now_s) / SAMPLE_RATE
+        self.due_s += min(max(behind_s, 0.0), self.chunk_s)  # what is left is no pause
+
+    def _ahead_of_clock(self, now_s: float) -> int:
+        """Samples that are here beyond those that would be, had speech come in step with the clock."""
+        return self._num - self._whole - round((now_s - self.due_s) * SAMPLE_RATE)
+
+    @property
+    def _is_trimming(self) -> bool:
+        return self._settled_s == math.inf
 
     def _append(self, samples: Pcm, index: int | None) -> None:
         if len(samples):

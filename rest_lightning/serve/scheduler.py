@@ -123,9 +123,13 @@ class Scheduler:
             for row in range(num_rows):
                 self._batch.stop(row)
 
-    def close(self) -> None:
-        """End the thread after what it has begun; chunks that wait are cancelled."""
+    def stop(self) -> None:
+        """Let the thread end after what it has begun; chunks that wait fail."""
         self._inbox.put(None)
+
+    def close(self) -> None:
+        """Stop, and wait for the thread's end."""
+        self.stop()
         if self._thread.is_alive():
             self._thread.join()
         self._batch.close()
@@ -141,6 +145,11 @@ class Scheduler:
     def num_free(self) -> int:
         """Rows that no session holds."""
         return len(self._free)
+
+    @property
+    def rows(self) -> list[int]:
+        """Rows in which the model has a stream."""
+        return self._batch.rows
 
     def acquire(self) -> Slot | None:
         """A row for a session; None when all are taken."""
@@ -190,8 +199,11 @@ class Scheduler:
                     self._step()
                 continue
             break
-        for job in self._jobs.values():
-            job.future.set_exception(ModelError("the server has stopped"))
+        while not self._inbox.empty():
+            if (call := self._inbox.get()) is not None:
+                call()
+        for row in list(self._jobs):
+            self._stop(row)
 
     def start_row(self, row: int, portrait: Tensor, seed: int) -> None:
         """In the model's thread: see :meth:`Slot.start`."""
@@ -204,7 +216,8 @@ class Scheduler:
         self._portraits[row] = (portrait, self._portraits[row][1])
 
     def _stop(self, row: int) -> None:
-        self._jobs.pop(row, None)
+        if (job := self._jobs.pop(row, None)) is not None:
+            job.future.set_exception(ModelError("the session has ended"))
         self._portraits.pop(row, None)
         if row in self._batch.rows:
             self._batch.stop(row)

@@ -1,0 +1,40 @@
+"""A talking head of a few thousand parameters, with random weights everywhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from rest_lightning.models.autoencoder import CompactVAE
+from rest_lightning.models.cache import CacheOptions
+from rest_lightning.models.speech import LogMelEncoder
+from rest_lightning.models.speech_ae import SpeechAE
+from rest_lightning.models.transformer import A2VDiT
+from rest_lightning.talking_head import SamplingSettings, TalkingHead
+
+
+def make_head(chunk_length: int = 3, lookahead_frames: int = 2, seed: int = 0, **cache_options: Any) -> TalkingHead:
+    """Random weights, also where training starts from zero, so that every input matters."""
+    torch.manual_seed(seed)
+    head = TalkingHead(
+        CompactVAE(4, (8, 16, 16), (1, 1, 1), (1, 1, 1), ((4, 2), (2, 2)), patch_size=8),
+        LogMelEncoder(lookahead_frames=lookahead_frames),
+        SpeechAE(feature_dim=160, num_tokens=2, latent_dim=8, width=8),
+        A2VDiT(
+            in_channels=4,
+            num_layers=2,
+            num_attention_heads=2,
+            attention_head_dim=16,
+            caption_channels=None,
+            speech_dim=8,
+            attention="chunked",
+            cache_options=CacheOptions(chunk_length=chunk_length, **cache_options),
+        ),
+        SamplingSettings(num_steps=2, guidance=1.5, shift=1.0),
+        size_px=64,
+    )
+    for parameter in head.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.2)
+    return head
