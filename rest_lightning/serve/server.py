@@ -146,9 +146,9 @@ class LiveServer:
             UserError: the address is taken or is none of this machine, or the certificate is no good.
         """
         tls = self.options.tls()
-        self._runner = web.AppRunner(self.make_app(), access_log=None, handle_signals=False)
+        self._runner = web.AppRunner(self.make_app(), access_log=None, handle_signals=False, shutdown_timeout=1.0)
         await self._runner.setup()
-        site = web.TCPSite(self._runner, self.options.host, self.options.port, ssl_context=tls, shutdown_timeout=1.0)
+        site = web.TCPSite(self._runner, self.options.host, self.options.port, ssl_context=tls)
         try:
             await site.start()
         except OSError as error:

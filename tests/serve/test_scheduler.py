@@ -109,6 +109,32 @@ def test_a_row_that_fails_ends_alone(head: TalkingHead, scheduler: Scheduler) ->
     )
 
 
+@pytest.mark.parametrize("call", [1, 2, 3, 4])
+def test_a_failure_in_the_middle_of_a_chunk_is_got_over(head: TalkingHead, scheduler: Scheduler, call: int) -> None:
+    """Whatever the cache and the lanes hold by then: everybody begins anew, and goes on as a stream alone."""
+    slots, speech, num_calls = [begin(scheduler, row) for row in range(2)], tone(2.0), 0
+    for future in all_at_once(scheduler, [(slot, speech) for slot in slots], 0):
+        future.result(20)
+
+    def fail_once(*_: object) -> None:
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls == call:
+            raise RuntimeError("once")
+
+    hook = head.transformer.transformer_blocks[1].register_forward_pre_hook(fail_once)
+    try:
+        futures = all_at_once(scheduler, [(slot, speech) for slot in slots], 1)
+        frames = [[future.result(20).frames] for future in futures]
+    finally:
+        hook.remove()
+    for parts, future in zip(frames, all_at_once(scheduler, [(slot, speech) for slot in slots], 2), strict=True):
+        parts.append(future.result(20).frames)
+    for row, parts in enumerate(frames):
+        expected = head.open(portrait(row), seed=row).push(speech[CHUNK : 3 * CHUNK + LOOKAHEAD])
+        assert_close(np.concatenate(parts), expected)
+
+
 def test_rows_are_given_back(scheduler: Scheduler) -> None:
     slots = [begin(scheduler, row) for row in range(3)]
     assert scheduler.acquire() is None
@@ -152,8 +178,12 @@ def test_closing_tells_those_who_wait(head: TalkingHead) -> None:
     scheduler.start()
     slot = begin(scheduler, 0)
     futures: list[Future[Computed]] = []
-    stopped = scheduler.post(lambda: (scheduler.stop(), futures.append(chunk(slot, tone(1.0), 0))) and None)
-    stopped.result(20)
+
+    def stop_and_ask() -> None:
+        scheduler.stop()
+        futures.append(chunk(slot, tone(1.0), 0))
+
+    scheduler.post(stop_and_ask).result(20)
     scheduler.close()
     with pytest.raises(ModelError, match="the session has ended"):
         futures[0].result(20)
