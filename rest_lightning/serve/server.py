@@ -217,7 +217,7 @@ class LiveServer:
         return response
 
     def _headers(self) -> dict[str, str]:
-        sockets = " ".join(sorted(origin.replace("http", "ws", 1) for origin in self._origins))
+        sockets = " ".join(sorted(origin.replace("http", "ws", 1) for origin in self._origins if "[" not in origin))
         policy = (
             f"default-src 'self'; connect-src 'self' {sockets}; img-src 'self' blob: data:; media-src 'self' blob:; "
             "worker-src 'self' blob:; object-src 'none'; base-uri 'none'; frame-ancestors 'none'; form-action 'none'"

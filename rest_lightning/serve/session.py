@@ -379,5 +379,6 @@ class Session:
             encode_ms=round(1e3 * encode_s, 1),
             rows=chunk.num_rows,
             input_sample=piece.last_index,
+            speech_samples=piece.num_speech,
             dropped_s=round(intake.num_dropped / SAMPLE_RATE, 2),
         )

@@ -138,7 +138,8 @@ def _sound(longest_s: float) -> bytes:
     head = Path(_NAME).read_bytes()[:16]
     if not head.startswith(_SOUND_STARTS + _MPEG_STARTS) and head[4:8] != b"ftyp":
         raise UserError("expected a sound file (wav, mp3, flac, m4a, ogg, webm or mp4), got something else: export it")
-    with av.open(_NAME) as container:
+    claimed_s = 0.0
+    with suppress(av.FFmpegError, OSError, ValueError), av.open(_NAME) as container:  # open_speech tells what is wrong
         claimed_s = (container.duration or 0) / av.time_base
     speech = open_speech(_NAME) if claimed_s <= longest_s else None
     duration_s = claimed_s if speech is None else speech.duration_s
