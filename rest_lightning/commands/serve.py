@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
+import math
 import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,11 +30,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cert", type=Path, help="TLS certificate, PEM")
     parser.add_argument("--key", type=Path, help="its key, PEM")
     origin = "a further origin whose page may open sessions, such as https://example.org; may be repeated"
-    parser.add_argument("--origin", action="append", default=[], help=origin)
+    parser.add_argument("--origin", action="append", type=_origin, default=[], help=origin)
     parser.add_argument("--max-sessions", type=positive, default=3, help="sessions at once (default 3)")
     parser.add_argument("--max-per-address", type=positive, help="of one address (default: all)")
-    parser.add_argument("--session-min", type=float, default=120.0, help="length of a session in minutes (default 120)")
-    parser.add_argument("--idle-min", type=float, default=5.0, help="minutes without a message (default 5)")
+    parser.add_argument(
+        "--session-min", type=_minutes, default=120.0, help="length of a session in minutes (default 120)"
+    )
+    parser.add_argument("--idle-min", type=_minutes, default=5.0, help="minutes without a message (default 5)")
     parser.add_argument("--grace", type=float, default=30.0, help="seconds for sessions at the end (default 30)")
     parser.add_argument("--model", type=Path, help="model folder (default: the embedded model)")
     parser.add_argument("--threads", dest="num_threads", type=positive, help="threads of torch (default: its choice)")
@@ -78,6 +81,7 @@ def run(args: argparse.Namespace) -> int:
         asyncio.run(_serve(server))
     finally:
         server.service.close()
+        logger.removeHandler(handler)
     return 0
 
 
@@ -112,3 +116,20 @@ async def _serve(server: LiveServer) -> None:
         stopping.cancel()
         await server.stop(0.0)
     forcing.cancel()
+
+
+def _minutes(text: str) -> float:
+    try:
+        minutes = float(text)
+    except ValueError:
+        minutes = 0.0
+    if not 0.0 < minutes < math.inf:
+        raise argparse.ArgumentTypeError(f"expected minutes above 0, got {text}")
+    return minutes
+
+
+def _origin(text: str) -> str:
+    scheme, _, host = text.partition("://")
+    if scheme not in ("http", "https") or not host or "/" in host:
+        raise argparse.ArgumentTypeError(f"expected an origin like https://example.org, got {text}")
+    return text

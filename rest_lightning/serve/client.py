@@ -71,6 +71,7 @@ class LiveClient:
         self._hello = {"version": VERSION, "codecs": list(codecs), "portrait": portrait, "seed": seed}
         self.hello: dict[str, Any] = {}
         self.epoch = self._index = 0
+        self._source_error: Exception | None = None
         self._http: aiohttp.ClientSession
         self.socket: aiohttp.ClientWebSocketResponse
 
@@ -130,13 +131,17 @@ class LiveClient:
         return Picture(epoch, index, payload, bool(flags & KEYFRAME), kind == H264)
 
     async def stream(self, blocks: Iterable[Pcm]) -> AsyncIterator[Received]:
-        """Sends blocks at the pace of their sound, then ends; meanwhile gives what the server sends."""
+        """Sends blocks at the pace of their sound, then ends; meanwhile gives what the server sends.
+
+        Raises:
+            Exception: whatever the blocks raise.
+        """
         sending = asyncio.create_task(self._send_all(blocks))
         try:
             while (received := await self.receive()) is not None:
                 yield received
-            if sending.done():
-                sending.result()
+            if self._source_error is not None:
+                raise self._source_error
         finally:
             sending.cancel()
 
@@ -151,9 +156,9 @@ class LiveClient:
             await self.end()
         except ConnectionError:
             pass  # the server has ended the session, and told why
-        except Exception:
-            await self.socket.close()  # whoever waits for pictures learns that the source has failed
-            raise
+        except Exception as error:
+            self._source_error = error
+            await self.socket.close()  # whoever waits for pictures learns of it
 
 
 async def record(url: str, blocks: Iterable[Pcm], out: Path, portrait: str | None = None) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import itertools
 import json
 import socket
+import weakref
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Any
@@ -18,8 +20,9 @@ from live import collect, cut, serving, settled, short_head, tone, until
 
 from rest_lightning.errors import UserError
 from rest_lightning.serve.client import LiveClient, Picture, Received, Sound
-from rest_lightning.serve.protocol import Pcm, message, pack_speech
+from rest_lightning.serve.protocol import SOUND, ChannelClosed, Pcm, message, pack_speech
 from rest_lightning.serve.server import LiveServer
+from rest_lightning.serve.session import Session, run_session
 from rest_lightning.talking_head import TalkingHead
 
 CHUNK = 8 * 640
@@ -350,12 +353,15 @@ def test_a_client_that_never_reads_is_given_up(head: TalkingHead) -> None:
 def test_clients_that_vanish_leave_nothing(head: TalkingHead) -> None:
     """Whether they close or not, at several moments of a chunk."""
 
+    left: list[weakref.ref[Session]] = []
+
     async def scenario() -> None:
         async with serving(head, 2) as server:
             for round_, delay_s in itertools.product(range(2), (0.0, 0.02, 0.2)):
                 client = await LiveClient(server.url).__aenter__()
                 await client.send(tone(1.0))
                 await asyncio.sleep(delay_s)
+                left.extend(map(weakref.ref, server.service.sessions))
                 transport = client.socket._response.connection.transport  # type: ignore[union-attr]
                 if round_:
                     transport.abort()
@@ -365,6 +371,8 @@ def test_clients_that_vanish_leave_nothing(head: TalkingHead) -> None:
             assert 'rest_sessions_ended_total{reason="gone"} 6.0' in text and "rest_sessions 0.0" in text
 
     asyncio.run(scenario())
+    gc.collect()
+    assert len(left) == 6 and all(session() is None for session in left)
 
 
 @pytest.mark.parametrize(
@@ -404,5 +412,56 @@ def test_a_server_that_stops_lets_sessions_finish(head: TalkingHead) -> None:
             ended = asyncio.create_task(server.stop(0.0))
             assert (await until(endless, "error"))["code"] == "stopping"
             await ended
+
+    asyncio.run(scenario())
+
+
+class Pipe:
+    """A channel without a network: what the other side of any other transport would be."""
+
+    def __init__(self) -> None:
+        self.incoming: asyncio.Queue[bytes | str | None] = asyncio.Queue()
+        self.sent: list[bytes | str] = []
+        self.closed = False
+
+    async def receive(self) -> bytes | str:
+        received = await self.incoming.get()
+        if received is None:
+            raise ChannelClosed
+        return received
+
+    async def send_bytes(self, data: bytes) -> None:
+        self.sent.append(data)
+
+    async def send_text(self, text: str) -> None:
+        self.sent.append(text)
+
+    async def close(self) -> None:
+        self.closed = True
+
+
+@pytest.mark.parametrize("vanishes", [False, True])
+def test_any_transport_will_do(head: TalkingHead, vanishes: bool) -> None:
+    async def scenario() -> None:
+        async with serving(head, 1) as server:
+            pipe = Pipe()
+            for said_first in (message("hello", version=1), pack_speech(0, 0, tone(0.2)), message("end")):
+                pipe.incoming.put_nowait(said_first)
+            if vanishes:
+                pipe.incoming.put_nowait(None)
+            second = Pipe()
+            async with asyncio.timeout(20):
+                first = asyncio.create_task(run_session(pipe, server.service))
+                await asyncio.sleep(0)
+                assert await run_session(second, server.service) == "full"
+                assert await first == ("gone" if vanishes else "ended")
+            assert pipe.closed and second.closed
+            assert [json.loads(text)["type"] for text in second.sent] == ["error", "bye"]
+            if not vanishes:
+                assert json.loads(pipe.sent[0])["type"] == "hello" and json.loads(pipe.sent[-1])["type"] == "bye"
+                sounds = [each[16:] for each in pipe.sent if isinstance(each, bytes) and each[0] == SOUND]
+                heard = np.frombuffer(b"".join(sounds), "<i2")
+                np.testing.assert_array_equal(heard[heard != 0], tone(0.2)[tone(0.2) != 0])
+            assert server.service.scheduler.num_free == 1
 
     asyncio.run(scenario())

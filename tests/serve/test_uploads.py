@@ -76,7 +76,7 @@ def test_a_portrait_comes_back_as_its_centre() -> None:
     [
         ("portrait", lambda: claiming(png(40, 40), 30_000), "at most 100 megapixels"),
         ("portrait", lambda: png(9000, 40, "L"), "at most 8192 x 8192 pixels, got 9000 x 40"),
-        ("portrait", lambda: png(90, 70)[:300], "truncated or damaged"),
+        ("portrait", lambda: png(90, 70)[: len(png(90, 70)) // 2], "truncated or damaged"),
         ("portrait", lambda: png(20, 20), "at least 32x32 pixels"),
         ("portrait", lambda: b"<svg/>", "not one that can be read"),
         ("sound", lambda: b"#EXTM3U\n#EXTINF:1,\n/etc/passwd\n", "expected a sound file"),
