@@ -72,6 +72,7 @@ class Intake:
         self.is_finished = False
         self._blocks: deque[_Block] = deque()
         self._num = self._ahead = 0  # samples here; those of them that the model has read already
+        self._flows = False  # whether the last sample was the client's
         self._settled_s = now_s  # when the clock and the speech agreed again after a trim
 
     @property
@@ -91,8 +92,7 @@ class Intake:
         slack = round(self.slack_s * SAMPLE_RATE)
         margin = slack // 3  # later blocks may be as late without missing their chunk
         ahead = self._ahead_of_clock(now_s) + len(samples)
-        flows = bool(self._blocks) and self._blocks[-1].index is not None
-        if ahead < (-slack if flows else margin):
+        if ahead < (-slack if self._flows else margin):
             self._append(np.zeros(min(margin - ahead, self._whole), np.int16), None)
         elif ahead > (margin if self._is_trimming else slack) and np.abs(samples.astype(np.int32)).max() < _QUIET:
             cut = min(ahead, len(samples))
@@ -158,7 +158,7 @@ class Intake:
         """Forget what waits; the next chunk is due now. Returns how many samples of speech it was."""
         forgotten = sum(len(block.samples) for block in self._blocks if block.index is not None)
         self._blocks.clear()
-        self._num = 0
+        self._num, self._flows = 0, False
         # The model has read these: their sound is not heard, and the lips come to rest.
         self._append(np.zeros(self._ahead, np.int16), None)
         self.due_s = now_s
@@ -199,6 +199,7 @@ class Intake:
 
     def _append(self, samples: Pcm, index: int | None) -> None:
         if len(samples):
+            self._flows = index is not None
             self._blocks.append(_Block(samples, index))
             self._num += len(samples)
 

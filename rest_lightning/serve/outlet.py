@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Executor
+from functools import partial
 from typing import TypeVar
 
 from rest_lightning.serve.encoder import FrameEncoder
@@ -75,7 +76,7 @@ class Outlet:
         encode_s = 0.0
         for start, stop in ((0, _FIRST_FRAMES), (_FIRST_FRAMES, len(frames))):
             begin_s = time.perf_counter()
-            encoded = await self.in_thread(lambda part=frames[start:stop], key=keyframe: self._encode(part, key))
+            encoded = await self.in_thread(partial(self._encode, frames[start:stop], keyframe))
             keyframe = False
             encode_s += time.perf_counter() - begin_s
             for index, (data, is_key) in enumerate(encoded, first + start):

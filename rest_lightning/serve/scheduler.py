@@ -173,7 +173,8 @@ class Scheduler:
         def run() -> None:
             if future.set_running_or_notify_cancel():
                 try:
-                    future.set_result(call())
+                    call()
+                    future.set_result(None)
                 except Exception as error:
                     future.set_exception(error)
 

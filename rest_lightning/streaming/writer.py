@@ -16,7 +16,7 @@ import av
 import numpy as np
 from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
-from av.video.reformatter import VideoReformatter
+from av.video.reformatter import Colorspace, VideoReformatter
 
 from rest_lightning.constants import FPS, SAMPLE_RATE
 from rest_lightning.errors import UserError
@@ -284,7 +284,7 @@ def video_frame(pixels: np.ndarray, index: int, fps: int, reformatter: VideoRefo
     """
     frame = VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
     frame.pts, frame.time_base = index, Fraction(1, fps)
-    return reformatter.reformat(frame, format="yuv420p", dst_colorspace="SMPTE170M")
+    return reformatter.reformat(frame, format="yuv420p", dst_colorspace=Colorspace.SMPTE170M)
 
 
 def tag_colours(context: VideoCodecContext) -> None:

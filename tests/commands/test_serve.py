@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from rest_lightning.cli import main
-from rest_lightning.serve.client import LiveClient
+from rest_lightning.serve.client import LiveClient, Received
 
 
 @pytest.mark.slow
@@ -44,7 +44,7 @@ def test_a_server_begins_serves_and_stops(tiny_model: Path) -> None:
         lines = iter(process.stdout.readline, "")
         url = next(line.split()[1] for line in lines if line.startswith("open http://127.0.0.1:"))
 
-        async def scenario() -> list[object]:
+        async def scenario() -> list[Received]:
             async with LiveClient(url) as client:
                 process.send_signal(signal.SIGTERM)
                 received = [each async for each in client.stream([np.ones(16_000, np.int16)])]
