@@ -7,12 +7,13 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+import aiohttp
 import numpy as np
 from tiny_head import make_head
 from torch import Tensor
 
 from rest_lightning.models.speech import LogMelEncoder
-from rest_lightning.serve.client import LiveClient, Received
+from rest_lightning.serve.client import LiveClient, Picture, Received, Sound
 from rest_lightning.serve.limits import Limits
 from rest_lightning.serve.protocol import Pcm
 from rest_lightning.serve.scheduler import Scheduler
@@ -88,3 +89,24 @@ async def until(client: LiveClient, kind: str, most_s: float = 20.0) -> dict[str
             if isinstance(received, dict) and received["type"] == kind:
                 return received
     raise AssertionError(f"the session ended before a message of type {kind}")
+
+
+def sound_of(received: list[Received]) -> Pcm:
+    """All sound, in a row."""
+    return np.concatenate([each.samples for each in received if isinstance(each, Sound)])
+
+
+def pictures_of(received: list[Received]) -> list[Picture]:
+    """All frames."""
+    return [each for each in received if isinstance(each, Picture)]
+
+
+def said(received: list[Received], kind: str) -> list[dict[str, Any]]:
+    """All JSON messages of a type."""
+    return [each for each in received if isinstance(each, dict) and each["type"] == kind]
+
+
+async def open_session(http: aiohttp.ClientSession, server: LiveServer, origin: str | None = None) -> dict[str, Any]:
+    """Asks for a token; the answer, with its status."""
+    async with http.post(f"{server.url}/api/session", headers={"Origin": origin or server.url}) as answer:
+        return {"status": answer.status, **(await answer.json())}

@@ -109,7 +109,7 @@ def test_a_row_that_fails_ends_alone(head: TalkingHead, scheduler: Scheduler) ->
     )
 
 
-@pytest.mark.parametrize("call", [1, 2, 3, 4])
+@pytest.mark.parametrize("call", [1, 2])  # of two Euler steps
 def test_a_failure_in_the_middle_of_a_chunk_is_got_over(head: TalkingHead, scheduler: Scheduler, call: int) -> None:
     """Whatever the cache and the lanes hold by then: everybody begins anew, and goes on as a stream alone."""
     slots, speech, num_calls = [begin(scheduler, row) for row in range(2)], tone(2.0), 0
@@ -128,6 +128,7 @@ def test_a_failure_in_the_middle_of_a_chunk_is_got_over(head: TalkingHead, sched
         frames = [[future.result(20).frames] for future in futures]
     finally:
         hook.remove()
+    assert num_calls == call + 2 * 3, "the step that failed, then a prefill and two Euler steps of each session alone"
     for parts, future in zip(frames, all_at_once(scheduler, [(slot, speech) for slot in slots], 2), strict=True):
         parts.append(future.result(20).frames)
     for row, parts in enumerate(frames):
