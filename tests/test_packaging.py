@@ -28,7 +28,11 @@ DISTRIBUTION = {"PIL": "pillow", "skia": "skia-python", "cv2": "opencv-python-he
 # Imported, but certain to be there: what a declared requirement cannot be installed without.
 IMPLIED = {"torchvision": "lpips", "yaml": "jsonargparse", "huggingface_hub": "transformers", "packaging": "lightning"}
 # Only these files may import what an extra installs.
-EXTRA_FILES = {"synthetic": "rest_lightning/data/synthetic/", "prepare": "rest_lightning/data/prepare"}
+EXTRA_FILES = {
+    "synthetic": "rest_lightning/data/synthetic/",
+    "prepare": "rest_lightning/data/prepare",
+    "serve": "rest_lightning/serve/",
+}
 
 
 def requirements(extra: str | None = None) -> list[Requirement]:
