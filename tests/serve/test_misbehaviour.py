@@ -104,7 +104,7 @@ def test_whoever_breaks_the_rules_is_told_in_one_line_and_the_others_go_on(head:
     received = asyncio.run(scenario())
     assert not said(received, "error")
     indices = [each.index for each in pictures_of(received)]
-    assert indices == list(range(len(indices))) and len(indices) > 25
+    assert indices == list(range(len(indices))) and len(indices) >= 8
 
 
 FIRST_WORDS = {
@@ -187,6 +187,7 @@ def test_fifty_sessions_are_refused_in_words_and_two_tabs_are_strangers(head: Ta
     asyncio.run(scenario())
 
 
+@pytest.mark.slow
 def test_a_client_that_never_reads_is_given_up(head: TalkingHead) -> None:
     async def scenario() -> None:
         limits = {"unread_s": 0.3, "send_buffer_bytes": 4096}
@@ -211,6 +212,7 @@ def test_a_client_that_never_reads_is_given_up(head: TalkingHead) -> None:
     asyncio.run(scenario())
 
 
+@pytest.mark.slow
 def test_clients_that_vanish_leave_nothing(head: TalkingHead) -> None:
     """Whether they close or not, at several moments of a chunk."""
 
@@ -243,6 +245,7 @@ def test_clients_that_vanish_leave_nothing(head: TalkingHead) -> None:
         ({"idle_s": 0.5}, "idle", "nothing was sent for"),
     ],
 )
+@pytest.mark.slow
 def test_sessions_end_in_time(head: TalkingHead, limits: dict[str, float], code: str, told: str) -> None:
     async def scenario() -> dict[str, Any]:
         async with serving(head, 1, **limits) as server, LiveClient(server.url) as client:

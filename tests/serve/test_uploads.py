@@ -110,6 +110,7 @@ def form(data: bytes, name: str = "file") -> aiohttp.FormData:
     return made
 
 
+@pytest.mark.slow
 def test_uploads_over_http() -> None:
     """A dropped portrait is known to who dropped it alone; sound comes back as samples; everything has its limit."""
 
