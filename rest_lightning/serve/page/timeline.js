@@ -1,0 +1,80 @@
+// When every chunk plays. One clock: the AudioContext's. Pure arithmetic, no browser.
+
+import { FPS } from "./protocol.js";
+
+const NETWORK_CUSHION_S = 0.25;
+const MAX_CUSHION_S = 0.45;
+const STEP_S = 0.04; // how much an underrun raises the cushion at least
+const LATE_S = 0.005; // a source that is scheduled for less than this ahead may start late
+const MAX_AHEAD_S = 2.5; // more than that was buffered while the clock stood still: it is given up
+const CALM_CHUNKS = 30; // without an underrun before the cushion shrinks again
+const KEPT_CHUNKS = 12;
+const WINDOW_CHUNKS = 4; // the slack of fewer chunks says little
+const SPARE_S = 0.06; // slack that is not worth a pause left out
+
+export class Timeline {
+  /** @param {number | null} cushion seconds on loopback; null on a network, where it adapts from 0.25 s on */
+  constructor(cushion) {
+    this.floor = cushion ?? NETWORK_CUSHION_S;
+    this.cushion = this.floor;
+    this.chunks = []; // {index, count, start, epoch, isIdle}: seconds on the clock, frames
+    this.slacks = []; // seconds that the last chunks lay here before they were due
+    this.numUnderruns = this.numCalm = 0;
+  }
+
+  /**
+   * Place a chunk behind the last one; after an underrun, or as the first, a cushion from now.
+   * @param {{index: number, count: number, epoch: number, isIdle: boolean}} chunk
+   * @param {number} now seconds, as the sources are scheduled
+   * @returns the chunk with `start`, and `isJoined` where it follows the last one; null when it is given up
+   */
+  place(chunk, now) {
+    const isFirst = this.end === undefined, slack = isFirst ? 0 : this.end - now;
+    if (slack > MAX_AHEAD_S) return null;
+    const isLate = !isFirst && slack < LATE_S;
+    if (isLate) this.raiseCushion(-slack);
+    else this.lowerCushion();
+    const isJoined = !(isFirst || isLate), start = isJoined ? this.end : now + this.cushion;
+    this.slacks = isJoined ? [...this.slacks, slack].slice(-KEPT_CHUNKS) : [];
+    this.end = start + chunk.count / FPS;
+    this.chunks = [...this.chunks, { ...chunk, start }].slice(-KEPT_CHUNKS);
+    return { ...chunk, start, isJoined };
+  }
+
+  raiseCushion(missing) {
+    this.numUnderruns += 1;
+    this.numCalm = 0;
+    this.cushion = Math.min(MAX_CUSHION_S, this.cushion + Math.max(STEP_S, Math.min(missing, 0.1)));
+  }
+
+  lowerCushion() {
+    if (++this.numCalm < CALM_CHUNKS) return;
+    this.numCalm = 0;
+    this.cushion = Math.max(this.floor, this.cushion - STEP_S / 2);
+  }
+
+  /**
+   * Seconds that chunks lie here beyond the cushion, for the server to win back by leaving out a pause; 0 when it is not
+   * worth it. What was told once is measured anew.
+   */
+  takeSpare() {
+    if (this.slacks.length < WINDOW_CHUNKS) return 0;
+    const spare = Math.min(...this.slacks) - this.cushion;
+    if (spare < SPARE_S) return 0;
+    this.slacks = [];
+    return spare;
+  }
+
+  /** Forget all chunks (an interruption); the cushion stays as it was learnt. */
+  clear() {
+    [this.chunks, this.slacks, this.end] = [[], [], undefined];
+  }
+
+  /** The frame that belongs to a moment: {index, at}, `at` when it was due; the last one in a gap; null before all. */
+  frameAt(time) {
+    const chunk = this.chunks.findLast(({ start }) => start <= time);
+    if (!chunk) return null;
+    const offset = Math.min(chunk.count - 1, Math.floor((time - chunk.start) * FPS + 1e-6));
+    return { index: chunk.index + offset, at: chunk.start + offset / FPS, chunk };
+  }
+}
