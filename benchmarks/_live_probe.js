@@ -5,7 +5,7 @@ async ({ isMarked }) => {
   const { TYPE, toFloats, SAMPLE_RATE, SAMPLES_PER_FRAME } = await import("/page/protocol.js");
   const LOUD = 0.1, QUIET = SAMPLE_RATE / 20, COLUMNS = 8, ROWS = 4, CHECK = 0xa5, ONSET_STEP = 10;
   const { session } = app, { player, context } = session;
-  const probe = { frames: [], sent: [], heard: [], spoken: [], arrivals: [], started: context.currentTime };
+  const probe = { frames: [], sent: [], heard: [], spoken: [], arrivals: [], louds: [], started: context.currentTime };
 
   /** Finds where beeps begin in a stream of 16 kHz samples. */
   const finder = (found) => {
@@ -58,7 +58,8 @@ async ({ isMarked }) => {
   const hear = finder((i, time) => probe.heard.push({ time: time + i / SAMPLE_RATE, leaves: leaves(time + i / SAMPLE_RATE) }));
   tap.port.onmessage = ({ data: { samples, time, peak } }) => {
     hear(Array.from(samples, (sample) => sample / 32768), time);
-    if (peak > LOUD) probe.lastLoud = time + samples.findLastIndex((s) => Math.abs(s) > LOUD * 32768) / SAMPLE_RATE;
+    const last = samples.findLastIndex((sample) => Math.abs(sample) > LOUD * 32768);
+    if (last >= 0) probe.louds = [...probe.louds, time + last / SAMPLE_RATE].slice(-200);
   };
   player.mix.connect(tap);
 
@@ -103,7 +104,10 @@ async ({ isMarked }) => {
       // Sound that was on its way when the graph went silent still leaves the loudspeaker.
       const latency = leaves(startTime) - start;
       return setTimeout(() => {
-        result.silent = 1000 * Math.max(0, (probe.lastLoud ?? 0) - startTime) + Math.max(0, latency);
+        const begins = player.timeline.chunks[0]?.start ?? Infinity; // of what was said after the interruption
+        const louds = probe.louds.filter((time) => time > startTime && time < begins);
+        result.wasLoud = probe.louds.some((time) => time > startTime - 0.1 && time <= startTime + 0.02);
+        result.silent = 1000 * Math.max(0, (louds.at(-1) ?? startTime) - startTime) + Math.max(0, latency);
         resolve(result);
       }, 100);
     };

@@ -36,7 +36,7 @@ function refresh() {
   get("interrupt").disabled = get("end").disabled = !session;
   get("record").disabled = !session || !recordingType();
   get("record").setAttribute("aria-pressed", Boolean(recorder));
-  get("record-label").textContent = recorder ? "Stop and save" : "Record";
+  get("record-label").textContent = recorder ? "Save" : "Record";
   get("recording").hidden = !recorder;
   if (isBusy) show("busy", "Connecting");
   else if (session) show("live", isSpeaking ? "Listening" : session.source ? "Speaking" : "Idle");

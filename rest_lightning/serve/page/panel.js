@@ -16,6 +16,7 @@ export function describe({ latencyMs, fps, offsetMs, numShown, numLost, numUnder
     underruns: String(numUnderruns),
     cushion: whole(cushionMs, "ms"),
     chunk: whole(chunk?.compute_ms, "ms"),
+    rows: chunk ? `${chunk.rows} ${chunk.rows === 1 ? "session" : "sessions"}` : "–",
   };
 }
 

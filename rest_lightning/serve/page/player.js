@@ -6,7 +6,7 @@ import { Resampler } from "./resample.js";
 import { Timeline } from "./timeline.js";
 
 const FADE_S = 0.008; // of the sound, so that stopping does not click
-const REST_MS = 80; // the old picture gives way to the portrait
+const REST_MS = 60; // the old picture gives way to the portrait
 const KEPT_FRAMES = 100;
 
 export class Player {
@@ -65,7 +65,10 @@ export class Player {
   /** Take in a binary message of the server. */
   receive(message) {
     if (message.type === TYPE.sound) this.schedule(message);
-    else if (message.type === TYPE.h264 || message.type === TYPE.jpeg) this.picture.push(message);
+    else if (message.type === TYPE.h264 || message.type === TYPE.jpeg) {
+      this.picture.push(message);
+      if (!document.hidden) this.timeline.notePicture(message.index, this.heard());
+    }
   }
 
   schedule({ index, count, epoch, isIdle, data }) {

@@ -34,7 +34,12 @@ export class Session {
       json: (message) => this.onMessage(message),
       closed: (line, isLost) => this.onClosed(line, isLost),
     });
-    this.hello = await this.connection.open(portrait);
+    try {
+      this.hello = await this.connection.open(portrait);
+    } catch (error) {
+      this.release();
+      throw error;
+    }
     this.player.start(this.hello);
     this.timer = setInterval(() => this.sendStats(), STATS_MS);
   }

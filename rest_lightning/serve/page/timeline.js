@@ -10,6 +10,7 @@ const MAX_AHEAD_S = 2.5; // more than that was buffered while the clock stood st
 const CALM_CHUNKS = 30; // without an underrun before the cushion shrinks again
 const KEPT_CHUNKS = 12;
 const WINDOW_CHUNKS = 4; // the slack of fewer chunks says little
+const PICTURE_LATE_S = 0.02; // pictures later than this are waited for from the next chunk on
 const SPARE_S = 0.06; // slack that is not worth a pause left out
 
 export class Timeline {
@@ -19,7 +20,7 @@ export class Timeline {
     this.cushion = this.floor;
     this.chunks = []; // {index, count, start, epoch, isIdle}: seconds on the clock, frames
     this.slacks = []; // seconds that the last chunks lay here before they were due
-    this.numUnderruns = this.numCalm = 0;
+    this.numUnderruns = this.numCalm = this.pictureLate = 0;
   }
 
   /**
@@ -31,26 +32,35 @@ export class Timeline {
   place(chunk, now) {
     const isFirst = this.end === undefined, slack = isFirst ? 0 : this.end - now;
     if (slack > MAX_AHEAD_S) return null;
-    const isLate = !isFirst && slack < LATE_S;
-    if (isLate) this.raiseCushion(-slack);
-    else this.lowerCushion();
-    const isJoined = !(isFirst || isLate), start = isJoined ? this.end : now + this.cushion;
+    const isLate = !isFirst && (slack < LATE_S || this.pictureLate > PICTURE_LATE_S);
+    const isJoined = !(isFirst || isLate), start = isJoined ? this.end : this.rebase(now, slack, isFirst);
+    if (isJoined) this.relax();
     this.slacks = isJoined ? [...this.slacks, slack].slice(-KEPT_CHUNKS) : [];
     this.end = start + chunk.count / FPS;
     this.chunks = [...this.chunks, { ...chunk, start }].slice(-KEPT_CHUNKS);
     return { ...chunk, start, isJoined };
   }
 
-  raiseCushion(missing) {
+  /** Where the clock begins anew: a cushion from now, a larger one each time that it was too small. */
+  rebase(now, slack, isFirst) {
+    if (isFirst) return now + this.cushion;
+    const missing = Math.max(-slack, this.pictureLate);
+    this.pictureLate = this.numCalm = 0;
     this.numUnderruns += 1;
-    this.numCalm = 0;
     this.cushion = Math.min(MAX_CUSHION_S, this.cushion + Math.max(STEP_S, Math.min(missing, 0.1)));
+    return Math.max(now, this.end) + (slack < LATE_S ? this.cushion : Math.min(missing + PICTURE_LATE_S, MAX_CUSHION_S));
   }
 
-  lowerCushion() {
+  relax() {
     if (++this.numCalm < CALM_CHUNKS) return;
     this.numCalm = 0;
     this.cushion = Math.max(this.floor, this.cushion - STEP_S / 2);
+  }
+
+  /** A picture came at a moment when it should have been shown already; sound comes first, so only pictures tell this. */
+  notePicture(index, time) {
+    const chunk = this.chunks.findLast((one) => one.index <= index && index < one.index + one.count);
+    if (chunk) this.pictureLate = Math.max(this.pictureLate, time - chunk.start - (index - chunk.index) / FPS);
   }
 
   /**
@@ -67,7 +77,7 @@ export class Timeline {
 
   /** Forget all chunks (an interruption); the cushion stays as it was learnt. */
   clear() {
-    [this.chunks, this.slacks, this.end] = [[], [], undefined];
+    [this.chunks, this.slacks, this.end, this.pictureLate] = [[], [], undefined, 0];
   }
 
   /** The frame that belongs to a moment: {index, at}, `at` when it was due; the last one in a gap; null before all. */
