@@ -89,6 +89,7 @@ class LivePage:
         viewport = {"width": size[0], "height": size[1]}
         self.context = launched.new_context(viewport=viewport, accept_downloads=True, **options)
         self.page = self.context.new_page()
+        self.found: dict[str, Any] = {}
         self.problems: list[str] = []  # errors of scripts, and everything that the content policy refused
         self.requests: list[str] = []
         self.page.on("pageerror", lambda error: self.problems.append(str(error)))
@@ -109,6 +110,7 @@ class LivePage:
         """Measure from here on."""
         live = "import('/page/app.js').then(({ app }) => (app.session?.player.shown.length ?? 0) > 0)"
         self._until(live, "a first frame")
+        self.found.clear()
         self.page.evaluate(PROBE.read_text(encoding="utf-8"), {"isMarked": is_marked})
 
     def _until(self, condition: str, what: str, seconds: float = 20.0) -> None:
@@ -129,10 +131,17 @@ class LivePage:
 
     def measured(self) -> dict[str, Any]:
         """Everything that was measured so far."""
-        names = "frames, sent, heard, spoken, arrivals, started"
-        found: dict[str, Any] = self.page.evaluate(f"(({{{names}}}) => ({{{names}}}))(probe)")
-        figures = "import('/page/app.js').then(({ app }) => app.session?.figures() ?? null)"
-        return found | {"figures": self.page.evaluate(figures)}
+        for name, new in self.page.evaluate("probe.drain()").items():
+            if name == "figures":
+                self.found[name] = new
+            else:
+                self.found[name] = [*self.found.get(name, []), *new]
+        return dict(self.found)
+
+    def forget(self) -> None:
+        """Measure anew from here on."""
+        self.measured()
+        self.found.clear()
 
     def interrupt(self) -> dict[str, Any]:
         """Interrupt, and see how long sound and picture went on; ms."""

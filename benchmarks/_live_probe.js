@@ -5,7 +5,7 @@ async ({ isMarked }) => {
   const { TYPE, toFloats, SAMPLE_RATE, SAMPLES_PER_FRAME } = await import("/page/protocol.js");
   const LOUD = 0.1, QUIET = SAMPLE_RATE / 20, COLUMNS = 8, ROWS = 4, CHECK = 0xa5, ONSET_STEP = 10;
   const { session } = app, { player, context } = session;
-  const probe = { frames: [], sent: [], heard: [], spoken: [], arrivals: [], louds: [], started: context.currentTime };
+  const probe = { frames: [], sent: [], heard: [], spoken: [], arrivals: [], louds: [] };
 
   /** Finds where beeps begin in a stream of 16 kHz samples. */
   const finder = (found) => {
@@ -47,7 +47,7 @@ async ({ isMarked }) => {
     onFrame(frame);
     const { index, epoch, isIdle, latency } = frame;
     probe.frames.push({
-      index, epoch, isIdle, latency: latency ?? null, drawn: performance.now(), time: context.currentTime,
+      index, epoch, isIdle, latency: latency ?? null, late: 1000 * (frame.heard - frame.at), drawn: performance.now(), time: context.currentTime,
       marks: isMarked ? readMarks() : null,
     });
   };
@@ -80,6 +80,14 @@ async ({ isMarked }) => {
       place(toFloats(message.data), message.index);
     }
     receive.call(player, message);
+  };
+
+  /** What was measured since the last time: an hour of it would fill the memory that is measured. */
+  probe.drain = () => {
+    const names = ["frames", "sent", "heard", "spoken", "arrivals"];
+    const taken = Object.fromEntries(names.map((name) => [name, probe[name]]));
+    for (const name of names) probe[name] = [];
+    return { ...taken, figures: session.figures() };
   };
 
   /** Interrupts, and watches until new pictures come; times in ms. */
