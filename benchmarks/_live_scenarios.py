@@ -107,13 +107,15 @@ def heard_and_seen(found: Row) -> list[Row]:
         if frame is None:
             continue
         heard = [one for one in found["heard"] if abs(one["leaves"] - 1000 * onset_s - frame["drawn"]) < 1000 * _PAIR_S]
-        spoken = [one["time"] for one in found["spoken"] if 0 < frame["time"] - one["time"]]
-        if not heard or not spoken:
+        if not heard or frame["latency"] is None:
             continue
         leaves = min((one["leaves"] for one in heard), key=lambda each: abs(each - frame["drawn"]))
         began_ms = leaves - 1000 * onset_s
-        # The beep that was spoken last before a whole chunk can have come back.
-        latency_s = frame["time"] - max((time for time in spoken if frame["time"] - time > 0.5), default=np.nan)
+        # Beeps are alike: of those spoken, the one that came back is nearest to what the page says of this frame.
+        past_s = [frame["time"] - one["time"] for one in found["spoken"]]
+        latency_s = min(past_s, key=lambda past: abs(past - frame["latency"]), default=np.nan)
+        if abs(latency_s - frame["latency"]) > _PAIR_S:
+            latency_s = np.nan  # spoken before the measurement began
         pairs.append({"offset_ms": frame["drawn"] - began_ms, "latency_s": latency_s})
     return pairs
 
