@@ -109,11 +109,12 @@ class LivePage:
     def watch(self, is_marked: bool = True) -> None:
         """Measure from here on."""
         live = "import('/page/app.js').then(({ app }) => (app.session?.player.shown.length ?? 0) > 0)"
-        self._until(live, "a first frame")
+        self.until(live, "a first frame")
         self.found.clear()
         self.page.evaluate(PROBE.read_text(encoding="utf-8"), {"isMarked": is_marked})
 
-    def _until(self, condition: str, what: str, seconds: float = 20.0) -> None:
+    def until(self, condition: str, what: str, seconds: float = 30.0) -> None:
+        """Wait until a JavaScript condition holds."""
         for _ in range(round(seconds * 20)):
             if self.page.evaluate(condition):
                 return

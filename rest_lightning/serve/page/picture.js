@@ -3,6 +3,7 @@
 import { FPS, TYPE } from "./protocol.js";
 
 const AHEAD = 8; // frames decoded before they are due; decoders own few frame buffers
+const MAX_IN_WORK = 12; // what the decoder has cannot be skipped any more
 const FRAME_US = 1e6 / FPS;
 
 export class Picture {
@@ -10,6 +11,7 @@ export class Picture {
     this.codecString = codecString;
     this.waiting = []; // not decoded yet, in their order
     this.ready = []; // {index, epoch, image}
+    this.epochs = new Map(); // of frames in the decoder, by their number
     this.needsKey = true;
     this.numFailed = 0;
   }
@@ -27,7 +29,7 @@ export class Picture {
   /** Decode what is due soon. @param {number} index of the frame that is due now @param {number} epoch of the page */
   decodeUpTo(index, epoch) {
     this.skipTo(index);
-    while (this.waiting.length && (this.waiting[0].epoch < epoch || this.waiting[0].index <= index + AHEAD)) {
+    while (this.waiting.length && this.epochs.size < MAX_IN_WORK && (this.waiting[0].epoch < epoch || this.waiting[0].index <= index + AHEAD)) {
       const unit = this.waiting.shift();
       if (unit.type === TYPE.jpeg) this.decodeJpeg(unit);
       else this.decodeH264(unit);
@@ -46,7 +48,7 @@ export class Picture {
     this.needsKey = false;
     const type = unit.isKey ? "key" : "delta";
     // The frame number travels as its time; the epoch is found again by it.
-    (this.epochs ??= new Map()).set(unit.index, unit.epoch);
+    this.epochs.set(unit.index, unit.epoch);
     try {
       this.decoder.decode(new EncodedVideoChunk({ type, timestamp: unit.index * FRAME_US, data: unit.data }));
     } catch {
@@ -71,17 +73,19 @@ export class Picture {
   fail() {
     this.numFailed += 1;
     this.needsKey = true;
-    this.epochs?.clear();
+    this.epochs.clear();
   }
 
-  decodeJpeg({ index, epoch, data }) {
-    createImageBitmap(new Blob([data], { type: "image/jpeg" })).then(
-      (image) => {
-        this.ready.push({ index, epoch, image });
-        this.ready.sort((a, b) => a.index - b.index);
-      },
-      () => { this.numFailed += 1; },
-    );
+  async decodeJpeg({ index, epoch, data }) {
+    this.epochs.set(index, epoch);
+    try {
+      const image = await createImageBitmap(new Blob([data], { type: "image/jpeg" }));
+      this.ready.push({ index, epoch, image });
+      this.ready.sort((a, b) => a.index - b.index);
+    } catch {
+      this.numFailed += 1;
+    }
+    this.epochs.delete(index);
   }
 
   /** The newest decoded frame that is due, or null; older ones and those of earlier epochs are given back. */
