@@ -126,7 +126,7 @@ def targets(result: Row) -> list[Row]:
             met = bool(good) if result["model"] != MARKED or path.startswith("cpu.") else "rehearsal"
         rows.append({"what": what, "value": value, "wanted": f"{sign} {limit:g}", "met": met})
     told = find_text(result["scenarios"].get("sessions_3"), "refused")
-    is_told: bool | str = "full" in told if told is not None else "not measured"
+    is_told: bool | str = "sessions" in told if told is not None else "not measured"
     rows.append({"what": "the fourth session is refused in words", "value": told, "wanted": "words", "met": is_told})
     return rows
 

@@ -7,9 +7,9 @@ const MAX_CUSHION_S = 0.45;
 const STEP_S = 0.04; // how much an underrun raises the cushion at least
 const LATE_S = 0.005; // a source that is scheduled for less than this ahead may start late
 const MAX_AHEAD_S = 2.5; // more than that was buffered while the clock stood still: it is given up
-const CALM_CHUNKS = 30; // without an underrun before the cushion shrinks again
+const CALM_CHUNKS = { loopback: 8, network: 30 }; // without an underrun before the cushion shrinks again
 const KEPT_CHUNKS = 12;
-const WINDOW_CHUNKS = 4; // the slack of fewer chunks says little
+const [MIN_SLACKS, MAX_SLACKS] = [4, 6]; // the slack of fewer chunks says little, of more it is what was long ago
 const PICTURE_LATE_S = 0.02; // pictures later than this are waited for from the next chunk on
 const SPARE_S = 0.06; // slack that is not worth a pause left out
 
@@ -17,6 +17,7 @@ export class Timeline {
   /** @param {number | null} cushion seconds on loopback; null on a network, where it adapts from 0.25 s on */
   constructor(cushion) {
     this.floor = cushion ?? NETWORK_CUSHION_S;
+    this.calmChunks = cushion === null ? CALM_CHUNKS.network : CALM_CHUNKS.loopback;
     this.cushion = this.floor;
     this.chunks = []; // {index, count, start, epoch, isIdle}: seconds on the clock, frames
     this.slacks = []; // seconds that the last chunks lay here before they were due
@@ -35,7 +36,7 @@ export class Timeline {
     const isLate = !isFirst && (slack < LATE_S || this.pictureLate > PICTURE_LATE_S);
     const isJoined = !(isFirst || isLate), start = isJoined ? this.end : this.rebase(now, slack, isFirst);
     if (isJoined) this.relax();
-    this.slacks = isJoined ? [...this.slacks, slack].slice(-KEPT_CHUNKS) : [];
+    this.slacks = isJoined ? [...this.slacks, slack].slice(-MAX_SLACKS) : [];
     this.end = start + chunk.count / FPS;
     this.chunks = [...this.chunks, { ...chunk, start }].slice(-KEPT_CHUNKS);
     return { ...chunk, start, isJoined };
@@ -52,9 +53,9 @@ export class Timeline {
   }
 
   relax() {
-    if (++this.numCalm < CALM_CHUNKS) return;
+    if (++this.numCalm < this.calmChunks) return;
     this.numCalm = 0;
-    this.cushion = Math.max(this.floor, this.cushion - STEP_S / 2);
+    this.cushion = Math.max(this.floor, this.cushion - STEP_S);
   }
 
   /** A picture came at a moment when it should have been shown already; sound comes first, so only pictures tell this. */
@@ -68,7 +69,7 @@ export class Timeline {
    * worth it. What was told once is measured anew.
    */
   takeSpare() {
-    if (this.slacks.length < WINDOW_CHUNKS) return 0;
+    if (this.slacks.length < MIN_SLACKS) return 0;
     const spare = Math.min(...this.slacks) - this.cushion;
     if (spare < SPARE_S) return 0;
     this.slacks = [];
