@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
-def modules() -> Iterator[tuple[ModuleType, ModuleType, ModuleType]]:
+def modules() -> Iterator[tuple[ModuleType, ...]]:
     """benchmarks/live.py, its scenarios and the marked model, which are not part of the package."""
     patch = pytest.MonkeyPatch()
     patch.syspath_prepend(str(ROOT))
