@@ -133,16 +133,12 @@ class LivePage:
     def measured(self) -> dict[str, Any]:
         """Everything that was measured so far."""
         for name, new in self.page.evaluate("probe.drain()").items():
-            if name == "figures":
-                self.found[name] = new
-            else:
-                self.found[name] = [*self.found.get(name, []), *new]
-        return dict(self.found)
+            self.found[name] = [*self.found.get(name, []), *new] if isinstance(new, list) else new
+        return self.found | {"message": self.message}
 
     def forget(self) -> None:
         """Measure anew from here on."""
-        self.measured()
-        self.found.clear()
+        self.found = {"began": self.measured()["ended"]}
 
     def interrupt(self) -> dict[str, Any]:
         """Interrupt, and see how long sound and picture went on; ms."""

@@ -87,7 +87,7 @@ async ({ isMarked }) => {
     const names = ["frames", "sent", "heard", "spoken", "arrivals"];
     const taken = Object.fromEntries(names.map((name) => [name, probe[name]]));
     for (const name of names) probe[name] = [];
-    return { ...taken, figures: session.figures() };
+    return { ...taken, figures: session.figures(), ended: performance.now() };
   };
 
   /** Interrupts, and watches until new pictures come; times in ms. */

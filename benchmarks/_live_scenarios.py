@@ -126,8 +126,9 @@ def latencies_ms(found: Row) -> list[float]:
 
 
 def gaps_ms(found: Row) -> list[float]:
-    """Between a frame's drawing and the next one's."""
-    return [after["drawn"] - before["drawn"] for before, after in pairwise(found["frames"])]
+    """Between a frame's drawing and the next one's; a picture that stands still to the end is a gap too."""
+    moments = [found["began"], *(frame["drawn"] for frame in found["frames"]), found["ended"]]
+    return [after - before for before, after in pairwise(moments)]
 
 
 def num_lost(found: Row) -> int:
@@ -159,7 +160,8 @@ def session_row(found: Row) -> Row:
         "offset_ms": offsets(found),
         "num_frames": len(found["frames"]),
         "num_lost": num_lost(found),
-        "largest_gap_ms": max(gaps_ms(found), default=0.0),
+        "largest_gap_ms": max(gaps_ms(found)),
+        "message": found["message"],
         "fps": found["figures"]["fps"],
         "underruns": found["figures"]["numUnderruns"],
         "cushion_ms": found["figures"]["cushionMs"],
@@ -202,7 +204,10 @@ class Sessions:
             "latency_p95_ms": max(_numbers(rows, "latency_ms", "p95"), default=None),
             "beep_latency_p95_ms": max(_numbers(rows, "beep_latency_ms", "p95"), default=None),
             "num_lost": max(_numbers(rows, "num_lost")),
-            "lost_of_1500": max(1500 * row["num_lost"] / max(1, row["num_frames"] + row["num_lost"]) for row in rows),
+            "lost_of_1500": max(
+                1500 * (row["num_lost"] / (row["num_frames"] + row["num_lost"]) if row["num_frames"] else 1.0)
+                for row in rows
+            ),
             "largest_gap_ms": max(_numbers(rows, "largest_gap_ms")),
             "offset_mean_abs_ms": max(_numbers(rows, "offset_ms", "mean_abs"), default=None),
             "offset_sd_ms": max(_numbers(rows, "offset_ms", "sd"), default=None),

@@ -41,6 +41,8 @@ def measurements(late_ms: float, latency_s: float, missing: tuple[int, ...] = ()
     beeps = range(5, 200, 47)
     return {
         "frames": frames,
+        "began": 9_990,
+        "ended": 18_000,
         "sent": [{"index": k, "onset": 100} for k in beeps],
         "heard": [{"leaves": 1000 * (10 + k / 25 + 100 / 16_000)} for k in beeps],
         "spoken": [{"time": 13 + k / 25 + late_ms / 1000 - latency_s + 100 / 16_000} for k in beeps],
@@ -62,6 +64,8 @@ def test_lost_frames_and_gaps(modules: tuple[ModuleType, ...]) -> None:
     found = measurements(0, 1.3, missing=(50, 51, 120))
     assert modules[1].num_lost(found) == 3
     assert max(modules[1].gaps_ms(found)) == pytest.approx(120)
+    assert max(modules[1].gaps_ms(found | {"ended": 18_960})) == pytest.approx(1000)  # it stood still
+    assert modules[1].gaps_ms(found | {"frames": []}) == [8010]
     assert len(modules[1].heard_and_seen(measurements(0, 1.3, missing=(5,)))) == 4
 
 

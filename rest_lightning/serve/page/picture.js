@@ -29,7 +29,11 @@ export class Picture {
   /** Decode what is due soon. @param {number} index of the frame that is due now @param {number} epoch of the page */
   decodeUpTo(index, epoch) {
     this.skipTo(index);
-    while (this.waiting.length && this.epochs.size < MAX_IN_WORK && (this.waiting[0].epoch < epoch || this.waiting[0].index <= index + AHEAD)) {
+    while (this.waiting.length) {
+      const [next] = this.waiting;
+      if (next.epoch >= epoch && next.index > index + AHEAD) return;
+      // A keyframe always goes in: it heals a decoder that swallowed frames.
+      if (this.epochs.size >= MAX_IN_WORK && !next.isKey) return;
       const unit = this.waiting.shift();
       if (unit.type === TYPE.jpeg) this.decodeJpeg(unit);
       else this.decodeH264(unit);
@@ -61,7 +65,7 @@ export class Picture {
       output: (frame) => {
         const index = Math.round(frame.timestamp / FRAME_US);
         const epoch = this.epochs.get(index);
-        this.epochs.delete(index);
+        for (const earlier of this.epochs.keys()) if (earlier <= index) this.epochs.delete(earlier);
         this.ready.push({ index, epoch, image: frame });
       },
       error: () => this.fail(),
