@@ -48,7 +48,8 @@ def run(args: argparse.Namespace) -> int:
     """Serve until told to stop."""
     try:
         from rest_lightning.serve.limits import Limits
-        from rest_lightning.serve.server import JsonFormatter, LiveServer, ServerOptions
+        from rest_lightning.serve.logs import log_as_json
+        from rest_lightning.serve.server import LiveServer, ServerOptions
     except ModuleNotFoundError as error:
         raise UserError(f"expected the package {error.name}, found none: pip install 'rest-lightning[serve]'") from None
     from rest_lightning.serve.scheduler import Scheduler
@@ -57,11 +58,7 @@ def run(args: argparse.Namespace) -> int:
     options.tls()  # before the model is loaded
     if not 0 <= args.port <= 65535:
         raise UserError(f"expected a port from 0 to 65535, got {args.port}: 8765 is the default")
-    handler = logging.StreamHandler()
-    handler.setFormatter(JsonFormatter())
-    logger = logging.getLogger("rest_lightning.serve")
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
+    logger = log_as_json()
     model = load_model(
         TalkOptions(Path(), "", Path(), args.model, num_threads=args.num_threads, dtype=args.dtype, device=args.device)
     )

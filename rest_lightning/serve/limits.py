@@ -107,6 +107,10 @@ class Admission:
             raise Refused("token", "this session's token is unknown, used or too old: reload the page")
         self._active[address] += 1
 
+    def revoke(self, token: str) -> None:
+        """A token that was granted will not be used."""
+        self._tokens.pop(token, None)
+
     def leave(self, address: str) -> None:
         """A session has ended."""
         self._active[address] -= 1

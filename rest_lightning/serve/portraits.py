@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import secrets
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,7 @@ class Portraits:
         files = [ASSETS / "portrait.png", *sorted((ASSETS / "portraits").glob("*.png"))]
         self._bundled = {file.stem: file.read_bytes() for file in files}
         self._uploaded: dict[str, _Portrait] = {}
+        self._lock = threading.Lock()  # sessions load portraits in threads of their own
 
     def listed(self) -> list[dict[str, str]]:
         """Ids and names of the bundled portraits."""
@@ -47,11 +49,12 @@ class Portraits:
 
     def add(self, png: bytes) -> str:
         """Keep an uploaded portrait; returns its id."""
-        self._expire()
-        while len(self._uploaded) >= self._max:
-            del self._uploaded[min(self._uploaded, key=lambda name: self._uploaded[name].used_s)]
         name = "u" + secrets.token_urlsafe(12)
-        self._uploaded[name] = _Portrait(name, png, time.monotonic())
+        with self._lock:
+            self._expire()
+            while len(self._uploaded) >= self._max:
+                del self._uploaded[min(self._uploaded, key=lambda name: self._uploaded[name].used_s)]
+            self._uploaded[name] = _Portrait(name, png, time.monotonic())
         return name
 
     def png(self, name: str) -> bytes:
@@ -60,14 +63,17 @@ class Portraits:
         Raises:
             UserError: there is none.
         """
-        self._expire()
         if name in self._bundled:
             return self._bundled[name]
-        if name not in self._uploaded:
-            raise UserError("expected the id of a portrait, got one that is unknown or was forgotten: drop it again")
-        portrait = self._uploaded[name]
-        portrait.used_s = time.monotonic()
-        return portrait.png
+        with self._lock:
+            self._expire()
+            if name not in self._uploaded:
+                raise UserError(
+                    "expected the id of a portrait, got one that is unknown or was forgotten: drop it again"
+                )
+            portrait = self._uploaded[name]
+            portrait.used_s = time.monotonic()
+            return portrait.png
 
     def load(self, name: str | None, size_px: int) -> Tensor:
         """A portrait (3, size_px, size_px) in [-1, 1]; None takes the first bundled one. Raises as :meth:`png`."""

@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import logging
 import socket
 import ssl
-from collections.abc import Awaitable, Callable
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, Self
 
-from aiohttp import BodyPartReader, WSCloseCode, WSMsgType, web
+from aiohttp import BodyPartReader, web
 
 from rest_lightning.errors import UserError
+from rest_lightning.serve.channel import HEARTBEAT_S, AioChannel
 from rest_lightning.serve.limits import Admission, Limits, Refused
+from rest_lightning.serve.metrics import Metrics
 from rest_lightning.serve.portraits import Portraits
-from rest_lightning.serve.protocol import ChannelClosed
+from rest_lightning.serve.protocol import Channel
 from rest_lightning.serve.scheduler import Scheduler
 from rest_lightning.serve.session import LOG, Service, run_session
 from rest_lightning.serve.uploads import Uploads
 
 PAGE_FOLDER = Path(__file__).parent / "page"
-_HEARTBEAT_S = 15.0
 _LARGEST_BYTES = 2**20  # of a message: beyond the limits' own, which are told in words
 _SHOWN_SIDE_PX = 256  # of uploaded portraits, where the model's frames are smaller
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -61,63 +62,73 @@ class ServerOptions:
         return context
 
 
-class AioChannel:
-    """A WebSocket of aiohttp as a :class:`rest_lightning.serve.protocol.Channel`."""
+class Stoppable(Protocol):
+    """A session, as far as the network is concerned."""
 
-    def __init__(self, socket: web.WebSocketResponse) -> None:
-        self._socket = socket
-
-    async def receive(self) -> bytes | str:
-        """The next message."""
-        received = await self._socket.receive()
-        if received.type in (WSMsgType.BINARY, WSMsgType.TEXT):
-            data: bytes | str = received.data
-            return data
-        raise ChannelClosed
-
-    async def send_bytes(self, data: bytes) -> None:
-        """Sends a binary message."""
-        try:
-            await self._socket.send_bytes(data)
-        except (ConnectionError, RuntimeError):
-            raise ChannelClosed from None
-
-    async def send_text(self, text: str) -> None:
-        """Sends a text message."""
-        try:
-            await self._socket.send_str(text)
-        except (ConnectionError, RuntimeError):
-            raise ChannelClosed from None
-
-    async def close(self) -> None:
-        """Closes."""
-        await self._socket.close(code=WSCloseCode.OK)
+    def stop(self, code: str, said: str) -> None:
+        """End it soon, with a code for programs and a line for people."""
 
 
-class LiveServer:
-    """Page, sessions, uploads, health and metrics; usable as an async context manager.
+class PageServer(ABC):
+    """Page, tokens, uploads, health and metrics; where the sessions run is for subclasses to say.
+
+    Usable as an async context manager.
 
     Args:
-        scheduler: the model, started or not.
         options: where to listen.
         limits: for clients.
+        portraits, metrics: of the sessions.
+        sessions: those that run now.
+        size_px: side of the model's frames.
 
     Attributes:
         url: where the page is, once started.
     """
 
     def __init__(
-        self, scheduler: Scheduler, options: ServerOptions | None = None, limits: Limits | None = None
+        self,
+        options: ServerOptions,
+        limits: Limits,
+        portraits: Portraits,
+        metrics: Metrics,
+        sessions: Collection[Stoppable],
+        size_px: int,
     ) -> None:
-        self.options, self.limits = options or ServerOptions(), limits or Limits()
-        limits = self.limits
-        portraits = Portraits(limits.max_portraits, limits.portrait_s)
-        self.service = Service(scheduler, portraits, limits)
+        self.options, self.limits = options, limits
+        self.portraits, self.metrics, self.sessions = portraits, metrics, sessions
         self.admission = Admission(limits)
         self.uploads = Uploads(limits.num_uploads, limits.upload_s, limits.image_side_px, limits.sound_s)
-        self.url, self._num_uploads = "", 0
+        self.url, self._num_uploads, self._size_px = "", 0, size_px
         self._origins: frozenset[str] = frozenset()
         self._runner: web.AppRunner | None = None
+
+    @abstractmethod
+    async def run_session(self, channel: Channel, token: str, address: str) -> None:
+        """Serve one client, whose token was good, to the end."""
+
+    @abstractmethod
+    async def is_alive(self) -> bool:
+        """Whether there is a model that works."""
+
+    async def admit(self, address: str) -> str:
+        """A token for a session. Raises Refused."""
+        return self.admission.grant(address)
+
+    async def exposition(self) -> bytes:
+        """What Prometheus reads."""
+        return self.metrics.exposition()
+
+    def address_of(self, request: web.Request) -> str:
+        """The client's address."""
+        return request.remote or ""
+
+    def inner_routes(self) -> list[web.RouteDef]:
+        """The socket of sessions, and what watches over them."""
+        return [
+            web.get("/healthz", self._health),
+            web.get("/metrics", self._metrics),
+            web.get("/ws", self._socket),
+        ]
 
     def make_app(self) -> web.Application:
         """The routes."""
@@ -125,9 +136,7 @@ class LiveServer:
         app.add_routes(
             [
                 web.get("/", self._page),
-                web.get("/healthz", self._health),
-                web.get("/metrics", self._metrics),
-                web.get("/ws", self._socket),
+                *self.inner_routes(),
                 web.post("/api/session", self._open),
                 web.get("/api/portraits", self._portraits),
                 web.get(r"/api/portraits/{id}.png", self._portrait),
@@ -172,17 +181,17 @@ class LiveServer:
         self.admission.closing = True
         loop, grace_s = asyncio.get_running_loop(), self.limits.grace_s if grace_s is None else grace_s
         end_s = loop.time() + grace_s
-        while self.service.sessions and loop.time() < end_s:
+        while self.sessions and loop.time() < end_s:
             await asyncio.sleep(0.05)
-        for session in list(self.service.sessions):
+        for session in list(self.sessions):
             session.stop("stopping", "the server is stopping: try again in a minute")
         end_s = loop.time() + 3.0
-        while self.service.sessions and loop.time() < end_s:
+        while self.sessions and loop.time() < end_s:
             await asyncio.sleep(0.05)
         if self._runner is not None:
             await self._runner.cleanup()
 
-    async def __aenter__(self) -> LiveServer:
+    async def __aenter__(self) -> Self:
         await self.start()
         return self
 
@@ -201,7 +210,7 @@ class LiveServer:
                 raise Refused("origin", "expected a request of this server's own page: open its address in the browser")
             response = await handler(request)
         except Refused as error:
-            self.service.metrics.refused.labels(error.code).inc()
+            self.metrics.refused.labels(error.code).inc()
             LOG.info("refused", extra={"reason": error.code, "address": request.remote})
             status = {"origin": 403, "token": 403}.get(error.code, 503)
             response = web.json_response({"error": str(error), "code": error.code}, status=status)
@@ -241,49 +250,49 @@ class LiveServer:
         return web.FileResponse(index)
 
     async def _health(self, request: web.Request) -> web.StreamResponse:
-        status = "stopping" if self.admission.closing else "ok" if self.service.scheduler.is_alive else "model ended"
+        status = "stopping" if self.admission.closing else "ok" if await self.is_alive() else "model ended"
         body = {"status": status, "sessions": self.admission.num_active, "max_sessions": self.limits.max_sessions}
         return web.json_response(body, status=200 if status == "ok" else 503)
 
     async def _metrics(self, request: web.Request) -> web.StreamResponse:
         kind = {"Content-Type": "text/plain; version=0.0.4"}
-        return web.Response(body=self.service.metrics.exposition(), headers=kind)
+        return web.Response(body=await self.exposition(), headers=kind)
 
     async def _open(self, request: web.Request) -> web.StreamResponse:
-        token = self.admission.grant(request.remote or "")
+        token = await self.admit(self.address_of(request))
         return web.json_response({"token": token, "expires_s": self.limits.token_s})
 
     async def _socket(self, request: web.Request) -> web.StreamResponse:
-        address = request.remote or ""
-        self.admission.enter(request.query.get("token", ""), address)
+        address, token = self.address_of(request), request.query.get("token", "")
+        self.admission.enter(token, address)
         try:
             response = web.WebSocketResponse(
-                max_msg_size=_LARGEST_BYTES, heartbeat=_HEARTBEAT_S, compress=False, timeout=1.0
+                max_msg_size=_LARGEST_BYTES, heartbeat=HEARTBEAT_S, compress=False, timeout=1.0
             )
             await response.prepare(request)
             assert request.transport is not None
             connection = request.transport.get_extra_info("socket")
             if connection is not None:
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self.limits.send_buffer_bytes)
-            await run_session(AioChannel(response), self.service, address)
+            await self.run_session(AioChannel(response), token, address)
         finally:
             self.admission.leave(address)
         return response
 
     async def _portraits(self, request: web.Request) -> web.StreamResponse:
-        return web.json_response(self.service.portraits.listed())
+        return web.json_response(self.portraits.listed())
 
     async def _portrait(self, request: web.Request) -> web.StreamResponse:
         try:
-            png = self.service.portraits.png(request.match_info["id"])
+            png = await asyncio.to_thread(self.portraits.png, request.match_info["id"])
         except UserError as error:
             return web.json_response({"error": str(error)}, status=404)
         return web.Response(body=png, content_type="image/png")
 
     async def _add_portrait(self, request: web.Request) -> web.StreamResponse:
-        size_px = max(_SHOWN_SIDE_PX, self.service.scheduler.model.size_px)
+        size_px = max(_SHOWN_SIDE_PX, self._size_px)
         png = await self._decoded(request, "portrait", lambda data: self.uploads.portrait(data, size_px))
-        return web.json_response({"id": self.service.portraits.add(png)})
+        return web.json_response({"id": await asyncio.to_thread(self.portraits.add, png)})
 
     async def _speech(self, request: web.Request) -> web.StreamResponse:
         samples = await self._decoded(request, "sound", self.uploads.sound)
@@ -304,7 +313,7 @@ class LiveServer:
             raise UserError(f"expected a file within {limits.receive_s:g} s, got it slower: make it smaller") from None
         finally:
             self._num_uploads -= 1
-            self.service.metrics.uploads.labels(kind, outcome).inc()
+            self.metrics.uploads.labels(kind, outcome).inc()
 
     async def _uploaded(self, request: web.Request) -> bytes:
         """The one file of a form."""
@@ -332,6 +341,38 @@ class LiveServer:
         return bytes(data)
 
 
+class LiveServer(PageServer):
+    """Sessions in this process.
+
+    Args:
+        scheduler: the model, started or not.
+        options: where to listen.
+        limits: for clients.
+        portraits: to choose from; None keeps uploaded ones in this process.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        options: ServerOptions | None = None,
+        limits: Limits | None = None,
+        portraits: Portraits | None = None,
+    ) -> None:
+        limits = limits or Limits()
+        portraits = portraits or Portraits(limits.max_portraits, limits.portrait_s)
+        self.service = service = Service(scheduler, portraits, limits)
+        size_px = scheduler.model.size_px
+        super().__init__(options or ServerOptions(), limits, portraits, service.metrics, service.sessions, size_px)
+
+    async def run_session(self, channel: Channel, token: str, address: str) -> None:
+        """Serve one client."""
+        await run_session(channel, self.service, address)
+
+    async def is_alive(self) -> bool:
+        """Whether the model's thread works."""
+        return self.service.scheduler.is_alive
+
+
 def _reachable(host: str) -> str:
     """An address that this machine's browser can open."""
     return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
@@ -339,17 +380,3 @@ def _reachable(host: str) -> str:
 
 def _in_url(host: str) -> str:
     return f"[{host}]" if ":" in host else host
-
-
-class JsonFormatter(logging.Formatter):
-    """One JSON object a line: time, level, message, and what the call names as ``extra``."""
-
-    _USUAL = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime"}
-
-    def format(self, record: logging.LogRecord) -> str:
-        """The line."""
-        line = {"time": self.formatTime(record), "level": record.levelname.lower(), "message": record.getMessage()}
-        line |= {name: value for name, value in vars(record).items() if name not in self._USUAL}
-        if record.exc_info:
-            line["error"] = self.formatException(record.exc_info)
-        return json.dumps(line, default=str)

@@ -120,11 +120,11 @@ async def run_session(channel: Channel, service: Service, address: str = "") -> 
                 "frames": num_frames,
             },
         )
-        await _say_goodbye(channel, reason, said)
+        await say_goodbye(channel, reason, said)
     return reason
 
 
-async def _say_goodbye(channel: Channel, reason: str, said: str) -> None:
+async def say_goodbye(channel: Channel, reason: str, said: str) -> None:
     """Tells the client why, as far as it still listens."""
     try:
         async with asyncio.timeout(1.0):

@@ -1,0 +1,30 @@
+"""Structured logs of the live server."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+
+def log_as_json() -> logging.Logger:
+    """The logger of everything that serves, writing to stderr from now on."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonFormatter())
+    logger = logging.getLogger("rest_lightning.serve")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    return logger
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line: time, level, message, and what the call names as ``extra``."""
+
+    _USUAL = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime"}
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line."""
+        line = {"time": self.formatTime(record), "level": record.levelname.lower(), "message": record.getMessage()}
+        line |= {name: value for name, value in vars(record).items() if name not in self._USUAL}
+        if record.exc_info:
+            line["error"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str)
