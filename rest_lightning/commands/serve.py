@@ -11,6 +11,7 @@ import asyncio
 import logging
 import math
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,8 +20,8 @@ from rest_lightning.constants import FPS
 from rest_lightning.errors import UserError
 
 if TYPE_CHECKING:
-    from rest_lightning.serve.scheduler import Scheduler
-    from rest_lightning.serve.server import LiveServer
+    from rest_lightning.serve.limits import Limits
+    from rest_lightning.serve.server import PageServer, ServerOptions
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--key", type=Path, help="its key, PEM")
     origin = "a further origin whose page may open sessions, such as https://example.org; may be repeated"
     parser.add_argument("--origin", action="append", type=_origin, default=[], help=origin)
-    parser.add_argument("--max-sessions", type=positive, default=3, help="sessions at once (default 3)")
+    parser.add_argument("--max-sessions", type=positive, default=3, help="sessions at once, of a replica (default 3)")
     parser.add_argument("--max-per-address", type=positive, help="of one address (default: all)")
     parser.add_argument(
         "--session-min", type=_minutes, default=120.0, help="length of a session in minutes (default 120)"
@@ -42,6 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", dest="num_threads", type=positive, help="threads of torch (default: its choice)")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the model")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default auto)")
+    engine = "local: this process; ray: replicas in the Ray cluster of RAY_ADDRESS, or in one on this machine"
+    parser.add_argument("--engine", choices=("local", "ray"), default="local", help=engine)
+    parser.add_argument("--replicas", type=positive, help="of the model, with --engine ray (default: one per GPU)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -59,8 +63,8 @@ def run(args: argparse.Namespace) -> int:
     if not 0 <= args.port <= 65535:
         raise UserError(f"expected a port from 0 to 65535, got {args.port}: 8765 is the default")
     logger = log_as_json()
-    model = load_model(
-        TalkOptions(Path(), "", Path(), args.model, num_threads=args.num_threads, dtype=args.dtype, device=args.device)
+    model_options = TalkOptions(
+        Path(), "", Path(), args.model, num_threads=args.num_threads, dtype=args.dtype, device=args.device
     )
     limits = Limits(
         max_sessions=args.max_sessions,
@@ -69,10 +73,13 @@ def run(args: argparse.Namespace) -> int:
         idle_s=60 * args.idle_min,
         grace_s=args.grace,
     )
+    if args.engine == "ray":
+        return _run_on_ray(args, model_options, options, limits)
+    model = load_model(model_options)
     print("warming up the model", flush=True)
     scheduler = Scheduler(model, limits.max_sessions)
     scheduler.start()
-    _tell_speed(scheduler, logger)
+    _tell_speed(scheduler.warm_up_ms, scheduler.chunk_frames, logger)
     server = LiveServer(scheduler, options, limits)
     try:
         asyncio.run(_serve(server))
@@ -82,10 +89,26 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _tell_speed(scheduler: Scheduler, logger: logging.Logger) -> None:
+def _run_on_ray(args: argparse.Namespace, model: TalkOptions, options: ServerOptions, limits: Limits) -> int:
+    """The same with replicas of the model; ``limits.max_sessions`` is that of each."""
+    try:
+        from rest_lightning.serve import ray_engine
+    except ModuleNotFoundError as error:
+        raise UserError(f"expected the package {error.name}, got none: pip install 'rest-lightning[ray]'") from None
+    replicas = ray_engine.ReplicaOptions(model, args.replicas, ray_engine.default_name(args.port))
+    print("starting the replicas and warming up their models", flush=True)
+    with ray_engine.running(replicas, replace(limits, max_per_address=limits.max_sessions)) as cluster:
+        _tell_speed(cluster.facts.warm_up_ms, cluster.facts.chunk_frames, logging.getLogger("rest_lightning.serve"))
+        most = limits.max_sessions * cluster.num_replicas
+        limits = replace(limits, max_sessions=most, max_per_address=args.max_per_address or most)
+        asyncio.run(_serve(ray_engine.RayServer(cluster, options, limits)))
+    return 0
+
+
+def _tell_speed(warm_up_ms: list[float], chunk_frames: int, logger: logging.Logger) -> None:
     """Warns when the machine cannot serve all sessions in real time."""
-    chunk_ms = 1000 * scheduler.chunk_frames // FPS
-    took_ms = [round(each) for each in scheduler.warm_up_ms]
+    chunk_ms = 1000 * chunk_frames // FPS
+    took_ms = [round(each) for each in warm_up_ms]
     logger.info("warmed up", extra={"chunk_ms": took_ms, "real_time_ms": chunk_ms})
     slow = [count for count, took in enumerate(took_ms, 1) if took > 0.9 * chunk_ms]
     if slow:
@@ -93,7 +116,7 @@ def _tell_speed(scheduler: Scheduler, logger: logging.Logger) -> None:
         logger.warning(text, slow[0], took_ms[slow[0] - 1], chunk_ms, max(1, slow[0] - 1))
 
 
-async def _serve(server: LiveServer) -> None:
+async def _serve(server: PageServer) -> None:
     loop, asked = asyncio.get_running_loop(), asyncio.Event()
     forced = asyncio.Event()
 

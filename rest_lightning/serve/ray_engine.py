@@ -1,0 +1,286 @@
+"""``rest serve --engine ray``: the same sessions, served by replicas of the model that Ray Serve looks after.
+
+The front is the process of ``rest serve``: it has the page, the limits, the tokens and the uploads, and one WebSocket
+for each client. The model and its sessions are in replicas, one per GPU. See docs/serve.md.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import aiohttp
+from prometheus_client import Metric, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+
+from rest_lightning.commands.talk import TalkOptions
+from rest_lightning.errors import UserError
+from rest_lightning.serve.limits import Limits, Refused
+from rest_lightning.serve.metrics import Metrics
+from rest_lightning.serve.portraits import Portraits
+from rest_lightning.serve.protocol import Channel
+from rest_lightning.serve.relay import Relay
+from rest_lightning.serve.server import PageServer, ServerOptions
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing of a user's work is told to others
+if not os.environ.get("RAY_ADDRESS"):
+    # Ray's own switch for loopback, whatever its name says: a cluster of one machine listens to nobody else.
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+
+import ray
+from ray import serve
+from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
+
+from rest_lightning.serve.ray_replica import ModelFacts, Place, Replica, SharedPortraits
+
+_LOG = logging.getLogger("rest_lightning.serve")
+_DEPLOYMENT = "Replica"
+_PLACE_S = 5.0  # for finding a replica that has a place
+_AGAIN_S = 0.2
+_SCRAPE_S = 2.0
+_OBJECT_STORE_BYTES = 100_000_000  # portraits pass through it, nothing else
+
+
+@dataclass(frozen=True)
+class ReplicaOptions:
+    """What is copied, and how often.
+
+    Attributes:
+        model: what each replica loads.
+        num_replicas: None: one per GPU of the cluster; one where there is none.
+        name: of the application: a second one of this name replaces the first.
+    """
+
+    model: TalkOptions
+    num_replicas: int | None = None
+    name: str = "rest-serve"
+
+
+@dataclass(frozen=True)
+class Lease:
+    """A place that is kept; ``call`` goes on at the replica until the session has ended."""
+
+    place: Place
+    call: DeploymentResponseGenerator[Place]
+    until_s: float
+
+
+class Cluster:
+    """Replicas that run; made by :func:`running`.
+
+    Attributes:
+        num_replicas: as many as should run.
+        facts: of the model.
+        portraits: of all replicas.
+    """
+
+    def __init__(
+        self, name: str, num_replicas: int, handle: DeploymentHandle, facts: ModelFacts, portraits: Portraits
+    ) -> None:
+        self.num_replicas, self.facts, self.portraits = num_replicas, facts, portraits
+        self._name, self._handle = name, handle.options(stream=True, method_name="lease")
+
+    async def lease(self, address: str, token_s: float) -> Lease | None:
+        """A place at the replica that has most; None when none was found.
+
+        Ray Serve's router asks two replicas how many calls they have, and a replica that has as many as it may refuses;
+        then it asks others. Here is only tried again what fails because a replica has just died.
+        """
+        loop = asyncio.get_running_loop()
+        end_s = loop.time() + _PLACE_S
+        while (left_s := end_s - loop.time()) > 0:
+            call: DeploymentResponseGenerator[Place] = self._handle.remote(address)
+            try:
+                async with asyncio.timeout(left_s):
+                    return Lease(await anext(call), call, time.monotonic() + token_s)
+            except (TimeoutError, asyncio.CancelledError) as error:
+                call.cancel()
+                if isinstance(error, asyncio.CancelledError):
+                    raise
+            except (StopAsyncIteration, ray.exceptions.RayError, ray.serve.exceptions.RayServeException) as error:
+                _LOG.warning("a replica gave no place", extra={"error": type(error).__name__})
+                await asyncio.sleep(_AGAIN_S)
+        return None
+
+    async def num_running(self) -> int:
+        """Replicas that Ray Serve takes for healthy."""
+        status = (await asyncio.to_thread(serve.status)).applications.get(self._name)
+        states = status.deployments[_DEPLOYMENT].replica_states if status and status.deployments else {}
+        return int(states.get("RUNNING", 0))
+
+
+class RayServer(PageServer):
+    """The front: what :class:`rest_lightning.serve.server.LiveServer` is, with the sessions in replicas.
+
+    Args:
+        cluster: the replicas.
+        options: where to listen.
+        limits: for clients; ``max_sessions`` counts those of all replicas.
+    """
+
+    def __init__(self, cluster: Cluster, options: ServerOptions, limits: Limits) -> None:
+        self._relays: set[Relay] = set()
+        super().__init__(options, limits, cluster.portraits, Metrics(), self._relays, cluster.facts.size_px)
+        self._cluster = cluster
+        self._leases: dict[str, Lease] = {}
+        self._replicas: dict[str, str] = {}
+
+    async def admit(self, address: str) -> str:
+        """A token, and a place at a replica that goes with it. Raises Refused."""
+        token = self.admission.grant(address)
+        self._leases = {name: lease for name, lease in self._leases.items() if lease.until_s > time.monotonic()}
+        lease = None
+        try:
+            lease = await self._cluster.lease(address, self.limits.token_s)
+        finally:
+            if lease is None:
+                self.admission.revoke(token)
+        if lease is None:
+            raise Refused("full", "all machines that work are full: try again later")
+        self._leases[token] = lease
+        self._replicas[lease.place.replica] = lease.place.url
+        return token
+
+    async def run_session(self, channel: Channel, token: str, address: str) -> None:
+        """Pass one client's messages on."""
+        place = (lease := self._leases.pop(token)).place
+        relay = Relay(channel, self.limits)
+        self._relays.add(relay)
+        reason = "cancelled"
+        _LOG.info("session begins", extra={"replica": place.replica, "address": address})
+        try:
+            reason = await relay.run(place.url, place.token, address)
+        finally:
+            self._relays.discard(relay)
+            if reason == "lost":  # the others are counted where they were served
+                self.metrics.ended.labels(reason).inc()
+            _LOG.info("session ended", extra={"replica": place.replica, "address": address, "reason": reason})
+            del lease  # the call is over by now, or ends as soon as the replica learns that its client has gone
+
+    async def is_alive(self) -> bool:
+        """Whether there is a replica that works."""
+        return await self._cluster.num_running() > 0
+
+    async def exposition(self) -> bytes:
+        """The front's figures and those of the replicas that have had sessions, told apart by the label replica."""
+        self.metrics.replicas.set(await self._cluster.num_running())
+        texts = {"front": self.metrics.exposition().decode()}
+        timeout = aiohttp.ClientTimeout(total=_SCRAPE_S)
+        async with aiohttp.ClientSession(timeout=timeout) as http:
+            for replica, url in list(self._replicas.items()):
+                try:
+                    async with http.get(f"{url}/metrics") as response:
+                        texts[replica] = await response.text()
+                except (OSError, aiohttp.ClientError):
+                    self._replicas.pop(replica, None)  # it has died; a later session brings it back
+        return merged(texts)
+
+
+def merged(texts: Mapping[str, str]) -> bytes:
+    """Expositions in Prometheus format as one, each sample with the label ``replica``, the key of its text."""
+    families: dict[str, Metric] = {}
+    for name, text in texts.items():
+        for family in text_string_to_metric_families(text):
+            kept = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+            kept.samples += [each._replace(labels={**each.labels, "replica": name}) for each in family.samples]
+    return generate_latest(_Families(list(families.values())))
+
+
+class _Families:
+    """What generate_latest reads of a registry."""
+
+    def __init__(self, families: list[Metric]) -> None:
+        self._families = families
+
+    def collect(self) -> list[Metric]:
+        return self._families
+
+
+@contextmanager
+def running(options: ReplicaOptions, limits: Limits) -> Iterator[Cluster]:
+    """Replicas in the cluster that RAY_ADDRESS names, or in one on this machine, for as long as the block takes.
+
+    Args:
+        options: what is copied.
+        limits: of each replica.
+
+    Raises:
+        UserError: no cluster, or replicas that do not start.
+    """
+    with ExitStack() as stack:
+        is_local = _join()
+        stack.callback(ray.shutdown)
+        model, num_replicas, resources = share(ray.cluster_resources(), options)
+        book = ray.remote(num_cpus=0)(Portraits).remote(limits.max_portraits, limits.portrait_s)
+        serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING", "enable_access_log": False})
+        stack.callback(serve.shutdown if is_local else lambda: serve.delete(options.name))
+        deployment = serve.deployment(
+            name=_DEPLOYMENT,
+            num_replicas=num_replicas,
+            max_ongoing_requests=limits.max_sessions,
+            ray_actor_options=resources,
+            graceful_shutdown_timeout_s=limits.grace_s + 5.0,
+            health_check_timeout_s=60.0,
+            max_constructor_retry_count=3,
+        )(Replica)
+        application = deployment.bind(model, limits, book, "127.0.0.1" if is_local else None)
+        try:
+            handle = serve.run(application, name=options.name, route_prefix=None)
+        except RuntimeError as error:
+            text = " ".join(str(error).split())[-300:]
+            raise UserError(f"expected {num_replicas} replicas that start, got '{text}': see their logs") from None
+        facts = handle.facts.remote().result(timeout_s=60.0)
+        yield Cluster(options.name, num_replicas, handle, facts, SharedPortraits(book))
+
+
+def _join() -> bool:
+    """Connect to a cluster; whether it is one of this process's own."""
+    address = os.environ.get("RAY_ADDRESS")
+    settings: dict[str, Any] = {"logging_level": logging.WARNING, "namespace": "rest_lightning"}
+    if not address:
+        settings |= {"include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
+    try:
+        ray.init(address=address or "local", **settings)
+    except Exception as error:  # Ray raises a bare Exception where its processes start too slowly
+        text = " ".join(str(error).split())[:200]
+        where = f"at RAY_ADDRESS={address}" if address else "on this machine"
+        raise UserError(f"expected a Ray cluster {where}, got '{text}': start one, or try again") from None
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    return not address
+
+
+def share(cluster: Mapping[str, float], options: ReplicaOptions) -> tuple[TalkOptions, int, dict[str, float]]:
+    """How a cluster is divided: what a replica loads, how many there are, and what Ray keeps free for each.
+
+    Args:
+        cluster: resources, in Ray's names: CPU, GPU.
+        options: ``model.device`` cpu leaves GPUs alone.
+
+    Raises:
+        UserError: more replicas than GPUs, or CUDA is wanted where there is none.
+    """
+    model, num_gpus = options.model, int(cluster.get("GPU", 0))
+    if num_gpus == 0 and model.device.startswith("cuda"):
+        raise UserError(f"expected GPUs for --device {model.device}, got a cluster without: use --device cpu")
+    if num_gpus and model.device != "cpu":
+        num_replicas = options.num_replicas or num_gpus
+        if num_replicas > num_gpus:
+            raise UserError(f"expected at most {num_gpus} replicas, one per GPU, got {num_replicas}: use fewer")
+        return replace(model, device="cuda"), num_replicas, {"num_gpus": 1.0, "num_cpus": 1.0}
+    num_replicas = options.num_replicas or 1
+    share_of_cpus = cluster.get("CPU", 1.0) / num_replicas
+    num_threads = model.num_threads or max(1, int(share_of_cpus))
+    num_cpus = min(float(num_threads), share_of_cpus)
+    return replace(model, device="cpu", num_threads=num_threads), num_replicas, {"num_cpus": num_cpus}
+
+
+def default_name(port: int) -> str:
+    """Of the application: the same at the next start, so that what a killed front has left behind is replaced."""
+    return f"rest-serve-{socket.gethostname()}-{port}"
