@@ -154,15 +154,22 @@ class RayServer(PageServer):
         relay = Relay(channel, self.limits)
         self._relays.add(relay)
         reason = "cancelled"
-        _LOG.info("session begins", extra={"replica": place.replica, "address": address})
+        told = {"replica": place.replica, "pid": place.pid, "address": address}
+        _LOG.info("session begins", extra=told)
         try:
             reason = await relay.run(place.url, place.token, address)
         finally:
             self._relays.discard(relay)
             if reason == "lost":  # the others are counted where they were served
                 self.metrics.ended.labels(reason).inc()
-            _LOG.info("session ended", extra={"replica": place.replica, "address": address, "reason": reason})
+            _LOG.info("session ended", extra=told | {"reason": reason})
             del lease  # the call is over by now, or ends as soon as the replica learns that its client has gone
+
+    async def stop(self, grace_s: float | None = None) -> None:
+        """Take no new sessions, let those that are there go on for ``grace_s``, then end them."""
+        await super().stop(grace_s)
+        for lease in self._leases.values():  # places that nobody came for would hold up the replicas' end
+            lease.call.cancel()
 
     async def is_alive(self) -> bool:
         """Whether there is a replica that works."""
@@ -227,6 +234,7 @@ def running(options: ReplicaOptions, limits: Limits) -> Iterator[Cluster]:
             max_ongoing_requests=limits.max_sessions,
             ray_actor_options=resources,
             graceful_shutdown_timeout_s=limits.grace_s + 5.0,
+            graceful_shutdown_wait_loop_s=0.5,
             health_check_timeout_s=60.0,
             max_constructor_retry_count=3,
         )(Replica)
@@ -246,12 +254,17 @@ def _join() -> bool:
     settings: dict[str, Any] = {"logging_level": logging.WARNING, "namespace": "rest_lightning"}
     if not address:
         settings |= {"include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
-    try:
-        ray.init(address=address or "local", **settings)
-    except Exception as error:  # Ray raises a bare Exception where its processes start too slowly
-        text = " ".join(str(error).split())[:200]
-        where = f"at RAY_ADDRESS={address}" if address else "on this machine"
-        raise UserError(f"expected a Ray cluster {where}, got '{text}': start one, or try again") from None
+    for attempts_left in (0,) if address else (1, 0):
+        try:
+            ray.init(address=address or "local", **settings)
+            break
+        except Exception as error:  # a bare Exception where Ray's processes took more than its 30 s to start
+            ray.shutdown()
+            if attempts_left:
+                continue
+            text = " ".join(str(error).split())[:200]
+            where = f"at RAY_ADDRESS={address}" if address else "on this machine"
+            raise UserError(f"expected a Ray cluster {where}, got '{text}': start one, or try again") from None
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     return not address
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
@@ -57,9 +58,10 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class Place:
-    """A session's place at a replica: the token is good once."""
+    """A session's place at a replica, which is the process ``pid`` of its machine; the token is good once."""
 
     replica: str
+    pid: int
     url: str
     token: str
 
@@ -142,7 +144,7 @@ class Replica:
                 await self._server.start()
         try:
             async for token in self._server.lease(address):
-                yield Place(self._name, self._server.url, token)
+                yield Place(self._name, os.getpid(), self._server.url, token)
         except Refused:
             return
 

@@ -19,6 +19,7 @@ from rest_lightning.serve.session import say_goodbye
 ADDRESS_HEADER = "X-Rest-Address"  # the client's, told to whoever holds the token
 LOST = "the machine of this session has failed: start a new one"
 _LARGEST_BYTES = 2**22  # a frame, whatever its size
+_CLOSE_S = 1.0
 _LOG = logging.getLogger("rest_lightning.serve")
 
 
@@ -26,16 +27,15 @@ _LOG = logging.getLogger("rest_lightning.serve")
 async def connected(url: str, token: str, address: str) -> AsyncIterator[Channel]:
     """The socket of a session at a replica; raises OSError or aiohttp.ClientError when there is none."""
     headers = {"Origin": url, ADDRESS_HEADER: address}
-    async with (
-        aiohttp.ClientSession(headers=headers) as http,
-        http.ws_connect(
-            f"{url}/ws?token={token}",
-            max_msg_size=_LARGEST_BYTES,
-            heartbeat=HEARTBEAT_S,
-            timeout=aiohttp.ClientWSTimeout(ws_close=1.0),
-        ) as socket,
-    ):
-        yield AioChannel(socket)
+    async with aiohttp.ClientSession(headers=headers) as http:
+        where = f"{url}/ws?token={token}"
+        socket = await http.ws_connect(where, max_msg_size=_LARGEST_BYTES, heartbeat=HEARTBEAT_S)
+        try:
+            yield AioChannel(socket)
+        finally:
+            with suppress(TimeoutError):  # what hangs is cut off, with its connection
+                async with asyncio.timeout(_CLOSE_S):
+                    await socket.close()
 
 
 class Relay:
