@@ -24,7 +24,7 @@ class JsonFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """The line."""
         line = {"time": self.formatTime(record), "level": record.levelname.lower(), "message": record.getMessage()}
-        line |= {name: value for name, value in vars(record).items() if name not in self._USUAL}
+        line |= {name: value for name, value in vars(record).items() if name not in self._USUAL and name[0] != "_"}
         if record.exc_info:
             line["error"] = self.formatException(record.exc_info)
         return json.dumps(line, default=str)

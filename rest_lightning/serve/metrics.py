@@ -22,7 +22,6 @@ class Metrics:
         self.registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
         self.sessions = Gauge("rest_sessions", "Sessions now", registry=registry)
-        self.replicas = Gauge("rest_replicas", "Replicas that work, with --engine ray", registry=registry)
         self.ended = Counter("rest_sessions_ended", "Sessions that ended, by reason", ["reason"], registry=registry)
         self.refused = Counter("rest_refused", "Requests refused, by reason", ["reason"], registry=registry)
         self.compute_s = self._histogram("rest_chunk_compute_seconds", "Model time of a chunk", _SECONDS)

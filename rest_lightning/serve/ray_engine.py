@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import aiohttp
-from prometheus_client import Metric, generate_latest
+from prometheus_client import Gauge, Metric, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from rest_lightning.commands.talk import TalkOptions
@@ -30,6 +30,7 @@ from rest_lightning.serve.relay import Relay
 from rest_lightning.serve.server import PageServer, ServerOptions
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing of a user's work is told to others
+os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # lines of several sessions look alike, and each counts
 if not os.environ.get("RAY_ADDRESS"):
     # Ray's own switch for loopback, whatever its name says: a cluster of one machine listens to nobody else.
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
@@ -42,6 +43,7 @@ from rest_lightning.serve.ray_replica import ModelFacts, Place, Replica, SharedP
 
 _LOG = logging.getLogger("rest_lightning.serve")
 _DEPLOYMENT = "Replica"
+_QUIET = {"log_level": "WARNING", "enable_access_log": False}  # sessions have log lines of their own
 _PLACE_S = 5.0  # for finding a replica that has a place
 _AGAIN_S = 0.2
 _SCRAPE_S = 2.0
@@ -129,6 +131,7 @@ class RayServer(PageServer):
         self._relays: set[Relay] = set()
         super().__init__(options, limits, cluster.portraits, Metrics(), self._relays, cluster.facts.size_px)
         self._cluster = cluster
+        self._num_running = Gauge("rest_replicas", "Replicas that work", registry=self.metrics.registry)
         self._leases: dict[str, Lease] = {}
         self._replicas: dict[str, str] = {}
 
@@ -177,7 +180,7 @@ class RayServer(PageServer):
 
     async def exposition(self) -> bytes:
         """The front's figures and those of the replicas that have had sessions, told apart by the label replica."""
-        self.metrics.replicas.set(await self._cluster.num_running())
+        self._num_running.set(await self._cluster.num_running())
         texts = {"front": self.metrics.exposition().decode()}
         timeout = aiohttp.ClientTimeout(total=_SCRAPE_S)
         async with aiohttp.ClientSession(timeout=timeout) as http:
@@ -226,7 +229,7 @@ def running(options: ReplicaOptions, limits: Limits) -> Iterator[Cluster]:
         stack.callback(ray.shutdown)
         model, num_replicas, resources = share(ray.cluster_resources(), options)
         book = ray.remote(num_cpus=0)(Portraits).remote(limits.max_portraits, limits.portrait_s)
-        serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING", "enable_access_log": False})
+        serve.start(proxy_location="Disabled", logging_config=_QUIET)
         stack.callback(serve.shutdown if is_local else lambda: serve.delete(options.name))
         deployment = serve.deployment(
             name=_DEPLOYMENT,
@@ -240,7 +243,7 @@ def running(options: ReplicaOptions, limits: Limits) -> Iterator[Cluster]:
         )(Replica)
         application = deployment.bind(model, limits, book, "127.0.0.1" if is_local else None)
         try:
-            handle = serve.run(application, name=options.name, route_prefix=None)
+            handle = serve.run(application, name=options.name, route_prefix=None, logging_config=_QUIET)
         except RuntimeError as error:
             text = " ".join(str(error).split())[-300:]
             raise UserError(f"expected {num_replicas} replicas that start, got '{text}': see their logs") from None
