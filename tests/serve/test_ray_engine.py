@@ -127,9 +127,7 @@ def test_speech_through_a_replica_comes_back_whole(front: Front) -> None:
             clients = [await stack.enter_async_context(LiveClient(front.url, portrait)) for _ in range(2)]
             for received in await asyncio.gather(*(collect(client, cut(speech, 320)) for client in clients)):
                 sound = np.concatenate([each.samples for each in received if isinstance(each, Sound)])
-                first = int(np.argmax(sound == speech[0]))
-                starts = [at for at in range(len(sound)) if sound[at] == speech[0]][:4000]
-                assert any(np.array_equal(sound[at : at + len(speech)], speech) for at in starts), first
+                assert speech.tobytes() in sound.tobytes()
                 assert received[-1] == {"type": "bye", "reason": "the session has ended"}
         with pytest.raises(UserError, match="unknown or was forgotten"):
             async with LiveClient(front.url, "uNobodysPortrait"):
