@@ -52,18 +52,16 @@ def run(args: argparse.Namespace) -> int:
     """Serve until told to stop."""
     try:
         from rest_lightning.serve.limits import Limits
-        from rest_lightning.serve.logs import log_as_json
-        from rest_lightning.serve.server import LiveServer, ServerOptions
+        from rest_lightning.serve.logs import LOG, log_as_json
+        from rest_lightning.serve.server import ServerOptions
     except ModuleNotFoundError as error:
         raise UserError(f"expected the package {error.name}, found none: pip install 'rest-lightning[serve]'") from None
-    from rest_lightning.serve.scheduler import Scheduler
 
     options = ServerOptions(args.host, args.port, tuple(args.origin), args.cert, args.key)
     options.tls()  # before the model is loaded
     if not 0 <= args.port <= 65535:
         raise UserError(f"expected a port from 0 to 65535, got {args.port}: 8765 is the default")
-    logger = log_as_json()
-    model_options = TalkOptions(
+    model = TalkOptions(
         Path(), "", Path(), args.model, num_threads=args.num_threads, dtype=args.dtype, device=args.device
     )
     limits = Limits(
@@ -73,23 +71,31 @@ def run(args: argparse.Namespace) -> int:
         idle_s=60 * args.idle_min,
         grace_s=args.grace,
     )
-    if args.engine == "ray":
-        return _run_on_ray(args, model_options, options, limits)
-    model = load_model(model_options)
+    handler = log_as_json()
+    try:
+        (_run_here if args.engine == "local" else _run_on_ray)(args, model, options, limits)
+    finally:
+        LOG.removeHandler(handler)
+    return 0
+
+
+def _run_here(args: argparse.Namespace, model: TalkOptions, options: ServerOptions, limits: Limits) -> None:
+    from rest_lightning.serve.scheduler import Scheduler
+    from rest_lightning.serve.server import LiveServer
+
+    head = load_model(model)
     print("warming up the model", flush=True)
-    scheduler = Scheduler(model, limits.max_sessions)
+    scheduler = Scheduler(head, limits.max_sessions)
     scheduler.start()
-    _tell_speed(scheduler.warm_up_ms, scheduler.chunk_frames, logger)
+    _tell_speed(scheduler.warm_up_ms, scheduler.chunk_frames)
     server = LiveServer(scheduler, options, limits)
     try:
         asyncio.run(_serve(server))
     finally:
         server.service.close()
-        logger.removeHandler(handler)
-    return 0
 
 
-def _run_on_ray(args: argparse.Namespace, model: TalkOptions, options: ServerOptions, limits: Limits) -> int:
+def _run_on_ray(args: argparse.Namespace, model: TalkOptions, options: ServerOptions, limits: Limits) -> None:
     """The same with replicas of the model; ``limits.max_sessions`` is that of each."""
     try:
         from rest_lightning.serve import ray_engine
@@ -98,17 +104,17 @@ def _run_on_ray(args: argparse.Namespace, model: TalkOptions, options: ServerOpt
     replicas = ray_engine.ReplicaOptions(model, args.replicas, ray_engine.default_name(args.port))
     print("starting the replicas and warming up their models", flush=True)
     with ray_engine.running(replicas, replace(limits, max_per_address=limits.max_sessions)) as cluster:
-        _tell_speed(cluster.facts.warm_up_ms, cluster.facts.chunk_frames, logging.getLogger("rest_lightning.serve"))
+        _tell_speed(cluster.facts.warm_up_ms, cluster.facts.chunk_frames)
         most = limits.max_sessions * cluster.num_replicas
         limits = replace(limits, max_sessions=most, max_per_address=args.max_per_address or most)
         asyncio.run(_serve(ray_engine.RayServer(cluster, options, limits)))
-    return 0
 
 
-def _tell_speed(warm_up_ms: list[float], chunk_frames: int, logger: logging.Logger) -> None:
+def _tell_speed(warm_up_ms: list[float], chunk_frames: int) -> None:
     """Warns when the machine cannot serve all sessions in real time."""
     chunk_ms = 1000 * chunk_frames // FPS
     took_ms = [round(each) for each in warm_up_ms]
+    logger = logging.getLogger("rest_lightning.serve")
     logger.info("warmed up", extra={"chunk_ms": took_ms, "real_time_ms": chunk_ms})
     slow = [count for count, took in enumerate(took_ms, 1) if took > 0.9 * chunk_ms]
     if slow:

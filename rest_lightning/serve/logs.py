@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import logging
 
+LOG = logging.getLogger("rest_lightning.serve")
 
-def log_as_json() -> logging.Logger:
-    """The logger of everything that serves, writing to stderr from now on."""
+
+def log_as_json() -> logging.Handler:
+    """Let everything that serves write to stderr from now on; remove the handler from ``LOG`` to end that."""
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter())
-    logger = logging.getLogger("rest_lightning.serve")
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    return logger
+    LOG.addHandler(handler)
+    LOG.setLevel(logging.INFO)
+    return handler
 
 
 class JsonFormatter(logging.Formatter):

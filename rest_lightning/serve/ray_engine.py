@@ -23,6 +23,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from rest_lightning.commands.talk import TalkOptions
 from rest_lightning.errors import UserError
 from rest_lightning.serve.limits import Limits, Refused
+from rest_lightning.serve.logs import LOG
 from rest_lightning.serve.metrics import Metrics
 from rest_lightning.serve.portraits import Portraits
 from rest_lightning.serve.protocol import Channel
@@ -41,7 +42,6 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from rest_lightning.serve.ray_replica import ModelFacts, Place, Replica, SharedPortraits
 
-_LOG = logging.getLogger("rest_lightning.serve")
 _DEPLOYMENT = "Replica"
 _QUIET = {"log_level": "WARNING", "enable_access_log": False}  # sessions have log lines of their own
 _PLACE_S = 5.0  # for finding a replica that has a place
@@ -107,7 +107,7 @@ class Cluster:
                 if isinstance(error, asyncio.CancelledError):
                     raise
             except (StopAsyncIteration, ray.exceptions.RayError, ray.serve.exceptions.RayServeException) as error:
-                _LOG.warning("a replica gave no place", extra={"error": type(error).__name__})
+                LOG.warning("a replica gave no place", extra={"error": type(error).__name__})
                 await asyncio.sleep(_AGAIN_S)
         return None
 
@@ -158,14 +158,14 @@ class RayServer(PageServer):
         self._relays.add(relay)
         reason = "cancelled"
         told = {"replica": place.replica, "pid": place.pid, "address": address}
-        _LOG.info("session begins", extra=told)
+        LOG.info("session begins", extra=told)
         try:
             reason = await relay.run(place.url, place.token, address)
         finally:
             self._relays.discard(relay)
             if reason == "lost":  # the others are counted where they were served
                 self.metrics.ended.labels(reason).inc()
-            _LOG.info("session ended", extra=told | {"reason": reason})
+            LOG.info("session ended", extra=told | {"reason": reason})
             del lease  # the call is over by now, or ends as soon as the replica learns that its client has gone
 
     async def stop(self, grace_s: float | None = None) -> None:

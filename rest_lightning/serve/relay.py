@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 
@@ -12,6 +11,7 @@ import aiohttp
 
 from rest_lightning.serve.channel import HEARTBEAT_S, AioChannel
 from rest_lightning.serve.limits import Limits
+from rest_lightning.serve.logs import LOG
 from rest_lightning.serve.outlet import SessionOver
 from rest_lightning.serve.protocol import Channel, ChannelClosed, message
 from rest_lightning.serve.session import say_goodbye
@@ -20,7 +20,6 @@ ADDRESS_HEADER = "X-Rest-Address"  # the client's, told to whoever holds the tok
 LOST = "the machine of this session has failed: start a new one"
 _LARGEST_BYTES = 2**22  # a frame, whatever its size
 _CLOSE_S = 1.0
-_LOG = logging.getLogger("rest_lightning.serve")
 
 
 @asynccontextmanager
@@ -77,7 +76,7 @@ class Relay:
         except SessionOver as error:
             reason, said = error.code, str(error)
         except (OSError, aiohttp.ClientError) as error:
-            _LOG.warning("a replica cannot be reached", extra={"replica": url, "error": str(error)})
+            LOG.warning("a replica cannot be reached", extra={"replica": url, "error": str(error)})
         if reason in ("ended", "gone"):
             await self._client.close()
         elif reason == "lost":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from rest_lightning.errors import UserError
 from rest_lightning.serve.encoder import open_encoder
 from rest_lightning.serve.intake import Intake, Piece
 from rest_lightning.serve.limits import Bucket, Limits
+from rest_lightning.serve.logs import LOG
 from rest_lightning.serve.metrics import Metrics
 from rest_lightning.serve.outlet import Outlet, SessionOver
 from rest_lightning.serve.portraits import Portraits
@@ -35,7 +35,6 @@ from rest_lightning.serve.protocol import (
 )
 from rest_lightning.serve.scheduler import Computed, ModelError, Scheduler, Slot
 
-LOG = logging.getLogger("rest_lightning.serve")
 CUSHION_MS = 80
 _INTERRUPTS_PER_S, _INTERRUPT_BURST = 4.0, 20.0  # each lets the model begin a chunk at once
 _numbers = count(1)
