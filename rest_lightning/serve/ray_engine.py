@@ -245,10 +245,21 @@ def running(options: ReplicaOptions, limits: Limits) -> Iterator[Cluster]:
         try:
             handle = serve.run(application, name=options.name, route_prefix=None, logging_config=_QUIET)
         except RuntimeError as error:
-            text = " ".join(str(error).split())[-300:]
-            raise UserError(f"expected {num_replicas} replicas that start, got '{text}': see their logs") from None
+            raise why(_told_by_replicas(options.name) or str(error)) from None
         facts = handle.facts.remote().result(timeout_s=60.0)
         yield Cluster(options.name, num_replicas, handle, facts, SharedPortraits(book))
+
+
+def _told_by_replicas(name: str) -> str:
+    application = serve.status().applications.get(name)
+    return "\n".join(each.message for each in application.deployments.values()) if application else ""
+
+
+def why(told: str) -> UserError:
+    """The one line of a traceback that a user can do something about."""
+    lines = [line.partition("UserError: ")[2] for line in told.splitlines() if "UserError: " in line]
+    text = " ".join(told.split())[-300:]
+    return UserError(lines[-1] if lines else f"expected replicas that start, got '{text}': see their log")
 
 
 def _join() -> bool:

@@ -304,3 +304,21 @@ def test_expositions_are_merged_without_a_loss() -> None:
     text = merged(texts).decode()
     assert samples(text) == expected
     assert text.count("# TYPE rest_frames_total counter") == 1  # a family in two pieces is no valid exposition
+
+
+@pytest.mark.parametrize(
+    ("told", "expected"),
+    [
+        (
+            "The deployment failed to start 3 times in a row.\nTraceback (most recent call last):\n"
+            '  File "talk.py", line 1, in load_model\n'
+            "rest_lightning.errors.UserError: expected a model folder, got /m: make one\n",
+            "expected a model folder, got /m: make one",
+        ),
+        ("Killed\n  by  the system", "expected replicas that start, got 'Killed by the system': see their log"),
+    ],
+)
+def test_why_replicas_do_not_start_is_told_in_one_line(told: str, expected: str) -> None:
+    from rest_lightning.serve.ray_engine import why
+
+    assert str(why(told)) == expected
