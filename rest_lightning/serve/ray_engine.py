@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import aiohttp
 from prometheus_client import Gauge, Metric, generate_latest
@@ -98,7 +98,7 @@ class Cluster:
         loop = asyncio.get_running_loop()
         end_s = loop.time() + _PLACE_S
         while (left_s := end_s - loop.time()) > 0:
-            call: DeploymentResponseGenerator[Place] = self._handle.remote(address)
+            call = cast(DeploymentResponseGenerator[Place], self._handle.remote(address))
             try:
                 async with asyncio.timeout(left_s):
                     return Lease(await anext(call), call, time.monotonic() + token_s)
@@ -115,7 +115,7 @@ class Cluster:
         """Replicas that Ray Serve takes for healthy."""
         status = (await asyncio.to_thread(serve.status)).applications.get(self._name)
         states = status.deployments[_DEPLOYMENT].replica_states if status and status.deployments else {}
-        return int(states.get("RUNNING", 0))
+        return sum(count for state, count in states.items() if state == "RUNNING")
 
 
 class RayServer(PageServer):

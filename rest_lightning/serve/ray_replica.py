@@ -125,7 +125,7 @@ class Replica:
         options = ServerOptions(host or ray.util.get_node_ip_address(), port=0)
         self._server = ReplicaServer(scheduler, options, limits, SharedPortraits(book))
         self._starting = asyncio.Lock()
-        self._name = ray.get_runtime_context().get_actor_id()
+        self._name = str(ray.get_runtime_context().get_actor_id())
 
     async def facts(self) -> ModelFacts:
         """See :class:`ModelFacts`."""

@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from typing import Any
 
 import aiohttp
 
@@ -88,7 +89,8 @@ class Relay:
     async def _pass_on(self, replica: Channel) -> str:
         up, down = asyncio.create_task(self._up(replica)), asyncio.create_task(self._down(replica))
         try:
-            await asyncio.wait({up, down, self._stop}, return_when=asyncio.FIRST_COMPLETED)
+            first: set[asyncio.Future[Any]] = {up, down, self._stop}
+            await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
             if self._stop.done():
                 raise self._stop.result()
             return down.result() if down.done() else up.result()

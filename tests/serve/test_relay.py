@@ -78,7 +78,7 @@ def test_messages_pass_unchanged_to_the_last() -> None:
     sent: list[bytes | str] = ['{"type": "hello", "later": "\\u00e9"}', bytes(range(256)) * 300, '{"type": "end"}']
 
     async def scenario() -> tuple[str, Wire, list[object], str]:
-        wire, seen = Wire(), []
+        wire, seen = Wire(), list[object]()
         for each in sent:
             wire.to_server.put_nowait(each)
         async with replica_at(echo_three, seen) as url, asyncio.timeout(10):
