@@ -228,7 +228,9 @@ def running(options: ReplicaOptions, limits: Limits) -> Iterator[Cluster]:
         is_local = _join()
         stack.callback(ray.shutdown)
         model, num_replicas, resources = share(ray.cluster_resources(), options)
-        book = ray.remote(num_cpus=0)(Portraits).remote(limits.max_portraits, limits.portrait_s)
+        book = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Portraits).remote(
+            limits.max_portraits, limits.portrait_s
+        )
         serve.start(proxy_location="Disabled", logging_config=_QUIET)
         stack.callback(serve.shutdown if is_local else lambda: serve.delete(options.name))
         deployment = serve.deployment(
