@@ -28,7 +28,7 @@ class Metrics:
         self.queued_s = self._histogram("rest_chunk_queued_seconds", "Time that a chunk waited for the model", _SECONDS)
         self.encode_s = self._histogram("rest_chunk_encode_seconds", "Encoding time of a chunk", _SECONDS)
         self.rows = self._histogram("rest_chunk_rows", "Sessions computed together", (1, 2, 3, 4, 6, 8, 12, 16))
-        self.offset_s = self._histogram("rest_offset_seconds", "Sound minus picture, told by clients", _OFFSETS)
+        self.offset_s = self._histogram("rest_offset_seconds", "Picture minus sound, told by clients", _OFFSETS)
         self.frames = Counter("rest_frames", "Frames sent", registry=registry)
         self.dropped_s = Counter("rest_dropped_seconds", "Speech not shown, by reason", ["reason"], registry=registry)
         self.idle_s = Counter("rest_idle_seconds", "Silence put in by the server", registry=registry)

@@ -65,7 +65,12 @@ class ClipMaker:
         self._writer: Mp4Writer | None = None
         if encodes:
             self._writer = Mp4Writer(
-                path, options.size_px, crf=options.crf, overwrite=True, key_frame_every=KEY_FRAME_EVERY
+                path,
+                options.size_px,
+                crf=options.crf,
+                overwrite=True,
+                key_frame_every=KEY_FRAME_EVERY,
+                generated=False,
             )
 
     def add(self, frame: Frame, picture: Picture | None) -> None:
