@@ -89,6 +89,28 @@ def test_clicks_stay_where_they_are(tmp_path: Path, rate: int) -> None:
     assert sorted(np.argsort(-np.abs(found))[:3]) == [round(click_s * SAMPLE_RATE) for click_s in clicks_s]
 
 
+@pytest.mark.parametrize(
+    ("name", "codec", "rate"),
+    [
+        ("a.m4a", "aac", 48000),
+        ("a.m4a", "aac", 44100),
+        ("a.mp4", "aac", 16000),
+        ("a.webm", "libopus", 48000),
+        ("a.ogg", "libopus", 48000),
+        ("a.wav", "pcm_s16le", 48000),
+    ],
+)
+def test_the_run_in_of_a_codec_is_left_out(tmp_path: Path, name: str, codec: str, rate: int) -> None:
+    """A burst at 0.5 s is heard at 0.5 s; AAC's first 1024 samples, 64 ms at 16 kHz, come before time 0."""
+    source = np.zeros((1, 2 * rate), np.float32)
+    source[0, rate // 2 : rate // 2 + rate // 100] = 0.5 * np.sin(np.arange(rate // 100) * 2 * np.pi * 1000 / rate)
+    speech = open_speech(write_sound(tmp_path / name, source, rate, codec))
+    samples = speech.read_all()
+    loud = np.flatnonzero(np.abs(samples) > 0.1)
+    assert abs(loud[0] / SAMPLE_RATE - 0.5) < 0.003 and abs(loud[-1] / SAMPLE_RATE - 0.51) < 0.003
+    assert len(samples) == speech.num_samples
+
+
 @pytest.mark.parametrize("block_samples", [1, 640, 1000, 4000, 100_000])
 def test_blocks_join_to_the_whole(tmp_path: Path, block_samples: int) -> None:
     path = write_sound(tmp_path / "a.wav", tone(0.5, 44100), 44100)

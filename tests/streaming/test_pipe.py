@@ -67,6 +67,21 @@ def test_fragmented_mp4_holds_all_frames_and_sound(chunks: list[int]) -> None:
     assert places == sorted(places)
 
 
+def test_sound_is_not_late_by_its_encoders_run_in() -> None:
+    """AAC's first 1024 samples, 64 ms, are dropped where the index says so: what is decoded begins with the speech."""
+    pipe = Pipe()
+    writer = Mp4Pipe(pipe, 64)
+    speech = np.zeros(48 * SAMPLES_PER_FRAME, np.float32)
+    speech[8000:8160] = 0.5
+    for part in np.split(speech, 2):
+        writer.write(noise(24))
+        writer.write_audio(part)
+    writer.close()
+    with av.open(io.BytesIO(pipe.getvalue())) as container:
+        decoded = np.concatenate([frame.to_ndarray()[0] for frame in container.decode(container.streams.audio[0])])
+    assert abs(int(np.flatnonzero(np.abs(decoded) > 0.1)[0]) - 8000) < 48
+
+
 def test_frames_leave_as_soon_as_they_are_written() -> None:
     """All but the last frame can be decoded before anything else is written, also from the first chunk."""
     pipe = Pipe()
@@ -105,6 +120,7 @@ def test_a_reader_that_goes_away(kind: str) -> None:
     with pytest.raises(BrokenPipeError):
         for seed in range(20):
             writer.write(noise(24, seed=seed))
+            writer.write_audio(np.zeros(24 * SAMPLES_PER_FRAME, np.float32))
     writer.abort()
     writer.abort()
     reader.join()
