@@ -12,7 +12,7 @@ from rest_lightning.streaming.writer import Encoder, VideoWriter, as_frames, int
 
 PipeFormat = Literal["mp4", "rgb24"]
 # An index without samples in front, then a fragment for every frame. The index waits for the first sound: it tells how
-# much the sound's encoder put before it (64 ms); without it, a reader that joins what it decodes has all sound too late.
+# much the sound's encoder put before it (64 ms), by which a reader that joins what it decodes would be late.
 _MOVFLAGS = "frag_keyframe+empty_moov+default_base_moof+delay_moov"
 # The interleaver would hold the pictures back until the sound, which its encoder delays by 128 ms, has caught up.
 _CONTAINER = {"frag_duration": "40000", "max_interleave_delta": "1", "flush_packets": "1"}
