@@ -222,13 +222,14 @@ def test_talking_head(causal: bool, tmp_path: Path) -> None:
         return
     latents: list[Tensor] = []
     session = head.open(portrait)
-    decode_chunk = head.vae.decode_chunk
+    vae = session.engine.tables.vae  # on a CPU a copy with packed weights
+    decode_chunk = vae.decode_chunk
 
     def recorded(chunk: Tensor, stream: Stream) -> Tensor:
         latents.append(chunk.clone())  # the engine decodes from one static buffer
         return decode_chunk(chunk, stream)
 
-    head.vae.decode_chunk = recorded  # type: ignore[assignment, method-assign]
+    vae.decode_chunk = recorded  # type: ignore[assignment, method-assign]
     session.push(samples)
     session.flush()
     with torch.inference_mode():
