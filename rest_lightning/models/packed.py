@@ -11,7 +11,7 @@ import copy
 import weakref
 import zlib
 from collections.abc import Callable, Hashable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -52,9 +52,8 @@ def packed(network: Network) -> Network:
     state = _state(network)
     known = _packed.get(network)
     if known is None or known[0] != state:
-        known = _packed[network] = (state, _copy(network))
-    twin: Network = known[1]
-    return twin
+        _packed[network] = known = (state, _copy(network))
+    return cast(Network, known[1])
 
 
 def _state(network: nn.Module) -> Hashable:

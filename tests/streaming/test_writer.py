@@ -233,6 +233,7 @@ def test_distance_of_key_frames(tmp_path: Path, key_frame_every: int | None) -> 
     with Mp4Writer(tmp_path / "a.mp4", 64, key_frame_every=key_frame_every) as writer:
         writer.write(frames)
     with av.open(str(tmp_path / "a.mp4")) as container:
-        keys = sorted(packet.pts for packet in container.demux(video=0) if packet.size and packet.is_keyframe)
+        packets = [packet for packet in container.demux(video=0) if packet.size and packet.is_keyframe]
+        keys = sorted(packet.pts for packet in packets if packet.pts is not None)
         frame_pts = 1 / (25 * float(container.streams.video[0].time_base))
     assert [round(pts / frame_pts) for pts in keys] == list(range(0, 20, key_frame_every or 20))

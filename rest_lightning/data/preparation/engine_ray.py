@@ -75,7 +75,10 @@ def _results(
     items = [{"number": number, "path": os.fsencode(sources[number])} for number in todo]
     videos = ray.data.from_items(items, override_num_blocks=min(len(items), _MAX_BLOCKS))
     prepared = videos.map(
-        _PrepareVideo, fn_constructor_args=(root, out, options), num_cpus=1, concurrency=min(num_workers, len(items))
+        _PrepareVideo,  # type: ignore[arg-type]  # a class is one actor's worth of work, which Ray's annotation leaves out
+        fn_constructor_args=(root, out, options),
+        num_cpus=1,
+        concurrency=min(num_workers, len(items)),
     )
     for answer in prepared.iter_rows():
         if answer["error"]:

@@ -96,7 +96,7 @@ def probe(path: Path, min_fps: float = 0.0) -> Probe:
             raise SourceError("probe", f"expected at least {min_fps:g} frames per second, got {fps:.3g}")
         duration_s = _duration_s(container, stream)
         num_audio_tracks = len(container.streams.audio)
-        first = next(_decoded(container, stream), None)
+        first = next(decoded(container, stream), None)
         if first is None:
             raise SourceError("decode", "expected frames, got none that can be decoded: the file is damaged or empty")
         rotation = round(first.rotation / 90) * 90 % 360
@@ -136,7 +136,7 @@ class FrameStream:
             usual = 1 / stream.average_rate if stream.average_rate else _SPF
             index, last = 0, Fraction(0)
             shown: VideoFrame | None = None
-            for time, frame in _timed(_decoded(container, stream, damage), usual):
+            for time, frame in _timed(decoded(container, stream, damage), usual):
                 if shown is not None:
                     hole = time - last > self.max_gap
                     yield from self._repeat(shown, index, last + usual if hole else time)
@@ -162,7 +162,7 @@ def start_s(path: Path) -> Fraction:
     """Time stamp of the first decoded frame in seconds: time 0 of a `FrameStream`."""
     with open_container(path) as container:
         stream = video_stream(container)
-        first = next(_decoded(container, stream), None)
+        first = next(decoded(container, stream), None)
         if first is None or first.pts is None or first.time_base is None:
             return Fraction(0)
         return first.pts * first.time_base
@@ -190,8 +190,8 @@ def _timed(frames: Iterator[VideoFrame], usual: Fraction) -> Iterator[tuple[Frac
         last = time
 
 
-def _decoded(container: Any, stream: Any, damage: list[str] | None = None) -> Iterator[VideoFrame]:
-    """Decoded frames; a few bad packets are skipped, more end it and are told in ``damage``."""
+def decoded(container: Any, stream: Any, damage: list[str] | None = None, what: str = "frames") -> Iterator[Any]:
+    """Decoded frames of a stream; a few bad packets are skipped, more end it and are told in ``damage``."""
     num_bad = num_good = 0
     at_s = 0.0
     packets = container.demux(stream)
@@ -203,7 +203,7 @@ def _decoded(container: Any, stream: Any, damage: list[str] | None = None) -> It
             num_bad += 1
             if num_bad > 2 + num_good // 100:
                 if damage is not None:
-                    damage.append(f"expected frames that can be decoded, got '{reason_of(error)}' after {at_s:.2f} s")
+                    damage.append(f"expected {what} that can be decoded, got '{reason_of(error)}' after {at_s:.2f} s")
                 return
             continue
         if packet is None:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rest_lightning.constants import SAMPLE_RATE, SAMPLES_PER_FRAME
-from rest_lightning.data.preparation.frames import open_container, reason_of
+from rest_lightning.data.preparation.frames import decoded, open_container
 
 _JUMP_SAMPLES = SAMPLE_RATE // 25  # time stamps further off than this are a gap, not jitter
 _SILENCE = 1e-5  # of full scale: -100 dB
@@ -45,7 +45,7 @@ def decode_sound(path: Path, target: Path, num_samples: int, origin_s: Fraction)
                 return "expected an audio stream, got none"
             stream = next((s for s in streams if s.disposition & av.stream.Disposition.default), streams[0])
             num_written = 0
-            for position, block in _placed(_decoded(container, stream, damage), origin_s):
+            for position, block in _placed(decoded(container, stream, damage, "sound"), origin_s):
                 low, high = max(position, 0), min(position + len(block), num_samples)
                 if low < high:
                     file.seek(2 * low)
@@ -100,23 +100,3 @@ def _placed(frames: Iterator[Any], origin_s: Fraction) -> Iterator[tuple[int, ND
         position += len(block)
     rest = convert(None)
     yield position, rest
-
-
-def _decoded(container: Any, stream: Any, damage: list[str]) -> Iterator[Any]:
-    num_bad = num_good = 0
-    packets = container.demux(stream)
-    while True:
-        try:
-            packet = next(packets, None)
-            frames = packet.decode() if packet is not None else []
-        except (av.FFmpegError, ValueError, ZeroDivisionError, EOFError) as error:
-            num_bad += 1
-            if num_bad > 2 + num_good // 100:
-                damage.append(f"expected sound that can be decoded, got '{reason_of(error)}'")
-                return
-            continue
-        if packet is None:
-            return
-        for frame in frames:
-            num_good += 1
-            yield frame
