@@ -21,12 +21,12 @@ from benchmarks._browser import LivePage, beeps, browser, write_wav
 from benchmarks._scenarios import spread
 from rest_lightning.constants import FPS, SAMPLE_RATE
 from rest_lightning.errors import UserError
+from rest_lightning.machine import resident_memory_mb
 
 Row = dict[str, Any]
 MARKED, MARKED_SIZE_PX = "marked", 256
 _SETTLE_S = 6.0  # a session's first seconds: what is to be measured comes after them
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
-_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 _PAIR_S = 0.5  # a beep that is heard this far from its picture is another one
 
 
@@ -63,7 +63,7 @@ class Server:
 
     def resident_mb(self) -> float:
         """Resident memory, 10^6 bytes."""
-        return int(Path(f"/proc/{self._process.pid}/statm").read_text().split()[1]) * _PAGE_BYTES / 1e6
+        return resident_memory_mb(self._process.pid)
 
     def stop(self) -> None:
         """End it."""

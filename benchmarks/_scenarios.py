@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ from rest_lightning.constants import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME, SPATIA
 from rest_lightning.data.audio import open_speech
 from rest_lightning.diffusion.sampling import euler_step
 from rest_lightning.diffusion.schedule import sampling_sigmas
+from rest_lightning.machine import resident_memory_mb
 from rest_lightning.models.autoencoder import VideoAutoencoder
 from rest_lightning.models.cache import IDContextCache
 from rest_lightning.models.packed import packed
@@ -118,12 +118,6 @@ def speech(seconds: float) -> Iterator[NDArray[np.float32]]:
         position = (position + count) % len(recording)
 
 
-def resident_mb() -> float:
-    """Resident memory of this process now, in MB (10^6 bytes); Linux."""
-    pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
-
-
 @dataclass(frozen=True)
 class LongStream:
     """One stream of ``minutes``: frames per second, the time of every chunk, memory over the stream's time."""
@@ -146,7 +140,8 @@ class LongStream:
                 busy_s += took_s
                 if len(frames):
                     num_frames += len(frames)
-                    chunk_ms[count], memory_mb[count], at_s[count] = 1000 * took_s, resident_mb(), num_frames / FPS
+                    chunk_ms[count], at_s[count] = 1000 * took_s, num_frames / FPS
+                    memory_mb[count] = resident_memory_mb()
                     count += 1
         times, memory, minute = chunk_ms[:count], memory_mb[:count], (at_s[:count] - 1e-6) // 60
         first_ten = times[minute < 10]

@@ -26,6 +26,7 @@ from benchmarks._live_scenarios import (
     Sessions,
 )
 from benchmarks._result import origin, write_result
+from benchmarks._targets import find, target_lines, target_row
 from rest_lightning.errors import UserError, exit_code
 from rest_lightning.streaming.output import check_output
 from rest_lightning.talking_head import EMBEDDED_FOLDER
@@ -116,27 +117,16 @@ def run(args: argparse.Namespace) -> int:
 
 def targets(result: Row) -> list[Row]:
     """Every row of the table; a rehearsal meets nothing, and a short hour is none."""
-    rows = []
+    rows, found = [], result["scenarios"]
     for what, path, sign, limit in TARGETS:
-        value = find(result["scenarios"], path)
-        is_short = path.startswith("long.") and (find(result["scenarios"], "long.minutes") or 0) < LONG_MIN
-        met: bool | str = "not measured"
-        if value is not None and not is_short:
-            good = value <= limit if sign == "<=" else value >= limit
-            met = bool(good) if result["model"] != MARKED or path.startswith("cpu.") else "rehearsal"
-        rows.append({"what": what, "value": value, "wanted": f"{sign} {limit:g}", "met": met})
-    told = find_text(result["scenarios"].get("sessions_3"), "refused")
+        is_short = path.startswith("long.") and (find(found, "long.minutes") or 0) < LONG_MIN
+        rehearses = result["model"] == MARKED and not path.startswith("cpu.")
+        instead = "not measured" if is_short else "rehearsal" if rehearses else None
+        rows.append(target_row(what, find(found, path), sign, limit, instead))
+    told = find_text(found.get("sessions_3"), "refused")
     is_told: bool | str = "sessions" in told if told is not None else "not measured"
     rows.append({"what": "the fourth session is refused in words", "value": told, "wanted": "words", "met": is_told})
     return rows
-
-
-def find(scenarios: Row, path: str) -> float | None:
-    """The number under a dotted path, None where it is missing."""
-    value: Any = scenarios
-    for key in path.split("."):
-        value = value.get(key) if isinstance(value, dict) else None
-    return value
 
 
 def find_text(scenario: Row | None, key: str) -> str | None:
@@ -146,12 +136,7 @@ def find_text(scenario: Row | None, key: str) -> str | None:
 
 def table(result: Row) -> str:
     """The same for people."""
-    words = {True: "met", False: "MISSED"}
-    lines = [f"\n{result['model']} model, loopback"]
-    for row in result["targets"]:
-        value = row["value"]
-        told = "-" if value is None else value[:40] if isinstance(value, str) else f"{value:.4g}"
-        lines.append(f"  {row['what']:52}{told:>10}  {row['wanted']:>8}  {words.get(row['met'], row['met'])}")
+    lines = [f"\n{result['model']} model, loopback", *target_lines(result["targets"])]
     pixels = result["scenarios"].get("pixels", {})
     if pixels:
         share = f"{100 * pixels['numbers_agree']:.1f} % of frames, {100 * pixels['beeps_agree']:.1f} % of beeps"

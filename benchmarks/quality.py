@@ -23,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks._result import origin, write_result
+from benchmarks._targets import target_lines, target_row
 from rest_lightning.constants import FPS, SAMPLE_RATE
 from rest_lightning.data.audio import open_speech
 from rest_lightning.data.portrait import read_portrait
@@ -289,8 +290,7 @@ class Benchmark:
             print(f"{name:30}" + "".join(f"{_cell(cell):>18}" for cell in cells))
         for row in result["real"]:
             print(f"\n{row['portrait']} + {row['speech']}: " + ", ".join(f"{k} {v}" for k, v in row["metrics"].items()))
-        for target in result["targets"]:
-            print(f"{'met   ' if target['met'] else 'MISSED'} {target['what']}: {target['value']} ({target['wanted']})")
+        print("\n".join(["", *target_lines(result["targets"])]))
         print(f"wrote {self.args.out}")
 
 
@@ -322,12 +322,8 @@ def targets(result: dict[str, Any]) -> list[dict[str, Any]]:
     if real:
         worst = min(math.nan if value is None else value for value in real)
         rules.append(("real speech, rank correlation with loudness (worst)", worst, ">=", 0.3))
-    checks = {">=": lambda value, limit: value >= limit, "<=": lambda value, limit: value <= limit}
-    return [
-        {"what": what, "value": rounded(value), "wanted": f"{sign} {limit}", "met": checks[sign](value, limit)}
-        for what, value, sign, limit in rules
-        if not math.isnan(value)
-    ]
+    known = [rule for rule in rules if not math.isnan(rule[1])]
+    return [target_row(what, rounded(value), sign, limit) for what, value, sign, limit in known]
 
 
 def real_pairs(folder: Path, portraits: list[Path]) -> list[tuple[Path, Path]]:

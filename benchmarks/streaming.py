@@ -32,6 +32,7 @@ from benchmarks._scenarios import (
     Writing,
     speech,
 )
+from benchmarks._targets import find, target_lines, target_row
 from rest_lightning.constants import FPS, TEMPORAL_RATIO
 from rest_lightning.dtypes import dtype_on
 from rest_lightning.errors import UserError, exit_code
@@ -175,49 +176,20 @@ def targets(result: Row) -> list[Row]:
     """Every row of the table: its value, and whether it meets what is wanted at this size and on this device."""
     rows = []
     for where, what, path, sign, limit in TARGETS:
-        here = (result["size"], result["device"])
-        counts = where in (ANY, here) and result["size"] != "tiny"  # which only rehearses
-        if where == GPU and result["device"] != "cuda":
-            value = None
-        elif where == CPU and result["device"] == "cuda":
+        if where == CPU and result["device"] == "cuda":
             continue
-        else:
-            value = find(result["scenarios"], path)
-        met: bool | str = "not measured"
-        if value is not None:
-            met = (
-                "no target here"
-                if not counts or limit is None
-                else bool(value >= limit if sign == ">=" else value <= limit)
-            )
-        wanted = "printed" if limit is None else f"{sign} {limit:g}"
-        rows.append(
-            {
-                "what": what,
-                "value": value,
-                "wanted": wanted,
-                "met": met,
-                "for": "any" if where == ANY else " on ".join(where),
-            }
-        )
+        is_elsewhere = where == GPU and result["device"] != "cuda"
+        counts = where in (ANY, (result["size"], result["device"])) and result["size"] != "tiny"  # which only rehearses
+        value = None if is_elsewhere else find(result["scenarios"], path)
+        row = target_row(what, value, sign, limit, None if counts else "no target here")
+        rows.append(row | {"for": "any" if where == ANY else " on ".join(where)})
     return rows
-
-
-def find(scenarios: Row, path: str) -> float | None:
-    """The number under a dotted path, None where it is missing."""
-    value: Any = scenarios
-    for key in path.split("."):
-        value = value.get(key) if isinstance(value, dict) else None
-    return value
 
 
 def table(result: Row) -> str:
     """The same for people."""
-    words = {True: "met", False: "MISSED"}
-    lines = [f"\n{result['size']} ({result['weights']} weights), {result['device']}, {result['dtype']}"]
-    for row in result["targets"]:
-        value = "-" if row["value"] is None else f"{row['value']:.4g}"
-        lines.append(f"  {row['what']:54}{value:>10}  {row['wanted']:>9}  {words.get(row['met'], row['met'])}")
+    title = f"{result['size']} ({result['weights']} weights), {result['device']}, {result['dtype']}"
+    lines = [f"\n{title}", *target_lines(result["targets"])]
     for name in ("dtypes", "writing"):
         for kind, fps in result["scenarios"].get(name, {}).get("frames_per_second", {}).items():
             lines.append(f"  {name}, {kind}: {fps:.1f} frames per second")

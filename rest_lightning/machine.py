@@ -21,6 +21,12 @@ def peak_memory_mb() -> float:
     return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
 
 
+def resident_memory_mb(process: int | None = None) -> float:
+    """Resident memory of a process (default: this one) now, in MB (10^6 bytes). Linux only."""
+    pages = int(Path(f"/proc/{process or os.getpid()}/statm").read_text(encoding="utf-8").split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
 def num_usable_cores() -> int:
     """Cores that this process may run on: fewer than the machine's in a container or under ``taskset``."""
     if hasattr(os, "sched_getaffinity"):

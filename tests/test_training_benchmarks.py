@@ -226,3 +226,35 @@ def test_reading_times_the_stages_that_train(benchmark: Any, talkers: Path, tmp_
         assert 0 < row["wait_ms"] < row["step_ms"]
         assert row["wait_share"] == pytest.approx(row["wait_ms"] / row["step_ms"])
     assert set(result["targets"]["met"]) == {"vae_start", "teacher"}
+
+
+def test_preparation_measures_files_of_any_length(benchmark: Any, tmp_path: Path, capsys: Any) -> None:
+    for package in ("mediapipe", "skia", "espeakng_loader"):
+        pytest.importorskip(package)
+    module = benchmark("preparation")
+    out = tmp_path / "preparation.json"
+    words = ["--heights", "360", "--minutes", "0.14", "0.4", "--fps", "10", "--size-px", "128", "--out", str(out)]
+    assert module.main(words) == 0
+    short, long = json.loads(out.read_text())["files"]
+    assert (short["num_frames"], long["num_frames"]) == (200, 600)  # one and three groups of 8 s, at 25 fps
+    assert short["num_kept"] == long["num_kept"] == 1 and not long["reasons"]
+    assert 0 < max(long["memory_mb_over_time"]) <= long["peak_memory_mb"]
+    assert "360p" in capsys.readouterr().out
+    assert module.main(["--minutes", "0.1"]) == 2
+    assert "expected --minutes of at least 0.13" in capsys.readouterr().err
+    assert len(module.thinned([float(value) for value in range(999)])) == module.NUM_SAMPLES_OF_MEMORY
+
+
+def test_a_group_is_repeated_without_a_gap(benchmark: Any, tmp_path: Path) -> None:
+    pytest.importorskip("espeakng_loader")
+    path = tmp_path / "raw" / "a.mkv"
+    benchmark("preparation").make_video(path, 180, 16 / 60, 10)
+    with av.open(str(path)) as container:
+        frames = list(container.decode(video=0))
+        assert [round(frame.time * 10) for frame in frames] == list(range(160))
+        pictures = [frame.to_ndarray(format="rgb24") for frame in frames]
+    assert all(np.array_equal(pictures[i], pictures[i + 80]) for i in range(80))
+    assert not np.array_equal(pictures[0], pictures[40])
+    with av.open(str(path)) as container:
+        sound = np.concatenate([frame.to_ndarray()[0] for frame in container.decode(audio=0)])
+    assert len(sound) == 256_000 and np.array_equal(sound[:128_000], sound[128_000:]) and sound.any()

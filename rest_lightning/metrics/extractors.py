@@ -17,6 +17,7 @@ from rest_lightning.torchvision_compat import ensure_torchvision
 
 METRICS = ("fid", "fvd", "fvd_videomae", "sync", "e_fid", "identity")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_RESIZED_TOGETHER = 8  # frames
 
 
 def load_extractor(metric: str, source: str | Path = "embedded") -> FeatureExtractor:
@@ -126,7 +127,8 @@ class Inception(FeatureExtractor):
     def forward(self, frames: Tensor) -> Tensor:
         """Features (n, 2048)."""
         batches = frames.permute(0, 3, 1, 2).split(self.batch_size)
-        return torch.cat([self.net(batch.to(self.device)) for batch in batches])
+        # The layout reaches down into the network, whose convolutions are faster on this one.
+        return torch.cat([self.net(batch.to(self.device).contiguous()) for batch in batches])
 
 
 class I3D(FeatureExtractor):
@@ -155,13 +157,17 @@ def centre_square(frames: Tensor, side: int = 224) -> Tensor:
 
     The recipe of the common FVD code: the long side is rounded up and the crop's corner down.
     """
-    video = frames.permute(0, 3, 1, 2).float() / 255.0
-    height, width = video.shape[2:]
+    height, width = frames.shape[1:3]
     scale = side / min(height, width)
     size = (side, math.ceil(width * scale)) if height < width else (math.ceil(height * scale), side)
-    video = functional.interpolate(video, size, mode="bilinear", align_corners=False)
-    top, left = (video.shape[2] - side) // 2, (video.shape[3] - side) // 2
-    return video[:, :, top : top + side, left : left + side].contiguous()
+    top, left = (size[0] - side) // 2, (size[1] - side) // 2
+    # Channels first, as the networks of videos want them; a few frames at a time, which stay in the processor's cache.
+    video = torch.empty(3, len(frames), side, side, device=frames.device)
+    for part, target in zip(frames.split(_RESIZED_TOGETHER), video.split(_RESIZED_TOGETHER, dim=1), strict=True):
+        pixels = part.permute(0, 3, 1, 2).float() / 255.0
+        resized = functional.interpolate(pixels, size, mode="bilinear", align_corners=False)
+        target.copy_(resized[:, :, top : top + side, left : left + side].transpose(0, 1))
+    return video.transpose(0, 1)
 
 
 class VideoMAE(FeatureExtractor):
