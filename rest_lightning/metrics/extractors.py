@@ -17,7 +17,7 @@ from rest_lightning.torchvision_compat import ensure_torchvision
 
 METRICS = ("fid", "fvd", "fvd_videomae", "sync", "e_fid", "identity")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-_RESIZED_TOGETHER = 8  # frames
+_RESIZED_TOGETHER, _CPU_BATCH = 8, 4  # frames
 
 
 def load_extractor(metric: str, source: str | Path = "embedded") -> FeatureExtractor:
@@ -103,7 +103,7 @@ class Inception(FeatureExtractor):
 
     Args:
         path: state dictionary of the converted TensorFlow weights.
-        batch_size: frames per forward pass.
+        batch_size: frames per forward pass; on a CPU at most 4, whose values stay in its cache.
     """
 
     num_features = 2048
@@ -126,7 +126,8 @@ class Inception(FeatureExtractor):
     @torch.inference_mode()
     def forward(self, frames: Tensor) -> Tensor:
         """Features (n, 2048)."""
-        batches = frames.permute(0, 3, 1, 2).split(self.batch_size)
+        together = min(self.batch_size, _CPU_BATCH) if self.device.type == "cpu" else self.batch_size
+        batches = frames.permute(0, 3, 1, 2).split(together)
         # The layout reaches down into the network, whose convolutions are faster on this one.
         return torch.cat([self.net(batch.to(self.device).contiguous()) for batch in batches])
 
