@@ -71,12 +71,16 @@ class Attention(nn.Module):
 
     def self_attention(self, x: Tensor, layer: int, context: AttentionContext) -> Tensor:
         """``x (B, f * n, D)`` attends inside ``context``."""
-        q, k, v = self.norm_q(self.to_q(x)), self.norm_k(self.to_k(x)), self.to_v(x)
+        q, k, v = self.queries_keys_values(x)
         out = context.attend(layer, q, k, v, self.num_heads)
         if isinstance(out, Tensor):
             return self.to_out[0](out)
         # Joined behind the projection: the graph keeps each of the pieces, and would keep a copy of all of them.
         return torch.cat([self.to_out[0](piece) for piece in out], 1)
+
+    def queries_keys_values(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``x (B, f * n, D)`` to normalised queries and keys, and values, all of that shape."""
+        return self.norm_q(self.to_q(x)), self.norm_k(self.to_k(x)), self.to_v(x)
 
     def project(self, context: Tensor) -> KeyValue:
         """Keys and values ``(N, heads, m, D / heads)`` of a condition ``(N, m, context_dim)``."""

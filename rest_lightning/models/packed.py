@@ -81,7 +81,29 @@ def _copy(module: nn.Module) -> nn.Module:
         forward = _norm(module)
     if forward is not None:
         twin.forward = forward
+    if isinstance(module, layers.Block):
+        twin._modules["attn1"].queries_keys_values = _queries_keys_values(module.attn1)  # type: ignore[union-attr]
     return twin
+
+
+@torch.no_grad()
+def _queries_keys_values(layer: layers.Attention) -> Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]:
+    """Self-attention's three projections as one: a chunk has so few tokens that every call counts."""
+    parts, has_bias = (layer.to_q, layer.to_k, layer.to_v), layer.to_q.bias is not None
+    joined = nn.Linear(1, 1, bias=has_bias)
+    joined.weight = nn.Parameter(torch.cat([part.weight for part in parts]))
+    if has_bias:
+        joined.bias = nn.Parameter(torch.cat([part.bias for part in parts]))
+    project = _linear(joined)
+    scales = [norm.weight.detach() for norm in (layer.norm_q, layer.norm_k) if norm.weight is not None]
+    normalise = _norm_with(torch.stack(scales), layer.norm_q.eps)
+
+    def forward(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        both, v = project(x).unflatten(-1, (3, -1)).tensor_split((2,), dim=-2)
+        q, k = normalise(both).unbind(-2)
+        return q, k, v.squeeze(-2)
+
+    return forward
 
 
 @torch.no_grad()
@@ -112,10 +134,15 @@ def _convolution(layer: nn.Conv2d) -> Callable[[Tensor], Tensor]:
 
 
 def _norm(layer: layers.RMSNorm | causal.RMSNorm) -> Callable[[Tensor], Tensor]:
-    weight, eps = layer.weight, layer.eps
+    return _norm_with(layer.weight, layer.eps)
+
+
+def _norm_with(weight: Tensor | None, eps: float) -> Callable[[Tensor], Tensor]:
+    floor = torch.tensor(eps)
 
     def forward(x: Tensor) -> Tensor:
-        scale = x.square().mean(-1, keepdim=True, dtype=torch.float32).add_(eps).rsqrt_()
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)  # reads x once
+        scale = torch.addcmul(floor, norm, norm, value=1 / x.shape[-1]).rsqrt_()
         y = x * scale.to(x.dtype)
         return y if weight is None else y.mul_(weight)
 

@@ -238,8 +238,8 @@ class ChunkEngine:
         latents = self._decoder_input[:, :, :num_latents]
 
         def decode() -> None:
-            frames = to_uint8(vae.decode_chunk(latents, decoder))
-            self._frames[:, : frames.shape[1]].copy_(frames)
+            frames = vae.decode_chunk(latents, decoder)
+            to_uint8(frames, self._frames[:, : frames.shape[2]])
 
         with self._stage("vae"):
             variant = vae.decode_variant(decoder)
@@ -302,6 +302,14 @@ def _upload(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and tensor.is_cpu else tensor
 
 
-def to_uint8(frames: Tensor) -> Tensor:
-    """(B, 3, F, H, W) in [-1, 1] to uint8 (B, F, H, W, 3)."""
-    return frames.float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8).permute(0, 2, 3, 4, 1).contiguous()
+def to_uint8(frames: Tensor, out: Tensor | None = None) -> Tensor:
+    """(B, 3, F, H, W) in [-1, 1] to uint8 (B, F, H, W, 3), which may be given as ``out``."""
+    if out is None:
+        out = frames.new_empty((frames.shape[0], *frames.shape[2:], 3), dtype=torch.uint8)
+    # A few frames at a time: float32 of a batch's chunk would leave the processor's cache seven times.
+    for row, target in zip(frames, out, strict=True):
+        for part, pixels in zip(row.split(TEMPORAL_RATIO, dim=1), target.split(TEMPORAL_RATIO), strict=True):
+            planes = part.float().clamp(-1, 1).add_(1).mul_(127.5).round_().to(torch.uint8)
+            for channel, plane in enumerate(planes):
+                pixels[..., channel] = plane
+    return out
