@@ -143,6 +143,8 @@ class LongStream:
                     chunk_ms[count], at_s[count] = 1000 * took_s, num_frames / FPS
                     memory_mb[count] = resident_memory_mb()
                     count += 1
+            stage_s = dict(session.report().stage_s)
+            against_young = self._against_young(bench, session)
         times, memory, minute = chunk_ms[:count], memory_mb[:count], (at_s[:count] - 1e-6) // 60
         first_ten = times[minute < 10]
         row: Row = {
@@ -152,7 +154,8 @@ class LongStream:
             "chunk_ms": spread(times),
             "first_10_minutes": {"chunk_ms": spread(first_ten)},
             "p99_over_p50": round(float(np.quantile(first_ten, 0.99) / np.quantile(first_ten, 0.5)), 4),
-            "stage_s": {name: round(value, 3) for name, value in session.report().stage_s.items()},
+            "stage_s": {name: round(value, 3) for name, value in stage_s.items()},
+            "against_young": against_young,
             "by_minute": [
                 {
                     "minute": int(number) + 1,
@@ -168,6 +171,20 @@ class LongStream:
             row["last_over_second_minute"] = round(full[-1]["chunk_ms_p50"] / full[1]["chunk_ms_p50"], 4)
             row["resident_growth_mb"] = round(full[-1]["resident_mb"] - full[1]["resident_mb"], 3)
         return row
+
+    def _against_young(self, bench: Bench, old: Any) -> Row:
+        """One minute more, in turns with a stream in its second minute: a machine's own pace changes within minutes."""
+        with bench.head.open(bench.portrait()[0]) as young:
+            for block in speech(60):
+                young.push(block)
+            times: dict[str, list[float]] = {"old": [], "young": []}
+            for block in speech(60):
+                for name, session in (("old", old), ("young", young)):
+                    start_s = bench.now_s()
+                    if len(session.push(block)):
+                        times[name].append(1000 * (bench.now_s() - start_s))
+        row: Row = {name: spread(values) for name, values in times.items()}
+        return {"chunk_ms": row, "ratio": ratio(row, "old", "young")}
 
 
 @dataclass(frozen=True)
