@@ -83,7 +83,8 @@ def test_long_streams_are_summed_up_by_minute(streaming: ModuleType) -> None:
     )
     turns = row["against_young"]
     assert all(spread["num"] in (62, 63) for spread in turns["chunk_ms"].values())  # 60 s of 0.96
-    assert turns["ratio"] == pytest.approx(turns["chunk_ms"]["old"]["p50"] / turns["chunk_ms"]["young"]["p50"], rel=1e-3)
+    old, young = (turns["chunk_ms"][name]["p50"] for name in ("old", "young"))
+    assert turns["ratio"] == pytest.approx(old / young, rel=1e-3)
     grown = row["by_minute"][2]["resident_mb"] - row["by_minute"][1]["resident_mb"]
     assert row["resident_growth_mb"] == pytest.approx(grown, abs=0.01) and grown < 5
 
