@@ -22,7 +22,8 @@ print(os.environ.get("GOMP_SPINCOUNT"), "torch" in sys.modules)
     [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None")],
 )
 def test_threads_spin_briefly_unless_told_otherwise(given: dict[str, str], expected: str) -> None:
-    environment = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    ours = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    environment = {name: value for name, value in os.environ.items() if name not in ours}
     command = [sys.executable, "-c", CODE]
     done = subprocess.run(command, env=environment | given, capture_output=True, text=True, check=True)
     assert done.stdout.split() == [expected, "False"]
