@@ -14,12 +14,13 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import cast
 
 import aiohttp
 from prometheus_client import Gauge, Metric, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
+from rest_lightning import ray_cluster
 from rest_lightning.commands.talk import TalkOptions
 from rest_lightning.errors import UserError
 from rest_lightning.serve.limits import Limits, Refused
@@ -30,11 +31,7 @@ from rest_lightning.serve.protocol import Channel
 from rest_lightning.serve.relay import Relay
 from rest_lightning.serve.server import PageServer, ServerOptions
 
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing of a user's work is told to others
-os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # lines of several sessions look alike, and each counts
-if not os.environ.get("RAY_ADDRESS"):
-    # Ray's own switch for loopback, whatever its name says: a cluster of one machine listens to nobody else.
-    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+os.environ.update(ray_cluster.environment())
 
 import ray
 from ray import serve
@@ -225,8 +222,9 @@ def running(options: ReplicaOptions, limits: Limits) -> Iterator[Cluster]:
         UserError: no cluster, or replicas that do not start.
     """
     with ExitStack() as stack:
-        is_local = _join()
-        stack.callback(ray.shutdown)
+        settings = {"logging_level": logging.WARNING, "namespace": "rest_lightning"}
+        is_local = stack.enter_context(ray_cluster.joined(settings, {"object_store_memory": _OBJECT_STORE_BYTES}))
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
         model, num_replicas, resources = share(ray.cluster_resources(), options)
         book = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Portraits).remote(
             limits.max_portraits, limits.portrait_s
@@ -262,27 +260,6 @@ def why(told: str) -> UserError:
     lines = [line.partition("UserError: ")[2] for line in told.splitlines() if "UserError: " in line]
     text = " ".join(told.split())[-300:]
     return UserError(lines[-1] if lines else f"expected replicas that start, got '{text}': see their log")
-
-
-def _join() -> bool:
-    """Connect to a cluster; whether it is one of this process's own."""
-    address = os.environ.get("RAY_ADDRESS")
-    settings: dict[str, Any] = {"logging_level": logging.WARNING, "namespace": "rest_lightning"}
-    if not address:
-        settings |= {"include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
-    for attempts_left in (0,) if address else (1, 0):
-        try:
-            ray.init(address=address or "local", **settings)
-            break
-        except Exception as error:  # a bare Exception where Ray's processes took more than its 30 s to start
-            ray.shutdown()
-            if attempts_left:
-                continue
-            text = " ".join(str(error).split())[:200]
-            where = f"at RAY_ADDRESS={address}" if address else "on this machine"
-            raise UserError(f"expected a Ray cluster {where}, got '{text}': start one, or try again") from None
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    return not address
 
 
 def share(cluster: Mapping[str, float], options: ReplicaOptions) -> tuple[TalkOptions, int, dict[str, float]]:

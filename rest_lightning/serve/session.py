@@ -35,7 +35,7 @@ from rest_lightning.serve.protocol import (
 )
 from rest_lightning.serve.scheduler import Computed, ModelError, Scheduler, Slot
 
-CUSHION_MS = 80
+CUSHION_MS, MAX_CUSHION_MS = 80, 300
 _INTERRUPTS_PER_S, _INTERRUPT_BURST = 4.0, 20.0  # each lets the model begin a chunk at once
 _numbers = count(1)
 
@@ -62,6 +62,12 @@ class Service:
         gaps = [(after - before, before) for before, after in pairwise([*phases, phases[0] + chunk_s])]
         length, begin_s = max(gaps)
         return now_s + (begin_s + length / 2) % chunk_s
+
+    @property
+    def cushion_ms(self) -> int:
+        """What a client should keep ready: beside other sessions, one of whose chunks may just be in work, more."""
+        took_ms = self.scheduler.warm_up_ms[:1] if len(self.sessions) > 1 else []
+        return min(MAX_CUSHION_MS, CUSHION_MS + round(sum(took_ms)))
 
     def close(self) -> None:
         """End the threads."""
@@ -219,7 +225,7 @@ class Session:
             "lookahead_ms": round(1e3 * scheduler.lookahead_samples / SAMPLE_RATE),
             "codec": encoder.codec,
             "codec_string": encoder.codec_string,
-            "cushion_ms": CUSHION_MS,
+            "cushion_ms": self.service.cushion_ms,
             "limits": {
                 "session_s": limits.session_s,
                 "idle_s": limits.idle_s,

@@ -82,6 +82,16 @@ def test_pictures_are_those_of_a_stream_alone(head: TalkingHead) -> None:
     assert right.max() < 0.5 * others, "every frame is the one of its time"
 
 
+def test_beside_another_session_the_cushion_holds_its_chunk(head: TalkingHead) -> None:
+    async def scenario() -> tuple[list[int], list[float]]:
+        async with serving(head, 2) as server, LiveClient(server.url) as first, LiveClient(server.url) as second:
+            return [each.hello["cushion_ms"] for each in (first, second)], server.service.scheduler.warm_up_ms
+
+    (alone, beside), warm_up_ms = asyncio.run(scenario())
+    assert alone == 80
+    assert beside == min(300, 80 + round(warm_up_ms[0])) and warm_up_ms[0] > 0
+
+
 def test_without_speech_the_face_idles_by_the_clock(head: TalkingHead) -> None:
     async def scenario() -> tuple[list[Received], float]:
         async with serving(head, 1) as server, LiveClient(server.url) as client:

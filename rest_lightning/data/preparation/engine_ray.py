@@ -9,9 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-import socket
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,9 @@ from rest_lightning.data.preparation.options import PrepareOptions
 from rest_lightning.data.preparation.rows import Row
 from rest_lightning.data.preparation.work import fingerprint, read_record, source_key
 from rest_lightning.errors import UserError
+from rest_lightning.ray_cluster import joined
 
+_QUIET = {"logging_level": logging.ERROR, "log_to_driver": False}
 _MAX_BLOCKS = 10_000  # of one video each; beyond it several share one
 
 
@@ -57,7 +57,7 @@ def run(
     todo = [number for number in range(len(sources)) if number not in rows]
     with progress_bar(sources, list(rows), progress) as advance:
         if todo:
-            with _cluster(num_workers):
+            with joined(_QUIET, {"num_cpus": num_workers}):
                 for number, result in _results(sources, todo, root, out, options, num_workers):
                     rows[number] = result
                     advance(number)
@@ -67,8 +67,9 @@ def run(
 def _results(
     sources: Sequence[Path], todo: Sequence[int], root: Path, out: Path, options: PrepareOptions, num_workers: int
 ) -> Iterator[tuple[int, list[Row]]]:
-    import ray
+    import ray.data
 
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     # Bytes, not text: file names need not be UTF-8.
@@ -98,44 +99,3 @@ class _PrepareVideo:
         except UserError as error:
             return {"number": item["number"], "rows": "[]", "error": str(error)}
         return {"number": item["number"], "rows": json.dumps([asdict(row) for row in rows]), "error": ""}
-
-
-@contextmanager
-def _cluster(num_workers: int) -> Iterator[None]:
-    """The running cluster, or one of this machine's cores for as long as the block takes."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing of a user's work is told to others
-    try:
-        import ray
-        import ray.data
-    except ImportError:
-        raise UserError(
-            "expected the package ray for --engine ray, got none: pip install 'rest_lightning[ray]', or use --engine "
-            "local"
-        ) from None
-    if ray.is_initialized():
-        yield
-        return
-    address = os.environ.get("RAY_ADDRESS")
-    settings: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
-    if not address:
-        settings |= {"num_cpus": num_workers, "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
-    try:
-        _check_address(address)
-        ray.init(address=address or "local", **settings)
-    except (OSError, RuntimeError, ValueError) as error:
-        text = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"expected a Ray cluster at RAY_ADDRESS={address}, got '{text}': start one, or unset it"
-        ) from None
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-def _check_address(address: str | None) -> None:
-    """OSError when nobody listens at ``host:port``: Ray itself would try for minutes."""
-    host, colon, port = (address or "").rpartition(":")
-    if colon and port.isdigit() and "/" not in host:
-        socket.create_connection((host, int(port)), timeout=20).close()

@@ -7,7 +7,7 @@ const MAX_CUSHION_S = 0.45;
 const STEP_S = 0.04; // how much an underrun raises the cushion at least
 const LATE_S = 0.005; // a source that is scheduled for less than this ahead may start late
 const MAX_AHEAD_S = 2.5; // more than that was buffered while the clock stood still: it is given up
-const CALM_CHUNKS = { loopback: 8, network: 30 }; // without an underrun before the cushion shrinks again
+const CALM_CHUNKS = 30; // without an underrun before the cushion shrinks again
 const KEPT_CHUNKS = 12;
 const [MIN_SLACKS, MAX_SLACKS] = [4, 6]; // the slack of fewer chunks says little, of more it is what was long ago
 const PICTURE_LATE_S = 0.02; // pictures later than this are waited for from the next chunk on
@@ -17,7 +17,6 @@ export class Timeline {
   /** @param {number | null} cushion seconds on loopback; null on a network, where it adapts from 0.25 s on */
   constructor(cushion) {
     this.floor = cushion ?? NETWORK_CUSHION_S;
-    this.calmChunks = cushion === null ? CALM_CHUNKS.network : CALM_CHUNKS.loopback;
     this.cushion = this.floor;
     this.chunks = []; // {index, count, start, epoch, isIdle}: seconds on the clock, frames
     this.slacks = []; // seconds that the last chunks lay here before they were due
@@ -53,7 +52,7 @@ export class Timeline {
   }
 
   relax() {
-    if (++this.numCalm < this.calmChunks) return;
+    if (++this.numCalm < CALM_CHUNKS) return;
     this.numCalm = 0;
     this.cushion = Math.max(this.floor, this.cushion - STEP_S);
   }
