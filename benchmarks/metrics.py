@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import resource
 import sys
 import tempfile
 import time
@@ -32,6 +31,7 @@ from rest_lightning.metrics.embedded import (
     SyncFeatures,
     VideoFeatures,
 )
+from rest_lightning.machine import peak_memory_mb
 from rest_lightning.metrics.extractors import Inception
 from rest_lightning.metrics.frechet import EFID, FID, FVD
 from rest_lightning.metrics.identity import IdentitySimilarity
@@ -96,7 +96,7 @@ def measure(name: str, num_clips: int, num_frames: int = FRAMES) -> dict[str, fl
         "num_clips": num_clips,
         "clips_per_s": num_clips / update_s,
         "compute_s": time.perf_counter() - started_s,
-        "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "peak_memory_mib": peak_memory_mb() * 1e6 / 2**20,
     }
 
 
