@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from benchmarks._result import origin, write_result
 from rest_lightning.constants import SAMPLES_PER_FRAME
 from rest_lightning.errors import UserError, exit_code
+from rest_lightning.machine import peak_memory_mb
 from rest_lightning.metrics.embedded import (
     EmbeddedImage,
     EmbeddedSync,
@@ -31,7 +32,6 @@ from rest_lightning.metrics.embedded import (
     SyncFeatures,
     VideoFeatures,
 )
-from rest_lightning.machine import peak_memory_mb
 from rest_lightning.metrics.extractors import Inception
 from rest_lightning.metrics.frechet import EFID, FID, FVD
 from rest_lightning.metrics.identity import IdentitySimilarity
