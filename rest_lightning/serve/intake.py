@@ -11,6 +11,7 @@ import numpy as np
 from rest_lightning.constants import SAMPLE_RATE
 from rest_lightning.serve.protocol import Pcm
 
+_NUM_WAITS = 4  # chunks: one that waited says nothing
 _QUIET = 330  # -40 dBFS: a block whose samples stay below it is a pause
 
 
@@ -73,6 +74,7 @@ class Intake:
         self._blocks: deque[_Block] = deque()
         self._num = self._ahead = 0  # samples here; those of them that the model has read already
         self._flows = False  # whether the last sample was the client's
+        self._waits: deque[float] = deque(maxlen=_NUM_WAITS)
         self._settled_s = now_s  # when the clock and the speech agreed again after a trim
 
     @property
@@ -182,6 +184,16 @@ class Intake:
         if seconds > 0.0 and now_s > self._settled_s + 3 * self.chunk_s:
             self.due_s += min(seconds, self.chunk_s)
             self._settled_s = math.inf
+
+    def note_wait(self, seconds: float, now_s: float) -> None:
+        """A chunk waited for the model. What each of the last few did, it can as well wait for before it is taken.
+
+        Sessions whose chunks fall due together part in this way: the one that always comes second moves behind the
+        first one's chunk, and is nearer to its speech by as much.
+        """
+        self._waits.append(seconds)
+        if len(self._waits) == self._waits.maxlen:
+            self.trim(min(self._waits) - self.slack_s, now_s)
 
     def _drop_chunk(self, now_s: float) -> None:
         self._remove(self._ahead, self.chunk_samples)

@@ -325,6 +325,7 @@ class Session:
                 self.service.metrics.model_errors.inc()
                 LOG.warning("the model failed", exc_info=error.__cause__)
                 raise SessionOver("model", "the model failed in this session: start a new one") from error
+            self.intake.note_wait(chunk.queued_ms / 1e3, time.monotonic())
             if epoch == self.epoch:
                 await self._send(piece, chunk, epoch)
 

@@ -175,6 +175,32 @@ def test_latency_is_won_back_in_pauses(ahead_s: float) -> None:
     assert abs(gap_s - (4.0 - ahead_s)) < 0.1
 
 
+@pytest.mark.parametrize(
+    ("waits_s", "moves_s"),
+    [
+        ([0.05] * 9, 0.0),
+        ([0.3, 0.2, 0.0] * 3, 0.0),
+        ([0.3, 0.2, 0.25, 0.3] + [0.0] * 5, 0.14),
+        ([0.3, 0.2, 0.25] * 3, 0.28),  # it still waits, so it moves again
+    ],
+)
+def test_what_always_waits_for_the_model_comes_later(waits_s: list[float], moves_s: float) -> None:
+    """By the least of the last waits less the slack; a wait now and then moves nothing."""
+
+    def drive(waits_s: list[float]) -> Intake:
+        intake, waits = Intake(CHUNK, LOOKAHEAD, 0.0), iter(waits_s)
+        for turn in range(round(8.2 * CHUNK_S * 50)):
+            intake.push(np.zeros(320, np.int16), 320 * turn, turn / 50)
+            if intake.advance(turn / 50):
+                intake.take()
+                intake.note_wait(next(waits), turn / 50)
+        return intake
+
+    moved, plain = drive(waits_s), drive([0.0] * len(waits_s))
+    assert moved.due_s - plain.due_s == pytest.approx(moves_s, abs=1e-6)
+    assert plain.num_trimmed == 0 and abs(moved.num_trimmed / RATE - moves_s) < 0.045
+
+
 def play_from(intake: Intake, events: list[Arrival], start_s: float, until_s: float) -> list[tuple[float, Piece]]:
     """:func:`play`, later."""
     intake.due_s -= start_s
