@@ -180,7 +180,7 @@ def test_latency_is_won_back_in_pauses(ahead_s: float) -> None:
     [
         ([0.05] * 9, 0.0),
         ([0.3, 0.2, 0.0] * 3, 0.0),
-        ([0.3, 0.2, 0.25, 0.3] + [0.0] * 5, 0.14),
+        ([0.3, 0.2, 0.25] * 2 + [0.0] * 3, 0.14),
         ([0.3, 0.2, 0.25] * 3, 0.28),  # it still waits, so it moves again
     ],
 )
@@ -198,7 +198,8 @@ def test_what_always_waits_for_the_model_comes_later(waits_s: list[float], moves
 
     moved, plain = drive(waits_s), drive([0.0] * len(waits_s))
     assert moved.due_s - plain.due_s == pytest.approx(moves_s, abs=1e-6)
-    assert plain.num_trimmed == 0 and abs(moved.num_trimmed / RATE - moves_s) < 0.045
+    assert plain.num_trimmed == 0
+    assert 0 <= moves_s - moved.num_trimmed / RATE < 0.1  # of the pause, in whole blocks
 
 
 def play_from(intake: Intake, events: list[Arrival], start_s: float, until_s: float) -> list[tuple[float, Piece]]:
