@@ -31,7 +31,7 @@ IMPLIED = {"torchvision": "lpips", "yaml": "jsonargparse", "huggingface_hub": "t
 EXTRA_FILES = {
     "synthetic": "rest_lightning/data/synthetic/",
     "prepare": "rest_lightning/data/preparation/",
-    "ray": ("rest_lightning/data/preparation/", "rest_lightning/serve/"),
+    "ray": ("rest_lightning/data/preparation/", "rest_lightning/serve/", "rest_lightning/ray_cluster.py"),
     "serve": "rest_lightning/serve/",
 }
 OURSELVES = "rest-lightning"  # an extra may ask for others

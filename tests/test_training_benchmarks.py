@@ -228,6 +228,7 @@ def test_reading_times_the_stages_that_train(benchmark: Any, talkers: Path, tmp_
     assert set(result["targets"]["met"]) == {"vae_start", "teacher"}
 
 
+@pytest.mark.slow
 def test_preparation_measures_files_of_any_length(benchmark: Any, tmp_path: Path, capsys: Any) -> None:
     for package in ("mediapipe", "skia", "espeakng_loader"):
         pytest.importorskip(package)
