@@ -65,7 +65,8 @@ def _join(address: str, settings: Mapping[str, Any]) -> None:
         if colon and port.isdigit() and "/" not in host:  # Ray itself would try for minutes where nobody listens
             socket.create_connection((host, int(port)), timeout=20).close()
         ray.init(address=address, **settings)
-    except (OSError, RuntimeError, ValueError) as error:
+    except Exception as error:  # Ray raises bare ones too
+        ray.shutdown()
         text = f"expected a Ray cluster at RAY_ADDRESS={address}, got '{_line(error)}': start one, or unset it"
         raise UserError(text) from None
 

@@ -82,7 +82,10 @@ def _copy(module: nn.Module) -> nn.Module:
     if forward is not None:
         twin.forward = forward
     if isinstance(module, layers.Block):
-        twin._modules["attn1"].queries_keys_values = _queries_keys_values(module.attn1)  # type: ignore[union-attr]
+        attention = cast(layers.Attention, twin._modules["attn1"])
+        attention.queries_keys_values = _queries_keys_values(module.attn1)  # type: ignore[assignment,method-assign]
+        # The three alone are not called any more: packed ones would only take memory.
+        attention._modules |= {name: module.attn1._modules[name] for name in ("to_q", "to_k", "to_v")}
     return twin
 
 

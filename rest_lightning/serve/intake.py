@@ -190,6 +190,10 @@ class Intake:
 
         Sessions whose chunks fall due together part in this way: the one that always comes second moves behind the
         first one's chunk, and is nearer to its speech by as much.
+
+        Args:
+            seconds: from asking for the chunk to the start of its computation.
+            now_s: on the session's clock.
         """
         self._waits.append(seconds)
         if len(self._waits) == self._waits.maxlen:

@@ -26,10 +26,13 @@ def vae() -> CompactVAE:
     return network.eval()
 
 
-def dit() -> A2VDiT:
+def dit(attention_bias: bool = True) -> A2VDiT:
     """A small network whose speech attention speaks."""
     torch.manual_seed(0)
-    network = A2VDiT(8, None, 2, 2, 16, caption_channels=None, speech_dim=12)
+    network = A2VDiT(8, None, 2, 2, 16, caption_channels=None, speech_dim=12, attention_bias=attention_bias)
+    for block in network.transformer_blocks:
+        for norm in (block.attn1.norm_q, block.attn1.norm_k):
+            nn.init.normal_(norm.weight, mean=1.0, std=0.2)
     for block in network.transformer_blocks:
         nn.init.normal_(block.speech_attn.to_out[0].weight, std=0.1)
     return network.eval()
@@ -58,8 +61,9 @@ def test_a_packed_stream_gives_what_the_whole_gives(chunk: int) -> None:
 
 @torch.inference_mode()
 @pytest.mark.parametrize("num_frames", [1, 3, 7])
-def test_the_transformer_gives_the_same(num_frames: int) -> None:
-    network = dit()
+@pytest.mark.parametrize("attention_bias", [True, False])
+def test_the_transformer_gives_the_same(num_frames: int, attention_bias: bool) -> None:
+    network = dit(attention_bias)
     latents, sigma = torch.randn(2, 8, num_frames, 2, 3), torch.rand(2, num_frames)
     speech = torch.randn(2, num_frames, 4, 12)
     expected = network(latents, sigma, speech)
@@ -93,6 +97,13 @@ def test_one_copy_serves_until_the_weights_change() -> None:
         torch.testing.assert_close(packed(network)(x), network(x), atol=1e-5, rtol=1e-5)
         network.load_state_dict({name: value + 0.1 for name, value in network.state_dict().items()})
         torch.testing.assert_close(packed(network)(x), network(x), atol=1e-5, rtol=1e-5)
+
+
+def test_no_weight_is_packed_twice() -> None:
+    attention = packed(dit()).transformer_blocks[0].attn1
+    assert "queries_keys_values" in attention.__dict__
+    assert all("forward" not in layer.__dict__ for layer in (attention.to_q, attention.to_k, attention.to_v))
+    assert "forward" in attention.to_out[0].__dict__
 
 
 def test_what_cannot_be_packed_comes_back() -> None:
