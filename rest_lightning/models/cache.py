@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from rest_lightning.errors import UserError
-from rest_lightning.models.attention import KeyValue, Rope, attend, rotate
+from rest_lightning.models.attention import KeyValue, Rope, attend, attention_dtype, rotate
 from rest_lightning.models.cache_options import CacheOptions as CacheOptions
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ class IDContextCache:
         """An empty cache for ``rows`` streams of ``height x width`` latents.
 
         Args:
-            device, dtype: of the model unless given; dtype is that of the keys and values.
+            device, dtype: of the model unless given; dtype is that of the keys and values, see `attention_dtype`.
             num_steps: denoising steps per chunk; used by ``cache_noise: per_step`` alone.
             always_mask: keep one shape for all chunks (CUDA graphs). Else the mask is left out where no row needs it.
         """
@@ -96,6 +96,7 @@ class IDContextCache:
             raise UserError('expected a model with attention="chunked", got a teacher: use teacher.to_student()')
         weight = model.proj_in.weight
         per_step = model.cache_options.cache_noise == "per_step"
+        place = torch.device(device) if device is not None else weight.device
         return cls(
             model.cache_options,
             model.rope,
@@ -103,8 +104,8 @@ class IDContextCache:
             rows,
             height,
             width,
-            torch.device(device) if device is not None else weight.device,
-            dtype or weight.dtype,
+            place,
+            dtype or attention_dtype(weight.dtype, place),
             num_steps if per_step else 1,
             always_mask,
         )

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rest_lightning.models.attention import AttentionContext, KeyValue, split_heads
+from rest_lightning.models.attention import AttentionContext, KeyValue, attend_heads, attention_dtype, split_heads
 
 Modulation = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -74,9 +74,9 @@ class Attention(nn.Module):
         q, k, v = self.queries_keys_values(x)
         out = context.attend(layer, q, k, v, self.num_heads)
         if isinstance(out, Tensor):
-            return self.to_out[0](out)
+            return self.to_out[0](out.to(v.dtype))
         # Joined behind the projection: the graph keeps each of the pieces, and would keep a copy of all of them.
-        return torch.cat([self.to_out[0](piece) for piece in out], 1)
+        return torch.cat([self.to_out[0](piece.to(v.dtype)) for piece in out], 1)
 
     def queries_keys_values(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``x (B, f * n, D)`` to normalised queries and keys, and values, all of that shape."""
@@ -85,14 +85,15 @@ class Attention(nn.Module):
     def project(self, context: Tensor) -> KeyValue:
         """Keys and values ``(N, heads, m, D / heads)`` of a condition ``(N, m, context_dim)``."""
         k, v = self.norm_k(self.to_k(context)), self.to_v(context)
-        return split_heads(k.to(v.dtype), self.num_heads), split_heads(v, self.num_heads)
+        dtype = attention_dtype(v.dtype, v.device)
+        return split_heads(k.to(dtype), self.num_heads), split_heads(v.to(dtype), self.num_heads)
 
     def cross_attention(self, x: Tensor, key_value: KeyValue, mask: Tensor | None = None) -> Tensor:
         """``x (N, T, D)`` attends to projected keys and values; no positions."""
         k, v = key_value
-        q = split_heads(self.norm_q(self.to_q(x)).to(v.dtype), self.num_heads)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return self.to_out[0](out.transpose(1, 2).flatten(2))
+        q = self.norm_q(self.to_q(x))
+        out = attend_heads(split_heads(q.to(v.dtype), self.num_heads), k, v, mask)
+        return self.to_out[0](out.to(q.dtype))
 
 
 class SpeechAttention(Attention):

@@ -21,7 +21,14 @@ from rest_lightning.errors import UserError
 from rest_lightning.models.attention import AttentionContext, ChunkedContext, FullContext, Rope, SinkContext
 from rest_lightning.models.cache import IDContextCache
 from rest_lightning.models.cache_options import CacheOptions
-from rest_lightning.models.layers import AdaLayerNormSingle, Block, CaptionProjection, Condition, SigmaEmbedding
+from rest_lightning.models.input_checks import check_cache, check_chunks, check_latents, check_sigma
+from rest_lightning.models.layers import (
+    AdaLayerNormSingle,
+    Block,
+    CaptionProjection,
+    Condition,
+    SigmaEmbedding,
+)
 from rest_lightning.models.prompt import start_of_prompt
 
 if TYPE_CHECKING:
@@ -183,10 +190,11 @@ class A2VDiT(nn.Module):
                 f"expected text_embeds of shape (B, L, {self.caption_channels}), got {tuple(text_embeds.shape)}"
             )
         tokens = self.caption_projection(text_embeds)
+        blocks = [block.attn2.project(tokens) for block in self._blocks() if block.attn2]
         mask = None
         if text_mask is not None:  # additive and finite, as in diffusers
-            mask = ((1 - text_mask.to(tokens.dtype)) * -10000.0)[:, None, None]
-        return Condition([block.attn2.project(tokens) for block in self._blocks() if block.attn2], mask)
+            mask = ((1 - text_mask.to(blocks[0][0].dtype)) * -10000.0)[:, None, None]
+        return Condition(blocks, mask)
 
     def project_prompt(self, batch: int) -> Condition | None:
         """Keys and values of the model's own text for ``batch`` rows; None where it has none."""
@@ -230,19 +238,19 @@ class A2VDiT(nn.Module):
         Raises:
             UserError: shapes, or arguments, that do not fit the model.
         """
-        self._check_latents(noisy_latents)
+        check_latents(self, noisy_latents)
         if isinstance(sigma, Tensor):
-            self._check_sigma(sigma, noisy_latents, "sigma")
+            check_sigma(self, sigma, noisy_latents, "sigma")
         batch = noisy_latents.shape[0]
         size = (noisy_latents.shape[2], noisy_latents.shape[3], noisy_latents.shape[4])
         num_references = 1
         context: AttentionContext
         if cache is not None:
-            self._check_cache(cache, noisy_latents)
+            check_cache(self, cache, noisy_latents)
             num_references = cache.begin(size[0], step)
             context = cache
         elif self.attention == "chunked":
-            self._check_chunks(noisy_latents, sigma, context_latents)
+            check_chunks(self, noisy_latents, sigma, context_latents)
             two_streams = context_latents is not None
             context = ChunkedContext(self.cache_options, self.rope, size, noisy_latents.device, two_streams)
         else:
@@ -260,7 +268,7 @@ class A2VDiT(nn.Module):
             )
         if context_sigma is None:
             context_sigma = torch.zeros_like(sigma)
-        self._check_sigma(context_sigma, noisy_latents, "context_sigma")
+        check_sigma(self, context_sigma, noisy_latents, "context_sigma")
         both, both_sigmas = torch.cat([noisy_latents, context_latents]), torch.cat([sigma, context_sigma])
         text, speech = text and text.twice(), speech and speech.twice()
         return self._run(both, both_sigmas, context, text, speech)[:batch]
@@ -281,7 +289,7 @@ class A2VDiT(nn.Module):
             raise UserError(
                 "expected reference_attends=self for prefill, got first_chunk: put it before the first chunk"
             )
-        self._check_latents(reference_latent)
+        check_latents(self, reference_latent)
         num_rows = cache.rows if rows is None else len(rows)
         expected = (num_rows, self.in_channels, 1, cache.height, cache.width)
         if tuple(reference_latent.shape) != expected:
@@ -324,7 +332,7 @@ class A2VDiT(nn.Module):
         x = self.proj_out((F.layer_norm(x, (self.dim,), eps=1e-6) * scale).add_(shift))
         return x.permute(0, 3, 1, 2).unflatten(-1, (height, width))
 
-    # -- conditions and checks ----------------------------------------------------------------------------------------
+    # -- conditions ----------------------------------------------------------------------------------------------------
 
     def _speech(
         self, speech: Tensor | Condition | None, batch: int, num_frames: int, num_references: int, like: Tensor
@@ -351,44 +359,3 @@ class A2VDiT(nn.Module):
         if own is None and self.caption_projection is not None:
             raise UserError("expected text_embeds, got None: pass them, give a prompt, or set caption_channels to null")
         return own
-
-    def _check_latents(self, latents: Tensor) -> None:
-        if latents.ndim != 5 or latents.shape[1] != self.in_channels:
-            raise UserError(
-                f"expected noisy_latents of shape (B, {self.in_channels}, f, h, w), got {tuple(latents.shape)}: "
-                "set in_channels to the channels of the VAE"
-            )
-        if self.spatial_size is not None and tuple(latents.shape[3:]) != self.spatial_size:
-            raise UserError(
-                f"expected latents of {self.spatial_size[0]}x{self.spatial_size[1]} (spatial_embedding), "
-                f"got {latents.shape[3]}x{latents.shape[4]}: use the size that the model was trained at"
-            )
-
-    def _check_sigma(self, sigma: Tensor, latents: Tensor, name: str) -> None:
-        expected = (latents.shape[0], latents.shape[2])
-        if tuple(sigma.shape) != expected:
-            raise UserError(f"expected {name} of shape (B, f) = {expected}, got {tuple(sigma.shape)}: one per frame")
-
-    def _check_chunks(self, latents: Tensor, sigma: Tensor | SigmaEmbedding, context: Tensor | None) -> None:
-        length, num_frames = self.cache_options.chunk_length, latents.shape[2]
-        if num_frames <= 1 or (num_frames - 1) % length:
-            raise UserError(
-                f"expected 1 + K * {length} latent frames (reference and K chunks), got {num_frames}: "
-                f"cut the clip or change chunk_length"
-            )
-        noise = self.cache_options.cache_noise
-        if noise == "clean_pass" and context is None:
-            raise UserError("expected context_latents with cache_noise=clean_pass, got None: pass the clean latents")
-        if noise == "per_step" and isinstance(sigma, Tensor) and bool((sigma[:, 1:] != sigma[:, 1:2]).any()):
-            raise UserError(
-                "expected one sigma for all chunks of a clip with cache_noise=per_step, got several: "
-                "step s reads the keys of step s, so set the motion dropout to 1"
-            )
-
-    def _check_cache(self, cache: IDContextCache, latents: Tensor) -> None:
-        if self.attention != "chunked" or cache.options != self.cache_options:
-            raise UserError("expected a cache of this very model, got another: use IDContextCache.allocate(model, ...)")
-        expected = (cache.rows, cache.height, cache.width)
-        got = (latents.shape[0], latents.shape[3], latents.shape[4])
-        if got != expected:
-            raise UserError(f"expected latents of the cache's (rows, h, w) = {expected}, got {got}: allocate it anew")

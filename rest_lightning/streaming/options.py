@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from rest_lightning.constants import SPATIAL_RATIO
 from rest_lightning.errors import UserError
+from rest_lightning.models.attention import attention_dtype
 from rest_lightning.models.packed import can_pack
 
 if TYPE_CHECKING:
@@ -117,11 +119,9 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 def cache_num_bytes(model: TalkingHead, rows: int, num_steps: int) -> int:
     """Bytes of the keys and values of ``rows`` rows: what an ID-Context Cache of this model holds."""
-    from rest_lightning.constants import SPATIAL_RATIO
-
     transformer, options = model.transformer, model.transformer.cache_options
     side = model.size_px // SPATIAL_RATIO
     slots = 1 + options.chunk_length * (2 if options.use_context else 1)
     kept = num_steps if options.cache_noise == "per_step" else 1
-    size = torch.empty((), dtype=model.dtype).element_size()
+    size = attention_dtype(model.dtype, model.device).itemsize
     return 2 * kept * transformer.num_layers * rows * slots * side * side * transformer.dim * size
