@@ -4,12 +4,14 @@
 
 Forward and backward of the A2V-DiT of configs/<size>/, random weights: all chunks at once in their windows, as training
 does, against chunk after chunk through the ID-Context Cache with its graph kept. Both give the same gradients (the
-largest difference stands in the JSON). README.md explains every number.
+largest difference stands in the JSON). ``--compile`` also measures the parallel form with compiled blocks. README.md
+explains every number.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import gc
 import statistics
 import sys
@@ -33,10 +35,10 @@ from rest_lightning.errors import UserError, exit_code
 from rest_lightning.models.cache import DifferentiableCache
 from rest_lightning.models.transformer import A2VDiT
 
-FORMS = ("parallel", "sequential")
+Batch = tuple[Tensor, Tensor, Tensor, Tensor]  # noisy latents, sigmas, speech latents, target velocity
+Form = Callable[[Batch], Tensor]  # a batch to its loss
 TARGET_TIME_RATIO = 0.5
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::_scaled_dot_product_")  # beginnings of names
-Batch = tuple[Tensor, Tensor, Tensor, Tensor]  # noisy latents, sigmas, speech latents, target velocity
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -55,6 +57,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--precision", nargs="+", choices=("bfloat16", "float32"), default=["bfloat16", "float32"], help="of autocast"
     )
     parser.add_argument("--checkpointing", action="store_true", help="recompute blocks (the parallel form alone can)")
+    parser.add_argument("--compile", action="store_true", help="the parallel form with compiled blocks, too")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
     parser.add_argument("--threads", type=int, help="of torch (default: its choice)")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/training_step.json"))
@@ -141,10 +144,20 @@ def sequential(model: A2VDiT, batch: Batch) -> Tensor:
     return flow_matching_loss(torch.cat(velocities, dim=2), target)
 
 
+def forms_of(model: A2VDiT, args: argparse.Namespace) -> dict[str, Form]:
+    """What is compared, by name."""
+    forms: dict[str, Form] = {"parallel": partial(parallel, model), "sequential": partial(sequential, model)}
+    if args.compile:
+        compiled = copy.copy(model)  # the same weights
+        compiled.compile_blocks()
+        forms["compiled"] = partial(parallel, compiled)
+    return forms
+
+
 def measure(size: Size, model: A2VDiT, batch_size: int, precision: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Median times and peak memory of both forms, taken in turns."""
+    """Median times and peak memory of all forms, taken in turns."""
     batch = make_batch(size, model, batch_size, args.num_chunks)
-    forms: dict[str, Callable[[A2VDiT, Batch], Tensor]] = {"parallel": parallel, "sequential": sequential}
+    forms = forms_of(model, args)
     cuda = args.device != "cpu"
 
     def autocast() -> AbstractContextManager[Any]:
@@ -153,14 +166,16 @@ def measure(size: Size, model: A2VDiT, batch_size: int, precision: str, args: ar
 
     def step(name: str) -> None:
         with autocast():
-            loss = forms[name](model, batch)
+            loss = forms[name](batch)
         loss.backward()
 
-    difference = gradient_difference(model, batch, step)
-    memory = {name: peak_bytes(model, batch, partial(step, name), cuda) for name in FORMS}
-    times: dict[str, list[float]] = {name: [] for name in FORMS}
+    difference = gradient_difference([*model.parameters(), batch[2]], [partial(step, name) for name in forms])
+    # Compiled code allocates past what counts tensors on a CPU.
+    counted = [name for name in forms if cuda or name != "compiled"]
+    memory = {name: peak_bytes(model, batch, partial(step, name), cuda) for name in counted}
+    times: dict[str, list[float]] = {name: [] for name in forms}
     for repeat in range(args.repeats + 1):  # the first one warms up
-        for name in FORMS if repeat % 2 else FORMS[::-1]:
+        for name in list(forms)[:: 1 if repeat % 2 else -1]:
             if cuda:
                 torch.cuda.synchronize()
             started_s = time.perf_counter()
@@ -170,16 +185,18 @@ def measure(size: Size, model: A2VDiT, batch_size: int, precision: str, args: ar
             if repeat:
                 times[name].append(time.perf_counter() - started_s)
     row: dict[str, Any] = {}
-    for name in FORMS:
+    for name in forms:
         row[name] = {
             "step_ms": round(1e3 * statistics.median(times[name]), 3),
             "step_ms_fastest": round(1e3 * min(times[name]), 3),
-            "peak_bytes": memory[name],
-            "peak_bytes_per_sample": memory[name] // batch_size,
         }
+        if name in memory:
+            row[name] |= {"peak_bytes": memory[name], "peak_bytes_per_sample": memory[name] // batch_size}
         if not cuda:
             row[name]["products_ms"] = round(products_ms(partial(step, name), min(args.repeats, 3)), 3)
     row["time_ratio"] = round(row["parallel"]["step_ms"] / row["sequential"]["step_ms"], 4)
+    if args.compile:
+        row["time_ratio_compiled"] = round(row["compiled"]["step_ms"] / row["sequential"]["step_ms"], 4)
     if not cuda:
         row["time_ratio_floor"] = round(row["parallel"]["products_ms"] / row["sequential"]["step_ms"], 4)
     row["memory_ratio"] = round(memory["parallel"] / memory["sequential"], 4)
@@ -187,16 +204,16 @@ def measure(size: Size, model: A2VDiT, batch_size: int, precision: str, args: ar
     return row
 
 
-def gradient_difference(model: A2VDiT, batch: Batch, step: Callable[[str], None]) -> float:
-    """Largest difference of any gradient of both forms, over the largest gradient of its tensor."""
+def gradient_difference(tensors: list[Tensor], steps: list[Callable[[], None]]) -> float:
+    """Largest difference of any gradient to the first form's, over the largest gradient of its tensor."""
     gradients: list[list[Tensor]] = []
-    tensors = [*model.parameters(), batch[2]]
-    for name in FORMS:
+    for step in steps:
         for tensor in tensors:
             tensor.grad = torch.zeros_like(tensor)
-        step(name)
+        step()
         gradients.append([tensor.grad.clone() for tensor in tensors if tensor.grad is not None])
-    pairs = zip(*gradients, strict=True)
+    first, *others = gradients
+    pairs = [pair for other in others for pair in zip(first, other, strict=True)]
     return float(max((a - b).abs().max() / b.abs().max().clamp_min(1e-12) for a, b in pairs))
 
 
@@ -230,15 +247,17 @@ def peak_bytes(model: A2VDiT, batch: Batch, step: Callable[[], None], cuda: bool
 
 def line(row: dict[str, Any]) -> str:
     """One row for people."""
-    return (
-        f"{row['precision']:>8}, batch {row['batch_size']}: "
-        + ", ".join(
-            f"{name} {row[name]['step_ms']:.1f} ms and {row[name]['peak_bytes_per_sample'] / 1e6:.1f} MB a sample"
-            for name in FORMS
-        )
-        + f"; time {row['time_ratio']:.2f}, memory {row['memory_ratio']:.2f}"
-        + (f", floor of the time {row['time_ratio_floor']:.2f}" if "time_ratio_floor" in row else "")
-    )
+    said = []
+    for name in ("parallel", "sequential", "compiled"):
+        if name in row:
+            num_bytes = row[name].get("peak_bytes_per_sample")
+            memory = f" and {num_bytes / 1e6:.1f} MB a sample" if num_bytes else ""
+            said.append(f"{name} {row[name]['step_ms']:.1f} ms{memory}")
+    text = f"{row['precision']:>8}, batch {row['batch_size']}: {', '.join(said)}; time {row['time_ratio']:.2f}"
+    others = {"compiled": "time_ratio_compiled", "memory": "memory_ratio", "floor of the time": "time_ratio_floor"}
+    for what, key in others.items():
+        text += f", {what} {row[key]:.2f}" if key in row else ""
+    return text
 
 
 if __name__ == "__main__":

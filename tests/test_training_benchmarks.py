@@ -158,9 +158,11 @@ def test_curves_tell_start_and_end(benchmark: Any, tmp_path: Path, capsys: Any) 
     assert "expected TensorBoard's event files of a stage" in capsys.readouterr().err
 
 
-def test_training_step_compares_equal_gradients(benchmark: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("compiles", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_training_step_compares_equal_gradients(benchmark: Any, tmp_path: Path, compiles: bool) -> None:
     module = benchmark("training_step")
     words = ["--batch", "1", "--num-chunks", "2", "--repeats", "1", "--precision", "float32"]
+    words += ["--compile"] if compiles else []
     assert module.main([*words, "--out", str(tmp_path / "step.json")]) == 0
     (row,) = json.loads((tmp_path / "step.json").read_text())["rows"]
     assert 0 < row["gradient_difference"] < 1e-4
@@ -169,6 +171,7 @@ def test_training_step_compares_equal_gradients(benchmark: Any, tmp_path: Path) 
         assert row[form]["peak_bytes"] > 6 * 7 * 16 * 1024 * 4
         assert 0 < row[form]["products_ms"] < 3 * row[form]["step_ms"]  # timed in other steps, on a shared machine
     assert row["time_ratio"] == pytest.approx(row["parallel"]["step_ms"] / row["sequential"]["step_ms"], rel=1e-3)
+    assert ("time_ratio_compiled" in row) == ("compiled" in row) == compiles
     assert row["time_ratio_floor"] == pytest.approx(
         row["parallel"]["products_ms"] / row["sequential"]["step_ms"], rel=1e-3
     )

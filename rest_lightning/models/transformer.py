@@ -7,7 +7,8 @@ output of the speech attention starts at zero, so that LTX weights give LTX's ow
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -28,6 +29,7 @@ from rest_lightning.models.layers import (
     CaptionProjection,
     Condition,
     SigmaEmbedding,
+    run_block,
 )
 from rest_lightning.models.prompt import start_of_prompt
 
@@ -93,6 +95,7 @@ class A2VDiT(nn.Module):
         self.num_layers, self.num_heads = num_layers, num_attention_heads
         self.in_channels, self.speech_dim, self.caption_channels = in_channels, speech_dim, caption_channels
         self.gradient_checkpointing = gradient_checkpointing
+        self._run_block: Callable[..., Tensor] = run_block
         embeds, mask = start_of_prompt(prompt, prompt_length, caption_channels)
         self.prompt_embeds: Tensor | None
         self.prompt_mask: Tensor | None
@@ -314,10 +317,13 @@ class A2VDiT(nn.Module):
         x = self.proj_in(latents.flatten(3).permute(0, 2, 3, 1))
         if self.spatial_size is not None:
             x = x + self.spatial_embedding
-        recompute = self.gradient_checkpointing and torch.is_grad_enabled() and not isinstance(context, IDContextCache)
+        streams = isinstance(context, IDContextCache | SinkContext)  # slots are no matter for compiler and checkpoints
+        run = run_block if streams else self._run_block
+        recompute = self.gradient_checkpointing and torch.is_grad_enabled() and not streams
         text_mask = text.mask if text is not None else None
         for layer, block in enumerate(self.transformer_blocks):
             arguments = (
+                block,
                 x,
                 layer,
                 embedding.blocks[layer],
@@ -326,11 +332,20 @@ class A2VDiT(nn.Module):
                 text_mask,
                 speech.blocks[layer] if speech is not None else None,
             )
-            x = checkpoint(block, *arguments, use_reentrant=False) if recompute else block(*arguments)
+            x = checkpoint(run, *arguments, use_reentrant=False) if recompute else run(*arguments)
         shift, scale = embedding.out
         # In place, where addcmul would make two more tensors in its backward pass, at the peak of a training step.
         x = self.proj_out((F.layer_norm(x, (self.dim,), eps=1e-6) * scale).add_(shift))
         return x.permute(0, 3, 1, 2).unflatten(-1, (height, width))
+
+    def compile_blocks(self) -> None:
+        """Let ``torch.compile`` run the blocks for whole clips (training, teacher) from now on, not for streams.
+
+        One compilation serves all blocks; it takes up to a minute at the first call. Weights and their names stay, too.
+        """
+        # Rotations come in as complex numbers and are taken apart at once: a view, for which no code is needed.
+        warnings.filterwarnings("ignore", message="Torchinductor does not support code generation for complex")
+        self._run_block = torch.compile(run_block)
 
     # -- conditions ----------------------------------------------------------------------------------------------------
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -113,6 +115,8 @@ class A2VModule(StageModule):
         initial: part name -> checkpoint or folder.
         mouth_weight: weight of the mouth's tokens in the flow loss, where any other token counts 1 (decided here; REST
             names the mouth as its weakest region). Needs landmarks; clips without them count 1 everywhere.
+        compile_blocks: run the blocks of all transformers through ``torch.compile``. The same numbers up to rounding;
+            on two CPU cores a step takes about a fifth less time, after up to a minute of compiling.
     """
 
     transformer: A2VDiT
@@ -131,6 +135,7 @@ class A2VModule(StageModule):
         initial: dict[str, str] | None = None,
         frozen: dict[str, nn.Module] | None = None,
         mouth_weight: float = 1.0,
+        compile_blocks: bool = False,
     ) -> None:
         if not mouth_weight > 0:
             raise UserError(f"expected a mouth_weight above 0, got {mouth_weight}: 1 weighs all tokens alike")
@@ -144,13 +149,15 @@ class A2VModule(StageModule):
             if name.startswith("decoder"):  # nothing reads it here, and DDP waits for every gradient that may come
                 parameter.requires_grad_(False)
         self.noise = noise or NoiseSettings()
-        self.mouth_weight = mouth_weight
+        self.mouth_weight, self.compile_blocks = mouth_weight, compile_blocks
         table = training_table(self.noise.num_levels, self.noise.mean, self.noise.std)
         self.register_buffer("noise_table", table, persistent=False)
         self.noise_table: Tensor
 
     def configure_model(self) -> None:
-        """Shard the networks (FSDP2) where the strategy brings a mesh: Lightning's ModelParallelStrategy."""
+        """Compile, or shard (FSDP2) where the strategy brings a mesh: Lightning's ModelParallelStrategy."""
+        if self.compile_blocks:
+            self._compile()
         if self.device_mesh is None:
             return
         averaging = [c for c in self.trainer.callbacks if isinstance(c, WeightAveraging)]  # type: ignore[attr-defined]
@@ -162,6 +169,16 @@ class A2VModule(StageModule):
         for part in self.children():
             shard(part, self.device_mesh)
         self.strict_loading = False  # that strategy reads checkpoints itself, and frozen parts are not in them
+
+    def _compile(self) -> None:
+        if self.device_mesh is not None:
+            raise UserError("expected no compile_blocks with sharded networks, got both: leave compile_blocks out")
+        on_cpu = self.trainer.strategy.root_device.type == "cpu"
+        if on_cpu and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
+            raise UserError("expected a C++ compiler for compile_blocks on a CPU, found none: install g++")
+        for part in self.children():
+            if isinstance(part, A2VDiT):
+                part.compile_blocks()
 
     def on_fit_start(self) -> None:
         """Refuse latents that another VAE made: the previews and the session would decode them with this one.

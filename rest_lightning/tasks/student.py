@@ -116,8 +116,9 @@ class StudentModule(A2VModule):
     Training runs all chunks in one parallel forward, which equals the sequential cached computation.
 
     Args:
-        transformer, speech_ae, speech_encoder, vae, noise, optimizer, initial, mouth_weight: see :class:`A2VModule`;
-            ``initial`` takes the transformer from the teacher's checkpoint, whose parameter names are the same.
+        transformer, speech_ae, speech_encoder, vae, noise, optimizer, initial, mouth_weight, compile_blocks: see
+            :class:`A2VModule`; ``initial`` takes the transformer from the teacher's checkpoint, whose parameter names
+            are the same.
         asd: distillation from the teacher, or None.
         rollout: contexts of the student's own making, with or without ``asd``, or None.
         distill: distillation of guidance and steps from a student, or None; a stage of its own.
@@ -139,6 +140,7 @@ class StudentModule(A2VModule):
         mouth_weight: float = 1.0,
         rollout: RolloutSettings | None = None,
         distill: DistillSettings | None = None,
+        compile_blocks: bool = False,
     ) -> None:
         noise = noise or NoiseSettings()
         if transformer.config["attention"] != "chunked":
@@ -160,7 +162,9 @@ class StudentModule(A2VModule):
             frozen["teacher"] = _load_frozen(asd.teacher, transformer, "teacher", "full")
         if distill:
             frozen["source"] = _load_frozen(distill.source, transformer, "source", "chunked")
-        super().__init__(transformer, speech_ae, speech_encoder, vae, noise, optimizer, initial, frozen, mouth_weight)
+        super().__init__(
+            transformer, speech_ae, speech_encoder, vae, noise, optimizer, initial, frozen, mouth_weight, compile_blocks
+        )
         self.asd, self.rollout, self.distill = asd, rollout, distill
 
     def sample_sigmas(self, latents: Tensor, generator: torch.Generator) -> Tensor:

@@ -85,3 +85,35 @@ def test_sharded_networks_are_not_averaged(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(module, "_device_mesh", "any mesh")
     with pytest.raises(UserError, match="expected no weight averaging with sharded networks, got EMAWeightAveraging:"):
         module.configure_model()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["teacher", "asd", "rollout"])
+def test_compiled_blocks_train_alike(tmp_path: Path, stage: str) -> None:
+    """How far three steps move the weights (averaged), with and without recomputing the blocks."""
+    moves = []
+    for is_compiled, recomputes in ((False, False), (True, False), (True, True)):
+        torch.manual_seed(0)
+        module = strategy_run.make_stage(stage, tmp_path)
+        start = {name: weight.clone() for name, weight in module.state_dict().items()}
+        module.compile_blocks, module.transformer.gradient_checkpointing = is_compiled, recomputes
+        fit(module, [slice(0, 2)] * 3, 2, tmp_path, callbacks=[EMAWeightAveraging(decay=0.5)], max_steps=3)
+        state = module.state_dict()
+        assert state.keys() == start.keys()
+        moves.append(torch.cat([(state[name] - weight).flatten() for name, weight in start.items()]))
+    eager = moves.pop(0)
+    for move in moves:  # Adam makes a whole step of a gradient that is rounding alone: compare them all together
+        assert 0 < float((move - eager).norm()) <= 0.01 * float(eager.norm())
+
+
+def test_compiling_needs_a_compiler_and_whole_networks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = strategy_run.make_stage("student", tmp_path)
+    module.compile_blocks = True
+    module.trainer = lightning.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    with monkeypatch.context() as patch:
+        patch.setenv("PATH", str(tmp_path))
+        with pytest.raises(UserError, match="expected a C\\+\\+ compiler for compile_blocks on a CPU, found none:"):
+            module.configure_model()
+    monkeypatch.setattr(module, "_device_mesh", "any mesh")
+    with pytest.raises(UserError, match="expected no compile_blocks with sharded networks, got both:"):
+        module.configure_model()
