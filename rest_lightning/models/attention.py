@@ -99,7 +99,8 @@ def split_heads(x: Tensor, num_heads: int) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor, num_heads: int, mask: Tensor | None = None) -> Tensor:
     """Attention of ``(B, Tq, D)`` over ``(B, Tk, D)``; the result has the shape of ``q``."""
     dtype = attention_dtype(v.dtype, v.device)
-    return attend_heads(*(split_heads(x.to(dtype), num_heads) for x in (q, k, v)), mask)
+    q, k, v = (split_heads(x.to(dtype), num_heads) for x in (q, k, v))
+    return attend_heads(q, k, v, mask)
 
 
 def attend_heads(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -225,6 +225,7 @@ class Block(nn.Module):
         return torch.addcmul(x, self.ff(normed), gate_2)
 
 
-def run_block(block: Block, *arguments: Any) -> Tensor:
+def run_block(block: nn.Module, *arguments: Any) -> Tensor:
     """A block's forward as a function: compiled once, it serves all blocks."""
-    return block(*arguments)
+    out: Tensor = block(*arguments)
+    return out
