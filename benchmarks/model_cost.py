@@ -217,7 +217,7 @@ def streaming_flops(size: Size) -> dict[str, Any]:
         rows,
         length,
         side**2,
-        [(length * side**2, cache.keys.shape[3])],
+        [(length * side**2, cache.keys.shape[4])],
         silence.shape[2],
         prompt_length(model),
     )

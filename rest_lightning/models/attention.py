@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from rest_lightning.models.cache_options import CacheOptions
 
 KeyValue = tuple[Tensor, Tensor]
+_MOST_SCORES = 2**20  # of a head that are held at once
 
 
 @dataclass(frozen=True)
@@ -67,20 +69,8 @@ def _rope_table(rope: Rope, first: int, num_frames: int, height: int, width: int
         return torch.complex(phases.cos(), phases.sin())
 
 
-def attention_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """In which type projections of ``dtype`` are rotated and attended to.
-
-    On a CPU float32 in place of bfloat16, under autocast too: PyTorch's kernel takes a fifth to a half less time in it,
-    and its backward pass less than half.
-    """
-    return torch.float32 if device.type == "cpu" and dtype == torch.bfloat16 else dtype
-
-
 def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Turn neighbouring channel pairs of ``x (..., T, D)`` by ``table (..., T, D / 2)``, in float32 or better.
-
-    The result is of the type that is attended in: see `attention_dtype`.
-    """
+    """Turn neighbouring channel pairs of ``x (..., T, D)`` by ``table (..., T, D / 2)``, in float32 or better."""
     wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
     if torch.compiler.is_compiling():  # the compiler has no complex arithmetic
         real, imag = wide.unflatten(-1, (-1, 2)).unbind(-1)
@@ -88,25 +78,51 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
         turned = torch.stack([real * cos - imag * sin, real * sin + imag * cos], dim=-1)
     else:  # one operation instead of six
         turned = torch.view_as_real(torch.view_as_complex(wide.unflatten(-1, (-1, 2))) * table)
-    return turned.flatten(-2).to(attention_dtype(x.dtype, x.device))
+    return turned.flatten(-2).to(x.dtype)
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
-    """``(B, T, D) -> (B, heads, T, D / heads)``, a view."""
-    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+    """``(..., T, D) -> (..., heads, T, D / heads)``, a view."""
+    return x.unflatten(-1, (num_heads, -1)).transpose(-3, -2)
+
+
+def join_heads(x: Tensor) -> Tensor:
+    """``(..., heads, T, D / heads) -> (..., T, D)``, the inverse of `split_heads`."""
+    return x.transpose(-3, -2).flatten(-2)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, num_heads: int, mask: Tensor | None = None) -> Tensor:
     """Attention of ``(B, Tq, D)`` over ``(B, Tk, D)``; the result has the shape of ``q``."""
-    dtype = attention_dtype(v.dtype, v.device)
-    q, k, v = (split_heads(x.to(dtype), num_heads) for x in (q, k, v))
+    q, k, v = (split_heads(x.to(v.dtype), num_heads) for x in (q, k, v))
     return attend_heads(q, k, v, mask)
 
 
 def attend_heads(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """The same of ``(B, heads, Tq, D / heads)`` over ``(B, heads, Tk, D / heads)``; autocast or not, in their type."""
-    with torch.autocast(q.device.type, enabled=False):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+    """The same of ``(B, heads, Tq, D / heads)`` over ``(B, heads, Tk, D / heads)``, on a CPU in their type whatever
+    autocast says."""
+    if q.device.type != "cpu":
+        return join_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
+    if q.dtype == torch.bfloat16 and q.shape[-2] * k.shape[-2] <= _MOST_SCORES:
+        return join_heads(_by_products(q, k, v, mask))
+    # Asked first, since entering takes longer than asking: a stream attends a hundred times a chunk.
+    plain = torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else nullcontext()
+    with plain:
+        return join_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
+
+
+def _by_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention as two products in bfloat16 and a softmax in float32.
+
+    On a CPU PyTorch's own kernel takes as long for a chunk of one stream, up to twice as long for those of several, and
+    up to six times as long backwards.
+    """
+    queries, keys, values = (x.flatten(0, 1) for x in (q, k, v))
+    nothing = queries.new_empty(1, 1, 1)  # what the product would be added to
+    scores = torch.baddbmm(nothing, queries, keys.transpose(1, 2), beta=0, alpha=q.shape[-1] ** -0.5)
+    if mask is not None:
+        scores = (scores.unflatten(0, q.shape[:2]) + mask).flatten(0, 1)
+    weights = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
+    return torch.bmm(weights, values).unflatten(0, q.shape[:2])
 
 
 class AttentionContext(Protocol):

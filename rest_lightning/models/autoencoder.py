@@ -220,16 +220,17 @@ class CompactVAE(VideoAutoencoder):
         layers = list(self.decoder)  # a slice of a ModuleList would be a new module at every call
         coarse, fine = layers[: len(layers) - self.num_fine], layers[len(layers) - self.num_fine :]
         x = run(coarse, latents, stream)
-        linear = self.principal.decode(latents, stream) if self.principal is not None else None
-        if linear is not None:
-            x = x + self.principal_in(patchify(linear, self.patch_size))
+        linear = None  # patches
+        if self.principal is not None:
+            linear = self.principal.decode_patches(latents, self.patch_size, stream)
+            x = x + self.principal_in(linear)
         x = run(fine, x, stream)
-        frames = unpatchify(self.decoder_out(nn.functional.silu(self.decoder_norm(x))), self.patch_size)
+        patches = self.decoder_out(nn.functional.silu(self.decoder_norm(x)))
         if linear is not None:
-            frames = frames + linear
+            patches = patches + linear
         if stream is not None:
             stream.started = True
-        return frames
+        return unpatchify(patches, self.patch_size)
 
 
 def run(layers: Iterable[nn.Module], x: Tensor, stream: Stream | None) -> Tensor:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from rest_lightning.errors import UserError
-from rest_lightning.models.attention import KeyValue, Rope, attend, attention_dtype, rotate
+from rest_lightning.models.attention import KeyValue, Rope, attend_heads, join_heads, rotate, split_heads
 from rest_lightning.models.cache_options import CacheOptions as CacheOptions
 
 if TYPE_CHECKING:
@@ -35,7 +35,8 @@ class IDContextCache:
     """State of a batch of streams; make one with `allocate`, outside of inference mode.
 
     Attributes:
-        keys, values: ``(num_steps, num_layers, rows, tokens, D)``; num_steps is 1 unless ``cache_noise`` is per_step.
+        keys, values: ``(num_steps, num_layers, rows, heads, tokens, D / heads)``: a head's lie together, as products
+            want them. num_steps is 1 unless ``cache_noise`` is per_step.
         mask: ``(rows, 1, 1, tokens)``, 0 where a row may look and -inf where not.
         rotation: ``(rows, l * n, D / 2)``, of the current slot.
         num_frames: per row, latent frames committed since its start; 0 = the next chunk is its first.
@@ -48,6 +49,7 @@ class IDContextCache:
         options: CacheOptions,
         rope: Rope,
         num_layers: int,
+        num_heads: int,
         rows: int,
         height: int,
         width: int,
@@ -57,7 +59,7 @@ class IDContextCache:
         always_mask: bool = False,
     ) -> None:
         self.options, self.rope, self.height, self.width = options, rope, height, width
-        self.num_layers, self.rows, self.always_mask = num_layers, rows, always_mask
+        self.num_layers, self.num_heads, self.rows, self.always_mask = num_layers, num_heads, rows, always_mask
         self.num_steps, self.device, self.dtype = num_steps, device, dtype
         self.num_tokens = height * width
         self.previous_frames = options.chunk_length if options.use_context else 0
@@ -68,7 +70,7 @@ class IDContextCache:
             self.mask = torch.zeros(rows, 1, 1, tokens, device=device, dtype=dtype)
             self.rotation = self._table(1, options.chunk_length).repeat(rows, 1, 1)
             self._reference_rotation = self._table(0, 1)  # held: a captured graph goes on reading it
-            self._make_slots((num_steps, num_layers, rows, tokens, rope.dim))
+            self._make_slots((num_steps, num_layers, rows, num_heads, tokens, rope.dim // num_heads))
         self._positions: list[int] = []
         self._visible: list[tuple[int, bool]] = []
         self._refresh()
@@ -88,7 +90,7 @@ class IDContextCache:
         """An empty cache for ``rows`` streams of ``height x width`` latents.
 
         Args:
-            device, dtype: of the model unless given; dtype is that of the keys and values, see `attention_dtype`.
+            device, dtype: of the model unless given; dtype is that of the keys and values.
             num_steps: denoising steps per chunk; used by ``cache_noise: per_step`` alone.
             always_mask: keep one shape for all chunks (CUDA graphs). Else the mask is left out where no row needs it.
         """
@@ -96,16 +98,16 @@ class IDContextCache:
             raise UserError('expected a model with attention="chunked", got a teacher: use teacher.to_student()')
         weight = model.proj_in.weight
         per_step = model.cache_options.cache_noise == "per_step"
-        place = torch.device(device) if device is not None else weight.device
         return cls(
             model.cache_options,
             model.rope,
             model.num_layers,
+            model.num_heads,
             rows,
             height,
             width,
-            place,
-            dtype or attention_dtype(weight.dtype, place),
+            torch.device(device) if device is not None else weight.device,
+            dtype or weight.dtype,
             num_steps if per_step else 1,
             always_mask,
         )
@@ -166,34 +168,38 @@ class IDContextCache:
             self.write_sink(layer, k[:, :n], v[:, :n])
             k, v = k[:, n:], v[:, n:]
         keys, values = self.update(layer, k, v)
-        mask = self.mask[..., self._start : self._start + keys.shape[1]] if self._masked else None
-        return attend(q, keys, values, num_heads, mask)
+        mask = self.mask[..., self._start : self._start + keys.shape[2]] if self._masked else None
+        return attend_heads(split_heads(q, num_heads).to(values.dtype), keys, values, mask).to(v.dtype)
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> KeyValue:
-        """Write rotated keys and values ``(rows, f * n, D)`` to the current slot; returns the window to attend to."""
+        """Write rotated keys and values ``(rows, f * n, D)`` to the current slot; returns the window to attend to.
+
+        That is of shape ``(rows, heads, tokens, D / heads)``.
+        """
         if k.requires_grad or v.requires_grad:
             raise UserError("expected torch.no_grad() with an IDContextCache, got tensors with a gradient: use it")
         plan = (self.step, self._start, self.num_current)
         if plan not in self._views:
             self._views[plan] = self._make_views(*plan)
         key_slot, value_slot, keys, values = self._views[plan][layer]
-        key_slot.copy_(k)
-        value_slot.copy_(v)
+        key_slot.copy_(split_heads(k, self.num_heads))
+        value_slot.copy_(split_heads(v, self.num_heads))
         return keys, values
 
     def _make_views(self, step: int, start: int, num_current: int) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
         current = (self.previous_frames + 1) * self.num_tokens
         end = current + num_current * self.num_tokens
         slots = [(self.keys[step, layer], self.values[step, layer]) for layer in range(self.num_layers)]
-        return [(k[:, current:end], v[:, current:end], k[:, start:end], v[:, start:end]) for k, v in slots]
+        new, window = slice(current, end), slice(start, end)
+        return [(k[:, :, new], v[:, :, new], k[:, :, window], v[:, :, window]) for k, v in slots]
 
     def write_sink(self, layer: int, k: Tensor, v: Tensor, rows: Sequence[int] | None = None) -> None:
         """Write the reference's rotated keys and values ``(rows, n, D)``: all rows unless they are named."""
         start = self.previous_frames * self.num_tokens
         every = self.options.reference_attends == "self"  # prefilled once, for all steps
         steps = slice(None) if every else slice(self.step, self.step + 1)
-        for buffer, new in ((self.keys, k), (self.values, v)):
-            sink = buffer[steps, layer, :, start : start + self.num_tokens]
+        for buffer, new in ((self.keys, split_heads(k, self.num_heads)), (self.values, split_heads(v, self.num_heads))):
+            sink = buffer[steps, layer, :, :, start : start + self.num_tokens]
             if rows is None:
                 sink.copy_(new)
             else:
@@ -218,7 +224,9 @@ class IDContextCache:
         previous = slice((self.previous_frames - f) * n, self.previous_frames * n)
         current = slice((self.previous_frames + 1) * n, (self.previous_frames + 1 + f) * n)
         keys = self.keys[..., current, :]
-        self.keys[..., previous, :] = rotate(keys, self._shift()) if self.options.positions == "window" else keys
+        if self.options.positions == "window":
+            keys = split_heads(rotate(join_heads(keys), self._shift()), self.num_heads)
+        self.keys[..., previous, :] = keys
         self.values[..., previous, :] = self.values[..., current, :]
 
     def _shift(self) -> Tensor:
@@ -238,7 +246,7 @@ class IDContextCache:
 
     def _clear_previous(self, row: int) -> None:
         for buffer in (self.keys, self.values):  # a hidden slot must still be finite: 0 * NaN = NaN
-            buffer[:, :, row, : self.previous_frames * self.num_tokens] = 0
+            buffer[:, :, row, :, : self.previous_frames * self.num_tokens] = 0
 
     def check_rows(self, rows: Sequence[int] | None) -> Sequence[int]:
         for row in rows if rows is not None else ():
@@ -315,8 +323,8 @@ class IDContextCache:
                 raise UserError(
                     "expected a row of a cache with the same model and size, got another: allocate both alike"
                 )
-            self.keys[:, :, row, past].copy_(source.keys[:, :, source_row, past])
-            self.values[:, :, row, past].copy_(source.values[:, :, source_row, past])
+            self.keys[:, :, row, :, past].copy_(source.keys[:, :, source_row, :, past])
+            self.values[:, :, row, :, past].copy_(source.values[:, :, source_row, :, past])
             self.num_frames[row] = source.num_frames[source_row]
             self.num_previous[row] = source.num_previous[source_row]
         self._refresh()
@@ -370,8 +378,8 @@ class DifferentiableCache(IDContextCache):
             cached.append(self._sink[slot])
         if options.cache_gradient == "detached" and not self._has_reference:
             cached = [(key.detach(), value.detach()) for key, value in cached]
-        window = [*cached, (k, v)]
-        return torch.cat([key for key, _ in window], 1), torch.cat([value for _, value in window], 1)
+        keys, values = (torch.cat(parts, 1) for parts in zip(*cached, (k, v), strict=True))
+        return split_heads(keys, self.num_heads), split_heads(values, self.num_heads)
 
     def write_sink(self, layer: int, k: Tensor, v: Tensor, rows: Sequence[int] | None = None) -> None:
         assert rows is None

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rest_lightning.models.attention import AttentionContext, KeyValue, attend_heads, attention_dtype, split_heads
+from rest_lightning.models.attention import AttentionContext, KeyValue, attend_heads, split_heads
 
 Modulation = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -75,9 +75,9 @@ class Attention(nn.Module):
         q, k, v = self.queries_keys_values(x)
         out = context.attend(layer, q, k, v, self.num_heads)
         if isinstance(out, Tensor):
-            return self.to_out[0](out.to(v.dtype))
+            return self.to_out[0](out)
         # Joined behind the projection: the graph keeps each of the pieces, and would keep a copy of all of them.
-        return torch.cat([self.to_out[0](piece.to(v.dtype)) for piece in out], 1)
+        return torch.cat([self.to_out[0](piece) for piece in out], 1)
 
     def queries_keys_values(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``x (B, f * n, D)`` to normalised queries and keys, and values, all of that shape."""
@@ -86,7 +86,8 @@ class Attention(nn.Module):
     def project(self, context: Tensor) -> KeyValue:
         """Keys and values ``(N, heads, m, D / heads)`` of a condition ``(N, m, context_dim)``."""
         k, v = self.norm_k(self.to_k(context)), self.to_v(context)
-        dtype = attention_dtype(v.dtype, v.device)
+        # So few keys are faster in float32 on a CPU, and they are brought there once for all denoising steps.
+        dtype = torch.float32 if v.dtype == torch.bfloat16 and v.device.type == "cpu" else v.dtype
         return split_heads(k.to(dtype), self.num_heads), split_heads(v.to(dtype), self.num_heads)
 
     def cross_attention(self, x: Tensor, key_value: KeyValue, mask: Tensor | None = None) -> Tensor:

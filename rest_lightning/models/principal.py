@@ -56,8 +56,20 @@ class PrincipalPath(nn.Module):
 
     def decode(self, latents: Tensor, stream: Stream | None = None) -> Tensor:
         """Raw latents, channels last (B, f, h, w, C) -> frames (B, 3, F, H, W)."""
+        return unpatchify(self._patches(latents, stream), self.patch_size)
+
+    def decode_patches(self, latents: Tensor, patch_size: int, stream: Stream | None = None) -> Tensor:
+        """The same as patches of another size that divides this one's (B, F, H/p, W/p, 3*p*p), in one move."""
+        x = self._patches(latents, stream)
+        b, f, h, w, _ = x.shape
+        n, p = self.patch_size // patch_size, patch_size
+        x = x.view(b, f, h, w, 3, n, p, n, p).permute(0, 1, 2, 5, 3, 7, 4, 6, 8)
+        return x.reshape(b, f, h * n, w * n, 3 * p * p)
+
+    def _patches(self, latents: Tensor, stream: Stream | None) -> Tensor:
         # Contiguous, or torch copies the layer's weight for every frame (measured: 5 ms became 300).
-        return unpatchify(self.patch_out(self.unfold(latents, stream).contiguous()), self.patch_size)
+        patches: Tensor = self.patch_out(self.unfold(latents, stream).contiguous())
+        return patches
 
 
 @torch.no_grad()

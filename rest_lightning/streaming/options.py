@@ -12,7 +12,6 @@ import torch
 
 from rest_lightning.constants import SPATIAL_RATIO
 from rest_lightning.errors import UserError
-from rest_lightning.models.attention import attention_dtype
 from rest_lightning.models.packed import can_pack
 
 if TYPE_CHECKING:
@@ -123,5 +122,5 @@ def cache_num_bytes(model: TalkingHead, rows: int, num_steps: int) -> int:
     side = model.size_px // SPATIAL_RATIO
     slots = 1 + options.chunk_length * (2 if options.use_context else 1)
     kept = num_steps if options.cache_noise == "per_step" else 1
-    size = attention_dtype(model.dtype, model.device).itemsize
+    size = model.dtype.itemsize
     return 2 * kept * transformer.num_layers * rows * slots * side * side * transformer.dim * size

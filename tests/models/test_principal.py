@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rest_lightning.models.autoencoder import CompactVAE
-from rest_lightning.models.causal import patchify
+from rest_lightning.models.causal import patchify, unpatchify
 from rest_lightning.models.principal import PrincipalPath, fit_principal_path
 
 PATCH = 8  # of the VAE 32; eigenvectors of 3 * 32 * 32 values would take minutes here
@@ -131,3 +131,16 @@ def test_network_starts_as_its_principal_path() -> None:
 def test_impossible_sizes_are_refused(channels: int, components: int) -> None:
     with pytest.raises(ValueError, match=f"between 8 and 3072 principal components for 64 latent .* got {components}"):
         PrincipalPath(channels, components)
+
+
+@pytest.mark.parametrize("patch_size", [4, 8, 16, 32])
+@pytest.mark.parametrize(("num_latents", "height", "width"), [(1, 32, 32), (2, 64, 32), (3, 32, 96)])
+def test_patches_of_another_size_hold_the_same_frames(
+    patch_size: int, num_latents: int, height: int, width: int
+) -> None:
+    torch.manual_seed(patch_size)
+    path = PrincipalPath(8, 4)
+    for parameter in path.parameters():
+        torch.nn.init.normal_(parameter)
+    latents = torch.randn(2, num_latents, height // 32, width // 32, 8)
+    assert torch.equal(unpatchify(path.decode_patches(latents, patch_size), patch_size), path.decode(latents))
