@@ -98,8 +98,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, num_heads: int, mask: Tensor | None 
 
 
 def attend_heads(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """The same of ``(B, heads, Tq, D / heads)`` over ``(B, heads, Tk, D / heads)``, on a CPU in their type whatever
-    autocast says."""
+    """The same of ``(B, heads, Tq, D / heads)`` over ``(B, heads, Tk, D / heads)``; autocast changes no type here."""
     if q.device.type != "cpu":
         return join_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
     if q.dtype == torch.bfloat16 and q.shape[-2] * k.shape[-2] <= _MOST_SCORES:

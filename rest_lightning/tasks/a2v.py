@@ -116,7 +116,7 @@ class A2VModule(StageModule):
         mouth_weight: weight of the mouth's tokens in the flow loss, where any other token counts 1 (decided here; REST
             names the mouth as its weakest region). Needs landmarks; clips without them count 1 everywhere.
         compile_blocks: run the blocks of all transformers through ``torch.compile``. The same numbers up to rounding;
-            on two CPU cores a step takes about a fifth less time, after up to a minute of compiling.
+            on two CPU cores a bfloat16 step takes a quarter less time, after up to a minute of compiling.
     """
 
     transformer: A2VDiT
