@@ -96,6 +96,7 @@ class A2VDiT(nn.Module):
         self.in_channels, self.speech_dim, self.caption_channels = in_channels, speech_dim, caption_channels
         self.gradient_checkpointing = gradient_checkpointing
         self._run_block: Callable[..., Tensor] = run_block
+        self._compiles_streams = False
         embeds, mask = start_of_prompt(prompt, prompt_length, caption_channels)
         self.prompt_embeds: Tensor | None
         self.prompt_mask: Tensor | None
@@ -317,9 +318,9 @@ class A2VDiT(nn.Module):
         x = self.proj_in(latents.flatten(3).permute(0, 2, 3, 1))
         if self.spatial_size is not None:
             x = x + self.spatial_embedding
-        streams = isinstance(context, IDContextCache | SinkContext)  # slots are no matter for compiler and checkpoints
-        run = run_block if streams else self._run_block
-        recompute = self.gradient_checkpointing and torch.is_grad_enabled() and not streams
+        fills, streams = isinstance(context, SinkContext), isinstance(context, IDContextCache)
+        run = run_block if fills or (streams and not self._compiles_streams) else self._run_block
+        recompute = self.gradient_checkpointing and torch.is_grad_enabled() and not (fills or streams)
         text_mask = text.mask if text is not None else None
         for layer, block in enumerate(self.transformer_blocks):
             arguments = (
@@ -338,14 +339,18 @@ class A2VDiT(nn.Module):
         x = self.proj_out((F.layer_norm(x, (self.dim,), eps=1e-6) * scale).add_(shift))
         return x.permute(0, 3, 1, 2).unflatten(-1, (height, width))
 
-    def compile_blocks(self) -> None:
-        """Let ``torch.compile`` run the blocks for whole clips (training, teacher) from now on, not for streams.
+    def compile_blocks(self, streams: bool = False) -> None:
+        """Let ``torch.compile`` run the blocks for whole clips (training, teacher); weights stay as they are.
 
-        One compilation serves all blocks; it takes up to a minute at the first call. Weights and their names stay, too.
+        One compilation serves all blocks; it takes up to a minute at the first call.
+
+        Args:
+            streams: against a cache, too. Its slots are no matter for the compiler: ``torch.compiler.disable`` has to
+                keep it from the cache's ``attend``.
         """
         # Rotations come in as complex numbers and are taken apart at once: a view, for which no code is needed.
         warnings.filterwarnings("ignore", message="Torchinductor does not support code generation for complex")
-        self._run_block = torch.compile(run_block)
+        self._run_block, self._compiles_streams = torch.compile(run_block), streams
 
     # -- conditions ----------------------------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from types import MethodType
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rest_lightning.constants import SAMPLES_PER_FRAME, SPATIAL_RATIO, TEMPORAL_RATIO
 from rest_lightning.diffusion.sampling import euler_step
@@ -28,7 +28,6 @@ from rest_lightning.streaming.state import EngineState, StreamState, Tables
 
 if TYPE_CHECKING:
     from rest_lightning.models.layers import SigmaEmbedding
-    from rest_lightning.models.transformer import A2VDiT
     from rest_lightning.talking_head import SamplingSettings, TalkingHead
 
 
@@ -89,7 +88,8 @@ class ChunkEngine:
         self._text = self.state.text
         self._transformer = self.tables.transformer
         if self.options.compile:
-            self._transformer = compiled_copy(model.transformer)
+            self._transformer = copy.copy(model.transformer)  # the same weights
+            self._transformer.compile_blocks(streams=True)
             # Slots and complex rotations are no matter for the compiler: it takes what lies before and behind.
             opaque = MethodType(torch.compiler.disable(IDContextCache.attend), self.cache)
             self.cache.attend = opaque  # type: ignore[method-assign]
@@ -285,16 +285,6 @@ class ChunkEngine:
             return nullcontext()
         on_device = self.model.device.type == "cuda"
         return self.clock.stage(name, partial(torch.cuda.Event, enable_timing=True) if on_device else None)
-
-
-def compiled_copy(transformer: A2VDiT) -> A2VDiT:
-    """The same weights behind blocks that compile themselves at their first call; the original stays as it is."""
-    compiled = copy.copy(transformer)
-    compiled._modules = dict(transformer._modules)
-    compiled.transformer_blocks = nn.ModuleList(copy.copy(block) for block in transformer.transformer_blocks)
-    for block in compiled.transformer_blocks:
-        block.compile()
-    return compiled
 
 
 def _upload(tensor: Tensor, device: torch.device) -> Tensor:

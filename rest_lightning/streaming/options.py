@@ -27,8 +27,8 @@ class EngineOptions:
     Attributes:
         graphs: capture the denoising steps and the decoding as CUDA graphs. None: on CUDA; ``REST_CUDA_GRAPHS=0`` in
             the environment turns them off whatever stands here.
-        compile: ``torch.compile`` every transformer block, in a copy that shares the weights. Costs a minute or more at
-            the first chunk.
+        compile: ``torch.compile`` the transformer's blocks, once for all of them, in a copy that shares the weights.
+            Costs up to a minute at the first chunk.
         pack: lay the weights out once for the CPU's kernels, instead of at every call. None: on the CPU, where torch
             can. Packed weights lie beside the others, once for all sessions of a model. Not with ``compile``.
         overlap: on CUDA decode a chunk, and copy it to the host, while the next one is denoised.

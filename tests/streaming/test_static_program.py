@@ -12,6 +12,7 @@ import torch
 from tape import Tape, tensors_alive_bytes
 from tiny_ltx import make_vae
 
+from rest_lightning.models.layers import run_block
 from rest_lightning.models.ltx_vae import LTXVideoVAE
 from rest_lightning.models.packed import can_pack
 from rest_lightning.streaming.engine import ChunkEngine
@@ -155,9 +156,9 @@ def test_compiled_blocks_share_weights_and_give_the_same_latents(make: Callable[
     eager = engine_of(head)
     compiled = engine_of(head, options=EngineOptions(compile=True))
     counter = CompileCounterWithBackend("aot_eager")  # traces and functionalises like inductor, without its compiler
-    for block in compiled._transformer.transformer_blocks:
-        block.compile(backend=counter)
-    assert not any(block._compiled_call_impl for block in head.transformer.transformer_blocks)
+    assert compiled._transformer._run_block is not run_block
+    assert eager._transformer._run_block is head.transformer._run_block is run_block
+    compiled._transformer._run_block = torch.compile(run_block, backend=counter)
     generator = torch.Generator().manual_seed(0)
     for engine in (eager, compiled):
         engine.start(portrait())
@@ -168,7 +169,8 @@ def test_compiled_blocks_share_weights_and_give_the_same_latents(make: Callable[
             torch.testing.assert_close(
                 compiled.denoise(noise, words), eager.denoise(noise, words), atol=1e-5, rtol=1e-5
             )
-    assert 0 < counter.frame_count <= 12, counter.frame_count
+    # Before and behind the attention; again when the number of the block turns out to vary, and not for every block.
+    assert 0 < counter.frame_count <= 6, counter.frame_count
 
 
 def test_switches(make: Callable[..., TalkingHead], monkeypatch: pytest.MonkeyPatch) -> None:
