@@ -96,6 +96,7 @@ def test_the_next_chunk_is_launched_before_the_last_is_fetched(
     head: TalkingHead, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("rest_lightning.streaming.session._LIVE_S", 60.0)  # a busy machine is no live source
+    monkeypatch.setattr(InThread, "is_ready", False)  # what is decoded early would be handed out early
     session, worker = open_overlapped(head)
     launched = []
     for frames in session.stream([speech(200)]):
