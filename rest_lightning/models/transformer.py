@@ -348,6 +348,9 @@ class A2VDiT(nn.Module):
             streams: against a cache, too. Its slots are no matter for the compiler: ``torch.compiler.disable`` has to
                 keep it from the cache's ``attend``.
         """
+        # Student and teacher, training and validation, a whole and a last batch: each has code of its own, and beyond
+        # the limit (8 unless raised) blocks would run uncompiled.
+        torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
         # Rotations come in as complex numbers and are taken apart at once: a view, for which no code is needed.
         warnings.filterwarnings("ignore", message="Torchinductor does not support code generation for complex")
         self._run_block, self._compiles_streams = torch.compile(run_block), streams
