@@ -38,7 +38,8 @@ from rest_lightning.models.transformer import A2VDiT
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]  # noisy latents, sigmas, speech latents, target velocity
 Form = Callable[[Batch], Tensor]  # a batch to its loss
 TARGET_TIME_RATIO = 0.5
-PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::_scaled_dot_product_")  # beginnings of names
+# Beginnings of names.
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::_scaled_dot_product_")
 
 
 def main(arguments: list[str] | None = None) -> int:
