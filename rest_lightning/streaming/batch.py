@@ -46,19 +46,27 @@ class _Member:
             if count < len(block):
                 self.waiting.appendleft(block[count:])
 
-    def snapshot(self) -> tuple[RowState, Samples]:
-        return self.row.snapshot(), np.concatenate([np.zeros(0, np.float32), *self.waiting])
+    def snapshot(self) -> RowSnapshot:
+        return RowSnapshot(self.row.snapshot(), np.concatenate([np.zeros(0, np.float32), *self.waiting]))
 
-    def restore(self, saved: tuple[RowState, Samples]) -> None:
-        self.row.restore(saved[0])
-        self.waiting = deque([saved[1]] if len(saved[1]) else ())
+    def restore(self, saved: RowSnapshot) -> None:
+        self.row.restore(saved.row)
+        self.waiting = deque([saved.waiting] if len(saved.waiting) else ())
+
+
+@dataclass(frozen=True)
+class RowSnapshot:
+    """One row of a batch between two steps."""
+
+    row: RowState
+    waiting: Samples
 
 
 @dataclass(frozen=True)
 class BatchState:
     """All rows of a batch between two steps; None for a row that is not in use."""
 
-    rows: tuple[tuple[RowState, Samples] | None, ...]
+    rows: tuple[RowSnapshot | None, ...]
 
 
 class BatchSession:
@@ -200,6 +208,24 @@ class BatchSession:
         with explain_out_of_memory(self.model, self.num_rows, self._sampling):
             member.row.show(reference)
 
+    def snapshot_row(self, row: int) -> RowSnapshot:
+        """A copy of everything that the following frames of one row depend on; a few megabytes at the embedded size."""
+        member = self._member(row)
+        self._settle([row])
+        return member.snapshot()
+
+    def restore_row(self, row: int, state: RowSnapshot) -> None:
+        """Take one row back to a snapshot of it, or of a row of a batch like this one; the others go on.
+
+        Raises:
+            UserError: no such row, one that is not in use, or a snapshot of another model; the row is as it was then.
+        """
+        member = self._member(row)
+        self._places[row].check(state.row.engine)
+        self._settle([row])
+        with self.clock.paused():
+            member.restore(state)
+
     # -- computing ----------------------------------------------------------------------------------------------------
 
     def step(self, idle: Idle = "wait") -> dict[int, Frames]:
@@ -301,13 +327,13 @@ class BatchSession:
             )
         for place, saved in zip(self._places, state.rows, strict=True):
             if saved is not None:
-                place.check(saved[0].engine)
+                place.check(saved.row.engine)
         self._settle(self._in_lanes)
         with self.clock.paused():
             for row, saved in enumerate(state.rows):
                 self._members[row] = None
                 if saved is not None:
-                    member = _Member(Row(self._widest, saved[0].reference, 0, self._places[row]))
+                    member = _Member(Row(self._widest, saved.row.reference, 0, self._places[row]))
                     member.restore(saved)
                     self._members[row] = member
 

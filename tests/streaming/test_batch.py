@@ -119,7 +119,7 @@ def test_states_of_rows_are_those_of_sessions_alone(head: TalkingHead) -> None:
         assert sorted(batch.step()) == list(range(row + 1))
     for saved, session in zip(batch.snapshot().rows, sessions, strict=True):
         assert saved is not None
-        assert_same_state(saved[0].engine, session.snapshot().row.engine)
+        assert_same_state(saved.row.engine, session.snapshot().row.engine)
 
 
 def test_switch_restart_and_stop_leave_the_others_alone(head: TalkingHead) -> None:
@@ -238,6 +238,38 @@ def test_snapshot_and_restore_are_bit_identical(make: Callable[..., TalkingHead]
     with pytest.raises(ValueError, match="got one of another: restore it in a session that was opened alike"):
         stranger.restore(state)
     assert stranger.rows == [1]
+
+
+def test_one_row_goes_back_and_the_others_go_on(make: Callable[..., TalkingHead], head: TalkingHead) -> None:
+    batch = head.open_batch(3)
+    frames: dict[int, list[np.ndarray]] = {}
+    for row in (0, 1):
+        batch.start(row, portrait(row), seed=row)
+        batch.push(row, speech(26, seed=row))
+    drain(batch, frames)
+    state = batch.snapshot_row(1)
+    for row in (0, 1):
+        batch.push(row, speech(24, seed=10 + row))
+    drain(batch, frames)
+    dropped = frames[1].pop()
+    batch.restore_row(1, state)
+    for row, seed in ((0, 20), (1, 30)):
+        batch.push(row, speech(24, seed=seed))
+    drain(batch, frames)
+    spoken = {
+        0: np.concatenate([speech(26, seed=0), speech(24, seed=10), speech(24, seed=20)]),
+        1: np.concatenate([speech(26, seed=1), speech(24, seed=30)]),
+    }
+    for row, samples in spoken.items():
+        video = np.concatenate(frames[row])
+        assert_same_frames(video, alone(head, row, samples)[0][: len(video)])
+    assert not np.array_equal(dropped, frames[1][-1])
+    with pytest.raises(ValueError, match="expected a row in use, but row 2 was not started or has ended"):
+        batch.restore_row(2, state)
+    stranger = make(seed=1).open_batch(1)
+    stranger.start(0, portrait(0))
+    with pytest.raises(ValueError, match="got one of another: restore it in a session that was opened alike"):
+        stranger.restore_row(0, state)
 
 
 def test_memory_is_that_of_the_start(head: TalkingHead) -> None:
