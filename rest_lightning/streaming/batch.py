@@ -183,6 +183,24 @@ class BatchSession:
         member.waiting.append(block.copy())
         member.top_up()
 
+    def amend(self, row: int, samples: Any) -> None:
+        """Put other speech in the place of the last that was pushed to a row, as far as no chunk has shown it.
+
+        After a step that is what the model reads ahead: the lookahead of the speech encoder.
+
+        Raises:
+            UserError: bad samples, or more than were not shown yet; nothing has changed then.
+        """
+        member = self._member(row)
+        block = as_samples(samples, member.row.num_samples - len(samples))
+        if member.num_waiting or member.row.is_finished or len(block) > member.row.num_unshown:
+            most = 0 if member.num_waiting or member.row.is_finished else member.row.num_unshown
+            raise UserError(
+                f"expected at most {most} samples in place of those that row {row} has not shown, got {len(block)}: "
+                "amend after a step"
+            )
+        member.row.amend(block)
+
     def finish(self, row: int) -> None:
         """End a row's speech: the next steps give what is left, and with its last frame the row is free again."""
         member = self._member(row)

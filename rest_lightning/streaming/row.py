@@ -89,6 +89,15 @@ class Row:
         self.num_samples += count
         return count
 
+    @property
+    def num_unshown(self) -> int:
+        """Samples taken in that no launched frame shows: those of the next chunk so far, and what was read ahead."""
+        return self.num_samples - SAMPLES_PER_FRAME * self.num_frames
+
+    def amend(self, block: Samples) -> None:
+        """Put other samples in the place of the last ones; at most :attr:`num_unshown`."""
+        self._buffer[self._filled - len(block) : self._filled] = block
+
     def take(self) -> tuple[Tensor, Tensor, int]:
         """Audio (1, samples) and noise (1, C, l, h, w) of the next chunk, and how many of its frames are shown."""
         if self.num_missing:  # the ragged end

@@ -272,6 +272,32 @@ def test_one_row_goes_back_and_the_others_go_on(make: Callable[..., TalkingHead]
         stranger.restore_row(0, state)
 
 
+def test_what_was_read_ahead_can_be_amended(head: TalkingHead) -> None:
+    batch = head.open_batch(2)
+    frames: dict[int, list[np.ndarray]] = {}
+    first, second, other = speech(26, seed=1), speech(24, seed=2), speech(2, seed=3)
+    for row in (0, 1):
+        batch.start(row, portrait(row), seed=row)
+        batch.push(row, first)
+    drain(batch, frames)
+    with pytest.raises(ValueError, match="expected at most 1280 samples in place of those that row 0 has not shown"):
+        batch.amend(0, speech(3))
+    batch.amend(0, other)
+    for row in (0, 1):
+        batch.push(row, second)
+    drain(batch, frames)
+    amended = np.concatenate([first[: -2 * 640], other, second])
+    for row, samples in ((0, amended), (1, np.concatenate([first, second]))):
+        heard = alone(head, row, samples)[0][24:48]  # the first chunk was computed with what was there before
+        again = np.concatenate(frames[row])[24:]
+        if row:
+            assert_same_frames(again, heard)
+        else:
+            assert np.abs(again.astype(int) - heard.astype(int)).mean() < np.abs(
+                again.astype(int) - alone(head, row, np.concatenate([first, second]))[0][24:48].astype(int)
+            ).mean()
+
+
 def test_memory_is_that_of_the_start(head: TalkingHead) -> None:
     batch = head.open_batch(3)
     alive, addresses = [], []
