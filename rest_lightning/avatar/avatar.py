@@ -317,6 +317,11 @@ class Avatar:
         self._speech().switch(reference)
 
     @property
+    def is_closed(self) -> bool:
+        """Whether :meth:`aclose` was called."""
+        return self._is_closed
+
+    @property
     def is_speaking(self) -> bool:
         """Whether speech waits or is being shown."""
         return self._timeline is not None and not self._timeline.is_idle
