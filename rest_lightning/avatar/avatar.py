@@ -272,16 +272,20 @@ class Avatar:
             self._plan()
         return number
 
-    async def flush(self) -> None:
-        """End of an utterance: what is left of it is shown without waiting for more. Nothing open: nothing happens.
+    async def flush(self) -> int | None:
+        """End of an utterance: what is left of it is shown without waiting for more.
+
+        Returns:
+            The number of the utterance; None where none was open, and nothing happens.
 
         Raises:
             UserError: a closed avatar.
         """
         if self._timeline is None:
             await self.start()
-        self._speech().queue.finish()
+        number = self._speech().queue.finish()
         self._plan()
+        return number
 
     def interrupt(self) -> None:
         """Be silent at once: speech that was not given out by :meth:`run` is dropped, and the face comes to rest.

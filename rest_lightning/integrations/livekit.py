@@ -46,7 +46,6 @@ except ModuleNotFoundError as missing:
     ) from None
 
 if TYPE_CHECKING:
-
     from rest_lightning import TalkingHead
 
 SAMPLE_RATE_HZ = 24_000  # what most speech synthesis gives; the agent resamples to it
