@@ -195,7 +195,8 @@ class AvatarSession(BaseAvatarSession[str]):
 
     Args:
         portrait: as in :meth:`rest_lightning.TalkingHead.open`; with ``worker`` a file that the worker can read.
-        model: a talking head, or a pool that several sessions share; None loads the embedded model. Not with ``worker``.
+        model: a talking head, or a pool that several sessions share; None loads the embedded model.
+            Not with ``worker``.
         settings: of the avatar.
         sample_rate: of the sound that is published, in Hz.
         worker: run the avatar in a process of its own, which joins the room as a participant.
@@ -424,8 +425,9 @@ def main() -> int:
 async def _join(args: argparse.Namespace) -> int:
     url, token = os.environ.get(URL_VARIABLE), os.environ.get(TOKEN_VARIABLE)
     if not url or not token:
+        got = "no token" if url else "no address"
         raise UserError(
-            f"expected {URL_VARIABLE} and {TOKEN_VARIABLE} in the environment, got {'no token' if url else 'no address'}"
+            f"expected {URL_VARIABLE} and {TOKEN_VARIABLE} in the environment, got {got}"
         )
     from rest_lightning import TalkingHead
 

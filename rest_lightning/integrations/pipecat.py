@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -91,8 +91,10 @@ class AvatarVideoService(AIService):
         avatar: AvatarSettings | None = None,
         **kwargs: Any,
     ) -> None:
-        complete = AvatarVideoSettings(model=None)
-        complete.apply_update(settings)
+        # Not by comparing, as apply_update does: an array has no one answer to that.
+        complete = AvatarVideoSettings(
+            model=None, portrait=settings.portrait, extra=dict(settings.extra)
+        )
         if not is_given(complete.portrait):
             raise UserError(
                 "expected a portrait in the settings, got none: AvatarVideoService.Settings(portrait='me.jpg')"
@@ -230,13 +232,16 @@ class AvatarVideoService(AIService):
                 await self.push_frame(self._stops.popleft()[1])
 
     async def _update_settings(self, delta: ServiceSettings) -> dict[str, Any]:
-        changed = await super()._update_settings(delta)
-        if "portrait" in changed:
+        given = getattr(delta, "portrait", NOT_GIVEN)
+        changed = await super()._update_settings(replace(delta, portrait=NOT_GIVEN))
+        if is_given(given) and given is not self._settings.portrait:
             try:
-                await self.avatar.switch_identity(self._settings.portrait)
+                await self.avatar.switch_identity(given)
             except UserError as error:
-                self._settings.portrait = changed.pop("portrait")
                 await self.push_error(str(error), exception=error)
+            else:
+                changed["portrait"] = self._settings.portrait
+                self._settings.portrait = given
         return changed
 
     async def _close(self) -> None:

@@ -363,7 +363,7 @@ def test_bad_use(monkeypatch: pytest.MonkeyPatch) -> None:
         UserError, match="expected the key of the LiveKit server, got none: set LIVEKIT_API_KEY"
     ):
         asyncio.run(start(AvatarSession("me.png", worker=True, url="ws://127.0.0.1:9")))
-    with pytest.raises(UserError, match="expected a portrait image, but none.png does not exist"):
+    with pytest.raises(UserError, match=r"expected a portrait image, but none\.png does not exist"):
         asyncio.run(start(AvatarSession("none.png", model=TracedModel())))  # type: ignore[arg-type]
 
 
