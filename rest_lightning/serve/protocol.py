@@ -1,4 +1,4 @@
-"""Messages of the live page, version 1: a binary header of 16 bytes, and JSON. docs/protocol.md describes them."""
+"""Messages of the live page, version 2: a binary header of 16 bytes, and JSON. docs/protocol.md describes them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from rest_lightning.constants import SAMPLES_PER_FRAME
 
-VERSION = 1
+VERSION = 2
+VERSIONS = (1, 2)  # that are understood; 1 is that of release 0.1
 HEADER = struct.Struct("<BBHIII")  # type, flags, zero, epoch, index, count
 SPEECH, H264, JPEG, SOUND = 1, 2, 3, 4
 KEYFRAME, IDLE = 1, 2
@@ -67,6 +68,7 @@ class Hello:
     codecs: tuple[str, ...] = ("h264", "jpeg")
     portrait: str | None = None
     seed: int = 0
+    version: int = 1
 
 
 @dataclass(frozen=True)
@@ -160,15 +162,16 @@ def parse_text(text: str) -> ClientMessage:
 
 def _hello(fields: dict[str, Any]) -> Hello:
     version = fields.get("version")
-    if version != VERSION or isinstance(version, bool):
-        raise ProtocolError("version", f"expected version {VERSION} of the protocol, got {_short(version)}")
+    if isinstance(version, bool) or version not in VERSIONS:
+        known = " or ".join(map(str, VERSIONS))
+        raise ProtocolError("version", f"expected version {known} of the protocol, got {_short(version)}")
     codecs = fields.get("codecs", list(Hello.codecs))
     if not isinstance(codecs, list) or not all(isinstance(codec, str) for codec in codecs):
         raise ProtocolError("bad_message", f"expected codecs as a list of names, got {_short(codecs)}")
     portrait = fields.get("portrait")
     if portrait is not None and not isinstance(portrait, str):
         raise ProtocolError("bad_message", f"expected the id of a portrait, got {_short(portrait)}")
-    return Hello(tuple(codecs), portrait, _integer(fields, "seed", 2**63 - 1, default=0))
+    return Hello(tuple(codecs), portrait, _integer(fields, "seed", 2**63 - 1, default=0), version)
 
 
 def _identity(fields: dict[str, Any]) -> Identity:

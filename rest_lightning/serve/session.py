@@ -19,7 +19,6 @@ from rest_lightning.serve.outlet import Outlet, SessionOver
 from rest_lightning.serve.portraits import Portraits
 from rest_lightning.serve.protocol import (
     MAX_EPOCH,
-    VERSION,
     Channel,
     ChannelClosed,
     Hello,
@@ -217,7 +216,7 @@ class Session:
             raise ProtocolError("portrait", str(error)) from None
         await asyncio.wrap_future(self.slot.start(portrait, hello.seed))
         fields: dict[str, object] = {
-            "version": VERSION,
+            "version": hello.version,
             "size_px": size_px,
             "fps": FPS,
             "sample_rate_hz": SAMPLE_RATE,

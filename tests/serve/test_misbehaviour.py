@@ -108,7 +108,7 @@ def test_whoever_breaks_the_rules_is_told_in_one_line_and_the_others_go_on(head:
 
 
 FIRST_WORDS = {
-    '{"type": "hello", "version": 2}': ("version", "expected version 1"),
+    '{"type": "hello", "version": 3}': ("version", "expected version 1 or 2 of the protocol, got 3"),
     '{"type": "end"}': ("hello", "expected a hello first"),
     '{"type": "hello", "version": 1, "codecs": ["vp9"]}': ("codec", "expected a codec of h264, jpeg"),
     '{"type": "hello", "version": 1, "portrait": "../../etc/passwd"}': ("portrait", "expected the id of a portrait"),

@@ -58,7 +58,8 @@ def test_bad_speech_is_told(data: bytes, told: str) -> None:
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [
-        ({"type": "hello", "version": 1}, Hello(("h264", "jpeg"), None, 0)),
+        ({"type": "hello", "version": 1}, Hello(("h264", "jpeg"), None, 0, 1)),
+        ({"type": "hello", "version": 2}, Hello(("h264", "jpeg"), None, 0, 2)),
         (
             {"type": "hello", "version": 1, "codecs": ["jpeg"], "portrait": "p", "seed": 7, "later": True},
             Hello(("jpeg",), "p", 7),
@@ -82,7 +83,7 @@ def test_text_is_read(fields: dict[str, object], expected: object) -> None:
         ("[1]", "bad_message", "expected a message of type hello, .* got None"),
         ('{"type": ["hello"]}', "bad_message", "got \\['hello'\\]"),
         ('{"type": "shout"}', "bad_message", "got 'shout'"),
-        ('{"type": "hello"}', "version", "expected version 1 of the protocol, got None"),
+        ('{"type": "hello"}', "version", "expected version 1 or 2 of the protocol, got None"),
         ('{"type": "hello", "version": true}', "version", "got True"),
         ('{"type": "hello", "version": 1, "codecs": "h264"}', "bad_message", "codecs as a list"),
         ('{"type": "hello", "version": 1, "portrait": 3}', "bad_message", "id of a portrait, got 3"),
