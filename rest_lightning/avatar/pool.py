@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import numpy as np
@@ -156,6 +157,10 @@ class AvatarPool:
         seconds = sorted(self._rows[row].turnarounds_s)
         return seconds[-2] if len(seconds) > 1 else max([self._warm_s, *seconds])
 
+    def turnarounds_s(self, row: int) -> tuple[float, ...]:
+        """Seconds from order to frames of a row's last chunks, oldest first."""
+        return tuple(self._rows[row].turnarounds_s)
+
     async def acquire(self, portrait: Any, seed: int, crop: Any = "centre") -> int:
         """Begin a stream; returns its row.
 
@@ -248,7 +253,7 @@ class AvatarPool:
             jobs, self._jobs = self._jobs, []
             if not jobs:
                 continue
-            results = await self._in_worker(lambda jobs=jobs: self._compute(jobs))
+            results = await self._in_worker(partial(self._compute, jobs))
             now_s = loop.time()
             for job, result in zip(jobs, results, strict=True):
                 if job.done.done():

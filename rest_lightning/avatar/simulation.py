@@ -19,7 +19,7 @@ from rest_lightning.constants import SAMPLES_PER_FRAME, TEMPORAL_RATIO
 
 _Result = TypeVar("_Result")
 _TRACE = struct.Struct("<IfB")  # frame of the stream, level of its speech, portrait
-TRACED_SIZE_PX = 16
+TRACED_SIZE_PX = 16  # unless told otherwise
 
 
 class _Selector(selectors.DefaultSelector):
@@ -119,6 +119,7 @@ class TracedModel:
         lookahead_frames: frames that are read beyond it.
         compute_s: simulated seconds of a step, however many rows it has.
         broken_level: speech that is louder makes a step fail.
+        size_px: side of the pictures.
 
     Attributes:
         num_steps: steps so far.
@@ -131,9 +132,10 @@ class TracedModel:
         lookahead_frames: int = 2,
         compute_s: float = 0.1,
         broken_level: float = 2.0,
+        size_px: int = TRACED_SIZE_PX,
     ) -> None:
         self.compute_s, self.broken_level = compute_s, broken_level
-        self.size_px = TRACED_SIZE_PX
+        self.size_px = size_px
         self.transformer = SimpleNamespace(cache_options=SimpleNamespace(chunk_length=chunk_length))
         self.speech_encoder = SimpleNamespace(lookahead_frames=lookahead_frames)
         self.num_steps = 0
@@ -211,7 +213,7 @@ class TracedBatch:
         self._rows.clear()
 
     def _frames(self, row: _Row) -> NDArray[np.uint8]:
-        size = TRACED_SIZE_PX
+        size = self._model.size_px
         frames = np.full((self._chunk_frames, size * size * 3), 128, np.uint8)
         for frame in frames:
             samples, row.speech = row.speech[:SAMPLES_PER_FRAME], row.speech[SAMPLES_PER_FRAME:]

@@ -211,6 +211,8 @@ class AvatarSession(BaseAvatarSession[str]):
         UserError: a worker with a model of this process.
     """
 
+    _room: Any  # of the base class
+
     def __init__(
         self,
         portrait: Any,

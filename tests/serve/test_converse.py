@@ -133,22 +133,26 @@ def test_the_loopback_repeats_what_was_said_and_can_be_interrupted(version: int)
 
 def test_a_client_interrupts_and_changes_the_portrait() -> None:
     async def talk() -> None:
-        async with loopback_server() as url, conversing(url) as server:
-            async with LiveClient(server.url, codecs=("jpeg",)) as client, Talker(client) as talker:
-                talker.speech = tone(2.0)
-                await talker.wait(lambda: loudness(talker.heard()[-6000:]) > 0.15)
-                await client.interrupt()
-                at_s = await talker.wait(lambda: bool(talker.said("interrupted")), 1.0)
-                await asyncio.sleep(0.5)
-                assert loudness(talker.heard(at_s)) == 0.0
-                await client.show("nobody")
-                await talker.wait(
-                    lambda: any(each["code"] == "portrait" for each in talker.said("error"))
-                )
-                await client.show(server.portraits.listed()[-1]["id"])
-                await talker.wait(lambda: bool(talker.said("identity")))
-                await client.end()
-                await talker.wait(lambda: bool(talker.said("bye")))
+        async with (
+            loopback_server() as url,
+            conversing(url) as server,
+            LiveClient(server.url, codecs=("jpeg",)) as client,
+            Talker(client) as talker,
+        ):
+            talker.speech = tone(2.0)
+            await talker.wait(lambda: loudness(talker.heard()[-6000:]) > 0.15)
+            await client.interrupt()
+            at_s = await talker.wait(lambda: bool(talker.said("interrupted")), 1.0)
+            await asyncio.sleep(0.5)
+            assert loudness(talker.heard(at_s)) == 0.0
+            await client.show("nobody")
+            await talker.wait(
+                lambda: any(each["code"] == "portrait" for each in talker.said("error"))
+            )
+            await client.show(server.portraits.listed()[-1]["id"])
+            await talker.wait(lambda: bool(talker.said("identity")))
+            await client.end()
+            await talker.wait(lambda: bool(talker.said("bye")))
 
     asyncio.run(talk())
 
@@ -244,7 +248,7 @@ def test_a_realtime_server_that_is_absent_is_one_line() -> None:
     async def talk() -> dict[str, Any]:
         async with conversing("ws://127.0.0.1:9/") as server:
             with pytest.raises(
-                UserError, match="expected a realtime server at ws://127.0.0.1:9/, got none"
+                UserError, match=r"expected a realtime server at ws://127\.0\.0\.1:9/, got none"
             ):
                 async with LiveClient(server.url):
                     pass
