@@ -1,10 +1,14 @@
-"""Faces of voice agents: how soon they answer and fall silent, several at once, memory, and what the adapters cost.
+"""Faces of voice agents: how soon they answer and fall silent, several at once, memory, and what
+the adapters cost.
 
-``python -m benchmarks.agents --out benchmarks/results/agents.json``; ``--seconds 4 --hours 0.1`` rehearses.
+``python -m benchmarks.agents --out benchmarks/results/agents.json``; ``--seconds 4 --hours 0.1``
+rehearses.
 
-Times are those of the embedded model on the real clock: let nothing else run. Idling takes simulated hours. What holds
-at every moment (sound and picture in step, nothing lost, nothing old) is not sampled here but kept by the conformance
-suite, whose cases are counted. Adapters are measured where their extras are installed.
+Times are those of the embedded model on the real clock: let nothing else run. Idling takes
+    simulated hours. What holds
+at every moment (sound and picture in step, nothing lost, nothing old) is not sampled here but kept
+by the conformance suite, whose cases are counted. Adapters are measured where their extras are
+installed.
 """
 
 from __future__ import annotations
@@ -118,7 +122,8 @@ def run(args: argparse.Namespace) -> int:
     }
     if unknown := set(args.only or ()) - set(scenarios):
         raise UserError(
-            f"expected scenarios of {', '.join(scenarios)}, got {', '.join(sorted(unknown))}: choose some"
+            f"expected scenarios of {', '.join(scenarios)}, got {', '.join(sorted(unknown))}: "
+            f"choose some"
         )
     args.out.parent.mkdir(parents=True, exist_ok=True)
     result: Row = {"scenarios": {}, "targets": [], "failures": [], **origin(args)}
@@ -159,7 +164,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 async def answers(pool: AvatarPool, seconds: float, speed: float) -> Row:
-    """From the first sample of an utterance to the first picture with it, at every phase of a chunk."""
+    """From the first sample of an utterance to the first picture with it, at every phase of a
+    chunk.
+    """
     async with pool, Avatar(PORTRAIT, pool) as avatar:
         reading = asyncio.create_task(_read(avatar, lambda frame: None))
         await asyncio.sleep(1.5)
@@ -188,7 +195,9 @@ async def answers(pool: AvatarPool, seconds: float, speed: float) -> Row:
 
 
 async def interruptions(pool: AvatarPool, seconds: float) -> Row:
-    """How long after an interruption speech was still handed out, and how long the last picture was held."""
+    """How long after an interruption speech was still handed out, and how long the last picture was
+    held.
+    """
     last_s = 0.0
     late_ms: list[float] = []
     held: list[int] = []
@@ -256,7 +265,8 @@ async def together(pool: AvatarPool, count: int, seconds: float) -> Row:
 
 
 def simulated() -> Row:
-    """What waiting, placing and computing again come to, for a model that takes 100 ms or 200 ms for a chunk.
+    """What waiting, placing and computing again come to, for a model that takes 100 ms or 200 ms
+    for a chunk.
 
     The clock is simulated: nothing else on this machine matters. Of 24 phases of a chunk.
     """
@@ -322,7 +332,9 @@ def idle(hours: float) -> Row:
 
 
 def adapters(seconds: float) -> Row:
-    """Processor time of the seam alone, and with an adapter around it, for pictures of 256 px and constant speech."""
+    """Processor time of the seam alone, and with an adapter around it, for pictures of 256 px and
+    constant speech.
+    """
     seam = _percent_of_core(lambda avatar, _: _read(avatar, lambda frame: None), seconds)
     found: Row = {"size_px": SIZE_PX, "seam_percent": seam}
     if importlib.util.find_spec("livekit") is not None:

@@ -1,4 +1,6 @@
-"""The programs of docs/agents.md are run as they stand: rooms, transports and speech come from here."""
+"""The programs of docs/agents.md are run as they stand: rooms, transports and speech come from
+here.
+"""
 
 from __future__ import annotations
 

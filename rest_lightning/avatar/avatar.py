@@ -60,7 +60,8 @@ class AvatarSettings:
                 )
         if not self.max_waiting_s >= 2.0:
             raise UserError(
-                f"expected max_waiting_s of at least 2, got {self.max_waiting_s}: 120 is the default"
+                f"expected max_waiting_s of at least 2, got {self.max_waiting_s}: 120 is the "
+                f"default"
             )
         check_sound(np.zeros(0, np.int16), self.sample_rate)
 
@@ -288,7 +289,8 @@ class Avatar:
         return number
 
     def interrupt(self) -> None:
-        """Be silent at once: speech that was not given out by :meth:`run` is dropped, and the face comes to rest.
+        """Be silent at once: speech that was not given out by :meth:`run` is dropped, and the face
+        comes to rest.
 
         Pictures go on from the last one; until the model has computed them, which takes a chunk's
         time, it is held.
@@ -338,7 +340,8 @@ class Avatar:
     # -- pictures ---------------------------------------------------------------------------------
 
     async def run(self) -> AsyncIterator[AvatarFrame]:
-        """Pictures and sound, 40 ms at a time, each when it is due; without end, until :meth:`aclose`.
+        """Pictures and sound, 40 ms at a time, each when it is due; without end, until
+        :meth:`aclose`.
 
         A reader that lets pieces wait is not hurried: less than 0.2 s are caught up, and after a
             longer absence the

@@ -278,7 +278,8 @@ def assert_in_step(seen: list[Seen]) -> None:
         quarter = len(mono) // 4
         offset_s = abs(float(mono[quarter : len(mono) - quarter].mean()) - trace.level) / _SLOPE
         assert offset_s <= MAX_OFFSET_S, (
-            f"expected sound and picture within {1e3 * MAX_OFFSET_S:g} ms, got {1e3 * offset_s:.1f} ms"
+            f"expected sound and picture within {1e3 * MAX_OFFSET_S:g} ms, got "
+            f"{1e3 * offset_s:.1f} ms"
         )
 
 
@@ -301,7 +302,9 @@ def assert_heard(sound: NDArray[Any], expected: NDArray[Any], sample_rate: int =
 
 
 async def utterances_of_any_length(open_subject: Open, make_model: MakeModel = TracedModel) -> None:
-    """Every one is heard to its end, which is told once, behind the last piece; one without samples is none."""
+    """Every one is heard to its end, which is told once, behind the last piece; one without samples
+    is none.
+    """
     for seconds in (0.0, 1e-9, 0.039, 0.04, 0.041, 0.96, 3.3):
         async with open_subject(make_model()) as subject, Recording(subject) as recording:
             await asyncio.sleep(1.33)
@@ -312,7 +315,8 @@ async def utterances_of_any_length(open_subject: Open, make_model: MakeModel = T
             assert_steady(recording.seen)
             assert_in_step(recording.seen)
             assert recording.num_ends == (len(samples) > 0), (
-                f"expected the end of an utterance of {len(samples)} samples once, got it {recording.num_ends} times"
+                f"expected the end of an utterance of {len(samples)} samples once, got it "
+                f"{recording.num_ends} times"
             )
             if recording.num_ends:
                 last = max(
@@ -491,7 +495,9 @@ async def an_end_that_nobody_tells(open_subject: Open, make_model: MakeModel = T
 async def a_model_slower_than_real_time(
     open_subject: Open, make_model: MakeModel = TracedModel
 ) -> None:
-    """For ten seconds: sound and picture stay together and nothing is lost; afterwards it is as before."""
+    """For ten seconds: sound and picture stay together and nothing is lost; afterwards it is as
+    before.
+    """
     model = make_model()
     async with open_subject(model) as subject, Recording(subject) as recording:
         await asyncio.sleep(1.0)
@@ -598,7 +604,9 @@ def _spoken_after(seen: list[Seen], at_s: float) -> NDArray[Any]:
 
 
 def _assert_nothing_old(seen: list[Seen], at_s: float, is_odd: bool) -> None:
-    """After an interruption neither the sound nor the pictures of speech whose number was even, or odd."""
+    """After an interruption neither the sound nor the pictures of speech whose number was even, or
+    odd.
+    """
     sign = -1 if is_odd else 1
     held = max(
         (read_trace(each.piece.picture).frame for each in seen if each.time_s - at_s <= MAX_OLD_S),
@@ -610,8 +618,10 @@ def _assert_nothing_old(seen: list[Seen], at_s: float, is_odd: bool) -> None:
             continue
         samples, trace = each.piece.samples, read_trace(each.piece.picture)
         assert samples is None or not (sign * samples > 0).any(), (
-            f"expected no old sound {1e3 * MAX_OLD_S:g} ms after an interruption, got some after {1e3 * late_s:.0f} ms"
+            f"expected no old sound {1e3 * MAX_OLD_S:g} ms after an interruption, got some after "
+            f"{1e3 * late_s:.0f} ms"
         )
         assert trace.frame == held or sign * trace.level < _LOW / 2, (
-            f"expected no old picture {1e3 * MAX_OLD_S:g} ms after an interruption, got one after {1e3 * late_s:.0f} ms"
+            f"expected no old picture {1e3 * MAX_OLD_S:g} ms after an interruption, got one after "
+            f"{1e3 * late_s:.0f} ms"
         )

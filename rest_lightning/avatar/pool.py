@@ -53,7 +53,8 @@ class _Row:
 
 
 class AvatarPool:
-    """Up to n avatars on one model; use it as an asynchronous context manager, or call :meth:`aclose`.
+    """Up to n avatars on one model; use it as an asynchronous context manager, or call
+    :meth:`aclose`.
 
     The model works in a thread of its own. Orders that come while it is busy are computed together
     in its next step. A
@@ -89,7 +90,8 @@ class AvatarPool:
         if chunk_length is not None and chunk_length != own_length:
             if "chunk_length" not in inspect.signature(model.open_batch).parameters:
                 raise UserError(
-                    f"expected chunk_length {own_length}, the only one that this model offers, got {chunk_length}: "
+                    f"expected chunk_length {own_length}, the only one that this model offers, "
+                    f"got {chunk_length}: "
                     "leave it out"
                 )
             self._open_batch["chunk_length"] = chunk_length
@@ -108,7 +110,8 @@ class AvatarPool:
     # -- life -------------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Take the memory and warm up; returns when the first avatar can be opened. Further calls do nothing.
+        """Take the memory and warm up; returns when the first avatar can be opened. Further calls
+        do nothing.
 
         Raises:
             UserError: not enough memory, or the pool is closed.
@@ -122,7 +125,9 @@ class AvatarPool:
         self._batch, self._warm_s = await self._in_worker(self._warm_up)
 
     async def aclose(self) -> None:
-        """End the thread; avatars that are still open end with a ModelError. A second call does nothing."""
+        """End the thread; avatars that are still open end with a ModelError. A second call does
+        nothing.
+        """
         if self._is_closed:
             return
         self._is_closed = True
@@ -153,7 +158,9 @@ class AvatarPool:
         return self.num_avatars - len(self._rows)
 
     def turnaround_s(self, row: int) -> float:
-        """Seconds that the next chunk of a row will take, from its order on: the second largest of the last few."""
+        """Seconds that the next chunk of a row will take, from its order on: the second largest of
+        the last few.
+        """
         seconds = sorted(self._rows[row].turnarounds_s)
         return seconds[-2] if len(seconds) > 1 else max([self._warm_s, *seconds])
 
@@ -171,7 +178,8 @@ class AvatarPool:
         free = [row for row in range(self.num_avatars) if row not in self._rows]
         if not free:
             raise UserError(
-                f"expected a place for one more avatar, got {self.num_avatars} of {self.num_avatars} taken: "
+                f"expected a place for one more avatar, got {self.num_avatars} of "
+                f"{self.num_avatars} taken: "
                 "close one, or make the pool larger"
             )
         row = free[0]
@@ -185,7 +193,8 @@ class AvatarPool:
         return row
 
     async def load(self, portrait: Any, crop: Any = "centre") -> Any:
-        """A portrait as a tensor (3, H, W) in [-1, 1], read in a thread; a tensor is taken as it is.
+        """A portrait as a tensor (3, H, W) in [-1, 1], read in a thread; a tensor is taken as it
+        is.
 
         Raises:
             UserError: an image that cannot be used.
@@ -263,7 +272,8 @@ class AvatarPool:
                     continue
                 if result is not None and job.row in self._rows:
                     row = self._rows[job.row]
-                    # Its own chunk before this one does not count: that is waited for by interruptions alone.
+                    # Its own chunk before this one does not count: that is waited for by
+                    # interruptions alone.
                     row.turnarounds_s.append(now_s - max(job.asked_s, row.done_s))
                     row.done_s = now_s
                 job.done.set_result(result)
@@ -332,7 +342,8 @@ class AvatarPool:
         try:
             frames = self._batch.step()
         except Exception:
-            # Nobody knows what the rows hold by now: all of them go back before the first is tried alone.
+            # Nobody knows what the rows hold by now: all of them go back before the first is tried
+            # alone.
             frames = {}
             for row, place in together.items():
                 self._batch.restore_row(row, jobs[place].order.mark.state)

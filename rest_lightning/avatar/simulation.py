@@ -112,7 +112,8 @@ class _Row:
 
 
 class TracedModel:
-    """Has what :class:`rest_lightning.avatar.AvatarPool` needs of a talking head; see :class:`Trace`.
+    """Has what :class:`rest_lightning.avatar.AvatarPool` needs of a talking head; see
+    :class:`Trace`.
 
     Args:
         chunk_length: latents of a chunk.

@@ -56,12 +56,14 @@ def check_sound(samples: Any, sample_rate: int) -> Sound:
     block = np.asarray(samples)
     if block.ndim not in (1, 2) or (block.ndim == 2 and not 1 <= block.shape[1] <= MAX_CHANNELS):
         raise UserError(
-            f"expected speech as (samples,) or (samples, channels) with 1 to {MAX_CHANNELS} channels, "
+            f"expected speech as (samples,) or (samples, channels) with 1 to {MAX_CHANNELS} "
+            f"channels, "
             f"got shape {block.shape}: transpose it, or average the channels"
         )
     if block.dtype != np.int16 and not np.issubdtype(block.dtype, np.floating):
         raise UserError(
-            f"expected speech as int16 or float, got {block.dtype}: convert it to float32 in [-1, 1]"
+            f"expected speech as int16 or float, got {block.dtype}: convert it to float32 in [-1, "
+            f"1]"
         )
     if isinstance(sample_rate, bool) or not isinstance(sample_rate, int | np.integer):
         raise UserError(f"expected a sample rate in Hz as an integer, got {sample_rate!r}")
@@ -185,7 +187,8 @@ class _Utterance:
             or sound.shape[1:] != old.shape[1:]
         ):
             raise UserError(
-                f"expected speech at {self.sample_rate} Hz, {_kind(old)}, to the end of the utterance, "
+                f"expected speech at {self.sample_rate} Hz, {_kind(old)}, to the end of the "
+                f"utterance, "
                 f"got {sample_rate} Hz, {_kind(sound)}: call flush() before speech of another kind"
             )
         self._sound = np.concatenate([old, sound])
@@ -213,7 +216,9 @@ class _Utterance:
 
     @property
     def _next_size(self) -> int:
-        """Samples of sound in the next slot; a rate that 25 does not divide makes some longer by one."""
+        """Samples of sound in the next slot; a rate that 25 does not divide makes some longer by
+        one.
+        """
         return (self._num_slots + 1) * self.sample_rate // FPS - self._num_cut
 
     def _zeros(self, size: int) -> Sound:

@@ -188,13 +188,17 @@ class Timeline:
     # -- placing speech ---------------------------------------------------------------------------
 
     def _has(self, num_slots: int) -> bool:
-        """Whether so many slots of speech can follow without a gap; an utterance that has ended may be shorter."""
+        """Whether so many slots of speech can follow without a gap; an utterance that has ended may
+        be shorter.
+        """
         return self.queue.num_slots >= num_slots or (
             self.queue.is_whole and self.queue.num_slots > 0
         )
 
     def _begin(self, lead: int, is_patient: bool, speed: float) -> Order | None:
-        """Let an utterance begin at the earliest frame that can still be changed, or wait for more of it."""
+        """Let an utterance begin at the earliest frame that can still be changed, or wait for more
+        of it.
+        """
         first = max(self.shown + lead, self._quiet_from)
         # What is left of a chunk has to last until the next one is computed.
         target = next(
@@ -206,12 +210,14 @@ class Timeline:
             first, end = max(self._end, self._quiet_from), self._end + self.chunk_frames
         is_due = target is None and self._end - self.shown <= lead
         if not self.queue.is_whole and is_patient:
-            # Enough to fill the chunk, and enough that the next one can be filled when it has to be computed.
+            # Enough to fill the chunk, and enough that the next one can be filled when it has to be
+            # computed.
             waiting = self.queue.num_slots - self.cushion_frames
             fills = end + self.lookahead_frames - waiting
             lasts = fills + self.chunk_frames - int(speed * max(0, end - lead - self.shown))
             best = max(first, fills, lasts)
-            # A chunk that has to be computed now is silent where it would take longer than to replace it.
+            # A chunk that has to be computed now is silent where it would take longer than to
+            # replace it.
             if best > first and (not is_due or best > self._end + 2 * lead or best >= end):
                 return None
             first = best
@@ -222,7 +228,9 @@ class Timeline:
         )
 
     def _append(self, first: int | None = None, *, is_silent: bool = False) -> Order:
-        """Plan a chunk behind the others, in which speech begins at frame ``first``; None: where the plan ends."""
+        """Plan a chunk behind the others, in which speech begins at frame ``first``; None: where
+        the plan ends.
+        """
         kept = self._ahead if first is None else self._ahead[: first - self._end]
         num_carried = self.lookahead_frames if self._end else 0
         return self._add(self._end, kept, num_carried, first, None, is_silent)
@@ -275,7 +283,8 @@ class Timeline:
         self._end = start + self.chunk_frames
         self._ahead = slots[self.chunk_frames :]
         if self._is_speaking and num_speech < len(slots):
-            # What the model reads ahead may come later: only sound that is missing tears the speech.
+            # What the model reads ahead may come later: only sound that is missing tears the
+            # speech.
             self._is_speaking = num_speech >= self.chunk_frames
             self._ahead = (
                 self._ahead[: max(0, num_speech - self.chunk_frames)]

@@ -1,9 +1,10 @@
 """Talk with a portrait in the browser: it listens, answers, and can be interrupted.
 
-What it hears and says is the work of a realtime server (--realtime ws://...), such as Hugging Face's speech-to-speech:
-speech recognition, a language model and speech synthesis behind OpenAI's Realtime protocol. Its key, where it wants
-one, is read from REALTIME_API_KEY or OPENAI_API_KEY. Without a server --realtime echo answers with what you said, and
---realtime espeak with a sentence of espeak-ng (extra `synthetic`).
+What it hears and says is the work of a realtime server (--realtime ws://...), such as Hugging
+Face's speech-to-speech: speech recognition, a language model and speech synthesis behind OpenAI's
+Realtime protocol. Its key, where it wants one, is read from REALTIME_API_KEY or OPENAI_API_KEY.
+Without a server --realtime echo answers with what you said, and --realtime espeak with a sentence
+of espeak-ng (extra `synthetic`).
 """
 
 from __future__ import annotations

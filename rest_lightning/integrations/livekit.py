@@ -5,8 +5,9 @@
     avatar = AvatarSession(portrait="me.jpg")
     await avatar.start(session, ctx.room)  # before session.start(...)
 
-The avatar runs in the agent's process, or in one of its own that joins the room (``AvatarSession(worker=True)``, or
-``python -m rest_lightning.integrations.livekit`` on another machine). docs/agents.md says how.
+The avatar runs in the agent's process, or in one of its own that joins the room
+(``AvatarSession(worker=True)``, or ``python -m rest_lightning.integrations.livekit`` on another
+machine). docs/agents.md says how.
 """
 
 from __future__ import annotations
@@ -59,12 +60,11 @@ LOG = logging.getLogger("rest_lightning.integrations.livekit")
 class AvatarVideoGenerator(VideoGenerator):
     """The seam as what an ``AvatarRunner`` of livekit-agents drives.
 
-    Every 40 ms there is a picture. Sound comes with it where somebody speaks, and only there: the runner takes any
-    sound for the beginning of playback.
+    Every 40 ms there is a picture. Sound comes with it where somebody speaks, and only there: the
+    runner takes any sound for the beginning of playback.
 
-    Args:
-        avatar: not running yet; it is not closed here.
-        sample_rate, num_channels: of the sound that goes out; speech of another kind is converted. None: as it comes.
+    Args: avatar: not running yet; it is not closed here. sample_rate, num_channels: of the sound
+        that goes out; speech of another kind is converted. None: as it comes.
     """
 
     def __init__(
@@ -108,7 +108,8 @@ class AvatarVideoGenerator(VideoGenerator):
     async def clear_buffer(self) -> None:
         """Be silent at once, in the runner's queues too.
 
-        Returns when the runner has come back with the frame that it may have in hand: otherwise it would count that
+        Returns when the runner has come back with the frame that it may have in hand: otherwise it
+            would count that
         frame as the beginning of the next utterance, and tell of its playback.
         """
         self._resampler = None
@@ -191,18 +192,19 @@ class AvatarVideoGenerator(VideoGenerator):
 
 
 class AvatarSession(BaseAvatarSession[str]):
-    """A talking portrait for an ``AgentSession``: call :meth:`start` before the agent session's own.
+    """A talking portrait for an ``AgentSession``: call :meth:`start` before the agent session's
+    own.
 
-    Args:
-        portrait: as in :meth:`rest_lightning.TalkingHead.open`; with ``worker`` a file that the worker can read.
-        model: a talking head, or a pool that several sessions share; None loads the embedded model.
+    Args: portrait: as in :meth:`rest_lightning.TalkingHead.open`; with ``worker`` a file that the
+        worker can read. model: a talking head, or a pool that several sessions share; None loads
+        the embedded model.
             Not with ``worker``.
         settings: of the avatar.
         sample_rate: of the sound that is published, in Hz.
         worker: run the avatar in a process of its own, which joins the room as a participant.
         identity, name: of that participant.
-        clear_buffer_timeout: seconds that the agent waits for the worker to tell of an interruption's end, before it
-            goes on without; None waits for ever.
+        clear_buffer_timeout: seconds that the agent waits for the worker to tell of an
+            interruption's end, before it goes on without; None waits for ever.
         url, api_key, api_secret: of the LiveKit server, for the worker; None takes ``LIVEKIT_URL``,
             ``LIVEKIT_API_KEY`` and ``LIVEKIT_API_SECRET`` from the environment.
         model_folder: of the worker's model; None is the embedded one.
@@ -232,7 +234,8 @@ class AvatarSession(BaseAvatarSession[str]):
         super().__init__()
         if worker and (model is not None or not isinstance(portrait, str | os.PathLike)):
             raise UserError(
-                "expected a worker's portrait as a file and its model as model_folder, got an object of this process: "
+                "expected a worker's portrait as a file and its model as model_folder, got an "
+                "object of this process: "
                 "give names of files, or leave worker out"
             )
         self._portrait, self._model, self._settings = portrait, model, settings
@@ -299,14 +302,16 @@ class AvatarSession(BaseAvatarSession[str]):
     async def _start_worker(self, agent_session: AgentSession, room: rtc.Room) -> None:
         if not self._url:
             raise UserError(
-                f"expected the address of the LiveKit server, got none: set {URL_VARIABLE}, or give url="
+                f"expected the address of the LiveKit server, got none: set {URL_VARIABLE}, or "
+                f"give url="
             )
         local = room.local_participant.identity if room.isconnected() else ""
         try:
             token = api.AccessToken(self._key, self._secret)
         except ValueError:
             raise UserError(
-                "expected the key of the LiveKit server, got none: set LIVEKIT_API_KEY and LIVEKIT_API_SECRET"
+                "expected the key of the LiveKit server, got none: set LIVEKIT_API_KEY and "
+                "LIVEKIT_API_SECRET"
             ) from None
         token = token.with_identity(self._identity).with_name(self._name).with_kind("agent")
         token = token.with_grants(api.VideoGrants(room_join=True, room=room.name))
@@ -370,7 +375,8 @@ async def run_worker(
     sample_rate: int = SAMPLE_RATE_HZ,
     sender_identity: str | None = None,
 ) -> None:
-    """Publish an avatar in a connected room, for an agent that sends its speech there, until the room is left.
+    """Publish an avatar in a connected room, for an agent that sends its speech there, until the
+    room is left.
 
     Args:
         room: connected.

@@ -1,12 +1,13 @@
-"""A talking portrait in a Pipecat pipeline, between the speech synthesis and the transport's output.
+"""A talking portrait in a Pipecat pipeline, between the speech synthesis and the transport's
+output.
 
 ::
 
     avatar = AvatarVideoService(settings=AvatarVideoService.Settings(portrait="me.jpg"))
     pipeline = Pipeline([transport.input(), stt, llm, tts, avatar, transport.output()])
 
-The transport has to send video of the avatar's size, 25 times a second: :func:`transport_params`. docs/agents.md says
-how it all fits together.
+The transport has to send video of the avatar's size, 25 times a second: :func:`transport_params`.
+docs/agents.md says how it all fits together.
 """
 
 from __future__ import annotations
@@ -54,8 +55,8 @@ _Params = TypeVar("_Params", bound=TransportParams)
 class AvatarVideoSettings(ServiceSettings):
     """What can be changed while a pipeline runs, with a ``ServiceUpdateSettingsFrame``.
 
-    Attributes:
-        portrait: as in :meth:`rest_lightning.TalkingHead.open`; a new one is shown from the next chunk on.
+    Attributes: portrait: as in :meth:`rest_lightning.TalkingHead.open`; a new one is shown from the
+        next chunk on.
     """
 
     portrait: Any | NotGiven = field(default_factory=lambda: NOT_GIVEN)
@@ -64,11 +65,13 @@ class AvatarVideoSettings(ServiceSettings):
 class AvatarVideoService(AIService):
     """Takes the agent's speech, and gives it back with pictures, both when they are due.
 
-    ``TTSAudioRawFrame`` goes in and is not passed on. Every 40 ms there is an ``OutputImageRawFrame``, and behind it,
-    where somebody speaks, a ``TTSAudioRawFrame`` of 40 ms. A ``TTSStoppedFrame`` follows the last piece of the speech
-    that it ends. After an ``InterruptionFrame`` nothing comes of what was said before. All other frames pass.
+    ``TTSAudioRawFrame`` goes in and is not passed on. Every 40 ms there is an
+    ``OutputImageRawFrame``, and behind it, where somebody speaks, a ``TTSAudioRawFrame`` of 40 ms.
+    A ``TTSStoppedFrame`` follows the last piece of the speech that it ends. After an
+    ``InterruptionFrame`` nothing comes of what was said before. All other frames pass.
 
-    When the model fails that is pushed as an error, and speech passes without pictures from then on.
+    When the model fails that is pushed as an error, and speech passes without pictures from then
+    on.
 
     Args:
         model: a talking head, or a pool that several services share; None loads the embedded model.
@@ -97,7 +100,8 @@ class AvatarVideoService(AIService):
         )
         if not is_given(complete.portrait):
             raise UserError(
-                "expected a portrait in the settings, got none: AvatarVideoService.Settings(portrait='me.jpg')"
+                "expected a portrait in the settings, got none: "
+                "AvatarVideoService.Settings(portrait='me.jpg')"
             )
         super().__init__(settings=complete, **kwargs)
         self.avatar = Avatar(complete.portrait, model, avatar)
@@ -252,7 +256,8 @@ class AvatarVideoService(AIService):
 
 
 def transport_params(kind: type[_Params], size_px: int, **others: Any) -> _Params:
-    """Parameters of a transport that sends an avatar: its size, 25 pictures a second, sound in pieces of 40 ms.
+    """Parameters of a transport that sends an avatar: its size, 25 pictures a second, sound in
+    pieces of 40 ms.
 
     Args:
         kind: ``TransportParams`` or the transport's own.
@@ -272,10 +277,12 @@ def transport_params(kind: type[_Params], size_px: int, **others: Any) -> _Param
 
 
 def set_webrtc_frame_rate(frames_per_second: int = FPS) -> None:
-    """Let aiortc, which ``SmallWebRTCTransport`` sends its video through, stamp pictures with this rate.
+    """Let aiortc, which ``SmallWebRTCTransport`` sends its video through, stamp pictures with this
+    rate.
 
-    aiortc stamps all video tracks of its own class with 30 a second, whatever the transport sends; a player then shows
-    25 pictures in 0.83 s and waits. The rate is one of the process: call this before the first connection.
+    aiortc stamps all video tracks of its own class with 30 a second, whatever the transport sends;
+    a player then shows 25 pictures in 0.83 s and waits. The rate is one of the process: call this
+    before the first connection.
 
     Raises:
         UserError: aiortc is not installed, or has no such rate to set.

@@ -1,4 +1,6 @@
-"""Conversations on the live page: the microphone goes to a realtime server, its answers come back with a face."""
+"""Conversations on the live page: the microphone goes to a realtime server, its answers come back
+with a face.
+"""
 
 from __future__ import annotations
 
@@ -268,7 +270,8 @@ class ConverseSession:
                         await self.outlet.say("interrupted", epoch=self.epoch)
                 case Stats():
                     if received.slack_ms is not None and received.slack_ms > 0:
-                        # So long do pieces lie at the client: as many are left out where nobody speaks.
+                        # So long do pieces lie at the client: as many are left out where nobody
+                        # speaks.
                         self._num_spare = min(FPS, round(received.slack_ms / 1e3 * FPS))
                 case Identity():
                     await self._switch(received.portrait)

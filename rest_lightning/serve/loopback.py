@@ -1,7 +1,9 @@
-"""A realtime server without a model: it answers with what the user said, or with a sentence of espeak-ng.
+"""A realtime server without a model: it answers with what the user said, or with a sentence of
+espeak-ng.
 
-It speaks the part of the OpenAI Realtime protocol that :mod:`rest_lightning.serve.realtime` reads, so that
-``rest converse --realtime echo`` takes the same way as a conversation with a real server, on this machine alone.
+It speaks the part of the OpenAI Realtime protocol that :mod:`rest_lightning.serve.realtime` reads,
+so that ``rest converse --realtime echo`` takes the same way as a conversation with a real server,
+on this machine alone.
 """
 
 from __future__ import annotations

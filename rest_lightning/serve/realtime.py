@@ -1,4 +1,6 @@
-"""A client of OpenAI-Realtime-compatible servers: speech goes up, speech comes down, and who interrupts whom."""
+"""A client of OpenAI-Realtime-compatible servers: speech goes up, speech comes down, and who
+interrupts whom.
+"""
 
 from __future__ import annotations
 
@@ -65,8 +67,9 @@ Event = SpeechStarted | Answer | AnswerDone | Caption | Trouble
 class RealtimeClient:
     """One conversation. Usable as an asynchronous context manager.
 
-    The server decides who speaks (its voice activity detection); when it says that the user has begun, answers that it
-    had begun are forgotten here. A connection that is lost is made again, with growing pauses.
+    The server decides who speaks (its voice activity detection); when it says that the user has
+    begun, answers that it had begun are forgotten here. A connection that is lost is made again,
+    with growing pauses.
 
     Args:
         url: ``ws://`` or ``wss://``, with the model in its query where the server wants one.
@@ -131,7 +134,8 @@ class RealtimeClient:
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             reason = " ".join(str(error).split()) or "no answer in time"
             raise UserError(
-                f"expected a realtime server at {self.url}, got none ({reason}): start it, or use --realtime echo"
+                f"expected a realtime server at {self.url}, got none ({reason}): start it, or use "
+                f"--realtime echo"
             ) from None
         if self._session is not None:
             await self._send({"type": "session.update", "session": self._session})

@@ -45,7 +45,9 @@ def pictures(frames: list[AvatarFrame]) -> np.ndarray:
 
 
 def test_pictures_are_those_of_a_session_that_hears_the_same(head: TalkingHead) -> None:
-    """Speech that waits from the start; later it is computed in the place of silence that was not shown."""
+    """Speech that waits from the start; later it is computed in the place of silence that was not
+    shown.
+    """
 
     async def talk(delay_s: float) -> list[AvatarFrame]:
         async with Avatar(face(), head) as avatar:
@@ -104,7 +106,8 @@ def test_an_interruption_is_the_same_speech_with_silence_behind_it(head: Talking
     session = head.open(face())
     alone = session.push(np.concatenate([heard, np.zeros(16_000, np.int16)]))
     shown = pictures(frames)
-    # The chunk of the interruption (frames 24 to 47) was computed twice: what was shown of it knew of more speech.
+    # The chunk of the interruption (frames 24 to 47) was computed twice: what was shown of it knew
+    # of more speech.
     for part in (slice(0, 22), slice(48, len(shown))):
         difference = np.abs(shown[part].astype(int) - alone[: len(shown)][part].astype(int))
         assert difference.max() <= 1
@@ -308,6 +311,27 @@ def test_speech_that_waits_is_bounded_and_an_interruption_frees_who_waits() -> N
             assert avatar.waiting_s == 0.0 and not avatar.is_speaking
             frames = await reading
             assert not any(frame.is_speech for frame in frames[-25:])
+
+    simulate(talk())
+
+
+def test_silence_that_comes_for_long_is_neither_torn_nor_gathered() -> None:
+    """A microphone that nobody speaks into: an utterance without an end, in real time."""
+
+    async def talk() -> None:
+        async with Avatar(portrait(), TracedModel()) as avatar:  # type: ignore[arg-type]
+            reading = asyncio.create_task(frames_of(avatar, 620.0))
+            due_s = asyncio.get_running_loop().time()
+            for block in range(6000):
+                await avatar.push_audio(np.zeros(2400, np.int16), 24_000)
+                due_s += 0.1
+                await asyncio.sleep(due_s - asyncio.get_running_loop().time())
+                if block > 30:
+                    assert avatar.waiting_s < 1.5
+            await avatar.flush()
+            frames = await reading
+            assert avatar.stats.num_starved == 0 and avatar.stats.num_held == 0
+            assert sum(len(frame.samples) for frame in frames if frame.is_speech) == 6000 * 2400
 
     simulate(talk())
 

@@ -1,4 +1,6 @@
-"""The LiveKit adapter: the conformance suite, and livekit-agents' own runner and streams with rooms in this process."""
+"""The LiveKit adapter: the conformance suite, and livekit-agents' own runner and streams with rooms
+in this process.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The Pipecat adapter in real pipelines: the conformance suite, frames in their order, settings, mistakes."""
+"""The Pipecat adapter in real pipelines: the conformance suite, frames in their order, settings,
+mistakes.
+"""
 
 from __future__ import annotations
 
@@ -162,7 +164,8 @@ async def open_pipeline(model: TracedModel) -> AsyncIterator[Subject]:
         yield PipelineSubject(worker, sink, processor)
 
 
-# A pipeline's queues are without bound: a reader that stops would have to be a transport that does not return.
+# A pipeline's queues are without bound: a reader that stops would have to be a transport that does
+# not return.
 CASES = [case for case in QUICK if case is not conformance.a_reader_that_stops]
 
 

@@ -1,4 +1,6 @@
-"""Conversations over loopback: who answers, who interrupts, both versions of the protocol, servers that misbehave."""
+"""Conversations over loopback: who answers, who interrupts, both versions of the protocol, servers
+that misbehave.
+"""
 
 from __future__ import annotations
 

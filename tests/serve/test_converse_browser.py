@@ -1,4 +1,6 @@
-"""`rest converse --realtime echo` in a real browser, with a microphone from a file that interrupts the answer."""
+"""`rest converse --realtime echo` in a real browser, with a microphone from a file that interrupts
+the answer.
+"""
 
 from __future__ import annotations
 
