@@ -364,7 +364,7 @@ async def rates_and_channels(open_subject: Open, make_model: MakeModel = TracedM
 async def interruption_at_every_phase(
     open_subject: Open, make_model: MakeModel = TracedModel
 ) -> None:
-    """Nothing old 40 ms later, a face that goes on from where it was, and the next utterance whole."""
+    """Nothing old after 40 ms, a face that goes on from where it was, the next utterance whole."""
     for delay_s in (0.0, 0.02, 0.15, 0.3, *np.arange(0.5, 3.6, 0.13), 4.5, 5.5):
         async with open_subject(make_model()) as subject, Recording(subject) as recording:
             await asyncio.sleep(1.21)

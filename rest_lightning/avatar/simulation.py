@@ -1,4 +1,4 @@
-"""For tests of time: a loop with a simulated clock, and pictures that tell what they were made of."""
+"""For tests of time: a loop with a simulated clock, and pictures that tell what they show."""
 
 from __future__ import annotations
 

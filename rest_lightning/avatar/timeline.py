@@ -261,7 +261,7 @@ class Timeline:
         restore: Mark | None,
         is_silent: bool,
     ) -> Order:
-        """Plan the chunk that begins at frame ``start`` with slots that are there, and fill it up."""
+        """Plan the chunk that begins at frame ``start`` with slots that are there; fill it up."""
         count = self.chunk_frames + self.lookahead_frames - len(kept)
         num_silent = (
             count if is_silent else 0 if first is None else max(0, first - start - len(kept))

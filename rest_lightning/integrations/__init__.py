@@ -1,1 +1,1 @@
-"""Avatars for voice-agent frameworks: LiveKit and Pipecat. Each module needs the extra of its name."""
+"""Avatars for LiveKit and Pipecat. Each module needs the extra of its name."""

@@ -124,7 +124,7 @@ class AvatarVideoGenerator(VideoGenerator):
             pass
 
     async def __aiter__(self) -> AsyncIterator[rtc.VideoFrame | rtc.AudioFrame | AudioSegmentEnd]:
-        """Pictures with their sound, and an AudioSegmentEnd behind the last piece of an utterance."""
+        """Pictures with their sound; an AudioSegmentEnd behind the last piece of an utterance."""
         try:
             async for frame in self._avatar.run():
                 for part in self._parts(frame):
@@ -420,7 +420,7 @@ def main() -> int:
     """``python -m rest_lightning.integrations.livekit``: the worker."""
     parser = argparse.ArgumentParser(
         description="Join a LiveKit room as the avatar of its agent.",
-        epilog=f"The server's address is read from {URL_VARIABLE}, the token of the room from {TOKEN_VARIABLE}.",
+        epilog=f"Environment: {URL_VARIABLE}, the server; {TOKEN_VARIABLE}, the room's token.",
     )
     parser.add_argument("--portrait", required=True, help="image file")
     parser.add_argument("--model", help="model folder (default: the embedded model)")

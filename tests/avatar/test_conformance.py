@@ -31,7 +31,7 @@ def test_the_seam_conforms_for_hours(case: conformance.Case) -> None:
     conformance.check(case, conformance.open_avatar)
 
 
-# -- a way that breaks something is noticed -----------------------------------------------------------
+# -- a way that breaks something is noticed -------------------------------------------------------
 
 Change = Callable[[AsyncIterator[Piece]], AsyncIterator[Piece]]
 

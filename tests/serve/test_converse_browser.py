@@ -35,7 +35,8 @@ from rest_lightning.serve.server import ServerOptions  # noqa: E402
 
 STATE = """import('/page/app.js').then(({ app }) => {
     const session = app.session, last = session?.player.shown.at(-1);
-    return session ? { epoch: session.epoch, isIdle: last?.isIdle, numShown: session.player.numShown } : null;
+    const numShown = session?.player.numShown;
+    return session ? { epoch: session.epoch, isIdle: last?.isIdle, numShown } : null;
 })"""
 
 
