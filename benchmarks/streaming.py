@@ -37,7 +37,7 @@ from rest_lightning.constants import FPS, TEMPORAL_RATIO
 from rest_lightning.dtypes import dtype_on
 from rest_lightning.errors import UserError, exit_code
 from rest_lightning.machine import peak_memory_mb
-from rest_lightning.streaming.output import check_output, whole_file
+from rest_lightning.media.files import check_output, whole_file
 from rest_lightning.streaming.profile import ChunkProfiler
 
 # (where it counts, what, path in the JSON, sign, target). Elsewhere the value is shown without a target.

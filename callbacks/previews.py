@@ -19,8 +19,8 @@ from ..data.clips import cut_audio
 from ..diffusion.schedule import sampling_sigmas
 from ..errors import UserError
 from ..evaluation.generate import generate_clip
+from ..media.writer import Mp4Writer
 from ..streaming.engine import ChunkEngine, to_uint8
-from ..streaming.writer import Mp4Writer
 from ..talking_head import SamplingChanges, SamplingSettings, TalkingHead
 from ..tasks.a2v import A2VModule
 from ..tasks.speech_ae import SpeechAEModule

@@ -19,8 +19,8 @@ def run(args: argparse.Namespace) -> int:
     """Encode and write, whole or not at all."""
     from safetensors.torch import save_file
 
+    from rest_lightning.media.files import check_output, whole_file
     from rest_lightning.models.prompt import PROMPT, encode_prompt
-    from rest_lightning.streaming.output import check_output, whole_file
 
     args.out.parent.mkdir(parents=True, exist_ok=True)
     check_output(args.out, args.overwrite, ".safetensors")

@@ -48,7 +48,7 @@ Clip = tuple[Tensor, np.ndarray]
 
 def read_held_out(data: Path, rows: list[ManifestRow]) -> list[Clip]:
     """Frames, uint8 (n, H, W, 3), and audio of clips."""
-    from rest_lightning.data.video import read_clip_audio, read_frames
+    from rest_lightning.media.video import read_clip_audio, read_frames
 
     clips = []
     for row in rows:
@@ -189,7 +189,7 @@ _DAMAGES: dict[str, Callable[[Tensor, float, torch.Generator], Tensor]] = {
 
 def write_card(folder: Path, card: dict[str, Any]) -> None:
     """``card.json``, and ``card.md`` for readers."""
-    from rest_lightning.streaming.output import whole_file
+    from rest_lightning.media.files import whole_file
 
     with whole_file(folder / "card.json") as temporary:
         temporary.write_text(json.dumps(card, indent=2) + "\n")

@@ -75,7 +75,7 @@ def read_clips(
     """Read clips, in random order, for at most ``seconds``; at least two."""
     from rich.progress import track
 
-    from rest_lightning.data.video import read_clip_audio, read_frames
+    from rest_lightning.media.video import read_clip_audio, read_frames
 
     parts: list[tuple[Tensor, ...]] = []
     started_s = time.monotonic()

@@ -110,7 +110,7 @@ def _numbers(text: str) -> list[float]:
 def _check_packages(options: Any) -> None:
     """What no video could be prepared without is told before the first one."""
     if options.finds_faces:
-        from rest_lightning.data.preparation.faces import check_detector
+        from rest_lightning.media.faces import check_detector
 
         check_detector(options.detector)
     if options.sync_weights is not None:

@@ -19,16 +19,15 @@ import numpy as np
 from rest_lightning.constants import FPS, TEMPORAL_RATIO
 from rest_lightning.dtypes import dtype_on
 from rest_lightning.errors import UserError
-from rest_lightning.streaming.output import check_output
+from rest_lightning.media.files import check_output
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from rest_lightning.data.audio import SpeechSource
-    from rest_lightning.data.portrait import Crop
-    from rest_lightning.streaming.pipe import PipeFormat
+    from rest_lightning.media.audio import SpeechSource
+    from rest_lightning.media.portrait import Crop
+    from rest_lightning.media.writer import PipeFormat, VideoWriter
     from rest_lightning.streaming.report import StreamReport
-    from rest_lightning.streaming.writer import VideoWriter
     from rest_lightning.talking_head import TalkingHead
 
 
@@ -40,7 +39,7 @@ class TalkOptions:
         portrait, speech: files; speech ``-`` is a pipe.
         out: the mp4; ``-`` is a pipe.
         model: model folder; None takes the embedded model.
-        crop: of the portrait, see :func:`rest_lightning.data.portrait.read_portrait`.
+        crop: of the portrait, see :func:`rest_lightning.media.portrait.read_portrait`.
         overwrite: whether existing outputs may be replaced.
         seed, num_steps, guidance, reference_guidance: see :meth:`rest_lightning.talking_head.TalkingHead.open`.
         report, sheet: JSON and PNG to write beside the video; None writes none.
@@ -126,8 +125,8 @@ def talk(options: TalkOptions) -> StreamReport:
         UserError: portrait, speech, model or an output is not usable.
         KeyboardInterrupt: after Ctrl-C, with a message that says what was kept.
     """
-    from rest_lightning.data.audio import open_speech
-    from rest_lightning.data.portrait import MIN_SIDE_PX, read_portrait
+    from rest_lightning.media.audio import open_speech
+    from rest_lightning.media.portrait import MIN_SIDE_PX, read_portrait
 
     _check_outputs(options)
     read_portrait(options.portrait, MIN_SIDE_PX, options.crop)
@@ -168,9 +167,10 @@ def load_model(options: TalkOptions) -> TalkingHead:
 
 def _stream(model: TalkingHead, portrait: np.ndarray, speech: SpeechSource, options: TalkOptions) -> StreamReport:
     from rest_lightning.commands._progress import TalkProgress
-    from rest_lightning.streaming.background import BackgroundWriter, write_stream
+    from rest_lightning.media.writer import BackgroundWriter
     from rest_lightning.streaming.live import LiveSpeech
     from rest_lightning.streaming.profile import ChunkProfiler
+    from rest_lightning.streaming.session import write_stream
 
     writer = _open_writer(model, options)
     sampling = {name: getattr(options, name) for name in ("num_steps", "guidance", "reference_guidance")}
@@ -212,10 +212,10 @@ def _stream(model: TalkingHead, portrait: np.ndarray, speech: SpeechSource, opti
 
 def _open_writer(model: TalkingHead, options: TalkOptions) -> VideoWriter:
     if options.to_pipe:
-        from rest_lightning.streaming.pipe import open_pipe
+        from rest_lightning.media.writer import open_pipe
 
         return open_pipe(options.stdout or sys.stdout.buffer, model.size_px, options.format or "mp4")
-    from rest_lightning.streaming.writer import Mp4Writer
+    from rest_lightning.media.writer import Mp4Writer
 
     return Mp4Writer(options.out, model.size_px, overwrite=options.overwrite)
 
@@ -228,8 +228,8 @@ def _console(options: TalkOptions) -> Console:
 
 
 def _draw_sheet(portrait: np.ndarray, report: StreamReport, options: TalkOptions) -> None:
+    from rest_lightning.media.sheet import draw_contact_sheet
     from rest_lightning.metrics.mouth import mouth_opening, shipped_estimator
-    from rest_lightning.streaming.sheet import draw_contact_sheet
 
     assert options.sheet is not None
     try:

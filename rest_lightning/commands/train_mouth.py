@@ -201,7 +201,7 @@ def evaluate(model: MouthOpeningEstimator, data: Path, rows: list[ManifestRow], 
 
 
 def _read(data: Path, row: ManifestRow) -> tuple[np.ndarray, np.ndarray]:
-    from rest_lightning.data.video import read_frames
+    from rest_lightning.media.video import read_frames
 
     sidecar = read_sidecar(data, row.clip_id)
     if sidecar.mouth_opening is None:

@@ -19,9 +19,10 @@ from torch.utils.data import Dataset
 
 from rest_lightning.constants import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME, num_latent_frames
 from rest_lightning.data.augment import Samples, SpeechAugmentation
-from rest_lightning.data.layout import LANDMARKS, ManifestRow, clip_path, read_manifest, read_sidecar, sha256_of
-from rest_lightning.data.video import Backend, Frames, VideoFile, check_memory, read_clip_audio
+from rest_lightning.data.layout import LANDMARKS, ManifestRow, clip_path, read_manifest, read_sidecar
 from rest_lightning.errors import UserError
+from rest_lightning.media.files import sha256_of
+from rest_lightning.media.video import Backend, Frames, VideoFile, check_memory, read_clip_audio
 
 if TYPE_CHECKING:
     from rest_lightning.data.latents import LatentsCache

@@ -22,8 +22,9 @@ from torch import Tensor
 
 from rest_lightning.constants import num_latent_frames
 from rest_lightning.data.clips import CorruptClip, check_clip_file, select_rows
-from rest_lightning.data.layout import ManifestRow, read_manifest, temporary_path, write_text_atomic
+from rest_lightning.data.layout import ManifestRow, read_manifest
 from rest_lightning.errors import UserError
+from rest_lightning.media.files import whole_file, write_text_atomic
 
 CACHE_VERSION = 1
 # A clip, the first frames of its windows and its reference frames -> a tensor for each of them.
@@ -228,12 +229,8 @@ class WindowCache:
                 if references:
                     tensors["references"] = stack(references)
                 path = folder / f"{cls.prefix}-{number:05d}.safetensors"
-                temporary = temporary_path(path)
-                try:
+                with whole_file(path) as temporary:
                     save_file(tensors, temporary)
-                    os.replace(temporary, path)
-                finally:
-                    temporary.unlink(missing_ok=True)
                 index["shards"].append(path.name)
                 done.update(entries)
                 _write_index(folder, index)

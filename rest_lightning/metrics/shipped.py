@@ -56,7 +56,7 @@ class ShippedNetwork(nn.Module):
         """Write ``config.json`` and ``model.safetensors``: matrices in bfloat16, all else as it is."""
         from safetensors.torch import save
 
-        from rest_lightning.streaming.output import whole_file
+        from rest_lightning.media.files import whole_file
 
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)

@@ -110,7 +110,7 @@ def sha256_of_weights(path: Path) -> str:
     Raises:
         UserError: a folder without weights.
     """
-    from rest_lightning.data.layout import sha256_of
+    from rest_lightning.media.files import sha256_of
 
     if path.is_dir():
         files = [path / name for name in ("model.safetensors", "pytorch_model.bin") if (path / name).is_file()]

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from rest_lightning.data.portrait import load_portrait
 from rest_lightning.errors import UserError
+from rest_lightning.media.portrait import load_portrait
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -114,7 +114,7 @@ def _portrait(side_px: int, size_px: int) -> bytes:
 
     from PIL import Image
 
-    from rest_lightning.data.portrait import read_portrait
+    from rest_lightning.media.portrait import read_portrait
 
     warnings.simplefilter("ignore")
     try:
@@ -133,7 +133,7 @@ def _sound(longest_s: float) -> bytes:
     import av
     import numpy as np
 
-    from rest_lightning.data.audio import open_speech
+    from rest_lightning.media.audio import open_speech
 
     head = Path(_NAME).read_bytes()[:16]
     if not head.startswith(_SOUND_STARTS + _MPEG_STARTS) and head[4:8] != b"ftyp":

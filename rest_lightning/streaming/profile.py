@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rest_lightning.errors import UserError
-from rest_lightning.streaming.output import whole_file
+from rest_lightning.media.files import whole_file
 from rest_lightning.streaming.report import StreamClock, unlabelled
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ import numpy as np
 
 from rest_lightning.constants import FPS
 from rest_lightning.machine import commit, hardware, peak_memory_mb, versions
-from rest_lightning.streaming.output import whole_file
+from rest_lightning.media.files import whole_file
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -138,7 +138,7 @@ def as_reference(portrait: Any, size_px: int) -> Tensor:
     """A portrait as :meth:`TalkingHead.open` takes it, as a tensor (1, 3, size_px, size_px) in [-1, 1].
 
     Raises:
-        UserError: a tensor of another shape, or what :func:`rest_lightning.data.portrait.read_portrait` refuses.
+        UserError: a tensor of another shape, or what :func:`rest_lightning.media.portrait.read_portrait` refuses.
     """
     if isinstance(portrait, Tensor) and portrait.is_floating_point():
         if portrait.shape != (3, size_px, size_px):
@@ -146,7 +146,7 @@ def as_reference(portrait: Any, size_px: int) -> Tensor:
                 f"expected a portrait tensor of shape (3, {size_px}, {size_px}), got {tuple(portrait.shape)}"
             )
         return portrait[None]
-    from rest_lightning.data.portrait import load_portrait
+    from rest_lightning.media.portrait import load_portrait
 
     return load_portrait(portrait, size_px)[None]
 

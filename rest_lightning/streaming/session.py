@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from torch import Tensor
 
+from rest_lightning.constants import SAMPLES_PER_FRAME
 from rest_lightning.errors import UserError
 from rest_lightning.streaming.engine import ChunkEngine
 from rest_lightning.streaming.options import EngineOptions
@@ -20,6 +21,8 @@ from rest_lightning.streaming.report import StreamClock, StreamReport
 from rest_lightning.streaming.row import Row, RowState, as_reference, as_samples
 
 if TYPE_CHECKING:
+    from rest_lightning.media.writer import BackgroundWriter
+    from rest_lightning.streaming.session import StreamingSession
     from rest_lightning.talking_head import SamplingSettings, TalkingHead
 
 _LIVE_S = 0.005  # a source that lets us wait longer than this for a block is live
@@ -200,3 +203,39 @@ def describe(model: TalkingHead, sampling: SamplingSettings, options: EngineOpti
         "overlap": options.overlap and model.device.type == "cuda",
         "first_chunk_length": options.first_length(model.transformer.cache_options.chunk_length),
     }
+
+
+def write_stream(session: StreamingSession, speech: Iterable[np.ndarray], writer: BackgroundWriter) -> Iterator[int]:
+    """Streams speech (float32 blocks, 16 kHz) into a video; yields the number of frames of every chunk.
+
+    Speech is held back until its frames are there: in an interrupted video it ends with the pictures. What the stream
+    waits for the writer is charged to the stage ``writing``.
+    """
+    waiting: deque[np.ndarray] = deque()
+    num_frames = num_samples = 0
+
+    def listened() -> Iterator[np.ndarray]:
+        for block in speech:
+            waiting.append(block)
+            yield block
+
+    for frames in session.stream(listened()):
+        num_frames += len(frames)
+        samples = _take(waiting, num_frames * SAMPLES_PER_FRAME - num_samples)
+        num_samples += len(samples)
+        with session.clock.stage("writing"):
+            writer.write(frames, samples)
+        yield len(frames)
+
+
+def _take(waiting: deque[np.ndarray], count: int) -> np.ndarray:
+    """The first ``count`` samples of what waits, or all there are."""
+    taken = []
+    while waiting and count > 0:
+        block = waiting.popleft()
+        if len(block) > count:
+            waiting.appendleft(block[count:])
+            block = block[:count]
+        taken.append(block)
+        count -= len(block)
+    return np.concatenate([np.zeros(0, np.float32), *taken])

@@ -12,8 +12,8 @@ import torch
 
 from rest_lightning.callbacks.previews import SampleVideos, borrowed_head, generate_clip
 from rest_lightning.data.layout import read_manifest
-from rest_lightning.data.video import VideoFile, read_clip_audio
 from rest_lightning.diffusion.sampling import Guidance, euler_step
+from rest_lightning.media.video import VideoFile, read_clip_audio
 from rest_lightning.models.transformer import A2VDiT
 from rest_lightning.streaming.engine import to_uint8
 from rest_lightning.talking_head import SamplingChanges, SamplingSettings

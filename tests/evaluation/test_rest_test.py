@@ -19,11 +19,11 @@ import yaml
 from rest_lightning.cli import main
 from rest_lightning.data.clips import cut_audio
 from rest_lightning.data.layout import Sidecar, complete_clip_ids, finish_dataset, write_sidecar
-from rest_lightning.data.video import read_clip_audio, read_frames
 from rest_lightning.evaluation.generate import Streamed, Whole, generate_clip, load_generator
 from rest_lightning.evaluation.protocol import read_protocol
 from rest_lightning.evaluation.row import ResultRow, read_rows
 from rest_lightning.evaluation.scorer import ClipPair, Scorer
+from rest_lightning.media.video import read_clip_audio, read_frames
 from rest_lightning.streaming.engine import to_uint8
 from rest_lightning.talking_head import SamplingChanges, TalkingHead
 

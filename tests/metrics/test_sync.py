@@ -230,8 +230,8 @@ def test_golden_value_of_the_example_clip() -> None:
     """The reference repository's data/example.avi, a face crop: offset 3, minimum distance 5.353, confidence 10.021."""
     import os
 
-    from rest_lightning.data.audio import open_speech
-    from rest_lightning.data.video import read_frames
+    from rest_lightning.media.audio import open_speech
+    from rest_lightning.media.video import read_frames
 
     folder = Path(os.environ[VARIABLE])
     frames = read_frames(folder / "syncnet_example.avi")

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import errno
+import hashlib
+import math
 import os
 import re
-from collections.abc import Iterator
+import uuid
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from rest_lightning.errors import UserError
 
@@ -40,10 +44,10 @@ def explain_write_error(path: Path, error: OSError) -> str:
     return f"expected to write {path}, got '{reason}': choose a folder that you may write to"
 
 
-def temporary_name(path: Path, mark: str = "") -> Path:
-    """A hidden name beside ``path`` for what is not whole yet; ``mark`` tells several of one process apart."""
-    mark = f".{mark}" if mark else ""
-    return path.with_name(f".{path.stem}.{os.getpid()}{mark}.part{path.suffix}")
+def temporary_path(path: PathLike) -> Path:
+    """A hidden unused name in ``path``'s folder with its suffix, for what is not whole yet."""
+    path = Path(path)
+    return path.with_name(f".{path.stem}.{os.getpid()}.{uuid.uuid4().hex[:8]}.part{path.suffix}")
 
 
 def remove_leftovers(path: str | os.PathLike[str]) -> None:
@@ -63,7 +67,7 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         UserError: when the operating system refuses.
     """
     path = Path(path)
-    temporary = temporary_name(path)
+    temporary = temporary_path(path)
     try:
         yield temporary
         os.replace(temporary, path)
@@ -80,3 +84,38 @@ def is_disk_full(error: BaseException | None) -> bool:
             return True
         error = error.__cause__
     return False
+
+
+DECIMALS = 4  # of every number in a JSON array: 1e-4 of the image side is far below a pixel
+PathLike = str | os.PathLike[str]
+
+
+def write_text_atomic(path: PathLike, text: str) -> None:
+    """Write ``text`` (UTF-8) so that ``path`` is either the old file or the whole new one; makes the folder.
+
+    Raises:
+        UserError: when the operating system refuses.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def sha256_of(path: PathLike) -> str:
+    """Hex SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def rounded(value: Any, decimals: int = DECIMALS) -> Any:
+    """``value`` as plain JSON types: arrays become lists, floats are rounded, NaN and infinity become None."""
+    if hasattr(value, "tolist"):  # numpy arrays and scalars, torch tensors
+        value = value.tolist()
+    if isinstance(value, float):
+        return round(value, decimals) if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): rounded(item, decimals) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [rounded(item, decimals) for item in value]
+    return value

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from rest_lightning.constants import SAMPLES_PER_FRAME
-from rest_lightning.data.video import Backend, VideoFile, has_decord, read_clip_audio, read_frames
 from rest_lightning.errors import UserError
+from rest_lightning.media.video import Backend, VideoFile, has_decord, read_clip_audio, read_frames
 
 needs_decord = pytest.mark.skipif(not has_decord(), reason="decord has no wheel here")
 BACKENDS: list[Backend] = ["decord", "pyav"] if has_decord() else ["pyav"]

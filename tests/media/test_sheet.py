@@ -8,8 +8,8 @@ from PIL import Image
 
 from rest_lightning.constants import SAMPLES_PER_FRAME
 from rest_lightning.errors import UserError
-from rest_lightning.streaming.sheet import draw_contact_sheet, sound_envelope, summarise_video
-from rest_lightning.streaming.writer import Mp4Writer
+from rest_lightning.media.sheet import draw_contact_sheet, sound_envelope, summarise_video
+from rest_lightning.media.writer import Mp4Writer
 
 
 def brightness(frames: np.ndarray) -> np.ndarray:

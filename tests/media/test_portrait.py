@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from rest_lightning.data.portrait import load_portrait, read_portrait
 from rest_lightning.errors import UserError
+from rest_lightning.media.portrait import load_portrait, read_portrait
 
 
 def corners(width: int, height: int) -> np.ndarray:

@@ -156,7 +156,7 @@ def _box(image: Image.Image, crop: Crop, name: str) -> tuple[float, float, float
 
 def _face_box(image: Image.Image, name: str) -> tuple[float, float, float, float]:
     """A square around the largest face that shows the head as the training clips do: 1.6 times the detected box."""
-    from rest_lightning.data.preparation.faces import FaceBoxes
+    from rest_lightning.media.faces import FaceBoxes
 
     with FaceBoxes() as detector:
         found = detector.find(np.asarray(image))

@@ -13,10 +13,7 @@ import pytest
 from rest_lightning.constants import SAMPLES_PER_FRAME
 from rest_lightning.errors import UserError
 from rest_lightning.machine import num_usable_cores
-from rest_lightning.streaming.background import THREAD_VARIABLE, BackgroundWriter, write_stream, writes_in_thread
-from rest_lightning.streaming.pipe import RawPipe
-from rest_lightning.streaming.writer import Mp4Writer
-from rest_lightning.talking_head import TalkingHead
+from rest_lightning.media.writer import THREAD_VARIABLE, BackgroundWriter, Mp4Writer, RawPipe, writes_in_thread
 
 
 def chunks(count: int, size_px: int = 64) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -122,28 +119,6 @@ def test_an_interruption_keeps_everything_handed_over(tmp_path: Path, threaded: 
     assert background.writer.num_frames == 24 * count
     assert background.writer.num_samples == 24 * count * SAMPLES_PER_FRAME
     assert [path.name for path in tmp_path.iterdir()] == (["a.mp4"] if count else [])
-
-
-@pytest.mark.parametrize("block_samples", [1, 640, 999, 16_000, 100_000])
-def test_sound_goes_with_its_frames(head: TalkingHead, block_samples: int, threaded: bool) -> None:
-    speech = np.random.default_rng(1).uniform(-0.5, 0.5, 60 * 640 + 5).astype(np.float32)
-    blocks = (speech[i : i + block_samples] for i in range(0, len(speech), block_samples))
-    taken: list[tuple[int, np.ndarray]] = []
-
-    class Collect(RawPipe):
-        def write_audio(self, samples: np.ndarray) -> None:
-            taken.append((self.num_frames, samples))
-
-    if block_samples == 1:  # 38,405 blocks of one sample would test patience
-        blocks = (part for part in np.split(speech, range(1, 700)))
-    with head.open(np.zeros((64, 64, 3), np.uint8)) as session:
-        with BackgroundWriter(Collect(SlowPipe(), 64), threaded=threaded) as background:  # type: ignore[arg-type]
-            counts = list(write_stream(session, blocks, background))
-        assert session.clock.stage_s["writing"] > 0
-    assert counts == [24, 24, 13]
-    assert [frames for frames, _ in taken] == [24, 48, 61]
-    assert [len(samples) for _, samples in taken] == [15_360, 15_360, 12 * 640 + 5]
-    assert np.array_equal(np.concatenate([samples for _, samples in taken]), speech)
 
 
 def test_bad_frames_are_told_in_one_line(tmp_path: Path, threaded: bool) -> None:

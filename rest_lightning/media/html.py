@@ -1,11 +1,58 @@
-"""Small plots as inline SVG: quality against speed, curves over time, histograms. The page's style has the colours."""
+"""Pages that stand alone: the shell that all of them share, pictures and clips as data URIs, small plots as SVG."""
 
 from __future__ import annotations
 
+import base64
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
+from pathlib import Path
+from string import Template
+
+from rest_lightning.errors import UserError
+
+TEMPLATE = Path(__file__).with_name("page.html")
+MEDIA_TYPES = {
+    ".png": "image/png",
+    ".jpg": "image/jpeg",
+    ".jpeg": "image/jpeg",
+    ".webp": "image/webp",
+    ".gif": "image/gif",
+    ".mp4": "video/mp4",
+    ".webm": "video/webm",
+}
+
+
+def fill_page(title: str, lead: str, sections: Iterable[str], footer: str = "", style: str = "") -> str:
+    """A page of the house's look.
+
+    Args:
+        title: heading, plain text.
+        lead: HTML below it.
+        sections: HTML.
+        footer: last line, plain text.
+        style: further CSS.
+    """
+    return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
+        title=escape(title), lead=lead, sections="\n".join(sections), footer=escape(footer), colours=style
+    )
+
+
+def data_uri(path: Path) -> str:
+    """A file as ``data:<type>;base64,...``."""
+    kind = MEDIA_TYPES.get(path.suffix.lower())
+    if kind is None:
+        known = ", ".join(MEDIA_TYPES)
+        raise UserError(f"expected a picture or clip ({known}), got {path}: convert it")
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"expected a picture or clip {path}, got '{error.strerror}': check the name") from None
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+# -- plots ----------------------------------------------------------------------------------------------------
 
 WIDTH, HEIGHT = 560, 340
 LEFT, RIGHT, TOP, BOTTOM = 62, 18, 16, 46

@@ -14,7 +14,7 @@ import pytest
 
 from rest_lightning.constants import SAMPLES_PER_FRAME
 from rest_lightning.errors import UserError
-from rest_lightning.streaming.pipe import Mp4Pipe, open_pipe
+from rest_lightning.media.writer import Mp4Pipe, open_pipe
 
 
 class Pipe(io.BytesIO):

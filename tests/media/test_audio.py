@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from rest_lightning.constants import SAMPLE_RATE
-from rest_lightning.data.audio import open_speech
 from rest_lightning.errors import UserError
 from rest_lightning.machine import peak_memory_mb
+from rest_lightning.media.audio import open_speech
 
 
 def write_sound(path: Path, samples: np.ndarray, rate: int, codec: str = "pcm_s16le", layout: str = "mono") -> Path:

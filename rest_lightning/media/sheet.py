@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from rest_lightning.constants import FPS, SAMPLES_PER_FRAME
 from rest_lightning.errors import UserError
-from rest_lightning.streaming.output import whole_file
+from rest_lightning.media.files import whole_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -129,7 +129,7 @@ def summarise_video(
 
 def sound_envelope(video: str | os.PathLike[str], num_frames: int) -> NDArray[np.float32]:
     """Root mean square (num_frames,) of the 640 samples of every frame; zeros for a video without sound."""
-    from rest_lightning.data.audio import open_speech
+    from rest_lightning.media.audio import open_speech
 
     envelope = np.zeros(num_frames, np.float32)
     try:

@@ -15,7 +15,7 @@ import pytest
 
 from rest_lightning.constants import SAMPLES_PER_FRAME
 from rest_lightning.errors import UserError
-from rest_lightning.streaming.writer import Mp4Writer
+from rest_lightning.media.writer import Mp4Writer
 
 
 def read(path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -137,7 +137,7 @@ def test_signals_at_any_moment_leave_a_playable_video(tmp_path: Path) -> None:
     path = tmp_path / "a.mp4"
     program = (
         "import sys, numpy as np\n"
-        "from rest_lightning.streaming.writer import Mp4Writer\n"
+        "from rest_lightning.media.writer import Mp4Writer\n"
         "frames = np.random.default_rng(0).integers(0, 256, (24, 64, 64, 3), dtype=np.uint8)\n"
         "with Mp4Writer(sys.argv[1], 64) as writer:\n"
         "    for chunk in range(100000):\n"
