@@ -23,12 +23,11 @@ from rest_lightning.diffusion.schedule import sampling_sigmas
 from rest_lightning.machine import resident_memory_mb
 from rest_lightning.media.audio import open_speech
 from rest_lightning.media.writer import BackgroundWriter, Mp4Writer
-from rest_lightning.models.autoencoder import VideoAutoencoder
-from rest_lightning.models.cache import IDContextCache
-from rest_lightning.models.packed import packed
 from rest_lightning.models.transformer import A2VDiT
+from rest_lightning.models.vae import VideoAutoencoder
 from rest_lightning.streaming.engine import ChunkEngine
 from rest_lightning.streaming.options import EngineOptions
+from rest_lightning.streaming.packed import packed
 from rest_lightning.talking_head import EMBEDDED_FOLDER, TalkingHead
 
 SPEECH = EMBEDDED_FOLDER.parent / "speech.wav"
@@ -297,7 +296,7 @@ class CacheOrRecompute:
         tokens = torch.randn(rows, 1 + 2 * length, bench.head.speech_ae.num_tokens, model.speech_dim or 1, **like)
         tokens[:, 0] = 0.0
         text = model.project_prompt(rows)
-        cache = IDContextCache.allocate(model, rows, side, side, num_steps=settings.num_steps)
+        cache = model.new_cache(rows, side, side, num_steps=settings.num_steps)
         if cache.options.reference_attends == "self":
             model.prefill(window[:, :, :1], cache, text_embeds=text)
 

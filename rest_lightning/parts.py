@@ -21,7 +21,7 @@ PARTS_KEY = "rest_parts"
 FROZEN_PARTS_KEY = "rest_frozen_parts"  # descriptions alone: the weights are in other checkpoints
 PART_NAMES = ("vae", "speech_encoder", "speech_ae", "transformer")
 PART_CLASSES = {
-    "CompactVAE": "rest_lightning.models.autoencoder",
+    "CompactVAE": "rest_lightning.models.vae",
     "LTXVideoVAE": "rest_lightning.models.ltx_vae",
     "LogMelEncoder": "rest_lightning.models.speech",
     "WhisperEncoder": "rest_lightning.models.speech",

@@ -20,10 +20,10 @@ from rest_lightning.errors import UserError
 from rest_lightning.parts import PART_NAMES, describe_part, open_part
 
 if TYPE_CHECKING:
-    from rest_lightning.models.autoencoder import VideoAutoencoder
     from rest_lightning.models.speech import SpeechEncoder
     from rest_lightning.models.speech_ae import SpeechAE
     from rest_lightning.models.transformer import A2VDiT
+    from rest_lightning.models.vae import VideoAutoencoder
     from rest_lightning.streaming.batch import BatchSession
     from rest_lightning.streaming.options import EngineOptions
     from rest_lightning.streaming.session import StreamingSession

@@ -20,7 +20,7 @@ def run(args: argparse.Namespace) -> int:
     from safetensors.torch import save_file
 
     from rest_lightning.media.files import check_output, whole_file
-    from rest_lightning.models.prompt import PROMPT, encode_prompt
+    from rest_lightning.models.ltx import PROMPT, encode_prompt
 
     args.out.parent.mkdir(parents=True, exist_ok=True)
     check_output(args.out, args.overwrite, ".safetensors")

@@ -15,7 +15,7 @@ from torch import Tensor
 from rest_lightning.constants import SAMPLES_PER_FRAME
 from rest_lightning.data.layout import ManifestRow, clip_path, read_sidecar
 from rest_lightning.metrics import degrade
-from rest_lightning.metrics.embedded import (
+from rest_lightning.metrics.extractors import (
     EXPRESSION,
     FACTORS,
     IMAGE_PX,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rest_lightning.data.layout import ManifestRow, Sidecar, clip_path, read_sidecar
 from rest_lightning.errors import UserError
-from rest_lightning.metrics.embedded import FACTORS, IMAGE_PX, VIDEO_PX
+from rest_lightning.metrics.extractors import FACTORS, IMAGE_PX, VIDEO_PX
 from rest_lightning.metrics.mfcc import mfcc, to_int16
 from rest_lightning.metrics.mouth import crop_mouth
 

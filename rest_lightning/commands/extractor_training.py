@@ -11,9 +11,9 @@ from torch.nn import functional
 
 from rest_lightning.commands.extractor_data import SYNC_MARGIN_PX, Clips
 from rest_lightning.metrics.degrade import dropped, gaussian_blur, shuffled
-from rest_lightning.metrics.embedded import FACTORS, VIDEO_WINDOW, EmbeddedImage, EmbeddedSync, EmbeddedVideo
+from rest_lightning.metrics.extractors import FACTORS, VIDEO_WINDOW, EmbeddedImage, EmbeddedSync, EmbeddedVideo
 from rest_lightning.metrics.mouth import CROP_SIZE
-from rest_lightning.models.syncnet import WINDOW_FRAMES, speech_windows
+from rest_lightning.metrics.syncnet import WINDOW_FRAMES, speech_windows
 
 IDENTITY_TEMPERATURE, SYNC_TEMPERATURE = 0.1, 0.07
 SYNC_FRAMES = 45  # of a clip in a batch: 41 windows, offsets up to 40

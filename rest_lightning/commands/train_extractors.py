@@ -27,8 +27,8 @@ from rest_lightning.commands.extractor_training import (
 )
 from rest_lightning.data.layout import read_dataset_json, read_manifest
 from rest_lightning.errors import UserError, exit_code
-from rest_lightning.metrics.embedded import ASSETS, COMMAND, EmbeddedImage, EmbeddedSync, EmbeddedVideo
-from rest_lightning.metrics.shipped import ShippedNetwork
+from rest_lightning.metrics.extractors import ASSETS, COMMAND, EmbeddedImage, EmbeddedSync, EmbeddedVideo
+from rest_lightning.metrics.weights import ShippedNetwork
 
 # name -> network, its training, share of the training time, what its loss is
 STAGES: dict[str, tuple[type[ShippedNetwork], Any, float, str]] = {

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rest_lightning.errors import UserError
-from rest_lightning.metrics.shipped import WEIGHTS_FILE, ShippedNetwork
-from rest_lightning.metrics.weights import sha256_of_weights
+from rest_lightning.metrics.weights import WEIGHTS_FILE, ShippedNetwork, sha256_of_weights
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets" / "mouth"
 EXTRACTOR_NAME = "embedded-mouth"

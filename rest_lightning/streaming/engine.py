@@ -27,7 +27,7 @@ from rest_lightning.streaming.report import StreamClock
 from rest_lightning.streaming.state import EngineState, StreamState, Tables
 
 if TYPE_CHECKING:
-    from rest_lightning.models.layers import SigmaEmbedding
+    from rest_lightning.models.transformer import SigmaEmbedding
     from rest_lightning.talking_head import SamplingSettings, TalkingHead
 
 

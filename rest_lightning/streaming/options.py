@@ -12,7 +12,7 @@ import torch
 
 from rest_lightning.constants import SPATIAL_RATIO
 from rest_lightning.errors import UserError
-from rest_lightning.models.packed import can_pack
+from rest_lightning.streaming.packed import can_pack
 
 if TYPE_CHECKING:
     from rest_lightning.talking_head import SamplingSettings, TalkingHead

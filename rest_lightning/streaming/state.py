@@ -15,9 +15,8 @@ from torch import Tensor
 from rest_lightning.constants import SAMPLES_PER_FRAME, SPATIAL_RATIO
 from rest_lightning.diffusion.schedule import sampling_sigmas
 from rest_lightning.errors import UserError
-from rest_lightning.models.cache import IDContextCache
 from rest_lightning.models.causal import Stream
-from rest_lightning.models.packed import packed
+from rest_lightning.streaming.packed import packed
 
 if TYPE_CHECKING:
     from rest_lightning.talking_head import SamplingSettings, TalkingHead
@@ -105,7 +104,7 @@ class StreamState:
         model, side = tables.model, tables.side
         self.tables, self.batch, self._stage = tables, batch, stage
         rows = batch * tables.guidance.num_branches
-        self.cache = IDContextCache.allocate(model.transformer, rows, side, side, num_steps=tables.sampling.num_steps)
+        self.cache = model.transformer.new_cache(rows, side, side, num_steps=tables.sampling.num_steps)
         self.speech, self.decoder = Stream(), Stream()
         with torch.inference_mode(False):
             shape = (rows, model.vae.latent_channels, 1, side, side)

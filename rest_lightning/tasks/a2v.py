@@ -25,10 +25,10 @@ from rest_lightning.diffusion.noise import (
 )
 from rest_lightning.diffusion.schedule import training_table
 from rest_lightning.errors import UserError
-from rest_lightning.models.autoencoder import VideoAutoencoder
 from rest_lightning.models.speech import SpeechEncoder
 from rest_lightning.models.speech_ae import SpeechAE
 from rest_lightning.models.transformer import A2VDiT
+from rest_lightning.models.vae import VideoAutoencoder
 from rest_lightning.parts import fingerprint_of
 from rest_lightning.tasks.base import OptimizerSettings, StageModule
 from rest_lightning.tasks.regions import token_weights

@@ -22,7 +22,7 @@ from rest_lightning.metrics.extractors import load_extractor
 from rest_lightning.metrics.frechet import EFID, FID, FVD
 from rest_lightning.metrics.identity import IdentitySimilarity
 from rest_lightning.metrics.sync import SyncScore
-from rest_lightning.metrics.talking import TalkingScores
+from rest_lightning.metrics.video import TalkingScores
 
 NUM_FRAMES = 48
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from rest_lightning.models.autoencoder import CompactVAE
 from rest_lightning.models.cache import CacheOptions
 from rest_lightning.models.speech import LogMelEncoder
 from rest_lightning.models.speech_ae import SpeechAE
 from rest_lightning.models.transformer import A2VDiT
+from rest_lightning.models.vae import CompactVAE
 from rest_lightning.talking_head import SamplingSettings, TalkingHead
 
 

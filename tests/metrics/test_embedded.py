@@ -18,8 +18,8 @@ from rest_lightning.commands.extractor_data import Clips
 from rest_lightning.commands.extractor_training import ImageTraining, SyncTraining, VideoTraining, fit
 from rest_lightning.data.layout import read_manifest
 from rest_lightning.errors import UserError
-from rest_lightning.metrics import degrade, embedded
-from rest_lightning.metrics.embedded import (
+from rest_lightning.metrics import degrade, extractors
+from rest_lightning.metrics.extractors import (
     EmbeddedImage,
     EmbeddedSync,
     EmbeddedVideo,
@@ -27,8 +27,8 @@ from rest_lightning.metrics.embedded import (
     SyncFeatures,
     VideoFeatures,
     load_embedded,
+    load_extractor,
 )
-from rest_lightning.metrics.extractors import load_extractor
 from rest_lightning.metrics.frechet import EFID, FID, FVD
 from rest_lightning.metrics.identity import IdentitySimilarity
 from rest_lightning.metrics.sync import sync_of_clip
@@ -60,7 +60,7 @@ def test_saved_is_loaded(networks: Path) -> None:
     assert sum(sizes) < 560_000, sizes  # of the 0.6 MB that the package has for them
     with pytest.raises(UserError, match=r"expected a video network \(EmbeddedVideo\) .* got EmbeddedImage"):
         EmbeddedVideo.from_pretrained(networks / "image")
-    with pytest.raises(UserError, match=f"train one with `{embedded.COMMAND}`"):
+    with pytest.raises(UserError, match=f"train one with `{extractors.COMMAND}`"):
         load_embedded("fvd", networks / "image")
 
 
@@ -97,7 +97,7 @@ def test_expression_and_identity(networks: Path) -> None:
     e_fid.update(frames, real=True)
     e_fid.update(frames, real=False)
     assert float(e_fid.compute()["e_fid"]) == pytest.approx(0.0, abs=1e-6)
-    assert e_fid.extractor.name == "embedded-expression" and e_fid.num_features == len(embedded.EXPRESSION)
+    assert e_fid.extractor.name == "embedded-expression" and e_fid.num_features == len(extractors.EXPRESSION)
     same = IdentitySimilarity(load_embedded("identity", networks))
     same.update(frames[:1].expand(4, -1, -1, -1), frames[0])
     assert float(same.compute()["identity_similarity"]) == pytest.approx(1.0, abs=1e-5)
@@ -234,10 +234,10 @@ def test_command_writes_networks_and_a_card(talkers: Path, tmp_path: Path, capsy
 
 def test_shipped_networks_are_those_of_an_accepted_card(talkers: Path) -> None:
     """The card says what was measured when they were trained; here they answer as it says, on the tests' talkers."""
-    card = json.loads((embedded.ASSETS / "card.json").read_text())
+    card = json.loads((extractors.ASSETS / "card.json").read_text())
     assert card["held_out"]["sync"]["accepted"] and card["held_out"]["frechet"]["accepted"]
     assert min(card["held_out"]["sync"]["within_1_frame"].values()) >= cards.MIN_SHARE_WITHIN_1
-    text = (embedded.ASSETS / "card.md").read_text()
+    text = (extractors.ASSETS / "card.md").read_text()
     assert text == cards.markdown(card) and "E-FID is blind to how these move (below 0.5): gaze_y, brow_raise\n" in text
     clips = cards.read_held_out(talkers, read_manifest(talkers))
     sync, errors = load_embedded("sync"), []

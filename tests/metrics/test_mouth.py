@@ -12,7 +12,7 @@ from PIL import Image
 
 from rest_lightning.commands import train_mouth
 from rest_lightning.errors import UserError
-from rest_lightning.metrics import mouth, shipped
+from rest_lightning.metrics import mouth, weights
 from rest_lightning.metrics.lips import pearson
 from rest_lightning.metrics.mouth import MouthOpeningEstimator, crop_mouth, mouth_opening
 
@@ -64,7 +64,7 @@ def test_brightness_and_contrast_do_not_matter() -> None:
 def test_saved_and_loaded(tmp_path: Path) -> None:
     model = MouthOpeningEstimator((4, 8, 8, 8, 8), hidden=8).eval()
     model.save_pretrained(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {shipped.CONFIG_FILE, shipped.WEIGHTS_FILE}
+    assert {path.name for path in tmp_path.iterdir()} == {weights.CONFIG_FILE, weights.WEIGHTS_FILE}
     loaded = MouthOpeningEstimator.from_pretrained(tmp_path)
     np.testing.assert_allclose(mouth_opening(noise(4), loaded), mouth_opening(noise(4), model), atol=0.02)
 

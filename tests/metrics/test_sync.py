@@ -15,8 +15,8 @@ from rest_lightning.errors import UserError
 from rest_lightning.metrics.extractors import SyncNetExtractor, load_extractor, mfcc_windows
 from rest_lightning.metrics.mfcc import mfcc, to_int16
 from rest_lightning.metrics.sync import SyncScore, sync_of_clip, sync_of_embeddings
+from rest_lightning.metrics.syncnet import SyncNet
 from rest_lightning.metrics.weights import VARIABLE
-from rest_lightning.models.syncnet import SyncNet
 
 # (name, shape) of the published tensors; weights and biases of layers without norms.
 PUBLISHED = {

@@ -8,10 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from rest_lightning.models.autoencoder import CompactVAE
-from rest_lightning.models.layers import FeedForward
-from rest_lightning.models.packed import can_pack, packed
-from rest_lightning.models.transformer import A2VDiT
+from rest_lightning.models.transformer import A2VDiT, FeedForward
+from rest_lightning.models.vae import CompactVAE
+from rest_lightning.streaming.packed import can_pack, packed
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(not can_pack(CPU, torch.float32), reason="torch without oneDNN")

@@ -7,8 +7,8 @@ import json
 import pytest
 import torch
 
-from rest_lightning.models.autoencoder import CompactVAE
 from rest_lightning.models.causal import Stream, patchify, unpatchify
+from rest_lightning.models.vae import CompactVAE
 
 
 def tiny_vae(seed: int = 0, principal_components: int = 0) -> CompactVAE:

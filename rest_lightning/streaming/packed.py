@@ -16,7 +16,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from rest_lightning.models import causal, layers
+from rest_lightning.models import causal, transformer
 
 _OPERATORS = (
     "_linear_pointwise",
@@ -75,14 +75,14 @@ def _copy(module: nn.Module) -> nn.Module:
         forward = _linear(module)
     elif type(module) is nn.Conv2d and module.padding_mode == "zeros" and not isinstance(module.padding, str):
         forward = _convolution(module)
-    elif isinstance(module, layers.GELUProjection):
+    elif isinstance(module, transformer.GELUProjection):
         forward = _linear(module.proj, "gelu", "tanh")
-    elif isinstance(module, layers.RMSNorm | causal.RMSNorm):
+    elif isinstance(module, transformer.RMSNorm | causal.RMSNorm):
         forward = _norm(module)
     if forward is not None:
         twin.forward = forward
-    if isinstance(module, layers.Block):
-        attention = cast(layers.Attention, twin._modules["attn1"])
+    if isinstance(module, transformer.Block):
+        attention = cast(transformer.Attention, twin._modules["attn1"])
         attention.queries_keys_values = _queries_keys_values(module.attn1)  # type: ignore[assignment,method-assign]
         # The three alone are not called any more: packed ones would only take memory.
         attention._modules |= {name: module.attn1._modules[name] for name in ("to_q", "to_k", "to_v")}
@@ -90,7 +90,7 @@ def _copy(module: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def _queries_keys_values(layer: layers.Attention) -> Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]:
+def _queries_keys_values(layer: transformer.Attention) -> Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]:
     """Self-attention's three projections as one: a chunk has so few tokens that every call counts."""
     parts, has_bias = (layer.to_q, layer.to_k, layer.to_v), layer.to_q.bias is not None
     joined = nn.Linear(1, 1, bias=has_bias)
@@ -136,7 +136,7 @@ def _convolution(layer: nn.Conv2d) -> Callable[[Tensor], Tensor]:
     return forward
 
 
-def _norm(layer: layers.RMSNorm | causal.RMSNorm) -> Callable[[Tensor], Tensor]:
+def _norm(layer: transformer.RMSNorm | causal.RMSNorm) -> Callable[[Tensor], Tensor]:
     return _norm_with(layer.weight, layer.eps)
 
 
