@@ -13,8 +13,7 @@ from benchmarks._scenarios import Bench, Row, ratio, speech
 from rest_lightning.constants import FPS, SPATIAL_RATIO, num_latent_frames
 from rest_lightning.diffusion.sampling import euler_step
 from rest_lightning.diffusion.schedule import sampling_sigmas
-from rest_lightning.streaming.engine import ChunkEngine
-from rest_lightning.streaming.options import EngineOptions
+from rest_lightning.streaming.engine import ChunkEngine, EngineOptions
 
 
 @dataclass(frozen=True)

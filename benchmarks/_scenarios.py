@@ -25,8 +25,7 @@ from rest_lightning.media.audio import open_speech
 from rest_lightning.media.writer import BackgroundWriter, Mp4Writer
 from rest_lightning.models.transformer import A2VDiT
 from rest_lightning.models.vae import VideoAutoencoder
-from rest_lightning.streaming.engine import ChunkEngine
-from rest_lightning.streaming.options import EngineOptions
+from rest_lightning.streaming.engine import ChunkEngine, EngineOptions
 from rest_lightning.streaming.packed import packed
 from rest_lightning.talking_head import EMBEDDED_FOLDER, TalkingHead
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks._differentiable_cache import DifferentiableCache
 from rest_lightning.diffusion.rollout import Context, roll_out
-from rest_lightning.diffusion.sampling import euler_step
+from rest_lightning.diffusion.sampling import SamplingSettings, euler_step
 from rest_lightning.diffusion.schedule import sampling_sigmas
 from rest_lightning.errors import UserError
 from rest_lightning.models.speech import LogMelEncoder
@@ -22,7 +22,7 @@ from rest_lightning.models.speech_ae import SpeechAE
 from rest_lightning.models.transformer import A2VDiT
 from rest_lightning.models.vae import CompactVAE
 from rest_lightning.streaming.engine import ChunkEngine
-from rest_lightning.talking_head import SamplingSettings, TalkingHead
+from rest_lightning.talking_head import TalkingHead
 from rest_lightning.tasks.student import ASDSettings, RolloutSettings, StudentModule
 
 OPTIONS: dict[str, dict[str, Any]] = {

@@ -13,9 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from rest_lightning.diffusion.sampling import SamplingChanges, SamplingSettings
 from rest_lightning.streaming.engine import ChunkEngine
 from rest_lightning.streaming.packed import packed
-from rest_lightning.talking_head import INDEX_FILE, SamplingChanges, SamplingSettings, TalkingHead
+from rest_lightning.talking_head import INDEX_FILE, TalkingHead
 
 OFF, JOINT, SPLIT = (1.0, 0.0), (6.0, 0.0), (6.0, 2.0)  # guidance and reference_guidance: none, REST's, READ's
 

@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from rest_lightning.constants import SAMPLES_PER_FRAME, TEMPORAL_RATIO
-from rest_lightning.diffusion.sampling import Guidance, euler_step
+from rest_lightning.diffusion.sampling import Guidance, SamplingChanges, SamplingSettings, euler_step
 from rest_lightning.diffusion.schedule import sampling_sigmas
 from rest_lightning.errors import UserError
 from rest_lightning.models.transformer import A2VDiT
 from rest_lightning.parts import open_part, open_speech_encoder
 from rest_lightning.streaming.engine import to_uint8
-from rest_lightning.talking_head import INDEX_FILE, SamplingChanges, SamplingSettings, TalkingHead
+from rest_lightning.talking_head import INDEX_FILE, TalkingHead
 
 BLOCK_SAMPLES = 4000  # a quarter of a second a push
 Frames = NDArray[np.uint8]
