@@ -259,12 +259,12 @@ _CLASSES: dict[str, Any] = {"fid": Inception, "fvd": I3D, "fvd_videomae": VideoM
 # The embedded extractors: small networks trained on synthetic talkers, for where no published
 # weights are.
 #
-# Trained by ``python -m rest_lightning.commands.train_extractors``; called ``embedded-*`` in
+# Trained by ``python -m tools.extractors``; called ``embedded-*`` in
 # every row (EVALUATION sec. 3). Their numbers compare models of this project with each other on
 # synthetic talkers, and nothing else.
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets" / "metrics"
-COMMAND = "python -m rest_lightning.commands.train_extractors"
+COMMAND = "python -m tools.extractors"
 EXPRESSION = ("mouth_opening", "mouth_width", "lip_rounding", "blink", "gaze_x", "gaze_y", "brow_raise")
 POSE = ("yaw_rad", "pitch_rad", "roll_rad", "shift_x", "shift_y", "scale")
 FACTORS = EXPRESSION + POSE  # curves of the renderer's face track

@@ -1,6 +1,6 @@
 """Trains the embedded mouth-opening estimator on synthetic talkers and on a VAE's reconstructions of them.
 
-``python -m rest_lightning.commands.train_mouth --data data/talkers --vae runs/embedded/vae/final.ckpt``
+``python -m tools.mouth --data data/talkers --vae runs/embedded/vae/final.ckpt``
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from torch.nn import functional
 
 from rest_lightning.data.layout import ManifestRow, clip_path, read_dataset_json, read_manifest, read_sidecar
 from rest_lightning.errors import UserError, exit_code
-from rest_lightning.metrics.degrade import gaussian_blur
 from rest_lightning.metrics.mouth import ASSETS, CROP_SIZE, MouthOpeningEstimator, crop_mouth, mouth_opening
+from tools.extractors import gaussian_blur
 
 CARD_FILE = "card.json"
 MAX_SHIFT_PX = 3

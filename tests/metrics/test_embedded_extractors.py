@@ -12,13 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from rest_lightning.commands import extractor_card as cards
-from rest_lightning.commands import train_extractors
-from rest_lightning.commands.extractor_data import Clips
-from rest_lightning.commands.extractor_training import ImageTraining, SyncTraining, VideoTraining, fit
 from rest_lightning.data.layout import read_manifest
 from rest_lightning.errors import UserError
-from rest_lightning.metrics import degrade, extractors
+from rest_lightning.metrics import extractors
 from rest_lightning.metrics.extractors import (
     EmbeddedImage,
     EmbeddedSync,
@@ -32,6 +28,8 @@ from rest_lightning.metrics.extractors import (
 from rest_lightning.metrics.frechet import EFID, FID, FVD
 from rest_lightning.metrics.identity import IdentitySimilarity
 from rest_lightning.metrics.sync import sync_of_clip
+from tools import extractors as training
+from tools.extractors import Clips, ImageTraining, SyncTraining, VideoTraining, fit
 
 
 def clip(num_frames: int, side: int = 128, seed: int = 0) -> Tensor:
@@ -160,11 +158,11 @@ def test_image_and_video_learn_who_it_is() -> None:
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_orders_of_damaged_clips(share: float) -> None:
     generator = torch.Generator().manual_seed(0)
-    lost = degrade.dropped(200, share, generator)
+    lost = training.dropped(200, share, generator)
     assert bool((lost.diff() >= 0).all()) and bool((lost <= torch.arange(200)).all()) and int(lost[0]) == 0
     repeated = float((lost.diff() == 0).float().mean())
     assert repeated == pytest.approx(share, abs=0.1)
-    order = degrade.shuffled(200, share, generator)
+    order = training.shuffled(200, share, generator)
     assert order.sort().values.tolist() == list(range(200))
     assert float((order != torch.arange(200)).float().mean()) == pytest.approx(share, abs=0.05)
 
@@ -173,17 +171,17 @@ def test_blur_and_noise_of_a_known_amount() -> None:
     point = torch.zeros(2, 1, 33, 33)
     point[:, 0, 16, 16] = 1.0
     y = (torch.arange(33.0) - 16).square()
-    for sigma, image in zip((1.5, 0.7), degrade.gaussian_blur(point, torch.tensor([[1.5], [0.7]]), 6), strict=True):
+    for sigma, image in zip((1.5, 0.7), training.gaussian_blur(point, torch.tensor([[1.5], [0.7]]), 6), strict=True):
         variance = float((image[0].sum(1) * y).sum())
         assert float(image.sum()) == pytest.approx(1.0, abs=1e-5) and variance == pytest.approx(sigma**2, rel=0.02)
     edge = (255 * (torch.arange(20) > 9)).to(torch.uint8)[None, :, None, None].expand(2, -1, 16, 3)
-    steepness = [int(degrade.blur(edge, sigma)[0].int().diff(dim=0).amax()) for sigma in (0.0, 0.5, 1.0, 2.0)]
+    steepness = [int(training.blur(edge, sigma)[0].int().diff(dim=0).amax()) for sigma in (0.0, 0.5, 1.0, 2.0)]
     # A step blurred by a bell of sigma rises by about 255 erf(0.5 / (sigma sqrt 2)) in one pixel.
     expected = [255.0, *(255 * math.erf(0.5 / (sigma * math.sqrt(2))) for sigma in (0.5, 1.0, 2.0))]
     np.testing.assert_allclose(steepness, expected, rtol=0.2)
     assert steepness == sorted(steepness, reverse=True)
     grey = torch.full((4, 32, 32, 3), 128, dtype=torch.uint8)
-    noisy = degrade.noise(grey, 10.0, torch.Generator().manual_seed(0)).float()
+    noisy = training.noise(grey, 10.0, torch.Generator().manual_seed(0)).float()
     assert float(noisy.std()) == pytest.approx(10.0, rel=0.03) and float(noisy.mean()) == pytest.approx(128, abs=0.5)
 
 
@@ -192,7 +190,7 @@ def test_shifted_clips_come_late(shift: int) -> None:
     """Frame i of the result shows what is heard ``shift`` frames before."""
     frames = torch.arange(60, dtype=torch.uint8)[:, None, None, None].expand(-1, 2, 2, 3)
     audio = np.repeat(np.arange(60.0), 640)
-    late, speech = cards.shifted(frames, audio, shift)
+    late, speech = training.shifted(frames, audio, shift)
     assert len(late) == 50 and len(speech) == 50 * 640
     heard = speech[::640]
     assert (late[:, 0, 0, 0].int().numpy() + shift == heard).all()
@@ -202,29 +200,29 @@ def test_command_writes_networks_and_a_card(talkers: Path, tmp_path: Path, capsy
     """Two steps cannot be accepted: the exit code and the card say so; the networks load and measure."""
     arguments = ["--data", str(talkers), "--out", str(tmp_path), "--budget-min", "1", "--max-steps", "2"]
     parser = argparse.ArgumentParser()
-    train_extractors.add_arguments(parser)
+    training.add_arguments(parser)
     options = parser.parse_args([*arguments, "--batch-clips", "2", "--frames-per-clip", "2"])
     with pytest.raises(UserError, match="at least 2 clips of each split"):
-        train_extractors.run(options)
-    assert train_extractors.main([*arguments, "--budget-min", "0"]) == 2
+        training.run(options)
+    assert training.main([*arguments, "--budget-min", "0"]) == 2
     assert "expected --budget-min above 0" in capsys.readouterr().err
-    from rest_lightning.commands.extractor_data import read_clips
+    from tools.extractors import read_clips
 
     rows = read_manifest(talkers, "train")
     clips = read_clips(talkers, rows, 2, np.random.default_rng(0))
     assert len(clips) == 4 and clips.mouths.shape == (4, 57, 70, 78) and clips.cepstra.shape == (4, 227, 13)
-    networks = train_extractors.train(options, clips, 60.0)
+    networks = training.train(options, clips, 60.0)
     assert {name: net["num_steps"] for name, net in networks.items()} == {"sync": 2, "image": 2, "video": 2}
-    held_out = cards.read_held_out(talkers, rows[:3])
+    held_out = training.read_held_out(talkers, rows[:3])
     card = {
         "command": "c", "data": {"num_train_clips": 4}, "networks": networks,
         "held_out": {
-            "sync": cards.sync_accuracy(tmp_path, held_out),
-            "image": cards.image_accuracy(tmp_path, talkers, rows[:3], held_out),
-            "frechet": cards.frechet_answers(tmp_path, held_out[:2], held_out[2:]),
+            "sync": training.sync_accuracy(tmp_path, held_out),
+            "image": training.image_accuracy(tmp_path, talkers, rows[:3], held_out),
+            "frechet": training.frechet_answers(tmp_path, held_out[:2], held_out[2:]),
         },
     }  # fmt: skip
-    cards.write_card(tmp_path, card)
+    training.write_card(tmp_path, card)
     text = (tmp_path / "card.md").read_text()
     assert "NOT accepted" in text and "| frame_shuffle | 1.0 |" in text and "mouth_opening" in text
     damage = card["held_out"]["frechet"]["damage"]
@@ -236,14 +234,14 @@ def test_shipped_networks_are_those_of_an_accepted_card(talkers: Path) -> None:
     """The card says what was measured when they were trained; here they answer as it says, on the tests' talkers."""
     card = json.loads((extractors.ASSETS / "card.json").read_text())
     assert card["held_out"]["sync"]["accepted"] and card["held_out"]["frechet"]["accepted"]
-    assert min(card["held_out"]["sync"]["within_1_frame"].values()) >= cards.MIN_SHARE_WITHIN_1
+    assert min(card["held_out"]["sync"]["within_1_frame"].values()) >= training.MIN_SHARE_WITHIN_1
     text = (extractors.ASSETS / "card.md").read_text()
-    assert text == cards.markdown(card) and "E-FID is blind to how these move (below 0.5): gaze_y, brow_raise\n" in text
-    clips = cards.read_held_out(talkers, read_manifest(talkers))
+    assert text == training.markdown(card) and "E-FID is blind to how these move (below 0.5): gaze_y, brow_raise\n" in text
+    clips = training.read_held_out(talkers, read_manifest(talkers))
     sync, errors = load_embedded("sync"), []
     assert sync.known
     for (frames, audio), shift in zip(clips, (-6, -3, -1, 0, 2, 5), strict=True):
-        late, speech = cards.shifted(frames, audio, shift)
+        late, speech = training.shifted(frames, audio, shift)
         errors.append(abs(sync_of_clip(late, speech, sync).offset_frames - shift))
     assert sum(error <= 1 for error in errors) >= 5, errors
     fid, fvd = FID(), FVD()
@@ -251,5 +249,5 @@ def test_shipped_networks_are_those_of_an_accepted_card(talkers: Path) -> None:
         fid.update(frames[::6], real=True)
         fvd.update(frames, real=True)
     for kind, amounts in (("blur_px", (1.0, 3.0)), ("frame_shuffle", (0.3, 1.0))):
-        values = [cards._against(fid, fvd, cards.damaged_clips(kind, amount, clips, clips, 0)) for amount in amounts]
+        values = [training._against(fid, fvd, training.damaged_clips(kind, amount, clips, clips, 0)) for amount in amounts]
         assert 0 < values[0][1] < values[1][1] and (kind == "frame_shuffle" or 0 < values[0][0] < values[1][0]), values
