@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -80,8 +80,6 @@ def read_prompt(file: str | Path) -> tuple[Tensor, Tensor]:
             f"expected prompt_embeds and prompt_mask in {path}, got {reason}: make it with `rest encode-prompt`"
         ) from error
 
-
-Cache = TypeVar("Cache", bound=IDContextCache)
 
 Modulation = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -563,8 +561,8 @@ class A2VDiT(nn.Module):
         dtype: torch.dtype | None = None,
         num_steps: int = 1,
         always_mask: bool = False,
-        kind: type[Cache] = IDContextCache,  # type: ignore[assignment]
-    ) -> Cache:
+        kind: type[IDContextCache] = IDContextCache,
+    ) -> IDContextCache:
         """Returns an empty cache for ``rows`` streams of ``height x width`` latents, writable also outside inference.
 
         Args:

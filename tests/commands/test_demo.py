@@ -26,11 +26,11 @@ def test_demo_writes_three_files_again_and_again(
     out = tmp_path / "deep" / "outputs"
     for seed in ("0", "1"):
         assert main([*small_demo, "--out", str(out), "--seed", seed]) == 0
-    assert sorted(path.name for path in out.iterdir()) == ["talk.json", "talk.mp4", "talk.png"]
-    report = json.loads((out / "talk.json").read_text())
+    assert sorted(path.name for path in out.iterdir()) == ["demo.json", "demo.mp4", "demo.png"]
+    report = json.loads((out / "demo.json").read_text())
     assert report["num_frames"] == 25 and report["configuration"]["seed"] == 1
     printed = capsys.readouterr().out
-    assert "time to first frame" in printed and f"wrote {out / 'talk.mp4'}" in printed
+    assert "time to first frame" in printed and f"wrote {out / 'demo.mp4'}" in printed
 
 
 def test_demo_needs_a_folder(small_demo: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
