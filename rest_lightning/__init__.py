@@ -8,7 +8,7 @@ from rest_lightning.constants import VERSION as __version__  # noqa: F401
 from rest_lightning.names import lazy
 
 if TYPE_CHECKING:
-    from rest_lightning.diffusion.sampling import SamplingSettings as SamplingSettings
+    from rest_lightning.diffusion.sampling import Sampling as Sampling
     from rest_lightning.errors import UserError as UserError
     from rest_lightning.models.transformer import A2VDiT as A2VDiT
     from rest_lightning.streaming.batch import BatchSession as BatchSession
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __all__, __getattr__ = lazy(
     __name__,
     {
-        "diffusion.sampling": ["SamplingSettings"],
+        "diffusion.sampling": ["Sampling"],
         "errors": ["UserError"],
         "models.transformer": ["A2VDiT"],
         "streaming.batch": ["BatchSession"],

@@ -71,6 +71,11 @@ def test_every_part_has_its_floor(graph: dict[str, set[str]]) -> None:
     assert {house.part_of(name) for name in graph} == {part for parts in house.FLOORS for part in parts}
 
 
+def test_one_loop_takes_euler_steps() -> None:
+    (place,) = house.euler_loops(house.shipped())
+    assert place.startswith("sampling.py:")
+
+
 def test_the_checks_see_circles_and_arrows_up(tmp_path: Path) -> None:
     files = {
         "__init__": "",

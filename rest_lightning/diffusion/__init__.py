@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from rest_lightning.diffusion.noise import sample_sigmas_cans as sample_sigmas_cans
     from rest_lightning.diffusion.rollout import roll_out as roll_out
     from rest_lightning.diffusion.sampling import Guidance as Guidance
+    from rest_lightning.diffusion.sampling import Sampling as Sampling
     from rest_lightning.diffusion.sampling import SamplingChanges as SamplingChanges
-    from rest_lightning.diffusion.sampling import SamplingSettings as SamplingSettings
     from rest_lightning.diffusion.sampling import euler_step as euler_step
     from rest_lightning.diffusion.sampling import integrate as integrate
     from rest_lightning.diffusion.schedule import ltx_sigma_table as ltx_sigma_table
@@ -30,7 +30,7 @@ __all__, __getattr__ = lazy(
         "losses": ["asd_loss", "flow_matching_loss", "speech_ae_loss"],
         "noise": ["noisy_path", "sample_sigmas_ans", "sample_sigmas_cans"],
         "rollout": ["roll_out"],
-        "sampling": ["Guidance", "SamplingChanges", "SamplingSettings", "euler_step", "integrate"],
+        "sampling": ["Guidance", "SamplingChanges", "Sampling", "euler_step", "integrate"],
         "schedule": ["ltx_sigma_table", "sampling_sigmas", "sigma_table", "training_table"],
     },
 )
