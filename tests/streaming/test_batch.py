@@ -1,4 +1,6 @@
-"""Batches: a row is a session alone, whatever the others do; identity, silence, state, memory, errors."""
+"""Batches: a row is a session alone, whatever the others do; identity, silence, state, memory,
+errors.
+"""
 
 from __future__ import annotations
 
@@ -25,10 +27,14 @@ def portrait(seed: int = 0) -> torch.Tensor:
 
 
 def speech(num_frames: float, seed: int = 1) -> np.ndarray:
-    return np.random.default_rng(seed).normal(scale=0.2, size=int(num_frames * 640)).astype(np.float32)
+    return (
+        np.random.default_rng(seed).normal(scale=0.2, size=int(num_frames * 640)).astype(np.float32)
+    )
 
 
-def alone(head: TalkingHead, row: int, samples: np.ndarray, **options: Any) -> tuple[np.ndarray, StreamingSession]:
+def alone(
+    head: TalkingHead, row: int, samples: np.ndarray, **options: Any
+) -> tuple[np.ndarray, StreamingSession]:
     session = head.open(portrait(row), seed=row, **options)
     return np.concatenate([session.push(samples), session.flush()]), session
 
@@ -43,11 +49,18 @@ def assert_same_frames(actual: np.ndarray, expected: np.ndarray) -> None:
 def assert_same_state(actual: EngineState, expected: EngineState, tolerance: float = 1e-5) -> None:
     """Everything that a next chunk would read, before any rounding."""
     assert actual.cache["num_frames"] == expected.cache["num_frames"]
-    assert actual.speech.keys() == expected.speech.keys() and actual.decoder.keys() == expected.decoder.keys()
+    assert (
+        actual.speech.keys() == expected.speech.keys()
+        and actual.decoder.keys() == expected.decoder.keys()
+    )
     pairs = [(actual.reference_rows, expected.reference_rows)]
     for name in ("keys", "values"):
-        num_past = actual.cache[name].shape[3] * 4 // 7  # of previous, sink and current; chunks of 3
-        pairs.append((actual.cache[name][..., :num_past, :], expected.cache[name][..., :num_past, :]))
+        num_past = (
+            actual.cache[name].shape[3] * 4 // 7
+        )  # of previous, sink and current; chunks of 3
+        pairs.append(
+            (actual.cache[name][..., :num_past, :], expected.cache[name][..., :num_past, :])
+        )
     pairs += [(actual.speech[name], expected.speech[name]) for name in expected.speech]
     pairs += [(actual.decoder[name], expected.decoder[name]) for name in expected.decoder]
     for got, wanted in pairs:
@@ -66,9 +79,19 @@ def drain(batch: BatchSession, frames: dict[int, list[np.ndarray]], idle: Any = 
         (2, (0, 0), {}, {}),
         (3, (0, 1, 3), {}, {"guidance": 2.0}),
         (3, (2, 0, 1), {"chunk_length": 1}, {}),
-        (4, (0, 2, 2, 1), {"reference_attends": "first_chunk"}, {"guidance": 3.0, "reference_guidance": 0.5}),
+        (
+            4,
+            (0, 2, 2, 1),
+            {"reference_attends": "first_chunk"},
+            {"guidance": 3.0, "reference_guidance": 0.5},
+        ),
         (2, (1, 0), {"positions": "absolute", "use_sink": False}, {}),
-        (3, (0, 1, 1), {"cache_noise": "per_step"}, {"options": EngineOptions(first_chunk_length=1)}),
+        (
+            3,
+            (0, 1, 1),
+            {"cache_noise": "per_step"},
+            {"options": EngineOptions(first_chunk_length=1)},
+        ),
         (1, (0,), {"cache_noise": "clean_pass"}, {}),
     ],
     ids=str,
@@ -122,7 +145,9 @@ def test_states_of_rows_are_those_of_sessions_alone(head: TalkingHead) -> None:
 
 
 def test_switch_restart_and_stop_leave_the_others_alone(head: TalkingHead) -> None:
-    def run(changes: dict[int, Callable[[BatchSession], None]]) -> tuple[dict[int, list[np.ndarray]], BatchSession]:
+    def run(
+        changes: dict[int, Callable[[BatchSession], None]],
+    ) -> tuple[dict[int, list[np.ndarray]], BatchSession]:
         batch, frames = head.open_batch(3), {row: [] for row in range(3)}  # type: ignore[var-annotated]
         for row in range(3):
             batch.start(row, portrait(row), seed=row)
@@ -155,7 +180,9 @@ def test_switch_restart_and_stop_leave_the_others_alone(head: TalkingHead) -> No
     assert_same_frames(np.concatenate(changed[0]), np.concatenate(expected))
     session = head.open(portrait(8), seed=8)
     expected = [session.push(speech(24, seed=100 + tick)) for tick in (2, 3)]
-    assert_same_frames(np.concatenate(changed[1][2:]), np.concatenate(expected)[: 24 * len(changed[1][2:])])
+    assert_same_frames(
+        np.concatenate(changed[1][2:]), np.concatenate(expected)[: 24 * len(changed[1][2:])]
+    )
 
     stopped, batch = run({2: lambda batch: batch.stop(1)})
     assert batch.rows == [0, 2] and len(stopped[1]) == 2
@@ -174,7 +201,9 @@ def test_a_switch_does_not_show_in_a_row_that_is_computed_with_it(head: TalkingH
         if switches:
             batch.switch_identity(0, portrait(7))
         videos.append(batch.step()[1])
-    assert_same_frames(*videos)  # row 0 is at its first chunk again: the attention of both is masked for one chunk
+    assert_same_frames(
+        *videos
+    )  # row 0 is at its first chunk again: the attention of both is masked for one chunk
     assert videos[0].std() > 5
 
 
@@ -210,7 +239,9 @@ def test_an_interruption_drops_what_waits(head: TalkingHead) -> None:
     assert len(batch.step()[0]) == 2 and batch.rows == []
 
 
-def test_snapshot_and_restore_are_bit_identical(make: Callable[..., TalkingHead], head: TalkingHead) -> None:
+def test_snapshot_and_restore_are_bit_identical(
+    make: Callable[..., TalkingHead], head: TalkingHead
+) -> None:
     batch, other = head.open_batch(3, guidance=2.0), head.open_batch(3, guidance=2.0)
     for row in (0, 2):
         batch.start(row, portrait(row), seed=row)
@@ -230,16 +261,22 @@ def test_snapshot_and_restore_are_bit_identical(make: Callable[..., TalkingHead]
         videos.append({row: np.concatenate(parts) for row, parts in frames.items()})
     for video in videos[1:]:
         assert all(np.array_equal(video[row], videos[0][row]) for row in range(3))
-    with pytest.raises(ValueError, match="expected a snapshot of 2 rows, got one of 3: restore it in a batch with"):
+    with pytest.raises(
+        ValueError, match="expected a snapshot of 2 rows, got one of 3: restore it in a batch with"
+    ):
         head.open_batch(2, guidance=2.0).restore(state)
     stranger = make(seed=1).open_batch(3, guidance=2.0)
     stranger.start(1, portrait(1))
-    with pytest.raises(ValueError, match="got one of another: restore it in a session that was opened alike"):
+    with pytest.raises(
+        ValueError, match="got one of another: restore it in a session that was opened alike"
+    ):
         stranger.restore(state)
     assert stranger.rows == [1]
 
 
-def test_one_row_goes_back_and_the_others_go_on(make: Callable[..., TalkingHead], head: TalkingHead) -> None:
+def test_one_row_goes_back_and_the_others_go_on(
+    make: Callable[..., TalkingHead], head: TalkingHead
+) -> None:
     batch = head.open_batch(3)
     frames: dict[int, list[np.ndarray]] = {}
     for row in (0, 1):
@@ -263,11 +300,15 @@ def test_one_row_goes_back_and_the_others_go_on(make: Callable[..., TalkingHead]
         video = np.concatenate(frames[row])
         assert_same_frames(video, alone(head, row, samples)[0][: len(video)])
     assert not np.array_equal(dropped, frames[1][-1])
-    with pytest.raises(ValueError, match="expected a row in use, but row 2 was not started or has ended"):
+    with pytest.raises(
+        ValueError, match="expected a row in use, but row 2 was not started or has ended"
+    ):
         batch.restore_row(2, state)
     stranger = make(seed=1).open_batch(1)
     stranger.start(0, portrait(0))
-    with pytest.raises(ValueError, match="got one of another: restore it in a session that was opened alike"):
+    with pytest.raises(
+        ValueError, match="got one of another: restore it in a session that was opened alike"
+    ):
         stranger.restore_row(0, state)
 
 
@@ -279,7 +320,9 @@ def test_what_was_read_ahead_can_be_amended(head: TalkingHead) -> None:
         batch.start(row, portrait(row), seed=row)
         batch.push(row, first)
     drain(batch, frames)
-    with pytest.raises(ValueError, match="expected at most 1280 samples in place of those that row 0 has not shown"):
+    with pytest.raises(
+        ValueError, match="expected at most 1280 samples in place of those that row 0 has not shown"
+    ):
         batch.amend(0, speech(3))
     batch.amend(0, other)
     for row in (0, 1):
@@ -287,14 +330,20 @@ def test_what_was_read_ahead_can_be_amended(head: TalkingHead) -> None:
     drain(batch, frames)
     amended = np.concatenate([first[: -2 * 640], other, second])
     for row, samples in ((0, amended), (1, np.concatenate([first, second]))):
-        heard = alone(head, row, samples)[0][24:48]  # the first chunk was computed with what was there before
+        heard = alone(head, row, samples)[0][
+            24:48
+        ]  # the first chunk was computed with what was there before
         again = np.concatenate(frames[row])[24:]
         if row:
             assert_same_frames(again, heard)
         else:
-            assert np.abs(again.astype(int) - heard.astype(int)).mean() < np.abs(
-                again.astype(int) - alone(head, row, np.concatenate([first, second]))[0][24:48].astype(int)
-            ).mean()
+            assert (
+                np.abs(again.astype(int) - heard.astype(int)).mean()
+                < np.abs(
+                    again.astype(int)
+                    - alone(head, row, np.concatenate([first, second]))[0][24:48].astype(int)
+                ).mean()
+            )
 
 
 def test_memory_is_that_of_the_start(head: TalkingHead) -> None:
@@ -331,31 +380,46 @@ def test_lanes_are_entered_only_when_the_company_changes(head: TalkingHead) -> N
 def test_bad_use(head: TalkingHead) -> None:
     batch = head.open_batch(2, max_waiting_s=2.0)
     for row in (-1, 2):
-        with pytest.raises(ValueError, match=f"expected a row from 0 to 1, got {row}: open the batch with more rows"):
+        with pytest.raises(
+            ValueError,
+            match=f"expected a row from 0 to 1, got {row}: open the batch with more rows",
+        ):
             batch.start(row, portrait())
     for name, more in (("finish", ()), ("stop", ()), ("num_frames", ()), ("push", (speech(1),))):
-        with pytest.raises(ValueError, match=r"row 1 was not started or has ended: call start\(1, ...\)"):
+        with pytest.raises(
+            ValueError, match=r"row 1 was not started or has ended: call start\(1, ...\)"
+        ):
             getattr(batch, name)(1, *more)
     batch.start(0, portrait())
     with pytest.raises(ValueError, match=r"got NaN or infinity at 0\.00 s"):
         batch.push(0, np.array([np.nan], np.float32))
-    with pytest.raises(ValueError, match=r"expected at most 2 s of speech waiting in row 0, got 600\.0 s: call step"):
+    with pytest.raises(
+        ValueError,
+        match=r"expected at most 2 s of speech waiting in row 0, got 600\.0 s: call step",
+    ):
         batch.push(0, np.zeros(600 * 16_000, np.float32))
     batch.push(0, speech(1))
     with pytest.raises(ValueError, match="expected idle `wait` or `silence`, got 'sleep'"):
         batch.step("sleep")  # type: ignore[arg-type]
     batch.finish(0)
     with pytest.raises(
-        ValueError, match=r"expected speech before finish\(0\), got a push after it: start the row anew"
+        ValueError,
+        match=r"expected speech before finish\(0\), got a push after it: start the row anew",
     ):
         batch.push(0, speech(1))
     with pytest.raises(ValueError, match=r"expected a portrait tensor of shape \(3, 64, 64\)"):
         batch.start(1, portrait()[:, 1:])
     assert len(batch.step()[0]) == 1
     batch.close()
-    for call in (batch.step, batch.snapshot, lambda: batch.push(0, speech(1)), lambda: batch.start(0, portrait())):
+    for call in (
+        batch.step,
+        batch.snapshot,
+        lambda: batch.push(0, speech(1)),
+        lambda: batch.start(0, portrait()),
+    ):
         with pytest.raises(
-            ValueError, match="expected an open batch, got a closed one: open a new one with open_batch"
+            ValueError,
+            match="expected an open batch, got a closed one: open a new one with open_batch",
         ):
             call()
     with pytest.raises(ValueError, match="expected a batch of at least 1 row, got 0"):
@@ -364,7 +428,9 @@ def test_bad_use(head: TalkingHead) -> None:
         head.open_batch(1, max_waiting_s=0)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux holds a process to its limit of address space")
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="only Linux holds a process to its limit of address space"
+)
 def test_too_little_memory_says_what_was_needed(head: TalkingHead) -> None:
     import resource
 
@@ -374,7 +440,9 @@ def test_too_little_memory_says_what_was_needed(head: TalkingHead) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 200_000_000, hard))
     try:
-        with pytest.raises(ValueError, match=r"lower the number of streams or size_px, .* guidance to 1") as caught:
+        with pytest.raises(
+            ValueError, match=r"lower the number of streams or size_px, .* guidance to 1"
+        ) as caught:
             head.open_batch(num_rows)
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
