@@ -190,11 +190,16 @@ class CompactVAE(VideoAutoencoder):
         if principal_components:
             self.principal = PrincipalPath(latent_channels, principal_components)
             self.principal_in = SpatialConv(patch_channels, widths[0], 1)
-            for silent in (*self.principal_in.conv.parameters(), *self.decoder_out.conv.parameters()):
-                nn.init.zeros_(silent)
-            nn.init.zeros_(self.encoder_out.weight[:latent_channels])
-            nn.init.zeros_(self.encoder_out.bias[:latent_channels])
+            self.silence()
         name_streams(self)
+
+    @torch.no_grad()
+    def silence(self) -> None:
+        """Lets the principal path speak alone: the network adds nothing to it until it is trained (again)."""
+        for silent in (*self.principal_in.conv.parameters(), *self.decoder_out.conv.parameters()):
+            nn.init.zeros_(silent)
+        nn.init.zeros_(self.encoder_out.weight[: self.latent_channels])
+        nn.init.zeros_(self.encoder_out.bias[: self.latent_channels])
 
     @property
     def config(self) -> dict[str, Any]:
