@@ -28,6 +28,8 @@ PART_CLASSES = {
     "SpeechAE": "rest_lightning.models.speech_ae",
     "SpeechPooling": "rest_lightning.models.speech_ae",
     "A2VDiT": "rest_lightning.models.transformer",
+    "AgreementDetail": "rest_lightning.models.detail",
+    "LearnedDetail": "rest_lightning.models.detail",
 }
 
 

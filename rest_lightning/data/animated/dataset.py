@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -245,9 +246,11 @@ def _make_clip(plan: Plan, out: Path, drivers: Path, size_px: int, num_frames: i
 
     speed = float(np.clip(timing.normal(1.0, 0.06), 0.88, 1.15))
     needed = int(np.ceil(num_frames * speed)) + 2
-    clips = [_driver(drivers, row, out) for row in plan.drivers]
-    while sum(clip.num_frames - 5 for clip in clips) < needed + 40:
-        clips = clips + clips  # a speaker of one clip says it again
+    clips: list[Any] = []
+    for row in itertools.cycle(plan.drivers):  # a speaker of one clip says it again
+        clips.append(_driver(drivers, row, out))
+        if sum(clip.num_frames - 5 for clip in clips) >= needed + 15:
+            break
     first = clips[0]
     clips[0] = cut(first, start := int(timing.integers(0, 12)), first.num_frames - start)
     driver = cut(change_speed(join(clips, needed), speed), 0, num_frames)
@@ -333,7 +336,8 @@ def _read_sources(path: Path) -> dict[str, Source]:
     with suppress(FileNotFoundError):
         for line in path.read_text(encoding="utf-8").splitlines():
             entry = json.loads(line)
-            known[entry.pop("sha256")] = Source(**entry)
+            key = entry.pop("sha256")
+            known[key] = Source(**entry)
     return known
 
 
