@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from rest_lightning.data.latents import LatentsCache
     from rest_lightning.data.speech_cache import SpeechCache
 
-Reference = Literal["first_frame", "random_frame"]
+Reference = Literal["first_frame", "random_frame", "clip_start"]
 
 _log = logging.getLogger(__name__)
 _NUM_NAMED = 3  # corrupt clips named in an error; the report has all
@@ -191,7 +191,8 @@ class PreparedClips(Dataset[dict[str, Any]]):
         num_frames: window length F, 8n + 1.
         random_window: a random start (training), else the window in the middle of the clip.
         size_px: expected side of the frames; None takes the first clip's.
-        reference: ``first_frame`` of the window, or a ``random_frame`` of the whole clip.
+        reference: ``first_frame`` of the window, a ``random_frame`` of the whole clip, or ``clip_start``, its first frame
+            (of an animated clip the still itself, as a stream has it).
         audio_left_frames, audio_right_frames: audio margins, from the clip where it has them, else zeros.
         augmentation: applied to the audio, margins included; None leaves it as recorded.
         latents: cache to read latents from; its windows are then the ones to choose from.
@@ -325,7 +326,7 @@ class PreparedClips(Dataset[dict[str, Any]]):
         images: dict[str, Tensor] = {}
         if self.latents is not None:
             start, images["latents"] = self.latents.sample(
-                row.clip_id, rng if self.random_window else None, self.reference == "random_frame"
+                row.clip_id, rng if self.random_window else None, self.reference
             )
         elif self.speech is not None:
             number = self.speech.choose(row.clip_id, rng if self.random_window else None)
@@ -334,7 +335,9 @@ class PreparedClips(Dataset[dict[str, Any]]):
             slack = row.num_frames - length
             start = int(rng.integers(slack + 1)) if self.random_window else slack // 2
         if self.with_frames:
-            chosen = int(rng.integers(row.num_frames)) if self.reference == "random_frame" else start
+            chosen = {"first_frame": start, "clip_start": 0}.get(self.reference)
+            if chosen is None:
+                chosen = int(rng.integers(row.num_frames))
             cached = self._frames[index]
             if cached is not None:
                 frames, reference = cached[start : start + length], cached[chosen]

@@ -37,22 +37,29 @@ class LatentsCache(WindowCache):
         entry = self._clips[clip_id]
         return self._row(entry["shard"], "references", entry["reference_row"] + number)
 
-    def sample(self, clip_id: str, rng: np.random.Generator | None, random_reference: bool) -> tuple[int, Tensor]:
+    def sample(self, clip_id: str, rng: np.random.Generator | None, reference: str) -> tuple[int, Tensor]:
         """Start frame and latents (C, f, h, w) of one window: a random one, or without ``rng`` the middle one.
 
-        ``random_reference`` puts one of the clip's single-frame latents into slot 0. The causal encoder treats the
-        first frame on its own, so that is the latent of the window with another reference (METHOD sec. 2).
+        Args:
+            clip_id: of the clip.
+            rng: chooses the window, and a random reference.
+            reference: ``first_frame`` leaves the window as it is. ``random_frame`` and ``clip_start`` put a latent of a
+                single frame into slot 0: the causal encoder treats the first frame on its own, so that is the latent of
+                the window with another reference.
+
+        Raises:
+            UserError: the cache holds no such single frames.
         """
         number = self.choose(clip_id, rng)
         latents = self.window(clip_id, number)
-        if random_reference:
-            num_references = len(self._clips[clip_id]["reference_frames"])
-            if not num_references:
+        if reference != "first_frame":
+            frames: list[int] = self._clips[clip_id]["reference_frames"]
+            if not frames or (reference == "clip_start" and frames[0] != 0):
                 raise UserError(
-                    f"{self.folder}: expected latents of reference frames for reference=random_frame, got none: "
-                    "make them with `rest encode --references_per_clip 4`"
+                    f"{self.folder}: expected latents of reference frames for reference={reference}, got none: "
+                    "make them with `rest encode --references_per_clip 4` (1 is the clip's first frame)"
                 )
-            choice = 0 if rng is None else int(rng.integers(num_references))
+            choice = 0 if rng is None or reference == "clip_start" else int(rng.integers(len(frames)))
             latents = torch.cat([self.reference(clip_id, choice), latents[:, 1:]], dim=1)
         return self.starts(clip_id)[number], latents
 
@@ -84,7 +91,8 @@ def encode_dataset(
         fingerprint: text that identifies the VAE's weights.
         num_frames: window length, 8n + 1.
         windows_per_clip: windows evenly spread over each clip (fewer where a clip has fewer starts).
-        references_per_clip: single frames evenly spread, encoded on their own, for ``reference=random_frame``.
+        references_per_clip: single frames, encoded on their own, for ``reference=random_frame`` and ``clip_start``: the
+            clip's first, and others evenly spread behind it.
         splits: which clips.
         dtype: of the stored latents.
         batch_size: windows encoded at once.

@@ -49,7 +49,7 @@ class TalkingHeadDataModule(lightning.LightningDataModule):
         num_frames_train: shorter windows for training only (the VAE); None takes ``num_frames``.
         num_workers: loader processes; 0 loads in the training process.
         size_px: expected side of the frames; None takes what is there.
-        reference: ``first_frame`` of the window or a ``random_frame`` of the clip.
+        reference: ``first_frame`` of the window, a ``random_frame`` of the clip, or ``clip_start``, the clip's first.
         audio_left_frames, audio_right_frames: audio margins in video frames.
         augment: change the level, noise, colour and room of the training speech.
         augmentation: how; None takes the defaults of `SpeechAugmentation`.

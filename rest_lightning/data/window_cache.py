@@ -204,7 +204,8 @@ class WindowCache:
                 for row in group:
                     bar.update()
                     starts = _spread(row.num_frames - num_frames, windows_per_clip)
-                    frames = _spread(row.num_frames - 1, references_per_clip)
+                    # The first frame comes first, alone or not: clip_start asks for it.
+                    frames = [0] if references_per_clip == 1 else _spread(row.num_frames - 1, references_per_clip)
                     try:
                         check_clip_file(data_dir, row)
                         new_windows, new_references = read_clip(row, starts, frames)

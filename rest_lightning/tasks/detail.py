@@ -51,7 +51,7 @@ class DetailModule(StageModule):
 
     @torch.no_grad()
     def decode(self, frames: Tensor, reference: Tensor, noise: float) -> tuple[Tensor, Tensor]:
-        """Decoded frames (B, 3, F, H, W) without slot 0, and the decoded portrait (B, 3, H, W), as streaming has them."""
+        """Decoded frames (B, 3, F, H, W) after slot 0, and the decoded portrait (B, 3, H, W), as in streaming."""
         portrait = self.vae.encode(reference[:, :, None])
         latents = torch.cat([portrait, self.vae.encode(frames)[:, :, 1:]], dim=2)
         if noise:

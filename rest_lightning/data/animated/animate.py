@@ -321,7 +321,7 @@ def _gaze(rng: np.random.Generator, count: int) -> NDArray[np.float64]:
     return np.clip(curve, -1, 1)
 
 
-def _colour_table(style: Style):  # noqa: ANN202
+def _colour_table(style: Style):
     """Returns the function that changes colours of uint8 pictures (..., 3) as ``style`` says."""
     table = np.arange(256, dtype=np.float32)
     table = (table - 128) * style.contrast + 128
