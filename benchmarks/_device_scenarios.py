@@ -13,9 +13,7 @@ from benchmarks._scenarios import Bench, Row, ratio, speech
 from rest_lightning.constants import FPS, SPATIAL_RATIO, num_latent_frames
 from rest_lightning.diffusion.sampling import euler_step
 from rest_lightning.diffusion.schedule import sampling_sigmas
-from rest_lightning.models.cache import IDContextCache
-from rest_lightning.streaming.engine import ChunkEngine
-from rest_lightning.streaming.options import EngineOptions
+from rest_lightning.streaming.engine import ChunkEngine, EngineOptions
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,7 @@ class Backbone:
         noise = torch.randn(rows, model.in_channels, length, side, side, **like)
         tokens = torch.randn(rows, length, bench.head.speech_ae.num_tokens, model.speech_dim or 1, **like)
         text = model.project_prompt(rows)
-        cache = IDContextCache.allocate(model, rows, side, side, num_steps=settings.num_steps)
+        cache = model.new_cache(rows, side, side, num_steps=settings.num_steps)
 
         def clip() -> None:
             cache.reset_rows()

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks._cost import read_student
-from rest_lightning.models.autoencoder import CompactVAE
+from rest_lightning.diffusion.sampling import SamplingSettings
 from rest_lightning.models.ltx_vae import LTXVideoVAE
 from rest_lightning.models.speech import LogMelEncoder
 from rest_lightning.models.speech_ae import SpeechAE
 from rest_lightning.models.transformer import A2VDiT
+from rest_lightning.models.vae import CompactVAE
 from rest_lightning.parts import PART_NAMES
-from rest_lightning.talking_head import SamplingSettings, TalkingHead
+from rest_lightning.talking_head import TalkingHead
 from rest_lightning.torchvision_compat import ensure_torchvision
 
 SIZES = ("tiny", "embedded", "paper")

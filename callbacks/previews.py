@@ -16,12 +16,13 @@ from torch import Tensor
 
 from ..constants import FPS, SAMPLES_PER_FRAME
 from ..data.clips import cut_audio
+from ..diffusion.sampling import SamplingChanges, SamplingSettings
 from ..diffusion.schedule import sampling_sigmas
 from ..errors import UserError
-from ..evaluation.generate import generate_clip
+from ..generation import generate_clip
+from ..media.writer import Mp4Writer
 from ..streaming.engine import ChunkEngine, to_uint8
-from ..streaming.writer import Mp4Writer
-from ..talking_head import SamplingChanges, SamplingSettings, TalkingHead
+from ..talking_head import TalkingHead
 from ..tasks.a2v import A2VModule
 from ..tasks.speech_ae import SpeechAEModule
 from ..tasks.student import StudentModule

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from rest_lightning.constants import VERSION as __version__
+
 __all__ = [
     "A2VDiT",
     "BatchSession",
@@ -17,17 +18,18 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from rest_lightning.diffusion.sampling import SamplingSettings
     from rest_lightning.errors import UserError
     from rest_lightning.models.transformer import A2VDiT
     from rest_lightning.streaming.batch import BatchSession
-    from rest_lightning.streaming.options import EngineOptions
+    from rest_lightning.streaming.engine import EngineOptions
     from rest_lightning.streaming.session import StreamingSession
-    from rest_lightning.talking_head import SamplingSettings, TalkingHead
+    from rest_lightning.talking_head import TalkingHead
 
 _HOMES = {
     "A2VDiT": "rest_lightning.models.transformer",
     "BatchSession": "rest_lightning.streaming.batch",
-    "EngineOptions": "rest_lightning.streaming.options",
+    "EngineOptions": "rest_lightning.streaming.engine",
     "SamplingSettings": "rest_lightning.talking_head",
     "StreamingSession": "rest_lightning.streaming.session",
     "TalkingHead": "rest_lightning.talking_head",

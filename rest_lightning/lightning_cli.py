@@ -17,9 +17,9 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI  # noqa:
 from lightning.pytorch.utilities.exceptions import MisconfigurationException  # noqa: E402
 
 from rest_lightning.data.module import TalkingHeadDataModule  # noqa: E402
+from rest_lightning.diffusion.sampling import SamplingChanges  # noqa: E402
 from rest_lightning.errors import UserError  # noqa: E402
-from rest_lightning.talking_head import SamplingChanges  # noqa: E402
-from rest_lightning.tasks.checkpoints import AtomicCheckpointIO  # noqa: E402
+from rest_lightning.tasks.base import AtomicCheckpointIO  # noqa: E402
 
 FINAL_CHECKPOINT = "final.ckpt"
 EXPECTED_WARNINGS = (

@@ -1,4 +1,4 @@
-"""Who may import what, how heavy an import is, and what a source file may look like."""
+"""Who may import what, and how heavy an import is."""
 
 from __future__ import annotations
 
@@ -107,26 +107,6 @@ def test_callbacks_import_the_package_relatively(path: Path) -> None:
             names = [node.module or ""]
         absolute += [module for module in names if is_within(module, ("rest_lightning", "callbacks"))]
     assert not absolute, f"expected relative imports, got {absolute}: write `from ..streaming.writer import ...`"
-
-
-def test_package_docstrings_only() -> None:
-    """A package's __init__ holds a docstring; only the top one lends names, lazily.
-
-    The packages that import lightning, and with it torchvision, make sure of torchvision first.
-    """
-    for path in [*PACKAGE.rglob("__init__.py"), ROOT / "callbacks" / "__init__.py"]:
-        if path == PACKAGE / "__init__.py":
-            continue
-        rest = [ast.unparse(node) for node in ast.parse(path.read_text("utf-8")).body[1:]]
-        extra = [line for line in rest if "ensure_torchvision" not in line and "__future__" not in line]
-        assert not extra, f"{name(path)} holds more than its docstring: {extra}"
-        assert ast.get_docstring(ast.parse(path.read_text("utf-8"))), f"{name(path)} has no docstring"
-
-
-@pytest.mark.parametrize("path", source_files(), ids=name)
-def test_files_stay_short(path: Path) -> None:
-    num_lines = len(path.read_text("utf-8").splitlines())
-    assert num_lines < 400, f"{name(path)} has {num_lines} lines: split it by what its parts do"
 
 
 def committed_files() -> list[Path]:

@@ -15,8 +15,8 @@ from tiny_ltx import CONFIGS as LTX_CONFIGS
 from tiny_ltx import make_ltx
 
 from rest_lightning import lightning_cli
+from rest_lightning.diffusion.sampling import SamplingSettings
 from rest_lightning.errors import UserError
-from rest_lightning.talking_head import SamplingSettings
 from rest_lightning.torchvision_compat import ensure_torchvision
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"

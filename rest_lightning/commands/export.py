@@ -29,8 +29,9 @@ def run(args: argparse.Namespace) -> int:
     check_folder(args.out, args.overwrite)
     import torch
 
+    from rest_lightning.diffusion.sampling import SamplingChanges, SamplingSettings
     from rest_lightning.parts import open_part, open_speech_encoder
-    from rest_lightning.talking_head import SamplingChanges, SamplingSettings, TalkingHead
+    from rest_lightning.talking_head import TalkingHead
 
     changes = SamplingChanges(args.num_steps, args.guidance, args.shift, args.reference_guidance)
     sampling = changes.of(SamplingSettings())

@@ -62,7 +62,7 @@ def roll_out(
     latents = torch.cat([reference, noise], dim=2)
     levels = torch.ones(rows, 1 + num_frames, device=noise.device)
     levels[:, 0] = 0.0
-    cache = IDContextCache.allocate(model, rows, height, width)
+    cache = model.new_cache(rows, height, width)
     if options.reference_attends == "self":
         model.prefill(reference, cache)
     for start in range(1, 1 + num_frames - options.chunk_length, options.chunk_length):

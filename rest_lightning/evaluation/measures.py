@@ -20,9 +20,8 @@ from rest_lightning.metrics.frechet import FrechetDistance
 from rest_lightning.metrics.mouth import extractor as mouth_extractor
 from rest_lightning.metrics.sums import MeanMetric, RowMetric, check_clip
 from rest_lightning.metrics.sync import SyncScore
-from rest_lightning.metrics.talking import KEYS as TALKING_KEYS
-from rest_lightning.metrics.talking import row_scores
-from rest_lightning.metrics.video import VideoScores
+from rest_lightning.metrics.video import KEYS as TALKING_KEYS
+from rest_lightning.metrics.video import VideoScores, row_scores
 
 Frames = NDArray[np.uint8]
 Load = Callable[[str, str], FeatureExtractor]

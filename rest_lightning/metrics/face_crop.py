@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from rest_lightning.errors import UserError
 from rest_lightning.metrics.sums import Frames, check_clip
-from rest_lightning.models.syncnet import FACE_PX
+from rest_lightning.metrics.syncnet import FACE_PX
 
 CROP_SCALE = 0.40  # the crop reaches this much of the face's half side beyond it
 MIN_TRACK_FRAMES = 101  # the reference keeps tracks of more than 100 frames

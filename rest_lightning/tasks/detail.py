@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from rest_lightning.metrics.image import psnr_db
-from rest_lightning.models.autoencoder import VideoAutoencoder, check_frames
 from rest_lightning.models.causal import Stream
 from rest_lightning.models.detail import DetailTransfer
+from rest_lightning.models.vae import VideoAutoencoder, check_frames
 from rest_lightning.tasks.base import OptimizerSettings, StageModule
 from rest_lightning.tasks.regions import region_weights
 

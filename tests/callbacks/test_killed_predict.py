@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rest_lightning.models.autoencoder import CompactVAE
+from rest_lightning.diffusion.sampling import SamplingSettings
 from rest_lightning.models.speech import LogMelEncoder
 from rest_lightning.models.speech_ae import SpeechAE
 from rest_lightning.models.transformer import A2VDiT
-from rest_lightning.talking_head import SamplingSettings, TalkingHead
+from rest_lightning.models.vae import CompactVAE
+from rest_lightning.talking_head import TalkingHead
 
 # (moment, which time, videos that are whole then). Three pairs of 2 blocks and an end; a report and a video are renamed
 # for each, the report first.

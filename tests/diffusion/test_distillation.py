@@ -21,7 +21,6 @@ from rest_lightning.diffusion.rollout import Context
 from rest_lightning.diffusion.sampling import euler_step, integrate, joint_guidance
 from rest_lightning.diffusion.schedule import ltx_shift, ltx_sigma_table, sigma_table
 from rest_lightning.errors import UserError
-from rest_lightning.models.cache import IDContextCache
 from rest_lightning.models.transformer import A2VDiT
 from rest_lightning.tasks.a2v import TrainingInput
 from rest_lightning.tasks.student import ASDSettings, DistillSettings, RolloutSettings
@@ -118,7 +117,7 @@ def streamed_steps(model: A2VDiT, inputs: TrainingInput, context: Context, level
     """
     noisy, speech = inputs.path.noisy_latents, inputs.speech_latents
     rows, _, num_frames, height, width = noisy.shape
-    cache = IDContextCache.allocate(model, 2 * rows, height, width)
+    cache = model.new_cache(2 * rows, height, width)
     references = torch.cat([noisy[:, :, :1], torch.zeros_like(noisy[:, :, :1])])
     if model.cache_options.reference_attends == "self":
         model.prefill(references, cache)

@@ -12,17 +12,17 @@ import torch
 from tiny_student import SPEECH_DIM, make_conditions, make_student, make_transformer, save_transformer, train_on
 from torch import Tensor
 
+from benchmarks._differentiable_cache import DifferentiableCache
 from rest_lightning.diffusion.rollout import Context, roll_out
-from rest_lightning.diffusion.sampling import euler_step
+from rest_lightning.diffusion.sampling import SamplingSettings, euler_step
 from rest_lightning.diffusion.schedule import sampling_sigmas
 from rest_lightning.errors import UserError
-from rest_lightning.models.autoencoder import CompactVAE
-from rest_lightning.models.cache import DifferentiableCache
 from rest_lightning.models.speech import LogMelEncoder
 from rest_lightning.models.speech_ae import SpeechAE
 from rest_lightning.models.transformer import A2VDiT
+from rest_lightning.models.vae import CompactVAE
 from rest_lightning.streaming.engine import ChunkEngine
-from rest_lightning.talking_head import SamplingSettings, TalkingHead
+from rest_lightning.talking_head import TalkingHead
 from rest_lightning.tasks.student import ASDSettings, RolloutSettings, StudentModule
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -119,7 +119,7 @@ def sequential(module: StudentModule, inputs: Any, context: Context) -> Tensor:
     model, speech = module.transformer, inputs.speech_latents
     noisy, sigma = inputs.path.noisy_latents, inputs.path.sigma
     rows, _, num_frames, height, width = noisy.shape
-    cache = DifferentiableCache.allocate(model, rows, height, width)
+    cache = model.new_cache(rows, height, width, kind=DifferentiableCache)
     if model.cache_options.reference_attends == "self":
         model.prefill(noisy[:, :, :1], cache)
     out, length = [], model.cache_options.chunk_length

@@ -15,11 +15,12 @@ import pytest
 import torch
 from PIL import Image
 
-from rest_lightning.models.autoencoder import CompactVAE
+from rest_lightning.diffusion.sampling import SamplingSettings
 from rest_lightning.models.speech import LogMelEncoder
 from rest_lightning.models.speech_ae import SpeechAE
 from rest_lightning.models.transformer import A2VDiT
-from rest_lightning.talking_head import SamplingSettings, TalkingHead
+from rest_lightning.models.vae import CompactVAE
+from rest_lightning.talking_head import TalkingHead
 
 ROOT = Path(__file__).resolve().parents[2]
 

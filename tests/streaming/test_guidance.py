@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from rest_lightning.models.cache import IDContextCache
-from rest_lightning.models.packed import packed
+from rest_lightning.diffusion.sampling import SamplingChanges, SamplingSettings
 from rest_lightning.streaming.engine import ChunkEngine
-from rest_lightning.talking_head import INDEX_FILE, SamplingChanges, SamplingSettings, TalkingHead
+from rest_lightning.streaming.packed import packed
+from rest_lightning.talking_head import INDEX_FILE, TalkingHead
 
 OFF, JOINT, SPLIT = (1.0, 0.0), (6.0, 0.0), (6.0, 2.0)  # guidance and reference_guidance: none, REST's, READ's
 
@@ -126,7 +126,7 @@ def test_a_stream_of_a_batch_is_the_stream_alone(head: TalkingHead, weights: tup
 def test_joint_guidance_is_two_rows_and_a_lerp_bit_for_bit(head: TalkingHead, batch: int, num_steps: int) -> None:
     sampling, model = settings(num_steps, JOINT), packed(head.transformer)  # the kernels that a session uses
     portraits, noise, speech = inputs(head, batch, num_chunks=3)
-    cache = IDContextCache.allocate(model, 2 * batch, 2, 2)
+    cache = model.new_cache(2 * batch, 2, 2)
     reference = packed(head.vae).encode(portraits[:, :, None])
     model.prefill(torch.cat([reference, torch.zeros_like(reference)]), cache)
     table = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64).float()

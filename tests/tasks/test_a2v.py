@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from rest_lightning.diffusion.losses import flow_matching_loss
+from rest_lightning.diffusion.sampling import SamplingSettings
 from rest_lightning.errors import UserError
 from rest_lightning.models.cache import CacheOptions
 from rest_lightning.models.speech import LogMelEncoder
 from rest_lightning.models.speech_ae import SpeechAE
 from rest_lightning.models.transformer import A2VDiT
 from rest_lightning.parts import build_part, read_part
-from rest_lightning.talking_head import SamplingSettings, TalkingHead
+from rest_lightning.talking_head import TalkingHead
 from rest_lightning.tasks.a2v import Conditions, NoiseSettings
 from rest_lightning.tasks.base import OptimizerSettings
 from rest_lightning.tasks.regions import region_weights, token_weights

@@ -19,6 +19,7 @@ import numpy as np
 from rest_lightning.data import layout
 from rest_lightning.data.making import check_folder, is_finished, remove_dataset, run_clips
 from rest_lightning.errors import UserError
+from rest_lightning.media.files import rounded, sha256_of, temporary_path, write_text_atomic
 
 GENERATOR_VERSION = 1
 """Raised whenever the same seed gives other clips than before; a data set never mixes versions."""
@@ -181,7 +182,7 @@ def find_sources(
     files = [(Path(folder), path) for folder in portraits for path in stills.list_stills(_folder(folder))]
     with MeshTracker(video=False) as tracker:
         for folder, path in track(files, "stills", transient=True):
-            key = layout.sha256_of(path)
+            key = sha256_of(path)
             source = known.get(key)
             if source is None:
                 identity = f"{folder.name}/{path.relative_to(folder).with_suffix('')}"
@@ -196,7 +197,7 @@ def find_sources(
                 known[key] = source
             sources.append(source)
     lines = [json.dumps({"sha256": key, **vars(source)}) for key, source in known.items()]
-    layout.write_text_atomic(out / "portraits.jsonl", "".join(line + "\n" for line in lines))
+    write_text_atomic(out / "portraits.jsonl", "".join(line + "\n" for line in lines))
     return sources
 
 
@@ -204,7 +205,7 @@ def draw_sheet(out: str | os.PathLike[str], num_clips: int = 12, num_frames: int
     """Writes ``sheet.png``: frames of clips spread over the set, the still first. Look at it before training."""
     from PIL import Image
 
-    from rest_lightning.data.video import read_frames
+    from rest_lightning.media.video import read_frames
 
     out = Path(out)
     rows = [row for row in layout.read_manifest(out) if row.clip_id.startswith(_PREFIX)]
@@ -216,7 +217,7 @@ def draw_sheet(out: str | os.PathLike[str], num_clips: int = 12, num_frames: int
         even = np.linspace(0, len(frames) - 1, num_frames - len(wide)).astype(int)
         lines.append(np.concatenate([frames[i] for i in (*even, *wide)], axis=1))
     path = out / "sheet.png"
-    temporary = layout.temporary_path(path)
+    temporary = temporary_path(path)
     Image.fromarray(np.concatenate(lines)).save(temporary)
     temporary.replace(path)
     return path
@@ -232,7 +233,7 @@ def _make_clip(plan: Plan, out: Path, drivers: Path, size_px: int, num_frames: i
         frame_portrait,
         read_still,
     )
-    from rest_lightning.streaming.writer import Mp4Writer
+    from rest_lightning.media.writer import Mp4Writer
 
     # One stream per part, so that a change of one part leaves the others as they were.
     looks, acting, timing = (np.random.default_rng([seed, 2 + part, plan.index]) for part in range(3))
@@ -279,8 +280,8 @@ def _make_clip(plan: Plan, out: Path, drivers: Path, size_px: int, num_frames: i
         num_frames=num_frames,
         size_px=size_px,
         split=plan.source.split,
-        mouth_opening=layout.rounded(clip.mouth_opening),
-        landmarks=layout.rounded(points),
+        mouth_opening=rounded(clip.mouth_opening),
+        landmarks=rounded(points),
         speech={"speaker": driver.identity, "speed": round(speed, 3), "lips": round(style.lips, 3)},
     )
     path = layout.clip_path(out, plan.clip_id)
@@ -304,8 +305,8 @@ def _include(drivers: Path, row: layout.ManifestRow, out: Path, size_px: int) ->
     if not layout.is_complete(out, row.clip_id):
         driver = _driver(drivers, row, out)
         sidecar = layout.read_sidecar(drivers, row.clip_id)
-        opening = layout.rounded(mouth_opening(driver.mesh))
-        temporary = layout.temporary_path(target)
+        opening = rounded(mouth_opening(driver.mesh))
+        temporary = temporary_path(target)
         source = layout.clip_path(drivers, row.clip_id)
         try:
             os.link(source, temporary)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,8 +26,9 @@ from rest_lightning.data.animated.mesh import (
     lip_gap,
     rotation_vector,
 )
-from rest_lightning.data.video import read_clip_audio, read_frames
 from rest_lightning.errors import UserError
+from rest_lightning.media.files import temporary_path
+from rest_lightning.media.video import read_clip_audio, read_frames
 
 _MAX_LOST = 0.05  # of a clip's frames without a face; between neighbours they are interpolated
 _POSE_SIGMA, _SHAPE_SIGMA = 1.5, 0.5  # frames; the mesh trembles more than heads do
@@ -72,7 +74,7 @@ class Driver:
 
 
 def open_driver(
-    root: layout.PathLike, row: layout.ManifestRow, cache: Path, tracker: MeshTracker | None = None
+    root: str | os.PathLike[str], row: layout.ManifestRow, cache: Path, tracker: MeshTracker | None = None
 ) -> Driver:
     """Reads a prepared clip as a driver; its mesh is found once and kept in ``cache``.
 
@@ -212,7 +214,7 @@ def _mesh(
     whole = np.stack([np.interp(index, index[seen], column) for column in values.T], axis=1)
     mesh: Points = whole.reshape(len(found), NUM_POINTS, 3)
     cache.mkdir(parents=True, exist_ok=True)
-    temporary = layout.temporary_path(path)
+    temporary = temporary_path(path)
     np.save(temporary, mesh.astype(np.float32))
     temporary.replace(path)
     return mesh

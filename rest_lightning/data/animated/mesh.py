@@ -14,7 +14,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from rest_lightning.data.preparation.faces import mediapipe_solutions
+from rest_lightning.media.faces import mediapipe_solutions
 
 Picture = NDArray[np.uint8]
 Points = NDArray[np.float64]

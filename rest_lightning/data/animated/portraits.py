@@ -26,7 +26,7 @@ from rest_lightning.data.animated.mesh import (
     lip_gap,
     yaw_rad,
 )
-from rest_lightning.data.preparation.faces import mediapipe_solutions
+from rest_lightning.media.faces import mediapipe_solutions
 
 MAX_GAP = 0.075  # of the face's height: a wider smile cannot be closed without pulling the face out of shape
 MAX_YAW_RAD = 0.45

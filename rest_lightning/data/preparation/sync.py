@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rest_lightning.data.preparation.faces import Picture
 from rest_lightning.errors import UserError
+from rest_lightning.media.faces import Picture
 
 MAX_FRAMES = 250  # ten seconds say it, and more would not fit into a worker's memory
 
