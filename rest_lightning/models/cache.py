@@ -18,8 +18,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, get_args, get_type_hints
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -37,6 +37,8 @@ class CacheOptions:
 
     Attributes:
         chunk_length: l, new latent frames per chunk.
+        trained_lengths: chunk lengths that training draws from, so that a stream may choose one; empty: chunk_length
+            alone (the paper).
         positions: ``window``: slots stay at positions 0 (sink), 1..l (previous), l+1..2l (current), for any length of
             stream. ``absolute``: frames keep their position in the stream; chunk 1 is next to the reference then.
         use_sink: False drops the reference after the first chunk (w/o ID-Sink).
@@ -57,16 +59,36 @@ class CacheOptions:
     cache_noise: Literal["last_step", "clean_pass", "per_step"] = "last_step"
     cache_gradient: Literal["full", "detached"] = "full"
     first_chunk_slot: Literal["current", "adjacent"] = "current"
+    trained_lengths: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "trained_lengths", tuple(self.trained_lengths))  # JSON and YAML have no tuples
         if self.chunk_length < 1:
             raise UserError(f"expected chunk_length of at least 1, got {self.chunk_length}: the paper uses 3")
+        if self.trained_lengths and self.chunk_length not in self.trained_lengths:
+            raise UserError(
+                f"expected chunk_length among trained_lengths {list(self.trained_lengths)}, got {self.chunk_length}"
+            )
         for name, hint in get_type_hints(type(self)).items():
-            allowed = get_args(hint)
+            allowed = get_args(hint) if get_origin(hint) is Literal else ()
             if allowed and getattr(self, name) not in allowed:
                 raise UserError(f"expected {name} to be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         if self.positions == "absolute" and self.first_chunk_slot == "adjacent":
             raise UserError("expected first_chunk_slot `current` with absolute positions, got `adjacent`: leave it out")
+
+    def with_chunk_length(self, chunk_length: int) -> CacheOptions:
+        """Returns the same options for chunks of another length.
+
+        Raises:
+            UserError: a length that training did not draw.
+        """
+        trained = self.trained_lengths or (self.chunk_length,)
+        if chunk_length not in trained:
+            raise UserError(
+                f"expected a chunk length that the model was trained with ({', '.join(map(str, trained))} latents of "
+                f"0.32 s), got {chunk_length}: choose one of them"
+            )
+        return replace(self, chunk_length=chunk_length)
 
     @property
     def num_slots(self) -> int:

@@ -7,6 +7,7 @@ output of the speech attention starts at zero, so that LTX weights give LTX's ow
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -417,6 +418,18 @@ class A2VDiT(nn.Module):
         student = type(self)(**config).to(self.proj_in.weight)
         student.load_state_dict(self.state_dict())
         return student
+
+    def with_chunk_length(self, chunk_length: int) -> Self:
+        """Returns this network for chunks of another length: the same weights, in the same memory.
+
+        Raises:
+            UserError: a length that training did not draw.
+        """
+        if chunk_length == self.cache_options.chunk_length:
+            return self
+        other = copy.copy(self)
+        other.cache_options = self.cache_options.with_chunk_length(chunk_length)
+        return other
 
     @classmethod
     def from_ltx(cls, source: str | Path | nn.Module, **overrides: Any) -> A2VDiT:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -86,6 +87,7 @@ class NoiseSettings:
     Attributes:
         schedule: ``cans`` (REST) or ``ans`` (READ).
         chunk_length: latent frames per chunk.
+        chunk_lengths: lengths that are drawn, one per batch, in place of ``chunk_length``; empty: always that one.
         mean, std: of the logit-normal noise levels (READ: 2.05, 1.0).
         num_levels: size of the table.
         motion_dropout: probability that all chunks share one level.
@@ -95,6 +97,7 @@ class NoiseSettings:
 
     schedule: str = "cans"
     chunk_length: int = 3
+    chunk_lengths: tuple[int, ...] = ()
     mean: float = 2.05
     std: float = 1.0
     num_levels: int = 1000
@@ -127,6 +130,7 @@ class TrainingInput:
         drops: the masks.
         clean_latents: (B, C, f, h, w), with the same dropped references: what a clean pass would cache.
         weights: of the flow loss, (B, 1, f, h, w), or None.
+        chunk_length: latent frames per chunk of this draw.
         rolled_out: (B,), True where a student generates its own context; None where that is no question.
     """
 
@@ -136,6 +140,7 @@ class TrainingInput:
     clean_latents: Tensor
     weights: Tensor | None = None
     rolled_out: Tensor | None = None
+    chunk_length: int = 3
 
     @property
     def noise(self) -> Tensor:
@@ -239,7 +244,7 @@ class A2VModule(StageModule):
         if latents is None:
             latents = self.encode_clip(batch["frames"], batch.get("reference"))
         latents = latents.float()
-        length = self.noise.chunk_length
+        length = math.lcm(*(self.noise.chunk_lengths or (self.noise.chunk_length,)))
         if (latents.shape[2] - 1) % length or latents.shape[2] < 2:
             raise UserError(
                 f"expected clips of 1 + {length}k latent frames, got {latents.shape[2]}: "
@@ -274,7 +279,11 @@ class A2VModule(StageModule):
         """Noise, sigmas and dropouts of one step (CANS or ANS), applied."""
         latents, settings = conditions.latents, self.noise
         generator = generator or step_generator(latents.device)
-        sigma = self.sample_sigmas(latents, generator)
+        length = settings.chunk_length
+        if settings.chunk_lengths:
+            choice = torch.randint(len(settings.chunk_lengths), (), generator=generator, device=generator.device)
+            length = settings.chunk_lengths[int(choice)]
+        sigma = self.sample_sigmas(latents, length, generator)
         drops = sample_drops(
             len(latents), settings.identity_dropout, settings.audio_dropout, settings.joint_dropout, generator=generator
         )
@@ -283,14 +292,15 @@ class A2VModule(StageModule):
         path = NoisyPath(drop_reference(path.noisy_latents, drops.identity), path.velocity, path.sigma)
         speech_latents = drop_speech(conditions.speech_latents, drops.audio)
         clean_latents = drop_reference(latents, drops.identity)
-        return TrainingInput(path, speech_latents, drops, clean_latents, conditions.weights)
+        weights = conditions.weights
+        return TrainingInput(path, speech_latents, drops, clean_latents, weights, chunk_length=length)
 
-    def sample_sigmas(self, latents: Tensor, generator: torch.Generator) -> Tensor:
-        """Noise levels (B, f) of training for ``latents`` (B, C, f, h, w)."""
+    def sample_sigmas(self, latents: Tensor, chunk_length: int, generator: torch.Generator) -> Tensor:
+        """Noise levels (B, f) of training for ``latents`` (B, C, f, h, w) in chunks of ``chunk_length``."""
         settings = self.noise
-        batch, num_chunks = latents.shape[0], (latents.shape[2] - 1) // settings.chunk_length
+        batch, num_chunks = latents.shape[0], (latents.shape[2] - 1) // chunk_length
         return SIGMA_SAMPLERS[settings.schedule](
-            batch, num_chunks, settings.chunk_length, self.noise_table, settings.motion_dropout, generator=generator
+            batch, num_chunks, chunk_length, self.noise_table, settings.motion_dropout, generator=generator
         )
 
     def forward(self, inputs: TrainingInput) -> Tensor:

@@ -151,6 +151,11 @@ class StudentModule(A2VModule):
                 f"expected one chunk length, got {options.chunk_length} in the "
                 f"transformer's cache_options and {noise.chunk_length} in noise: make them equal"
             )
+        if set(options.trained_lengths) != set(noise.chunk_lengths):
+            raise UserError(
+                f"expected one set of chunk lengths, got {list(options.trained_lengths)} in the transformer's "
+                f"cache_options.trained_lengths and {list(noise.chunk_lengths)} in noise.chunk_lengths: make them equal"
+            )
         if distill and (asd or rollout):
             raise UserError("expected distill alone, got asd or rollout beside it: make them stages one after another")
         for name, settings in (("rollout", rollout), ("distill", distill)):
@@ -167,15 +172,13 @@ class StudentModule(A2VModule):
         )
         self.asd, self.rollout, self.distill = asd, rollout, distill
 
-    def sample_sigmas(self, latents: Tensor, generator: torch.Generator) -> Tensor:
+    def sample_sigmas(self, latents: Tensor, chunk_length: int, generator: torch.Generator) -> Tensor:
         """As in every stage, but for ``distill``: the levels at which the student's steps begin."""
         if self.distill is None:
-            return super().sample_sigmas(latents, generator)
+            return super().sample_sigmas(latents, chunk_length, generator)
         table = torch.tensor(self._sigmas(self.distill.student_steps, latents), device=latents.device)
-        length = self.noise.chunk_length
-        return sample_sigmas_of_steps(
-            len(latents), (latents.shape[2] - 1) // length, length, table, generator=generator
-        )
+        num_chunks = (latents.shape[2] - 1) // chunk_length
+        return sample_sigmas_of_steps(len(latents), num_chunks, chunk_length, table, generator=generator)
 
     def draw(self, conditions: Conditions, generator: torch.Generator | None = None) -> TrainingInput:
         """Noise, sigmas and dropouts of one step; with ``rollout`` also which samples are rolled out."""
@@ -194,9 +197,10 @@ class StudentModule(A2VModule):
         if context is None and self._caches_clean:
             context = self._truth(inputs, 0.0)
         path = inputs.path
+        transformer = self.transformer.with_chunk_length(inputs.chunk_length)
         if context is None:
-            return self.transformer(path.noisy_latents, path.sigma, inputs.speech_latents)
-        return self.transformer(
+            return transformer(path.noisy_latents, path.sigma, inputs.speech_latents)
+        return transformer(
             path.noisy_latents,
             path.sigma,
             inputs.speech_latents,
@@ -258,7 +262,8 @@ class StudentModule(A2VModule):
             return None
         noise, clean = inputs.noise[rows, :, 1:], inputs.clean_latents
         sigmas = self._sigmas(self.rollout.num_steps, clean)
-        own = roll_out(self.transformer, clean[rows, :, :1], noise, inputs.speech_latents[rows].detach(), sigmas)
+        transformer = self.transformer.with_chunk_length(inputs.chunk_length)
+        own = roll_out(transformer, clean[rows, :, :1], noise, inputs.speech_latents[rows].detach(), sigmas)
         path = inputs.path
         truth = self._truth(inputs, 0.0) if self._caches_clean else Context(path.noisy_latents, path.sigma)
         latents, sigma = truth.latents.index_copy(0, rows, own.latents), truth.sigma.index_copy(0, rows, own.sigma)
@@ -274,8 +279,10 @@ class StudentModule(A2VModule):
         sigma_next = next_level(sigma, torch.tensor(tables[0], device=sigma.device))
         levels = refine_steps(sigma, sigma_next, settings.num_steps // settings.student_steps, shift)
 
+        source = self.source.with_chunk_length(inputs.chunk_length)
+
         def guided(sample: Tensor, level: Tensor) -> Tensor:
-            return guided_velocity(self.source, sample, level, speech, context, settings.guidance)
+            return guided_velocity(source, sample, level, speech, context, settings.guidance)
 
         with torch.no_grad():
             target = average_velocity(guided, latents, levels)
