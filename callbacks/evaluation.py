@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from ..constants import SAMPLES_PER_FRAME, TEMPORAL_RATIO
 from ..data.clips import load_frames
 from ..data.layout import manifest_path, read_manifest, read_sidecar
-from ..diffusion.sampling import SamplingChanges, SamplingSettings
+from ..diffusion.sampling import Sampling, SamplingChanges
 from ..errors import UserError
 from ..evaluation.faces import FaceFinder, MediapipeFaces, SidecarFaces
 from ..evaluation.protocol import Protocol
@@ -273,7 +273,7 @@ class Evaluation(Callback):
             yield module.generator
             return
         assert isinstance(module, A2VModule)
-        settings = self.sampling.of(SamplingSettings())
+        settings = self.sampling.of(Sampling())
         before = self._generator
         if isinstance(module, StudentModule):
             with borrowed_head(module, settings, size_px) as head:

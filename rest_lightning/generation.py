@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from rest_lightning.constants import SAMPLES_PER_FRAME, TEMPORAL_RATIO
-from rest_lightning.diffusion.sampling import Guidance, SamplingChanges, SamplingSettings, euler_step
+from rest_lightning.diffusion.sampling import Guidance, Sampling, SamplingChanges, integrate
 from rest_lightning.diffusion.schedule import sampling_sigmas
 from rest_lightning.errors import UserError
 from rest_lightning.models.transformer import A2VDiT
@@ -37,7 +36,7 @@ class Generator(nn.Module):
 
     mode: str
 
-    def __init__(self, sampling: SamplingSettings, seed: int, chunk_length: int) -> None:
+    def __init__(self, sampling: Sampling, seed: int, chunk_length: int) -> None:
         super().__init__()
         self.sampling, self.seed = sampling, seed
         self.chunk_frames = TEMPORAL_RATIO * chunk_length
@@ -90,7 +89,7 @@ class Streamed(Generator):
 
     mode = "streamed"
 
-    def __init__(self, head: TalkingHead, sampling: SamplingSettings | None = None, seed: int = 0) -> None:
+    def __init__(self, head: TalkingHead, sampling: Sampling | None = None, seed: int = 0) -> None:
         super().__init__(sampling or head.sampling, seed, head.transformer.cache_options.chunk_length)
         self.head = head
 
@@ -118,7 +117,7 @@ class Whole(Generator):
         speech_encoder: Any,
         speech_ae: Any,
         transformer: A2VDiT,
-        sampling: SamplingSettings,
+        sampling: Sampling,
         seed: int = 0,
         size_px: int | None = None,
     ) -> None:
@@ -183,7 +182,7 @@ def load_generator(
         "speech_ae": open_part("speech_ae", model),
         "transformer": transformer,
     }
-    settings = changes.of(SamplingSettings())
+    settings = changes.of(Sampling())
     if transformer.config["attention"] == "chunked":
         return Streamed(TalkingHead(**parts, sampling=settings), settings, seed)
     generator = Whole(**parts, sampling=settings, seed=seed, size_px=_size_of(transformer))
@@ -220,15 +219,15 @@ def generate_clip(
     Returns:
         Latents (B, C, f, h, w), slot 0 the reference.
     """
-    sample = noise[:, :, 1:]
     references, speech = guidance.references(reference_latent), guidance.speech(speech_latents)
-    for sigma, sigma_next in pairwise(sigmas):
+
+    def velocity(sample: Tensor, step: int) -> Tensor:
         rows = torch.cat([references, guidance.samples(sample)], dim=2)
-        levels = sample.new_full((rows.shape[0], rows.shape[2]), sigma)
+        levels = sample.new_full((rows.shape[0], rows.shape[2]), sigmas[step])
         levels[:, 0] = 0.0
-        velocity = guidance.combine(transformer(rows, levels, speech)[:, :, 1:])
-        sample = euler_step(sample, velocity, sigma, sigma_next)
-    return torch.cat([reference_latent, sample], dim=2)
+        return guidance.combine(transformer(rows, levels, speech)[:, :, 1:])
+
+    return torch.cat([reference_latent, integrate(velocity, noise[:, :, 1:], sigmas)], dim=2)
 
 
 def _fitted(portrait: Tensor, size_px: int) -> Tensor:

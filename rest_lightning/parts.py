@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from rest_lightning.diffusion.sampling import SamplingSettings
+    from rest_lightning.diffusion.sampling import Sampling
     from rest_lightning.models.speech import SpeechEncoder
     from rest_lightning.models.speech_ae import SpeechAE
     from rest_lightning.models.transformer import A2VDiT
@@ -58,7 +58,7 @@ class TalkingParts(Protocol):
     speech_encoder: SpeechEncoder
     speech_ae: SpeechAE
     transformer: A2VDiT
-    sampling: SamplingSettings
+    sampling: Sampling
     size_px: int
 
     @property

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rest_lightning.constants import SPATIAL_RATIO, VERSION
-from rest_lightning.diffusion.sampling import SamplingChanges, SamplingSettings
+from rest_lightning.diffusion.sampling import Sampling, SamplingChanges
 from rest_lightning.errors import UserError
 from rest_lightning.parts import PART_NAMES, describe_part, dtype_on, open_part
 from rest_lightning.streaming.batch import BatchSession
@@ -51,7 +51,7 @@ class TalkingHead(nn.Module):
         speech_encoder: SpeechEncoder,
         speech_ae: SpeechAE,
         transformer: A2VDiT,
-        sampling: SamplingSettings | None = None,
+        sampling: Sampling | None = None,
         size_px: int | None = None,
     ) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class TalkingHead(nn.Module):
                 f"got {transformer.config['in_channels']}: use one number for both"
             )
         self.vae, self.speech_encoder, self.speech_ae, self.transformer = vae, speech_encoder, speech_ae, transformer
-        self.sampling = sampling or SamplingSettings()
+        self.sampling = sampling or Sampling()
         self.size_px: int = size_px or _size_of(transformer)
         self.requires_grad_(False).eval()
 
@@ -146,7 +146,7 @@ class TalkingHead(nn.Module):
             )
         index = json.loads(index_file.read_text())
         parts = {name: open_part(name, folder) for name in PART_NAMES}
-        head = cls(**parts, sampling=SamplingSettings(**index["sampling"]), size_px=index["size_px"])  # type: ignore[arg-type]
+        head = cls(**parts, sampling=Sampling(**index["sampling"]), size_px=index["size_px"])  # type: ignore[arg-type]
         _move(head, device)
         head.set_dtype(dtype)
         return head

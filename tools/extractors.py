@@ -41,10 +41,9 @@ from rest_lightning.metrics.extractors import (
 )
 from rest_lightning.metrics.frechet import FID, FVD
 from rest_lightning.metrics.lips import pearson
-from rest_lightning.metrics.mfcc import mfcc, to_int16
 from rest_lightning.metrics.mouth import CROP_SIZE, crop_mouth
 from rest_lightning.metrics.sync import sync_of_clip
-from rest_lightning.metrics.syncnet import WINDOW_FRAMES, speech_windows
+from rest_lightning.metrics.syncnet import WINDOW_FRAMES, mfcc, speech_windows, to_int16
 from rest_lightning.metrics.weights import ShippedNetwork
 
 # -- damage to clips that a metric must answer to --------------------------------------------------

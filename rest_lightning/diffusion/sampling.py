@@ -1,11 +1,10 @@
-"""From noise to data: one Euler step, the plain loop over a table, and classifier-free guidance."""
+"""From noise to data: the Euler loop, classifier-free guidance, and how a model wants to be sampled."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,11 +30,20 @@ def euler_step(sample: Tensor, velocity: Tensor, sigma: Tensor | float, sigma_ne
     return (sample + step * velocity).to(sample.dtype)
 
 
-def integrate(velocity: Callable[[Tensor, Tensor], Tensor], noise: Tensor, table: Tensor) -> Tensor:
-    """Walk ``table`` (num_steps + 1,) from ``noise`` down: ``velocity(sample, sigma)`` with sigma a 0-d tensor."""
+def integrate(velocity: Callable[[Tensor, int], Tensor], noise: Tensor, sigmas: Sequence[float] | Tensor) -> Tensor:
+    """Returns data from noise: one Euler step from each level to the next (REST sec. 3.3).
+
+    The streaming engine, whole clips, self-rollout, step distillation and the benchmarks all run this loop.
+
+    Args:
+        velocity: ``velocity(sample, step)`` is noise - latents of ``sample`` at ``sigmas[step]``, in its shape.
+        noise: where to start, at ``sigmas[0]``: (B, C, f, h, w).
+        sigmas: descending levels, one more than there are steps: numbers, or a tensor (num_steps + 1, ...) whose
+            entries are numbers or (B, f).
+    """
     sample = noise
-    for sigma, sigma_next in pairwise(table):
-        sample = euler_step(sample, velocity(sample, sigma), sigma, sigma_next)
+    for step in range(len(sigmas) - 1):
+        sample = euler_step(sample, velocity(sample, step), sigmas[step], sigmas[step + 1])
     return sample
 
 
@@ -100,7 +108,7 @@ class Guidance:
 
 
 @dataclass
-class SamplingSettings:
+class Sampling:
     """How a model wants to be sampled; the defaults of ``open``.
 
     Attributes:
@@ -137,13 +145,13 @@ class SamplingSettings:
 
 @dataclass
 class SamplingChanges:
-    """What is to differ from a model's own :class:`SamplingSettings`; None keeps a value as it is."""
+    """What is to differ from a model's own :class:`Sampling`; None keeps a value as it is."""
 
     num_steps: int | None = None
     guidance: float | None = None
     shift: float | None = None
     reference_guidance: float | None = None
 
-    def of(self, settings: SamplingSettings) -> SamplingSettings:
+    def of(self, settings: Sampling) -> Sampling:
         """``settings`` with the changes."""
         return replace(settings, **{name: value for name, value in asdict(self).items() if value is not None})

@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
-from rest_lightning.evaluation.board import SPEED, Entry, Group, metric_of
-from rest_lightning.evaluation.board_text import APART, CLAIMED, claimed_text, notes
+from rest_lightning.evaluation.board import APART, CLAIMED, SPEED, Entry, Group, claimed_text, metric_of, notes
 from rest_lightning.evaluation.row import ResultRow
 from rest_lightning.media.html import MEDIA_TYPES, NUM_COLOURS, Point, Series, data_uri, fill_page, lines, scatter
 

@@ -245,8 +245,7 @@ class SyncNetExtractor(FeatureExtractor):
 
 def mfcc_windows(audio: Tensor, num_windows: int) -> Tensor:
     """MFCC of the first windows of five frames: (num_windows, 13, 20)."""
-    from rest_lightning.metrics.mfcc import mfcc, to_int16
-    from rest_lightning.metrics.syncnet import speech_windows
+    from rest_lightning.metrics.syncnet import mfcc, speech_windows, to_int16
 
     cepstra = torch.from_numpy(mfcc(to_int16(audio.detach().cpu().numpy())))
     return speech_windows(cepstra, num_windows)

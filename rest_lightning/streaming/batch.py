@@ -19,7 +19,7 @@ from rest_lightning.streaming.report import StreamClock, StreamReport
 from rest_lightning.streaming.session import Row, RowState, Samples, as_reference, as_samples, describe
 
 if TYPE_CHECKING:
-    from rest_lightning.diffusion.sampling import SamplingSettings
+    from rest_lightning.diffusion.sampling import Sampling
     from rest_lightning.parts import TalkingParts
 
 Idle = Literal["wait", "silence"]
@@ -86,7 +86,7 @@ class BatchSession:
         model: TalkingParts,
         num_rows: int,
         *,
-        sampling: SamplingSettings | None = None,
+        sampling: Sampling | None = None,
         options: EngineOptions | None = None,
         max_waiting_s: float = 60.0,
     ) -> None:

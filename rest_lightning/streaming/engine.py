@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from rest_lightning.constants import SAMPLES_PER_FRAME, SPATIAL_RATIO, TEMPORAL_RATIO
-from rest_lightning.diffusion.sampling import euler_step
+from rest_lightning.diffusion.sampling import integrate
 from rest_lightning.diffusion.schedule import sampling_sigmas
 from rest_lightning.errors import UserError
 from rest_lightning.models.cache import IDContextCache
@@ -30,7 +30,7 @@ from rest_lightning.streaming.packed import can_pack, packed
 from rest_lightning.streaming.report import StreamClock
 
 if TYPE_CHECKING:
-    from rest_lightning.diffusion.sampling import SamplingSettings
+    from rest_lightning.diffusion.sampling import Sampling
     from rest_lightning.models.transformer import SigmaEmbedding
     from rest_lightning.parts import TalkingParts
 
@@ -128,7 +128,7 @@ class Tables:
     """
 
     @torch.no_grad()
-    def __init__(self, model: TalkingParts, sampling: SamplingSettings, pack: bool = False) -> None:
+    def __init__(self, model: TalkingParts, sampling: Sampling, pack: bool = False) -> None:
         self.model, self.sampling = model, sampling
         self.vae = packed(model.vae) if pack else model.vae
         self.speech_ae = packed(model.speech_ae) if pack else model.speech_ae
@@ -293,7 +293,7 @@ class StreamState:
 
 
 @contextmanager
-def explain_out_of_memory(model: TalkingParts, batch: int, sampling: SamplingSettings) -> Iterator[None]:
+def explain_out_of_memory(model: TalkingParts, batch: int, sampling: Sampling) -> Iterator[None]:
     """Turns a device's (or the CPU allocator's) out-of-memory error into one line.
 
     Raises:
@@ -353,7 +353,7 @@ class ChunkEngine:
         self,
         model: TalkingParts,
         batch: int,
-        sampling: SamplingSettings,
+        sampling: Sampling,
         clock: StreamClock | None = None,
         options: EngineOptions | None = None,
         state: StreamState | None = None,
@@ -524,9 +524,7 @@ class ChunkEngine:
             guided = self._transformer(rows, sigma, speech, self._text, cache=self.cache, step=max(step, 0))
             return self.guidance.combine(guided[:, :, num_references:])
 
-        sample, levels = self._noise[:, :, :num_latents], self.tables.levels
-        for step in range(len(levels) - 1):
-            sample = euler_step(sample, velocity(sample, step), levels[step], levels[step + 1])
+        sample = integrate(velocity, self._noise[:, :, :num_latents], self.tables.levels)
         if self.cache.options.cache_noise == "clean_pass":
             velocity(sample, -1)
         self._latents[:, :, :num_latents].copy_(sample)

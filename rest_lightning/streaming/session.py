@@ -21,7 +21,7 @@ from rest_lightning.streaming.engine import ChunkEngine, EngineOptions, EngineSt
 from rest_lightning.streaming.report import StreamClock, StreamReport
 
 if TYPE_CHECKING:
-    from rest_lightning.diffusion.sampling import SamplingSettings
+    from rest_lightning.diffusion.sampling import Sampling
     from rest_lightning.media.writer import BackgroundWriter
     from rest_lightning.parts import TalkingParts
     from rest_lightning.streaming.engine import ChunkEngine
@@ -221,7 +221,7 @@ class StreamingSession:
         portrait: Any,
         *,
         seed: int = 0,
-        sampling: SamplingSettings | None = None,
+        sampling: Sampling | None = None,
         options: EngineOptions | None = None,
     ) -> None:
         self.model = model
@@ -356,7 +356,7 @@ class StreamingSession:
         return np.concatenate(chunks) if chunks else np.zeros((0, size, size, 3), dtype=np.uint8)
 
 
-def describe(model: TalkingParts, sampling: SamplingSettings, options: EngineOptions) -> dict[str, Any]:
+def describe(model: TalkingParts, sampling: Sampling, options: EngineOptions) -> dict[str, Any]:
     """What a report remembers of how a stream was made."""
     return {
         **asdict(sampling),

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks._differentiable_cache import DifferentiableCache
 from rest_lightning.diffusion.rollout import Context, roll_out
-from rest_lightning.diffusion.sampling import SamplingSettings, euler_step
+from rest_lightning.diffusion.sampling import Sampling, euler_step
 from rest_lightning.diffusion.schedule import sampling_sigmas
 from rest_lightning.errors import UserError
 from rest_lightning.models.speech import LogMelEncoder
@@ -91,7 +91,7 @@ def test_contexts_are_those_of_a_session(cache_noise: str, reference_attends: st
         strides=((4, 2), (2, 2)), patch_size=8, principal_components=0,
     )  # fmt: skip
     speech_ae = SpeechAE(feature_dim=160, num_tokens=2, latent_dim=SPEECH_DIM, width=8)
-    head = TalkingHead(vae, LogMelEncoder(), speech_ae, model, SamplingSettings(3, 1.0, 1.0), size_px=64)
+    head = TalkingHead(vae, LogMelEncoder(), speech_ae, model, Sampling(3, 1.0, 1.0), size_px=64)
     engine = ChunkEngine(head, 2, replace(head.sampling, num_steps=3, guidance=1.0))
     engine.start(torch.zeros(2, 3, 64, 64))
     reference = vae.encode(torch.zeros(2, 3, 1, 64, 64))

@@ -217,8 +217,8 @@ def test_faces_of_a_track_are_what_sync_sees(truth: Path, protocol_file: Path) -
     from rest_lightning.evaluation.faces import MediapipeFaces, SidecarFaces
     from rest_lightning.evaluation.protocol import read_protocol
     from rest_lightning.evaluation.scorer import ClipPair, Scorer
-    from rest_lightning.metrics.face_crop import face_crops
     from rest_lightning.metrics.sync import sync_of_clip
+    from rest_lightning.metrics.syncnet import face_crops
 
     protocol = replace(read_protocol(protocol_file), measures=["sync"], num_frames=104, faces="sidecar")
     path = min(truth.glob("*.mp4"))

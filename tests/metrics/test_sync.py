@@ -13,9 +13,8 @@ from torch.nn import functional as F
 
 from rest_lightning.errors import UserError
 from rest_lightning.metrics.extractors import SyncNetExtractor, load_extractor, mfcc_windows
-from rest_lightning.metrics.mfcc import mfcc, to_int16
 from rest_lightning.metrics.sync import SyncScore, sync_of_clip, sync_of_embeddings
-from rest_lightning.metrics.syncnet import SyncNet
+from rest_lightning.metrics.syncnet import SyncNet, mfcc, to_int16
 from rest_lightning.metrics.weights import VARIABLE
 
 # (name, shape) of the published tensors; weights and biases of layers without norms.

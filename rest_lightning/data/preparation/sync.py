@@ -33,8 +33,8 @@ def sync_scores(
     """
     import torch
 
-    from rest_lightning.metrics.face_crop import face_crops
     from rest_lightning.metrics.sync import sync_of_clip
+    from rest_lightning.metrics.syncnet import face_crops
 
     extractor = load_sync(weights)
     clip = torch.from_numpy(np.stack(frames))

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tools import house
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "rest_lightning"
-ENGINE = ("models", "diffusion", "streaming", "metrics")
-RIM = ("rest_lightning.tasks", "rest_lightning.callbacks", "rest_lightning.data.module", "rest_lightning.cli")
+ENGINE = ("models", "diffusion", "streaming", "metrics", "media")
+PACKAGES = sorted(
+    name for name, path in house.modules().items() if path.name == "__init__.py" and "lazy(" in path.read_text("utf-8")
+)
+RIM = ("rest_lightning.tasks", "rest_lightning.callbacks", "rest_lightning.data.module", "rest_lightning.lightning_cli")
 LIGHTNING = ("lightning", "pytorch_lightning")
 LIBRARIES = ("diffusers", "transformers", "torchvision", "torchmetrics", "lpips", "matplotlib", "decord", "scipy")
 TEXT_SUFFIXES = {".py", ".toml", ".txt", ".md", ".yaml", ".yml", ".json", ".html", ".js", ".css", ".sh", ""}
@@ -22,24 +27,12 @@ MACHINE_PATHS = tuple("/" + rest for rest in ("work/", "root/", "opt/pypi", "opt
 
 
 def source_files() -> list[Path]:
-    folders = ("rest_lightning", "callbacks", "benchmarks", "tests")
+    folders = ("rest_lightning", "callbacks", "benchmarks", "tests", "tools")
     return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
 
 
 def name(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
-
-
-def imported_modules(path: Path, source: str | None = None) -> Iterator[tuple[int, str]]:
-    """Line and absolute name of everything that a file imports, at the top or inside functions."""
-    package = list(path.relative_to(ROOT).parts[:-1])
-    for node in ast.walk(ast.parse(path.read_text("utf-8") if source is None else source)):
-        if isinstance(node, ast.Import):
-            yield from ((node.lineno, alias.name) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            base = package[: len(package) - node.level + 1] if node.level else []
-            module = ".".join([*base, *([node.module] if node.module else [])])
-            yield from ((node.lineno, f"{module}.{alias.name}") for alias in node.names)
 
 
 def is_within(module: str, packages: tuple[str, ...]) -> bool:
@@ -59,13 +52,58 @@ def loaded_after(code: str) -> set[str]:
     return set(done.stdout.split())
 
 
+@pytest.fixture(scope="module")
+def graph() -> dict[str, set[str]]:
+    """Who imports whom, wherever an import stands: at the top, in a function, for type checkers alone."""
+    return house.import_graph()
+
+
+def test_no_modules_import_each_other_in_a_circle(graph: dict[str, set[str]]) -> None:
+    assert house.circles(graph) == []
+
+
+def test_nothing_imports_a_higher_floor(graph: dict[str, set[str]]) -> None:
+    assert house.arrows_up(graph) == {}
+
+
+def test_every_part_has_its_floor(graph: dict[str, set[str]]) -> None:
+    """A new package or module says where it belongs: in `FLOORS` of tools/house.py."""
+    assert {house.part_of(name) for name in graph} == {part for parts in house.FLOORS for part in parts}
+
+
+def test_one_loop_takes_euler_steps() -> None:
+    (place,) = house.euler_loops(house.shipped())
+    assert place.startswith("sampling.py:")
+
+
+def test_the_checks_see_circles_and_arrows_up(tmp_path: Path) -> None:
+    files = {
+        "__init__": "",
+        "models/__init__": "",
+        "models/a": "from rest_lightning.models import b",
+        "models/b": "def late():\n    from rest_lightning.models.c import thing",
+        "models/c": "if TYPE_CHECKING:\n    from rest_lightning.models.a import other",
+        "media/__init__": "",
+        "media/writer": "from rest_lightning.models.a import other",
+    }
+    for name, source in files.items():
+        path = tmp_path / "rest_lightning" / f"{name}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(source)
+    graph = house.import_graph(tmp_path)
+    assert house.circles(graph) == [[f"rest_lightning.models.{name}" for name in "abc"]]
+    up = "rest_lightning.media.writer imports rest_lightning.models.a"
+    assert house.arrows_up(graph) == {("media", "models"): [up]}
+
+
 @pytest.mark.parametrize("folder", ENGINE)
 def test_engine_source_never_names_lightning(folder: str) -> None:
     found = [
-        f"{name(path)}:{line} imports {module}"
-        for path in sorted((PACKAGE / folder).rglob("*.py"))
-        for line, module in imported_modules(path)
-        if is_within(module, (*LIGHTNING, *RIM))
+        f"{module}:{line} imports {target}"
+        for module, path in house.modules().items()
+        if house.part_of(module) == folder
+        for line, target in house.imports_of(module, path)
+        if is_within(target, (*LIGHTNING, *RIM))
     ]
     assert not found, "\n".join(found)
 
@@ -94,7 +132,8 @@ def test_the_package_itself_is_light(module: str) -> None:
 
 def test_the_check_sees_through_relative_imports() -> None:
     source = "from ..tasks import vae\nfrom . import causal\nimport lightning.pytorch as pl"
-    found = [module for _, module in imported_modules(PACKAGE / "models" / "any.py", source)]
+    path = PACKAGE / "models" / "any.py"
+    found = [module for _, module in house.imports_of("rest_lightning.models.any", path, source)]
     assert found == ["rest_lightning.tasks.vae", "rest_lightning.models.causal", "lightning.pytorch"]
 
 
@@ -107,6 +146,19 @@ def test_callbacks_import_the_package_relatively(path: Path) -> None:
             names = [node.module or ""]
         absolute += [module for module in names if is_within(module, ("rest_lightning", "callbacks"))]
     assert not absolute, f"expected relative imports, got {absolute}: write `from ..streaming.writer import ...`"
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_packages_export_what_type_checkers_see(package: str) -> None:
+    """Each public name is found, and the imports for type checkers name the same ones."""
+    module = importlib.import_module(package)
+    path = house.modules()[package]
+    seen = {target.rpartition(".")[2] for _, target in house.imports_of(package, path) if target.count(".") > 1}
+    hidden = {"TYPE_CHECKING", "lazy", "ensure_torchvision", "VERSION"}
+    assert set(module.__all__) == seen - hidden
+    assert all(getattr(module, name).__name__ == name for name in module.__all__)
+    with pytest.raises(AttributeError, match=f"module '{package}' has no attribute 'nothing'"):
+        module.nothing  # noqa: B018
 
 
 def committed_files() -> list[Path]:
