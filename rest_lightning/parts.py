@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import torch
 
     from rest_lightning.diffusion.sampling import Sampling
+    from rest_lightning.models.detail import DetailTransfer
     from rest_lightning.models.speech import SpeechEncoder
     from rest_lightning.models.speech_ae import SpeechAE
     from rest_lightning.models.transformer import A2VDiT
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 PARTS_KEY = "rest_parts"
 FROZEN_PARTS_KEY = "rest_frozen_parts"  # descriptions alone: the weights are in other checkpoints
 PART_NAMES = ("vae", "speech_encoder", "speech_ae", "transformer")
+OPTIONAL_PART_NAMES = ("detail",)
 PART_CLASSES = {
     "CompactVAE": "rest_lightning.models.vae",
     "LTXVideoVAE": "rest_lightning.models.ltx_vae",
@@ -50,6 +52,7 @@ class TalkingParts(Protocol):
 
     Attributes:
         vae, speech_encoder, speech_ae, transformer: the parts; the transformer is a student.
+        detail: puts the portrait's detail into decoded frames; None: nothing does.
         sampling: steps, guidance and shift that the model was made for.
         size_px: side of the square frames.
     """
@@ -58,6 +61,7 @@ class TalkingParts(Protocol):
     speech_encoder: SpeechEncoder
     speech_ae: SpeechAE
     transformer: A2VDiT
+    detail: DetailTransfer | None
     sampling: Sampling
     size_px: int
 

@@ -15,6 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vae", type=Path, help="checkpoint or model folder with the VAE (default: the checkpoint)")
     parser.add_argument("--speech-ae", type=Path, help="the same for the SpeechAE (default: the checkpoint)")
     parser.add_argument("--speech-encoder", type=Path, help="the same for the speech encoder (default: of the run)")
+    parser.add_argument("--detail", type=Path, help="checkpoint or model folder with the detail (default: without one)")
     parser.add_argument("--size-px", type=int, help="side of the frames (default: that of the training, or 512)")
     parser.add_argument("--num-steps", type=int, help="Euler steps per chunk to remember as default")
     parser.add_argument("--guidance", type=float, help="guidance to remember as default")
@@ -38,6 +39,8 @@ def run(args: argparse.Namespace) -> int:
     sources = {"transformer": args.checkpoint, "speech_ae": args.speech_ae, "vae": args.vae}
     parts = {name: open_part(name, source or args.checkpoint) for name, source in sources.items()}
     parts["speech_encoder"] = open_speech_encoder(args.speech_encoder or args.checkpoint)
+    if args.detail is not None:
+        parts["detail"] = open_part("detail", args.detail)
     head = TalkingHead(**parts, sampling=sampling, size_px=args.size_px)  # type: ignore[arg-type]
     head.save_pretrained(args.out, getattr(torch, args.dtype))
     size_mb = sum(file.stat().st_size for file in args.out.rglob("*") if file.is_file()) / 1e6

@@ -42,6 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--idle-min", type=_minutes, default=5.0, help="minutes without a message (default 5)")
     parser.add_argument("--grace", type=float, default=30.0, help="seconds for sessions at the end (default 30)")
     parser.add_argument("--model", type=Path, help="model folder (default: the embedded model)")
+    chunk = "latents of 0.32 s per chunk, where the model was trained for several: short ones answer sooner"
+    parser.add_argument("--chunk-length", type=positive, help=chunk)
     parser.add_argument("--threads", dest="num_threads", type=positive, help="threads of torch (default: its choice)")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the model")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default auto)")
@@ -66,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"expected a port from 0 to 65535, got {args.port}: 8765 is the default")
     from rest_lightning.talking_head import ModelOptions
 
-    model = ModelOptions(args.model, args.num_threads, args.dtype, args.device)
+    model = ModelOptions(args.model, args.chunk_length, args.num_threads, args.dtype, args.device)
     limits = Limits(
         max_sessions=args.max_sessions,
         max_per_address=args.max_per_address or args.max_sessions,

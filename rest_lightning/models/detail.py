@@ -111,10 +111,11 @@ class LearnedDetail(DetailTransfer):
 
     def start(self, reference: Tensor, reconstruction: Tensor, stream: Stream) -> None:
         """See :meth:`DetailTransfer.start`; the portrait's part of the first layer is computed here, once."""
+        dtype = self.frame_in.weight.dtype
         stream.remember(_RESIDUAL, reference - reconstruction)
         pair = torch.cat([reconstruction, reference - reconstruction], dim=1)[:, :, None]
         patches = torch.cat([patchify(half, self.patch_size) for half in pair.chunk(2, dim=1)], dim=-1)
-        stream.remember(_FEATURES, self.portrait_in(patches))
+        stream.remember(_FEATURES, self.portrait_in(patches.to(dtype)))
 
     def forward(self, frames: Tensor, stream: Stream) -> Tensor:
         """See :meth:`DetailTransfer.forward`."""

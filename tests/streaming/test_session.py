@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from rest_lightning.errors import UserError
 from rest_lightning.media.writer import BackgroundWriter, RawPipe
 from rest_lightning.streaming.engine import ChunkEngine, to_uint8
 from rest_lightning.streaming.session import StreamingSession, write_stream
@@ -290,3 +291,20 @@ def test_written_sound_goes_with_its_frames(head: TalkingHead, block_samples: in
     assert [frames for frames, _ in taken] == [24, 48, 61]
     assert [len(samples) for _, samples in taken] == [15_360, 15_360, 12 * 640 + 5]
     assert np.array_equal(np.concatenate([samples for _, samples in taken]), speech)
+
+
+@pytest.mark.parametrize("chunk_length", [1, 2, 3])
+def test_a_stream_chooses_among_the_trained_chunk_lengths(
+    make: Callable[..., TalkingHead], chunk_length: int
+) -> None:
+    several, one = make(trained_lengths=(1, 2, 3)), make(chunk_length=chunk_length)
+    chosen = frames_of(several, speech(48), [], chunk_length=chunk_length)
+    np.testing.assert_array_equal(chosen, frames_of(one, speech(48), []))
+    assert several.transformer.cache_options.chunk_length == 3
+
+
+def test_untrained_chunk_lengths_are_refused(make: Callable[..., TalkingHead]) -> None:
+    with pytest.raises(UserError, match="expected a chunk length that the model was trained with .3 latents"):
+        make().open(portrait(), chunk_length=1)
+    with pytest.raises(UserError, match="expected chunk_length among trained_lengths .1, 2., got 3"):
+        make(trained_lengths=(1, 2))
