@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 from scipy.ndimage import gaussian_filter
+from tiny_head import make_head
 
 from rest_lightning.errors import UserError
 from rest_lightning.models.causal import Stream
 from rest_lightning.models.detail import AgreementDetail, DetailTransfer, LearnedDetail, warp
 from rest_lightning.streaming.engine import EngineOptions
-from tiny_head import make_head
 
 
 def pictures(*shape: int, seed: int = 0) -> torch.Tensor:

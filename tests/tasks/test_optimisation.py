@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import strategy_run
 import torch
+from tiny_student import make_conditions, make_student, make_transformer
 from torch import Tensor
 
 from rest_lightning.errors import UserError
@@ -117,3 +118,22 @@ def test_compiling_needs_a_compiler_and_whole_networks(tmp_path: Path, monkeypat
     monkeypatch.setattr(module, "_device_mesh", "any mesh")
     with pytest.raises(UserError, match="expected no compile_blocks with sharded networks, got both:"):
         module.configure_model()
+
+
+def test_chunk_lengths_are_drawn_per_batch() -> None:
+    """Every length turns up, noise follows it, and the forward is that of a student of that length alone."""
+    several = make_transformer(trained_lengths=(1, 2, 3))
+    module = make_student(several, chunk_lengths=(1, 2, 3))
+    drawn = set()
+    for seed in range(12):
+        inputs = module.draw(make_conditions(), torch.Generator().manual_seed(seed))
+        length = inputs.chunk_length
+        drawn.add(length)
+        chunks = inputs.path.sigma[:, 1:].unflatten(1, (-1, length))
+        assert torch.equal(chunks, chunks[:, :, :1].expand_as(chunks))
+        alone = make_student(make_transformer(chunk_length=length))
+        alone.transformer.load_state_dict(several.state_dict())
+        assert torch.equal(module(inputs), alone(inputs))
+    assert drawn == {1, 2, 3}
+    with pytest.raises(UserError, match=r"expected one set of chunk lengths, got \[1, 2, 3\]"):
+        make_student(several)
