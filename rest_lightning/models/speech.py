@@ -372,4 +372,4 @@ def _load_whisper(weights: str) -> Any:
         raise UserError(
             f"expected a Whisper model ({weights}: config.json, model.safetensors), looked in {where}: {how}"
         ) from error
-    return model.get_encoder()
+    return model.get_encoder().float()  # stored in half precision or not: features are float32

@@ -304,7 +304,7 @@ def test_a_stream_chooses_among_the_trained_chunk_lengths(
 
 
 def test_untrained_chunk_lengths_are_refused(make: Callable[..., TalkingHead]) -> None:
-    with pytest.raises(UserError, match="expected a chunk length that the model was trained with .3 latents"):
+    with pytest.raises(UserError, match=r"expected a chunk length that the model was trained with .3 latents"):
         make().open(portrait(), chunk_length=1)
-    with pytest.raises(UserError, match="expected chunk_length among trained_lengths .1, 2., got 3"):
+    with pytest.raises(UserError, match=r"expected chunk_length among trained_lengths .1, 2., got 3"):
         make(trained_lengths=(1, 2))
