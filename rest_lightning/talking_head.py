@@ -34,18 +34,17 @@ EMBEDDED_FOLDER = Path(__file__).parent / "assets" / "embedded"
 MAX_SHARD_BYTES = 11_500_000
 
 
-
-
-
-
 class TalkingHead(nn.Module):
     """VAE, speech encoder, SpeechAE and A2V-DiT of one streaming talking head.
 
     Args:
-        vae, speech_encoder, speech_ae, transformer: the parts; the transformer has chunked attention (a student).
-        detail: puts the portrait's detail into decoded frames (beyond the paper); None: nothing does.
+        vae, speech_encoder, speech_ae, transformer: the parts; the transformer has chunked
+            attention (a student).
+        detail: puts the portrait's detail into decoded frames (beyond the paper); None: nothing
+            does.
         sampling: defaults of :meth:`open`.
-        size_px: side of the square frames; None: what the transformer has a place for, or 512 where any size will do.
+        size_px: side of the square frames; None: what the transformer has a place for, or 512 where
+            any size will do.
     """
 
     def __init__(
@@ -61,14 +60,20 @@ class TalkingHead(nn.Module):
         super().__init__()
         if transformer.config["attention"] != "chunked":
             raise UserError(
-                "expected a streaming student (attention 'chunked'), got a teacher: train the student stage first"
+                "expected a streaming student (attention 'chunked'), got a teacher: train the "
+                "student stage first"
             )
         if transformer.config["in_channels"] != vae.latent_channels:
             raise UserError(
                 f"expected a transformer for the VAE's {vae.latent_channels} channels, "
                 f"got {transformer.config['in_channels']}: use one number for both"
             )
-        self.vae, self.speech_encoder, self.speech_ae, self.transformer = vae, speech_encoder, speech_ae, transformer
+        self.vae, self.speech_encoder, self.speech_ae, self.transformer = (
+            vae,
+            speech_encoder,
+            speech_ae,
+            transformer,
+        )
         self.detail = detail
         self.sampling = sampling or Sampling()
         self.size_px: int = size_px or _size_of(transformer)
@@ -91,7 +96,8 @@ class TalkingHead(nn.Module):
         return (*PART_NAMES, *optional)
 
     def with_chunk_length(self, chunk_length: int) -> Self:
-        """Returns this head for chunks of another length, in latents of 0.32 s: the same weights, in the same memory.
+        """Returns this head for chunks of another length, in latents of 0.32 s: the same weights,
+        in the same memory.
 
         Short chunks answer sooner, long ones cost less.
 
@@ -120,18 +126,22 @@ class TalkingHead(nn.Module):
         """A session for one portrait; its ID-Sink is filled before any speech arrives.
 
         Args:
-            portrait: path of an image, PIL image, uint8 array (H, W, 3), or float tensor (3, H, W) in [-1, 1].
+            portrait: path of an image, PIL image, uint8 array (H, W, 3), or float tensor (3, H, W)
+                in [-1, 1].
             seed: of the noise; the same seed, portrait and speech give the same frames.
             num_steps, guidance, shift, reference_guidance: override :attr:`sampling`.
             chunk_length: latents per chunk, see :meth:`with_chunk_length`; None takes the model's.
-            options: switches of the engine: graphs, compilation, overlap, warm-up, a short first chunk.
+            options: switches of the engine: graphs, compilation, overlap, warm-up, a short first
+                chunk.
 
         Raises:
             UserError: a portrait or a value that is no good, or not enough memory.
         """
         changes = SamplingChanges(num_steps, guidance, shift, reference_guidance)
         head = self if chunk_length is None else self.with_chunk_length(chunk_length)
-        return StreamingSession(head, portrait, seed=seed, sampling=changes.of(self.sampling), options=options)
+        return StreamingSession(
+            head, portrait, seed=seed, sampling=changes.of(self.sampling), options=options
+        )
 
     def open_batch(
         self,
@@ -145,7 +155,8 @@ class TalkingHead(nn.Module):
         options: EngineOptions | None = None,
         max_waiting_s: float = 60.0,
     ) -> BatchSession:
-        """Up to ``num_rows`` streams that are computed together; rows come and go independently, chunk by chunk.
+        """Up to ``num_rows`` streams that are computed together; rows come and go independently,
+        chunk by chunk.
 
         Args:
             num_rows: rows n; memory for all of them is taken now.
@@ -157,22 +168,30 @@ class TalkingHead(nn.Module):
         """
         sampling = SamplingChanges(num_steps, guidance, shift, reference_guidance).of(self.sampling)
         head = self if chunk_length is None else self.with_chunk_length(chunk_length)
-        return BatchSession(head, num_rows, sampling=sampling, options=options, max_waiting_s=max_waiting_s)
+        return BatchSession(
+            head, num_rows, sampling=sampling, options=options, max_waiting_s=max_waiting_s
+        )
 
     @classmethod
     def from_pretrained(
-        cls, path: str | os.PathLike[str] | None = None, *, device: str = "cpu", dtype: torch.dtype = torch.float32
+        cls,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
     ) -> TalkingHead:
         """Load a model folder, or the embedded model when ``path`` is None.
 
         Raises:
-            UserError: no such folder, or one without ``model_index.json``; no CUDA, or too little memory.
+            UserError: no such folder, or one without ``model_index.json``; no CUDA, or too little
+                memory.
         """
         folder = EMBEDDED_FOLDER if path is None else Path(path)
         index_file = folder / INDEX_FILE
         if not index_file.is_file():
             raise UserError(
-                f"expected a model folder with {INDEX_FILE}, got {folder}: make one with `rest export`, "
+                f"expected a model folder with {INDEX_FILE}, got {folder}: make one with `rest "
+                "export`, "
                 "or leave the path out for the embedded model"
             )
         index = json.loads(index_file.read_text())
@@ -184,15 +203,21 @@ class TalkingHead(nn.Module):
         return head
 
     def set_dtype(self, dtype: torch.dtype) -> None:
-        """Bring the weights to a type; the speech encoder computes in float32 whatever it is, as in training."""
+        """Bring the weights to a type; the speech encoder computes in float32 whatever it is, as in
+        training.
+        """
         for name in self.part_names:
             if name != "speech_encoder":
                 getattr(self, name).to(dtype=dtype)
 
-    def save_pretrained(self, path: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> None:
-        """Write the folder: ``model_index.json`` and one folder per part with ``config.json`` and safetensors shards.
+    def save_pretrained(
+        self, path: str | os.PathLike[str], dtype: torch.dtype = torch.float32
+    ) -> None:
+        """Write the folder: ``model_index.json`` and one folder per part with ``config.json`` and
+        safetensors shards.
 
-        The folder appears whole or not at all; one that exists is replaced, and stays when writing fails.
+        The folder appears whole or not at all; one that exists is replaced, and stays when writing
+        fails.
 
         Args:
             path: the folder.
@@ -233,7 +258,8 @@ class ModelOptions:
 
     Attributes:
         model: model folder; None takes the embedded model.
-        chunk_length: latents (of 0.32 s) per chunk, where the model was trained for several; None takes its default.
+        chunk_length: latents (of 0.32 s) per chunk, where the model was trained for several; None
+            takes its default.
         num_threads: of torch; None leaves its choice.
         dtype: ``auto`` takes bfloat16 on processors that compute it natively, else float32.
         device: ``auto`` takes a CUDA device where there is one.
@@ -257,7 +283,9 @@ class ModelOptions:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         elif device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
-            raise UserError(f"expected device auto, cpu or an available cuda, got {device}: try --device cpu")
+            raise UserError(
+                f"expected device auto, cpu or an available cuda, got {device}: try --device cpu"
+            )
         dtype = dtype_on(self.dtype, device.partition(":")[0])
         head = TalkingHead.from_pretrained(self.model, device=device, dtype=dtype)
         return head if self.chunk_length is None else head.with_chunk_length(self.chunk_length)
@@ -265,7 +293,9 @@ class ModelOptions:
 
 def _move(head: TalkingHead, device: str) -> None:
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"expected an available device, got {device}, but torch finds no CUDA device: use cpu")
+        raise UserError(
+            f"expected an available device, got {device}, but torch finds no CUDA device: use cpu"
+        )
     try:
         head.to(device=device)
     except torch.OutOfMemoryError as error:
@@ -277,7 +307,9 @@ def _move(head: TalkingHead, device: str) -> None:
 
 
 def _size_of(transformer: A2VDiT) -> int:
-    return SPATIAL_RATIO * transformer.spatial_size[0] if transformer.spatial_size is not None else 512
+    return (
+        SPATIAL_RATIO * transformer.spatial_size[0] if transformer.spatial_size is not None else 512
+    )
 
 
 def _save_part(part: nn.Module, folder: Path, dtype: torch.dtype) -> None:

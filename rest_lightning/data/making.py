@@ -1,4 +1,6 @@
-"""Data sets that are made clip by clip: workers, progress, resuming, and folders that never mix two recipes."""
+"""Data sets that are made clip by clip: workers, progress, resuming, and folders that never mix two
+recipes.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ from rest_lightning.errors import UserError
 MayChange = Callable[[str, Any, Any], bool]
 
 
-def run_clips(make: Callable[[Any], Any], todo: Sequence[Any], num_workers: int, num_clips: int) -> None:
+def run_clips(
+    make: Callable[[Any], Any], todo: Sequence[Any], num_workers: int, num_clips: int
+) -> None:
     """Calls ``make`` for every item of ``todo`` with a progress bar that counts to ``num_clips``.
 
     Args:
@@ -26,7 +30,13 @@ def run_clips(make: Callable[[Any], Any], todo: Sequence[Any], num_workers: int,
         num_workers: processes, of one thread each.
         num_clips: clips of the whole set, those that are there included.
     """
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
     columns = (
         TextColumn("[progress.description]{task.description}"),
@@ -43,7 +53,9 @@ def run_clips(make: Callable[[Any], Any], todo: Sequence[Any], num_workers: int,
 
 
 def is_finished(out: Path, clip_id: str, size_px: int, num_frames: int) -> bool:
-    """Whether both files of a clip are there and whole: the sidecar parses and the mp4 holds every packet."""
+    """Whether both files of a clip are there and whole: the sidecar parses and the mp4 holds every
+    packet.
+    """
     if not layout.is_complete(out, clip_id):
         return False
     import av
@@ -66,12 +78,14 @@ def is_finished(out: Path, clip_id: str, size_px: int, num_frames: int) -> bool:
 
 
 def check_folder(out: Path, kind: str, info: Mapping[str, Any]) -> None:
-    """UserError unless ``out`` is new, empty, or a set of this ``kind`` made with the same arguments.
+    """UserError unless ``out`` is new, empty, or a set of this ``kind`` made with the same
+    arguments.
 
     Args:
         out: folder of the data set.
         kind: what ``dataset.json`` says, such as ``synthetic talkers``.
-        info: what is to be written to ``dataset.json``: generator_version and arguments. ``num_clips`` may grow.
+        info: what is to be written to ``dataset.json``: generator_version and arguments.
+            ``num_clips`` may grow.
     """
     if not out.exists():
         return
@@ -81,27 +95,34 @@ def check_folder(out: Path, kind: str, info: Mapping[str, Any]) -> None:
         return
     if not (out / "dataset.json").is_file():
         raise UserError(
-            f"expected a new or empty folder, got {out} with other files in it: choose another folder"
+            f"expected a new or empty folder, got {out} with other files in it: choose another "
+            "folder"
         )
     there = layout.read_dataset_json(out)
     if there.get("kind") != kind:
-        raise UserError(f"expected a folder of {kind}, got another dataset in {out}: choose another folder")
+        raise UserError(
+            f"expected a folder of {kind}, got another dataset in {out}: choose another folder"
+        )
     before = {"generator_version": there.get("generator_version"), **there.get("arguments", {})}
     now = {"generator_version": info["generator_version"], **info["arguments"]}
     differences = [
         f"{name} {before.get(name)} (now {value})"
         for name, value in now.items()
-        if before.get(name) != value and not (name == "num_clips" and (before.get(name) or 0) < value)
+        if before.get(name) != value
+        and not (name == "num_clips" and (before.get(name) or 0) < value)
     ]
     if differences:
         raise UserError(
-            f"expected the arguments that {out} was made with, got others: it has {', '.join(differences)}; "
+            f"expected the arguments that {out} was made with, got others: it has "
+            f"{', '.join(differences)}; "
             "repeat them, choose another folder, or set overwrite to start again"
         )
 
 
 def remove_dataset(out: Path, kind: str, prefix: str) -> None:
-    """Deletes the files of a set of this ``kind``, whose clips begin with ``prefix``, and nothing else."""
+    """Deletes the files of a set of this ``kind``, whose clips begin with ``prefix``, and nothing
+    else.
+    """
     if not (out / "dataset.json").is_file() or layout.read_dataset_json(out).get("kind") != kind:
         return  # check_folder says what is wrong with it
     clips = out / "clips"
@@ -113,7 +134,9 @@ def remove_dataset(out: Path, kind: str, prefix: str) -> None:
 
 
 @contextmanager
-def _results(make: Callable[[Any], Any], todo: Sequence[Any], num_workers: int) -> Iterator[Iterator[Any]]:
+def _results(
+    make: Callable[[Any], Any], todo: Sequence[Any], num_workers: int
+) -> Iterator[Iterator[Any]]:
     num_workers = min(num_workers, len(todo))
     if num_workers <= 1:
         yield map(make, todo)
@@ -130,7 +153,9 @@ def _ignore_interrupt() -> None:
 
 @contextmanager
 def _one_thread_each() -> Iterator[None]:
-    """Workers inherit the environment: libraries that read these names start one thread, not one per core."""
+    """Workers inherit the environment: libraries that read these names start one thread, not one
+    per core.
+    """
     names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
     before = {name: os.environ.get(name) for name in names}
     os.environ.update(dict.fromkeys(names, "1"))

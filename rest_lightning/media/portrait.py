@@ -31,23 +31,35 @@ def load_portrait(source: Source, size_px: int, crop: Crop = "centre") -> Tensor
     """
     import torch
 
-    return torch.from_numpy(read_portrait(source, size_px, crop)).permute(2, 0, 1).float().div_(127.5).sub_(1.0)
+    return (
+        torch.from_numpy(read_portrait(source, size_px, crop))
+        .permute(2, 0, 1)
+        .float()
+        .div_(127.5)
+        .sub_(1.0)
+    )
 
 
 def read_portrait(source: Source, size_px: int, crop: Crop = "centre") -> np.ndarray:
     """The portrait as uint8 (size_px, size_px, 3) RGB.
 
     Args:
-        source: an image file (orientation tag, transparency, grey, palette and 16 bits are handled), a PIL image, or an
-            array uint8 (H, W), (H, W, 3) or (H, W, 4).
+        source: an image file (orientation tag, transparency, grey, palette and 16 bits are
+            handled), a PIL image, or an array uint8 (H, W), (H, W, 3) or (H, W, 4).
         size_px: side of the result.
-        crop: ``"centre"`` (the largest centred square), ``"face"`` (found by mediapipe, of the ``prepare`` extra), or a
-            box (x, y, width, height) in pixels, or in fractions of the sides when all four are at most 1.
+        crop: ``"centre"`` (the largest centred square), ``"face"`` (found by mediapipe, of the
+            ``prepare`` extra), or a box (x, y, width, height) in pixels, or in fractions of the
+            sides when all four are at most 1.
 
     Raises:
-        UserError: not an image, truncated, empty, smaller than 32 pixels, larger than 100 megapixels, a box outside.
+        UserError: not an image, truncated, empty, smaller than 32 pixels, larger than 100
+            megapixels, a box outside.
     """
-    name = f"{source}" if isinstance(source, str | os.PathLike) else f"the given {type(source).__name__}"
+    name = (
+        f"{source}"
+        if isinstance(source, str | os.PathLike)
+        else (f"the given {type(source).__name__}")
+    )
     if isinstance(source, np.ndarray):
         image = _from_array(source)
     elif isinstance(source, Image.Image):
@@ -57,22 +69,36 @@ def read_portrait(source: Source, size_px: int, crop: Crop = "centre") -> np.nda
     rgb = _to_rgb(image, name)
     x, y, width, height = _box(rgb, crop, name)
     if min(width, height) < MIN_SIDE_PX:
-        what = f"of {rgb.width}x{rgb.height}" if (width, height) == rgb.size else f"cropped to {width:.0f}x{height:.0f}"
+        what = (
+            f"of {rgb.width}x{rgb.height}"
+            if (width, height) == rgb.size
+            else (f"cropped to {width:.0f}x{height:.0f}")
+        )
         least = f"{MIN_SIDE_PX}x{MIN_SIDE_PX}"
-        raise UserError(f"expected a portrait of at least {least} pixels, but {name} is {what}: use a larger image")
+        raise UserError(
+            f"expected a portrait of at least {least} pixels, but {name} is {what}: "
+            "use a larger image"
+        )
     side = min(width, height)
     left, top = x + (width - side) / 2, y + (height - side) / 2
-    square = rgb.resize((size_px, size_px), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
+    square = rgb.resize(
+        (size_px, size_px), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side)
+    )
     return np.asarray(square).copy()
 
 
 def _from_array(array: np.ndarray) -> Image.Image:
-    if array.dtype != np.uint8 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))):
+    if array.dtype != np.uint8 or not (
+        array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))
+    ):
         raise UserError(
-            f"expected a portrait array uint8 (H, W, 3), got {array.dtype} {array.shape}: scale it to 0..255"
+            f"expected a portrait array uint8 (H, W, 3), got {array.dtype} {array.shape}: scale it "
+            "to 0..255"
         )
     if 0 in array.shape:
-        raise UserError(f"expected a portrait array with pixels, got shape {array.shape}: use a larger image")
+        raise UserError(
+            f"expected a portrait array with pixels, got shape {array.shape}: use a larger image"
+        )
     return Image.fromarray(np.ascontiguousarray(array))
 
 
@@ -90,13 +116,17 @@ def _from_file(path: Path) -> Image.Image:
             image = Image.open(path, formats=_FORMATS)
     except Image.DecompressionBombError:
         raise UserError(
-            f"expected at most {MAX_PIXELS // 1_000_000} megapixels, but {path} claims more: scale it down"
+            f"expected at most {MAX_PIXELS // 1_000_000} megapixels, but {path} claims more: scale "
+            "it down"
         ) from None
     except PermissionError:
-        raise UserError(f"expected a portrait image, but {path} may not be read: change its permissions") from None
+        raise UserError(
+            f"expected a portrait image, but {path} may not be read: change its permissions"
+        ) from None
     except Exception as error:  # decoders raise all kinds of errors on damaged headers
         raise UserError(
-            f"expected a portrait image (PNG, JPEG, WebP, ...), but {path} is not one that can be read: "
+            f"expected a portrait image (PNG, JPEG, WebP, ...), but {path} is not one that can be "
+            "read: "
             "export it as PNG or JPEG; of a video, save a frame"
         ) from error
     return _decoded(image, str(path))
@@ -106,12 +136,15 @@ def _decoded(image: Image.Image, name: str) -> Image.Image:
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise UserError(
-            f"expected at most {MAX_PIXELS // 1_000_000} megapixels, but {name} has {width}x{height}: scale it down"
+            f"expected at most {MAX_PIXELS // 1_000_000} megapixels, but {name} has "
+            f"{width}x{height}: scale it down"
         )
     try:
         image.load()
     except Exception as error:  # as above
-        raise UserError(f"expected a whole image, but {name} is truncated or damaged: export it again") from error
+        raise UserError(
+            f"expected a whole image, but {name} is truncated or damaged: export it again"
+        ) from error
     try:
         return ImageOps.exif_transpose(image)
     except Exception:  # a damaged tag says nothing about the pixels
@@ -131,10 +164,14 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     try:
         if image.has_transparency_data:
             image = image.convert("RGBA")
-            return Image.alpha_composite(Image.new("RGBA", image.size, (*_BACKDROP, 255)), image).convert("RGB")
+            return Image.alpha_composite(
+                Image.new("RGBA", image.size, (*_BACKDROP, 255)), image
+            ).convert("RGB")
         return image.convert("RGB")
     except ValueError as error:
-        raise UserError(f"expected colours as RGB or grey, but {name} has {image.mode}: export it as PNG") from error
+        raise UserError(
+            f"expected colours as RGB or grey, but {name} has {image.mode}: export it as PNG"
+        ) from error
 
 
 def _box(image: Image.Image, crop: Crop, name: str) -> tuple[float, float, float, float]:
@@ -144,24 +181,44 @@ def _box(image: Image.Image, crop: Crop, name: str) -> tuple[float, float, float
     if crop == "face":
         return _face_box(image, name)
     if isinstance(crop, str) or len(crop) != 4:
-        raise UserError(f"expected a crop 'centre', 'face' or a box (x, y, width, height), got {crop!r}: choose one")
+        raise UserError(
+            "expected a crop 'centre', 'face' or a box (x, y, width, height), got "
+            f"{crop!r}: choose one"
+        )
     x, y, width, height = (float(value) for value in crop)
     if max(x, y, width, height) <= 1.0:
-        x, y, width, height = x * image.width, y * image.height, width * image.width, height * image.height
-    if min(x, y) < 0 or min(width, height) <= 0 or x + width > image.width + 0.5 or y + height > image.height + 0.5:
+        x, y, width, height = (
+            x * image.width,
+            y * image.height,
+            width * image.width,
+            height * image.height,
+        )
+    if (
+        min(x, y) < 0
+        or min(width, height) <= 0
+        or x + width > image.width + 0.5
+        or y + height > image.height + 0.5
+    ):
         size = f"{image.width}x{image.height}"
-        raise UserError(f"expected a crop box inside {name} of {size} pixels, got {tuple(crop)}: make it smaller")
+        raise UserError(
+            f"expected a crop box inside {name} of {size} pixels, got {tuple(crop)}: "
+            "make it smaller"
+        )
     return x, y, min(width, image.width - x), min(height, image.height - y)
 
 
 def _face_box(image: Image.Image, name: str) -> tuple[float, float, float, float]:
-    """A square around the largest face that shows the head as the training clips do: 1.6 times the detected box."""
+    """A square around the largest face that shows the head as the training clips do: 1.6 times the
+    detected box.
+    """
     from rest_lightning.media.faces import FaceBoxes
 
     with FaceBoxes() as detector:
         found = detector.find(np.asarray(image))
     if not found:
-        raise UserError(f"expected a face in {name}, found none: give the crop as a box (x, y, width, height)")
+        raise UserError(
+            f"expected a face in {name}, found none: give the crop as a box (x, y, width, height)"
+        )
     left, top, width, height = max((box for box, _, _ in found), key=lambda box: box[2] * box[3])
     side = min(1.6 * max(width, height), image.width, image.height)
     x = left + width / 2 - side / 2

@@ -1,8 +1,9 @@
 """The portrait's detail, put back into decoded frames (beyond the paper).
 
-A VAE of 32x32x8 compression blurs hair, glasses and skin. What it loses of the portrait is known: the portrait minus
-its reconstruction. Where a frame agrees with that reconstruction, or shows it moved, the lost detail belongs. Each
-frame depends on the portrait and on itself alone, so streaming stays causal and exact under any cutting.
+A VAE of 32x32x8 compression blurs hair, glasses and skin. What it loses of the portrait is known:
+the portrait minus its reconstruction. Where a frame agrees with that reconstruction, or shows it
+moved, the lost detail belongs. Each frame depends on the portrait and on itself alone, so streaming
+stays causal and exact under any cutting.
 """
 
 from __future__ import annotations
@@ -15,14 +16,19 @@ from torch import Tensor, nn
 
 from rest_lightning.models.causal import RMSNorm, SpatialConv, Stream, patchify, unpatchify
 
-_RESIDUAL, _RECONSTRUCTION, _FEATURES = "detail.residual", "detail.reconstruction", "detail.features"
+_RESIDUAL, _RECONSTRUCTION, _FEATURES = (
+    "detail.residual",
+    "detail.reconstruction",
+    "detail.features",
+)
 
 
 class DetailTransfer(nn.Module):
     """What every way to put detail back offers. Frames are (B, 3, F, H, W) in [-1, 1].
 
-    What belongs to the portrait is kept in the decoder's :class:`~rest_lightning.models.causal.Stream`, beside the past
-    of its convolutions, so that snapshots, rows and changes of identity carry it along.
+    What belongs to the portrait is kept in the decoder's
+    :class:`~rest_lightning.models.causal.Stream`, beside the past of its convolutions, so that
+    snapshots, rows and changes of identity carry it along.
     """
 
     @property
@@ -77,10 +83,12 @@ class AgreementDetail(DetailTransfer):
 
 
 class LearnedDetail(DetailTransfer):
-    """A small network that moves the detail along: ``frame + gate * warp(residual, flow) + remainder``.
+    """A small network that moves the detail along: ``frame + gate * warp(residual, flow) +
+    remainder``.
 
-    It sees patches of 8x8 pixels of the frame, the reconstruction and the residual. Flow and gate are found for every
-    4x4 pixels and enlarged; the remainder has full size. Untrained, it leaves frames as they are.
+    It sees patches of 8x8 pixels of the frame, the reconstruction and the residual. Flow and gate
+    are found for every 4x4 pixels and enlarged; the remainder has full size. Untrained, it leaves
+    frames as they are.
 
     Args:
         width: channels.
@@ -110,11 +118,15 @@ class LearnedDetail(DetailTransfer):
         return dict(self._config)
 
     def start(self, reference: Tensor, reconstruction: Tensor, stream: Stream) -> None:
-        """See :meth:`DetailTransfer.start`; the portrait's part of the first layer is computed here, once."""
+        """See :meth:`DetailTransfer.start`; the portrait's part of the first layer is computed
+        here, once.
+        """
         dtype = self.frame_in.weight.dtype
         stream.remember(_RESIDUAL, reference - reconstruction)
         pair = torch.cat([reconstruction, reference - reconstruction], dim=1)[:, :, None]
-        patches = torch.cat([patchify(half, self.patch_size) for half in pair.chunk(2, dim=1)], dim=-1)
+        patches = torch.cat(
+            [patchify(half, self.patch_size) for half in pair.chunk(2, dim=1)], dim=-1
+        )
         stream.remember(_FEATURES, self.portrait_in(patches.to(dtype)))
 
     def forward(self, frames: Tensor, stream: Stream) -> Tensor:
@@ -130,13 +142,19 @@ class LearnedDetail(DetailTransfer):
         return frames + remainder + (gate * moved).transpose(1, 2).to(frames.dtype)
 
     def _motion(self, x: Tensor, size: torch.Size) -> tuple[Tensor, Tensor]:
-        """Flow (B, F, 2, H, W) in pixels and gate (B, F, 1, H, W) in 0..1 from features (B, F, h, w, C)."""
+        """Flow (B, F, 2, H, W) in pixels and gate (B, F, 1, H, W) in 0..1 from features (B, F, h,
+        w, C).
+        """
         motion = self.motion_out(x).float()
         batch = motion.shape[:2]
         motion = F.pixel_shuffle(motion.permute(0, 1, 4, 2, 3).flatten(0, 1), 2)
-        motion = F.interpolate(motion, size=tuple(size), mode="bilinear", align_corners=False).unflatten(0, batch)
+        motion = F.interpolate(
+            motion, size=tuple(size), mode="bilinear", align_corners=False
+        ).unflatten(0, batch)
         limit = self.max_flow_px * size[-1] / 256
-        return limit * torch.tanh(motion[:, :, :2] / self.max_flow_px), torch.sigmoid(motion[:, :, 2:])
+        return limit * torch.tanh(motion[:, :, :2] / self.max_flow_px), torch.sigmoid(
+            motion[:, :, 2:]
+        )
 
 
 class _Block(nn.Module):
@@ -152,14 +170,20 @@ class _Block(nn.Module):
 
 
 def warp(pictures: Tensor, flow: Tensor) -> Tensor:
-    """Pictures (N, C, H, W) read ``flow`` (N, 2, H, W; x, y) pixels aside, bilinear, borders repeated."""
+    """Pictures (N, C, H, W) read ``flow`` (N, 2, H, W; x, y) pixels aside, bilinear, borders
+    repeated.
+    """
     height, width = pictures.shape[-2:]
     y, x = torch.meshgrid(
-        torch.arange(height, device=flow.device), torch.arange(width, device=flow.device), indexing="ij"
+        torch.arange(height, device=flow.device),
+        torch.arange(width, device=flow.device),
+        indexing="ij",
     )
     grid = torch.stack([x + flow[:, 0], y + flow[:, 1]], dim=-1)
     scale = grid.new_tensor([2 / width, 2 / height])
-    return F.grid_sample(pictures, (grid + 0.5) * scale - 1, padding_mode="border", align_corners=False)
+    return F.grid_sample(
+        pictures, (grid + 0.5) * scale - 1, padding_mode="border", align_corners=False
+    )
 
 
 def _blur(planes: Tensor, sigma_px: float) -> Tensor:
@@ -170,5 +194,7 @@ def _blur(planes: Tensor, sigma_px: float) -> Tensor:
     kernel = (kernel / kernel.sum()).to(planes.dtype)
     flat = planes.flatten(0, -3)[:, None]
     flat = F.conv2d(F.pad(flat, (radius, radius, 0, 0), mode="replicate"), kernel[None, None, None])
-    flat = F.conv2d(F.pad(flat, (0, 0, radius, radius), mode="replicate"), kernel[None, None, :, None])
+    flat = F.conv2d(
+        F.pad(flat, (0, 0, radius, radius), mode="replicate"), kernel[None, None, :, None]
+    )
     return flat[:, 0].view(planes.shape)

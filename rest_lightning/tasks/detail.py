@@ -1,4 +1,6 @@
-"""Training of the network that puts the portrait's detail back into decoded frames (beyond the paper)."""
+"""Training of the network that puts the portrait's detail back into decoded frames (beyond the
+paper).
+"""
 
 from __future__ import annotations
 
@@ -16,18 +18,21 @@ from rest_lightning.tasks.regions import region_weights
 
 
 class DetailModule(StageModule):
-    """Trains a :class:`~rest_lightning.models.detail.DetailTransfer` on reconstructions of a frozen VAE.
+    """Trains a :class:`~rest_lightning.models.detail.DetailTransfer` on reconstructions of a frozen
+    VAE.
 
-    The portrait is the batch's ``reference``: with ``data.reference: clip_start`` the still that an animated clip comes
-    from, which later frames show moved.
+    The portrait is the batch's ``reference``: with ``data.reference: clip_start`` the still that an
+    animated clip comes from, which later frames show moved.
 
     Args:
         detail: the network.
         vae: frozen.
         optimizer: AdamW settings.
         initial: ``{"vae": checkpoint or folder}``, and ``detail`` to go on.
-        latent_noise: strength up to which normalised latents get noise, since generated ones are never exact.
-        num_frames: frames of a window that are looked at in each step, evenly spread; the decoder needs all before.
+        latent_noise: strength up to which normalised latents get noise, since generated ones are
+            never exact.
+        num_frames: frames of a window that are looked at in each step, evenly spread; the decoder
+            needs all before.
         mouth_weight, eyes_weight: of their pixels, where any other pixel counts 1.
     """
 
@@ -51,7 +56,9 @@ class DetailModule(StageModule):
 
     @torch.no_grad()
     def decode(self, frames: Tensor, reference: Tensor, noise: float) -> tuple[Tensor, Tensor]:
-        """Decoded frames (B, 3, F, H, W) after slot 0, and the decoded portrait (B, 3, H, W), as in streaming."""
+        """Decoded frames (B, 3, F, H, W) after slot 0, and the decoded portrait (B, 3, H, W), as in
+        streaming.
+        """
         portrait = self.vae.encode(reference[:, :, None])
         latents = torch.cat([portrait, self.vae.encode(frames)[:, :, 1:]], dim=2)
         if noise:
@@ -87,18 +94,26 @@ class DetailModule(StageModule):
         return terms["loss"]
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """PSNR with and without the detail, whole and at the mouth, and that of the portrait itself."""
+        """PSNR with and without the detail, whole and at the mouth, and that of the portrait
+        itself.
+        """
         frames, reference = batch["frames"], batch["reference"]
         decoded, reconstruction = self.decode(frames, reference, 0.0)
         truth = frames[:, :, 1:]
         mouth = region_weights(batch["landmarks"][:, 1:], frames.shape[-2:], 2.0, 1.0) - 1.0
         for name, video in (("vae", decoded), ("detail", self(decoded, reference, reconstruction))):
             squared = (video.float().clamp(-1, 1) - truth).square()
-            at_mouth = (squared * mouth).sum(dim=(1, 2, 3, 4)) / (3 * mouth.sum(dim=(1, 2, 3, 4))).clamp(min=1.0)
+            at_mouth = (squared * mouth).sum(dim=(1, 2, 3, 4)) / (
+                3 * mouth.sum(dim=(1, 2, 3, 4))
+            ).clamp(min=1.0)
             whole = squared.mean(dim=(1, 2, 3, 4))
             self._log_psnr(f"{name}_psnr_db", whole)
             self._log_psnr(f"{name}_mouth_psnr_db", at_mouth)
-        still = self(reconstruction[:, :, None], reference, reconstruction)[:, :, 0].float().clamp(-1, 1)
+        still = (
+            self(reconstruction[:, :, None], reference, reconstruction)[:, :, 0]
+            .float()
+            .clamp(-1, 1)
+        )
         self._log_psnr("portrait_psnr_db", (still - reference).square().mean(dim=(1, 2, 3)))
 
     def _log_psnr(self, name: str, errors: Tensor) -> None:

@@ -18,7 +18,9 @@ def corners(width: int, height: int) -> np.ndarray:
     return np.stack([255 * x, 255 * y, 128 * (1 - x) + 60 * y], axis=-1).round().astype(np.uint8)
 
 
-@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "bmp", "gif", "tiff", "ppm", "tga", "jp2", "avif"])
+@pytest.mark.parametrize(
+    "suffix", ["png", "jpg", "webp", "bmp", "gif", "tiff", "ppm", "tga", "jp2", "avif"]
+)
 @pytest.mark.parametrize("size", [(64, 64), (80, 64), (64, 100)])
 def test_formats(tmp_path: Path, suffix: str, size: tuple[int, int]) -> None:
     array = corners(*size)
@@ -33,7 +35,8 @@ def test_formats(tmp_path: Path, suffix: str, size: tuple[int, int]) -> None:
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_orientation_tag(tmp_path: Path, orientation: int) -> None:
     upright = Image.fromarray(corners(64, 64))
-    undo = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # PIL's transpose that the tag's reader must undo
+    # PIL's transpose that the tag's reader must undo
+    undo = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}
     stored = upright.transpose(Image.Transpose(undo[orientation])) if orientation > 1 else upright
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -72,7 +75,8 @@ def test_transparency_shows_a_light_wall(tmp_path: Path, mode: str) -> None:
         palette.save(tmp_path / "a.png", transparency=index)
     else:
         image.convert(mode).save(
-            tmp_path / ("a.tiff" if mode == "PA" else "a.png"), **({"format": "TIFF"} if mode == "PA" else {})
+            tmp_path / ("a.tiff" if mode == "PA" else "a.png"),
+            **({"format": "TIFF"} if mode == "PA" else {}),
         )
     square = read_portrait(tmp_path / ("a.tiff" if mode == "PA" else "a.png"), 64)
     if mode != "PA":  # TIFF drops the alpha of palettes
@@ -99,7 +103,9 @@ def test_crop_boxes_in_pixels_and_fractions(box: tuple[float, float, float, floa
 
 def test_oblong_box_gives_its_centre() -> None:
     array = corners(128, 80)
-    np.testing.assert_array_equal(read_portrait(array, 64, crop=(16, 0, 64, 80)), array[8:72, 16:80])
+    np.testing.assert_array_equal(
+        read_portrait(array, 64, crop=(16, 0, 64, 80)), array[8:72, 16:80]
+    )
 
 
 def test_bad_crops() -> None:
@@ -114,11 +120,16 @@ def bomb(width: int, height: int) -> bytes:
     """A PNG header that claims a huge image."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
-        return len(body).to_bytes(4, "big") + kind + body + zlib.crc32(kind + body).to_bytes(4, "big")
+        return (
+            len(body).to_bytes(4, "big") + kind + body + zlib.crc32(kind + body).to_bytes(4, "big")
+        )
 
     header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([8, 2, 0, 0, 0])
     return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(bytes(1000)))
+        + chunk(b"IEND", b"")
     )
 
 
@@ -140,11 +151,15 @@ def bomb(width: int, height: int) -> bytes:
     ],
 )
 def test_bad_files(tmp_path: Path, name: str, message: str) -> None:
-    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (200, 200, 3), dtype=np.uint8))
+    photo = Image.fromarray(
+        np.random.default_rng(0).integers(0, 256, (200, 200, 3), dtype=np.uint8)
+    )
     (tmp_path / "folder").mkdir()
     (tmp_path / "empty.png").touch()
     (tmp_path / "text.png").write_text("not an image")
-    (tmp_path / "postscript.eps").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 100 100\nshowpage\n")
+    (tmp_path / "postscript.eps").write_text(
+        "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 100 100\nshowpage\n"
+    )
     for suffix, share in (("png", 0.5), ("jpg", 0.6)):
         photo.save(tmp_path / f"cut.{suffix}")
         data = (tmp_path / f"cut.{suffix}").read_bytes()

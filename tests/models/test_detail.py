@@ -41,13 +41,17 @@ def test_agreement_is_its_formula(height: int, width: int) -> None:
         frame = frames[0, :, index].numpy()
         difference = np.square(frame - reconstruction[0].numpy()).mean(axis=0)
         sigma = 3.0 * width / 256
-        blurred = gaussian_filter(difference, sigma, mode="nearest", radius=max(1, round(3 * sigma)))
+        blurred = gaussian_filter(
+            difference, sigma, mode="nearest", radius=max(1, round(3 * sigma))
+        )
         expected = frame + (reference - reconstruction)[0].numpy() * np.exp(-blurred / 0.3**2)
         np.testing.assert_allclose(detail(frames, stream)[0, :, index].numpy(), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("make_detail", [AgreementDetail, LearnedDetail])
-def test_frames_without_lost_detail_stay_as_they_are(make_detail: Callable[[], DetailTransfer]) -> None:
+def test_frames_without_lost_detail_stay_as_they_are(
+    make_detail: Callable[[], DetailTransfer],
+) -> None:
     reference, frames = pictures(1, 3, 64, 64), pictures(1, 3, 3, 64, 64, seed=1)
     detail, stream = make_detail().eval(), Stream()
     detail.start(reference, reference, stream)
@@ -87,7 +91,9 @@ def test_frames_do_not_depend_on_their_neighbours(
 
 @pytest.mark.parametrize("make_detail", DETAILS)
 def test_streams_carry_it_along(make_detail: Callable[[], DetailTransfer]) -> None:
-    """Any cutting of the speech, a snapshot, a row of a batch, another portrait: the detail is the right one."""
+    """Any cutting of the speech, a snapshot, a row of a batch, another portrait: the detail is the
+    right one.
+    """
     head = make_head(detail=make_detail())
     samples = np.random.default_rng(0).normal(0, 0.2, 72 * 640).astype(np.float32)
     first, second = pictures(3, 64, 64), pictures(3, 64, 64, seed=9)

@@ -28,8 +28,13 @@ from rest_lightning.data.animated.mesh import (
 from rest_lightning.data.animated.portraits import Portrait
 from rest_lightning.data.animated.warp import Layer, MeshWarp, remap
 
-FADE_FRAMES = 8  # from the still to the driver: a clip begins as a stream does, with the photograph itself
-_UPPER_CREASE = (np.array([247, 30, 29, 27, 28, 56, 190]), np.array([467, 260, 259, 257, 258, 286, 414]))
+FADE_FRAMES = (
+    8  # from the still to the driver: a clip begins as a stream does, with the photograph itself
+)
+_UPPER_CREASE = (
+    np.array([247, 30, 29, 27, 28, 56, 190]),
+    np.array([467, 260, 259, 257, 258, 286, 414]),
+)
 # Rings around the face's oval: size, how far each goes with the head above and below the chin.
 _RINGS = ((1.22, 1.0, 0.85), (1.55, 0.9, 0.35), (2.0, 0.5, 0.1))
 _BORDER_POINTS = 7
@@ -64,14 +69,18 @@ class Style:
 
 @dataclass(frozen=True)
 class AnimatedClip:
-    """Frames uint8 (F, size, size, 3), the mesh of each (F, 478, 3) in pixels, mouth opening (F,) in [0, 1]."""
+    """Frames uint8 (F, size, size, 3), the mesh of each (F, 478, 3) in pixels, mouth opening (F,)
+    in [0, 1].
+    """
 
     frames: NDArray[np.uint8]
     mesh: Points
     mouth_opening: NDArray[np.float64]
 
 
-def animate(portrait: Portrait, driver: Driver, style: Style, rng: np.random.Generator) -> AnimatedClip:
+def animate(
+    portrait: Portrait, driver: Driver, style: Style, rng: np.random.Generator
+) -> AnimatedClip:
     """Moves ``portrait`` as ``driver`` does. The first frame is the portrait itself.
 
     Args:
@@ -90,7 +99,9 @@ def animate(portrait: Portrait, driver: Driver, style: Style, rng: np.random.Gen
         (_eye_layer(LEFT_EYE), _eye_layer(RIGHT_EYE)),
     )
     canonical_anchors = pose.invert(
-        np.concatenate([anchors, np.full((len(anchors), 1), portrait.mesh[FACE_OVAL, 2].mean())], axis=1)
+        np.concatenate(
+            [anchors, np.full((len(anchors), 1), portrait.mesh[FACE_OVAL, 2].mean())], axis=1
+        )
     )
     frames = np.empty((len(meshes), size, size, 3), np.uint8)
     colour = _colour_table(style)
@@ -103,11 +114,16 @@ def animate(portrait: Portrait, driver: Driver, style: Style, rng: np.random.Gen
         start = (pose.scale * canonical_anchors @ pose.rotation.T)[:, :2]
         moved_anchors = anchors + weights[:, None] * (target - start + rigid[1])
         x, y = warp.maps(
-            np.concatenate([mesh[:468, :2], moved_anchors]), size, size, np.stack([shifts[i], shifts[i]])
+            np.concatenate([mesh[:468, :2], moved_anchors]),
+            size,
+            size,
+            np.stack([shifts[i], shifts[i]]),
         )
         frame = remap(portrait.picture, x, y).astype(np.float32)
         frame = _paste_mouth(frame, mesh, portrait, driver, i)
-        alpha = cv2.remap(portrait.alpha, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)[..., None]
+        alpha = cv2.remap(portrait.alpha, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)[
+            ..., None
+        ]
         frame = alpha * frame + (1 - alpha) * portrait.background
         frames[i] = np.clip(frame + 0.5, 0, 255)
     frames = colour(frames)
@@ -117,13 +133,17 @@ def animate(portrait: Portrait, driver: Driver, style: Style, rng: np.random.Gen
 def moved_meshes(
     portrait: Portrait, driver: Driver, style: Style, rng: np.random.Generator
 ) -> tuple[Points, NDArray[np.float64]]:
-    """Returns the portrait's mesh at every frame (F, 478, 3), and how far its eyes look aside (F, 2) in pixels."""
+    """Returns the portrait's mesh at every frame (F, 478, 3), and how far its eyes look aside (F,
+    2) in pixels.
+    """
     count = driver.num_frames
     pose = head_pose(portrait.mesh)
     still = pose.invert(portrait.mesh)
     closing = _closing(still)
     strength = np.full(478, style.brows)
-    near = np.exp(-np.square(np.linalg.norm(still[:, :2] - still[OUTER_LIPS, :2].mean(axis=0), axis=1) / 0.75))
+    near = np.exp(
+        -np.square(np.linalg.norm(still[:, :2] - still[OUTER_LIPS, :2].mean(axis=0), axis=1) / 0.75)
+    )
     width = np.linalg.norm(still[INNER_LIPS[0]] - still[INNER_LIPS[10]])
     ratio = float(np.clip(width / driver.mouth_width, 0.8, 1.2))
     strength = strength + (style.lips * ratio - style.brows) * near
@@ -148,7 +168,9 @@ def moved_meshes(
 
 
 def _closing(still: Points) -> Points:
-    """Offsets (478, 3) that bring the lips of a canonical face together: a smile has to close to speak."""
+    """Offsets (478, 3) that bring the lips of a canonical face together: a smile has to close to
+    speak.
+    """
     up, low = still[UPPER_INNER], still[LOWER_INNER]
     gap = np.maximum(low[:, 1] - up[:, 1] - 0.01, 0.0)
     offsets = np.zeros_like(still)
@@ -161,7 +183,9 @@ def _closing(still: Points) -> Points:
     at[(x < 0) | (x > 1)] = 0.0
     middle = np.interp(x, columns, (up[:, 1] + low[:, 1]) / 2)
     below = still[:, 1] > middle
-    reach = np.where(below, 0.75, 0.35)  # the jaw does more of it than the upper lip, and reaches farther
+    reach = np.where(
+        below, 0.75, 0.35
+    )  # the jaw does more of it than the upper lip, and reaches farther
     distance = np.maximum(np.abs(still[:, 1] - middle) - at / 2, 0.0)
     offsets[:, 1] = np.where(below, -0.65, 0.35) * at * np.exp(-np.square(distance / reach))
     return offsets
@@ -192,7 +216,9 @@ def _eye_layer(eye: NDArray[np.int64]) -> Layer:
 
 
 def _anchors(mesh: Points, size: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Points (n, 2) around the face and on the picture's border, and how far each goes with the head (n,)."""
+    """Points (n, 2) around the face and on the picture's border, and how far each goes with the
+    head (n,).
+    """
     oval = mesh[FACE_OVAL, :2]
     centre = oval.mean(axis=0)
     points, weights = [], []
@@ -204,14 +230,18 @@ def _anchors(mesh: Points, size: int) -> tuple[NDArray[np.float64], NDArray[np.f
         points.append(ring[kept])
         weights.append(weight[kept])
     side = np.linspace(-1, size, _BORDER_POINTS)
-    border = [(x, y) for x in side for y in side if x in (side[0], side[-1]) or y in (side[0], side[-1])]
+    border = [
+        (x, y) for x in side for y in side if x in (side[0], side[-1]) or y in (side[0], side[-1])
+    ]
     points.append(np.array(border))
     weights.append(np.zeros(len(border)))
     return np.concatenate(points), np.concatenate(weights)
 
 
 def _pose_between(still: Points, mesh: Points) -> tuple[Points, NDArray[np.float64]]:
-    """Rotation (3, 3) and shift (2,) of the head between two meshes, from points that bone moves."""
+    """Rotation (3, 3) and shift (2,) of the head between two meshes, from points that bone
+    moves.
+    """
     from rest_lightning.data.animated.mesh import fit_pose
 
     pose = fit_pose(still, mesh)
@@ -223,13 +253,19 @@ def _pose_between(still: Points, mesh: Points) -> tuple[Points, NDArray[np.float
 def _paste_mouth(
     frame: NDArray[np.float32], mesh: Points, portrait: Portrait, driver: Driver, i: int
 ) -> NDArray[np.float32]:
-    """Puts the inside of the driver's mouth between the portrait's lips, in the portrait's light."""
+    """Puts the inside of the driver's mouth between the portrait's lips, in the portrait's
+    light.
+    """
     lips = mesh[INNER_LIPS, :2]
-    gap_px = float(np.linalg.norm(mesh[UPPER_INNER[3:6], :2] - mesh[LOWER_INNER[3:6], :2], axis=1).mean())
+    gap_px = float(
+        np.linalg.norm(mesh[UPPER_INNER[3:6], :2] - mesh[LOWER_INNER[3:6], :2], axis=1).mean()
+    )
     visible = np.clip((gap_px - 0.6) / 1.4, 0.0, 1.0) * min(i / FADE_FRAMES, 1.0)
     source = driver.mesh[i, INNER_LIPS, :2]
     source_gap = float(
-        np.linalg.norm(driver.mesh[i, UPPER_INNER[3:6], :2] - driver.mesh[i, LOWER_INNER[3:6], :2], axis=1).mean()
+        np.linalg.norm(
+            driver.mesh[i, UPPER_INNER[3:6], :2] - driver.mesh[i, LOWER_INNER[3:6], :2], axis=1
+        ).mean()
     )
     if visible <= 0 or source_gap < 0.5:
         return frame
@@ -247,7 +283,10 @@ def _paste_mouth(
     mask = np.zeros(inside.shape[:2], np.uint8)
     polygon = np.round((lips - low) * 16).astype(np.int32)
     cv2.fillPoly(mask, [polygon], 255, cv2.LINE_AA, 4)
-    alpha = cv2.GaussianBlur(mask.astype(np.float32) / 255, (0, 0), _FEATHER_PX * size / 256)[..., None] * visible
+    alpha = (
+        cv2.GaussianBlur(mask.astype(np.float32) / 255, (0, 0), _FEATHER_PX * size / 256)[..., None]
+        * visible
+    )
     area = frame[low[1] : high[1], low[0] : high[0]]
     area[:] = alpha * inside + (1 - alpha) * area
     return frame
@@ -256,7 +295,9 @@ def _paste_mouth(
 def _mouth_map(
     lips: NDArray[np.float64], source: NDArray[np.float64], gap_px: float, source_gap_px: float
 ) -> NDArray[np.float64]:
-    """Affine (2, 3) from the portrait's pixels to the driver's: upper lip on upper lip, teeth upright, gap on gap."""
+    """Affine (2, 3) from the portrait's pixels to the driver's: upper lip on upper lip, teeth
+    upright, gap on gap.
+    """
 
     def axes(points: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64], float]:
         across = points[10] - points[0]
@@ -273,7 +314,9 @@ def _mouth_map(
 
 
 def _mouth_gains(portrait: Portrait, driver: Driver) -> NDArray[np.float32]:
-    """Factors on R, G, B: the light's colour from the skin of both (half of it is skin, not light), brightness from lips."""
+    """Factors on R, G, B: the light's colour from the skin of both (half of it is skin, not light),
+    brightness from lips.
+    """
     luma = np.array([0.299, 0.587, 0.114])
     chroma = (portrait.skin / (portrait.skin @ luma)) / (driver.skin / (driver.skin @ luma))
     level = np.clip((portrait.lips @ luma) / (driver.lips @ luma), 0.75, 1.35)
@@ -281,11 +324,15 @@ def _mouth_gains(portrait: Portrait, driver: Driver) -> NDArray[np.float32]:
 
 
 def _calm(inside: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Teeth take the colour of the driver's light more than skin does: what is not red loses half of its colour."""
+    """Teeth take the colour of the driver's light more than skin does: what is not red loses half
+    of its colour.
+    """
     luma = inside @ np.array([0.299, 0.587, 0.114], np.float32)
     red = np.clip((inside[..., 0] - inside[..., 1]) / (luma + 8) / 0.35, 0, 1)  # gums, tongue, lips
     keep = (0.4 + 0.5 * red)[..., None]
-    mixed: NDArray[np.float32] = np.clip(luma[..., None] + keep * (inside - luma[..., None]), 0, 255)
+    mixed: NDArray[np.float32] = np.clip(
+        luma[..., None] + keep * (inside - luma[..., None]), 0, 255
+    )
     return mixed
 
 
@@ -312,7 +359,9 @@ def _blinks(rng: np.random.Generator, count: int, per_min: float) -> NDArray[np.
 
 
 def _gaze(rng: np.random.Generator, count: int) -> NDArray[np.float64]:
-    """Where the eyes look, (count, 2) in [-1, 1]: jumps that last a second or two, the start straight ahead."""
+    """Where the eyes look, (count, 2) in [-1, 1]: jumps that last a second or two, the start
+    straight ahead.
+    """
     curve = np.zeros((count, 2))
     time = int(rng.uniform(10, 50))
     while time < count:
@@ -330,7 +379,9 @@ def _colour_table(style: Style):
     tables = np.clip(table[None] * gains[:, None] + 0.5, 0, 255).astype(np.uint8)
 
     def change(pictures: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        channels = [cv2.LUT(pictures[..., c].reshape(len(pictures), -1), tables[c]) for c in range(3)]
+        channels = [
+            cv2.LUT(pictures[..., c].reshape(len(pictures), -1), tables[c]) for c in range(3)
+        ]
         result = np.stack(channels, axis=-1).reshape(pictures.shape)
         if style.saturation != 1.0:
             grey = result.astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)

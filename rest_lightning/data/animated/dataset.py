@@ -32,7 +32,9 @@ _DRIVERS_IN_MEMORY = 12  # of each worker, about 15 MB each
 
 @dataclass(frozen=True)
 class Source:
-    """One still that can be animated: its file, who it is taken for, its split, and what was wrong if anything was."""
+    """One still that can be animated: its file, who it is taken for, its split, and what was wrong
+    if anything was.
+    """
 
     path: str
     identity: str
@@ -56,9 +58,10 @@ def animate_dataset(
 ) -> dict[str, int]:
     """Makes training talkers of photographs.
 
-    Clip i shows still i (modulo their number) of its split, driven by clips of one speaker of the same split: neither
-    the people nor the speakers of validation and test are seen in training. Each clip starts with the still itself.
-    Calling it again continues where it stopped; with a larger ``num_clips`` it adds clips.
+    Clip i shows still i (modulo their number) of its split, driven by clips of one speaker of the
+    same split: neither the people nor the speakers of validation and test are seen in training.
+    Each clip starts with the still itself. Calling it again continues where it stopped; with a
+    larger ``num_clips`` it adds clips.
 
     Args:
         portraits: folders of pictures of one face each.
@@ -70,14 +73,16 @@ def animate_dataset(
         seed: the same seed gives the same clips, whatever ``num_workers``.
         num_workers: processes, of one thread each.
         val_fraction, test_fraction: shares of the stills.
-        include_drivers: whether the drivers' own clips, real faces in real motion, belong to the set too.
+        include_drivers: whether the drivers' own clips, real faces in real motion, belong to the
+            set too.
         overwrite: delete the animated data set in ``out`` first.
 
     Returns:
         How many stills were left out, by reason (also, file by file, in ``portraits.jsonl``).
 
     Raises:
-        UserError: bad arguments, no still or no driver that can be used, or another data set in ``out``.
+        UserError: bad arguments, no still or no driver that can be used, or another data set in
+            ``out``.
     """
     out, drivers = Path(out), Path(drivers)
     _check_arguments(num_clips, size_px, num_frames, num_workers, val_fraction, test_fraction)
@@ -97,7 +102,9 @@ def animate_dataset(
         remove_dataset(out, _KIND, _PREFIX)
     check_folder(out, _KIND, info)
     (out / "clips").mkdir(parents=True, exist_ok=True)
-    layout.write_dataset_json(out, info)  # before the first clip: an interrupted run knows what it was
+    layout.write_dataset_json(
+        out, info
+    )  # before the first clip: an interrupted run knows what it was
     for leftover in (out / "clips").glob(f".{_PREFIX}*.part*"):
         leftover.unlink(missing_ok=True)
     sources = find_sources(portraits, out, seed, val_fraction, test_fraction)
@@ -116,7 +123,9 @@ def animate_dataset(
 
 @dataclass(frozen=True)
 class Plan:
-    """What one clip is made of: a still and a speaker's clips, in the order in which they are joined."""
+    """What one clip is made of: a still and a speaker's clips, in the order in which they are
+    joined.
+    """
 
     index: int
     source: Source
@@ -133,7 +142,8 @@ def plan_clips(
 ) -> list[Plan]:
     """Decides which still and which drivers make which clip: a pure function of its arguments.
 
-    A quarter of the clips draws its speaker first and then a clip, so that voices with few clips are heard too.
+    A quarter of the clips draws its speaker first and then a clip, so that voices with few clips
+    are heard too.
 
     Raises:
         UserError: a split has stills but no drivers, or there are no training stills.
@@ -143,10 +153,13 @@ def plan_clips(
         reasons = Counter(source.reason for source in sources if source.reason)
         text = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common())
         raise UserError(
-            f"expected stills to animate, got none of {len(sources)} ({text or 'no pictures'}): give photographs of "
+            f"expected stills to animate, got none of {len(sources)} ({text or 'no pictures'}): "
+            "give photographs of "
             "one person each, facing the camera, lips together"
         )
-    by_split: dict[str, dict[str, list[layout.ManifestRow]]] = {split: {} for split in layout.SPLITS}
+    by_split: dict[str, dict[str, list[layout.ManifestRow]]] = {
+        split: {} for split in layout.SPLITS
+    }
     for row in rows:
         by_split[row.split].setdefault(row.identity, []).append(row)
     if not by_split["train"]:
@@ -169,9 +182,15 @@ def plan_clips(
 
 
 def find_sources(
-    portraits: Sequence[str | os.PathLike[str]], out: Path, seed: int, val_fraction: float, test_fraction: float
+    portraits: Sequence[str | os.PathLike[str]],
+    out: Path,
+    seed: int,
+    val_fraction: float,
+    test_fraction: float,
 ) -> list[Source]:
-    """Looks at every picture of the folders; what was found is kept in ``portraits.jsonl``, so that it is done once."""
+    """Looks at every picture of the folders; what was found is kept in ``portraits.jsonl``, so that
+    it is done once.
+    """
     from rich.progress import track
 
     from rest_lightning.data.animated import portraits as stills
@@ -179,7 +198,9 @@ def find_sources(
 
     known = _read_sources(out / "portraits.jsonl")
     sources = []
-    files = [(Path(folder), path) for folder in portraits for path in stills.list_stills(_folder(folder))]
+    files = [
+        (Path(folder), path) for folder in portraits for path in stills.list_stills(_folder(folder))
+    ]
     with MeshTracker(video=False) as tracker:
         for folder, path in track(files, "stills", transient=True):
             key = sha256_of(path)
@@ -202,7 +223,9 @@ def find_sources(
 
 
 def draw_sheet(out: str | os.PathLike[str], num_clips: int = 12, num_frames: int = 8) -> Path:
-    """Writes ``sheet.png``: frames of clips spread over the set, the still first. Look at it before training."""
+    """Writes ``sheet.png``: frames of clips spread over the set, the still first. Look at it before
+    training.
+    """
     from PIL import Image
 
     from rest_lightning.media.video import read_frames
@@ -223,7 +246,9 @@ def draw_sheet(out: str | os.PathLike[str], num_clips: int = 12, num_frames: int
     return path
 
 
-def _make_clip(plan: Plan, out: Path, drivers: Path, size_px: int, num_frames: int, seed: int) -> int:
+def _make_clip(
+    plan: Plan, out: Path, drivers: Path, size_px: int, num_frames: int, seed: int
+) -> int:
     from rest_lightning.data.animated.animate import Style, animate
     from rest_lightning.data.animated.drivers import change_speed, cut, join, mirror
     from rest_lightning.data.animated.mesh import LEFT_EYE, OUTER_LIPS, RIGHT_EYE
@@ -236,7 +261,9 @@ def _make_clip(plan: Plan, out: Path, drivers: Path, size_px: int, num_frames: i
     from rest_lightning.media.writer import Mp4Writer
 
     # One stream per part, so that a change of one part leaves the others as they were.
-    looks, acting, timing = (np.random.default_rng([seed, 2 + part, plan.index]) for part in range(3))
+    looks, acting, timing = (
+        np.random.default_rng([seed, 2 + part, plan.index]) for part in range(3)
+    )
     tracker, segment = _models()
     still = read_still(plan.source.path)
     if looks.random() < 0.5:
@@ -298,7 +325,8 @@ def _include(drivers: Path, row: layout.ManifestRow, out: Path, size_px: int) ->
 
     if row.size_px != size_px:
         raise UserError(
-            f"clip {row.clip_id}: expected drivers of {size_px} px to include them, got {row.size_px}: prepare them "
+            f"clip {row.clip_id}: expected drivers of {size_px} px to include them, got "
+            f"{row.size_px}: prepare them "
             "again with that size, or leave include_drivers out"
         )
     target = layout.clip_path(out, row.clip_id)
@@ -350,7 +378,12 @@ def _folder(folder: str | os.PathLike[str]) -> Path:
 
 
 def _check_arguments(
-    num_clips: int, size_px: int, num_frames: int, num_workers: int, val_fraction: float, test_fraction: float
+    num_clips: int,
+    size_px: int,
+    num_frames: int,
+    num_workers: int,
+    val_fraction: float,
+    test_fraction: float,
 ) -> None:
     for name, value, least in (
         ("num_clips", num_clips, 1),
@@ -364,6 +397,7 @@ def _check_arguments(
         raise UserError(f"expected an even size_px, got {size_px}: use 256")
     if val_fraction < 0 or test_fraction < 0 or val_fraction + test_fraction >= 1:
         raise UserError(
-            f"expected val_fraction and test_fraction below 1 together, got {val_fraction} and {test_fraction}: "
+            f"expected val_fraction and test_fraction below 1 together, got {val_fraction} and "
+            f"{test_fraction}: "
             "use 0.05 and 0.05"
         )

@@ -1,4 +1,6 @@
-"""Drivers: what a speaking face in a prepared clip does, apart from whose face it is and where its head is."""
+"""Drivers: what a speaking face in a prepared clip does, apart from whose face it is and where its
+head is.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,8 @@ _JOIN_FRAMES = 5
 
 @dataclass(frozen=True)
 class Driver:
-    """A speaking face, frame by frame, in the canonical frame of `HeadPose` (rigid points at a mean distance of 1).
+    """A speaking face, frame by frame, in the canonical frame of `HeadPose` (rigid points at a mean
+    distance of 1).
 
     Attributes:
         name: of the clip or clips.
@@ -74,7 +77,10 @@ class Driver:
 
 
 def open_driver(
-    root: str | os.PathLike[str], row: layout.ManifestRow, cache: Path, tracker: MeshTracker | None = None
+    root: str | os.PathLike[str],
+    row: layout.ManifestRow,
+    cache: Path,
+    tracker: MeshTracker | None = None,
 ) -> Driver:
     """Reads a prepared clip as a driver; its mesh is found once and kept in ``cache``.
 
@@ -102,7 +108,9 @@ def open_driver(
     scale = float(np.mean([pose.scale for pose in poses]))
     shift = np.stack([pose.shift[:2] for pose in poses]) / scale
     skin = np.stack([_colour(f, m, CHEEKS) for f, m in zip(frames[::10], mesh[::10], strict=True)])
-    lips = np.stack([_colour(f, m, OUTER_LIPS) for f, m in zip(frames[::10], mesh[::10], strict=True)])
+    lips = np.stack(
+        [_colour(f, m, OUTER_LIPS) for f, m in zip(frames[::10], mesh[::10], strict=True)]
+    )
     return Driver(
         name=row.clip_id,
         identity=row.identity,
@@ -122,8 +130,8 @@ def open_driver(
 def join(drivers: Sequence[Driver], num_frames: int) -> Driver:
     """Returns the first ``num_frames`` frames of one speaker's clips, one after another.
 
-    Face and head go over from one to the next within 5 frames, and so does the sound. Clips join best where the
-    speaker rests, which is how sentences begin and end.
+    Face and head go over from one to the next within 5 frames, and so does the sound. Clips join
+    best where the speaker rests, which is how sentences begin and end.
 
     Raises:
         ValueError: they are too short together.
@@ -134,7 +142,9 @@ def join(drivers: Sequence[Driver], num_frames: int) -> Driver:
             break
         joined = _join_two(joined, following)
     if joined.num_frames < num_frames:
-        raise ValueError(f"expected {num_frames} frames or more, got {joined.num_frames}: give more clips")
+        raise ValueError(
+            f"expected {num_frames} frames or more, got {joined.num_frames}: give more clips"
+        )
     return cut(joined, 0, num_frames)
 
 
@@ -159,7 +169,9 @@ def change_speed(driver: Driver, factor: float) -> Driver:
 
     samples = np.arange(count * SAMPLES_PER_FRAME) * factor
     audio = np.interp(samples, np.arange(len(driver.audio)), driver.audio).astype(np.float32)
-    smooth = {name: resample(getattr(driver, name)) for name in ("expression", "rotation", "shift", "gap")}
+    smooth = {
+        name: resample(getattr(driver, name)) for name in ("expression", "rotation", "shift", "gap")
+    }
     nearest = np.minimum(np.round(times).astype(int), driver.num_frames - 1)
     return replace(
         driver, **smooth, mesh=driver.mesh[nearest], frames=driver.frames[nearest], audio=audio
@@ -181,7 +193,11 @@ def _join_two(first: Driver, second: Driver) -> Driver:
     for name in _PER_FRAME:
         a, b = getattr(first, name), getattr(second, name)
         w = weight.reshape(-1, *[1] * (a.ndim - 1))
-        overlap = np.where(w < 0.5, a[-n:], b[:n]) if name in ("mesh", "frames") else (1 - w) * a[-n:] + w * b[:n]
+        overlap = (
+            np.where(w < 0.5, a[-n:], b[:n])
+            if name in ("mesh", "frames")
+            else (1 - w) * a[-n:] + w * b[:n]
+        )
         arrays[name] = np.concatenate([a[:-n], overlap.astype(a.dtype), b[n:]])
     m = n * SAMPLES_PER_FRAME
     fade = np.linspace(0, 1, m, dtype=np.float32)
@@ -206,7 +222,8 @@ def _mesh(
     seen = np.array([points is not None for points in found])
     if seen.mean() < 1 - _MAX_LOST:
         raise UserError(
-            f"clip {row.clip_id}: expected a face in every frame, got none in {(~seen).sum()} of {len(seen)}: "
+            f"clip {row.clip_id}: expected a face in every frame, got none in {(~seen).sum()} of "
+            f"{len(seen)}: "
             "leave the clip out"
         )
     values = np.stack([points for points in found if points is not None]).reshape(seen.sum(), -1)
@@ -226,7 +243,9 @@ def _nearest_rotation(matrix: Points) -> Points:
     return rotation
 
 
-def _colour(frame: NDArray[np.uint8], mesh: Points, which: NDArray[np.int64]) -> NDArray[np.float64]:
+def _colour(
+    frame: NDArray[np.uint8], mesh: Points, which: NDArray[np.int64]
+) -> NDArray[np.float64]:
     height, width = frame.shape[:2]
     x = np.clip(mesh[which, 0].round().astype(int), 0, width - 1)
     y = np.clip(mesh[which, 1].round().astype(int), 0, height - 1)

@@ -1,7 +1,7 @@
 """The face mesh: which point is what, the head's own frame, and measures of lips and eyes.
 
-Points are those of mediapipe's face mesh with irises, (478, 3): x right, y down, z away from the camera (smaller is
-nearer), all in pixels of the picture.
+Points are those of mediapipe's face mesh with irises, (478, 3): x right, y down, z away from the
+camera (smaller is nearer), all in pixels of the picture.
 """
 
 from __future__ import annotations
@@ -21,9 +21,37 @@ Points = NDArray[np.float64]
 
 NUM_POINTS = 478
 
-# Points that bone moves and expression does not: forehead, temples, bridge of the nose, corners of the eyes.
+# Points that bone moves and expression does not: forehead, temples, bridge of the nose, corners of
+# the eyes.
 RIGID = np.array(
-    [10, 338, 297, 332, 109, 67, 103, 151, 9, 8, 168, 6, 197, 195, 127, 356, 234, 454, 33, 133, 362, 263, 21, 251, 54, 284]
+    [
+        10,
+        338,
+        297,
+        332,
+        109,
+        67,
+        103,
+        151,
+        9,
+        8,
+        168,
+        6,
+        197,
+        195,
+        127,
+        356,
+        234,
+        454,
+        33,
+        133,
+        362,
+        263,
+        21,
+        251,
+        54,
+        284,
+    ]
 )
 INNER_LIPS = np.array(
     [78, 191, 80, 81, 82, 13, 312, 311, 310, 415, 308, 324, 318, 402, 317, 14, 87, 178, 88, 95]
@@ -31,7 +59,10 @@ INNER_LIPS = np.array(
 OUTER_LIPS = np.array(
     [61, 185, 40, 39, 37, 0, 267, 269, 270, 409, 291, 375, 321, 405, 314, 17, 84, 181, 91, 146]
 )
-UPPER_INNER, LOWER_INNER = INNER_LIPS[1:10], INNER_LIPS[11:][::-1]  # left to right, corners left out
+UPPER_INNER, LOWER_INNER = (
+    INNER_LIPS[1:10],
+    INNER_LIPS[11:][::-1],
+)  # left to right, corners left out
 FACE_OVAL = np.array(
     [
         10, 338, 297, 332, 284, 251, 389, 356, 454, 323, 361, 288, 397, 365, 379, 378, 400, 377,
@@ -39,7 +70,9 @@ FACE_OVAL = np.array(
     ]
 )  # fmt: skip
 LEFT_EYE = np.array([33, 246, 161, 160, 159, 158, 157, 173, 133, 155, 154, 153, 145, 144, 163, 7])
-RIGHT_EYE = np.array([263, 466, 388, 387, 386, 385, 384, 398, 362, 382, 381, 380, 374, 373, 390, 249])
+RIGHT_EYE = np.array(
+    [263, 466, 388, 387, 386, 385, 384, 398, 362, 382, 381, 380, 374, 373, 390, 249]
+)
 LEFT_LIDS = (LEFT_EYE[1:8], LEFT_EYE[9:][::-1])  # upper, lower, outer corner to inner
 RIGHT_LIDS = (RIGHT_EYE[1:8], RIGHT_EYE[9:][::-1])
 CHEEKS = np.array([50, 101, 118, 205, 280, 330, 347, 425])
@@ -52,7 +85,8 @@ class HeadPose:
     """Where a head is: ``points = scale * canonical @ rotation.T + shift``.
 
     Attributes:
-        scale: pixels per unit of the canonical frame, in which the rigid points have a mean distance of 1.
+        scale: pixels per unit of the canonical frame, in which the rigid points have a mean
+            distance of 1.
         rotation: (3, 3).
         shift: (3,) in pixels.
     """
@@ -71,7 +105,8 @@ class HeadPose:
 
 
 class MeshTracker:
-    """Follows the one face of a video with mediapipe's mesh with attention to lips and eyes (extra ``prepare``).
+    """Follows the one face of a video with mediapipe's mesh with attention to lips and eyes (extra
+    ``prepare``).
 
     Args:
         video: whether pictures follow one another; False looks at each on its own.
@@ -86,7 +121,9 @@ class MeshTracker:
         )
 
     def track(self, pictures: Iterable[Picture]) -> Iterator[Points | None]:
-        """Yields the mesh (478, 3) of every picture, uint8 RGB (H, W, 3); None where no face is seen."""
+        """Yields the mesh (478, 3) of every picture, uint8 RGB (H, W, 3); None where no face is
+        seen.
+        """
         for picture in pictures:
             found = self.find(picture)
             yield found[0] if found else None
@@ -106,7 +143,10 @@ class MeshTracker:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.close()
 
@@ -114,21 +154,26 @@ class MeshTracker:
 def head_pose(points: Points) -> HeadPose:
     """Returns the pose of a mesh (478, 3) from the face's own structure.
 
-    x runs from the right eye's outer corner to the left one's, y from between the eyes to the mouth, z out of the face.
+    x runs from the right eye's outer corner to the left one's, y from between the eyes to the
+    mouth, z out of the face.
     """
     rigid = points[RIGID]
     centre = rigid.mean(axis=0)
     scale = float(np.linalg.norm(rigid - centre, axis=1).mean())
     x = points[263] - points[33]
     x = x / np.linalg.norm(x)
-    down = points[OUTER_LIPS].mean(axis=0) - (points[33] + points[263] + points[133] + points[362]) / 4
+    down = (
+        points[OUTER_LIPS].mean(axis=0) - (points[33] + points[263] + points[133] + points[362]) / 4
+    )
     y = down - (down @ x) * x
     y = y / np.linalg.norm(y)
     return HeadPose(scale, np.stack([x, y, np.cross(x, y)], axis=1), centre)
 
 
 def fit_pose(canonical: Points, points: Points) -> HeadPose:
-    """Returns the similarity that takes the rigid points of ``canonical`` to those of ``points`` (Umeyama, 1991)."""
+    """Returns the similarity that takes the rigid points of ``canonical`` to those of ``points``
+    (Umeyama, 1991).
+    """
     a, b = canonical[RIGID], points[RIGID]
     a0, b0 = a - a.mean(axis=0), b - b.mean(axis=0)
     u, s, vt = np.linalg.svd(b0.T @ a0)
@@ -143,7 +188,11 @@ def rotation_vector(rotation: Points) -> Points:
     """Returns axis times angle (3,) of a rotation matrix whose angle is below pi."""
     angle = np.arccos(np.clip((np.trace(rotation) - 1) / 2, -1.0, 1.0))
     skew = np.array(
-        [rotation[2, 1] - rotation[1, 2], rotation[0, 2] - rotation[2, 0], rotation[1, 0] - rotation[0, 1]]
+        [
+            rotation[2, 1] - rotation[1, 2],
+            rotation[0, 2] - rotation[2, 0],
+            rotation[1, 0] - rotation[0, 1],
+        ]
     )
     return skew / 2 * (1.0 if angle < 1e-6 else angle / np.sin(angle))
 
@@ -159,7 +208,9 @@ def rotation_matrix(vector: Points) -> Points:
 
 
 def face_height(points: Points) -> Any:
-    """Returns the distance from the top of the forehead to the chin, in pixels; (..., 478, 3) to (...)."""
+    """Returns the distance from the top of the forehead to the chin, in pixels; (..., 478, 3) to
+    (...).
+    """
     return np.linalg.norm(points[..., FOREHEAD, :2] - points[..., CHIN, :2], axis=-1)
 
 
@@ -170,12 +221,16 @@ def lip_gap(points: Points) -> Any:
 
 
 def mouth_opening(points: Points) -> Any:
-    """Returns what sidecars say: 0 where lips touch, 1 where they are wide open; (..., 478, 3) to (...)."""
+    """Returns what sidecars say: 0 where lips touch, 1 where they are wide open; (..., 478, 3) to
+    (...).
+    """
     return np.clip((lip_gap(points) - 0.004) / (WIDE_OPEN - 0.004), 0.0, 1.0)
 
 
 def eye_opening(points: Points) -> tuple[float, float]:
-    """Returns height over width of the left and the right eye (the image's left); about 0.3 open, below 0.12 closed."""
+    """Returns height over width of the left and the right eye (the image's left); about 0.3 open,
+    below 0.12 closed.
+    """
 
     def ratio(eye: NDArray[np.int64], lids: tuple[NDArray[np.int64], NDArray[np.int64]]) -> float:
         height = np.linalg.norm(points[lids[0], :2] - points[lids[1], :2], axis=1)[2:5].mean()

@@ -1,4 +1,6 @@
-"""Portraits to animate: a still with one near-frontal face, framed, with its mesh and what is behind the head."""
+"""Portraits to animate: a still with one near-frontal face, framed, with its mesh and what is
+behind the head.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,8 @@ from rest_lightning.data.animated.mesh import (
 )
 from rest_lightning.media.faces import mediapipe_solutions
 
-MAX_GAP = 0.075  # of the face's height: a wider smile cannot be closed without pulling the face out of shape
+# of the face's height: a wider smile cannot be closed without pulling the face out of shape
+MAX_GAP = 0.075
 MAX_YAW_RAD = 0.45
 MIN_FACE_PX = 80.0
 MIN_EYES = 0.13
@@ -90,14 +93,17 @@ def read_still(path: str | os.PathLike[str]) -> Picture:
             picture = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise PortraitRefused(f"unreadable ({error})") from None
-    edge = max(1, round(_EDGE * min(picture.shape[:2])))  # many files have a dark or blurred line there
+    edge = max(
+        1, round(_EDGE * min(picture.shape[:2]))
+    )  # many files have a dark or blurred line there
     return np.ascontiguousarray(picture[edge:-edge, edge:-edge])
 
 
 def choose_framing(
     mesh: Points, shape: tuple[int, ...], rng: np.random.Generator | None = None
 ) -> Framing:
-    """Returns a framing that stays within the still where it can: the face fills 0.48 to 0.64 of the side.
+    """Returns a framing that stays within the still where it can: the face fills 0.48 to 0.64 of
+    the side.
 
     Args:
         mesh: (478, 3) in the still's pixels.
@@ -108,8 +114,14 @@ def choose_framing(
     height = float(face_height(mesh))
     centre = (mesh[FOREHEAD, :2] + mesh[CHIN, :2]) / 2
     x, y = 0.5 + 0.03 * draw[1], 0.53 + 0.025 * draw[2]
-    # The largest side at which each edge of the square is at most a little outside; the top may show repeated rows.
-    rooms = [centre[0] / x, (shape[1] - centre[0]) / (1 - x), (shape[0] - centre[1]) / (1 - y), 1.15 * centre[1] / y]
+    # The largest side at which each edge of the square is at most a little outside; the top may
+    # show repeated rows.
+    rooms = [
+        centre[0] / x,
+        (shape[1] - centre[0]) / (1 - x),
+        (shape[0] - centre[1]) / (1 - y),
+        1.15 * centre[1] / y,
+    ]
     side = 1.04 * min(rooms)
     face = float(np.clip(max(0.53 + 0.06 * draw[0], height / side), 0.45, 0.64))
     return Framing(face, x, y, 0.05 * draw[3])
@@ -149,7 +161,12 @@ def check_mesh(mesh: Points, shape: tuple[int, ...]) -> None:
 
 
 def frame_portrait(
-    name: str, still: Picture, mesh: Points, framing: Framing, size_px: int, segment: Callable[[Picture], NDArray[np.float32]]
+    name: str,
+    still: Picture,
+    mesh: Points,
+    framing: Framing,
+    size_px: int,
+    segment: Callable[[Picture], NDArray[np.float32]],
 ) -> Portrait:
     """Cuts the still out and separates the person from the background.
 
@@ -184,7 +201,15 @@ def frame_portrait(
     outside = cv2.dilate(person, kernel)
     inside = cv2.erode(person, kernel, iterations=_INPAINT_PX // 2)
     background = cv2.inpaint(picture, outside & (1 - inside), 3, cv2.INPAINT_TELEA)
-    return Portrait(name, picture, moved, alpha, background, _median(picture, moved, CHEEKS), _median(picture, moved, OUTER_LIPS))
+    return Portrait(
+        name,
+        picture,
+        moved,
+        alpha,
+        background,
+        _median(picture, moved, CHEEKS),
+        _median(picture, moved, OUTER_LIPS),
+    )
 
 
 class PersonSegmenter:
@@ -195,14 +220,18 @@ class PersonSegmenter:
 
     def __call__(self, picture: Picture) -> NDArray[np.float32]:
         """Returns 0 (background) to 1 (person), float32 (H, W)."""
-        mask: NDArray[np.float32] = self._net.process(np.ascontiguousarray(picture)).segmentation_mask
+        mask: NDArray[np.float32] = self._net.process(
+            np.ascontiguousarray(picture)
+        ).segmentation_mask
         return mask
 
 
 def list_stills(root: Path) -> list[Path]:
     """Returns all pictures under a folder, sorted."""
     suffixes = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
-    return sorted(path for path in root.rglob("*") if path.suffix.lower() in suffixes and path.is_file())
+    return sorted(
+        path for path in root.rglob("*") if path.suffix.lower() in suffixes and path.is_file()
+    )
 
 
 def _median(picture: Picture, mesh: Points, which: NDArray[np.int64]) -> NDArray[np.float64]:

@@ -15,7 +15,8 @@ _SUBPIXEL_BITS = 4
 
 @dataclass(frozen=True)
 class Layer:
-    """An area that moves as a whole instead of with the triangles under it, such as the eyeball behind its lids.
+    """An area that moves as a whole instead of with the triangles under it, such as the eyeball
+    behind its lids.
 
     Attributes:
         polygon: (n,) numbers of the points around it, in order.
@@ -30,9 +31,10 @@ class MeshWarp:
     """Moves the pixels of a picture with points.
 
     Args:
-        points: (n, 2) where the points are in the picture, in pixels; their hull is what can be seen afterwards, so
-            the corners of the picture belong to them.
-        depth: (n,) distance from the camera: where triangles come to lie over one another, the nearer one is seen.
+        points: (n, 2) where the points are in the picture, in pixels; their hull is what can be
+            seen afterwards, so the corners of the picture belong to them.
+        depth: (n,) distance from the camera: where triangles come to lie over one another, the
+            nearer one is seen.
         layers: areas that move as a whole.
     """
 
@@ -50,12 +52,14 @@ class MeshWarp:
     def maps(
         self, moved: Points2, height: int, width: int, layer_shifts: Points2 | None = None
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Returns for every pixel where it comes from: x and y, both float32 (height, width), for ``cv2.remap``.
+        """Returns for every pixel where it comes from: x and y, both float32 (height, width), for
+        ``cv2.remap``.
 
         Args:
             moved: (n, 2) where the points are now.
             height, width: of the result, in pixels.
-            layer_shifts: (number of layers, 2) pixels by which a layer's content moves beside its anchors.
+            layer_shifts: (number of layers, 2) pixels by which a layer's content moves beside its
+                anchors.
         """
         corners = moved[self._triangles]
         targets = np.concatenate(
@@ -87,7 +91,9 @@ class MeshWarp:
 
 
 def fit_similarity(source: Points2, target: Points2) -> NDArray[np.float64]:
-    """Returns the (2, 3) similarity that takes ``source`` (n, 2) closest to ``target`` (n, 2), by least squares."""
+    """Returns the (2, 3) similarity that takes ``source`` (n, 2) closest to ``target`` (n, 2), by
+    least squares.
+    """
     a0, b0 = source.mean(axis=0), target.mean(axis=0)
     a, b = source - a0, target - b0
     norm = np.square(a).sum()
@@ -97,7 +103,9 @@ def fit_similarity(source: Points2, target: Points2) -> NDArray[np.float64]:
     return np.concatenate([rotation, (b0 - rotation @ a0)[:, None]], axis=1)
 
 
-def remap(picture: NDArray[np.uint8], x: NDArray[np.float32], y: NDArray[np.float32]) -> NDArray[np.uint8]:
+def remap(
+    picture: NDArray[np.uint8], x: NDArray[np.float32], y: NDArray[np.float32]
+) -> NDArray[np.uint8]:
     """Returns the picture (H, W[, C]) read at (x, y), cubic, borders repeated."""
     result: NDArray[np.uint8] = cv2.remap(
         picture, x, y, cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE

@@ -1,4 +1,6 @@
-"""Synthetic talkers in the prepared-clip layout: text -> speech -> face track -> frames -> mp4 and sidecar."""
+"""Synthetic talkers in the prepared-clip layout: text -> speech -> face track -> frames -> mp4 and
+sidecar.
+"""
 
 from __future__ import annotations
 
@@ -62,8 +64,8 @@ def synthesize_clip(
 ) -> SyntheticClip:
     """Make clip ``index`` of a seed: its own identity, words and motion.
 
-    A pure function: the same arguments give the same bits, in any process and order. Longer clips hold several
-    sentences with pauses.
+    A pure function: the same arguments give the same bits, in any process and order. Longer clips
+    hold several sentences with pauses.
 
     Args:
         index: number of the clip, which is also its identity.
@@ -106,7 +108,9 @@ def clip_id_of(index: int) -> str:
 
 
 def split_of_index(index: int, val_fraction: float, test_fraction: float) -> str:
-    """Split of clip ``index``: held-out clips are spread evenly, and stay where they are when clips are added."""
+    """Split of clip ``index``: held-out clips are spread evenly, and stay where they are when clips
+    are added.
+    """
     fraction = val_fraction + test_fraction
     # The small constant keeps 0.1 + 0.2 and the like from losing a clip to rounding.
     number = math.floor(index * fraction + 1e-9)
@@ -130,8 +134,9 @@ def synthesize(
 ) -> Path:
     """Make a dataset of synthetic talkers in the prepared-clip layout, one identity per clip.
 
-    Calling it again continues where it stopped: finished clips are checked and kept. With a larger ``num_clips``
-    it adds clips. Any other change of the arguments is refused, because the clips would not fit together.
+    Calling it again continues where it stopped: finished clips are checked and kept. With a larger
+    ``num_clips`` it adds clips. Any other change of the arguments is refused, because the clips
+    would not fit together.
 
     Args:
         out: folder of the dataset.
@@ -148,7 +153,8 @@ def synthesize(
         The folder.
 
     Raises:
-        UserError: bad arguments, a folder with something else in it, or a dataset made with other arguments.
+        UserError: bad arguments, a folder with something else in it, or a dataset made with other
+            arguments.
     """
     out = Path(out)
     arguments = {
@@ -165,11 +171,15 @@ def synthesize(
         remove_dataset(out, _KIND, "talker_")
     check_folder(out, _KIND, info)
     (out / "clips").mkdir(parents=True, exist_ok=True)
-    layout.write_dataset_json(out, info)  # before the first clip: an interrupted run knows what it was
+    layout.write_dataset_json(
+        out, info
+    )  # before the first clip: an interrupted run knows what it was
     for leftover in (out / "clips").glob(".talker_*.part*"):
         leftover.unlink(missing_ok=True)
 
-    indices = [i for i in range(num_clips) if not is_finished(out, clip_id_of(i), size_px, num_frames)]
+    indices = [
+        i for i in range(num_clips) if not is_finished(out, clip_id_of(i), size_px, num_frames)
+    ]
     make = partial(
         _make_clip,
         out=out,
@@ -185,7 +195,9 @@ def synthesize(
 
 
 def write_clip(out: str | os.PathLike[str], clip: SyntheticClip) -> None:
-    """Write mp4 and sidecar of a clip into the dataset folder ``out``; each appears only when it is whole."""
+    """Write mp4 and sidecar of a clip into the dataset folder ``out``; each appears only when it is
+    whole.
+    """
     from rest_lightning.media.writer import Mp4Writer
 
     path = layout.clip_path(out, clip.sidecar.clip_id)
@@ -196,7 +208,13 @@ def write_clip(out: str | os.PathLike[str], clip: SyntheticClip) -> None:
 
 
 def _make_clip(
-    index: int, out: Path, seed: int, size_px: int, num_frames: int, val_fraction: float, test_fraction: float
+    index: int,
+    out: Path,
+    seed: int,
+    size_px: int,
+    num_frames: int,
+    val_fraction: float,
+    test_fraction: float,
 ) -> int:
     split = split_of_index(index, val_fraction, test_fraction)
     write_clip(out, synthesize_clip(index, seed, split, size_px, num_frames))
@@ -211,13 +229,20 @@ def _check_sizes(size_px: int, num_frames: int) -> None:
 
 
 def _check_arguments(
-    num_clips: int, size_px: int, num_frames: int, num_workers: int, val_fraction: float, test_fraction: float
+    num_clips: int,
+    size_px: int,
+    num_frames: int,
+    num_workers: int,
+    val_fraction: float,
+    test_fraction: float,
 ) -> None:
     _check_sizes(size_px, num_frames)
     if num_clips < 1:
         raise UserError(f"expected num_clips of at least 1, got {num_clips}: use 500")
     if num_workers < 1:
-        raise UserError(f"expected num_workers of at least 1, got {num_workers}: use the number of cores")
+        raise UserError(
+            f"expected num_workers of at least 1, got {num_workers}: use the number of cores"
+        )
     if val_fraction < 0 or test_fraction < 0 or val_fraction + test_fraction > 1:
         raise UserError(
             "expected val_fraction and test_fraction of 0 to 1 together, "
