@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 import numpy as np
 

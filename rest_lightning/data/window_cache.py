@@ -4,7 +4,7 @@ features.
 ::
 
     <folder>/<prefix>-00000.safetensors   windows (N, ...) and references (M, ...)
-    <folder>/index.json                   which network (fingerprint), which windows of which clips are where
+    <folder>/index.json                   the network (fingerprint), and where each window is
 
 The index is replaced after every shard: an interrupted run continues where it was.
 """

@@ -176,9 +176,13 @@ class Tables:
         ]
         self.text = model.transformer.project_prompt(1)
         self.signature: Hashable = (
-            _fingerprint(model), str(model.dtype), model.size_px, options, self.guidance.num_branches,
+            _fingerprint(model),
+            str(model.dtype),
+            model.size_px,
+            options,
+            self.guidance.num_branches,
             sampling.num_steps if options.cache_noise == "per_step" else None,
-        )  # fmt: skip
+        )
 
 
 def _fingerprint(model: TalkingParts) -> int:
