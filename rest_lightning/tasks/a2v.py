@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 from collections.abc import Callable
@@ -130,6 +129,12 @@ class Conditions:
     latents: Tensor
     speech_latents: Tensor
     weights: Tensor | None = None
+
+    def whole_chunks(self, chunk_length: int) -> Conditions:
+        """Returns the reference and as many whole chunks as there are; what is left over is cut."""
+        end = 1 + (self.latents.shape[2] - 1) // chunk_length * chunk_length
+        weights = None if self.weights is None else self.weights[:, :, :end]
+        return Conditions(self.latents[:, :, :end], self.speech_latents[:, :end], weights)
 
 
 @dataclass(frozen=True)
@@ -281,8 +286,13 @@ class A2VModule(StageModule):
         if latents is None:
             latents = self.encode_clip(batch["frames"], batch.get("reference"))
         latents = latents.float()
-        length = math.lcm(*(self.noise.chunk_lengths or (self.noise.chunk_length,)))
-        if (latents.shape[2] - 1) % length or latents.shape[2] < 2:
+        length, several = self.noise.chunk_length, self.noise.chunk_lengths
+        if several and latents.shape[2] <= max(several):
+            raise UserError(
+                f"expected clips of more than {max(several)} latent frames, got {latents.shape[2]}: "
+                f"set data.num_frames to {8 * max(several)}k + 1"
+            )
+        if not several and ((latents.shape[2] - 1) % length or latents.shape[2] < 2):
             raise UserError(
                 f"expected clips of 1 + {length}k latent frames, got {latents.shape[2]}: "
                 f"set data.num_frames to {8 * length}k + 1 or noise.chunk_length to a divisor of "
@@ -329,14 +339,16 @@ class A2VModule(StageModule):
         self, conditions: Conditions, generator: torch.Generator | None = None
     ) -> TrainingInput:
         """Noise, sigmas and dropouts of one step (CANS or ANS), applied."""
-        latents, settings = conditions.latents, self.noise
-        generator = generator or step_generator(latents.device)
+        settings = self.noise
+        generator = generator or step_generator(conditions.latents.device)
         length = settings.chunk_length
         if settings.chunk_lengths:
             choice = torch.randint(
                 len(settings.chunk_lengths), (), generator=generator, device=generator.device
             )
             length = settings.chunk_lengths[int(choice)]
+            conditions = conditions.whole_chunks(length)
+        latents = conditions.latents
         sigma = self.sample_sigmas(latents, length, generator)
         drops = sample_drops(
             len(latents),

@@ -177,8 +177,13 @@ def test_chunk_lengths_are_drawn_per_batch() -> None:
     module = make_student(several, chunk_lengths=(1, 2, 3))
     drawn = set()
     for seed in range(12):
-        inputs = module.draw(make_conditions(), torch.Generator().manual_seed(seed))
+        inputs = module.draw(make_conditions(num_frames=9), torch.Generator().manual_seed(seed))
         length = inputs.chunk_length
+        assert (
+            inputs.clean_latents.shape[2]
+            == inputs.speech_latents.shape[1]
+            == 1 + 8 // length * length
+        )
         drawn.add(length)
         chunks = inputs.path.sigma[:, 1:].unflatten(1, (-1, length))
         assert torch.equal(chunks, chunks[:, :, :1].expand_as(chunks))
