@@ -1,0 +1,1 @@
+"""Pictures, sound and video: reading, writing, and the faces in them."""
