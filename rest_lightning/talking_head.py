@@ -20,6 +20,7 @@ from rest_lightning.errors import UserError
 from rest_lightning.parts import PART_NAMES, describe_part, open_part
 
 if TYPE_CHECKING:
+    from rest_lightning.data.portrait import Crop
     from rest_lightning.models.autoencoder import VideoAutoencoder
     from rest_lightning.models.speech import SpeechEncoder
     from rest_lightning.models.speech_ae import SpeechAE
@@ -130,6 +131,7 @@ class TalkingHead(nn.Module):
         self,
         portrait: Any,
         *,
+        crop: Crop = "auto",
         seed: int = 0,
         num_steps: int | None = None,
         guidance: float | None = None,
@@ -141,6 +143,8 @@ class TalkingHead(nn.Module):
 
         Args:
             portrait: path of an image, PIL image, uint8 array (H, W, 3), or float tensor (3, H, W) in [-1, 1].
+            crop: of a portrait that is no tensor: ``auto`` (the head that is found), ``centre``, (x, y, size)
+                or (x, y, width, height); see :func:`rest_lightning.data.portrait.find_portrait`.
             seed: of the noise; the same seed, portrait and speech give the same frames.
             num_steps, guidance, shift, reference_guidance: override :attr:`sampling`.
             options: switches of the engine: graphs, compilation, overlap, warm-up, a short first chunk.
@@ -148,8 +152,11 @@ class TalkingHead(nn.Module):
         Raises:
             UserError: a portrait or a value that is no good, or not enough memory.
         """
+        from rest_lightning.data.portrait import load_portrait
         from rest_lightning.streaming.session import StreamingSession
 
+        if not isinstance(portrait, torch.Tensor):
+            portrait = load_portrait(portrait, self.size_px, crop)
         changes = SamplingChanges(num_steps, guidance, shift, reference_guidance)
         return StreamingSession(self, portrait, seed=seed, sampling=changes.of(self.sampling), options=options)
 

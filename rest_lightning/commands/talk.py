@@ -58,7 +58,7 @@ class TalkOptions:
     speech: str
     out: Path
     model: Path | None = None
-    crop: Crop = "centre"
+    crop: Crop = "auto"
     overwrite: bool = False
     seed: int = 0
     num_steps: int | None = None
@@ -89,7 +89,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--out", type=Path, required=True, help='the mp4 to write, or "-" for a pipe')
     parser.add_argument("--format", choices=("mp4", "rgb24"), help="in a pipe: fragmented mp4 (default), or raw frames")
     parser.add_argument("--live", action="store_true", help="put silence where the speech in the pipe pauses")
-    parser.add_argument("--crop", type=_crop, default="centre", help="centre (default), face, or x,y,width,height")
+    crops = "auto (default: the head that is found), centre, x,y,size or x,y,width,height"
+    parser.add_argument("--crop", type=_crop, default="auto", help=crops)
     parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
     parser.add_argument("--report", type=Path, help="also write the report as JSON")
     parser.add_argument("--sheet", type=Path, help="also write a contact sheet as PNG")
@@ -127,13 +128,16 @@ def talk(options: TalkOptions) -> StreamReport:
         KeyboardInterrupt: after Ctrl-C, with a message that says what was kept.
     """
     from rest_lightning.data.audio import open_speech
-    from rest_lightning.data.portrait import MIN_SIDE_PX, read_portrait
+    from rest_lightning.data.portrait import find_portrait
 
     _check_outputs(options)
-    read_portrait(options.portrait, MIN_SIDE_PX, options.crop)
+    found = find_portrait(options.portrait, options.crop, option="--crop")
+    if not options.quiet:
+        for note in found.notes:
+            print(f"note: {note}", file=sys.stderr)
     speech = open_speech(options.speech, stdin=options.stdin)
     model = load_model(options)
-    portrait = read_portrait(options.portrait, model.size_px, options.crop)
+    portrait = found.square(model.size_px)
     report = _stream(model, portrait, speech, options)
     report.configuration |= {
         "portrait": str(options.portrait),
@@ -281,14 +285,14 @@ def _check_not_input(path: Path, options: TalkOptions) -> None:
 
 
 def _crop(text: str) -> Any:
-    if text in ("centre", "face"):
+    if text in ("auto", "centre"):
         return text
     try:
         values = tuple(float(value) for value in text.split(","))
     except ValueError:
         values = ()
-    if len(values) != 4:
-        raise argparse.ArgumentTypeError(f"expected centre, face or x,y,width,height, got {text!r}")
+    if len(values) not in (3, 4):
+        raise argparse.ArgumentTypeError(f"expected auto, centre, x,y,size or x,y,width,height, got {text!r}")
     return values
 
 

@@ -640,6 +640,12 @@ def _placed(points: NDArray[np.float32], region: _Region, size_px: int) -> NDArr
     return placed.astype(np.float32)
 
 
+@lru_cache(maxsize=1)
+def shared_finder() -> FaceFinder:
+    """Returns one finder for the whole process. Threads may use it at the same time."""
+    return FaceFinder.load()
+
+
 def _loaded(net: Any, part: str, path: Path) -> Any:
     """The network in evaluation mode with its part of the weights."""
     state = {

@@ -79,7 +79,7 @@ class Portraits:
         """A portrait (3, size_px, size_px) in [-1, 1]; None takes the first bundled one. Raises as :meth:`png`."""
         png = self.png(name if name is not None else next(iter(self._bundled)))
         with Image.open(io.BytesIO(png)) as image:
-            return load_portrait(image, size_px)
+            return load_portrait(image, size_px, crop="centre")  # cut when it was uploaded
 
     def _expire(self) -> None:
         oldest_s = time.monotonic() - self._keep_s
