@@ -285,15 +285,12 @@ def _check_not_input(path: Path, options: TalkOptions) -> None:
 
 
 def _crop(text: str) -> Any:
-    if text in ("auto", "centre"):
-        return text
+    from rest_lightning.data.portrait import parse_crop
+
     try:
-        values = tuple(float(value) for value in text.split(","))
-    except ValueError:
-        values = ()
-    if len(values) not in (3, 4):
-        raise argparse.ArgumentTypeError(f"expected auto, centre, x,y,size or x,y,width,height, got {text!r}")
-    return values
+        return parse_crop(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def positive(text: str) -> int:

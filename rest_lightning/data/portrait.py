@@ -131,6 +131,23 @@ def find_portrait(source: Source, crop: Crop = "auto", option: str | None = "cro
     return Portrait(rgb, (left + (width - side) / 2, top + (height - side) / 2, side, side))
 
 
+def parse_crop(text: str) -> Crop:
+    """Returns the crop that a user wrote: ``auto``, ``centre``, ``x,y,size`` or ``x,y,width,height``.
+
+    Raises:
+        UserError: none of these.
+    """
+    if text in ("auto", "centre"):
+        return text
+    try:
+        values = tuple(float(value) for value in text.replace(",", " ").split())
+    except ValueError:
+        values = ()
+    if len(values) not in (3, 4):
+        raise UserError(f"expected auto, centre, x,y,size or x,y,width,height, got {text!r}")
+    return values
+
+
 def _size(source: Source) -> tuple[int, int] | None:
     if isinstance(source, np.ndarray):
         return (source.shape[1], source.shape[0]) if source.ndim >= 2 else None
@@ -289,7 +306,7 @@ def _chosen(faces: Sequence[Face], image: Image.Image, name: str, option: str | 
         way_out = f"set {option} to x,y,size around the face" if option else "use another picture"
         raise UserError(
             f"expected the face of a person in {name}, found none: {way_out}"
-            + (f", or to centre to take the middle unseen" if option else "")
+            + (", or to centre to take the middle unseen" if option else "")
         )
     areas = [face.box[2] * face.box[3] for face in faces]
     alike = [face for face, area in zip(faces, areas, strict=True) if 2 * area > areas[0]]

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rest_lightning.data.audio import SpeechSource, open_speech
+from rest_lightning.data.portrait import parse_crop
 from rest_lightning.errors import UserError
 
 BLOCK_SAMPLES = 16_000
@@ -28,17 +29,24 @@ class PredictPair:
         portrait: path of an image.
         speech: path of a speech file.
         name: stem of the output; ``<portrait>-<speech>`` unless given.
+        crop: of the portrait: ``auto`` (the head that is found), ``centre``, ``x,y,size`` or ``x,y,width,height``.
     """
 
     portrait: str
     speech: str
     name: str = ""
+    crop: str = "auto"
 
     def __post_init__(self) -> None:
         if not self.name:
             self.name = f"{Path(self.portrait).stem}-{Path(self.speech).stem}"
         if Path(self.name).name != self.name:
             raise UserError(f"expected a file name without folders as the name of a pair, got {self.name!r}: rename it")
+        self.crop = self.crop or "auto"  # an empty cell
+        try:
+            parse_crop(self.crop)
+        except UserError as error:
+            raise UserError(f"{error} for the pair {self.name}: correct its crop") from None
 
 
 class SpeechBlock(TypedDict):
@@ -54,7 +62,8 @@ class SpeechBlock(TypedDict):
 
 
 def read_pairs(source: str | os.PathLike[str] | Sequence[PredictPair | dict[str, str]]) -> list[PredictPair]:
-    """The pairs of an inline list, or of a file: .json, .yaml (a list of objects), .csv (portrait,speech[,name]).
+    """The pairs of an inline list, or of a file: .json, .yaml (a list of objects), .csv with the columns
+    portrait, speech and, where wanted, name and crop.
 
     Relative paths in a file are relative to the file.
 

@@ -10,6 +10,7 @@ import torch
 from lightning import LightningModule
 from numpy.typing import NDArray
 
+from rest_lightning.data.portrait import parse_crop
 from rest_lightning.data.streams import SpeechBlock
 from rest_lightning.dtypes import DtypeName, dtype_on
 from rest_lightning.streaming.session import StreamingSession
@@ -64,7 +65,9 @@ class PredictModule(LightningModule):
     def on_predict_batch_start(self, batch: SpeechBlock, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Open a session when another pair begins: the ID-Sink is filled before its first samples."""
         if batch["is_first"]:
-            self.session = self.head.open(batch["pair"].portrait, seed=self.seed, **asdict(self.sampling))
+            pair = batch["pair"]
+            crop = parse_crop(pair.crop)
+            self.session = self.head.open(pair.portrait, crop=crop, seed=self.seed, **asdict(self.sampling))
 
     def predict_step(self, batch: SpeechBlock, batch_idx: int) -> NDArray[np.uint8]:
         """The frames that this block completes, uint8 (n, H, W, 3)."""

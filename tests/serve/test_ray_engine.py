@@ -23,6 +23,7 @@ import pytest
 from live import collect, cut, tone, until
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
+from stills import face_png
 from tiny_head import make_head
 
 from rest_lightning.commands.talk import TalkOptions
@@ -113,9 +114,8 @@ def test_speech_through_a_replica_comes_back_whole(front: Front) -> None:
     speech = tone(0.9)
 
     async def upload() -> str:
-        form, file = aiohttp.FormData(), BytesIO()
-        Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save(file, "PNG")
-        form.add_field("file", file.getvalue(), filename="face.png")
+        form = aiohttp.FormData()
+        form.add_field("file", face_png(), filename="face.png")
         async with (
             aiohttp.ClientSession(headers={"Origin": front.url}) as http,
             http.post(f"{front.url}/api/portraits", data=form) as response,
