@@ -16,7 +16,7 @@ from pathlib import Path
 from rest_lightning.errors import UserError
 
 _NAME = "upload"
-_PICTURE_SIDE_PX = 1280  # a face of 40 pixels in it is found within half a second
+_PICTURE_SIDE_PX = 1280  # looking for a face in it takes a second at most
 _MEMORY_BYTES = 2_000_000_000
 _DAMAGED = "it is damaged, too large, or something else; export it again"
 # What FFmpeg would guess from anything else includes playlists, which name other files.
