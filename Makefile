@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --progress-bar o
 # A thread that waits for work must sleep, not spin: two processes share two cores during training.
 TRAIN_ENV := OMP_WAIT_POLICY=PASSIVE
 TYPES := build/typecheck
-TYPED := $(patsubst %/,%,$(sort $(dir $(wildcard tests/*.py benchmarks/*.py))))
+TYPED := $(patsubst %/,%,$(sort $(dir $(wildcard tests/*.py benchmarks/*.py tools/*.py))))
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-slow lint format train-embedded bench clean distclean

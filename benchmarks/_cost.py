@@ -21,11 +21,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from rest_lightning.constants import SPATIAL_RATIO
 from rest_lightning.errors import UserError
 from rest_lightning.models import attention
-from rest_lightning.models.autoencoder import VideoAutoencoder
-from rest_lightning.models.prompt import PROMPT_LENGTH
+from rest_lightning.models.ltx import PROMPT_LENGTH
 from rest_lightning.models.speech import SpeechEncoder
 from rest_lightning.models.speech_ae import SpeechAE
 from rest_lightning.models.transformer import A2VDiT
+from rest_lightning.models.vae import VideoAutoencoder
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 PARTS = {"vae": VideoAutoencoder, "speech_encoder": SpeechEncoder, "speech_ae": SpeechAE, "transformer": A2VDiT}

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 
 import torch
+from torch import Tensor
 
 from benchmarks._cost import prompt_length, transformer_flops
 from benchmarks._scenarios import Bench, Row, ratio, speech
 from rest_lightning.constants import FPS, SPATIAL_RATIO, num_latent_frames
-from rest_lightning.diffusion.sampling import euler_step
+from rest_lightning.diffusion.sampling import integrate
 from rest_lightning.diffusion.schedule import sampling_sigmas
-from rest_lightning.models.cache import IDContextCache
-from rest_lightning.streaming.engine import ChunkEngine
-from rest_lightning.streaming.options import EngineOptions
+from rest_lightning.models.transformer import Condition
+from rest_lightning.streaming.engine import ChunkEngine, EngineOptions
 
 
 @dataclass(frozen=True)
@@ -43,16 +42,18 @@ class Backbone:
         noise = torch.randn(rows, model.in_channels, length, side, side, **like)
         tokens = torch.randn(rows, length, bench.head.speech_ae.num_tokens, model.speech_dim or 1, **like)
         text = model.project_prompt(rows)
-        cache = IDContextCache.allocate(model, rows, side, side, num_steps=settings.num_steps)
+        cache = model.new_cache(rows, side, side, num_steps=settings.num_steps)
+
+        def velocity(speech_keys: Condition, sample: Tensor, step: int) -> Tensor:
+            found: Tensor = model(sample, levels[step], speech_keys, text, cache=cache, step=step)
+            return found
 
         def clip() -> None:
             cache.reset_rows()
             model.prefill(noise[:, :, :1], cache, text_embeds=text)
             for _ in range(num_chunks):
-                sample, speech_keys = noise, model.project_speech(tokens)
-                for step, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
-                    velocity = model(sample, levels[step], speech_keys, text, cache=cache, step=step)
-                    sample = euler_step(sample, velocity, sigma, sigma_next)
+                speech_keys = model.project_speech(tokens)
+                integrate(partial(velocity, speech_keys), noise, sigmas)
                 cache.commit()
 
         a = torch.randn(self.matmul_size, self.matmul_size, **like)

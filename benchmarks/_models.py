@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks._cost import read_student
-from rest_lightning.models.autoencoder import CompactVAE
+from rest_lightning.diffusion.sampling import Sampling
 from rest_lightning.models.ltx_vae import LTXVideoVAE
 from rest_lightning.models.speech import LogMelEncoder
 from rest_lightning.models.speech_ae import SpeechAE
 from rest_lightning.models.transformer import A2VDiT
+from rest_lightning.models.vae import CompactVAE
 from rest_lightning.parts import PART_NAMES
-from rest_lightning.talking_head import SamplingSettings, TalkingHead
+from rest_lightning.talking_head import TalkingHead
 from rest_lightning.torchvision_compat import ensure_torchvision
 
 SIZES = ("tiny", "embedded", "paper")
@@ -58,7 +59,7 @@ def _tiny() -> TalkingHead:
     )
     vae = CompactVAE(4, (8, 16, 16), (1, 1, 1), (1, 1, 1), ((4, 2), (2, 2)), patch_size=8)
     speech_ae = SpeechAE(feature_dim=160, num_tokens=2, latent_dim=8, width=8)
-    settings = SamplingSettings(num_steps=2, guidance=2.0, shift=1.0)
+    settings = Sampling(num_steps=2, guidance=2.0, shift=1.0)
     return TalkingHead(vae, LogMelEncoder(lookahead_frames=2), speech_ae, transformer, settings, size_px=64)
 
 
@@ -66,7 +67,7 @@ def _paper(device: str) -> TalkingHead:
     """Made on the device, where drawing 2.8 billion weights takes no time; 8 steps, guidance 6 (REST)."""
     with torch.device(device):
         parts, size_px = read_student("paper")
-    return TalkingHead(**parts, sampling=SamplingSettings(), size_px=size_px)
+    return TalkingHead(**parts, sampling=Sampling(), size_px=size_px)
 
 
 def ltx_pair(head: TalkingHead) -> tuple[nn.Module, A2VDiT]:

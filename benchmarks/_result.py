@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rest_lightning.machine import commit, hardware, versions
-from rest_lightning.streaming.output import whole_file
+from rest_lightning.media.files import whole_file
 
 
 def origin(args: argparse.Namespace) -> dict[str, Any]:

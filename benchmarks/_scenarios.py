@@ -7,7 +7,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +17,15 @@ from torch import Tensor
 
 from benchmarks._models import load_head, ltx_pair, run_ltx
 from rest_lightning.constants import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME, SPATIAL_RATIO, TEMPORAL_RATIO
-from rest_lightning.data.audio import open_speech
-from rest_lightning.diffusion.sampling import euler_step
+from rest_lightning.diffusion.sampling import integrate
 from rest_lightning.diffusion.schedule import sampling_sigmas
 from rest_lightning.machine import resident_memory_mb
-from rest_lightning.models.autoencoder import VideoAutoencoder
-from rest_lightning.models.cache import IDContextCache
-from rest_lightning.models.packed import packed
+from rest_lightning.media.audio import open_speech
+from rest_lightning.media.writer import BackgroundWriter, Mp4Writer
 from rest_lightning.models.transformer import A2VDiT
-from rest_lightning.streaming.background import BackgroundWriter
-from rest_lightning.streaming.engine import ChunkEngine
-from rest_lightning.streaming.options import EngineOptions
-from rest_lightning.streaming.writer import Mp4Writer
+from rest_lightning.models.vae import VideoAutoencoder
+from rest_lightning.streaming.engine import ChunkEngine, EngineOptions
+from rest_lightning.streaming.packed import packed
 from rest_lightning.talking_head import EMBEDDED_FOLDER, TalkingHead
 
 SPEECH = EMBEDDED_FOLDER.parent / "speech.wav"
@@ -298,7 +294,7 @@ class CacheOrRecompute:
         tokens = torch.randn(rows, 1 + 2 * length, bench.head.speech_ae.num_tokens, model.speech_dim or 1, **like)
         tokens[:, 0] = 0.0
         text = model.project_prompt(rows)
-        cache = IDContextCache.allocate(model, rows, side, side, num_steps=settings.num_steps)
+        cache = model.new_cache(rows, side, side, num_steps=settings.num_steps)
         if cache.options.reference_attends == "self":
             model.prefill(window[:, :, :1], cache, text_embeds=text)
 
@@ -310,17 +306,24 @@ class CacheOrRecompute:
             whole.append(model.embed_sigma(frames))
 
         def cached() -> None:
-            sample, speech_keys = window[:, :, -length:], model.project_speech(tokens[:, -length:])
-            for step, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
-                velocity = model(sample, levels[step], speech_keys, text, cache=cache, step=step)
-                sample = euler_step(sample, velocity, sigma, sigma_next)
+            speech_keys = model.project_speech(tokens[:, -length:])
+
+            def velocity(sample: Tensor, step: int) -> Tensor:
+                found: Tensor = model(sample, levels[step], speech_keys, text, cache=cache, step=step)
+                return found
+
+            integrate(velocity, window[:, :, -length:], sigmas)
             cache.commit()
 
         def recomputed() -> None:
-            sample, speech_keys = window.clone(), model.project_speech(tokens)
-            for step, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
-                velocity = model(sample, whole[step], speech_keys, text)[:, :, -length:]
-                sample[:, :, -length:] = euler_step(sample[:, :, -length:], velocity, sigma, sigma_next)
+            clip, speech_keys = window.clone(), model.project_speech(tokens)
+
+            def velocity(sample: Tensor, step: int) -> Tensor:
+                clip[:, :, -length:] = sample
+                found: Tensor = model(clip, whole[step], speech_keys, text)[:, :, -length:]
+                return found
+
+            integrate(velocity, window[:, :, -length:], sigmas)
 
         if not cache.reference_expected:
             cached()  # the first chunk has no previous one and is cheaper

@@ -26,11 +26,11 @@ from torch import Tensor
 from benchmarks._result import origin, write_result
 from benchmarks.training_curves import curves_of
 from rest_lightning import lightning_cli  # first: it makes lightning importable
-from rest_lightning.data.latents import LatentsCache
-from rest_lightning.data.layout import sha256_of, write_text_atomic
 from rest_lightning.data.module import TalkingHeadDataModule
+from rest_lightning.data.window_cache import LatentsCache
 from rest_lightning.diffusion.losses import asd_loss
 from rest_lightning.errors import UserError, exit_code
+from rest_lightning.media.files import sha256_of, write_text_atomic
 from rest_lightning.parts import build_part, open_speech_encoder, read_part
 from rest_lightning.tasks.a2v import Conditions, NoiseSettings
 from rest_lightning.tasks.speech_ae import speech_features

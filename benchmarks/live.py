@@ -28,7 +28,7 @@ from benchmarks._live_scenarios import (
 from benchmarks._result import origin, write_result
 from benchmarks._targets import find, target_lines, target_row
 from rest_lightning.errors import UserError, exit_code
-from rest_lightning.streaming.output import check_output
+from rest_lightning.media.files import check_output
 from rest_lightning.talking_head import EMBEDDED_FOLDER
 
 SPEECH = EMBEDDED_FOLDER.parent / "speech.wav"

@@ -24,22 +24,22 @@ from benchmarks._result import origin, write_result
 from rest_lightning.constants import SAMPLES_PER_FRAME
 from rest_lightning.errors import UserError, exit_code
 from rest_lightning.machine import peak_memory_mb
-from rest_lightning.metrics.embedded import (
+from rest_lightning.metrics.extractors import (
     EmbeddedImage,
     EmbeddedSync,
     EmbeddedVideo,
     ImageFeatures,
+    Inception,
     SyncFeatures,
     VideoFeatures,
 )
-from rest_lightning.metrics.extractors import Inception
 from rest_lightning.metrics.frechet import EFID, FID, FVD
 from rest_lightning.metrics.identity import IdentitySimilarity
 from rest_lightning.metrics.reconstruction import ReconstructionScores
 from rest_lightning.metrics.sums import RowMetric
 from rest_lightning.metrics.sync import SyncScore
-from rest_lightning.metrics.talking import TalkingScores
-from rest_lightning.models.syncnet import FACE_PX, SyncNet
+from rest_lightning.metrics.syncnet import FACE_PX, SyncNet
+from rest_lightning.metrics.video import TalkingScores
 
 FRAMES, SIDE = 113, 128
 

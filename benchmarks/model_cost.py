@@ -30,7 +30,6 @@ from benchmarks._result import origin, write_result
 from rest_lightning.constants import FPS, SAMPLES_PER_FRAME, TEMPORAL_RATIO, num_latent_frames
 from rest_lightning.diffusion.losses import asd_loss, flow_matching_loss, speech_ae_loss
 from rest_lightning.errors import UserError, exit_code
-from rest_lightning.models.cache import IDContextCache
 from rest_lightning.models.causal import Stream, num_bytes
 from rest_lightning.models.transformer import A2VDiT
 
@@ -198,7 +197,7 @@ def streaming_flops(size: Size) -> dict[str, Any]:
     start = {"vae_encode": count_flops(lambda: vae.encode(reference))}
     counts["vae_decode"] = count_flops(lambda: vae.decode_chunk(chunk, frames_past))
 
-    cache = IDContextCache.allocate(model, rows, side, side)
+    cache = model.new_cache(rows, side, side)
     text, sigma = model.project_prompt(rows), model.embed_sigma(torch.empty(1, 1))
     start["text"] = count_flops(lambda: model.project_prompt(rows))
     start["noise_levels"] = (size.num_steps + 1) * count_flops(lambda: model.embed_sigma(torch.empty(1, 1)))
@@ -228,7 +227,7 @@ def streaming_flops(size: Size) -> dict[str, Any]:
         "chunk": {**counts, "total": sum(counts.values())},
         "cache_bytes": {
             name: {
-                "id_context": IDContextCache.allocate(model, rows, side, side, dtype=dtype).nbytes,
+                "id_context": model.new_cache(rows, side, side, dtype=dtype).nbytes,
                 "vae_decoder": num_bytes(frames_past) * dtype.itemsize // 4,
                 "speech_ae": num_bytes(past) * dtype.itemsize // 4,
             }

@@ -25,15 +25,15 @@ from numpy.typing import NDArray
 from benchmarks._result import origin, write_result
 from benchmarks._targets import target_lines, target_row
 from rest_lightning.constants import FPS, SAMPLE_RATE
-from rest_lightning.data.audio import open_speech
-from rest_lightning.data.portrait import read_portrait
 from rest_lightning.data.synthetic.synthesize import SyntheticClip, synthesize_clip
 from rest_lightning.errors import UserError, exit_code
+from rest_lightning.media.audio import open_speech
+from rest_lightning.media.files import whole_file
+from rest_lightning.media.portrait import read_portrait
 from rest_lightning.metrics.image import mouth_psnr_db, video_psnr_db
 from rest_lightning.metrics.lips import pearson, summary
 from rest_lightning.metrics.mouth import extractor
 from rest_lightning.metrics.video import VideoScores
-from rest_lightning.streaming.output import whole_file
 from rest_lightning.talking_head import EMBEDDED_FOLDER, TalkingHead
 
 PROTOCOL, PROTOCOL_VERSION = "synthetic-talkers", 1

@@ -28,9 +28,9 @@ from benchmarks._data_wait import STAGE_NAMES, TARGET_WAIT_SHARE, measure_waits
 from benchmarks._result import origin, write_result
 from rest_lightning.data.layout import clip_path, read_manifest
 from rest_lightning.data.preparation.options import PrepareOptions
-from rest_lightning.data.video import Frames, VideoFile, has_decord
 from rest_lightning.errors import UserError, exit_code
-from rest_lightning.streaming.writer import Encoder
+from rest_lightning.media.video import Frames, VideoFile, has_decord
+from rest_lightning.media.writer import Encoder
 
 READERS = ("decord", "pyav", "torchcodec")
 

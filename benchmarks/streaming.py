@@ -34,11 +34,11 @@ from benchmarks._scenarios import (
 )
 from benchmarks._targets import find, target_lines, target_row
 from rest_lightning.constants import FPS, TEMPORAL_RATIO
-from rest_lightning.dtypes import dtype_on
 from rest_lightning.errors import UserError, exit_code
 from rest_lightning.machine import peak_memory_mb
-from rest_lightning.streaming.output import check_output, whole_file
-from rest_lightning.streaming.profile import ChunkProfiler
+from rest_lightning.media.files import check_output, whole_file
+from rest_lightning.parts import dtype_on
+from rest_lightning.streaming.report import ChunkProfiler
 
 # (where it counts, what, path in the JSON, sign, target). Elsewhere the value is shown without a target.
 CPU, ANY, GPU = ("embedded", "cpu"), ("", ""), ("paper", "cuda")

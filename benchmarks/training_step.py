@@ -27,12 +27,12 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks._cost import LiveBytes, Size, read_size
+from benchmarks._differentiable_cache import DifferentiableCache
 from benchmarks._result import origin, write_result
 from rest_lightning.diffusion.losses import flow_matching_loss
 from rest_lightning.diffusion.noise import sample_sigmas_cans
 from rest_lightning.diffusion.schedule import training_table
 from rest_lightning.errors import UserError, exit_code
-from rest_lightning.models.cache import DifferentiableCache
 from rest_lightning.models.transformer import A2VDiT
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]  # noisy latents, sigmas, speech latents, target velocity
@@ -135,7 +135,7 @@ def sequential(model: A2VDiT, batch: Batch) -> Tensor:
     latents, sigma, speech, target = batch
     length = model.cache_options.chunk_length
     rows, height, width = (latents.shape[i] for i in (0, 3, 4))
-    cache = DifferentiableCache.allocate(model, rows, height, width)
+    cache = model.new_cache(rows, height, width, kind=DifferentiableCache)
     model.prefill(latents[:, :, :1], cache)
     velocities = [torch.zeros_like(latents[:, :, :1])]  # the reference's place, which no loss reads
     for start in range(1, latents.shape[2], length):

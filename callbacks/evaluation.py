@@ -16,17 +16,17 @@ from numpy.typing import NDArray
 
 from ..constants import SAMPLES_PER_FRAME, TEMPORAL_RATIO
 from ..data.clips import load_frames
-from ..data.layout import manifest_path, read_manifest, read_sidecar, sha256_of
+from ..data.layout import manifest_path, read_manifest, read_sidecar
+from ..diffusion.sampling import Sampling, SamplingChanges
 from ..errors import UserError
 from ..evaluation.faces import FaceFinder, MediapipeFaces, SidecarFaces
-from ..evaluation.generate import Generator, Streamed, Whole
 from ..evaluation.protocol import Protocol
 from ..evaluation.row import ResultRow, write_row
 from ..evaluation.scorer import ClipPair, Scorer
-from ..streaming.output import whole_file
-from ..talking_head import SamplingChanges, SamplingSettings
+from ..generation import Generator, Streamed, Whole
+from ..media.files import sha256_of, whole_file
 from ..tasks.a2v import A2VModule
-from ..tasks.evaluate import EvaluateModule
+from ..tasks.predict import EvaluateModule
 from ..tasks.student import StudentModule
 from .previews import NO_VAE, borrowed_head, show_sample
 
@@ -273,7 +273,7 @@ class Evaluation(Callback):
             yield module.generator
             return
         assert isinstance(module, A2VModule)
-        settings = self.sampling.of(SamplingSettings())
+        settings = self.sampling.of(Sampling())
         before = self._generator
         if isinstance(module, StudentModule):
             with borrowed_head(module, settings, size_px) as head:

@@ -16,12 +16,13 @@ from torch import Tensor
 
 from ..constants import FPS, SAMPLES_PER_FRAME
 from ..data.clips import cut_audio
+from ..diffusion.sampling import Sampling, SamplingChanges
 from ..diffusion.schedule import sampling_sigmas
 from ..errors import UserError
-from ..evaluation.generate import generate_clip
+from ..generation import generate_clip
+from ..media.writer import Mp4Writer
 from ..streaming.engine import ChunkEngine, to_uint8
-from ..streaming.writer import Mp4Writer
-from ..talking_head import SamplingChanges, SamplingSettings, TalkingHead
+from ..talking_head import TalkingHead
 from ..tasks.a2v import A2VModule
 from ..tasks.speech_ae import SpeechAEModule
 from ..tasks.student import StudentModule
@@ -57,7 +58,7 @@ class SampleVideos(Callback):
         if min(every_n_validations, num_clips, num_grid_frames) < 1:
             raise UserError("expected every_n_validations, num_clips and num_grid_frames of at least 1")
         self.every_n_validations, self.num_clips, self.num_grid_frames = every_n_validations, num_clips, num_grid_frames
-        self.sampling = (sampling or SamplingChanges()).of(SamplingSettings())
+        self.sampling = (sampling or SamplingChanges()).of(Sampling())
         self.seed = seed
         self._num_validations = 0
         self._folder: Path | None = None
@@ -206,7 +207,7 @@ def _animation(tag: str, video: NDArray[np.uint8]) -> Any:
 
 
 @contextmanager
-def borrowed_head(module: A2VModule, sampling: SamplingSettings, size_px: int) -> Iterator[TalkingHead]:
+def borrowed_head(module: A2VModule, sampling: Sampling, size_px: int) -> Iterator[TalkingHead]:
     """A talking head of the module's own parts; they train on afterwards as they did before.
 
     Raises:

@@ -12,9 +12,8 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from ..data.streams import PredictPair, SpeechBlock
 from ..errors import UserError
-from ..streaming.background import BackgroundWriter
-from ..streaming.output import remove_leftovers
-from ..streaming.writer import Mp4Writer
+from ..media.files import remove_leftovers
+from ..media.writer import BackgroundWriter, Mp4Writer
 from ..tasks.predict import PredictModule
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from rest_lightning.data.video import VideoFile
+from rest_lightning.media.video import VideoFile
 
 SECONDS, EVERY, SIDE_PX = 6.0, 2, 192
 

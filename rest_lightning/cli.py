@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import inspect
 import os
 import signal
 import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+from rest_lightning.constants import VERSION
 from rest_lightning.errors import UserError
 
 # Modules are imported when their command is called: `rest --help` and a wrong file name do not wait for torch.
+# A module of `rest_lightning.commands` has `add_arguments(parser)` and `run(args) -> exit code`. Where it has several
+# commands, the others are named in SECOND_COMMANDS: "demo" is `add_demo_arguments` and `run_demo` of talk.py.
 COMMANDS = {
     "talk": "a portrait and speech become a talking video",
     "demo": "the bundled portrait and speech become outputs/demo.mp4, with a report",
@@ -26,6 +30,11 @@ COMMANDS = {
     "leaderboard": "result rows become Markdown, a self-contained HTML page and JSON",
     "ablate": "train and score a base and its ablations within the same budget",
     "train-embedded": "all stages of the embedded model within a time budget",
+}
+SECOND_COMMANDS = {
+    "demo": ("talk", "demo"),
+    "encode-prompt": ("encode", "prompt"),
+    "synthesize": ("prepare", "synthesize"),
 }
 STAGE_COMMANDS = {
     "fit": "train a stage: --config FILE, any number of times, later ones win",
@@ -75,9 +84,7 @@ def _run(words: list[str]) -> int:
         print(usage())
         return 0
     if name in ("-V", "--version", "version"):
-        from rest_lightning import __version__
-
-        print(f"rest_lightning {__version__}")
+        print(f"rest_lightning {VERSION}")
         return 0
     if name in STAGE_COMMANDS:
         from rest_lightning.lightning_cli import run
@@ -88,11 +95,16 @@ def _run(words: list[str]) -> int:
     if name not in COMMANDS:
         known = ", ".join([*COMMANDS, *STAGE_COMMANDS])
         raise UserError(f"expected a command ({known}), got {words[0]!r}: see rest --help")
-    module = importlib.import_module(f"rest_lightning.commands.{name.replace('-', '_')}")
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = _Parser(prog=f"rest {name}", description=module.__doc__, formatter_class=raw)
-    module.add_arguments(parser)
-    command: Callable[[argparse.Namespace], int] = module.run
+    home, variant = SECOND_COMMANDS.get(name, (name.replace("-", "_"), ""))
+    module = importlib.import_module(f"rest_lightning.commands.{home}")
+    add_arguments = getattr(module, f"add_{variant}_arguments" if variant else "add_arguments")
+    command: Callable[[argparse.Namespace], int] = getattr(module, f"run_{variant}" if variant else "run")
+    parser = _Parser(
+        prog=f"rest {name}",
+        description=inspect.getdoc(command if variant else module),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_arguments(parser)
     return command(parser.parse_args([_with_dashes(word) for word in words[1:]]))
 
 

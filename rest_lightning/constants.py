@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+VERSION = "0.1.0"  # of the package; pyproject.toml names the same
 FPS = 25
 SAMPLE_RATE = 16_000
 SAMPLES_PER_FRAME = SAMPLE_RATE // FPS

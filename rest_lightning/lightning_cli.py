@@ -16,10 +16,12 @@ from lightning.pytorch.callbacks import WeightAveraging  # noqa: E402
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI  # noqa: E402
 from lightning.pytorch.utilities.exceptions import MisconfigurationException  # noqa: E402
 
+from rest_lightning import callbacks, models, tasks  # noqa: E402
 from rest_lightning.data.module import TalkingHeadDataModule  # noqa: E402
+from rest_lightning.diffusion.sampling import SamplingChanges  # noqa: E402
 from rest_lightning.errors import UserError  # noqa: E402
-from rest_lightning.talking_head import SamplingChanges  # noqa: E402
-from rest_lightning.tasks.checkpoints import AtomicCheckpointIO  # noqa: E402
+from rest_lightning.names import accept_old_names  # noqa: E402
+from rest_lightning.tasks.base import AtomicCheckpointIO  # noqa: E402
 
 FINAL_CHECKPOINT = "final.ckpt"
 EXPECTED_WARNINGS = (
@@ -78,6 +80,8 @@ def run(args: list[str]) -> Any:
     """
     for message in EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message)
+    _know_short_names()
+    accept_old_names()
     try:
         return RestCLI(
             LightningModule,
@@ -99,6 +103,13 @@ def run(args: list[str]) -> Any:
         if mistake is None:
             raise
         raise mistake from None
+
+
+def _know_short_names() -> None:
+    """Import what packages export: jsonargparse takes ``class_path: StudentModule`` for any class that is loaded."""
+    for package in (callbacks, models, tasks):
+        for name in package.__all__:
+            getattr(package, name)
 
 
 def find_user_error(error: BaseException | None) -> UserError | None:

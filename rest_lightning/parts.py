@@ -9,19 +9,31 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 import torch
 from torch import nn
 
 from rest_lightning.errors import UserError
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import torch
+
+    from rest_lightning.diffusion.sampling import Sampling
+    from rest_lightning.models.speech import SpeechEncoder
+    from rest_lightning.models.speech_ae import SpeechAE
+    from rest_lightning.models.transformer import A2VDiT
+    from rest_lightning.models.vae import VideoAutoencoder
+
 PARTS_KEY = "rest_parts"
 FROZEN_PARTS_KEY = "rest_frozen_parts"  # descriptions alone: the weights are in other checkpoints
 PART_NAMES = ("vae", "speech_encoder", "speech_ae", "transformer")
 PART_CLASSES = {
-    "CompactVAE": "rest_lightning.models.autoencoder",
+    "CompactVAE": "rest_lightning.models.vae",
     "LTXVideoVAE": "rest_lightning.models.ltx_vae",
     "LogMelEncoder": "rest_lightning.models.speech",
     "WhisperEncoder": "rest_lightning.models.speech",
@@ -29,6 +41,34 @@ PART_CLASSES = {
     "SpeechPooling": "rest_lightning.models.speech_ae",
     "A2VDiT": "rest_lightning.models.transformer",
 }
+
+
+class TalkingParts(Protocol):
+    """What streaming needs of a talking head: its parts, how it wants to be sampled, and where it is.
+
+    Attributes:
+        vae, speech_encoder, speech_ae, transformer: the parts; the transformer is a student.
+        sampling: steps, guidance and shift that the model was made for.
+        size_px: side of the square frames.
+    """
+
+    vae: VideoAutoencoder
+    speech_encoder: SpeechEncoder
+    speech_ae: SpeechAE
+    transformer: A2VDiT
+    sampling: Sampling
+    size_px: int
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the transformer's weights."""
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """All weights."""
 
 
 def describe_part(part: nn.Module) -> dict[str, Any]:
@@ -185,3 +225,35 @@ def _described_in(file: Path) -> dict[str, Any] | None:
     if not found:
         return None
     return {"class": found["class_path"].rsplit(".", 1)[-1], "config": found.get("init_args") or {}}
+
+
+# -- number types ----------------------------------------------------------------------------------
+
+DtypeName = Literal["auto", "float32", "bfloat16"]
+
+
+def natural_dtype(capabilities: Mapping[str, Any]) -> str:
+    """``bfloat16`` where a processor multiplies it natively (torch's names of capabilities), else ``float32``.
+
+    Elsewhere bfloat16 is converted for every operation, which costs more than it saves.
+    """
+    return "bfloat16" if any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16")) else "float32"
+
+
+def dtype_on(name: str, device: str) -> torch.dtype:
+    """The type of that name; ``auto`` is what the device (``cpu``, ``cuda``, ...) multiplies natively.
+
+    Raises:
+        UserError: another name.
+    """
+    import torch
+
+    if name not in get_args(DtypeName):
+        raise UserError(f"expected a dtype of {', '.join(get_args(DtypeName))}, got {name!r}: choose one")
+    if name == "auto" and device == "cuda":
+        name = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    elif name == "auto":
+        known = device == "cpu" and hasattr(torch.cpu, "get_capabilities")
+        name = natural_dtype(torch.cpu.get_capabilities() if known else {})
+    found: torch.dtype = getattr(torch, name)
+    return found

@@ -3,85 +3,39 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 import tempfile
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from rest_lightning.constants import SPATIAL_RATIO
-from rest_lightning.diffusion.sampling import Guidance
+from rest_lightning.constants import SPATIAL_RATIO, VERSION
+from rest_lightning.diffusion.sampling import Sampling, SamplingChanges
 from rest_lightning.errors import UserError
-from rest_lightning.parts import PART_NAMES, describe_part, open_part
+from rest_lightning.media.portrait import load_portrait
+from rest_lightning.parts import PART_NAMES, describe_part, dtype_on, open_part
+from rest_lightning.streaming.batch import BatchSession
+from rest_lightning.streaming.session import StreamingSession
 
 if TYPE_CHECKING:
-    from rest_lightning.data.portrait import Crop
-    from rest_lightning.models.autoencoder import VideoAutoencoder
+    from rest_lightning.media.portrait import Crop
     from rest_lightning.models.speech import SpeechEncoder
     from rest_lightning.models.speech_ae import SpeechAE
     from rest_lightning.models.transformer import A2VDiT
-    from rest_lightning.streaming.batch import BatchSession
-    from rest_lightning.streaming.options import EngineOptions
-    from rest_lightning.streaming.session import StreamingSession
+    from rest_lightning.models.vae import VideoAutoencoder
+    from rest_lightning.streaming.engine import EngineOptions
 
 INDEX_FILE = "model_index.json"
 EMBEDDED_FOLDER = Path(__file__).parent / "assets" / "embedded"
 MAX_SHARD_BYTES = 11_500_000
 
 
-@dataclass
-class SamplingSettings:
-    """How a model wants to be sampled; the defaults of ``open``.
-
-    Attributes:
-        num_steps: Euler steps per chunk (REST: 8).
-        guidance: weight of the branch with reference and speech: ``a`` of joint guidance (REST: 6), ``b`` of split
-            guidance (READ: 6); 1 without reference_guidance runs that branch alone.
-        shift: shift of the sigma table (SD3's form); None takes LTX's, which follows the number of tokens.
-        reference_guidance: weight ``a`` of the branch with the reference alone in split guidance (READ: 2); at 0 split
-            guidance is joint guidance, and that branch does not run.
-
-    Raises:
-        UserError: no step, a weight that is not finite, or a shift that is not positive.
-    """
-
-    num_steps: int = 8
-    guidance: float = 6.0
-    shift: float | None = None
-    reference_guidance: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.num_steps < 1:
-            raise UserError(f"expected at least 1 denoising step, got {self.num_steps}: 8 is the paper's choice")
-        for name in ("guidance", "reference_guidance"):
-            if not math.isfinite(getattr(self, name)):
-                raise UserError(f"expected a finite {name}, got {getattr(self, name)}: READ's are 6 and 2")
-        if self.shift is not None and not 0.0 < self.shift < math.inf:
-            raise UserError(f"expected a positive shift of the sigma table, got {self.shift}: 1 leaves it straight")
-
-    @property
-    def branches(self) -> Guidance:
-        """The weights of guidance, with what is done with them."""
-        return Guidance(self.guidance, self.reference_guidance)
 
 
-@dataclass
-class SamplingChanges:
-    """What is to differ from a model's own :class:`SamplingSettings`; None keeps a value as it is."""
-
-    num_steps: int | None = None
-    guidance: float | None = None
-    shift: float | None = None
-    reference_guidance: float | None = None
-
-    def of(self, settings: SamplingSettings) -> SamplingSettings:
-        """``settings`` with the changes."""
-        return replace(settings, **{name: value for name, value in asdict(self).items() if value is not None})
 
 
 class TalkingHead(nn.Module):
@@ -99,7 +53,7 @@ class TalkingHead(nn.Module):
         speech_encoder: SpeechEncoder,
         speech_ae: SpeechAE,
         transformer: A2VDiT,
-        sampling: SamplingSettings | None = None,
+        sampling: Sampling | None = None,
         size_px: int | None = None,
     ) -> None:
         super().__init__()
@@ -113,7 +67,7 @@ class TalkingHead(nn.Module):
                 f"got {transformer.config['in_channels']}: use one number for both"
             )
         self.vae, self.speech_encoder, self.speech_ae, self.transformer = vae, speech_encoder, speech_ae, transformer
-        self.sampling = sampling or SamplingSettings()
+        self.sampling = sampling or Sampling()
         self.size_px: int = size_px or _size_of(transformer)
         self.requires_grad_(False).eval()
 
@@ -152,9 +106,6 @@ class TalkingHead(nn.Module):
         Raises:
             UserError: a portrait or a value that is no good, or not enough memory.
         """
-        from rest_lightning.data.portrait import load_portrait
-        from rest_lightning.streaming.session import StreamingSession
-
         if not isinstance(portrait, torch.Tensor):
             portrait = load_portrait(portrait, self.size_px, crop)
         changes = SamplingChanges(num_steps, guidance, shift, reference_guidance)
@@ -181,8 +132,6 @@ class TalkingHead(nn.Module):
         Raises:
             UserError: no row, a value that is no good, or not enough memory.
         """
-        from rest_lightning.streaming.batch import BatchSession
-
         sampling = SamplingChanges(num_steps, guidance, shift, reference_guidance).of(self.sampling)
         return BatchSession(self, num_rows, sampling=sampling, options=options, max_waiting_s=max_waiting_s)
 
@@ -204,7 +153,7 @@ class TalkingHead(nn.Module):
             )
         index = json.loads(index_file.read_text())
         parts = {name: open_part(name, folder) for name in PART_NAMES}
-        head = cls(**parts, sampling=SamplingSettings(**index["sampling"]), size_px=index["size_px"])  # type: ignore[arg-type]
+        head = cls(**parts, sampling=Sampling(**index["sampling"]), size_px=index["size_px"])  # type: ignore[arg-type]
         _move(head, device)
         head.set_dtype(dtype)
         return head
@@ -224,8 +173,6 @@ class TalkingHead(nn.Module):
             path: the folder.
             dtype: of the stored weights; statistics of the latents stay float32.
         """
-        from rest_lightning import __version__
-
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
@@ -234,7 +181,7 @@ class TalkingHead(nn.Module):
                 _save_part(getattr(self, name), temporary / name, dtype)
             index = {
                 "_class_name": "TalkingHead",
-                "version": __version__,
+                "version": VERSION,
                 "size_px": self.size_px,
                 "sampling": asdict(self.sampling),
                 "parts": {name: type(getattr(self, name)).__name__ for name in PART_NAMES},
@@ -253,6 +200,39 @@ class TalkingHead(nn.Module):
             shutil.rmtree(replaced, ignore_errors=True)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which model a command loads, and how it computes.
+
+    Attributes:
+        model: model folder; None takes the embedded model.
+        num_threads: of torch; None leaves its choice.
+        dtype: ``auto`` takes bfloat16 on processors that compute it natively, else float32.
+        device: ``auto`` takes a CUDA device where there is one.
+    """
+
+    model: Path | None = None
+    num_threads: int | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+
+    def load(self) -> TalkingHead:
+        """Returns the model on its device, with torch's threads set.
+
+        Raises:
+            UserError: no such model, device or type, or too little memory.
+        """
+        if self.num_threads is not None:
+            torch.set_num_threads(self.num_threads)
+        device = self.device
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        elif device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
+            raise UserError(f"expected device auto, cpu or an available cuda, got {device}: try --device cpu")
+        dtype = dtype_on(self.dtype, device.partition(":")[0])
+        return TalkingHead.from_pretrained(self.model, device=device, dtype=dtype)
 
 
 def _move(head: TalkingHead, device: str) -> None:

@@ -87,9 +87,9 @@ def check_values(recipe: Any, config: Any, stage: str, file: str) -> None:
 def stream(module: Any) -> np.ndarray:
     """One and a half seconds of a student's stream."""
     from rest_lightning.callbacks.previews import borrowed_head
-    from rest_lightning.talking_head import SamplingSettings
+    from rest_lightning.diffusion.sampling import Sampling
 
-    with borrowed_head(module, SamplingSettings(num_steps=2, shift=1.0), 64) as head:
+    with borrowed_head(module, Sampling(num_steps=2, shift=1.0), 64) as head:
         session = head.open(torch.zeros(3, 64, 64))
         return np.concatenate([session.push(np.zeros(40_000, np.float32)), session.flush()])
 

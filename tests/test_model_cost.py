@@ -15,11 +15,11 @@ import torch
 from tiny_ltx import make_vae
 from torch import Tensor, nn
 
-from rest_lightning.models.autoencoder import CompactVAE
-from rest_lightning.models.cache import CacheOptions, IDContextCache
+from rest_lightning.models.cache import CacheOptions
 from rest_lightning.models.speech import LogMelEncoder, WhisperEncoder
 from rest_lightning.models.speech_ae import SpeechAE
 from rest_lightning.models.transformer import A2VDiT
+from rest_lightning.models.vae import CompactVAE
 
 ROOT = Path(__file__).resolve().parent.parent
 SPEECH_DIM, SPEECH_TOKENS = 10, 2
@@ -74,7 +74,7 @@ def test_step_formula(tools: ModuleType, rows: int, length: int, cells: int, tex
     prompt = {"caption_channels": 12, "prompt_length": 5} if text else {}
     with torch.device("meta"), torch.no_grad():
         model = make_model(attention="chunked", cache_options=CacheOptions(chunk_length=length), **prompt)
-        cache = IDContextCache.allocate(model, rows, 2, cells // 2)
+        cache = model.new_cache(rows, 2, cells // 2)
         own, sigma = model.project_prompt(rows), model.embed_sigma(torch.empty(1, 1))
         model.prefill(torch.empty(rows, 6, 1, 2, cells // 2), cache, text_embeds=own)
         speech = model.project_speech(torch.empty(rows, length, SPEECH_TOKENS, SPEECH_DIM))

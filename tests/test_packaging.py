@@ -108,7 +108,7 @@ def test_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> None:
         for path in (ROOT / "rest_lightning" / "assets").rglob("*")
         if path.suffix in {".safetensors", ".json", ".png", ".wav"}
     }
-    assert files >= modules | assets | {"rest_lightning/py.typed", "rest_lightning/evaluation/page.html"}
+    assert files >= modules | assets | {"rest_lightning/py.typed", "rest_lightning/media/page.html"}
     assert {name.split("/")[0].split("-")[0] for name in files} == {"rest_lightning"}
     assert not any(name.startswith("callbacks/") for name in files)
 

@@ -15,8 +15,8 @@ from tiny_ltx import CONFIGS as LTX_CONFIGS
 from tiny_ltx import make_ltx
 
 from rest_lightning import lightning_cli
+from rest_lightning.diffusion.sampling import Sampling
 from rest_lightning.errors import UserError
-from rest_lightning.talking_head import SamplingSettings
 from rest_lightning.torchvision_compat import ensure_torchvision
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -127,7 +127,7 @@ def test_teacher_starts_from_ltx(paper: TinyPaper) -> None:
 def test_student_streams_with_its_prompt(paper: TinyPaper) -> None:
     from rest_lightning.callbacks.previews import borrowed_head
 
-    with borrowed_head(paper.clis["asd"].model, SamplingSettings(num_steps=2, guidance=6.0), 64) as head:
+    with borrowed_head(paper.clis["asd"].model, Sampling(num_steps=2, guidance=6.0), 64) as head:
         assert head.transformer.prompt_embeds.shape == (6, 10)
         session = head.open(torch.zeros(3, 64, 64))
         frames = np.concatenate([session.push(np.zeros(40_000, np.float32)), session.flush()])

@@ -107,7 +107,7 @@ def test_targets_are_met_only_where_they_count(streaming: ModuleType) -> None:
 
 def test_speech_repeats_without_gaps(streaming: ModuleType) -> None:
     scenarios = importlib.import_module("benchmarks._scenarios")
-    from rest_lightning.data.audio import open_speech
+    from rest_lightning.media.audio import open_speech
 
     recording = open_speech(scenarios.SPEECH).read_all()
     joined = np.concatenate(list(scenarios.speech(45.3)))

@@ -16,8 +16,8 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from rest_lightning.cli import main as rest
-from rest_lightning.data.clips import PreparedClips
-from rest_lightning.data.latents import LatentsCache
+from rest_lightning.data.dataset import PreparedClips
+from rest_lightning.data.window_cache import LatentsCache
 from rest_lightning.errors import UserError
 from rest_lightning.models.speech import LogMelEncoder
 from rest_lightning.parts import build_part, read_part

@@ -110,10 +110,9 @@ def plan(args: argparse.Namespace) -> list[Variant]:
 
 def tabulate(args: argparse.Namespace, variants: list[Variant], failed: list[str]) -> None:
     """Write OUT/ablation.md and OUT/ablation.json from the rows so far."""
-    from rest_lightning.evaluation.board import make_board
-    from rest_lightning.evaluation.board_text import to_json, to_markdown
+    from rest_lightning.evaluation.board import make_board, to_json, to_markdown
     from rest_lightning.evaluation.row import read_rows
-    from rest_lightning.streaming.output import whole_file
+    from rest_lightning.media.files import whole_file
 
     files = [_folder(args, variant, seed) / "row.json" for variant in variants for seed in range(args.seeds)]
     rows = [row for file in files if file.is_file() for row in read_rows(file)]

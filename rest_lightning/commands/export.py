@@ -29,11 +29,12 @@ def run(args: argparse.Namespace) -> int:
     check_folder(args.out, args.overwrite)
     import torch
 
+    from rest_lightning.diffusion.sampling import Sampling, SamplingChanges
     from rest_lightning.parts import open_part, open_speech_encoder
-    from rest_lightning.talking_head import SamplingChanges, SamplingSettings, TalkingHead
+    from rest_lightning.talking_head import TalkingHead
 
     changes = SamplingChanges(args.num_steps, args.guidance, args.shift, args.reference_guidance)
-    sampling = changes.of(SamplingSettings())
+    sampling = changes.of(Sampling())
     sources = {"transformer": args.checkpoint, "speech_ae": args.speech_ae, "vae": args.vae}
     parts = {name: open_part(name, source or args.checkpoint) for name, source in sources.items()}
     parts["speech_encoder"] = open_speech_encoder(args.speech_encoder or args.checkpoint)

@@ -28,11 +28,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Read all rows, then write all files."""
-    from rest_lightning.evaluation.board import make_board
-    from rest_lightning.evaluation.board_text import to_json, to_markdown
+    from rest_lightning.evaluation.board import make_board, to_json, to_markdown
     from rest_lightning.evaluation.page import to_html
     from rest_lightning.evaluation.row import read_rows, row_files
-    from rest_lightning.streaming.output import whole_file
+    from rest_lightning.media.files import whole_file
 
     files = [file for file in row_files(args.results) if args.out not in file.parents]
     rows = [(file, row) for file in files for row in read_rows(file)]
@@ -62,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _media_beside(file: Path, max_mb: float) -> list[Path]:
-    from rest_lightning.evaluation.page import MEDIA_TYPES
+    from rest_lightning.media.html import MEDIA_TYPES
 
     found = [path for suffix in MEDIA_TYPES if (path := file.with_suffix(suffix)).is_file()]
     for path in found:

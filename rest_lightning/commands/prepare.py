@@ -110,7 +110,7 @@ def _numbers(text: str) -> list[float]:
 def _check_packages(options: Any) -> None:
     """What no video could be prepared without is told before the first one."""
     if options.finds_faces:
-        from rest_lightning.data.preparation.faces import check_detector
+        from rest_lightning.media.faces import check_detector
 
         check_detector(options.detector)
     if options.sync_weights is not None:
@@ -133,3 +133,28 @@ def _summarise(out: Path, num_videos: int, rows: list[Any]) -> None:
         print(f"dropped {status['dropped']}: {why}")
     if status["failed"]:
         print(f"failed {status['failed']}: the reasons are in {out / 'prepare.jsonl'}")
+
+
+def add_synthesize_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    parser.add_argument("--out", type=Path, required=True, help="folder of the dataset")
+    parser.add_argument("--num-clips", type=int, required=True, help="clips in all splits together; may grow later")
+    parser.add_argument("--size-px", type=int, default=128, help="side of the frames (default 128)")
+    parser.add_argument("--num-frames", type=int, default=113, help="frames per clip at 25 fps (default 113)")
+    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same clips (default 0)")
+    parser.add_argument("--num-workers", type=int, default=2, help="processes (default 2)")
+    parser.add_argument("--val-fraction", type=float, default=0.05, help="share of validation clips (default 0.05)")
+    parser.add_argument("--test-fraction", type=float, default=0.05, help="share of test clips (default 0.05)")
+    parser.add_argument("--overwrite", action="store_true", help="delete the synthetic dataset in OUT first")
+
+
+def run_synthesize(args: argparse.Namespace) -> int:
+    """Render synthetic talkers in the prepared-clip layout, with their speech and true mouth opening.
+
+    Needs the extra: pip install 'rest_lightning[synthetic]'
+    """
+    from rest_lightning.data.synthetic.synthesize import synthesize
+
+    folder = synthesize(**vars(args))
+    print(f"{folder}: {args.num_clips} clips")
+    return 0

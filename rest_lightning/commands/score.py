@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Score all pairs and write the row. Exit code 1 when a clip failed."""
     from rest_lightning.evaluation.protocol import read_protocol
-    from rest_lightning.streaming.output import check_output
+    from rest_lightning.media.files import check_output
 
     protocol = read_protocol(args.protocol)
     if args.num_frames is not None:

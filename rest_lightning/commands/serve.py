@@ -16,13 +16,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rest_lightning.commands.talk import TalkOptions, load_model, positive
+from rest_lightning.commands.talk import positive
 from rest_lightning.constants import FPS
 from rest_lightning.errors import UserError
 
 if TYPE_CHECKING:
     from rest_lightning.serve.limits import Limits
     from rest_lightning.serve.server import PageServer, ServerOptions
+    from rest_lightning.talking_head import ModelOptions
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     spin_briefly()
     try:
         from rest_lightning.serve.limits import Limits
-        from rest_lightning.serve.logs import LOG, log_as_json
+        from rest_lightning.serve.metrics import LOG, log_as_json
         from rest_lightning.serve.server import ServerOptions
     except ModuleNotFoundError as error:
         raise UserError(f"expected the package {error.name}, found none: pip install 'rest-lightning[serve]'") from None
@@ -63,9 +64,9 @@ def run(args: argparse.Namespace) -> int:
     options.tls()  # before the model is loaded
     if not 0 <= args.port <= 65535:
         raise UserError(f"expected a port from 0 to 65535, got {args.port}: 8765 is the default")
-    model = TalkOptions(
-        Path(), "", Path(), args.model, num_threads=args.num_threads, dtype=args.dtype, device=args.device
-    )
+    from rest_lightning.talking_head import ModelOptions
+
+    model = ModelOptions(args.model, args.num_threads, args.dtype, args.device)
     limits = Limits(
         max_sessions=args.max_sessions,
         max_per_address=args.max_per_address or args.max_sessions,
@@ -92,11 +93,11 @@ def spin_briefly() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
-def _run_here(args: argparse.Namespace, model: TalkOptions, options: ServerOptions, limits: Limits) -> None:
+def _run_here(args: argparse.Namespace, model: ModelOptions, options: ServerOptions, limits: Limits) -> None:
     from rest_lightning.serve.scheduler import Scheduler
     from rest_lightning.serve.server import LiveServer
 
-    head = load_model(model)
+    head = model.load()
     print("warming up the model", flush=True)
     scheduler = Scheduler(head, limits.max_sessions)
     scheduler.start()
@@ -108,7 +109,7 @@ def _run_here(args: argparse.Namespace, model: TalkOptions, options: ServerOptio
         server.service.close()
 
 
-def _run_on_ray(args: argparse.Namespace, model: TalkOptions, options: ServerOptions, limits: Limits) -> None:
+def _run_on_ray(args: argparse.Namespace, model: ModelOptions, options: ServerOptions, limits: Limits) -> None:
     """The same with replicas of the model; ``limits.max_sessions`` is that of each."""
     try:
         from rest_lightning.serve import ray_engine

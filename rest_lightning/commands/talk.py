@@ -16,19 +16,17 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
-from rest_lightning.constants import FPS, TEMPORAL_RATIO
-from rest_lightning.dtypes import dtype_on
+from rest_lightning.constants import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME, TEMPORAL_RATIO
 from rest_lightning.errors import UserError
-from rest_lightning.streaming.output import check_output
+from rest_lightning.media.files import check_output
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from rest_lightning.data.audio import SpeechSource
-    from rest_lightning.data.portrait import Crop
-    from rest_lightning.streaming.pipe import PipeFormat
+    from rest_lightning.media.audio import SpeechSource
+    from rest_lightning.media.portrait import Crop
+    from rest_lightning.media.writer import PipeFormat, VideoWriter
     from rest_lightning.streaming.report import StreamReport
-    from rest_lightning.streaming.writer import VideoWriter
     from rest_lightning.talking_head import TalkingHead
 
 
@@ -40,7 +38,7 @@ class TalkOptions:
         portrait, speech: files; speech ``-`` is a pipe.
         out: the mp4; ``-`` is a pipe.
         model: model folder; None takes the embedded model.
-        crop: of the portrait, see :func:`rest_lightning.data.portrait.read_portrait`.
+        crop: of the portrait, see :func:`rest_lightning.media.portrait.read_portrait`.
         overwrite: whether existing outputs may be replaced.
         seed, num_steps, guidance, reference_guidance: see :meth:`rest_lightning.talking_head.TalkingHead.open`.
         report, sheet: JSON and PNG to write beside the video; None writes none.
@@ -51,7 +49,7 @@ class TalkOptions:
         quiet: without progress bar and table.
         live: put silence where the pipe pauses, see :class:`rest_lightning.streaming.live.LiveSpeech`.
         format: of the video in a pipe: ``mp4`` (fragmented, with sound; the default) or ``rgb24``.
-        profile: JSON for a Chrome trace of three chunks, see :class:`rest_lightning.streaming.profile.ChunkProfiler`.
+        profile: JSON for a Chrome trace of three chunks, see :class:`rest_lightning.streaming.report.ChunkProfiler`.
     """
 
     portrait: Path
@@ -127,8 +125,8 @@ def talk(options: TalkOptions) -> StreamReport:
         UserError: portrait, speech, model or an output is not usable.
         KeyboardInterrupt: after Ctrl-C, with a message that says what was kept.
     """
-    from rest_lightning.data.audio import open_speech
-    from rest_lightning.data.portrait import find_portrait
+    from rest_lightning.media.audio import open_speech
+    from rest_lightning.media.portrait import find_portrait
 
     _check_outputs(options)
     found = find_portrait(options.portrait, options.crop, option="--crop")
@@ -136,7 +134,9 @@ def talk(options: TalkOptions) -> StreamReport:
         for note in found.notes:
             print(f"note: {note}", file=sys.stderr)
     speech = open_speech(options.speech, stdin=options.stdin)
-    model = load_model(options)
+    from rest_lightning.talking_head import ModelOptions
+
+    model = ModelOptions(options.model, options.num_threads, options.dtype, options.device).load()
     portrait = found.square(model.size_px)
     report = _stream(model, portrait, speech, options)
     report.configuration |= {
@@ -153,28 +153,11 @@ def talk(options: TalkOptions) -> StreamReport:
     return report
 
 
-def load_model(options: TalkOptions) -> TalkingHead:
-    """The model on its device, with torch's threads set."""
-    import torch
-
-    from rest_lightning.talking_head import TalkingHead
-
-    if options.num_threads is not None:
-        torch.set_num_threads(options.num_threads)
-    device = options.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    elif device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
-        raise UserError(f"expected device auto, cpu or an available cuda, got {device}: try --device cpu")
-    dtype = dtype_on(options.dtype, device.partition(":")[0])
-    return TalkingHead.from_pretrained(options.model, device=device, dtype=dtype)
-
-
 def _stream(model: TalkingHead, portrait: np.ndarray, speech: SpeechSource, options: TalkOptions) -> StreamReport:
-    from rest_lightning.commands._progress import TalkProgress
-    from rest_lightning.streaming.background import BackgroundWriter, write_stream
+    from rest_lightning.media.writer import BackgroundWriter
     from rest_lightning.streaming.live import LiveSpeech
-    from rest_lightning.streaming.profile import ChunkProfiler
+    from rest_lightning.streaming.report import ChunkProfiler
+    from rest_lightning.streaming.session import write_stream
 
     writer = _open_writer(model, options)
     sampling = {name: getattr(options, name) for name in ("num_steps", "guidance", "reference_guidance")}
@@ -216,10 +199,10 @@ def _stream(model: TalkingHead, portrait: np.ndarray, speech: SpeechSource, opti
 
 def _open_writer(model: TalkingHead, options: TalkOptions) -> VideoWriter:
     if options.to_pipe:
-        from rest_lightning.streaming.pipe import open_pipe
+        from rest_lightning.media.writer import open_pipe
 
         return open_pipe(options.stdout or sys.stdout.buffer, model.size_px, options.format or "mp4")
-    from rest_lightning.streaming.writer import Mp4Writer
+    from rest_lightning.media.writer import Mp4Writer
 
     return Mp4Writer(options.out, model.size_px, overwrite=options.overwrite)
 
@@ -232,8 +215,8 @@ def _console(options: TalkOptions) -> Console:
 
 
 def _draw_sheet(portrait: np.ndarray, report: StreamReport, options: TalkOptions) -> None:
+    from rest_lightning.media.sheet import draw_contact_sheet
     from rest_lightning.metrics.mouth import mouth_opening, shipped_estimator
-    from rest_lightning.streaming.sheet import draw_contact_sheet
 
     assert options.sheet is not None
     try:
@@ -297,3 +280,66 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text!r}")
     return int(text)
+
+
+class TalkProgress:
+    """A bar on stderr: frames, frames per second, times real time; without a total for pipes."""
+
+    def __init__(self, duration_s: float | None, quiet: bool) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
+        from rich.progress import TimeRemainingColumn as Remaining
+
+        total = None if duration_s is None else -(-round(duration_s * SAMPLE_RATE) // SAMPLES_PER_FRAME)
+        self._bar = Progress(
+            SpinnerColumn(),
+            TextColumn("talking"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("frames  {task.fields[speed]}"),
+            Remaining(),
+            console=Console(stderr=True),
+            disable=quiet,
+        )
+        self._task = self._bar.add_task("talking", total=total, speed="")
+
+    def advance(self, num_frames: int) -> None:
+        """Counts frames that are written."""
+        self._bar.update(self._task, advance=num_frames)
+        task = self._bar.tasks[self._task]
+        if task.elapsed:
+            speed = task.completed / task.elapsed
+            self._bar.update(self._task, speed=f"{speed:.1f} fps  {speed / FPS:.2f} x real time")
+
+    def __enter__(self) -> TalkProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+
+ASSETS = Path(__file__).resolve().parent.parent / "assets"
+PORTRAIT, SPEECH = ASSETS / "portrait.png", ASSETS / "speech.wav"
+
+
+def add_demo_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    parser.add_argument("--out", type=Path, default=Path("outputs"), help="folder (default outputs)")
+    add_model_arguments(parser)
+
+
+def run_demo(args: argparse.Namespace) -> int:
+    """Stream the bundled portrait and speech to OUT/demo.mp4, with demo.json (a report) and demo.png (a sheet)."""
+    options = vars(args)
+    folder: Path = options.pop("out")
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"expected a folder for the demo, got the file {folder}: choose another name with --out")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"expected to make {folder}, got '{error.strerror}': choose another --out") from error
+    video, report, sheet = (folder / f"demo{suffix}" for suffix in (".mp4", ".json", ".png"))
+    talk(TalkOptions(PORTRAIT, str(SPEECH), video, overwrite=True, report=report, sheet=sheet, **options))
+    print("\n".join(f"wrote {path}" for path in (video, report, sheet)))
+    return 0

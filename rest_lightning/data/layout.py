@@ -15,28 +15,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-import os
 import re
-import uuid
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from rest_lightning.constants import FPS, SAMPLE_RATE
 from rest_lightning.errors import UserError
+from rest_lightning.media.files import PathLike, rounded, sha256_of, write_text_atomic
 
 LAYOUT_VERSION = 1
 SPLITS = ("train", "val", "test")
 LANDMARKS = ("mouth", "left_eye", "right_eye")
 WAY_OUT = "make one with `rest synthesize --out FOLDER`, or bring clips of your own into this layout"
-DECIMALS = 4  # of every number in a JSON array: 1e-4 of the image side is far below a pixel
 
 _CLIP_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
-PathLike = str | os.PathLike[str]
 
 
 @dataclass(frozen=True)
@@ -129,43 +124,12 @@ def manifest_path(root: PathLike) -> Path:
     return Path(root) / "manifest.jsonl"
 
 
-def temporary_path(path: PathLike) -> Path:
-    """A hidden unused name in ``path``'s folder with its suffix: write there, then ``os.replace`` to ``path``."""
-    path = Path(path)
-    return path.with_name(f".{path.stem}.{os.getpid()}-{uuid.uuid4().hex[:8]}.part{path.suffix}")
 
 
-def write_text_atomic(path: PathLike, text: str) -> None:
-    """Write ``text`` (UTF-8) so that ``path`` is either the old file or the whole new one; makes the folder."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_path(path)
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink()
-        raise
 
 
-def sha256_of(path: PathLike) -> str:
-    """Hex SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def rounded(value: Any, decimals: int = DECIMALS) -> Any:
-    """``value`` as plain JSON types: arrays become lists, floats are rounded, NaN and infinity become None."""
-    if hasattr(value, "tolist"):  # numpy arrays and scalars, torch tensors
-        value = value.tolist()
-    if isinstance(value, float):
-        return round(value, decimals) if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): rounded(item, decimals) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [rounded(item, decimals) for item in value]
-    return value
 
 
 def write_sidecar(root: PathLike, sidecar: Sidecar) -> Path:

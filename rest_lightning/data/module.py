@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from rest_lightning.data.augment import SpeechAugmentation
-from rest_lightning.data.clips import PreparedClips, Reference, WindowKey
-from rest_lightning.data.latents import LatentsCache
+from rest_lightning.data.clips import Reference
+from rest_lightning.data.dataset import PreparedClips, WindowKey
 from rest_lightning.data.layout import read_manifest
-from rest_lightning.data.speech_cache import SpeechCache
 from rest_lightning.data.streams import BLOCK_SAMPLES, PredictPair, SpeechStream, read_pairs
+from rest_lightning.data.window_cache import LatentsCache, SpeechCache
 from rest_lightning.errors import UserError
 from rest_lightning.torchvision_compat import ensure_torchvision
 

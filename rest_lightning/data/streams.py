@@ -13,9 +13,9 @@ from typing import Any, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
-from rest_lightning.data.audio import SpeechSource, open_speech
-from rest_lightning.data.portrait import parse_crop
 from rest_lightning.errors import UserError
+from rest_lightning.media.audio import SpeechSource, open_speech
+from rest_lightning.media.portrait import parse_crop
 
 BLOCK_SAMPLES = 16_000
 _FORM = '{"portrait": "a.png", "speech": "a.wav", "name": "optional"}'

@@ -15,15 +15,18 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Protocol, Self
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from rest_lightning.constants import num_latent_frames
-from rest_lightning.data.clips import CorruptClip, check_clip_file, select_rows
-from rest_lightning.data.layout import ManifestRow, read_manifest, temporary_path, write_text_atomic
+from rest_lightning.data.clips import CorruptClip, check_clip_file, cut_audio, load_frames, load_tracks, select_rows
+from rest_lightning.data.layout import ManifestRow, read_manifest
 from rest_lightning.errors import UserError
+from rest_lightning.media.files import whole_file, write_text_atomic
+from rest_lightning.models.speech import SpeechEncoder
 
 CACHE_VERSION = 1
 # A clip, the first frames of its windows and its reference frames -> a tensor for each of them.
@@ -228,12 +231,8 @@ class WindowCache:
                 if references:
                     tensors["references"] = stack(references)
                 path = folder / f"{cls.prefix}-{number:05d}.safetensors"
-                temporary = temporary_path(path)
-                try:
+                with whole_file(path) as temporary:
                     save_file(tensors, temporary)
-                    os.replace(temporary, path)
-                finally:
-                    temporary.unlink(missing_ok=True)
                 index["shards"].append(path.name)
                 done.update(entries)
                 _write_index(folder, index)
@@ -324,3 +323,220 @@ def _groups(rows: Sequence[ManifestRow], size: int) -> Iterator[Iterable[Manifes
 
 def _write_index(folder: Path, index: dict[str, Any]) -> None:
     write_text_atomic(folder / "index.json", json.dumps(index))
+
+
+# -- latents ---------------------------------------------------------------------------------------
+# VAE latents of a data set on disk, computed once for the DiT stages.
+#
+# Windows (N, C, f, h, w) and references (M, C, 1, h, w), as
+# :mod:`rest_lightning.data.window_cache` tells.
+
+Precision = Literal["bfloat16", "float32"]
+
+
+class FrameEncoder(Protocol):
+    """Any VAE: frames (B, 3, F, H, W) in [-1, 1] -> latents (B, C, f, h, w)."""
+
+    def encode(self, frames: Tensor) -> Tensor: ...
+
+
+class LatentsCache(WindowCache):
+    """Latents of `encode_dataset`; `window` gives (C, f, h, w)."""
+
+    content, network, prefix = "latents", "VAE", "latents"
+
+    def reference(self, clip_id: str, number: int) -> Tensor:
+        """Latents (C, 1, h, w), float32, of the clip's reference frame ``number``, encoded on its own."""
+        entry = self._clips[clip_id]
+        return self._row(entry["shard"], "references", entry["reference_row"] + number)
+
+    def sample(self, clip_id: str, rng: np.random.Generator | None, random_reference: bool) -> tuple[int, Tensor]:
+        """Start frame and latents (C, f, h, w) of one window: a random one, or without ``rng`` the middle one.
+
+        ``random_reference`` puts one of the clip's single-frame latents into slot 0. The causal encoder treats the
+        first frame on its own, so that is the latent of the window with another reference (METHOD sec. 2).
+        """
+        number = self.choose(clip_id, rng)
+        latents = self.window(clip_id, number)
+        if random_reference:
+            num_references = len(self._clips[clip_id]["reference_frames"])
+            if not num_references:
+                raise UserError(
+                    f"{self.folder}: expected latents of reference frames for reference=random_frame, got none: "
+                    "make them with `rest encode --references_per_clip 4`"
+                )
+            choice = 0 if rng is None else int(rng.integers(num_references))
+            latents = torch.cat([self.reference(clip_id, choice), latents[:, 1:]], dim=1)
+        return self.starts(clip_id)[number], latents
+
+
+def encode_dataset(
+    vae: FrameEncoder,
+    data_dir: str | os.PathLike[str],
+    out_dir: str | os.PathLike[str],
+    *,
+    fingerprint: str,
+    num_frames: int = 97,
+    windows_per_clip: int = 1,
+    references_per_clip: int = 0,
+    splits: Sequence[str] = ("train", "val", "test"),
+    dtype: Precision = "bfloat16",
+    batch_size: int = 4,
+    device: str | torch.device = "cpu",
+    clips_per_shard: int = 64,
+    max_corrupt: float = 0.02,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> LatentsCache:
+    """Encode windows of every clip of a data set and write them to ``out_dir``; continues an interrupted run.
+
+    Args:
+        vae: gives latents (B, C, f, h, w) of frames (B, 3, F, H, W) in [-1, 1]; should be in evaluation mode.
+        data_dir: prepared clips.
+        out_dir: folder of the cache.
+        fingerprint: text that identifies the VAE's weights.
+        num_frames: window length, 8n + 1.
+        windows_per_clip: windows evenly spread over each clip (fewer where a clip has fewer starts).
+        references_per_clip: single frames evenly spread, encoded on their own, for ``reference=random_frame``.
+        splits: which clips.
+        dtype: of the stored latents.
+        batch_size: windows encoded at once.
+        device: where the VAE is.
+        clips_per_shard: clips per file.
+        max_corrupt: unreadable clips that are left out: below 1 a fraction, else a number.
+        overwrite: drop a cache that was made in another way.
+        progress: show a progress bar.
+
+    Raises:
+        UserError: no data set, a cache of another VAE or other settings, or too many unreadable clips.
+    """
+    encode = _Encoder(vae, torch.device(device), getattr(torch, dtype), batch_size)
+
+    def read_clip(row: ManifestRow, starts: list[int], frames: list[int]) -> tuple[list[Tensor], list[Tensor]]:
+        (clip,) = load_frames(data_dir, row)
+        windows = encode([clip[start : start + num_frames] for start in starts])
+        return windows, encode([clip[frame : frame + 1] for frame in frames])
+
+    return LatentsCache.encode(
+        read_clip,
+        data_dir,
+        out_dir,
+        fingerprint=fingerprint,
+        num_frames=num_frames,
+        windows_per_clip=windows_per_clip,
+        references_per_clip=references_per_clip,
+        splits=splits,
+        dtype=dtype,
+        clips_per_shard=clips_per_shard,
+        max_corrupt=max_corrupt,
+        overwrite=overwrite,
+        progress=progress,
+    )
+
+
+class _Encoder:
+    """Encodes uint8 pieces of one length in batches and gives them back one by one in the storage precision."""
+
+    def __init__(self, vae: FrameEncoder, device: torch.device, dtype: torch.dtype, batch_size: int) -> None:
+        self.vae, self.device, self.dtype, self.batch_size = vae, device, dtype, batch_size
+
+    @torch.inference_mode()
+    def __call__(self, pieces: Sequence[np.ndarray]) -> list[Tensor]:
+        out: list[Tensor] = []
+        for low in range(0, len(pieces), self.batch_size):
+            batch = torch.from_numpy(np.stack(pieces[low : low + self.batch_size])).to(self.device)
+            frames = batch.permute(0, 4, 1, 2, 3).to(torch.float32, memory_format=torch.contiguous_format)
+            out += self.vae.encode(frames.mul_(1 / 127.5).sub_(1)).to(self.dtype).cpu().unbind(0)
+        return out
+
+
+# -- speech features -------------------------------------------------------------------------------
+# Speech features of a data set on disk, computed once for the stages after SpeechAE, or for
+# SpeechAE itself.
+#
+# Kept in float32 and without the repetitions of overlapping windows (`SpeechEncoder.pack`), as
+# (n, D_A) per window. :mod:`rest_lightning.data.window_cache` tells how they lie there.
+
+class SpeechCache(WindowCache):
+    """Speech features of `encode_speech`; `window` gives the packed steps (n, D_A)."""
+
+    content, network, prefix = "speech features", "speech encoder", "speech"
+
+    def at(self, clip_id: str, start: int) -> Tensor:
+        """Packed steps (n, D_A), float32, of the window that begins with frame ``start`` of the clip."""
+        return self.window(clip_id, self.starts(clip_id).index(start))
+
+    def check_windows(self, latents: WindowCache, rows: Sequence[ManifestRow]) -> None:
+        """UserError unless every window of ``latents`` has its speech features."""
+        for row in rows:
+            missing = set(latents.starts(row.clip_id)) - set(self.starts(row.clip_id))
+            if missing:
+                raise UserError(
+                    f"{self.folder}: expected speech features of the windows of {latents.folder}, got none of frame "
+                    f"{min(missing)} of clip {row.clip_id}: make both with the same --windows-per-clip"
+                )
+
+
+def encode_speech(
+    encoder: SpeechEncoder,
+    data_dir: str | os.PathLike[str],
+    out_dir: str | os.PathLike[str],
+    *,
+    fingerprint: str,
+    num_frames: int = 97,
+    windows_per_clip: int = 1,
+    splits: Sequence[str] = ("train", "val", "test"),
+    device: str | torch.device = "cpu",
+    clips_per_shard: int = 64,
+    max_corrupt: float = 0.02,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> SpeechCache:
+    """Encode the speech of windows of every clip and write it to ``out_dir``; continues an interrupted run.
+
+    Args:
+        encoder: the frozen speech encoder of the stages to come.
+        data_dir: prepared clips; their speech as recorded, without augmentation.
+        out_dir: folder of the cache.
+        fingerprint: text that identifies the encoder's weights and settings.
+        num_frames: window length, 8n + 1.
+        windows_per_clip: windows evenly spread over each clip (fewer where a clip has fewer starts).
+        splits: which clips.
+        device: where the encoder is; that of the training, for the features to be the same bit by bit.
+        clips_per_shard: clips per file.
+        max_corrupt: unreadable clips that are left out: below 1 a fraction, else a number.
+        overwrite: drop a cache that was made in another way.
+        progress: show a progress bar.
+
+    Raises:
+        UserError: no data set, a cache of another encoder or other settings, or too many unreadable clips.
+    """
+    margins = encoder.left_context_frames, encoder.lookahead_frames
+
+    @torch.no_grad()
+    def read_clip(row: ManifestRow, starts: list[int], frames: list[int]) -> tuple[list[Tensor], list[Tensor]]:
+        audio = load_tracks(data_dir, row).audio
+        windows: list[Tensor] = []
+        for start in starts:
+            samples = torch.from_numpy(cut_audio(audio, start, num_frames, *margins)).to(device)
+            features = encoder(samples[None])
+            steps = encoder.pack(features)
+            assert torch.equal(encoder.unpack(steps, num_frames), features), "windows of one block that do not overlap"
+            windows += steps.cpu().unbind(0)
+        return windows, []
+
+    return SpeechCache.encode(
+        read_clip,
+        data_dir,
+        out_dir,
+        fingerprint=fingerprint,
+        num_frames=num_frames,
+        windows_per_clip=windows_per_clip,
+        references_per_clip=0,
+        splits=splits,
+        dtype="float32",
+        clips_per_shard=clips_per_shard,
+        max_corrupt=max_corrupt,
+        overwrite=overwrite,
+        progress=progress,
+    )

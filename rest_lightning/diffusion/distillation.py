@@ -8,7 +8,6 @@ arXiv 2202.00512) in one target. On the straight path the latter's target is an 
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from rest_lightning.diffusion.noise import drop_reference, per_frame
 from rest_lightning.diffusion.rollout import Context
-from rest_lightning.diffusion.sampling import euler_step, joint_guidance
+from rest_lightning.diffusion.sampling import integrate, joint_guidance
 
 if TYPE_CHECKING:
     from rest_lightning.models.transformer import A2VDiT
@@ -73,11 +72,15 @@ def average_velocity(velocity: Callable[[Tensor, Tensor], Tensor], sample: Tenso
     """
     length = levels[0] - levels[-1]
     average = torch.zeros_like(sample)
-    for sigma, sigma_next in pairwise(levels):
-        v = velocity(sample, sigma)
-        share = torch.where(length > 0, (sigma - sigma_next) / length, 0.0)
+
+    def weighted(sample: Tensor, step: int) -> Tensor:
+        nonlocal average
+        v = velocity(sample, levels[step])
+        share = torch.where(length > 0, (levels[step] - levels[step + 1]) / length, 0.0)
         average = average + per_frame(share, sample) * v
-        sample = euler_step(sample, v, sigma, sigma_next)
+        return v
+
+    integrate(weighted, sample, levels)
     return average
 
 

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from rest_lightning.diffusion.sampling import euler_step
+from rest_lightning.diffusion.sampling import integrate
 from rest_lightning.models.cache import IDContextCache
 
 if TYPE_CHECKING:
@@ -62,7 +61,7 @@ def roll_out(
     latents = torch.cat([reference, noise], dim=2)
     levels = torch.ones(rows, 1 + num_frames, device=noise.device)
     levels[:, 0] = 0.0
-    cache = IDContextCache.allocate(model, rows, height, width)
+    cache = model.new_cache(rows, height, width)
     if options.reference_attends == "self":
         model.prefill(reference, cache)
     for start in range(1, 1 + num_frames - options.chunk_length, options.chunk_length):
@@ -70,11 +69,8 @@ def roll_out(
         is_joined = cache.reference_expected
         joined = reference if is_joined else None
         speech = None if speech_latents is None else speech_latents[:, 0 if is_joined else start : frames.stop]
-        sample = fed = latents[:, :, frames]
-        level = sigmas[0]
-        for sigma, sigma_next in pairwise(sigmas):
-            fed, level = sample, sigma
-            sample = euler_step(sample, _velocity(model, joined, sample, sigma, speech, cache), sigma, sigma_next)
+        sample, fed = _generate_chunk(model, joined, latents[:, :, frames], speech, sigmas, cache)
+        level = sigmas[-2]
         if options.cache_noise == "clean_pass":
             fed, level = sample, 0.0
             _velocity(model, joined, sample, level, speech, cache)
@@ -83,6 +79,25 @@ def roll_out(
     # Autocast may keep casts of the weights that it made without gradients: the training forward needs its own.
     torch.clear_autocast_cache()
     return Context(latents, levels)
+
+
+def _generate_chunk(
+    model: A2VDiT,
+    reference: Tensor | None,
+    noise: Tensor,
+    speech_latents: Tensor | None,
+    sigmas: Sequence[float],
+    cache: IDContextCache,
+) -> tuple[Tensor, Tensor]:
+    """Returns a finished chunk (B, C, l, h, w), and the sample that entered its last step."""
+    entered = noise
+
+    def velocity(sample: Tensor, step: int) -> Tensor:
+        nonlocal entered
+        entered = sample
+        return _velocity(model, reference, sample, sigmas[step], speech_latents, cache)
+
+    return integrate(velocity, noise, sigmas), entered
 
 
 def _velocity(

@@ -8,8 +8,8 @@ from typing import Protocol as Interface
 import numpy as np
 from numpy.typing import NDArray
 
-from rest_lightning.data.preparation.faces import FaceBoxes
 from rest_lightning.errors import UserError
+from rest_lightning.media.faces import FaceBoxes
 
 MAX_GAP_FRAMES = 25  # a face that is lost for longer ends a track there
 MIN_OVERLAP = 0.5  # intersection over union with the last box: less is another face, as in SyncNet's pipeline

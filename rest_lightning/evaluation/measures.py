@@ -15,14 +15,13 @@ from rest_lightning.errors import UserError
 from rest_lightning.evaluation.faces import FaceFinder
 from rest_lightning.evaluation.protocol import Protocol
 from rest_lightning.metrics.extractors import FeatureExtractor, load_extractor
-from rest_lightning.metrics.face_crop import face_crops
 from rest_lightning.metrics.frechet import FrechetDistance
 from rest_lightning.metrics.mouth import extractor as mouth_extractor
 from rest_lightning.metrics.sums import MeanMetric, RowMetric, check_clip
 from rest_lightning.metrics.sync import SyncScore
-from rest_lightning.metrics.talking import KEYS as TALKING_KEYS
-from rest_lightning.metrics.talking import row_scores
-from rest_lightning.metrics.video import VideoScores
+from rest_lightning.metrics.syncnet import face_crops
+from rest_lightning.metrics.video import KEYS as TALKING_KEYS
+from rest_lightning.metrics.video import VideoScores, row_scores
 
 Frames = NDArray[np.uint8]
 Load = Callable[[str, str], FeatureExtractor]

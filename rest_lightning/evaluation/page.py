@@ -2,28 +2,14 @@
 
 from __future__ import annotations
 
-import base64
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
-from string import Template
 
-from rest_lightning.errors import UserError
-from rest_lightning.evaluation.board import SPEED, Entry, Group, metric_of
-from rest_lightning.evaluation.board_text import APART, CLAIMED, claimed_text, notes
-from rest_lightning.evaluation.plots import NUM_COLOURS, Point, Series, lines, scatter
+from rest_lightning.evaluation.board import APART, CLAIMED, SPEED, Entry, Group, claimed_text, metric_of, notes
 from rest_lightning.evaluation.row import ResultRow
+from rest_lightning.media.html import MEDIA_TYPES, NUM_COLOURS, Point, Series, data_uri, fill_page, lines, scatter
 
-TEMPLATE = Path(__file__).with_name("page.html")
-MEDIA_TYPES = {
-    ".png": "image/png",
-    ".jpg": "image/jpeg",
-    ".jpeg": "image/jpeg",
-    ".webp": "image/webp",
-    ".gif": "image/gif",
-    ".mp4": "video/mp4",
-    ".webm": "video/webm",
-}
 MAX_CURVES = NUM_COLOURS
 TRUTH = "ground truth"
 Media = Mapping[str, Sequence[Path]]
@@ -50,32 +36,8 @@ def to_html(groups: Sequence[Group], media: Media | None = None, title: str = "L
     return fill_page(title, lead, (_section(group, media or {}) for group in groups), footer, colours)
 
 
-def fill_page(title: str, lead: str, sections: Iterable[str], footer: str = "", style: str = "") -> str:
-    """A page of the house's look.
-
-    Args:
-        title: heading, plain text.
-        lead: HTML below it.
-        sections: HTML.
-        footer: last line, plain text.
-        style: further CSS.
-    """
-    return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
-        title=escape(title), lead=lead, sections="\n".join(sections), footer=escape(footer), colours=style
-    )
 
 
-def data_uri(path: Path) -> str:
-    """A file as ``data:<type>;base64,...``."""
-    kind = MEDIA_TYPES.get(path.suffix.lower())
-    if kind is None:
-        known = ", ".join(MEDIA_TYPES)
-        raise UserError(f"expected a picture or clip ({known}), got {path}: convert it")
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"expected a picture or clip {path}, got '{error.strerror}': check the name") from None
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def _section(group: Group, media: Media) -> str:

@@ -15,7 +15,7 @@ PIECEWISE = ("fid", "e_fid", "identity", "talking")  # a video of any length in 
 FACES = ("prepared", "sidecar", "mediapipe")
 MAX_WHOLE_FRAMES = 3000  # two minutes: what the measures that need a whole clip may hold
 FOLDER = Path("configs") / "eval"
-_CALLBACK = "rest_lightning.callbacks.evaluation.Evaluation"
+_CALLBACK = "Evaluation"
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,8 @@ def read_protocol(name: str | os.PathLike[str]) -> Protocol:
         raise UserError(f"expected a protocol in {path}, got {' '.join(str(error).split())}: correct it") from None
     try:
         callbacks = content["trainer"]["callbacks"]
-        (found,) = (each["init_args"]["protocol"] for each in callbacks if each["class_path"] == _CALLBACK)
+        named = (each for each in callbacks if each["class_path"].rsplit(".", 1)[-1] == _CALLBACK)
+        (found,) = (each["init_args"]["protocol"] for each in named)
     except (KeyError, TypeError, ValueError):
         raise UserError(
             f"expected trainer.callbacks with one {_CALLBACK} and its protocol in {path}, got none: see {FOLDER}"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rest_lightning.errors import UserError
-from rest_lightning.streaming.output import whole_file
+from rest_lightning.media.files import whole_file
 
 DECIMALS = 6
 NOT_ROWS = ("ablation.json", "recipe.json", "leaderboard.json")  # lie beside rows: `rest ablate`, `rest leaderboard`

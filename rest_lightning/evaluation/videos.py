@@ -10,13 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rest_lightning.constants import FPS, SAMPLE_RATE
-from rest_lightning.data.audio import open_speech
 from rest_lightning.data.layout import Sidecar, manifest_path, read_manifest
-from rest_lightning.data.video import VideoFile, read_clip_audio
 from rest_lightning.errors import UserError
 from rest_lightning.evaluation.faces import FaceFinder, MediapipeFaces, SidecarFaces
 from rest_lightning.evaluation.protocol import Protocol
 from rest_lightning.evaluation.scorer import ClipPair, Scorer
+from rest_lightning.media.audio import open_speech
+from rest_lightning.media.video import VideoFile, read_clip_audio
 
 SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
 PIECE_FRAMES = 128

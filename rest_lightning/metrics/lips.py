@@ -1,6 +1,6 @@
 """Do the lips follow the speech? Correlations of mouth opening with its truth and with loudness.
 
-Pure functions over numpy arrays; :class:`rest_lightning.metrics.talking.TalkingScores` is the torchmetrics class.
+Pure functions over numpy arrays; :class:`rest_lightning.metrics.video.TalkingScores` is the torchmetrics class.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """How far a mouth is open, read from pixels: the embedded estimator behind the lip metrics.
 
-Trained by ``python -m rest_lightning.commands.train_mouth`` on synthetic talkers, where the renderer knows the truth,
+Trained by ``python -m tools.mouth`` on synthetic talkers, where the renderer knows the truth,
 and on a VAE's reconstructions of them. In result rows it is called ``embedded-mouth`` (EVALUATION sec. 3); on faces
 that no renderer made it is out of its domain.
 """
@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rest_lightning.errors import UserError
-from rest_lightning.metrics.shipped import WEIGHTS_FILE, ShippedNetwork
-from rest_lightning.metrics.weights import sha256_of_weights
+from rest_lightning.metrics.weights import WEIGHTS_FILE, ShippedNetwork, sha256_of_weights
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets" / "mouth"
 EXTRACTOR_NAME = "embedded-mouth"
@@ -41,7 +40,7 @@ class MouthOpeningEstimator(ShippedNetwork):
         hidden: width of the linear layer.
     """
 
-    title, command, assets = "mouth estimator", "python -m rest_lightning.commands.train_mouth", ASSETS
+    title, command, assets = "mouth estimator", "python -m tools.mouth", ASSETS
 
     def __init__(self, widths: tuple[int, ...] = (16, 32, 64, 128, 128), hidden: int = 128) -> None:
         super().__init__()

@@ -2,14 +2,45 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rest_lightning.errors import UserError
 from rest_lightning.metrics.image import video_psnr_db
 from rest_lightning.metrics.sums import Frames, MeanMetric, check_clip
+
+# The names under which torchvision looks for the ImageNet backbones.
+BACKBONE_FILES = {
+    "vgg": "vgg16-397923af.pth",
+    "alex": "alexnet-owt-7be5be79.pth",
+    "squeeze": "squeezenet1_1-b8a52dc0.pth",
+}
+
+
+def load_lpips(net: str = "vgg") -> nn.Module:
+    """A frozen LPIPS network: ``lpips(a, b)`` with images (N, 3, H, W) in [-1, 1] gives (N, 1, 1, 1).
+
+    Args:
+        net: backbone: vgg (what VAE training uses), alex or squeeze.
+
+    Raises:
+        UserError: an unknown backbone, or one whose weights are not in torch's hub folder.
+    """
+    if net not in BACKBONE_FILES:
+        raise UserError(f"expected an LPIPS backbone of {', '.join(BACKBONE_FILES)}, got {net!r}")
+    file = Path(torch.hub.get_dir()) / "checkpoints" / BACKBONE_FILES[net]
+    if not file.is_file():
+        raise UserError(
+            f"expected the weights of LPIPS's backbone at {file}, got no such file: fetch {file.name} from "
+            "download.pytorch.org/models into that folder, or set loss_weights.lpips to 0"
+        )
+    import lpips  # torchvision finds the file above, so this stays offline
+
+    return lpips.LPIPS(net=net, verbose=False).eval().requires_grad_(False)
+
 
 _SSIM_WINDOW_PX = 11
 _BATCH = 16
@@ -30,7 +61,7 @@ def video_ssim(frames: Tensor, truth: Tensor) -> float:
 
 @torch.inference_mode()
 def video_lpips(frames: Tensor, truth: Tensor, net: Any) -> float:
-    """Mean LPIPS of frames, uint8 (n, H, W, 3); ``net`` is of :func:`rest_lightning.metrics.lpips.load_lpips`."""
+    """Mean LPIPS of frames, uint8 (n, H, W, 3); ``net`` is of :func:`load_lpips`."""
     total = 0.0
     for a, b in zip(frames.split(_BATCH), truth.split(_BATCH), strict=True):
         images = (x.permute(0, 3, 1, 2).float().div(127.5).sub(1.0) for x in (a, b))
@@ -42,7 +73,7 @@ class ReconstructionScores(MeanMetric):
     """Means over clips of ``psnr_db``, ``ssim`` and, with a network, ``lpips``.
 
     Args:
-        lpips: of :func:`rest_lightning.metrics.lpips.load_lpips`, or None.
+        lpips: of :func:`rest_lightning.metrics.reconstruction.load_lpips`, or None.
     """
 
     def __init__(self, lpips: Any = None, **kwargs: Any) -> None:

@@ -13,7 +13,7 @@ from torch.nn import functional
 from rest_lightning.constants import SAMPLES_PER_FRAME
 from rest_lightning.errors import UserError
 from rest_lightning.metrics.sums import Frames, MeanMetric, check_clip
-from rest_lightning.models.syncnet import WINDOW_FRAMES
+from rest_lightning.metrics.syncnet import WINDOW_FRAMES
 
 MAX_OFFSET_FRAMES = 15
 KEYS = ("sync_c", "sync_d", "offset_frames", "offset_abs_frames")

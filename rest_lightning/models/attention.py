@@ -11,18 +11,16 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from rest_lightning.models.cache import IDContextCache
-    from rest_lightning.models.cache_options import CacheOptions
+    pass
 
 KeyValue = tuple[Tensor, Tensor]
 _MOST_SCORES = 2**20  # of a head that are held at once
@@ -124,112 +122,9 @@ def _by_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor
     return torch.bmm(weights, values).unflatten(0, q.shape[:2])
 
 
-class AttentionContext(Protocol):
-    """Where queries find their keys: rotates, widens the window if need be, and attends."""
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor | list[Tensor]:
-        """``q, k, v (B, f * n, D)`` of block ``layer`` -> ``(B, f * n, D)``, or its pieces in order of their tokens."""
 
 
-class FullContext:
-    """Every token sees every token (teacher, REST sec. 3.3). ``table``: rotations of all tokens."""
-
-    def __init__(self, table: Tensor) -> None:
-        self.table = table
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
-        return attend(rotate(q, self.table), rotate(k, self.table), v, num_heads)
 
 
-class SinkContext:
-    """The reference alone: it sees itself, and its keys and values become the sink of some rows."""
-
-    def __init__(self, cache: IDContextCache, rows: Sequence[int] | None, table: Tensor) -> None:
-        self.cache, self.rows, self.table = cache, rows, table
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
-        k = rotate(k, self.table)
-        self.cache.write_sink(layer, k, v, self.rows)
-        return attend(rotate(q, self.table), k, v, num_heads)
 
 
-class ChunkedContext:
-    """All chunks in parallel, chunk i over [reference | chunk i-1 | chunk i] (REST sec. 3.4), without any mask.
-
-    The windows are gathered instead of masked: the queries of chunks 2..K form one batch of windows of equal length,
-    and chunk 1, which has no predecessor, is attended to on its own. With ``window`` positions a key is rotated once
-    per slot in which it appears.
-
-    With ``two_streams`` the batch holds ``[noisy; context]``: the second half feeds the cache of both halves.
-    """
-
-    def __init__(
-        self, options: CacheOptions, rope: Rope, size: tuple[int, int, int], device: torch.device, two_streams: bool
-    ) -> None:
-        num_frames, height, width = size
-        length = options.chunk_length
-        self.options = options
-        self.two_streams = two_streams
-        self.num_reference = height * width
-        self.num_chunk = length * height * width
-        self.num_chunks = (num_frames - 1) // length
-        slots = rope.table(0, options.num_slots, height, width, device)
-        reference, previous, current = slots.split([self.num_reference, self.num_chunk, self.num_chunk])
-        if options.positions == "absolute":
-            table = rope.table(0, num_frames, height, width, device)
-            self.start_table, later = table.tensor_split([self.num_reference + self.num_chunk])
-            self.later_table = later.unflatten(0, (self.num_chunks - 1, self.num_chunk))
-            self.previous_table = table[self.num_reference : -self.num_chunk].view_as(self.later_table)
-        else:
-            first = previous if options.first_chunk_slot == "adjacent" else current
-            self.start_table = torch.cat([reference, first])
-            self.later_table, self.previous_table = current, previous
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> list[Tensor]:
-        n, chunk, num_later = self.num_reference, self.num_chunk, self.num_chunks - 1
-        # Split, not indexed: a single concatenation takes the gradients of the pieces back.
-        (q_start, q_later), (k_start, k_later), (v_start, v_later) = (
-            x.split([n + chunk, num_later * chunk], 1) for x in (q, k, v)
-        )
-        q_start, k_start = rotate(q_start, self.start_table), rotate(k_start, self.start_table)
-        v_start = v_start.clone()  # the graph keeps it: a view would keep the values of all chunks
-        if self.options.reference_attends == "self":
-            q_ref, q_first = q_start.split([n, chunk], 1)
-            out = [
-                attend(q_ref, k_start[:, :n], v_start[:, :n], num_heads),
-                attend(q_first, self._first_window(k_start), self._first_window(v_start), num_heads),
-            ]
-        else:
-            out = [attend(q_start, k_start, v_start, num_heads)]
-        if num_later:
-            q_later, k_later, v_later = (x.unflatten(1, (num_later, chunk)) for x in (q_later, k_later, v_later))
-            k_previous, v_previous = (x[:, n:-chunk].unflatten(1, (num_later, chunk)) for x in (k, v))
-            if self.options.use_context:
-                k_previous = rotate(k_previous, self.previous_table)
-            keys = self._windows(k_start[:, :n], k_previous, rotate(k_later, self.later_table))
-            values = self._windows(v_start[:, :n], v_previous, v_later)
-            later = attend(rotate(q_later, self.later_table).flatten(0, 1), keys, values, num_heads)
-            out.append(later.unflatten(0, (-1, num_later)).flatten(1, 2))
-        return out
-
-    def _first_window(self, start: Tensor) -> Tensor:
-        """What the first chunk reads: keys or values ``(B, (1 + l) * n, D)`` of the reference and of itself."""
-        if not self.two_streams and self.options.cache_gradient == "full":
-            return start
-        return torch.cat([self._cached(start[:, : self.num_reference]), start[:, self.num_reference :]], 1)
-
-    def _windows(self, reference: Tensor, previous: Tensor, current: Tensor) -> Tensor:
-        """What chunks 2 to K read, each its window of keys or values: ``(B * (K - 1), tokens, D)``."""
-        pieces = [current]
-        if self.options.use_context:
-            pieces.insert(0, self._cached(previous))
-        if self.options.use_sink:
-            pieces.insert(0, self._cached(reference).unsqueeze(1).expand(-1, current.shape[1], -1, -1))
-        return torch.cat(pieces, 2).flatten(0, 1)
-
-    def _cached(self, x: Tensor) -> Tensor:
-        """What a later chunk reads of ``x``: the context stream, cut from the graph if the gradient is detached."""
-        if self.two_streams:
-            context = x[x.shape[0] // 2 :]
-            x = torch.cat([context, context])
-        return x.detach() if self.options.cache_gradient == "detached" else x

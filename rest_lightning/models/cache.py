@@ -18,21 +18,163 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Hashable, Sequence
-from typing import TYPE_CHECKING, Any, Self
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, get_args, get_type_hints
 
 import torch
 from torch import Tensor
 
 from rest_lightning.errors import UserError
-from rest_lightning.models.attention import KeyValue, Rope, attend_heads, join_heads, rotate, split_heads
-from rest_lightning.models.cache_options import CacheOptions as CacheOptions
+from rest_lightning.models.attention import KeyValue, Rope, attend, attend_heads, join_heads, rotate, split_heads
 
 if TYPE_CHECKING:
-    from rest_lightning.models.transformer import A2VDiT
+    pass
+
+
+@dataclass(frozen=True)
+class CacheOptions:
+    """The choices that REST leaves open, and its two cache ablations; see METHOD.md section 6.
+
+    Attributes:
+        chunk_length: l, new latent frames per chunk.
+        positions: ``window``: slots stay at positions 0 (sink), 1..l (previous), l+1..2l (current), for any length of
+            stream. ``absolute``: frames keep their position in the stream; chunk 1 is next to the reference then.
+        use_sink: False drops the reference after the first chunk (w/o ID-Sink).
+        use_context: False hides the preceding chunk (w/o Context-Cache).
+        reference_attends: ``self``: the reference sees itself only, so its keys are prefilled before any speech.
+            ``first_chunk``: it is computed together with the first chunk, and attends to it.
+        cache_noise: what later chunks read. ``last_step``: keys of the chunk's last denoising step. ``clean_pass``:
+            keys of one more forward at sigma 0. ``per_step``: step s reads the previous chunk's keys of step s.
+        cache_gradient: ``detached`` cuts the gradient through whatever is read from the cache.
+        first_chunk_slot: ``window`` position of the first chunk: ``current`` (l+1..2l) or ``adjacent`` (1..l).
+    """
+
+    chunk_length: int = 3
+    positions: Literal["window", "absolute"] = "window"
+    use_sink: bool = True
+    use_context: bool = True
+    reference_attends: Literal["self", "first_chunk"] = "self"
+    cache_noise: Literal["last_step", "clean_pass", "per_step"] = "last_step"
+    cache_gradient: Literal["full", "detached"] = "full"
+    first_chunk_slot: Literal["current", "adjacent"] = "current"
+
+    def __post_init__(self) -> None:
+        if self.chunk_length < 1:
+            raise UserError(f"expected chunk_length of at least 1, got {self.chunk_length}: the paper uses 3")
+        for name, hint in get_type_hints(type(self)).items():
+            allowed = get_args(hint)
+            if allowed and getattr(self, name) not in allowed:
+                raise UserError(f"expected {name} to be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if self.positions == "absolute" and self.first_chunk_slot == "adjacent":
+            raise UserError("expected first_chunk_slot `current` with absolute positions, got `adjacent`: leave it out")
+
+    @property
+    def num_slots(self) -> int:
+        """Latent frames of the window: reference, previous chunk, current chunk."""
+        return 1 + 2 * self.chunk_length
+
+
+class AttentionContext(Protocol):
+    """Where queries find their keys: rotates, widens the window if need be, and attends."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor | list[Tensor]:
+        """``q, k, v (B, f * n, D)`` of block ``layer`` -> ``(B, f * n, D)``, or its pieces in order of their tokens."""
+
+
+class FullContext:
+    """Every token sees every token (teacher, REST sec. 3.3). ``table``: rotations of all tokens."""
+
+    def __init__(self, table: Tensor) -> None:
+        self.table = table
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
+        return attend(rotate(q, self.table), rotate(k, self.table), v, num_heads)
+
+
+class ChunkedContext:
+    """All chunks in parallel, chunk i over [reference | chunk i-1 | chunk i] (REST sec. 3.4), without any mask.
+
+    The windows are gathered instead of masked: the queries of chunks 2..K form one batch of windows of equal length,
+    and chunk 1, which has no predecessor, is attended to on its own. With ``window`` positions a key is rotated once
+    per slot in which it appears.
+
+    With ``two_streams`` the batch holds ``[noisy; context]``: the second half feeds the cache of both halves.
+    """
+
+    def __init__(
+        self, options: CacheOptions, rope: Rope, size: tuple[int, int, int], device: torch.device, two_streams: bool
+    ) -> None:
+        num_frames, height, width = size
+        length = options.chunk_length
+        self.options = options
+        self.two_streams = two_streams
+        self.num_reference = height * width
+        self.num_chunk = length * height * width
+        self.num_chunks = (num_frames - 1) // length
+        slots = rope.table(0, options.num_slots, height, width, device)
+        reference, previous, current = slots.split([self.num_reference, self.num_chunk, self.num_chunk])
+        if options.positions == "absolute":
+            table = rope.table(0, num_frames, height, width, device)
+            self.start_table, later = table.tensor_split([self.num_reference + self.num_chunk])
+            self.later_table = later.unflatten(0, (self.num_chunks - 1, self.num_chunk))
+            self.previous_table = table[self.num_reference : -self.num_chunk].view_as(self.later_table)
+        else:
+            first = previous if options.first_chunk_slot == "adjacent" else current
+            self.start_table = torch.cat([reference, first])
+            self.later_table, self.previous_table = current, previous
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> list[Tensor]:
+        n, chunk, num_later = self.num_reference, self.num_chunk, self.num_chunks - 1
+        # Split, not indexed: a single concatenation takes the gradients of the pieces back.
+        (q_start, q_later), (k_start, k_later), (v_start, v_later) = (
+            x.split([n + chunk, num_later * chunk], 1) for x in (q, k, v)
+        )
+        q_start, k_start = rotate(q_start, self.start_table), rotate(k_start, self.start_table)
+        v_start = v_start.clone()  # the graph keeps it: a view would keep the values of all chunks
+        if self.options.reference_attends == "self":
+            q_ref, q_first = q_start.split([n, chunk], 1)
+            out = [
+                attend(q_ref, k_start[:, :n], v_start[:, :n], num_heads),
+                attend(q_first, self._first_window(k_start), self._first_window(v_start), num_heads),
+            ]
+        else:
+            out = [attend(q_start, k_start, v_start, num_heads)]
+        if num_later:
+            q_later, k_later, v_later = (x.unflatten(1, (num_later, chunk)) for x in (q_later, k_later, v_later))
+            k_previous, v_previous = (x[:, n:-chunk].unflatten(1, (num_later, chunk)) for x in (k, v))
+            if self.options.use_context:
+                k_previous = rotate(k_previous, self.previous_table)
+            keys = self._windows(k_start[:, :n], k_previous, rotate(k_later, self.later_table))
+            values = self._windows(v_start[:, :n], v_previous, v_later)
+            later = attend(rotate(q_later, self.later_table).flatten(0, 1), keys, values, num_heads)
+            out.append(later.unflatten(0, (-1, num_later)).flatten(1, 2))
+        return out
+
+    def _first_window(self, start: Tensor) -> Tensor:
+        """What the first chunk reads: keys or values ``(B, (1 + l) * n, D)`` of the reference and of itself."""
+        if not self.two_streams and self.options.cache_gradient == "full":
+            return start
+        return torch.cat([self._cached(start[:, : self.num_reference]), start[:, self.num_reference :]], 1)
+
+    def _windows(self, reference: Tensor, previous: Tensor, current: Tensor) -> Tensor:
+        """What chunks 2 to K read, each its window of keys or values: ``(B * (K - 1), tokens, D)``."""
+        pieces = [current]
+        if self.options.use_context:
+            pieces.insert(0, self._cached(previous))
+        if self.options.use_sink:
+            pieces.insert(0, self._cached(reference).unsqueeze(1).expand(-1, current.shape[1], -1, -1))
+        return torch.cat(pieces, 2).flatten(0, 1)
+
+    def _cached(self, x: Tensor) -> Tensor:
+        """What a later chunk reads of ``x``: the context stream, cut from the graph if the gradient is detached."""
+        if self.two_streams:
+            context = x[x.shape[0] // 2 :]
+            x = torch.cat([context, context])
+        return x.detach() if self.options.cache_gradient == "detached" else x
 
 
 class IDContextCache:
-    """State of a batch of streams; make one with `allocate`, outside of inference mode.
+    """State of a batch of streams; `A2VDiT.new_cache` makes one.
 
     Attributes:
         keys, values: ``(num_steps, num_layers, rows, heads, tokens, D / heads)``: a head's lie together, as products
@@ -74,43 +216,6 @@ class IDContextCache:
         self._positions: list[int] = []
         self._visible: list[tuple[int, bool]] = []
         self._refresh()
-
-    @classmethod
-    def allocate(
-        cls,
-        model: A2VDiT,
-        rows: int,
-        height: int,
-        width: int,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        num_steps: int = 1,
-        always_mask: bool = False,
-    ) -> Self:
-        """An empty cache for ``rows`` streams of ``height x width`` latents.
-
-        Args:
-            device, dtype: of the model unless given; dtype is that of the keys and values.
-            num_steps: denoising steps per chunk; used by ``cache_noise: per_step`` alone.
-            always_mask: keep one shape for all chunks (CUDA graphs). Else the mask is left out where no row needs it.
-        """
-        if model.attention != "chunked":
-            raise UserError('expected a model with attention="chunked", got a teacher: use teacher.to_student()')
-        weight = model.proj_in.weight
-        per_step = model.cache_options.cache_noise == "per_step"
-        return cls(
-            model.cache_options,
-            model.rope,
-            model.num_layers,
-            model.num_heads,
-            rows,
-            height,
-            width,
-            torch.device(device) if device is not None else weight.device,
-            dtype or weight.dtype,
-            num_steps if per_step else 1,
-            always_mask,
-        )
 
     def _make_slots(self, shape: tuple[int, ...]) -> None:
         self.keys = torch.zeros(shape, device=self.device, dtype=self.dtype)
@@ -353,43 +458,15 @@ class IDContextCache:
         self._refresh()
 
 
-class DifferentiableCache(IDContextCache):
-    """The same maths with tensors that keep their graph: sequential training, chunk after chunk.
+class SinkContext:
+    """The reference alone: it sees itself, and its keys and values become the sink of some rows."""
 
-    The parallel forward gives the same gradients at less cost; this is what it is compared with. All rows advance
-    together: there is no mask, no `snapshot` and no `copy_row_`.
-    """
+    def __init__(self, cache: IDContextCache, rows: Sequence[int] | None, table: Tensor) -> None:
+        self.cache, self.rows, self.table = cache, rows, table
 
-    def _make_slots(self, shape: tuple[int, ...]) -> None:
-        self._sink: dict[tuple[int, int], KeyValue] = {}
-        self._previous: dict[tuple[int, int], KeyValue] = {}
-        self._current: dict[tuple[int, int], KeyValue] = {}
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
+        k = rotate(k, self.table)
+        self.cache.write_sink(layer, k, v, self.rows)
+        return attend(rotate(q, self.table), k, v, num_heads)
 
-    def _refresh(self) -> None:
-        self.rotation = self.rotation.clone()  # the graph of earlier chunks still needs the old one
-        super()._refresh()
-        self._masked = False
 
-    def update(self, layer: int, k: Tensor, v: Tensor) -> KeyValue:
-        slot, options = (self.step, layer), self.options
-        self._current[slot] = (k, v)
-        cached = [self._previous[slot]] if self.num_previous[0] else []
-        if options.use_sink or self.num_frames[0] == 0:
-            cached.append(self._sink[slot])
-        if options.cache_gradient == "detached" and not self._has_reference:
-            cached = [(key.detach(), value.detach()) for key, value in cached]
-        keys, values = (torch.cat(parts, 1) for parts in zip(*cached, (k, v), strict=True))
-        return split_heads(keys, self.num_heads), split_heads(values, self.num_heads)
-
-    def write_sink(self, layer: int, k: Tensor, v: Tensor, rows: Sequence[int] | None = None) -> None:
-        assert rows is None
-        steps = range(self.num_steps) if self.options.reference_attends == "self" else [self.step]
-        self._sink.update({(step, layer): (k, v) for step in steps})
-
-    def _move(self) -> None:
-        absolute = self.options.positions == "absolute"
-        shift = None if absolute else self._shift()
-        self._previous = {s: (k if shift is None else rotate(k, shift), v) for s, (k, v) in self._current.items()}
-
-    def _clear_previous(self, row: int) -> None:
-        self._previous = {}

@@ -9,45 +9,53 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from rest_lightning.errors import UserError
-from rest_lightning.models.transformer import A2VDiT
 
 NEW_PARTS = ("speech_attn.", "speech_norm.", "spatial_embedding", "prompt_embeds", "prompt_mask")
 ORIGINAL_PREFIX = "model.diffusion_model."
 HOW_TO_GET = (
     "get them with `hf download Lightricks/LTX-Video --include 'transformer/*' --local-dir FOLDER` and name FOLDER"
 )
+PROMPT = "A person is speaking, and his head moves rhythmically in a small range to follow the sound"  # REST sec. 4.1
+PROMPT_LENGTH = 128  # tokens with padding, as in LTX-Video's pipeline
+HOW_TO_GET_T5 = (
+    "get it with `hf download Lightricks/LTX-Video --include 'text_encoder/*' 'tokenizer/*' --local-dir FOLDER` "
+    "and name FOLDER"
+)
 
 
-def from_ltx(source: str | Path | nn.Module, **overrides: Any) -> A2VDiT:
-    """A teacher whose output equals LTX's own until the speech attention is trained.
+def read_ltx(source: str | Path | nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Returns arguments of `A2VDiT` and all tensors of LTX weights.
 
     Args:
         source: an ``LTXVideoTransformer3DModel``; a folder in diffusers format (the transformer's, or a pipeline's with
             ``transformer/`` in it); a single file in the original format; or a hub id.
-        overrides: arguments of `A2VDiT` that LTX has no word for (``speech_dim``, ``fps``, ``attention``, ...).
 
     Raises:
-        UserError: no such weights, an architecture that A2VDiT does not cover, or a tensor left over or missing.
+        UserError: no such weights, or an architecture that A2VDiT does not cover.
     """
     config, state = _read(source)
-    model = A2VDiT(**{**_arguments(config), **overrides}).to(state["proj_in.weight"])
-    _fill(model, state, "change the overrides")
-    return model
+    return _arguments(config), state
 
 
-def load_ltx(model: A2VDiT, source: str | Path | nn.Module) -> None:
-    """Fill ``model`` with LTX weights, in place; its new parts keep their start. ``source`` and errors: `from_ltx`."""
-    config, state = _read(source)
-    for name, value in _arguments(config).items():
-        if model.config[name] != value and not (name == "out_channels" and value is None):
+def load_ltx(model: nn.Module, source: str | Path | nn.Module) -> None:
+    """Fill ``model`` with LTX weights, in place; its new parts keep their start. ``source``: see `read_ltx`.
+
+    Raises:
+        UserError: no such weights, another architecture than the model's, or a tensor left over or missing.
+    """
+    arguments, state = read_ltx(source)
+    own: dict[str, Any] = model.config  # type: ignore[assignment]
+    for name, value in arguments.items():
+        if own[name] != value and not (name == "out_channels" and value is None):
             raise UserError(
-                f"expected LTX weights for {name} {model.config[name]}, got {value}: "
+                f"expected LTX weights for {name} {own[name]}, got {value}: "
                 f"set {name} of the transformer to {value}, or use other weights than {_name(source)}"
             )
-    _fill(model, state, "change the transformer's configuration")
+    fill_from_ltx(model, state, "change the transformer's configuration")
 
 
 def _name(source: str | Path | nn.Module) -> str:
@@ -65,7 +73,12 @@ def is_ltx(source: str | Path) -> bool:
     return False
 
 
-def _fill(model: A2VDiT, state: dict[str, Tensor], way_out: str) -> None:
+def fill_from_ltx(model: nn.Module, state: dict[str, Tensor], way_out: str) -> None:
+    """Load the tensors of :func:`read_ltx`; parameters that LTX has no word for keep their start.
+
+    Raises:
+        UserError: a tensor left over, missing or of another shape; ``way_out`` ends its message.
+    """
     own = model.state_dict()
     new = {name for name in own if any(part in name for part in NEW_PARTS)}
     problems = {
@@ -181,3 +194,47 @@ def _read_single_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "norm_elementwise_affine": "transformer_blocks.0.norm1.weight" in state,
     }
     return config, state
+
+
+# -- the fixed text -----------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def encode_prompt(folder: str | Path, text: str = PROMPT, length: int = PROMPT_LENGTH) -> tuple[Tensor, Tensor]:
+    """What LTX-Video's pipeline computes for ``text``: T5 over the padded tokens, without a mask inside T5.
+
+    Args:
+        folder: of an LTX-Video pipeline in diffusers format (``text_encoder/`` and ``tokenizer/``).
+        text: the prompt.
+        length: tokens with padding; longer texts are refused, not cut.
+
+    Returns:
+        Embeddings ``(length, C)``, float32, and mask ``(length,)``.
+
+    Raises:
+        UserError: no such folder, or a text that is too long.
+    """
+    tokenizer, model = _load_t5(Path(folder).expanduser())
+    num_tokens = len(tokenizer(text).input_ids)
+    if num_tokens > length:
+        raise UserError(f"expected a prompt of at most {length} tokens, got {num_tokens}: shorten it or raise --length")
+    tokens = tokenizer(text, padding="max_length", max_length=length, return_tensors="pt")
+    return model(tokens.input_ids)[0][0].float(), tokens.attention_mask[0].float()
+
+
+def _load_t5(folder: Path) -> tuple[Any, Any]:
+    from rest_lightning.torchvision_compat import ensure_torchvision
+
+    ensure_torchvision()
+    from transformers import AutoTokenizer, T5EncoderModel
+
+    for name in ("text_encoder", "tokenizer"):
+        if not (folder / name).is_dir():
+            raise UserError(f"expected LTX-Video's T5 with {name}/, looked in {folder.resolve()}: {HOW_TO_GET_T5}")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+        model = T5EncoderModel.from_pretrained(folder / "text_encoder", local_files_only=True)
+    except (OSError, ValueError, ImportError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"expected a T5 that transformers can load in {folder.resolve()}: {reason}") from error
+    return tokenizer, model.eval()

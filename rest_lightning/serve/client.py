@@ -167,7 +167,7 @@ async def record(url: str, blocks: Iterable[Pcm], out: Path, portrait: str | Non
     Raises:
         UserError: the server refuses, or ends the session with an error.
     """
-    from rest_lightning.streaming.writer import Mp4Writer
+    from rest_lightning.media.writer import Mp4Writer
 
     async with LiveClient(url, portrait, codecs=("h264",)) as client:
         decoder = av.CodecContext.create("h264", "r")
@@ -184,7 +184,7 @@ async def record(url: str, blocks: Iterable[Pcm], out: Path, portrait: str | Non
 
 def main() -> int:
     """``python -m rest_lightning.serve.client``."""
-    from rest_lightning.data.audio import open_speech
+    from rest_lightning.media.audio import open_speech
 
     parser = argparse.ArgumentParser(description="Record what a live server answers to speech.")
     parser.add_argument("speech", help='sound file, or "-" for raw 16 kHz mono s16le samples from a pipe')

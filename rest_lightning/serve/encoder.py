@@ -16,8 +16,8 @@ from av.video.reformatter import VideoReformatter
 from PIL import Image
 
 from rest_lightning.constants import FPS
+from rest_lightning.media.writer import tag_colours, video_frame
 from rest_lightning.serve.protocol import H264, JPEG, Codec
-from rest_lightning.streaming.writer import tag_colours, video_frame
 
 _GOP_FRAMES = 120  # 5 s: a decoder that lost its way finds it again; whoever needs a keyframe sooner asks for it
 _JPEG_QUALITY = 85

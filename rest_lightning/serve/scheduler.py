@@ -16,10 +16,10 @@ from torch import Tensor
 
 from rest_lightning.constants import SAMPLES_PER_FRAME, TEMPORAL_RATIO
 from rest_lightning.serve.protocol import Pcm
-from rest_lightning.streaming.overlap import Frames
+from rest_lightning.streaming.device import Frames
 
 if TYPE_CHECKING:
-    from rest_lightning.streaming.options import EngineOptions
+    from rest_lightning.streaming.engine import EngineOptions
     from rest_lightning.talking_head import TalkingHead
 
 

@@ -14,15 +14,12 @@ from typing import Protocol, Self
 from aiohttp import BodyPartReader, web
 
 from rest_lightning.errors import UserError
-from rest_lightning.serve.channel import HEARTBEAT_S, AioChannel
 from rest_lightning.serve.limits import Admission, Limits, Refused
-from rest_lightning.serve.logs import LOG
-from rest_lightning.serve.metrics import Metrics
-from rest_lightning.serve.portraits import Portraits
-from rest_lightning.serve.protocol import Channel
+from rest_lightning.serve.metrics import LOG, Metrics
+from rest_lightning.serve.protocol import HEARTBEAT_S, AioChannel, Channel
 from rest_lightning.serve.scheduler import Scheduler
 from rest_lightning.serve.session import Service, run_session
-from rest_lightning.serve.uploads import Uploads
+from rest_lightning.serve.uploads import Portraits, Uploads
 
 PAGE_FOLDER = Path(__file__).parent / "page"
 _LARGEST_BYTES = 2**20  # of a message: beyond the limits' own, which are told in words

@@ -13,16 +13,14 @@ import torch
 
 from rest_lightning.constants import SAMPLE_RATE
 from rest_lightning.errors import UserError
-from rest_lightning.streaming.engine import ChunkEngine
-from rest_lightning.streaming.options import EngineOptions, explain_out_of_memory
-from rest_lightning.streaming.overlap import Frames, Pending
+from rest_lightning.streaming.device import Frames, Pending
+from rest_lightning.streaming.engine import ChunkEngine, EngineOptions, StreamState, Tables, explain_out_of_memory
 from rest_lightning.streaming.report import StreamClock, StreamReport
-from rest_lightning.streaming.row import Row, RowState, Samples, as_reference, as_samples
-from rest_lightning.streaming.session import describe
-from rest_lightning.streaming.state import StreamState, Tables
+from rest_lightning.streaming.session import Row, RowState, Samples, as_reference, as_samples, describe
 
 if TYPE_CHECKING:
-    from rest_lightning.talking_head import SamplingSettings, TalkingHead
+    from rest_lightning.diffusion.sampling import Sampling
+    from rest_lightning.parts import TalkingParts
 
 Idle = Literal["wait", "silence"]
 
@@ -85,10 +83,10 @@ class BatchSession:
 
     def __init__(
         self,
-        model: TalkingHead,
+        model: TalkingParts,
         num_rows: int,
         *,
-        sampling: SamplingSettings | None = None,
+        sampling: Sampling | None = None,
         options: EngineOptions | None = None,
         max_waiting_s: float = 60.0,
     ) -> None:

@@ -7,28 +7,327 @@ answer. On CUDA its two halves, denoising and decoding, are captured as graphs; 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+import os
+import zlib
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from types import MethodType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
 
 from rest_lightning.constants import SAMPLES_PER_FRAME, SPATIAL_RATIO, TEMPORAL_RATIO
-from rest_lightning.diffusion.sampling import euler_step
+from rest_lightning.diffusion.sampling import integrate
+from rest_lightning.diffusion.schedule import sampling_sigmas
+from rest_lightning.errors import UserError
 from rest_lightning.models.cache import IDContextCache
 from rest_lightning.models.causal import Stream
-from rest_lightning.streaming.graphs import Capture, Program, cuda_capture
-from rest_lightning.streaming.options import EngineOptions, explain_out_of_memory
-from rest_lightning.streaming.overlap import Device, Host, Pending
+from rest_lightning.streaming.device import Capture, Device, Host, Pending, Program, cuda_capture
+from rest_lightning.streaming.packed import can_pack, packed
 from rest_lightning.streaming.report import StreamClock
-from rest_lightning.streaming.state import EngineState, StreamState, Tables
 
 if TYPE_CHECKING:
-    from rest_lightning.models.layers import SigmaEmbedding
-    from rest_lightning.talking_head import SamplingSettings, TalkingHead
+    from rest_lightning.diffusion.sampling import Sampling
+    from rest_lightning.models.transformer import SigmaEmbedding
+    from rest_lightning.parts import TalkingParts
+
+GRAPHS_VARIABLE = "REST_CUDA_GRAPHS"
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """Switches of the engine. All but the last change the speed alone.
+
+    Attributes:
+        graphs: capture the denoising steps and the decoding as CUDA graphs. None: on CUDA; ``REST_CUDA_GRAPHS=0`` in
+            the environment turns them off whatever stands here.
+        compile: ``torch.compile`` the transformer's blocks, once for all of them, in a copy that shares the weights.
+            Costs up to a minute at the first chunk.
+        pack: lay the weights out once for the CPU's kernels, instead of at every call. None: on the CPU, where torch
+            can. Packed weights lie beside the others, once for all sessions of a model. Not with ``compile``.
+        overlap: on CUDA decode a chunk, and copy it to the host, while the next one is denoised.
+        warm_up: run dummy chunks when a session opens, so that the first real one is as fast as the others (and every
+            graph is captured); the state is what it was before, bit for bit. None: where graphs are captured.
+        first_chunk_length: latents of a stream's first chunk, 1 to chunk_length: a short one needs less speech before
+            the first frame. None takes chunk_length.
+    """
+
+    graphs: bool | None = None
+    compile: bool = False
+    pack: bool | None = None
+    overlap: bool = True
+    warm_up: bool | None = None
+    first_chunk_length: int | None = None
+
+    def captures(self, device: torch.device) -> bool:
+        """Whether graphs are captured on ``device``.
+
+        Raises:
+            UserError: graphs asked for without CUDA, or a value of the variable other than 0 and 1.
+        """
+        variable = os.environ.get(GRAPHS_VARIABLE, "1")
+        if variable not in ("0", "1"):
+            raise UserError(f"expected {GRAPHS_VARIABLE}=0 or 1, got {variable!r}: 0 turns CUDA graphs off")
+        if self.graphs and device.type != "cuda":
+            raise UserError(f"expected a model on a CUDA device for graphs, got {device}: leave graphs at None")
+        return device.type == "cuda" and variable == "1" and self.graphs is not False
+
+    def packs(self, device: torch.device, dtype: torch.dtype) -> bool:
+        """Whether a model of that type on ``device`` streams with packed weights.
+
+        Raises:
+            UserError: asked for where torch has no such kernels, or together with ``compile``.
+        """
+        possible = can_pack(device, dtype) and not self.compile
+        if self.pack and not possible:
+            raise UserError(
+                f"expected an uncompiled float32 or bfloat16 model on a CPU with oneDNN for pack, got {dtype} on "
+                f"{device}{' with compile' if self.compile else ''}: leave pack at None"
+            )
+        return possible and self.pack is not False
+
+    def warms_up(self, device: torch.device) -> bool:
+        """Whether a session on ``device`` runs dummy chunks when it opens."""
+        return self.captures(device) if self.warm_up is None else self.warm_up
+
+    def first_length(self, chunk_length: int) -> int:
+        """Latents of the first chunk.
+
+        Raises:
+            UserError: none, or more than the other chunks have.
+        """
+        length = chunk_length if self.first_chunk_length is None else self.first_chunk_length
+        if not 1 <= length <= chunk_length:
+            raise UserError(f"expected a first_chunk_length from 1 to {chunk_length} latents, got {length}")
+        return length
+
+
+# -- state -----------------------------------------------------------------------------------------
+
+Stage = Callable[[str], AbstractContextManager[None]]
+
+
+def _untimed(name: str) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
+class Tables:
+    """What depends on the model and the sampling alone: made once, shared by all engines of a session.
+
+    Attributes:
+        vae, speech_ae, transformer: the model's, with packed weights if wanted.
+        sigmas: noise levels of the Euler steps, from 1 to 0, as plain numbers.
+        levels: the same on the device: a number from the host would be copied, and waited for, at every step.
+        embeddings: modulations of every level but the last, and of 0 (the clean pass). Levels stay float32 as in
+            training: bfloat16 would round 1000 * sigma to steps of 4.
+        text: the model's own prompt for one row; None where it has none.
+        signature: tells states of this model, type, size and guidance from those of others.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: TalkingParts, sampling: Sampling, pack: bool = False) -> None:
+        self.model, self.sampling = model, sampling
+        self.vae = packed(model.vae) if pack else model.vae
+        self.speech_ae = packed(model.speech_ae) if pack else model.speech_ae
+        self.transformer = packed(model.transformer) if pack else model.transformer
+        self.guidance = sampling.branches
+        self.side = model.size_px // SPATIAL_RATIO
+        options = model.transformer.cache_options
+        self.sigmas = sampling_sigmas(sampling.num_steps, sampling.shift, options.num_slots * self.side**2)
+        self.levels = torch.tensor(self.sigmas, dtype=torch.float32, device=model.device)
+        levels = [*self.sigmas[:-1], 0.0]
+        self.embeddings = [model.transformer.embed_sigma(self.levels.new_full((1, 1), level)) for level in levels]
+        self.text = model.transformer.project_prompt(1)
+        self.signature: Hashable = (
+            _fingerprint(model), str(model.dtype), model.size_px, options, self.guidance.num_branches,
+            sampling.num_steps if options.cache_noise == "per_step" else None,
+        )  # fmt: skip
+
+
+def _fingerprint(model: TalkingParts) -> int:
+    """A checksum of some weights of every part."""
+    checksum = 0
+    for part in (model.vae, model.speech_ae, model.transformer):
+        parameters = list(part.parameters())
+        for parameter in (parameters[0], parameters[-1]):
+            values = parameter.detach().flatten()[:256].float().cpu()
+            checksum = zlib.crc32(values.numpy().tobytes(), checksum)
+    return checksum
+
+
+@dataclass(frozen=True)
+class EngineState:
+    """Everything that the next chunk depends on, detached from the engine."""
+
+    signature: Hashable
+    cache: Any
+    speech: Stream
+    decoder: Stream
+    reference_rows: Tensor
+
+
+class StreamState:
+    """The memory of a batch of streams; its addresses stay the same from the first :meth:`start` on.
+
+    The cache holds one row per stream and branch of the guidance, so that all branches are one batch (REST sec. 3.5),
+    each with a past of its own: first the rows with reference and speech, then, with split guidance (READ), those with
+    the reference alone, then those without either, whose sink is that of a zeroed reference.
+
+    Args:
+        tables: constants, of the model that streams.
+        batch: number of streams B.
+        stage: charged with starts.
+
+    Attributes:
+        cache: keys and values; speech, decoder: pasts of the SpeechAE and of the VAE's decoder.
+        reference_rows: latents of the references, (branches * B, C, 1, h, w).
+    """
+
+    def __init__(self, tables: Tables, batch: int, stage: Stage = _untimed) -> None:
+        model, side = tables.model, tables.side
+        self.tables, self.batch, self._stage = tables, batch, stage
+        rows = batch * tables.guidance.num_branches
+        self.cache = model.transformer.new_cache(rows, side, side, num_steps=tables.sampling.num_steps)
+        self.speech, self.decoder = Stream(), Stream()
+        with torch.inference_mode(False):
+            shape = (rows, model.vae.latent_channels, 1, side, side)
+            self.reference_rows = torch.zeros(shape, device=model.device, dtype=model.dtype)
+
+    @torch.inference_mode()
+    def start(self, reference: Tensor) -> None:
+        """Begin every stream with its portrait (B, 3, H, W) in [-1, 1]: fills the ID-Sink, before any speech."""
+        model = self.tables.model
+        with self._stage("speech"):
+            silence = torch.zeros(self.batch, SAMPLES_PER_FRAME, device=model.device)  # frame 0 lies before the speech
+            features = model.speech_encoder(model.speech_encoder.pad(silence)).to(model.dtype)
+            speech = Stream()
+            self.tables.speech_ae.encode(features, speech)
+            self.speech.restore(speech)
+        self.show(reference)
+
+    @torch.inference_mode()
+    def show(self, reference: Tensor) -> None:
+        """Go on with another portrait (B, 3, H, W): the speech continues, context and decoder begin anew."""
+        model, tables = self.tables.model, self.tables
+        with self._stage("vae"):
+            latent = tables.vae.encode(reference[:, :, None].to(model.device, model.dtype))
+            self.decoder.restore(tables.vae.start_decode(latent)[1])
+        with self._stage("dit"):
+            self.cache.reset_rows()
+            self.reference_rows.copy_(tables.guidance.references(latent))
+            if self.cache.options.reference_attends == "self":
+                tables.transformer.prefill(self.reference_rows, self.cache, text_embeds=self.text)
+
+    @property
+    def text(self) -> Any:
+        """The model's prompt for all rows of the cache, as views."""
+        return self.tables.text and self.tables.text.expand(self.cache.rows)
+
+    # -- rows ---------------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def for_batch(self, batch: int) -> StreamState:
+        """Room for another number of streams of the same kind; this one must have started."""
+        other = StreamState(self.tables, batch, self._stage)
+        other.speech, other.decoder = self.speech.for_batch(batch), self.decoder.for_batch(batch)
+        return other
+
+    def narrow(self, batch: int) -> Self:
+        """The first ``batch`` streams as a state of their own, in the same memory."""
+        narrow = copy.copy(self)
+        rows = batch * self.tables.guidance.num_branches
+        narrow.batch, narrow.cache = batch, self.cache.narrow(rows)
+        narrow.speech, narrow.decoder = self.speech.narrow(batch), self.decoder.narrow(batch)
+        narrow.reference_rows = self.reference_rows[:rows]
+        return narrow
+
+    @torch.inference_mode()
+    def copy_rows_(self, rows: Sequence[tuple[int, StreamState, int]]) -> None:
+        """Take over streams between two chunks; each is (row here, source, row there)."""
+        branches = range(self.tables.guidance.num_branches)
+        moves = [
+            (branch * self.batch + row, source, branch * source.batch + source_row)
+            for row, source, source_row in rows
+            for branch in branches
+        ]
+        self.cache.copy_rows_([(row, source.cache, source_row) for row, source, source_row in moves])
+        for row, source, source_row in moves:
+            self.reference_rows[row].copy_(source.reference_rows[source_row])
+        for row, source, source_row in rows:
+            self.speech.copy_row(row, source.speech, source_row)
+            self.decoder.copy_row(row, source.decoder, source_row)
+
+    # -- snapshots ----------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def snapshot(self) -> EngineState:
+        """The state after the last chunk."""
+        parts = (self.cache.snapshot(), self.speech.snapshot(), self.decoder.snapshot(), self.reference_rows.clone())
+        return EngineState(self.tables.signature, *parts)
+
+    def check(self, state: EngineState) -> None:
+        """Raise a UserError unless :meth:`restore` can take this snapshot."""
+        if state.signature != self.tables.signature or state.reference_rows.shape != self.reference_rows.shape:
+            raise UserError(
+                "expected a snapshot of a session with this model, dtype, size, branches of guidance and number of "
+                "streams, got one of another: restore it in a session that was opened alike"
+            )
+
+    @torch.inference_mode()
+    def restore(self, state: EngineState) -> None:
+        """Go back to a snapshot of this state or of one like it.
+
+        Raises:
+            UserError: a snapshot of another model, type, size, guidance or number of streams; nothing has changed then.
+        """
+        self.check(state)
+        self.cache.restore(state.cache)
+        self.speech.restore(state.speech)
+        self.decoder.restore(state.decoder)
+        self.reference_rows.copy_(state.reference_rows)
+
+
+
+
+@contextmanager
+def explain_out_of_memory(model: TalkingParts, batch: int, sampling: Sampling) -> Iterator[None]:
+    """Turns a device's (or the CPU allocator's) out-of-memory error into one line.
+
+    Raises:
+        UserError: what was needed, and which settings lower it.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        branches = sampling.branches.num_branches
+        weights_gb = sum(p.numel() * p.element_size() for p in model.parameters()) / 1e9
+        cache_gb = cache_num_bytes(model, batch * branches, sampling.num_steps) / 1e9
+        raise UserError(
+            f"expected memory on {model.device} for {batch} stream(s) of {model.size_px}x{model.size_px} pixels: "
+            f"{weights_gb:.2f} GB of weights, {cache_gb:.2f} GB of cache, and frames beside, got out of memory: lower "
+            f"the number of streams or size_px, load the model with dtype bfloat16, or set guidance to 1 (the cache "
+            f"then has 1 instead of {branches} rows a stream)"
+        ) from error
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    words = ("DefaultCPUAllocator", "CUDA out of memory", "Storage size calculation overflowed")
+    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
+
+
+def cache_num_bytes(model: TalkingParts, rows: int, num_steps: int) -> int:
+    """Bytes of the keys and values of ``rows`` rows: what an ID-Context Cache of this model holds."""
+    transformer, options = model.transformer, model.transformer.cache_options
+    side = model.size_px // SPATIAL_RATIO
+    slots = 1 + options.chunk_length * (2 if options.use_context else 1)
+    kept = num_steps if options.cache_noise == "per_step" else 1
+    size = model.dtype.itemsize
+    return 2 * kept * transformer.num_layers * rows * slots * side * side * transformer.dim * size
 
 
 class ChunkEngine:
@@ -52,9 +351,9 @@ class ChunkEngine:
 
     def __init__(
         self,
-        model: TalkingHead,
+        model: TalkingParts,
         batch: int,
-        sampling: SamplingSettings,
+        sampling: Sampling,
         clock: StreamClock | None = None,
         options: EngineOptions | None = None,
         state: StreamState | None = None,
@@ -225,9 +524,7 @@ class ChunkEngine:
             guided = self._transformer(rows, sigma, speech, self._text, cache=self.cache, step=max(step, 0))
             return self.guidance.combine(guided[:, :, num_references:])
 
-        sample, levels = self._noise[:, :, :num_latents], self.tables.levels
-        for step in range(len(levels) - 1):
-            sample = euler_step(sample, velocity(sample, step), levels[step], levels[step + 1])
+        sample = integrate(velocity, self._noise[:, :, :num_latents], self.tables.levels)
         if self.cache.options.cache_noise == "clean_pass":
             velocity(sample, -1)
         self._latents[:, :, :num_latents].copy_(sample)

@@ -6,17 +6,20 @@ import json
 import math
 import os
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from rest_lightning.constants import FPS
+from rest_lightning.errors import UserError
 from rest_lightning.machine import commit, hardware, peak_memory_mb, versions
-from rest_lightning.streaming.output import whole_file
+from rest_lightning.media.files import whole_file
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -336,3 +339,142 @@ def _rounded(value: float | None) -> float | None:
 
 def _ms(value: float | int | None) -> str:
     return "-" if value is None else f"{value:,.1f} ms"
+
+
+# -- profile ---------------------------------------------------------------------------------------
+# Where a chunk's time goes: torch's profiler over a few chunks of a stream, by stage and
+# operator.
+
+_STAGE = "stage: "
+_OUTSIDE = "outside of stages"
+
+
+@dataclass(frozen=True)
+class OperatorTime:
+    """What one operator cost within one stage, per chunk.
+
+    Attributes:
+        stage, operator: names.
+        calls: per chunk.
+        cpu_ms, device_ms: in the operator itself, without the operators that it calls; device_ms is 0 on the CPU.
+    """
+
+    stage: str
+    operator: str
+    calls: float
+    cpu_ms: float
+    device_ms: float
+
+
+class ChunkProfiler:
+    """Profiles ``num_chunks`` chunks after ``num_warmup`` others, and writes a Chrome trace when it is done.
+
+    A stream that is too short for all of them gives what it has; one that ends within the warm-up is an error, raised
+    on leaving the context. Profiling slows the chunks that it watches down: their share of the time is what to read.
+
+    Args:
+        clock: of the session; its stages appear in the trace.
+        path: JSON for chrome://tracing or Perfetto; None profiles nothing.
+
+    Raises:
+        UserError: too short a stream, or a trace that cannot be written.
+    """
+
+    def __init__(
+        self, clock: StreamClock, path: str | os.PathLike[str] | None, num_warmup: int = 2, num_chunks: int = 3
+    ) -> None:
+        self.clock, self.path = clock, path
+        self.num_warmup, self.num_chunks = num_warmup, num_chunks
+        self.operators: list[OperatorTime] = []
+        self.stage_ms: dict[str, float] = {}
+        self._seen = self.num_profiled = 0
+        self._profile: Any = None
+
+    def step(self) -> None:
+        """To be called after every chunk."""
+        self._seen += 1
+        if self.path is None or self._seen > self.num_warmup + self.num_chunks:
+            return
+        if self._profile is not None:
+            self.num_profiled += 1
+        if self._seen == self.num_warmup:
+            self._start()
+        elif self._seen == self.num_warmup + self.num_chunks:
+            self._stop()
+
+    def __enter__(self) -> ChunkProfiler:
+        if self.path is not None and self.num_warmup == 0:
+            self._start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop()
+        if kind is None and self.path is not None and not self.num_profiled:
+            raise UserError(
+                f"expected more than {self.num_warmup} chunks to profile, got {self._seen}: give it longer speech"
+            )
+
+    def _start(self) -> None:
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        if torch.cuda.is_available():
+            activities.append(torch.profiler.ProfilerActivity.CUDA)
+        self.clock.label = lambda name: torch.profiler.record_function(_STAGE + name)
+        self._profile = torch.profiler.profile(activities=activities)
+        self._profile.start()
+
+    def _stop(self) -> None:
+        if self._profile is None:
+            return
+        profile, self._profile, self.clock.label = self._profile, None, unlabelled
+        profile.stop()
+        if not self.num_profiled:
+            return
+        self._sum(profile.events())
+        assert self.path is not None
+        with whole_file(self.path) as temporary:
+            profile.export_chrome_trace(str(temporary))
+
+    def _sum(self, events: Any) -> None:
+        sums: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0, 0.0, 0.0])
+        stages: dict[str, float] = defaultdict(float)
+        for event in events:
+            if event.device_type != torch.autograd.DeviceType.CPU:
+                continue  # kernels: their time stands with the operator that launched them
+            if event.name.startswith(_STAGE):
+                stages[event.name.removeprefix(_STAGE)] += event.cpu_time_total / 1000
+            else:
+                row = sums[_stage_of(event), event.name]
+                row[0] += 1
+                row[1] += event.self_cpu_time_total / 1000
+                row[2] += event.self_device_time_total / 1000
+        count = self.num_profiled
+        self.stage_ms = {name: total / count for name, total in stages.items()}
+        rows = [OperatorTime(*names, *(value / count for value in row)) for names, row in sums.items()]
+        self.operators = sorted(rows, key=lambda row: -max(row.cpu_ms, row.device_ms))
+
+    def table(self, num_operators: int = 6) -> Table:
+        """Stages with their most expensive operators, as a rich table; times are per chunk."""
+        from rich.table import Table
+
+        table = Table(title=f"where the time of a chunk goes ({self.num_profiled} profiled)", title_justify="left")
+        for name in ("stage", "operator", "calls", "CPU ms", "device ms", "share"):
+            table.add_column(name, justify="left" if name in ("stage", "operator") else "right")
+        total = sum(self.stage_ms.values())
+        for stage, stage_ms in sorted(self.stage_ms.items(), key=lambda item: -item[1]):
+            table.add_section()
+            table.add_row(stage, "", "", f"{stage_ms:.2f}", "", f"{stage_ms / total:.0%}" if total else "")
+            for row in [row for row in self.operators if row.stage == stage][:num_operators]:
+                share = f"{row.cpu_ms / total:.0%}" if total else ""
+                device = f"{row.device_ms:.2f}" if row.device_ms else ""
+                table.add_row("", row.operator, f"{row.calls:.0f}", f"{row.cpu_ms:.2f}", device, share)
+        return table
+
+
+def _stage_of(event: Any) -> str:
+    while event is not None:
+        if event.name.startswith(_STAGE):
+            return str(event.name.removeprefix(_STAGE))
+        event = event.cpu_parent
+    return _OUTSIDE

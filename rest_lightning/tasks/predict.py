@@ -1,4 +1,4 @@
-"""``rest predict``: many videos from many portraits and speeches, through the same session that streams live."""
+"""``rest predict`` makes many videos through the session that streams live; ``rest test`` scores a model."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from numpy.typing import NDArray
 
 from rest_lightning.data.portrait import parse_crop
 from rest_lightning.data.streams import SpeechBlock
-from rest_lightning.dtypes import DtypeName, dtype_on
+from rest_lightning.diffusion.sampling import SamplingChanges
+from rest_lightning.generation import describe_model, load_generator
+from rest_lightning.parts import DtypeName, dtype_on
 from rest_lightning.streaming.session import StreamingSession
-from rest_lightning.talking_head import SamplingChanges, TalkingHead
+from rest_lightning.talking_head import TalkingHead
 
 
 class PredictModule(LightningModule):
@@ -72,3 +74,28 @@ class PredictModule(LightningModule):
     def predict_step(self, batch: SpeechBlock, batch_idx: int) -> NDArray[np.uint8]:
         """The frames that this block completes, uint8 (n, H, W, 3)."""
         return self.session.flush() if batch["is_end"] else self.session.push(batch["samples"])  # type: ignore[union-attr]
+
+
+class EvaluateModule(LightningModule):
+    """Holds what generates the clips: a student streams, a teacher makes whole clips.
+
+    Args:
+        model: folder of `rest export`, checkpoint of a student or teacher stage; None is the embedded model.
+        vae: checkpoint or folder with the VAE, where ``model`` is a checkpoint.
+        sampling: changes of the model's own; ``rest test`` takes them from the top-level key ``sampling``.
+        seed: of the noise of every clip.
+    """
+
+    def __init__(
+        self,
+        model: str | None = None,
+        vae: str | None = None,
+        sampling: SamplingChanges | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.generator = load_generator(model, vae, sampling, seed)
+        self.configuration: dict[str, Any] = describe_model(model)
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Nothing: the callback generates and scores, clip by clip."""

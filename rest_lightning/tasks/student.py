@@ -19,10 +19,10 @@ from rest_lightning.diffusion.noise import add_noise
 from rest_lightning.diffusion.rollout import Context, roll_out
 from rest_lightning.diffusion.schedule import ltx_shift, sampling_sigmas
 from rest_lightning.errors import UserError
-from rest_lightning.models.autoencoder import VideoAutoencoder
 from rest_lightning.models.speech import SpeechEncoder
 from rest_lightning.models.speech_ae import SpeechAE
 from rest_lightning.models.transformer import A2VDiT
+from rest_lightning.models.vae import VideoAutoencoder
 from rest_lightning.parts import build_part, read_part
 from rest_lightning.tasks.a2v import A2VModule, Conditions, NoiseSettings, TrainingInput, step_generator
 from rest_lightning.tasks.base import OptimizerSettings

@@ -12,10 +12,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
 from rest_lightning.errors import UserError
-from rest_lightning.metrics.image import psnr_db
-from rest_lightning.metrics.seams import border_jump_ratio
-from rest_lightning.models.autoencoder import VideoAutoencoder, check_frames
-from rest_lightning.models.principal import PrincipalPath, fit_principal_path
+from rest_lightning.metrics.image import border_jump_ratio, psnr_db
+from rest_lightning.models.vae import PrincipalPath, VideoAutoencoder, check_frames, fit_principal_path
 from rest_lightning.tasks.base import OptimizerSettings, StageModule
 from rest_lightning.tasks.regions import region_weights
 
@@ -57,7 +55,7 @@ class VAEModule(StageModule):
         initial: ``{"vae": checkpoint or folder}`` to start from.
         principal_batches: batches from which a network with a principal path gets its components, before the first
             step of a training that starts neither from ``initial`` nor from a checkpoint; 0 leaves the path silent.
-        whitening: of the components, see :func:`~rest_lightning.models.principal.fit_principal_path`.
+        whitening: of the components, see :func:`~rest_lightning.models.vae.fit_principal_path`.
         train_encoder: False trains the decoder alone (and measures no statistics anew): latents made before, and models
             trained on them, stay valid.
         latent_noise: while training, the decoder reads normalised latents with noise of a random strength up to this: a
@@ -96,7 +94,7 @@ class VAEModule(StageModule):
         self.loss_weights = loss_weights or VAELossWeights()
         self.lpips: nn.Module | None = None
         if self.loss_weights.lpips:
-            from rest_lightning.metrics.lpips import load_lpips
+            from rest_lightning.metrics.reconstruction import load_lpips
 
             self.lpips = load_lpips()
         self._moments = LatentMoments()

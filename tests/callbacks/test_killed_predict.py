@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rest_lightning.models.autoencoder import CompactVAE
+from rest_lightning.diffusion.sampling import Sampling
 from rest_lightning.models.speech import LogMelEncoder
 from rest_lightning.models.speech_ae import SpeechAE
 from rest_lightning.models.transformer import A2VDiT
-from rest_lightning.talking_head import SamplingSettings, TalkingHead
+from rest_lightning.models.vae import CompactVAE
+from rest_lightning.talking_head import TalkingHead
 
 # (moment, which time, videos that are whole then). Three pairs of 2 blocks and an end; a report and a video are renamed
 # for each, the report first.
@@ -42,7 +43,7 @@ def model(tmp_path: Path) -> Path:
             in_channels=4, num_layers=1, num_attention_heads=2, attention_head_dim=16, caption_channels=None,
             speech_dim=8, attention="chunked",
         ),
-        SamplingSettings(num_steps=1, guidance=1.0, shift=1.0),
+        Sampling(num_steps=1, guidance=1.0, shift=1.0),
         size_px=64,
     )  # fmt: skip
     head.save_pretrained(tmp_path / "model")

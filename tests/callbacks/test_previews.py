@@ -12,11 +12,10 @@ import torch
 
 from rest_lightning.callbacks.previews import SampleVideos, borrowed_head, generate_clip
 from rest_lightning.data.layout import read_manifest
-from rest_lightning.data.video import VideoFile, read_clip_audio
-from rest_lightning.diffusion.sampling import Guidance, euler_step
+from rest_lightning.diffusion.sampling import Guidance, Sampling, SamplingChanges, euler_step
+from rest_lightning.media.video import VideoFile, read_clip_audio
 from rest_lightning.models.transformer import A2VDiT
 from rest_lightning.streaming.engine import to_uint8
-from rest_lightning.talking_head import SamplingChanges, SamplingSettings
 
 OVERLAY = """
 trainer:
@@ -73,9 +72,9 @@ def test_samples_are_written_and_training_is_the_same(
 
 
 def test_without_vae_training_goes_on_with_a_warning(recipe: Any, tmp_path: Path) -> None:
-    from rest_lightning.data.latents import encode_dataset
+    from rest_lightning.data.window_cache import encode_dataset
 
-    with borrowed_head(recipe.clis["student"].model, SamplingSettings(), 64) as head:
+    with borrowed_head(recipe.clis["student"].model, Sampling(), 64) as head:
         encode_dataset(head.vae, recipe.data, tmp_path / "latents", fingerprint="tiny", num_frames=49, progress=False)
     overlay = tmp_path / "overlay.yaml"
     overlay.write_text(

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from rest_lightning.callbacks.sink import VideoSink
-from rest_lightning.data.audio import open_speech
 from rest_lightning.data.module import TalkingHeadDataModule
-from rest_lightning.data.video import read_frames
 from rest_lightning.errors import UserError
+from rest_lightning.media.audio import open_speech
+from rest_lightning.media.video import read_frames
 from rest_lightning.talking_head import TalkingHead
 from rest_lightning.tasks.predict import PredictModule
 from rest_lightning.torchvision_compat import ensure_torchvision

@@ -18,11 +18,12 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model folder of a few thousand random parameters, 64x64 frames, 24 frames per chunk."""
     import torch
 
-    from rest_lightning.models.autoencoder import CompactVAE
+    from rest_lightning.diffusion.sampling import Sampling
     from rest_lightning.models.speech import LogMelEncoder
     from rest_lightning.models.speech_ae import SpeechAE
     from rest_lightning.models.transformer import A2VDiT
-    from rest_lightning.talking_head import SamplingSettings, TalkingHead
+    from rest_lightning.models.vae import CompactVAE
+    from rest_lightning.talking_head import TalkingHead
 
     torch.manual_seed(0)
     head = TalkingHead(
@@ -38,7 +39,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
             speech_dim=8,
             attention="chunked",
         ),
-        SamplingSettings(num_steps=1, guidance=1.0, shift=1.0),
+        Sampling(num_steps=1, guidance=1.0, shift=1.0),
         size_px=64,
     )
     folder = tmp_path_factory.mktemp("model") / "tiny"

@@ -77,7 +77,7 @@ def test_base_and_ablations(recipe: Any, tmp_path: Path, calls: list[list[str]],
         str(recipe.data),
     ]
     words += ["--protocol", str(protocol_file), "--budget-steps", "1", "--out", str(tmp_path / "out"), "--seeds", "2"]
-    from rest_lightning.data.latents import encode_dataset
+    from rest_lightning.data.window_cache import encode_dataset
     from rest_lightning.parts import fingerprint_of, open_part
 
     trained_vae: Any = open_part("vae", recipe.final(recipe.vae_stage)).eval().requires_grad_(False)

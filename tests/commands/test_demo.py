@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from rest_lightning.cli import main
-from rest_lightning.commands import demo
+from rest_lightning.commands import talk
 
 
 @pytest.fixture
@@ -15,8 +15,8 @@ def small_demo(
     portrait: Path, make_speech: Callable[..., Path], tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> list[str]:
     """The command with one second of speech and the tiny model."""
-    monkeypatch.setattr(demo, "PORTRAIT", portrait)
-    monkeypatch.setattr(demo, "SPEECH", make_speech(16_000))
+    monkeypatch.setattr(talk, "PORTRAIT", portrait)
+    monkeypatch.setattr(talk, "SPEECH", make_speech(16_000))
     return ["demo", "--model", str(tiny_model)]
 
 

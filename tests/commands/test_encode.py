@@ -9,11 +9,10 @@ import torch
 from rest_lightning import TalkingHead
 from rest_lightning.cli import main
 from rest_lightning.constants import SAMPLES_PER_FRAME
-from rest_lightning.data.latents import LatentsCache
 from rest_lightning.data.layout import Sidecar, clip_path, finish_dataset, write_sidecar
-from rest_lightning.data.speech_cache import SpeechCache
+from rest_lightning.data.window_cache import LatentsCache, SpeechCache
+from rest_lightning.media.writer import Mp4Writer
 from rest_lightning.parts import fingerprint_of
-from rest_lightning.streaming.writer import Mp4Writer
 
 
 @pytest.fixture

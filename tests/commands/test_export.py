@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from rest_lightning import SamplingSettings, TalkingHead
+from rest_lightning import Sampling, TalkingHead
 from rest_lightning.cli import main
 from rest_lightning.parts import PART_NAMES, PARTS_KEY, describe_part
 
@@ -42,7 +42,7 @@ def test_exported_model_is_the_checkpoint(
     assert main(words_of(checkpoints, out, *more)) == 0
     assert "MB" in capsys.readouterr().out
     ours, source = TalkingHead.from_pretrained(out), TalkingHead.from_pretrained(tiny_model)
-    assert (ours.size_px, ours.sampling) == (64, SamplingSettings(5, 2.5, 1.0, 0.5))
+    assert (ours.size_px, ours.sampling) == (64, Sampling(5, 2.5, 1.0, 0.5))
     for name in PART_NAMES:
         state, expected = getattr(ours, name).state_dict(), getattr(source, name).state_dict()
         assert state.keys() == expected.keys()

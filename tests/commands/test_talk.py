@@ -137,13 +137,13 @@ def test_interrupt_keeps_a_playable_video(tmp_path: Path, tiny_model: Path, port
     ],
 )
 def test_bfloat16_only_where_the_processor_computes_it(capabilities: dict[str, Any], expected: str) -> None:
-    from rest_lightning.dtypes import natural_dtype
+    from rest_lightning.parts import natural_dtype
 
     assert natural_dtype(capabilities) == expected
 
 
 def test_types_by_name_and_device() -> None:
-    from rest_lightning.dtypes import dtype_on, natural_dtype
+    from rest_lightning.parts import dtype_on, natural_dtype
 
     assert dtype_on("float32", "cpu") is dtype_on("float32", "cuda") is torch.float32
     assert dtype_on("bfloat16", "cpu") is torch.bfloat16
@@ -155,7 +155,7 @@ def test_types_by_name_and_device() -> None:
 def test_bfloat16_gives_the_same_video_to_a_few_grey_levels() -> None:
     """The embedded model, 3 s: sampled latents stay close, since every step is computed from float32 noise levels."""
     from rest_lightning import TalkingHead
-    from rest_lightning.commands.demo import PORTRAIT
+    from rest_lightning.commands.talk import PORTRAIT
 
     samples = np.random.default_rng(0).normal(scale=0.1, size=48_000).astype(np.float32)
     frames = []

@@ -10,10 +10,11 @@ import torch
 
 from rest_lightning.constants import SAMPLES_PER_FRAME
 from rest_lightning.data.augment import SpeechAugmentation
-from rest_lightning.data.clips import ClipError, PreparedClips, WindowKey, cut_audio
+from rest_lightning.data.clips import ClipError, cut_audio
+from rest_lightning.data.dataset import PreparedClips, WindowKey
 from rest_lightning.data.layout import clip_path, read_sidecar, sidecar_path
-from rest_lightning.data.video import read_clip_audio, read_frames
 from rest_lightning.errors import UserError
+from rest_lightning.media.video import read_clip_audio, read_frames
 
 
 def assert_same(one: dict[str, Any], other: dict[str, Any]) -> None:

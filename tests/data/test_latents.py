@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rest_lightning.data.clips import PreparedClips, WindowKey
-from rest_lightning.data.latents import LatentsCache, encode_dataset
+from rest_lightning.data.dataset import PreparedClips, WindowKey
 from rest_lightning.data.layout import clip_path, finish_dataset
-from rest_lightning.data.video import read_frames
+from rest_lightning.data.window_cache import LatentsCache, encode_dataset
 from rest_lightning.errors import UserError
+from rest_lightning.media.video import read_frames
 
 
 class TinyVAE(nn.Module):

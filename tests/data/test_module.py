@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from rest_lightning.constants import SAMPLES_PER_FRAME
 from rest_lightning.data.clips import ClipError
-from rest_lightning.data.latents import encode_dataset
 from rest_lightning.data.layout import clip_path
 from rest_lightning.data.module import TalkingHeadDataModule, _OrderedSampler, _Position, _TrainSampler, to_model_batch
-from rest_lightning.data.video import read_frames
+from rest_lightning.data.window_cache import encode_dataset
 from rest_lightning.errors import UserError
+from rest_lightning.media.video import read_frames
 from rest_lightning.torchvision_compat import ensure_torchvision
 
 ensure_torchvision()

@@ -8,11 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from rest_lightning.data.clips import PreparedClips
-from rest_lightning.data.latents import LatentsCache, encode_dataset
+from rest_lightning.data.dataset import PreparedClips
 from rest_lightning.data.layout import clip_path
 from rest_lightning.data.module import TalkingHeadDataModule
-from rest_lightning.data.speech_cache import SpeechCache, encode_speech
+from rest_lightning.data.window_cache import LatentsCache, SpeechCache, encode_dataset, encode_speech
 from rest_lightning.errors import UserError
 from rest_lightning.models.speech import LogMelEncoder, SpeechEncoder, WhisperEncoder
 from rest_lightning.parts import fingerprint_of

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rest_lightning.data.audio import open_speech
 from rest_lightning.data.streams import PredictPair, SpeechStream, read_pairs
 from rest_lightning.errors import UserError
+from rest_lightning.media.audio import open_speech
 
 
 @pytest.mark.parametrize("block_samples", [1000, 16_000, 24_000, 100_000])

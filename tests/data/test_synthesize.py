@@ -18,6 +18,7 @@ from rest_lightning.data.synthetic.synthesize import (
     write_clip,
 )
 from rest_lightning.errors import UserError
+from rest_lightning.media.files import sha256_of
 
 pytest.importorskip("espeakng_loader")
 
@@ -56,7 +57,7 @@ def test_layout_is_complete_and_splits_are_disjoint(dataset: Path) -> None:
     assert [row.split for row in rows].count("train") == 2
     assert {row.split for row in rows} == {"train", "val", "test"}
     assert len({row.identity for row in rows}) == 4
-    assert all(layout.sha256_of(layout.clip_path(dataset, row.clip_id)) == row.sha256 for row in rows)
+    assert all(sha256_of(layout.clip_path(dataset, row.clip_id)) == row.sha256 for row in rows)
     info = layout.read_dataset_json(dataset)
     assert info["arguments"]["seed"] == 5
     assert info["num_clips_per_split"] == {"train": 2, "val": 1, "test": 1}

@@ -12,17 +12,17 @@ import torch
 from tiny_student import SPEECH_DIM, make_conditions, make_student, make_transformer, save_transformer, train_on
 from torch import Tensor
 
+from benchmarks._differentiable_cache import DifferentiableCache
 from rest_lightning.diffusion.rollout import Context, roll_out
-from rest_lightning.diffusion.sampling import euler_step
+from rest_lightning.diffusion.sampling import Sampling, euler_step
 from rest_lightning.diffusion.schedule import sampling_sigmas
 from rest_lightning.errors import UserError
-from rest_lightning.models.autoencoder import CompactVAE
-from rest_lightning.models.cache import DifferentiableCache
 from rest_lightning.models.speech import LogMelEncoder
 from rest_lightning.models.speech_ae import SpeechAE
 from rest_lightning.models.transformer import A2VDiT
+from rest_lightning.models.vae import CompactVAE
 from rest_lightning.streaming.engine import ChunkEngine
-from rest_lightning.talking_head import SamplingSettings, TalkingHead
+from rest_lightning.talking_head import TalkingHead
 from rest_lightning.tasks.student import ASDSettings, RolloutSettings, StudentModule
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -91,7 +91,7 @@ def test_contexts_are_those_of_a_session(cache_noise: str, reference_attends: st
         strides=((4, 2), (2, 2)), patch_size=8, principal_components=0,
     )  # fmt: skip
     speech_ae = SpeechAE(feature_dim=160, num_tokens=2, latent_dim=SPEECH_DIM, width=8)
-    head = TalkingHead(vae, LogMelEncoder(), speech_ae, model, SamplingSettings(3, 1.0, 1.0), size_px=64)
+    head = TalkingHead(vae, LogMelEncoder(), speech_ae, model, Sampling(3, 1.0, 1.0), size_px=64)
     engine = ChunkEngine(head, 2, replace(head.sampling, num_steps=3, guidance=1.0))
     engine.start(torch.zeros(2, 3, 64, 64))
     reference = vae.encode(torch.zeros(2, 3, 1, 64, 64))
@@ -119,7 +119,7 @@ def sequential(module: StudentModule, inputs: Any, context: Context) -> Tensor:
     model, speech = module.transformer, inputs.speech_latents
     noisy, sigma = inputs.path.noisy_latents, inputs.path.sigma
     rows, _, num_frames, height, width = noisy.shape
-    cache = DifferentiableCache.allocate(model, rows, height, width)
+    cache = model.new_cache(rows, height, width, kind=DifferentiableCache)
     if model.cache_options.reference_attends == "self":
         model.prefill(noisy[:, :, :1], cache)
     out, length = [], model.cache_options.chunk_length

@@ -14,16 +14,18 @@ SHAPE = (2, 4, 7, 2, 2)
 @pytest.mark.parametrize("shift", [1.0, 5.0])
 def test_euler_is_exact_on_a_straight_path(num_steps: int, shift: float) -> None:
     latents, noise = torch.randn(2, *SHAPE, dtype=torch.float64)
-    levels = []
+    steps: list[int] = []
 
-    def velocity(sample: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        levels.append(float(sigma))
-        assert torch.allclose(sample, add_noise(latents, noise, sigma), atol=1e-6)
+    def velocity(sample: torch.Tensor, step: int) -> torch.Tensor:
+        steps.append(step)
+        assert torch.allclose(sample, add_noise(latents, noise, table[step]), atol=1e-6)
         return noise - latents
 
     table = sigma_table(num_steps, shift)
-    assert torch.allclose(integrate(velocity, noise, table), latents, atol=1e-6)
-    assert levels == table[:-1].tolist()
+    for sigmas in (table, table.tolist()):
+        steps.clear()
+        assert torch.allclose(integrate(velocity, noise, sigmas), latents, atol=1e-6)
+        assert steps == list(range(num_steps))
 
 
 def test_euler_step_goes_frame_by_frame() -> None:

@@ -16,7 +16,7 @@ def extractors(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder as the training command of the embedded networks writes it."""
     import torch
 
-    from rest_lightning.metrics.embedded import EmbeddedImage, EmbeddedSync, EmbeddedVideo
+    from rest_lightning.metrics.extractors import EmbeddedImage, EmbeddedSync, EmbeddedVideo
 
     folder = tmp_path_factory.mktemp("extractors")
     torch.manual_seed(0)

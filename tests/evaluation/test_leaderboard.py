@@ -17,10 +17,9 @@ from xml.etree import ElementTree
 import pytest
 
 from rest_lightning.cli import main
-from rest_lightning.evaluation.board import Group, make_board
-from rest_lightning.evaluation.board_text import to_markdown
-from rest_lightning.evaluation.plots import Point, Series, lines, scatter
+from rest_lightning.evaluation.board import Group, make_board, to_markdown
 from rest_lightning.evaluation.row import ResultRow
+from rest_lightning.media.html import Point, Series, lines, scatter
 
 Make = Callable[..., dict[str, Any]]
 CLAIM = {"protocol": "synthetic", "protocol_version": 1, "method": "Paper", "measured": False, "source": "arXiv <1>"}

@@ -19,13 +19,14 @@ import yaml
 from rest_lightning.cli import main
 from rest_lightning.data.clips import cut_audio
 from rest_lightning.data.layout import Sidecar, complete_clip_ids, finish_dataset, write_sidecar
-from rest_lightning.data.video import read_clip_audio, read_frames
-from rest_lightning.evaluation.generate import Streamed, Whole, generate_clip, load_generator
+from rest_lightning.diffusion.sampling import SamplingChanges
 from rest_lightning.evaluation.protocol import read_protocol
 from rest_lightning.evaluation.row import ResultRow, read_rows
 from rest_lightning.evaluation.scorer import ClipPair, Scorer
+from rest_lightning.generation import Streamed, Whole, generate_clip, load_generator
+from rest_lightning.media.video import read_clip_audio, read_frames
 from rest_lightning.streaming.engine import to_uint8
-from rest_lightning.talking_head import SamplingChanges, TalkingHead
+from rest_lightning.talking_head import TalkingHead
 
 NUM_FRAMES = 48
 
@@ -191,7 +192,7 @@ def test_an_evaluation_goes_on_from_its_state(
 
     from rest_lightning.callbacks.evaluation import Evaluation
     from rest_lightning.data.module import TalkingHeadDataModule
-    from rest_lightning.tasks.evaluate import EvaluateModule
+    from rest_lightning.tasks.predict import EvaluateModule
 
     data = TalkingHeadDataModule(str(test_clips), batch_size=2, num_frames=57, num_workers=0, progress=False)
     module = EvaluateModule(str(model_folder), sampling=SamplingChanges(num_steps=1))
@@ -317,4 +318,4 @@ def test_protocols_of_the_repository(name: str, repository: Path) -> None:
     content = yaml.safe_load((repository / "configs/eval" / f"{name}.yaml").read_text())
     num_frames = content["data"]["num_frames"]
     assert num_frames % 8 == 1 and num_frames >= protocol.num_frames
-    assert content["model"]["class_path"] == "rest_lightning.tasks.evaluate.EvaluateModule"
+    assert content["model"]["class_path"] == "rest_lightning.tasks.predict.EvaluateModule"

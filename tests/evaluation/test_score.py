@@ -15,14 +15,14 @@ import torch
 
 from rest_lightning.cli import main
 from rest_lightning.data.layout import Sidecar
-from rest_lightning.data.video import read_clip_audio, read_frames
 from rest_lightning.evaluation.row import ResultRow, read_rows
+from rest_lightning.media.video import read_clip_audio, read_frames
+from rest_lightning.media.writer import Mp4Writer
 from rest_lightning.metrics.extractors import load_extractor
 from rest_lightning.metrics.frechet import EFID, FID, FVD
 from rest_lightning.metrics.identity import IdentitySimilarity
 from rest_lightning.metrics.sync import SyncScore
-from rest_lightning.metrics.talking import TalkingScores
-from rest_lightning.streaming.writer import Mp4Writer
+from rest_lightning.metrics.video import TalkingScores
 
 NUM_FRAMES = 48
 
@@ -217,8 +217,8 @@ def test_faces_of_a_track_are_what_sync_sees(truth: Path, protocol_file: Path) -
     from rest_lightning.evaluation.faces import MediapipeFaces, SidecarFaces
     from rest_lightning.evaluation.protocol import read_protocol
     from rest_lightning.evaluation.scorer import ClipPair, Scorer
-    from rest_lightning.metrics.face_crop import face_crops
     from rest_lightning.metrics.sync import sync_of_clip
+    from rest_lightning.metrics.syncnet import face_crops
 
     protocol = replace(read_protocol(protocol_file), measures=["sync"], num_frames=104, faces="sidecar")
     path = min(truth.glob("*.mp4"))

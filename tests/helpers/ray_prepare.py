@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rest_lightning.data.preparation.faces import Face
+from rest_lightning.media.faces import Face
 
 
 class Crashing:

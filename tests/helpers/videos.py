@@ -14,7 +14,7 @@ from typing import Any
 import av
 import numpy as np
 
-from rest_lightning.data.preparation.faces import Face
+from rest_lightning.media.faces import Face
 
 TIME_BASE = Fraction(1, 12_000)  # fits 24, 25, 30, 50, 60 and 240 fps
 

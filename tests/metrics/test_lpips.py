@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rest_lightning.metrics.lpips import BACKBONE_FILES, load_lpips
+from rest_lightning.metrics.reconstruction import BACKBONE_FILES, load_lpips
 
 
 def test_missing_weights_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

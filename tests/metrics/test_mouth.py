@@ -10,11 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-from rest_lightning.commands import train_mouth
 from rest_lightning.errors import UserError
-from rest_lightning.metrics import mouth, shipped
+from rest_lightning.metrics import mouth, weights
 from rest_lightning.metrics.lips import pearson
 from rest_lightning.metrics.mouth import MouthOpeningEstimator, crop_mouth, mouth_opening
+from tools import mouth as training
 
 
 def noise(num: int, size: int = 128) -> np.ndarray:
@@ -64,7 +64,7 @@ def test_brightness_and_contrast_do_not_matter() -> None:
 def test_saved_and_loaded(tmp_path: Path) -> None:
     model = MouthOpeningEstimator((4, 8, 8, 8, 8), hidden=8).eval()
     model.save_pretrained(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {shipped.CONFIG_FILE, shipped.WEIGHTS_FILE}
+    assert {path.name for path in tmp_path.iterdir()} == {weights.CONFIG_FILE, weights.WEIGHTS_FILE}
     loaded = MouthOpeningEstimator.from_pretrained(tmp_path)
     np.testing.assert_allclose(mouth_opening(noise(4), loaded), mouth_opening(noise(4), model), atol=0.02)
 
@@ -78,7 +78,7 @@ def test_augmentation_shifts_and_mirrors() -> None:
     """Every augmented crop still shows the mouth: shifted by up to 3 px, mirrored or not."""
     crops = torch.zeros(64, 3, 70, 78, dtype=torch.uint8)
     crops[:, :, 33:38, 37:42] = 255
-    result = train_mouth.augment(crops, torch.Generator().manual_seed(0))
+    result = training.augment(crops, torch.Generator().manual_seed(0))
     assert result.shape == (64, 3, 64, 72)
     bright = (result.mean(dim=1) - result.mean(dim=(1, 2, 3))[:, None, None]).clamp(min=0.5) - 0.5
     rows = (bright.sum(2) @ torch.arange(64.0)) / bright.sum((1, 2))
@@ -94,20 +94,20 @@ def test_it_learns_rendered_mouths(tmp_path: Path) -> None:
     from rest_lightning.data.synthetic.synthesize import synthesize
 
     data = synthesize(tmp_path / "clips", 4, num_frames=33, num_workers=1, val_fraction=0.0, test_fraction=0.25)
-    code = train_mouth.main(
+    code = training.main(
         ["--data", str(data), "--out", str(tmp_path / "out"), "--minutes", "0.08", "--batch-size", "16"]
     )
     assert code == 0
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"config.json", "model.safetensors", "card.json"}
     model = MouthOpeningEstimator.from_pretrained(tmp_path / "out")
-    crops, openings = train_mouth.gather(data, train_mouth.read_manifest(data, "train"), 33, np.random.default_rng(0))
+    crops, openings = training.gather(data, training.read_manifest(data, "train"), 33, np.random.default_rng(0))
     with torch.inference_mode():
         estimated = model.from_crops(crops[:, :, 3:-3, 3:-3].float() / 127.5 - 1)
     assert pearson(estimated.numpy(), openings.numpy()) > 0.5
 
 
 def test_missing_data_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert train_mouth.main(["--data", str(tmp_path / "none"), "--minutes", "0.01"]) == 2
+    assert training.main(["--data", str(tmp_path / "none"), "--minutes", "0.01"]) == 2
     assert "expected prepared clips with" in capsys.readouterr().err
 
 

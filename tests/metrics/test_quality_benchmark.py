@@ -15,11 +15,12 @@ import pytest
 import torch
 from PIL import Image
 
-from rest_lightning.models.autoencoder import CompactVAE
+from rest_lightning.diffusion.sampling import Sampling
 from rest_lightning.models.speech import LogMelEncoder
 from rest_lightning.models.speech_ae import SpeechAE
 from rest_lightning.models.transformer import A2VDiT
-from rest_lightning.talking_head import SamplingSettings, TalkingHead
+from rest_lightning.models.vae import CompactVAE
+from rest_lightning.talking_head import TalkingHead
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -54,7 +55,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             speech_dim=8,
             attention="chunked",
         ),
-        SamplingSettings(num_steps=1, guidance=1.0, shift=1.0),
+        Sampling(num_steps=1, guidance=1.0, shift=1.0),
         size_px=64,
     ).save_pretrained(root / "model")
     (root / "real").mkdir()

@@ -8,14 +8,13 @@ import torch
 
 from rest_lightning.constants import SAMPLES_PER_FRAME
 from rest_lightning.errors import UserError
-from rest_lightning.metrics import talking
+from rest_lightning.metrics import video
 from rest_lightning.metrics.drift import DriftTracker
 from rest_lightning.metrics.lips import motion_in_silence_per_s
 from rest_lightning.metrics.mouth import MouthOpeningEstimator
 from rest_lightning.metrics.reconstruction import ReconstructionScores
 from rest_lightning.metrics.sums import MeanMetric
-from rest_lightning.metrics.talking import TalkingScores
-from rest_lightning.metrics.video import VideoScores
+from rest_lightning.metrics.video import TalkingScores, VideoScores
 
 
 def clip(num_frames: int, seed: int = 0, side: int = 32) -> np.ndarray:
@@ -52,7 +51,7 @@ def test_talking_scores_are_means_of_video_scores(chunk_frames: int) -> None:
         with pytest.raises(UserError, match="true opening for each of the 60 frames, got 59"):
             metric.update(frames, audio, truth[:59])
     result = metric.compute()
-    assert set(result) == set(talking.KEYS) and int(metric.num_clips) == 2
+    assert set(result) == set(video.KEYS) and int(metric.num_clips) == 2
     for key, value in result.items():
         name = "jump_ratio_chunk" if key == "seam_ratio" else key
         assert float(value) == pytest.approx(np.mean([single[name] for single in singles]), nan_ok=True), key

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from rest_lightning.metrics.seams import BorderJumps, border_jump_ratio
+from rest_lightning.metrics.image import BorderJumps, border_jump_ratio
 
 
 def video(steps: list[float], batch: int = 1) -> torch.Tensor:

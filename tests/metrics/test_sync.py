@@ -13,10 +13,9 @@ from torch.nn import functional as F
 
 from rest_lightning.errors import UserError
 from rest_lightning.metrics.extractors import SyncNetExtractor, load_extractor, mfcc_windows
-from rest_lightning.metrics.mfcc import mfcc, to_int16
 from rest_lightning.metrics.sync import SyncScore, sync_of_clip, sync_of_embeddings
+from rest_lightning.metrics.syncnet import SyncNet, mfcc, to_int16
 from rest_lightning.metrics.weights import VARIABLE
-from rest_lightning.models.syncnet import SyncNet
 
 # (name, shape) of the published tensors; weights and biases of layers without norms.
 PUBLISHED = {
@@ -230,8 +229,8 @@ def test_golden_value_of_the_example_clip() -> None:
     """The reference repository's data/example.avi, a face crop: offset 3, minimum distance 5.353, confidence 10.021."""
     import os
 
-    from rest_lightning.data.audio import open_speech
-    from rest_lightning.data.video import read_frames
+    from rest_lightning.media.audio import open_speech
+    from rest_lightning.media.video import read_frames
 
     folder = Path(os.environ[VARIABLE])
     frames = read_frames(folder / "syncnet_example.avi")

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from rest_lightning.models.cache import CacheOptions, DifferentiableCache, IDContextCache
+from benchmarks._differentiable_cache import DifferentiableCache
+from rest_lightning.models.cache import CacheOptions
 from rest_lightning.models.transformer import A2VDiT
 
 OPTIONS = {
@@ -53,9 +54,9 @@ def test_parallel_cached_and_definition_agree(
     expected = lab.definition(model, clip)
     with torch.no_grad():
         lab.assert_close(lab.parallel(model, clip), expected)
-        cache = IDContextCache.allocate(model, 2, height, width)
+        cache = model.new_cache(2, height, width)
         lab.assert_close(lab.sequential(model, clip, cache), expected[:, :, 1:])
-        masked = IDContextCache.allocate(model, 2, height, width, always_mask=True)
+        masked = model.new_cache(2, height, width, always_mask=True)
         lab.assert_close(lab.sequential(model, clip, masked), expected[:, :, 1:])
     model, clip = model.double(), {k: v if v is None else v.double() for k, v in clip.items()}
     with torch.no_grad():
@@ -90,7 +91,7 @@ def test_gradients_of_parallel_and_sequential_agree(
 
     one, many = (
         lab.parallel(model, clip)[:, :, 1:],
-        lab.sequential(model, clip, DifferentiableCache.allocate(model, 2, height, width)),
+        lab.sequential(model, clip, model.new_cache(2, height, width, kind=DifferentiableCache)),
     )
     lab.assert_close(many, one)
     for a, b in zip(gradients(one), gradients(many), strict=True):
@@ -108,7 +109,7 @@ def test_short_chunks(lab: SimpleNamespace, lengths: list[int], options: dict[st
         sigma=torch.rand(2, frames) * (torch.arange(frames) > 0),
         speech_latents=clip["speech_latents"][:, :frames],
     )
-    cache = IDContextCache.allocate(model, 2, 2, 3)
+    cache = model.new_cache(2, 2, 3)
     with torch.no_grad():
         lab.assert_close(lab.sequential(model, clip, cache, lengths), lab.definition(model, clip, lengths)[:, :, 1:])
 
@@ -134,12 +135,12 @@ def test_rows_are_independent_streams(lab: SimpleNamespace, options: dict[str, A
     clip = lab.make_clip(model, 3, batch=3)
     rows = [{k: v if v is None else v[i : i + 1] for k, v in clip.items()} for i in range(3)]
     with torch.no_grad():
-        alone = [lab.sequential(model, row, IDContextCache.allocate(model, 1, 2, 3)) for row in rows]
-        together = lab.sequential(model, clip, IDContextCache.allocate(model, 3, 2, 3))
+        alone = [lab.sequential(model, row, model.new_cache(1, 2, 3)) for row in rows]
+        together = lab.sequential(model, clip, model.new_cache(3, 2, 3))
         lab.assert_close(together, torch.cat(alone))
 
         # Row 1 starts anew after one chunk, with another reference; rows 0 and 2 go on.
-        cache = IDContextCache.allocate(model, 3, 2, 3)
+        cache = model.new_cache(3, 2, 3)
         latents, sigma, speech = clip["noisy_latents"], clip["sigma"], clip["speech_latents"]
         model.prefill(latents[[0, 0, 2], :, :1], cache)
         for chunk in range(3):
@@ -164,10 +165,10 @@ def test_copy_row_moves_a_stream(lab: SimpleNamespace) -> None:
     clip = lab.make_clip(model, 3, batch=2)
     rows = [{k: v if v is None else v[i : i + 1] for k, v in clip.items()} for i in range(2)]
     with torch.no_grad():
-        expected = lab.sequential(model, clip, IDContextCache.allocate(model, 2, 2, 3))
-        shared = IDContextCache.allocate(model, 2, 2, 3)
+        expected = lab.sequential(model, clip, model.new_cache(2, 2, 3))
+        shared = model.new_cache(2, 2, 3)
         for row in range(2):
-            single = IDContextCache.allocate(model, 1, 2, 3)
+            single = model.new_cache(1, 2, 3)
             first = {
                 k: v if v is None else v[:, :, :4] if k == "noisy_latents" else v[:, :4] for k, v in rows[row].items()
             }
@@ -187,7 +188,7 @@ def test_snapshot_and_restore_are_bit_identical(lab: SimpleNamespace) -> None:
     model = lab.make_student()
     clip = lab.make_clip(model, 1)
     part = (clip["noisy_latents"][:, :, 1:], clip["sigma"][:, 1:], clip["speech_latents"][:, 1:])
-    cache = IDContextCache.allocate(model, 2, 2, 3)
+    cache = model.new_cache(2, 2, 3)
     with torch.inference_mode():
         model.prefill(clip["noisy_latents"][:, :, :1], cache)
         model(*part, cache=cache)
@@ -204,14 +205,14 @@ def test_snapshot_and_restore_are_bit_identical(lab: SimpleNamespace) -> None:
     assert results[0][3] == results[1][3]
     assert cache.num_frames == [3, 3]
     with pytest.raises(ValueError, match="of another model or size"):
-        IDContextCache.allocate(model, 1, 2, 3).restore(state)
+        model.new_cache(1, 2, 3).restore(state)
 
 
 def test_chunk_10_and_chunk_1000_are_the_same_program(lab: SimpleNamespace) -> None:
     model = lab.make_student()
     clip = lab.make_clip(model, 1, batch=1)
     part = (clip["noisy_latents"][:, :, 1:], clip["sigma"][:, 1:], clip["speech_latents"][:, 1:])
-    cache = IDContextCache.allocate(model, 1, 2, 3)
+    cache = model.new_cache(1, 2, 3)
     velocities, places = [], set()
     with torch.inference_mode():
         model.prefill(clip["noisy_latents"][:, :, :1], cache)
@@ -232,7 +233,7 @@ def test_per_step_reads_the_previous_chunk_of_the_same_step(lab: SimpleNamespace
     model = lab.make_student(cache_noise="per_step")
     clip = lab.make_clip(model, 2)
     sigmas = torch.linspace(1, 0.2, num_steps)
-    cache = IDContextCache.allocate(model, 2, 2, 3, num_steps=num_steps)
+    cache = model.new_cache(2, 2, 3, num_steps=num_steps)
     with torch.no_grad():
         model.prefill(clip["noisy_latents"][:, :, :1], cache)
         for chunk in range(2):
@@ -269,7 +270,7 @@ def test_bad_use(lab: SimpleNamespace) -> None:
     model = lab.make_student()
     clip = lab.make_clip(model, 2)
     latents, sigma = clip["noisy_latents"], clip["sigma"]
-    cache = IDContextCache.allocate(model, 2, 2, 3)
+    cache = model.new_cache(2, 2, 3)
     with pytest.raises(ValueError, match="expected a chunk before commit"):
         cache.commit()
     with pytest.raises(ValueError, match=r"expected torch.no_grad\(\)"):
@@ -286,13 +287,13 @@ def test_bad_use(lab: SimpleNamespace) -> None:
     with pytest.raises(ValueError, match="expected a cache of this very model"):
         other(latents[:, :, 1:4], sigma[:, 1:4], cache=cache)
     with pytest.raises(ValueError, match="got another: allocate both alike"):
-        cache.copy_row_(0, IDContextCache.allocate(other, 1, 2, 3))
+        cache.copy_row_(0, other.new_cache(1, 2, 3))
     teacher = A2VDiT.from_config({**model.config, "attention": "full"})
     with pytest.raises(ValueError, match=r"got a teacher: use teacher.to_student\(\)"):
-        IDContextCache.allocate(teacher, 2, 2, 3)
+        teacher.new_cache(2, 2, 3)
     joint = lab.make_student(reference_attends="first_chunk")
     with pytest.raises(ValueError, match="expected reference_attends=self for prefill"):
-        joint.prefill(latents[:, :, :1], IDContextCache.allocate(joint, 2, 2, 3))
+        joint.prefill(latents[:, :, :1], joint.new_cache(2, 2, 3))
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -305,7 +306,7 @@ def test_bfloat16_stays_near_the_definition(
     clip = {k: v if v is None or k == "sigma" else v.bfloat16() for k, v in clip.items()}
     exact = lab.definition(model.double(), {k: v if v is None else v.double() for k, v in clip.items()})[:, :, 1:]
     model.bfloat16()
-    cache = IDContextCache.allocate(model, 2, height, width, always_mask=masked)
+    cache = model.new_cache(2, height, width, always_mask=masked)
     assert cache.keys.dtype == torch.bfloat16
     with torch.no_grad():
         found = lab.sequential(model, clip, cache)
@@ -320,7 +321,7 @@ def test_autocast_stays_near_the_definition(lab: SimpleNamespace, num_chunks: in
     exact = lab.definition(model, clip)[:, :, 1:]
     with torch.autocast("cpu", torch.bfloat16):
         one = lab.parallel(model, clip)[:, :, 1:]
-        many = lab.sequential(model, clip, DifferentiableCache.allocate(model, 2, height, width))
+        many = lab.sequential(model, clip, model.new_cache(2, height, width, kind=DifferentiableCache))
     for found in (one.detach(), many.detach()):
         assert float((found.double() - exact).square().mean().sqrt() / exact.std()) < 0.03
     gradients = [torch.autograd.grad(x.float().square().mean(), list(model.parameters())) for x in (one, many)]

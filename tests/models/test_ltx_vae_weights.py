@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from tiny_ltx import CONFIGS, assert_close, make_ltx, make_vae, random_latents, wrap
 from torch import Tensor
 
+from rest_lightning.diffusion.sampling import Sampling
 from rest_lightning.models.cache import CacheOptions
 from rest_lightning.models.causal import Stream
 from rest_lightning.models.ltx_vae import LTXVideoVAE, streamed_decode
@@ -21,7 +22,7 @@ from rest_lightning.models.speech_ae import SpeechAE
 from rest_lightning.models.transformer import A2VDiT
 from rest_lightning.parts import build_part, describe_part, fingerprint_of
 from rest_lightning.streaming.engine import to_uint8
-from rest_lightning.talking_head import SamplingSettings, TalkingHead
+from rest_lightning.talking_head import TalkingHead
 
 
 @pytest.mark.parametrize("version", CONFIGS)
@@ -198,7 +199,7 @@ def make_head(causal: bool) -> TalkingHead:
         cache_options=CacheOptions(chunk_length=3),
     )
     speech_ae = SpeechAE(feature_dim=160, num_tokens=2, latent_dim=8, width=8)
-    sampling = SamplingSettings(num_steps=2, guidance=1.0, shift=1.0)
+    sampling = Sampling(num_steps=2, guidance=1.0, shift=1.0)
     return TalkingHead(vae, LogMelEncoder(lookahead_frames=2), speech_ae, transformer, sampling, size_px=64)
 
 

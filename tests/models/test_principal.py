@@ -10,9 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from rest_lightning.models.autoencoder import CompactVAE
 from rest_lightning.models.causal import patchify, unpatchify
-from rest_lightning.models.principal import PrincipalPath, fit_principal_path
+from rest_lightning.models.vae import CompactVAE, PrincipalPath, fit_principal_path
 
 PATCH = 8  # of the VAE 32; eigenvectors of 3 * 32 * 32 values would take minutes here
 

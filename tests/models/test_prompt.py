@@ -12,8 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rest_lightning.cli import main
-from rest_lightning.models.cache import IDContextCache
-from rest_lightning.models.prompt import PROMPT, encode_prompt
+from rest_lightning.models.ltx import PROMPT, encode_prompt
 from rest_lightning.models.transformer import A2VDiT
 from rest_lightning.torchvision_compat import ensure_torchvision
 
@@ -84,7 +83,7 @@ def test_own_prompt_is_the_same_as_text_that_is_passed(tmp_path: Path, lab: Simp
     with torch.no_grad():
         lab.assert_close(own(**clip), plain(**{**clip, **twice}))
         if attention == "chunked":
-            caches = [IDContextCache.allocate(model, 2, 2, 3) for model in (own, plain)]
+            caches = [model.new_cache(2, 2, 3) for model in (own, plain)]
             lab.assert_close(lab.sequential(own, clip, caches[0]), lab.sequential(plain, {**clip, **twice}, caches[1]))
 
 

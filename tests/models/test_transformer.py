@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from rest_lightning.models.attention import Rope, rotate
-from rest_lightning.models.cache import CacheOptions, IDContextCache
+from rest_lightning.models.cache import CacheOptions
 from rest_lightning.models.transformer import A2VDiT
 
 TINY: dict[str, Any] = {
@@ -111,7 +111,7 @@ def test_embedded_sigmas_and_projected_conditions_give_the_same(lab: SimpleNames
     latents, speech = clip["noisy_latents"][:, :, 1:], clip["speech_latents"][:, 1:]
     with torch.no_grad():
         text = model.project_text(clip["text_embeds"], clip["text_mask"])
-        caches = [IDContextCache.allocate(model, 2, 2, 3) for _ in range(2)]
+        caches = [model.new_cache(2, 2, 3) for _ in range(2)]
         for cache in caches:
             model.prefill(clip["noisy_latents"][:, :, :1], cache, text_embeds=text)
         sigma = torch.full((2, 3), 0.4)
@@ -146,7 +146,7 @@ def test_bfloat16(attention: str, lab: SimpleNamespace) -> None:
         mixed = model(**clip)
         mixed.float().mean().backward()
         if attention == "chunked":
-            cache = IDContextCache.allocate(model, 2, 2, 3, dtype=torch.bfloat16)
+            cache = model.new_cache(2, 2, 3, dtype=torch.bfloat16)
             with torch.no_grad():
                 streamed = lab.sequential(model, clip, cache)
             lab.assert_close(streamed.float(), expected[:, :, 1:], 0.05)

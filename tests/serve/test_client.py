@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from live import cut, serving, short_head, tone
 
-from rest_lightning.data.video import VideoFile
 from rest_lightning.errors import UserError
+from rest_lightning.media.video import VideoFile
 from rest_lightning.serve.client import LiveClient, record
 from rest_lightning.serve.limits import Limits
 from rest_lightning.serve.protocol import Pcm

@@ -10,8 +10,8 @@ import pytest
 from av.video.reformatter import VideoReformatter
 from PIL import Image
 
+from rest_lightning.media.writer import video_frame
 from rest_lightning.serve.encoder import H264Encoder, JpegEncoder, open_encoder
-from rest_lightning.streaming.writer import video_frame
 
 
 def moving(num_frames: int, size_px: int) -> np.ndarray:

@@ -26,9 +26,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from stills import face_png
 from tiny_head import make_head
 
-from rest_lightning.commands.talk import TalkOptions
 from rest_lightning.errors import UserError
 from rest_lightning.serve.client import LiveClient, Sound
+from rest_lightning.talking_head import ModelOptions
 
 pytest.importorskip("ray.serve", reason="the extra `ray` serves replicas")
 
@@ -258,7 +258,7 @@ def test_a_cluster_is_divided(
 ) -> None:
     from rest_lightning.serve.ray_engine import ReplicaOptions, share
 
-    wanted = TalkOptions(Path(), "", Path(), device=device, num_threads=threads)
+    wanted = ModelOptions(device=device, num_threads=threads)
     model, num_replicas, resources = share(cluster, ReplicaOptions(wanted, replicas))
     assert (model.device, model.num_threads, num_replicas, resources) == expected
 
@@ -274,7 +274,7 @@ def test_a_cluster_too_small_is_told(cluster: dict[str, float], device: str, rep
     from rest_lightning.serve.ray_engine import ReplicaOptions, share
 
     with pytest.raises(UserError, match=told):
-        share(cluster, ReplicaOptions(TalkOptions(Path(), "", Path(), device=device), replicas))
+        share(cluster, ReplicaOptions(ModelOptions(device=device), replicas))
 
 
 def test_expositions_are_merged_without_a_loss() -> None:
@@ -311,7 +311,7 @@ def test_expositions_are_merged_without_a_loss() -> None:
     [
         (
             "The deployment failed to start 3 times in a row.\nTraceback (most recent call last):\n"
-            '  File "talk.py", line 1, in load_model\n'
+            '  File "talking_head.py", line 1, in load\n'
             "rest_lightning.errors.UserError: expected a model folder, got /m: make one\n",
             "expected a model folder, got /m: make one",
         ),

@@ -13,7 +13,7 @@ from aiohttp import WSMsgType, web
 
 from rest_lightning.serve.limits import Limits
 from rest_lightning.serve.protocol import ChannelClosed
-from rest_lightning.serve.relay import LOST, Relay
+from rest_lightning.serve.ray_engine import LOST, Relay
 
 Replica = Callable[[web.Request, web.WebSocketResponse], Awaitable[None]]
 

@@ -59,7 +59,7 @@ def test_speech_comes_back_whole_with_a_picture_for_every_40_ms(head: TalkingHea
 
 
 def test_pictures_are_those_of_a_stream_alone(head: TalkingHead) -> None:
-    from rest_lightning.serve.portraits import Portraits
+    from rest_lightning.serve.uploads import Portraits
 
     async def scenario() -> list[Received]:
         async with serving(head, 1) as server, LiveClient(server.url, seed=3) as client:

@@ -16,13 +16,12 @@ from live import serving, short_head
 from PIL import Image
 from stills import face_png
 
-from rest_lightning.data.portrait import find_portrait
 from rest_lightning.errors import UserError
+from rest_lightning.media.portrait import find_portrait
 from rest_lightning.serve.limits import Limits
-from rest_lightning.serve.portraits import Portraits
 from rest_lightning.serve.scheduler import Scheduler
 from rest_lightning.serve.server import LiveServer, ServerOptions
-from rest_lightning.serve.uploads import Uploads
+from rest_lightning.serve.uploads import Portraits, Uploads
 
 
 def png(width: int, height: int, mode: str = "RGB") -> bytes:

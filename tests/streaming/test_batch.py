@@ -13,9 +13,8 @@ import torch
 from tape import tensors_alive_bytes
 
 from rest_lightning.streaming.batch import BatchSession
-from rest_lightning.streaming.options import EngineOptions
+from rest_lightning.streaming.engine import EngineOptions, EngineState
 from rest_lightning.streaming.session import StreamingSession
-from rest_lightning.streaming.state import EngineState
 from rest_lightning.talking_head import TalkingHead
 
 CHUNK = 24 * 640

@@ -13,16 +13,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from rest_lightning.models.cache import IDContextCache
-from rest_lightning.models.packed import packed
+from rest_lightning.diffusion.sampling import Sampling, SamplingChanges
 from rest_lightning.streaming.engine import ChunkEngine
-from rest_lightning.talking_head import INDEX_FILE, SamplingChanges, SamplingSettings, TalkingHead
+from rest_lightning.streaming.packed import packed
+from rest_lightning.talking_head import INDEX_FILE, TalkingHead
 
 OFF, JOINT, SPLIT = (1.0, 0.0), (6.0, 0.0), (6.0, 2.0)  # guidance and reference_guidance: none, REST's, READ's
 
 
-def settings(num_steps: int, weights: tuple[float, float], shift: float = 1.0) -> SamplingSettings:
-    return SamplingSettings(num_steps, weights[0], shift, weights[1])
+def settings(num_steps: int, weights: tuple[float, float], shift: float = 1.0) -> Sampling:
+    return Sampling(num_steps, weights[0], shift, weights[1])
 
 
 def inputs(head: TalkingHead, batch: int, num_chunks: int, seed: int = 3) -> tuple[Tensor, Tensor, Tensor]:
@@ -36,7 +36,7 @@ def inputs(head: TalkingHead, batch: int, num_chunks: int, seed: int = 3) -> tup
 
 
 @torch.inference_mode()
-def streamed(head: TalkingHead, sampling: SamplingSettings, portraits: Tensor, noise: Tensor, speech: Tensor) -> Tensor:
+def streamed(head: TalkingHead, sampling: Sampling, portraits: Tensor, noise: Tensor, speech: Tensor) -> Tensor:
     engine = ChunkEngine(head, len(portraits), sampling)
     engine.show(portraits)
     length = engine.chunk_length
@@ -45,7 +45,7 @@ def streamed(head: TalkingHead, sampling: SamplingSettings, portraits: Tensor, n
 
 
 @torch.inference_mode()
-def uncached(head: TalkingHead, sampling: SamplingSettings, portraits: Tensor, noise: Tensor, speech: Tensor) -> Tensor:
+def uncached(head: TalkingHead, sampling: Sampling, portraits: Tensor, noise: Tensor, speech: Tensor) -> Tensor:
     """The stream by METHOD's formula: each branch alone, every step a forward over all chunks so far, no cache.
 
     Earlier chunks stand in that forward as they were when their keys were made; which step's that is, ``cache_noise``
@@ -126,7 +126,7 @@ def test_a_stream_of_a_batch_is_the_stream_alone(head: TalkingHead, weights: tup
 def test_joint_guidance_is_two_rows_and_a_lerp_bit_for_bit(head: TalkingHead, batch: int, num_steps: int) -> None:
     sampling, model = settings(num_steps, JOINT), packed(head.transformer)  # the kernels that a session uses
     portraits, noise, speech = inputs(head, batch, num_chunks=3)
-    cache = IDContextCache.allocate(model, 2 * batch, 2, 2)
+    cache = model.new_cache(2 * batch, 2, 2)
     reference = packed(head.vae).encode(portraits[:, :, None])
     model.prefill(torch.cat([reference, torch.zeros_like(reference)]), cache)
     table = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64).float()
@@ -204,6 +204,6 @@ def test_changes_keep_what_they_do_not_name() -> None:
 )
 def test_bad_settings(head: TalkingHead, wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        SamplingSettings(**wrong)
+        Sampling(**wrong)
     with pytest.raises(ValueError, match=message):
         head.open(torch.zeros(3, 64, 64), **wrong)

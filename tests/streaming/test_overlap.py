@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rest_lightning.streaming.options import GRAPHS_VARIABLE, EngineOptions
+from rest_lightning.streaming.engine import GRAPHS_VARIABLE, EngineOptions
 from rest_lightning.streaming.session import StreamingSession
 from rest_lightning.talking_head import TalkingHead
 

@@ -7,9 +7,8 @@ import pytest
 import torch
 
 from rest_lightning.constants import SAMPLES_PER_FRAME
-from rest_lightning.streaming.engine import ChunkEngine
-from rest_lightning.streaming.options import EngineOptions
-from rest_lightning.streaming.row import Row
+from rest_lightning.streaming.engine import ChunkEngine, EngineOptions
+from rest_lightning.streaming.session import Row
 from rest_lightning.talking_head import TalkingHead
 
 

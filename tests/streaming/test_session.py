@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 
+from rest_lightning.media.writer import BackgroundWriter, RawPipe
 from rest_lightning.streaming.engine import ChunkEngine, to_uint8
-from rest_lightning.streaming.session import StreamingSession
+from rest_lightning.streaming.session import StreamingSession, write_stream
 from rest_lightning.talking_head import TalkingHead
 
 SAMPLES = 640
@@ -265,3 +267,26 @@ def test_cuda_where_there_is_none(head: TalkingHead, tmp_path: Path) -> None:
 def test_missing_model_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"model folder with model_index.json, got .*: make one with `rest export`"):
         TalkingHead.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("threaded", [True, False], ids=["thread", "inline"])
+@pytest.mark.parametrize("block_samples", [1, 640, 999, 16_000, 100_000])
+def test_written_sound_goes_with_its_frames(head: TalkingHead, block_samples: int, threaded: bool) -> None:
+    speech = np.random.default_rng(1).uniform(-0.5, 0.5, 60 * 640 + 5).astype(np.float32)
+    blocks = (speech[i : i + block_samples] for i in range(0, len(speech), block_samples))
+    taken: list[tuple[int, np.ndarray]] = []
+
+    class Collect(RawPipe):
+        def write_audio(self, samples: np.ndarray) -> None:
+            taken.append((self.num_frames, samples))
+
+    if block_samples == 1:  # 38,405 blocks of one sample would test patience
+        blocks = (part for part in np.split(speech, range(1, 700)))
+    with head.open(np.zeros((64, 64, 3), np.uint8)) as session:
+        with BackgroundWriter(Collect(io.BytesIO(), 64), threaded=threaded) as background:
+            counts = list(write_stream(session, blocks, background))
+        assert session.clock.stage_s["writing"] > 0
+    assert counts == [24, 24, 13]
+    assert [frames for frames, _ in taken] == [24, 48, 61]
+    assert [len(samples) for _, samples in taken] == [15_360, 15_360, 12 * 640 + 5]
+    assert np.array_equal(np.concatenate([samples for _, samples in taken]), speech)

@@ -12,11 +12,10 @@ import torch
 from tape import Tape, tensors_alive_bytes
 from tiny_ltx import make_vae
 
-from rest_lightning.models.layers import run_block
 from rest_lightning.models.ltx_vae import LTXVideoVAE
-from rest_lightning.models.packed import can_pack
-from rest_lightning.streaming.engine import ChunkEngine
-from rest_lightning.streaming.options import GRAPHS_VARIABLE, EngineOptions
+from rest_lightning.models.transformer import run_block
+from rest_lightning.streaming.engine import GRAPHS_VARIABLE, ChunkEngine, EngineOptions
+from rest_lightning.streaming.packed import can_pack
 from rest_lightning.streaming.session import StreamingSession
 from rest_lightning.talking_head import TalkingHead
 

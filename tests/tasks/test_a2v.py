@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from rest_lightning.diffusion.losses import flow_matching_loss
+from rest_lightning.diffusion.sampling import Sampling
 from rest_lightning.errors import UserError
 from rest_lightning.models.cache import CacheOptions
 from rest_lightning.models.speech import LogMelEncoder
 from rest_lightning.models.speech_ae import SpeechAE
 from rest_lightning.models.transformer import A2VDiT
 from rest_lightning.parts import build_part, read_part
-from rest_lightning.talking_head import SamplingSettings, TalkingHead
+from rest_lightning.talking_head import TalkingHead
 from rest_lightning.tasks.a2v import Conditions, NoiseSettings
 from rest_lightning.tasks.base import OptimizerSettings
 from rest_lightning.tasks.regions import region_weights, token_weights
@@ -185,7 +186,7 @@ def test_checkpoint_to_model_folder_gives_the_same_frames(recipe: Any, model_fol
         description, state = read_part(name, recipe.final(stage))
         parts[name] = build_part(description)
         parts[name].load_state_dict(state)
-    head = TalkingHead(**parts, sampling=SamplingSettings(2, 1.0, 1.0), size_px=64)
+    head = TalkingHead(**parts, sampling=Sampling(2, 1.0, 1.0), size_px=64)
     samples = np.random.default_rng(0).normal(scale=0.1, size=50_000).astype(np.float32)
     portrait = torch.rand(3, 64, 64) * 2 - 1
 

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from rest_lightning.errors import UserError
-from rest_lightning.models.autoencoder import CompactVAE
 from rest_lightning.models.speech import LogMelEncoder
 from rest_lightning.models.speech_ae import SpeechAE
+from rest_lightning.models.vae import CompactVAE
 from rest_lightning.tasks.base import OptimizerSettings
 from rest_lightning.tasks.speech_ae import SpeechAEModule
 from rest_lightning.tasks.vae import VAEModule

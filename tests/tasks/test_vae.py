@@ -9,9 +9,9 @@ import torch
 
 from rest_lightning.diffusion.losses import speech_ae_loss
 from rest_lightning.errors import UserError
-from rest_lightning.models.autoencoder import CompactVAE
 from rest_lightning.models.speech import LogMelEncoder
 from rest_lightning.models.speech_ae import SpeechAE
+from rest_lightning.models.vae import CompactVAE
 from rest_lightning.tasks.base import OptimizerSettings
 from rest_lightning.tasks.regions import region_weights
 from rest_lightning.tasks.speech_ae import SpeechAEModule

@@ -9,9 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rest_lightning.constants import FPS, SAMPLES_PER_FRAME
-from rest_lightning.data.layout import Sidecar, clip_path, rounded, temporary_path, write_sidecar
+from rest_lightning.data.layout import Sidecar, clip_path, write_sidecar
 from rest_lightning.data.preparation.duplicates import phash, sound_hash
-from rest_lightning.data.preparation.faces import Box, HandFinder, Picture
 from rest_lightning.data.preparation.filters import EARLY, first_failure
 from rest_lightning.data.preparation.frames import Frame, Probe
 from rest_lightning.data.preparation.options import PrepareOptions
@@ -20,7 +19,9 @@ from rest_lightning.data.preparation.scores import ClipScores
 from rest_lightning.data.preparation.sound import silent_share
 from rest_lightning.data.preparation.sync import MAX_FRAMES, sync_scores
 from rest_lightning.data.preparation.tracks import Track
-from rest_lightning.streaming.writer import Mp4Writer
+from rest_lightning.media.faces import Box, HandFinder, Picture
+from rest_lightning.media.files import rounded, temporary_path
+from rest_lightning.media.writer import Mp4Writer
 
 THUMBNAIL_PX = 128
 KEY_FRAME_EVERY = 25  # of 97 random frames of a long clip, about 109 are decoded; with x264's 250 about 210

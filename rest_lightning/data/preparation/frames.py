@@ -16,8 +16,8 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 
 from rest_lightning.constants import FPS
-from rest_lightning.data.preparation.faces import Picture
 from rest_lightning.errors import UserError
+from rest_lightning.media.faces import Picture
 
 MIN_SIDE_PX = 32
 _SPF = Fraction(1, FPS)

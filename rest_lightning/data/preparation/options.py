@@ -31,7 +31,7 @@ class PrepareOptions:
         size_px: side of the clips: 128, 256 or 512.
         crf: constant rate factor of x264.
         detector: ``mediapipe`` or the import path ``package.module:Class`` of a
-            :class:`~rest_lightning.data.preparation.faces.FaceDetector`.
+            :class:`~rest_lightning.media.faces.FaceDetector`.
         min_confidence: of a detection, 0 to 1.
         detection_px: longer side of the frames that faces are looked for in.
         box: ``[x, y, w, h]`` in pixels of the upright source: no faces are looked for, this square is every clip.

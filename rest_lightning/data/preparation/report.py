@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rest_lightning.data.layout import clip_path, write_text_atomic
+from rest_lightning.data.layout import clip_path
 from rest_lightning.data.preparation.rows import FILTERS, Row
 from rest_lightning.data.preparation.summary import (
     Group,
@@ -23,8 +23,8 @@ from rest_lightning.data.preparation.summary import (
     summarize,
 )
 from rest_lightning.errors import UserError
-from rest_lightning.evaluation.page import data_uri, fill_page
-from rest_lightning.evaluation.plots import histogram
+from rest_lightning.media.files import write_text_atomic
+from rest_lightning.media.html import data_uri, fill_page, histogram
 
 MAX_KEPT, MAX_DROPPED = 48, 12  # pictures of kept clips, and of each filter's dropped ones: a megabyte in all
 MAX_IDENTITIES, MAX_FAILED = 100, 200
@@ -200,7 +200,7 @@ def _picture(out: Path, row: Row) -> str | None:
             return None
         from PIL import Image
 
-        from rest_lightning.data.video import VideoFile
+        from rest_lightning.media.video import VideoFile
 
         with VideoFile(clip_path(out, row.clip_id)) as video:
             frame = video.read(video.num_frames // 2, 1)[0]

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from rest_lightning.data.layout import rounded, write_text_atomic
 from rest_lightning.errors import UserError
+from rest_lightning.media.files import rounded, write_text_atomic
 
 STATUSES = ("kept", "dropped", "failed")
 STAGES = ("probe", "decode", "scene", "face", "track", "filter", "encode")

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rest_lightning.data.preparation.faces import Box, HandFinder, Picture, hands_over
 from rest_lightning.data.preparation.options import PrepareOptions
+from rest_lightning.media.faces import Box, HandFinder, Picture, hands_over
 
 _GREY_PX = 64  # sharpness: even clips of 128 pixels are reduced to it, so that it hardly depends on their size
 _FLOW_PX = 64

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rest_lightning.data.preparation.faces import Picture
 from rest_lightning.errors import UserError
+from rest_lightning.media.faces import Picture
 
 MAX_FRAMES = 250  # ten seconds say it, and more would not fit into a worker's memory
 
@@ -33,8 +33,8 @@ def sync_scores(
     """
     import torch
 
-    from rest_lightning.metrics.face_crop import face_crops
     from rest_lightning.metrics.sync import sync_of_clip
+    from rest_lightning.metrics.syncnet import face_crops
 
     extractor = load_sync(weights)
     clip = torch.from_numpy(np.stack(frames))

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from rest_lightning.data.preparation.faces import Box, Face
 from rest_lightning.data.preparation.options import PrepareOptions
+from rest_lightning.media.faces import Box, Face
 
 # A face in 16 numbers: two hours of frames stay below 12 MB per face.
 FIELDS = (

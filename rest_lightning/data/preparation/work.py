@@ -18,9 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rest_lightning.constants import FPS, SAMPLES_PER_FRAME
-from rest_lightning.data.layout import clip_path, rounded, sidecar_path, write_text_atomic
+from rest_lightning.data.layout import clip_path, sidecar_path
 from rest_lightning.data.preparation.clip import ClipMaker, centre_box, thumbnail_path
-from rest_lightning.data.preparation.faces import Box, FaceDetector, HandFinder, make_detector
 from rest_lightning.data.preparation.frames import Frame, FrameStream, Probe, SourceError, probe, reason_of, start_s
 from rest_lightning.data.preparation.options import FINISHING, PrepareOptions
 from rest_lightning.data.preparation.rows import Row, sort_rows
@@ -36,7 +35,8 @@ from rest_lightning.data.preparation.tracks import (
     static_box,
 )
 from rest_lightning.errors import UserError
-from rest_lightning.streaming.output import is_disk_full
+from rest_lightning.media.faces import Box, FaceDetector, HandFinder, make_detector
+from rest_lightning.media.files import is_disk_full, rounded, write_text_atomic
 
 PREPARE_VERSION = 1
 """Raised whenever the same video and options give other clips than before."""

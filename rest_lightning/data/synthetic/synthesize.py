@@ -23,6 +23,7 @@ from rest_lightning.data.synthetic.script import Script, sample_script
 from rest_lightning.data.synthetic.track import FaceTrack
 from rest_lightning.data.synthetic.visemes import mouth_curves
 from rest_lightning.errors import UserError
+from rest_lightning.media.files import rounded
 
 GENERATOR_VERSION = 1
 """Raised whenever the same seed gives other clips than before; a dataset never mixes versions."""
@@ -97,8 +98,8 @@ def synthesize_clip(
         num_frames=num_frames,
         size_px=size_px,
         split=split,
-        mouth_opening=layout.rounded(track.mouth_opening),
-        landmarks=layout.rounded(rendered.landmarks),
+        mouth_opening=rounded(track.mouth_opening),
+        landmarks=rounded(rendered.landmarks),
         speech=script.info,
     )
     return SyntheticClip(frames=rendered.frames, audio=script.audio, sidecar=sidecar, track=track)
@@ -190,7 +191,7 @@ def synthesize(
 
 def write_clip(out: str | os.PathLike[str], clip: SyntheticClip) -> None:
     """Write mp4 and sidecar of a clip into the dataset folder ``out``; each appears only when it is whole."""
-    from rest_lightning.streaming.writer import Mp4Writer
+    from rest_lightning.media.writer import Mp4Writer
 
     path = layout.clip_path(out, clip.sidecar.clip_id)
     with Mp4Writer(path, clip.sidecar.size_px, crf=_CRF, overwrite=True) as writer:

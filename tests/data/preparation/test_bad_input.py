@@ -17,8 +17,8 @@ from rest_lightning.data.preparation.finish import finish
 from rest_lightning.data.preparation.options import PrepareOptions
 from rest_lightning.data.preparation.rows import Row, read_rows
 from rest_lightning.data.preparation.work import prepare_video
-from rest_lightning.data.video import VideoFile, read_clip_audio
 from rest_lightning.errors import UserError
+from rest_lightning.media.video import VideoFile, read_clip_audio
 
 OPTIONS = PrepareOptions(
     size_px=128, already_cropped=True, min_frames=5, min_sharpness=None, max_text=None, min_brightness=None

@@ -16,7 +16,7 @@ from rest_lightning.data.preparation.clip import crop_square
 from rest_lightning.data.preparation.finish import finish
 from rest_lightning.data.preparation.options import PrepareOptions
 from rest_lightning.data.preparation.work import prepare_video
-from rest_lightning.data.video import read_frames
+from rest_lightning.media.video import read_frames
 
 LIMITS = dict.fromkeys(("min_sharpness", "max_text", "max_flow", "min_brightness"))
 

@@ -17,8 +17,8 @@ from rest_lightning.constants import SAMPLES_PER_FRAME
 from rest_lightning.data.preparation.duplicates import MAX_SOUND_DISTANCE, mark_duplicates, phash, sound_hash
 from rest_lightning.data.preparation.options import PrepareOptions
 from rest_lightning.data.preparation.rows import Row
-from rest_lightning.data.video import read_clip_audio, read_frames
 from rest_lightning.errors import UserError
+from rest_lightning.media.video import read_clip_audio, read_frames
 
 OPTIONS = PrepareOptions()
 

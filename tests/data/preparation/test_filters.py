@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from rest_lightning.data.preparation.faces import hands_over
 from rest_lightning.data.preparation.filters import RULES, first_failure
 from rest_lightning.data.preparation.options import PrepareOptions
 from rest_lightning.data.preparation.rows import FILTERS
 from rest_lightning.data.preparation.scores import ClipScores, has_text, to_grey
 from rest_lightning.data.preparation.tracks import FIELDS, Track, others_in_box
+from rest_lightning.media.faces import hands_over
 
 pytest.importorskip("cv2")
 OPTIONS = PrepareOptions(size_px=256)

@@ -13,7 +13,7 @@ from PIL import Image
 from rest_lightning.cli import main
 from rest_lightning.data.layout import clip_path, read_manifest, read_sidecar
 from rest_lightning.data.module import TalkingHeadDataModule
-from rest_lightning.data.video import read_clip_audio, read_frames
+from rest_lightning.media.video import read_clip_audio, read_frames
 
 LEFT, TOP, SIDE = 150, 40, 256  # of the talker in the raw frame
 HEIGHT, WIDTH = 320, 480

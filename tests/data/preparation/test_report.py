@@ -20,7 +20,7 @@ from rest_lightning.data.preparation.report import MAX_DROPPED, MAX_KEPT, bins_o
 from rest_lightning.data.preparation.rows import Row, write_rows
 from rest_lightning.data.preparation.summary import Score, inspect, summarize
 from rest_lightning.errors import UserError
-from rest_lightning.evaluation.plots import histogram
+from rest_lightning.media.html import histogram
 
 EVIL = "a <b>&\"'🎬'.mp4"
 OPTIONS = PrepareOptions(max_text=None, min_sharpness=20.0)

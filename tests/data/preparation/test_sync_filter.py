@@ -14,8 +14,7 @@ from rest_lightning.data import layout
 from rest_lightning.data.preparation.options import PrepareOptions
 from rest_lightning.data.preparation.sync import sync_scores
 from rest_lightning.data.preparation.work import prepare_video
-from rest_lightning.metrics.embedded import EmbeddedSync
-from rest_lightning.metrics.extractors import load_extractor
+from rest_lightning.metrics.extractors import EmbeddedSync, load_extractor
 from rest_lightning.metrics.sync import sync_of_clip
 
 

@@ -15,7 +15,7 @@ from rest_lightning.data import layout
 from rest_lightning.data.preparation.options import PrepareOptions
 from rest_lightning.data.preparation.rows import Row
 from rest_lightning.data.preparation.work import prepare_video
-from rest_lightning.data.video import read_frames
+from rest_lightning.media.video import read_frames
 
 pytest.importorskip("skia")
 pytest.importorskip("espeakng_loader")
