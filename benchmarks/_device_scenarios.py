@@ -1,4 +1,6 @@
-"""Scenarios of benchmarks/streaming.py about the device: the backbone alone, its share of the matmul rate, memory."""
+"""Scenarios of benchmarks/streaming.py about the device: the backbone alone, its share of the
+matmul rate, memory.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +21,11 @@ from rest_lightning.streaming.engine import ChunkEngine, EngineOptions
 
 @dataclass(frozen=True)
 class Backbone:
-    """The denoising of a clip alone, as the paper reports it (121 frames: 5 chunks), and its share of what matmuls do.
+    """The denoising of a clip alone, as the paper reports it (121 frames: 5 chunks), and its share
+    of what matmuls do.
 
-    The paper's figure: 4.416 s on an A100 (REST, table 1). Runs eagerly; the engine's captured program is in the other
-    scenarios.
+    The paper's figure: 4.416 s on an A100 (REST, table 1). Runs eagerly; the engine's captured
+    program is in the other scenarios.
     """
 
     repeats: int
@@ -38,9 +41,14 @@ class Backbone:
         num_chunks = (num_latent_frames(self.num_frames) - 1) // length
         sigmas = sampling_sigmas(settings.num_steps, settings.shift, (1 + 2 * length) * side * side)
         like = bench.like
-        levels = [model.embed_sigma(torch.full((1, 1), level, device=bench.head.device)) for level in sigmas[:-1]]
+        levels = [
+            model.embed_sigma(torch.full((1, 1), level, device=bench.head.device))
+            for level in sigmas[:-1]
+        ]
         noise = torch.randn(rows, model.in_channels, length, side, side, **like)
-        tokens = torch.randn(rows, length, bench.head.speech_ae.num_tokens, model.speech_dim or 1, **like)
+        tokens = torch.randn(
+            rows, length, bench.head.speech_ae.num_tokens, model.speech_dim or 1, **like
+        )
         text = model.project_prompt(rows)
         cache = model.new_cache(rows, side, side, num_steps=settings.num_steps)
 
@@ -63,7 +71,9 @@ class Backbone:
         for chunk in range(num_chunks):
             window = (length * cells, (1 + (1 + (chunk > 0)) * length) * cells)
             count = bench.head.speech_ae.num_tokens
-            terms = transformer_flops(model, rows, length, cells, [window], count, prompt_length(model))
+            terms = transformer_flops(
+                model, rows, length, cells, [window], count, prompt_length(model)
+            )
             flops += settings.num_steps * (terms["blocks"] + terms["ends"])
         achieved = flops / row["clip"]["p50"] / 1e9
         return {
@@ -93,13 +103,18 @@ class DeviceMemory:
         with bench.head.open(bench.portrait()[0]) as session:
             num_frames = sum(len(frames) for frames in session.stream(speech(self.seconds)))
         assert num_frames == round(self.seconds * FPS)
-        peaks = {"allocated": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
+        peaks = {
+            "allocated": torch.cuda.max_memory_allocated(),
+            "reserved": torch.cuda.max_memory_reserved(),
+        }
         return {f"peak_{name}_gb": round(peak / 1e9, 3) for name, peak in peaks.items()}
 
 
 @dataclass(frozen=True)
 class Graphs:
-    """A chunk as captured CUDA graphs, and the same functions called one operation after another."""
+    """A chunk as captured CUDA graphs, and the same functions called one operation after
+    another.
+    """
 
     repeats: int
     name: str = "graphs"
@@ -110,7 +125,9 @@ class Graphs:
             return {"not_measured": "no CUDA device"}
         engines = {}
         for name, graphs in (("captured", True), ("eager", False)):
-            engine = ChunkEngine(bench.head, 1, bench.head.sampling, options=EngineOptions(graphs=graphs))
+            engine = ChunkEngine(
+                bench.head, 1, bench.head.sampling, options=EngineOptions(graphs=graphs)
+            )
             if engine.options.captures(bench.head.device) != graphs:
                 return {"not_measured": "REST_CUDA_GRAPHS=0"}
             engine.start(bench.portrait())
@@ -124,5 +141,7 @@ class Graphs:
         for _ in range(3):  # the first chunk, the second, and all others are captured apart
             for engine in engines.values():
                 chunk(engine)
-        row = bench.alternate({name: partial(chunk, engine) for name, engine in engines.items()}, self.repeats)
+        row = bench.alternate(
+            {name: partial(chunk, engine) for name, engine in engines.items()}, self.repeats
+        )
         return {"chunk_ms": row, "ratio": ratio(row, "captured", "eager")}

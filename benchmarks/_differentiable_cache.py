@@ -14,8 +14,8 @@ from rest_lightning.models.cache import IDContextCache
 class DifferentiableCache(IDContextCache):
     """The same maths with tensors that keep their graph: sequential training, chunk after chunk.
 
-    The parallel forward gives the same gradients at less cost; this is what it is compared with. All rows advance
-    together: there is no mask, no `snapshot` and no `copy_row_`.
+    The parallel forward gives the same gradients at less cost; this is what it is compared with.
+    All rows advance together: there is no mask, no `snapshot` and no `copy_row_`.
     """
 
     def _make_slots(self, shape: tuple[int, ...]) -> None:
@@ -39,7 +39,9 @@ class DifferentiableCache(IDContextCache):
         keys, values = (torch.cat(parts, 1) for parts in zip(*cached, (k, v), strict=True))
         return split_heads(keys, self.num_heads), split_heads(values, self.num_heads)
 
-    def write_sink(self, layer: int, k: Tensor, v: Tensor, rows: Sequence[int] | None = None) -> None:
+    def write_sink(
+        self, layer: int, k: Tensor, v: Tensor, rows: Sequence[int] | None = None
+    ) -> None:
         assert rows is None
         steps = range(self.num_steps) if self.options.reference_attends == "self" else [self.step]
         self._sink.update({(step, layer): (k, v) for step in steps})
@@ -47,7 +49,9 @@ class DifferentiableCache(IDContextCache):
     def _move(self) -> None:
         absolute = self.options.positions == "absolute"
         shift = None if absolute else self._shift()
-        self._previous = {s: (k if shift is None else rotate(k, shift), v) for s, (k, v) in self._current.items()}
+        self._previous = {
+            s: (k if shift is None else rotate(k, shift), v) for s, (k, v) in self._current.items()
+        }
 
     def _clear_previous(self, row: int) -> None:
         self._previous = {}

@@ -38,5 +38,9 @@ def _portable(value: Any) -> Any:
         return [_portable(item) for item in value]
     if isinstance(value, Path):
         here = Path.cwd()
-        return str(value.absolute().relative_to(here)) if value.absolute().is_relative_to(here) else value.name
+        return (
+            str(value.absolute().relative_to(here))
+            if value.absolute().is_relative_to(here)
+            else value.name
+        )
     return value

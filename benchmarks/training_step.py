@@ -1,11 +1,12 @@
-"""What does one forward for all chunks save? A student's training step, parallel against sequential (REST sec. 3.4).
+"""What does one forward for all chunks save? A student's training step, parallel against sequential
+(REST sec. 3.4).
 
 ``python -m benchmarks.training_step --out benchmarks/results/training_step.json``
 
-Forward and backward of the A2V-DiT of configs/<size>/, random weights: all chunks at once in their windows, as training
-does, against chunk after chunk through the ID-Context Cache with its graph kept. Both give the same gradients (the
-largest difference stands in the JSON). ``--compile`` also measures the parallel form with compiled blocks. README.md
-explains every number.
+Forward and backward of the A2V-DiT of configs/<size>/, random weights: all chunks at once in their
+windows, as training does, against chunk after chunk through the ID-Context Cache with its graph
+kept. Both give the same gradients (the largest difference stands in the JSON). ``--compile`` also
+measures the parallel form with compiled blocks. README.md explains every number.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ from rest_lightning.diffusion.schedule import training_table
 from rest_lightning.errors import UserError, exit_code
 from rest_lightning.models.transformer import A2VDiT
 
-Batch = tuple[Tensor, Tensor, Tensor, Tensor]  # noisy latents, sigmas, speech latents, target velocity
+# noisy latents, sigmas, speech latents, target velocity
+Batch = tuple[Tensor, Tensor, Tensor, Tensor]
 Form = Callable[[Batch], Tensor]  # a batch to its loss
 TARGET_TIME_RATIO = 0.5
 # Beginnings of names.
@@ -51,14 +53,34 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Arguments of the benchmark."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--size", default="embedded", help="folder of configs/ (default embedded)")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 2, 4, 8], help="clips per step (default 1 2 4 8)")
-    parser.add_argument("--num-chunks", type=int, default=4, help="of every clip (default 4: 97 frames)")
-    parser.add_argument("--repeats", type=int, default=15, help="timed steps of each form (default 15)")
     parser.add_argument(
-        "--precision", nargs="+", choices=("bfloat16", "float32"), default=["bfloat16", "float32"], help="of autocast"
+        "--batch",
+        type=int,
+        nargs="+",
+        default=[1, 2, 4, 8],
+        help=("clips per step (default 1 2 4 8)"),
     )
-    parser.add_argument("--checkpointing", action="store_true", help="recompute blocks (the parallel form alone can)")
-    parser.add_argument("--compile", action="store_true", help="the parallel form with compiled blocks, too")
+    parser.add_argument(
+        "--num-chunks", type=int, default=4, help=("of every clip (default 4: 97 frames)")
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=15, help=("timed steps of each form (default 15)")
+    )
+    parser.add_argument(
+        "--precision",
+        nargs="+",
+        choices=("bfloat16", "float32"),
+        default=["bfloat16", "float32"],
+        help="of autocast",
+    )
+    parser.add_argument(
+        "--checkpointing",
+        action="store_true",
+        help=("recompute blocks (the parallel form alone can)"),
+    )
+    parser.add_argument(
+        "--compile", action="store_true", help=("the parallel form with compiled blocks, too")
+    )
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
     parser.add_argument("--threads", type=int, help="of torch (default: its choice)")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/training_step.json"))
@@ -69,7 +91,10 @@ def run(args: argparse.Namespace) -> int:
     """Measure every batch size, write, print."""
     for name in ("num_chunks", "repeats", *(["threads"] if args.threads is not None else [])):
         if getattr(args, name) < 1:
-            raise UserError(f"expected --{name.replace('_', '-')} of at least 1, got {getattr(args, name)}: raise it")
+            raise UserError(
+                f"expected --{name.replace('_', '-')} of at least 1, got "
+                f"{getattr(args, name)}: raise it"
+            )
     if min(args.batch) < 1:
         raise UserError(f"expected --batch of at least 1, got {min(args.batch)}: raise it")
     if args.device != "cpu" and not torch.cuda.is_available():
@@ -83,7 +108,8 @@ def run(args: argparse.Namespace) -> int:
     model.gradient_checkpointing = args.checkpointing
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02)  # no path may hide behind a zero start
-        parameter.grad = torch.zeros_like(parameter)  # as in every step of an accumulation but the first
+        # as in every step of an accumulation but the first
+        parameter.grad = torch.zeros_like(parameter)
     rows = []
     for precision in args.precision:
         for batch_size in args.batch:
@@ -110,18 +136,30 @@ def run(args: argparse.Namespace) -> int:
 
 
 def make_batch(size: Size, model: A2VDiT, batch_size: int, num_chunks: int) -> Batch:
-    """Random latents under CANS noise levels, without motion dropout: every chunk has a level of its own."""
+    """Random latents under CANS noise levels, without motion dropout: every chunk has a level of
+    its own.
+    """
     generator = torch.Generator().manual_seed(batch_size)
     num_frames = 1 + num_chunks * size.chunk_length
     shape = (batch_size, model.in_channels, num_frames, size.cells, size.cells)
     sigma = sample_sigmas_cans(
-        batch_size, num_chunks, size.chunk_length, training_table(1000, 2.05, 1.0), 0.0, generator=generator
+        batch_size,
+        num_chunks,
+        size.chunk_length,
+        training_table(1000, 2.05, 1.0),
+        0.0,
+        generator=generator,
     )
     tokens = size.parts["speech_ae"].num_tokens
     speech = torch.randn(batch_size, num_frames, tokens, model.speech_dim or 0, generator=generator)
     latents, target = (torch.randn(shape, generator=generator) for _ in range(2))
     device = model.proj_in.weight.device
-    return latents.to(device), sigma.to(device), speech.to(device).requires_grad_(), target.to(device)
+    return (
+        latents.to(device),
+        sigma.to(device),
+        speech.to(device).requires_grad_(),
+        target.to(device),
+    )
 
 
 def parallel(model: A2VDiT, batch: Batch) -> Tensor:
@@ -140,14 +178,19 @@ def sequential(model: A2VDiT, batch: Batch) -> Tensor:
     velocities = [torch.zeros_like(latents[:, :, :1])]  # the reference's place, which no loss reads
     for start in range(1, latents.shape[2], length):
         frames = slice(start, start + length)
-        velocities.append(model(latents[:, :, frames], sigma[:, frames], speech[:, frames], cache=cache))
+        velocities.append(
+            model(latents[:, :, frames], sigma[:, frames], speech[:, frames], cache=cache)
+        )
         cache.commit()
     return flow_matching_loss(torch.cat(velocities, dim=2), target)
 
 
 def forms_of(model: A2VDiT, args: argparse.Namespace) -> dict[str, Form]:
     """What is compared, by name."""
-    forms: dict[str, Form] = {"parallel": partial(parallel, model), "sequential": partial(sequential, model)}
+    forms: dict[str, Form] = {
+        "parallel": partial(parallel, model),
+        "sequential": partial(sequential, model),
+    }
     if args.compile:
         compiled = copy.copy(model)  # the same weights
         compiled.compile_blocks()
@@ -155,7 +198,9 @@ def forms_of(model: A2VDiT, args: argparse.Namespace) -> dict[str, Form]:
     return forms
 
 
-def measure(size: Size, model: A2VDiT, batch_size: int, precision: str, args: argparse.Namespace) -> dict[str, Any]:
+def measure(
+    size: Size, model: A2VDiT, batch_size: int, precision: str, args: argparse.Namespace
+) -> dict[str, Any]:
     """Median times and peak memory of all forms, taken in turns."""
     batch = make_batch(size, model, batch_size, args.num_chunks)
     forms = forms_of(model, args)
@@ -170,7 +215,9 @@ def measure(size: Size, model: A2VDiT, batch_size: int, precision: str, args: ar
             loss = forms[name](batch)
         loss.backward()
 
-    difference = gradient_difference([*model.parameters(), batch[2]], [partial(step, name) for name in forms])
+    difference = gradient_difference(
+        [*model.parameters(), batch[2]], [partial(step, name) for name in forms]
+    )
     # Compiled code allocates past what counts tensors on a CPU.
     counted = [name for name in forms if cuda or name != "compiled"]
     memory = {name: peak_bytes(model, batch, partial(step, name), cuda) for name in counted}
@@ -192,21 +239,32 @@ def measure(size: Size, model: A2VDiT, batch_size: int, precision: str, args: ar
             "step_ms_fastest": round(1e3 * min(times[name]), 3),
         }
         if name in memory:
-            row[name] |= {"peak_bytes": memory[name], "peak_bytes_per_sample": memory[name] // batch_size}
+            row[name] |= {
+                "peak_bytes": memory[name],
+                "peak_bytes_per_sample": memory[name] // batch_size,
+            }
         if not cuda:
-            row[name]["products_ms"] = round(products_ms(partial(step, name), min(args.repeats, 3)), 3)
+            row[name]["products_ms"] = round(
+                products_ms(partial(step, name), min(args.repeats, 3)), 3
+            )
     row["time_ratio"] = round(row["parallel"]["step_ms"] / row["sequential"]["step_ms"], 4)
     if args.compile:
-        row["time_ratio_compiled"] = round(row["compiled"]["step_ms"] / row["sequential"]["step_ms"], 4)
+        row["time_ratio_compiled"] = round(
+            row["compiled"]["step_ms"] / row["sequential"]["step_ms"], 4
+        )
     if not cuda:
-        row["time_ratio_floor"] = round(row["parallel"]["products_ms"] / row["sequential"]["step_ms"], 4)
+        row["time_ratio_floor"] = round(
+            row["parallel"]["products_ms"] / row["sequential"]["step_ms"], 4
+        )
     row["memory_ratio"] = round(memory["parallel"] / memory["sequential"], 4)
     row["gradient_difference"] = difference
     return row
 
 
 def gradient_difference(tensors: list[Tensor], steps: list[Callable[[], None]]) -> float:
-    """Largest difference of any gradient to the first form's, over the largest gradient of its tensor."""
+    """Largest difference of any gradient to the first form's, over the largest gradient of its
+    tensor.
+    """
     gradients: list[list[Tensor]] = []
     for step in steps:
         for tensor in tensors:
@@ -219,7 +277,9 @@ def gradient_difference(tensors: list[Tensor], steps: list[Callable[[], None]]) 
 
 
 def products_ms(step: Callable[[], None], repeats: int) -> float:
-    """Median time of a step in matrix products and attention: the arithmetic that both forms have in common."""
+    """Median time of a step in matrix products and attention: the arithmetic that both forms have
+    in common.
+    """
     times = []
     for _ in range(repeats):
         with profile(activities=[ProfilerActivity.CPU]) as profiler:
@@ -254,8 +314,15 @@ def line(row: dict[str, Any]) -> str:
             num_bytes = row[name].get("peak_bytes_per_sample")
             memory = f" and {num_bytes / 1e6:.1f} MB a sample" if num_bytes else ""
             said.append(f"{name} {row[name]['step_ms']:.1f} ms{memory}")
-    text = f"{row['precision']:>8}, batch {row['batch_size']}: {', '.join(said)}; time {row['time_ratio']:.2f}"
-    others = {"compiled": "time_ratio_compiled", "memory": "memory_ratio", "floor of the time": "time_ratio_floor"}
+    text = (
+        f"{row['precision']:>8}, batch {row['batch_size']}: {', '.join(said)}; time "
+        f"{row['time_ratio']:.2f}"
+    )
+    others = {
+        "compiled": "time_ratio_compiled",
+        "memory": "memory_ratio",
+        "floor of the time": "time_ratio_floor",
+    }
     for what, key in others.items():
         text += f", {what} {row[key]:.2f}" if key in row else ""
     return text

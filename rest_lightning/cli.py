@@ -14,9 +14,10 @@ from typing import NoReturn
 from rest_lightning.constants import VERSION
 from rest_lightning.errors import UserError
 
-# Modules are imported when their command is called: `rest --help` and a wrong file name do not wait for torch.
-# A module of `rest_lightning.commands` has `add_arguments(parser)` and `run(args) -> exit code`. Where it has several
-# commands, the others are named in SECOND_COMMANDS: "demo" is `add_demo_arguments` and `run_demo` of talk.py.
+# Modules are imported when their command is called: `rest --help` and a wrong file name do not wait
+# for torch. A module of `rest_lightning.commands` has `add_arguments(parser)` and `run(args) ->
+# exit code`. Where it has several commands, the others are named in SECOND_COMMANDS: "demo" is
+# `add_demo_arguments` and `run_demo` of talk.py.
 COMMANDS = {
     "talk": "a portrait and speech become a talking video",
     "demo": "the bundled portrait and speech become outputs/demo.mp4, with a report",
@@ -54,7 +55,8 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(args: list[str] | None = None) -> int:
-    """Runs a command and returns its exit code: 0 done, 2 a user's mistake (one line on stderr), 130 interrupted.
+    """Runs a command and returns its exit code: 0 done, 2 a user's mistake (one line on stderr),
+    130 interrupted.
 
     Args:
         args: the command and its arguments; None takes those of the process.
@@ -71,7 +73,8 @@ def main(args: list[str] | None = None) -> int:
     except BrokenPipeError:  # `rest ... | head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
-    except SystemExit as exit_request:  # argparse after --help, jsonargparse after a mistake that it has told already
+    except SystemExit as exit_request:
+        # argparse after --help, jsonargparse after a mistake that it has told already
         code = exit_request.code
         if isinstance(code, str):
             _say(code)
@@ -98,7 +101,9 @@ def _run(words: list[str]) -> int:
     home, variant = SECOND_COMMANDS.get(name, (name.replace("-", "_"), ""))
     module = importlib.import_module(f"rest_lightning.commands.{home}")
     add_arguments = getattr(module, f"add_{variant}_arguments" if variant else "add_arguments")
-    command: Callable[[argparse.Namespace], int] = getattr(module, f"run_{variant}" if variant else "run")
+    command: Callable[[argparse.Namespace], int] = getattr(
+        module, f"run_{variant}" if variant else "run"
+    )
     parser = _Parser(
         prog=f"rest {name}",
         description=inspect.getdoc(command if variant else module),
@@ -123,7 +128,9 @@ def usage() -> str:
 
 
 def _with_dashes(word: str) -> str:
-    """``--num_clips=5`` as ``--num-clips=5``: both spellings are taken, as in configuration files."""
+    """``--num_clips=5`` as ``--num-clips=5``: both spellings are taken, as in configuration
+    files.
+    """
     if not word.startswith("--"):
         return word
     option, equals, value = word.partition("=")

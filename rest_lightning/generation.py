@@ -1,4 +1,6 @@
-"""Generates the clips that are scored: streamed where the model streams, the whole clip from noise for a teacher."""
+"""Generates the clips that are scored: streamed where the model streams, the whole clip from noise
+for a teacher.
+"""
 
 from __future__ import annotations
 
@@ -68,14 +70,17 @@ class Generator(nn.Module):
         return {**asdict(self.sampling), "seed": self.seed, "mode": self.mode}
 
     def speed(self) -> dict[str, Any]:
-        """The speed of a result row: every clip on its own, prefill, speech encoder and VAE included, mp4 left out.
+        """The speed of a result row: every clip on its own, prefill, speech encoder and VAE
+        included, mp4 left out.
 
         The first clip warms up and does not count, unless it is the only one.
         """
         start = min(1, len(self.seconds) - 1)
         seconds, num_frames = sum(self.seconds[start:]), sum(self.num_frames[start:])
         speed: dict[str, Any] = (
-            {"num_clips": len(self.seconds) - start, "warm_up_s": self.seconds[0]} if seconds else {}
+            {"num_clips": len(self.seconds) - start, "warm_up_s": self.seconds[0]}
+            if seconds
+            else {}
         )
         if seconds:
             speed["frames_per_second"] = num_frames / seconds
@@ -90,12 +95,18 @@ class Streamed(Generator):
     mode = "streamed"
 
     def __init__(self, head: TalkingHead, sampling: Sampling | None = None, seed: int = 0) -> None:
-        super().__init__(sampling or head.sampling, seed, head.transformer.cache_options.chunk_length)
+        super().__init__(
+            sampling or head.sampling, seed, head.transformer.cache_options.chunk_length
+        )
         self.head = head
 
     def _generate(self, portrait: Tensor, speech: NDArray[np.float32]) -> Frames:
-        blocks = [speech[start : start + BLOCK_SAMPLES] for start in range(0, len(speech), BLOCK_SAMPLES)]
-        with self.head.open(_fitted(portrait, self.head.size_px), seed=self.seed, **asdict(self.sampling)) as session:
+        blocks = [
+            speech[start : start + BLOCK_SAMPLES] for start in range(0, len(speech), BLOCK_SAMPLES)
+        ]
+        with self.head.open(
+            _fitted(portrait, self.head.size_px), seed=self.seed, **asdict(self.sampling)
+        ) as session:
             frames = np.concatenate(list(session.stream(blocks)))
             report = session.report()
         if report.time_to_first_frame_ms is not None:
@@ -122,7 +133,12 @@ class Whole(Generator):
         size_px: int | None = None,
     ) -> None:
         super().__init__(sampling, seed, transformer.cache_options.chunk_length)
-        self.vae, self.speech_encoder, self.speech_ae, self.transformer = vae, speech_encoder, speech_ae, transformer
+        self.vae, self.speech_encoder, self.speech_ae, self.transformer = (
+            vae,
+            speech_encoder,
+            speech_ae,
+            transformer,
+        )
         self.size_px = size_px
 
     @torch.no_grad()
@@ -132,7 +148,8 @@ class Whole(Generator):
         num_frames = -(-len(speech) // SAMPLES_PER_FRAME)
         num_latents = -(-num_frames // TEMPORAL_RATIO)
         audio = np.zeros(
-            (encoder.left_context_frames + 1 + TEMPORAL_RATIO * num_latents) * SAMPLES_PER_FRAME, np.float32
+            (encoder.left_context_frames + 1 + TEMPORAL_RATIO * num_latents) * SAMPLES_PER_FRAME,
+            np.float32,
         )
         start = (encoder.left_context_frames + 1) * SAMPLES_PER_FRAME
         audio[start : start + len(speech)] = speech
@@ -143,7 +160,9 @@ class Whole(Generator):
         shape = (*reference.shape[:2], 1 + num_latents, *reference.shape[3:])
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(self.seed)).to(device)
         sigmas = sampling_sigmas(self.sampling.num_steps, self.sampling.shift, noise[0, 0].numel())
-        clip = generate_clip(self.transformer, reference, speech_latents, noise, sigmas, self.sampling.branches)
+        clip = generate_clip(
+            self.transformer, reference, speech_latents, noise, sigmas, self.sampling.branches
+        )
         return to_uint8(self.vae.decode(clip))[0, 1 : 1 + num_frames].cpu().numpy()
 
 
@@ -153,11 +172,13 @@ def load_generator(
     sampling: SamplingChanges | None = None,
     seed: int = 0,
 ) -> Generator:
-    """The generator of a model folder, of a student's or a teacher's checkpoint, or of the embedded model.
+    """The generator of a model folder, of a student's or a teacher's checkpoint, or of the embedded
+    model.
 
     Args:
         model: folder of `rest export`, checkpoint of a stage, or None for the embedded model.
-        vae: checkpoint or folder with the VAE, where ``model`` is a checkpoint: stages do not keep frozen parts.
+        vae: checkpoint or folder with the VAE, where ``model`` is a checkpoint: stages do not keep
+            frozen parts.
         sampling: changes of the model's own settings (for checkpoints: the paper's).
         seed: of the noise.
 
@@ -167,12 +188,15 @@ def load_generator(
     changes = sampling or SamplingChanges()
     if model is None or Path(model).is_dir():
         if vae is not None:
-            raise UserError(f"expected no vae beside a model folder, which has its own, got {vae}: leave it out")
+            raise UserError(
+                f"expected no vae beside a model folder, which has its own, got {vae}: leave it out"
+            )
         head = TalkingHead.from_pretrained(model)
         return Streamed(head, changes.of(head.sampling), seed)
     if vae is None and Path(model).is_file():
         raise UserError(
-            f"expected a vae for the checkpoint {model}, which does not hold frozen parts, got none: name the VAE "
+            f"expected a vae for the checkpoint {model}, which does not hold frozen parts, got "
+            "none: name the VAE "
             "stage's final.ckpt or a model folder as model.vae"
         )
     transformer: Any = open_part("transformer", model)
@@ -234,11 +258,17 @@ def _fitted(portrait: Tensor, size_px: int) -> Tensor:
     """The portrait at the model's size, (3, size_px, size_px)."""
     if portrait.shape[-1] == size_px:
         return portrait
-    picture = nn.functional.interpolate(portrait[None], (size_px, size_px), mode="bilinear", antialias=True)
+    picture = nn.functional.interpolate(
+        portrait[None], (size_px, size_px), mode="bilinear", antialias=True
+    )
     return picture[0].clamp(-1, 1)
 
 
 def _size_of(transformer: Any) -> int | None:
     from rest_lightning.constants import SPATIAL_RATIO
 
-    return SPATIAL_RATIO * transformer.spatial_size[0] if transformer.spatial_size is not None else None
+    return (
+        SPATIAL_RATIO * transformer.spatial_size[0]
+        if transformer.spatial_size is not None
+        else None
+    )

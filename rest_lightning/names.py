@@ -1,4 +1,6 @@
-"""Names: those that packages export, loaded on first use, and those of release 0.1 that files still say."""
+"""Names: those that packages export, loaded on first use, and those of release 0.1 that files still
+say.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ from types import ModuleType
 from typing import Any
 
 
-def lazy(package: str, homes: Mapping[str, Sequence[str]]) -> tuple[list[str], Callable[[str], Any]]:
+def lazy(
+    package: str, homes: Mapping[str, Sequence[str]]
+) -> tuple[list[str], Callable[[str], Any]]:
     """Returns ``__all__`` and ``__getattr__`` of a package.
 
     Args:
@@ -38,9 +42,12 @@ MOVED = {
 
 
 def accept_old_names() -> None:
-    """Let modules of :data:`MOVED` be imported; each class that is taken from one is told on stderr, in one line."""
+    """Let modules of :data:`MOVED` be imported; each class that is taken from one is told on
+    stderr, in one line.
+    """
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.append(_Finder())  # the last one: it is asked for modules that nobody else has
+        # the last one: it is asked for modules that nobody else has
+        sys.meta_path.append(_Finder())
 
 
 class _Finder(MetaPathFinder, Loader):

@@ -34,17 +34,15 @@ EMBEDDED_FOLDER = Path(__file__).parent / "assets" / "embedded"
 MAX_SHARD_BYTES = 11_500_000
 
 
-
-
-
-
 class TalkingHead(nn.Module):
     """VAE, speech encoder, SpeechAE and A2V-DiT of one streaming talking head.
 
     Args:
-        vae, speech_encoder, speech_ae, transformer: the parts; the transformer has chunked attention (a student).
+        vae, speech_encoder, speech_ae, transformer: the parts; the transformer has chunked
+            attention (a student).
         sampling: defaults of :meth:`open`.
-        size_px: side of the square frames; None: what the transformer has a place for, or 512 where any size will do.
+        size_px: side of the square frames; None: what the transformer has a place for, or 512 where
+            any size will do.
     """
 
     def __init__(
@@ -59,14 +57,20 @@ class TalkingHead(nn.Module):
         super().__init__()
         if transformer.config["attention"] != "chunked":
             raise UserError(
-                "expected a streaming student (attention 'chunked'), got a teacher: train the student stage first"
+                "expected a streaming student (attention 'chunked'), got a teacher: train the "
+                "student stage first"
             )
         if transformer.config["in_channels"] != vae.latent_channels:
             raise UserError(
                 f"expected a transformer for the VAE's {vae.latent_channels} channels, "
                 f"got {transformer.config['in_channels']}: use one number for both"
             )
-        self.vae, self.speech_encoder, self.speech_ae, self.transformer = vae, speech_encoder, speech_ae, transformer
+        self.vae, self.speech_encoder, self.speech_ae, self.transformer = (
+            vae,
+            speech_encoder,
+            speech_ae,
+            transformer,
+        )
         self.sampling = sampling or Sampling()
         self.size_px: int = size_px or _size_of(transformer)
         self.requires_grad_(False).eval()
@@ -96,12 +100,15 @@ class TalkingHead(nn.Module):
         """A session for one portrait; its ID-Sink is filled before any speech arrives.
 
         Args:
-            portrait: path of an image, PIL image, uint8 array (H, W, 3), or float tensor (3, H, W) in [-1, 1].
-            crop: of a portrait that is no tensor: ``auto`` (the head that is found), ``centre``, (x, y, size)
-                or (x, y, width, height); see :func:`rest_lightning.data.portrait.find_portrait`.
+            portrait: path of an image, PIL image, uint8 array (H, W, 3), or float tensor (3, H, W)
+                in [-1, 1].
+            crop: of a portrait that is no tensor: ``auto`` (the head that is found), ``centre``,
+                (x, y, size) or (x, y, width, height); see
+                :func:`rest_lightning.data.portrait.find_portrait`.
             seed: of the noise; the same seed, portrait and speech give the same frames.
             num_steps, guidance, shift, reference_guidance: override :attr:`sampling`.
-            options: switches of the engine: graphs, compilation, overlap, warm-up, a short first chunk.
+            options: switches of the engine: graphs, compilation, overlap, warm-up, a short first
+                chunk.
 
         Raises:
             UserError: a portrait or a value that is no good, or not enough memory.
@@ -109,7 +116,9 @@ class TalkingHead(nn.Module):
         if not isinstance(portrait, torch.Tensor):
             portrait = load_portrait(portrait, self.size_px, crop)
         changes = SamplingChanges(num_steps, guidance, shift, reference_guidance)
-        return StreamingSession(self, portrait, seed=seed, sampling=changes.of(self.sampling), options=options)
+        return StreamingSession(
+            self, portrait, seed=seed, sampling=changes.of(self.sampling), options=options
+        )
 
     def open_batch(
         self,
@@ -122,7 +131,8 @@ class TalkingHead(nn.Module):
         options: EngineOptions | None = None,
         max_waiting_s: float = 60.0,
     ) -> BatchSession:
-        """Up to ``num_rows`` streams that are computed together; rows come and go independently, chunk by chunk.
+        """Up to ``num_rows`` streams that are computed together; rows come and go independently,
+        chunk by chunk.
 
         Args:
             num_rows: rows n; memory for all of them is taken now.
@@ -133,22 +143,30 @@ class TalkingHead(nn.Module):
             UserError: no row, a value that is no good, or not enough memory.
         """
         sampling = SamplingChanges(num_steps, guidance, shift, reference_guidance).of(self.sampling)
-        return BatchSession(self, num_rows, sampling=sampling, options=options, max_waiting_s=max_waiting_s)
+        return BatchSession(
+            self, num_rows, sampling=sampling, options=options, max_waiting_s=max_waiting_s
+        )
 
     @classmethod
     def from_pretrained(
-        cls, path: str | os.PathLike[str] | None = None, *, device: str = "cpu", dtype: torch.dtype = torch.float32
+        cls,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
     ) -> TalkingHead:
         """Load a model folder, or the embedded model when ``path`` is None.
 
         Raises:
-            UserError: no such folder, or one without ``model_index.json``; no CUDA, or too little memory.
+            UserError: no such folder, or one without ``model_index.json``; no CUDA, or too little
+                memory.
         """
         folder = EMBEDDED_FOLDER if path is None else Path(path)
         index_file = folder / INDEX_FILE
         if not index_file.is_file():
             raise UserError(
-                f"expected a model folder with {INDEX_FILE}, got {folder}: make one with `rest export`, "
+                f"expected a model folder with {INDEX_FILE}, got {folder}: make one with `rest "
+                "export`, "
                 "or leave the path out for the embedded model"
             )
         index = json.loads(index_file.read_text())
@@ -159,15 +177,21 @@ class TalkingHead(nn.Module):
         return head
 
     def set_dtype(self, dtype: torch.dtype) -> None:
-        """Bring the weights to a type; the speech encoder computes in float32 whatever it is, as in training."""
+        """Bring the weights to a type; the speech encoder computes in float32 whatever it is, as in
+        training.
+        """
         for name in PART_NAMES:
             if name != "speech_encoder":
                 getattr(self, name).to(dtype=dtype)
 
-    def save_pretrained(self, path: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> None:
-        """Write the folder: ``model_index.json`` and one folder per part with ``config.json`` and safetensors shards.
+    def save_pretrained(
+        self, path: str | os.PathLike[str], dtype: torch.dtype = torch.float32
+    ) -> None:
+        """Write the folder: ``model_index.json`` and one folder per part with ``config.json`` and
+        safetensors shards.
 
-        The folder appears whole or not at all; one that exists is replaced, and stays when writing fails.
+        The folder appears whole or not at all; one that exists is replaced, and stays when writing
+        fails.
 
         Args:
             path: the folder.
@@ -230,14 +254,18 @@ class ModelOptions:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         elif device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
-            raise UserError(f"expected device auto, cpu or an available cuda, got {device}: try --device cpu")
+            raise UserError(
+                f"expected device auto, cpu or an available cuda, got {device}: try --device cpu"
+            )
         dtype = dtype_on(self.dtype, device.partition(":")[0])
         return TalkingHead.from_pretrained(self.model, device=device, dtype=dtype)
 
 
 def _move(head: TalkingHead, device: str) -> None:
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"expected an available device, got {device}, but torch finds no CUDA device: use cpu")
+        raise UserError(
+            f"expected an available device, got {device}, but torch finds no CUDA device: use cpu"
+        )
     try:
         head.to(device=device)
     except torch.OutOfMemoryError as error:
@@ -249,7 +277,9 @@ def _move(head: TalkingHead, device: str) -> None:
 
 
 def _size_of(transformer: A2VDiT) -> int:
-    return SPATIAL_RATIO * transformer.spatial_size[0] if transformer.spatial_size is not None else 512
+    return (
+        SPATIAL_RATIO * transformer.spatial_size[0] if transformer.spatial_size is not None else 512
+    )
 
 
 def _save_part(part: nn.Module, folder: Path, dtype: torch.dtype) -> None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 
-# Before anything imports torch or a hub client. One thread: tiny tensors gain nothing from two, and one is repeatable.
+# Before anything imports torch or a hub client. One thread: tiny tensors gain nothing from two, and
+# one is repeatable.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", MPLBACKEND="Agg")
+os.environ.update(
+    HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", MPLBACKEND="Agg"
+)
 
 import argparse
 import ipaddress
@@ -38,7 +41,8 @@ def _is_local(host: Any) -> bool:
 def offline_guard() -> Iterator[None]:
     """Fail the test that looks up or connects to anything but this machine.
 
-    ``pytest.fail`` raises a BaseException, so a library that swallows connection errors cannot hide the attempt.
+    ``pytest.fail`` raises a BaseException, so a library that swallows connection errors cannot hide
+    the attempt.
     """
     patch = pytest.MonkeyPatch()
 
@@ -81,9 +85,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     weights = os.environ.get(WEIGHTS_VARIABLE)
     for item in items:
         if marker := item.get_closest_marker("real_weights"):
-            missing = [name for name in marker.args if not (weights and any(Path(weights).glob(name)))]
+            missing = [
+                name for name in marker.args if not (weights and any(Path(weights).glob(name)))
+            ]
             if missing:
-                reason = f"expected {' and '.join(missing)} in the folder that {WEIGHTS_VARIABLE} names, got none"
+                reason = (
+                    f"expected {' and '.join(missing)} in the folder that {WEIGHTS_VARIABLE} "
+                    "names, got none"
+                )
                 item.add_marker(pytest.mark.skip(reason=reason))
         if item.get_closest_marker("gpu") and not _has_cuda():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
@@ -99,7 +108,9 @@ def _has_cuda() -> bool:
 def talkers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six synthetic talkers of 57 frames, 64x64: four train, one val, one test. Read only."""
     for name in ("espeakng_loader", "skia"):
-        pytest.importorskip(name, reason=f"{name} (extra `synthetic`) renders the clips that stages are tested on")
+        pytest.importorskip(
+            name, reason=f"{name} (extra `synthetic`) renders the clips that stages are tested on"
+        )
     from rest_lightning.data.synthetic.synthesize import synthesize
 
     root = tmp_path_factory.mktemp("talkers") / "data"
@@ -107,9 +118,11 @@ def talkers(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Recipe:
-    """Runs the stages of `rest train-embedded` at tiny size, in this process, from the real configuration files.
+    """Runs the stages of `rest train-embedded` at tiny size, in this process, from the real
+    configuration files.
 
-    Two stages more, which that command leaves out, start from its last one: ``rollout`` and ``distill``.
+    Two stages more, which that command leaves out, start from its last one: ``rollout`` and
+    ``distill``.
 
     Args:
         out: folder of the stages, ``out / <stage>`` each.
@@ -135,19 +148,32 @@ class Recipe:
         """Final checkpoint of a stage."""
         return self.out / stage / "final.ckpt"
 
-    def run(self, stage: str, out: Path, *args: str, overlays: tuple[Path, ...] = (), command: str = "fit") -> Any:
+    def run(
+        self,
+        stage: str,
+        out: Path,
+        *args: str,
+        overlays: tuple[Path, ...] = (),
+        command: str = "fit",
+    ) -> Any:
         """`rest fit` of one stage into ``out``; returns the CLI with its trainer and model."""
         from rest_lightning import lightning_cli
 
         return lightning_cli.run(self.words(stage, out, *args, overlays=overlays, command=command))
 
     def words(
-        self, stage: str, out: Path, *args: str, overlays: tuple[Path, ...] = (), command: str = "fit"
+        self,
+        stage: str,
+        out: Path,
+        *args: str,
+        overlays: tuple[Path, ...] = (),
+        command: str = "fit",
     ) -> list[str]:
         """The command line of `run`.
 
-        The stage starts where the recipe says, from ``self.final`` of the stages before. ``overlays`` are further
-        configuration files, behind what the recipe says; ``args`` come last on the command line.
+        The stage starts where the recipe says, from ``self.final`` of the stages before.
+        ``overlays`` are further configuration files, behind what the recipe says; ``args`` come
+        last on the command line.
         """
         is_dit = self.stages[stage].uses_latents
         size = "dit" if is_dit else "speech_ae" if stage == "speech_ae" else "vae"
@@ -161,7 +187,9 @@ class Recipe:
             self.used.add(frozen_vae)
             words += ["--model.vae", str(frozen_vae)]
             initial["vae"] = self.vae_stage
-        words += [f"--model.initial.{part}={self.final(source)}" for part, source in initial.items()]
+        words += [
+            f"--model.initial.{part}={self.final(source)}" for part, source in initial.items()
+        ]
         if (teacher := self.stages[stage].teacher) is not None:
             words += [f"--model.asd.teacher={self.final(teacher)}"]
         if stage == "distill":
@@ -188,14 +216,33 @@ def recipe(tmp_path_factory: pytest.TempPathFactory, talkers: Path, repository: 
 
 @pytest.fixture(scope="session")
 def model_folder(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The recipe's student as an exported model folder: 64x64, two Euler steps, no guidance. Read only."""
+    """The recipe's student as an exported model folder: 64x64, two Euler steps, no guidance. Read
+    only.
+    """
     from rest_lightning.commands import export
 
     folder = tmp_path_factory.mktemp("model") / "tiny"
     parser = argparse.ArgumentParser()
     export.add_arguments(parser)
-    words = [str(recipe.final("asd")), "--vae", str(recipe.final(recipe.vae_stage)), "--out", str(folder)]
-    words += ["--size-px", "64", "--num-steps", "2", "--guidance", "1", "--shift", "1", "--dtype", "float32"]
+    words = [
+        str(recipe.final("asd")),
+        "--vae",
+        str(recipe.final(recipe.vae_stage)),
+        "--out",
+        str(folder),
+    ]
+    words += [
+        "--size-px",
+        "64",
+        "--num-steps",
+        "2",
+        "--guidance",
+        "1",
+        "--shift",
+        "1",
+        "--dtype",
+        "float32",
+    ]
     assert export.run(parser.parse_args(words)) == 0
     return folder
 
@@ -215,6 +262,8 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
         face(index=i).save(portrait)
         with wave.open(str(speech), "wb") as file:
             file.setparams((1, 2, 16_000, 0, "NONE", ""))
-            file.writeframes(rng.normal(scale=3000, size=round(16_000 * duration_s)).astype("<i2").tobytes())
+            file.writeframes(
+                rng.normal(scale=3000, size=round(16_000 * duration_s)).astype("<i2").tobytes()
+            )
         pairs.append({"portrait": str(portrait), "speech": str(speech)})
     return pairs

@@ -16,14 +16,45 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "rest_lightning"
 ENGINE = ("models", "diffusion", "streaming", "metrics", "media")
 PACKAGES = sorted(
-    name for name, path in house.modules().items() if path.name == "__init__.py" and "lazy(" in path.read_text("utf-8")
+    name
+    for name, path in house.modules().items()
+    if path.name == "__init__.py" and "lazy(" in path.read_text("utf-8")
 )
-RIM = ("rest_lightning.tasks", "rest_lightning.callbacks", "rest_lightning.data.module", "rest_lightning.lightning_cli")
+RIM = (
+    "rest_lightning.tasks",
+    "rest_lightning.callbacks",
+    "rest_lightning.data.module",
+    "rest_lightning.lightning_cli",
+)
 LIGHTNING = ("lightning", "pytorch_lightning")
-LIBRARIES = ("diffusers", "transformers", "torchvision", "torchmetrics", "lpips", "matplotlib", "decord", "scipy")
-TEXT_SUFFIXES = {".py", ".toml", ".txt", ".md", ".yaml", ".yml", ".json", ".html", ".js", ".css", ".sh", ""}
+LIBRARIES = (
+    "diffusers",
+    "transformers",
+    "torchvision",
+    "torchmetrics",
+    "lpips",
+    "matplotlib",
+    "decord",
+    "scipy",
+)
+TEXT_SUFFIXES = {
+    ".py",
+    ".toml",
+    ".txt",
+    ".md",
+    ".yaml",
+    ".yml",
+    ".json",
+    ".html",
+    ".js",
+    ".css",
+    ".sh",
+    "",
+}
 # Written in two parts, so that this file does not contain what it looks for.
-MACHINE_PATHS = tuple("/" + rest for rest in ("work/", "root/", "opt/pypi", "opt/wheels", "home/runner"))
+MACHINE_PATHS = tuple(
+    "/" + rest for rest in ("work/", "root/", "opt/pypi", "opt/wheels", "home/runner")
+)
 
 
 def source_files() -> list[Path]:
@@ -42,7 +73,11 @@ def is_within(module: str, packages: tuple[str, ...]) -> bool:
 def loaded_after(code: str) -> set[str]:
     """Top-level names of the modules that a fresh interpreter holds after running ``code``."""
     done = subprocess.run(
-        [sys.executable, "-c", f"{code}\nimport sys\nprint(*{{m.split('.')[0] for m in sys.modules}})"],
+        [
+            sys.executable,
+            "-c",
+            (f"{code}\nimport sys\nprint(*{{m.split('.')[0] for m in sys.modules}})"),
+        ],
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -54,7 +89,9 @@ def loaded_after(code: str) -> set[str]:
 
 @pytest.fixture(scope="module")
 def graph() -> dict[str, set[str]]:
-    """Who imports whom, wherever an import stands: at the top, in a function, for type checkers alone."""
+    """Who imports whom, wherever an import stands: at the top, in a function, for type checkers
+    alone.
+    """
     return house.import_graph()
 
 
@@ -68,7 +105,9 @@ def test_nothing_imports_a_higher_floor(graph: dict[str, set[str]]) -> None:
 
 def test_every_part_has_its_floor(graph: dict[str, set[str]]) -> None:
     """A new package or module says where it belongs: in `FLOORS` of tools/house.py."""
-    assert {house.part_of(name) for name in graph} == {part for parts in house.FLOORS for part in parts}
+    assert {house.part_of(name) for name in graph} == {
+        part for parts in house.FLOORS for part in parts
+    }
 
 
 def test_one_loop_takes_euler_steps() -> None:
@@ -121,11 +160,15 @@ def test_importing_the_whole_engine_loads_no_lightning() -> None:
 
 @pytest.mark.parametrize("module", ["tasks.vae", "callbacks.previews", "data.module"])
 def test_modules_at_the_rim_can_be_imported_first(module: str) -> None:
-    """Each in a fresh interpreter: torchvision must be made importable before lightning asks for it."""
+    """Each in a fresh interpreter: torchvision must be made importable before lightning asks for
+    it.
+    """
     assert "lightning" in loaded_after(f"import rest_lightning.{module}")
 
 
-@pytest.mark.parametrize("module", ["rest_lightning", "rest_lightning.errors", "rest_lightning.constants"])
+@pytest.mark.parametrize(
+    "module", ["rest_lightning", "rest_lightning.errors", "rest_lightning.constants"]
+)
 def test_the_package_itself_is_light(module: str) -> None:
     assert not loaded_after(f"import {module}") & {"torch", *LIGHTNING, *LIBRARIES}
 
@@ -134,7 +177,11 @@ def test_the_check_sees_through_relative_imports() -> None:
     source = "from ..tasks import vae\nfrom . import causal\nimport lightning.pytorch as pl"
     path = PACKAGE / "models" / "any.py"
     found = [module for _, module in house.imports_of("rest_lightning.models.any", path, source)]
-    assert found == ["rest_lightning.tasks.vae", "rest_lightning.models.causal", "lightning.pytorch"]
+    assert found == [
+        "rest_lightning.tasks.vae",
+        "rest_lightning.models.causal",
+        "lightning.pytorch",
+    ]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "callbacks").glob("*.py")), ids=name)
@@ -144,8 +191,12 @@ def test_callbacks_import_the_package_relatively(path: Path) -> None:
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         if isinstance(node, ast.ImportFrom) and node.level == 0:
             names = [node.module or ""]
-        absolute += [module for module in names if is_within(module, ("rest_lightning", "callbacks"))]
-    assert not absolute, f"expected relative imports, got {absolute}: write `from ..streaming.writer import ...`"
+        absolute += [
+            module for module in names if is_within(module, ("rest_lightning", "callbacks"))
+        ]
+    assert not absolute, (
+        f"expected relative imports, got {absolute}: write `from ..streaming.writer import ...`"
+    )
 
 
 @pytest.mark.parametrize("package", PACKAGES)
@@ -153,7 +204,11 @@ def test_packages_export_what_type_checkers_see(package: str) -> None:
     """Each public name is found, and the imports for type checkers name the same ones."""
     module = importlib.import_module(package)
     path = house.modules()[package]
-    seen = {target.rpartition(".")[2] for _, target in house.imports_of(package, path) if target.count(".") > 1}
+    seen = {
+        target.rpartition(".")[2]
+        for _, target in house.imports_of(package, path)
+        if target.count(".") > 1
+    }
     hidden = {"TYPE_CHECKING", "lazy", "ensure_torchvision", "VERSION"}
     assert set(module.__all__) == seen - hidden
     assert all(getattr(module, name).__name__ == name for name in module.__all__)

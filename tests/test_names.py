@@ -34,9 +34,16 @@ def printed_config(tmp_path: Path, capsys: pytest.CaptureFixture[str], vae: str)
     return printed.out, printed.err
 
 
-def test_classes_that_packages_export_need_no_path(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_classes_that_packages_export_need_no_path(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config, errors = printed_config(tmp_path, capsys, "CompactVAE")
-    for name in ("tasks.StudentModule", "models.CompactVAE", "models.LogMelEncoder", "callbacks.SampleVideos"):
+    for name in (
+        "tasks.StudentModule",
+        "models.CompactVAE",
+        "models.LogMelEncoder",
+        "callbacks.SampleVideos",
+    ):
         assert f"class_path: rest_lightning.{name}\n" in config
     assert "latent_channels" in config and errors == ""
 
@@ -53,7 +60,9 @@ def test_a_name_of_release_0_1_is_taken_and_told(
 
 
 @pytest.mark.parametrize("old", names.MOVED)
-def test_old_modules_lend_the_classes_of_the_new_ones(old: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_old_modules_lend_the_classes_of_the_new_ones(
+    old: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import importlib
 
     names.accept_old_names()
@@ -61,8 +70,14 @@ def test_old_modules_lend_the_classes_of_the_new_ones(old: str, monkeypatch: pyt
     assert sum(isinstance(finder, names._Finder) for finder in sys.meta_path) == 1
     monkeypatch.delitem(sys.modules, old, raising=False)
     new = importlib.import_module(names.MOVED[old])
-    classes = [name for name, value in vars(new).items() if getattr(value, "__module__", "") == new.__name__]
-    assert classes and all(getattr(importlib.import_module(old), name) is getattr(new, name) for name in classes)
+    classes = [
+        name
+        for name, value in vars(new).items()
+        if getattr(value, "__module__", "") == new.__name__
+    ]
+    assert classes and all(
+        getattr(importlib.import_module(old), name) is getattr(new, name) for name in classes
+    )
     with pytest.raises(AttributeError):
         importlib.import_module(old).nothing  # noqa: B018
 

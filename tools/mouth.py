@@ -1,4 +1,5 @@
-"""Trains the embedded mouth-opening estimator on synthetic talkers and on a VAE's reconstructions of them.
+"""Trains the embedded mouth-opening estimator on synthetic talkers and on a VAE's reconstructions
+of them.
 
 ``python -m tools.mouth --data data/talkers --vae runs/embedded/vae/final.ckpt``
 """
@@ -18,9 +19,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from rest_lightning.data.layout import ManifestRow, clip_path, read_dataset_json, read_manifest, read_sidecar
+from rest_lightning.data.layout import (
+    ManifestRow,
+    clip_path,
+    read_dataset_json,
+    read_manifest,
+    read_sidecar,
+)
 from rest_lightning.errors import UserError, exit_code
-from rest_lightning.metrics.mouth import ASSETS, CROP_SIZE, MouthOpeningEstimator, crop_mouth, mouth_opening
+from rest_lightning.metrics.mouth import (
+    ASSETS,
+    CROP_SIZE,
+    MouthOpeningEstimator,
+    crop_mouth,
+    mouth_opening,
+)
 from tools.extractors import gaussian_blur
 
 CARD_FILE = "card.json"
@@ -31,13 +44,31 @@ VAE_WINDOW_FRAMES = 65  # 8n + 1
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
-    parser.add_argument("--data", type=Path, default=Path("data/talkers"), help="synthetic talkers with true openings")
-    parser.add_argument("--vae", type=Path, default=None, help="checkpoint or model folder; without it renders alone")
-    parser.add_argument("--out", type=Path, default=ASSETS, help="folder of the weights and their card")
-    parser.add_argument("--minutes", type=float, default=3.0, help="of training; reading the data comes on top")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        default=Path("data/talkers"),
+        help=("synthetic talkers with true openings"),
+    )
+    parser.add_argument(
+        "--vae",
+        type=Path,
+        default=None,
+        help=("checkpoint or model folder; without it renders alone"),
+    )
+    parser.add_argument(
+        "--out", type=Path, default=ASSETS, help=("folder of the weights and their card")
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=3.0, help=("of training; reading the data comes on top")
+    )
     parser.add_argument("--frames-per-clip", type=int, default=32, help="drawn from every clip")
-    parser.add_argument("--vae-clips", type=int, default=400, help="training clips that are reconstructed")
-    parser.add_argument("--max-clips", type=int, default=None, help="use at most this many clips of each split")
+    parser.add_argument(
+        "--vae-clips", type=int, default=400, help=("training clips that are reconstructed")
+    )
+    parser.add_argument(
+        "--max-clips", type=int, default=None, help=("use at most this many clips of each split")
+    )
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
@@ -51,7 +82,9 @@ def run(args: argparse.Namespace) -> int:
     train_rows = read_manifest(args.data, "train")[: args.max_clips]
     test_rows = read_manifest(args.data, "test")[: args.max_clips]
     if not train_rows or not test_rows:
-        raise UserError(f"expected clips of the splits train and test in {args.data}, got none: make more clips")
+        raise UserError(
+            f"expected clips of the splits train and test in {args.data}, got none: make more clips"
+        )
     crops, openings = gather(args.data, train_rows, args.frames_per_clip, rng)
     num_renders = len(crops)
     if vae is not None:
@@ -59,9 +92,12 @@ def run(args: argparse.Namespace) -> int:
         more_crops, more_openings = gather(args.data, chosen, args.frames_per_clip, rng, vae)
         crops, openings = torch.cat([crops, more_crops]), torch.cat([openings, more_openings])
     model = MouthOpeningEstimator()
-    steps, loss = train(model, crops, openings, 60.0 * args.minutes, args.batch_size, args.lr, args.seed)
+    steps, loss = train(
+        model, crops, openings, 60.0 * args.minutes, args.batch_size, args.lr, args.seed
+    )
     model.save_pretrained(args.out)
-    model = MouthOpeningEstimator.from_pretrained(args.out)  # what is measured is what is shipped, bfloat16 and all
+    # what is measured is what is shipped, bfloat16 and all
+    model = MouthOpeningEstimator.from_pretrained(args.out)
     held_out = {"renders": evaluate(model, args.data, test_rows)}
     if vae is not None:
         held_out["reconstructions"] = evaluate(model, args.data, test_rows, vae)
@@ -94,20 +130,36 @@ def run(args: argparse.Namespace) -> int:
 
 
 def gather(
-    data: Path, rows: list[ManifestRow], frames_per_clip: int, rng: np.random.Generator, vae: Any = None
+    data: Path,
+    rows: list[ManifestRow],
+    frames_per_clip: int,
+    rng: np.random.Generator,
+    vae: Any = None,
 ) -> tuple[Tensor, Tensor]:
-    """Mouth crops, uint8 (n, 3, 70, 78), with their true openings (n,), from renders or their reconstructions."""
+    """Mouth crops, uint8 (n, 3, 70, 78), with their true openings (n,), from renders or their
+    reconstructions.
+    """
     crops, openings = [], []
     for row in _progress(rows, "reconstructions" if vae is not None else "renders"):
         frames, opening = _read(data, row)
         if vae is not None:
             # Windows start anywhere: latents see the mouth at every phase of their eight frames.
             start = int(rng.integers(0, max(1, len(frames) - VAE_WINDOW_FRAMES + 1)))
-            frames, opening = frames[start : start + VAE_WINDOW_FRAMES], opening[start : start + VAE_WINDOW_FRAMES]
+            frames, opening = (
+                frames[start : start + VAE_WINDOW_FRAMES],
+                opening[start : start + VAE_WINDOW_FRAMES],
+            )
             frames = reconstruct(vae, frames)
             opening = opening[: len(frames)]
         chosen = np.sort(rng.permutation(len(frames))[:frames_per_clip])
-        crops.append(crop_mouth(frames[chosen], MARGIN_PX).add(1.0).mul(127.5).round().clamp(0, 255).to(torch.uint8))
+        crops.append(
+            crop_mouth(frames[chosen], MARGIN_PX)
+            .add(1.0)
+            .mul(127.5)
+            .round()
+            .clamp(0, 255)
+            .to(torch.uint8)
+        )
         openings.append(torch.from_numpy(opening[chosen]))
     return torch.cat(crops), torch.cat(openings)
 
@@ -118,7 +170,9 @@ def reconstruct(vae: Any, frames: np.ndarray) -> np.ndarray:
     count = (len(frames) - 1) // 8 * 8 + 1
     video = torch.from_numpy(frames[:count]).permute(3, 0, 1, 2)[None].float().div(127.5).sub(1.0)
     result = vae.decode(vae.encode(video))[0]
-    array: np.ndarray = result.add(1.0).mul(127.5).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 3, 0).numpy()
+    array: np.ndarray = (
+        result.add(1.0).mul(127.5).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 3, 0).numpy()
+    )
     return array
 
 
@@ -131,7 +185,9 @@ def train(
     lr: float = 2e-3,
     seed: int = 0,
 ) -> tuple[int, float]:
-    """AdamW for ``seconds``, the learning rate falling linearly to zero; returns steps and the last loss (a mean)."""
+    """AdamW for ``seconds``, the learning rate falling linearly to zero; returns steps and the last
+    loss (a mean).
+    """
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
     model.train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -143,7 +199,8 @@ def train(
             group["lr"] = lr * min(left, (step + 1) / 50)
         chosen = torch.randint(len(crops), (batch_size,), generator=generator)
         batch = augment(crops[chosen], generator)
-        with torch.autocast("cpu", torch.bfloat16):  # twice as fast as float32, and this network does not notice
+        # twice as fast as float32, and this network does not notice
+        with torch.autocast("cpu", torch.bfloat16):
             estimated = model.from_crops(batch)
         loss = functional.smooth_l1_loss(estimated, openings[chosen].float(), beta=0.05)
         optimizer.zero_grad(set_to_none=True)
@@ -153,19 +210,26 @@ def train(
         mean_loss += (loss.item() - mean_loss) / min(step, 100)
         if time.monotonic() - shown_s > 15.0:
             shown_s = time.monotonic()
-            print(f"step {step}, {elapsed_s:.0f} of {seconds:.0f} s, loss {mean_loss:.4f}", flush=True)
+            print(
+                (f"step {step}, {elapsed_s:.0f} of {seconds:.0f} s, loss {mean_loss:.4f}"),
+                flush=True,
+            )
     model.eval()
     return step, mean_loss
 
 
 def augment(crops: Tensor, generator: torch.Generator) -> Tensor:
-    """Crops with a margin, uint8 (n, 3, 70, 78), to varied crops (n, 3, 64, 72) in about [-1, 1]."""
+    """Crops with a margin, uint8 (n, 3, 70, 78), to varied crops (n, 3, 64, 72) in about
+    [-1, 1].
+    """
     num = len(crops)
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
         return torch.rand(num, *shape, generator=generator) * (high - low) + low
 
-    left, top = (torch.randint(0, 2 * MAX_SHIFT_PX + 1, (num, 1), generator=generator) for _ in range(2))
+    left, top = (
+        torch.randint(0, 2 * MAX_SHIFT_PX + 1, (num, 1), generator=generator) for _ in range(2)
+    )
     rows, columns = top + torch.arange(CROP_SIZE[0]), left + torch.arange(CROP_SIZE[1])
     columns = torch.where(uniform(0, 1, 1) < 0.5, columns, columns.flip(1))
     index = torch.arange(num)[:, None, None]
@@ -178,8 +242,12 @@ def augment(crops: Tensor, generator: torch.Generator) -> Tensor:
     return x * gain + shade + noise
 
 
-def evaluate(model: MouthOpeningEstimator, data: Path, rows: list[ManifestRow], vae: Any = None) -> dict[str, Any]:
-    """Correlation of every clip and mean absolute error on renders, or on reconstructions, of unseen identities."""
+def evaluate(
+    model: MouthOpeningEstimator, data: Path, rows: list[ManifestRow], vae: Any = None
+) -> dict[str, Any]:
+    """Correlation of every clip and mean absolute error on renders, or on reconstructions, of
+    unseen identities.
+    """
     correlations, errors, closed = [], [], []
     for row in rows:
         frames, opening = _read(data, row)
@@ -189,7 +257,8 @@ def evaluate(model: MouthOpeningEstimator, data: Path, rows: list[ManifestRow], 
         estimated = mouth_opening(frames, model)
         errors.append(np.abs(estimated - opening))
         closed.append(estimated[opening == 0])
-        if opening.std() > 0.02:  # a clip whose mouth hardly moves has no correlation worth the name
+        # a clip whose mouth hardly moves has no correlation worth the name
+        if opening.std() > 0.02:
             correlations.append(float(np.corrcoef(estimated, opening)[0, 1]))
     return {
         "num_clips": len(rows),
@@ -205,8 +274,13 @@ def _read(data: Path, row: ManifestRow) -> tuple[np.ndarray, np.ndarray]:
 
     sidecar = read_sidecar(data, row.clip_id)
     if sidecar.mouth_opening is None:
-        raise UserError(f"expected clips with true mouth openings, got {row.clip_id} without: use `rest synthesize`")
-    return read_frames(clip_path(data, row.clip_id)), np.asarray(sidecar.mouth_opening, dtype=np.float32)
+        raise UserError(
+            f"expected clips with true mouth openings, got {row.clip_id} without: use "
+            "`rest synthesize`"
+        )
+    return read_frames(clip_path(data, row.clip_id)), np.asarray(
+        sidecar.mouth_opening, dtype=np.float32
+    )
 
 
 def _load_vae(source: Path | None) -> Any:

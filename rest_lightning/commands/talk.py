@@ -1,7 +1,8 @@
 """Make a talking video of a portrait and speech, streamed chunk by chunk.
 
-The speech may be any sound file or the sound of a video; "-" reads raw 16 kHz mono s16le samples from a pipe, block by
-block as they arrive. "-o -" sends the video to a pipe as it is made. Ctrl-C keeps the video of what was done so far.
+The speech may be any sound file or the sound of a video; "-" reads raw 16 kHz mono s16le samples
+from a pipe, block by block as they arrive. "-o -" sends the video to a pipe as it is made. Ctrl-C
+keeps the video of what was done so far.
 """
 
 from __future__ import annotations
@@ -40,16 +41,20 @@ class TalkOptions:
         model: model folder; None takes the embedded model.
         crop: of the portrait, see :func:`rest_lightning.media.portrait.read_portrait`.
         overwrite: whether existing outputs may be replaced.
-        seed, num_steps, guidance, reference_guidance: see :meth:`rest_lightning.talking_head.TalkingHead.open`.
+        seed, num_steps, guidance, reference_guidance: see
+            :meth:`rest_lightning.talking_head.TalkingHead.open`.
         report, sheet: JSON and PNG to write beside the video; None writes none.
         num_threads: of torch; None leaves its choice.
-        dtype: of the model; ``auto`` takes bfloat16 on processors that compute it natively, else float32.
+        dtype: of the model; ``auto`` takes bfloat16 on processors that compute it natively, else
+            float32.
         device: of the model; ``auto`` takes a CUDA device where there is one.
         stdin, stdout: the pipes; None takes the process's own.
         quiet: without progress bar and table.
-        live: put silence where the pipe pauses, see :class:`rest_lightning.streaming.live.LiveSpeech`.
+        live: put silence where the pipe pauses, see
+            :class:`rest_lightning.streaming.live.LiveSpeech`.
         format: of the video in a pipe: ``mp4`` (fragmented, with sound; the default) or ``rgb24``.
-        profile: JSON for a Chrome trace of three chunks, see :class:`rest_lightning.streaming.report.ChunkProfiler`.
+        profile: JSON for a Chrome trace of three chunks, see
+            :class:`rest_lightning.streaming.report.ChunkProfiler`.
     """
 
     portrait: Path
@@ -84,9 +89,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     parser.add_argument("portrait", type=Path, help="image of a face, the head filling most of it")
     parser.add_argument("speech", help='sound file, video, or "-" for a pipe')
-    parser.add_argument("-o", "--out", type=Path, required=True, help='the mp4 to write, or "-" for a pipe')
-    parser.add_argument("--format", choices=("mp4", "rgb24"), help="in a pipe: fragmented mp4 (default), or raw frames")
-    parser.add_argument("--live", action="store_true", help="put silence where the speech in the pipe pauses")
+    parser.add_argument(
+        "-o", "--out", type=Path, required=True, help='the mp4 to write, or "-" for a pipe'
+    )
+    parser.add_argument(
+        "--format",
+        choices=("mp4", "rgb24"),
+        help="in a pipe: fragmented mp4 (default), or raw frames",
+    )
+    parser.add_argument(
+        "--live", action="store_true", help="put silence where the speech in the pipe pauses"
+    )
     crops = "auto (default: the head that is found), centre, x,y,size or x,y,width,height"
     parser.add_argument("--crop", type=_crop, default="auto", help=crops)
     parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
@@ -102,13 +115,34 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments about the model, shared with ``rest demo``."""
     parser.add_argument("--model", type=Path, help="model folder (default: the embedded model)")
     parser.add_argument("--seed", type=int, default=0, help="of the noise (default 0)")
-    parser.add_argument("--steps", dest="num_steps", type=positive, help="Euler steps a chunk (default: the model's)")
-    parser.add_argument("--guidance", type=float, help="weight of guidance, 1 for none (default: the model's)")
-    split = "weight of the reference alone (split guidance), 0 for joint guidance (default: the model's)"
+    parser.add_argument(
+        "--steps",
+        dest="num_steps",
+        type=positive,
+        help="Euler steps a chunk (default: the model's)",
+    )
+    parser.add_argument(
+        "--guidance", type=float, help="weight of guidance, 1 for none (default: the model's)"
+    )
+    split = (
+        "weight of the reference alone (split guidance), 0 for joint guidance (default: the "
+        "model's)"
+    )
     parser.add_argument("--reference-guidance", type=float, help=split)
-    parser.add_argument("--threads", dest="num_threads", type=positive, help="threads of torch (default: its choice)")
-    types = "of the model: auto (default) is bfloat16 on processors that compute it natively, else float32"
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help=types)
+    parser.add_argument(
+        "--threads",
+        dest="num_threads",
+        type=positive,
+        help="threads of torch (default: its choice)",
+    )
+    types = (
+        "of the model: auto (default) is bfloat16 on processors that compute it natively, "
+        "else "
+        "float32"
+    )
+    parser.add_argument(
+        "--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help=types
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default auto)")
 
 
@@ -119,7 +153,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def talk(options: TalkOptions) -> StreamReport:
-    """Streams the speech through the model into the mp4. Everything that can be wrong is looked at before torch loads.
+    """Streams the speech through the model into the mp4. Everything that can be wrong is looked at
+    before torch loads.
 
     Raises:
         UserError: portrait, speech, model or an output is not usable.
@@ -153,21 +188,27 @@ def talk(options: TalkOptions) -> StreamReport:
     return report
 
 
-def _stream(model: TalkingHead, portrait: np.ndarray, speech: SpeechSource, options: TalkOptions) -> StreamReport:
+def _stream(
+    model: TalkingHead, portrait: np.ndarray, speech: SpeechSource, options: TalkOptions
+) -> StreamReport:
     from rest_lightning.media.writer import BackgroundWriter
     from rest_lightning.streaming.live import LiveSpeech
     from rest_lightning.streaming.report import ChunkProfiler
     from rest_lightning.streaming.session import write_stream
 
     writer = _open_writer(model, options)
-    sampling = {name: getattr(options, name) for name in ("num_steps", "guidance", "reference_guidance")}
+    sampling = {
+        name: getattr(options, name) for name in ("num_steps", "guidance", "reference_guidance")
+    }
     try:
         # The reader of a pipe may be slow: that must not stop the model, whatever the cores.
         with BackgroundWriter(writer, threaded=options.to_pipe or None) as background:
             session = model.open(portrait, seed=options.seed, **sampling)
             blocks: Iterable[np.ndarray] = speech
             if options.live:
-                blocks = LiveSpeech(speech, model.transformer.cache_options.chunk_length * TEMPORAL_RATIO / FPS)
+                blocks = LiveSpeech(
+                    speech, model.transformer.cache_options.chunk_length * TEMPORAL_RATIO / FPS
+                )
             with (
                 session,
                 TalkProgress(speech.duration_s, options.quiet) as progress,
@@ -187,10 +228,15 @@ def _stream(model: TalkingHead, portrait: np.ndarray, speech: SpeechSource, opti
             raise
         kept = "sent" if options.to_pipe else "kept"
         where = "to stdout" if options.to_pipe else f"in {options.out}"
-        raise KeyboardInterrupt(f"interrupted: {kept} {writer.duration_s:.2f} s of video {where}") from None
+        raise KeyboardInterrupt(
+            f"interrupted: {kept} {writer.duration_s:.2f} s of video {where}"
+        ) from None
     except BrokenPipeError:
         if not options.quiet:
-            print(f"the reader of stdout has gone after {writer.duration_s:.2f} s of video", file=sys.stderr)
+            print(
+                f"the reader of stdout has gone after {writer.duration_s:.2f} s of video",
+                file=sys.stderr,
+            )
         raise
     if options.profile is not None and not options.quiet:
         _console(options).print(profiler.table())
@@ -201,7 +247,9 @@ def _open_writer(model: TalkingHead, options: TalkOptions) -> VideoWriter:
     if options.to_pipe:
         from rest_lightning.media.writer import open_pipe
 
-        return open_pipe(options.stdout or sys.stdout.buffer, model.size_px, options.format or "mp4")
+        return open_pipe(
+            options.stdout or sys.stdout.buffer, model.size_px, options.format or "mp4"
+        )
     from rest_lightning.media.writer import Mp4Writer
 
     return Mp4Writer(options.out, model.size_px, overwrite=options.overwrite)
@@ -230,7 +278,11 @@ def _draw_sheet(portrait: np.ndarray, report: StreamReport, options: TalkOptions
 
 def sheet_figures(report: StreamReport) -> dict[str, str]:
     """Key figures for the title of a contact sheet."""
-    first_ms, p50, p95 = report.time_to_first_frame_ms, report.chunk_ms["p50"], report.chunk_ms["p95"]
+    first_ms, p50, p95 = (
+        report.time_to_first_frame_ms,
+        report.chunk_ms["p50"],
+        report.chunk_ms["p95"],
+    )
     return {
         "frames": f"{report.num_frames:,}",
         "video": f"{report.video_s:.1f} s",
@@ -246,15 +298,26 @@ def _check_outputs(options: TalkOptions) -> None:
     """Everything about the outputs that can be known before the work begins."""
     if options.to_pipe:
         if (options.stdout or sys.stdout).isatty():
-            raise UserError('expected a pipe or a file for "-o -", got a terminal: add `| ffplay -` or `> out.mp4`')
+            raise UserError(
+                'expected a pipe or a file for "-o -", got a terminal: add `| ffplay -` or `> '
+                "out.mp4`"
+            )
         if options.sheet is not None:
-            raise UserError("expected a video file for --sheet, got a pipe: write to a file, or leave --sheet out")
+            raise UserError(
+                "expected a video file for --sheet, got a pipe: write to a file, or leave --sheet "
+                "out"
+            )
     elif options.format == "rgb24":
         raise UserError(f"expected a pipe for --format rgb24, got {options.out}: use -o - > FILE")
     if options.live and options.speech != "-":
         raise UserError(f'expected a pipe ("-") for --live, got {options.speech}: leave --live out')
     video = None if options.to_pipe else options.out
-    outputs = ((video, ".mp4"), (options.report, ".json"), (options.sheet, ".png"), (options.profile, ".json"))
+    outputs = (
+        (video, ".mp4"),
+        (options.report, ".json"),
+        (options.sheet, ".png"),
+        (options.profile, ".json"),
+    )
     for path, suffix in outputs:
         if path is not None:
             check_output(path, options.overwrite, suffix)
@@ -264,7 +327,9 @@ def _check_outputs(options: TalkOptions) -> None:
 def _check_not_input(path: Path, options: TalkOptions) -> None:
     for given in (options.portrait, Path(options.speech)):
         if path.exists() and given.exists() and os.path.samefile(path, given):
-            raise UserError(f"expected an output that is not an input, got {path} for both: choose another name")
+            raise UserError(
+                f"expected an output that is not an input, got {path} for both: choose another name"
+            )
 
 
 def _crop(text: str) -> Any:
@@ -290,7 +355,9 @@ class TalkProgress:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
         from rich.progress import TimeRemainingColumn as Remaining
 
-        total = None if duration_s is None else -(-round(duration_s * SAMPLE_RATE) // SAMPLES_PER_FRAME)
+        total = (
+            None if duration_s is None else -(-round(duration_s * SAMPLE_RATE) // SAMPLES_PER_FRAME)
+        )
         self._bar = Progress(
             SpinnerColumn(),
             TextColumn("talking"),
@@ -325,21 +392,33 @@ PORTRAIT, SPEECH = ASSETS / "portrait.png", ASSETS / "speech.wav"
 
 def add_demo_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
-    parser.add_argument("--out", type=Path, default=Path("outputs"), help="folder (default outputs)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("outputs"), help="folder (default outputs)"
+    )
     add_model_arguments(parser)
 
 
 def run_demo(args: argparse.Namespace) -> int:
-    """Stream the bundled portrait and speech to OUT/demo.mp4, with demo.json (a report) and demo.png (a sheet)."""
+    """Stream the bundled portrait and speech to OUT/demo.mp4, with demo.json (a report) and
+    demo.png (a sheet).
+    """
     options = vars(args)
     folder: Path = options.pop("out")
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"expected a folder for the demo, got the file {folder}: choose another name with --out")
+        raise UserError(
+            f"expected a folder for the demo, got the file {folder}: choose another name with --out"
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"expected to make {folder}, got '{error.strerror}': choose another --out") from error
+        raise UserError(
+            f"expected to make {folder}, got '{error.strerror}': choose another --out"
+        ) from error
     video, report, sheet = (folder / f"demo{suffix}" for suffix in (".mp4", ".json", ".png"))
-    talk(TalkOptions(PORTRAIT, str(SPEECH), video, overwrite=True, report=report, sheet=sheet, **options))
+    talk(
+        TalkOptions(
+            PORTRAIT, str(SPEECH), video, overwrite=True, report=report, sheet=sheet, **options
+        )
+    )
     print("\n".join(f"wrote {path}" for path in (video, report, sheet)))
     return 0

@@ -29,7 +29,8 @@ _log = logging.getLogger(__name__)
 class ClipError(UserError):
     """A user's error that keeps its one line when a data loader's worker raises it.
 
-    torch rebuilds a worker's exception from its printed traceback; only the last line is for the user.
+    torch rebuilds a worker's exception from its printed traceback; only the last line is for the
+    user.
     """
 
     def __init__(self, message: str) -> None:
@@ -40,11 +41,11 @@ class CorruptClip(UserError):
     """One clip cannot be read; the data set leaves it out."""
 
 
-
-
 @dataclass
 class ClipTracks:
-    """Audio and per-frame values of one clip: audio (640 F,), mouth_opening (F,), landmarks (F, 3, 2); NaN unknown."""
+    """Audio and per-frame values of one clip: audio (640 F,), mouth_opening (F,), landmarks
+    (F, 3, 2); NaN unknown.
+    """
 
     audio: Samples
     mouth_opening: NDArray[np.float32]
@@ -63,7 +64,8 @@ def select_rows(
         size_px = size_px or row.size_px
         if row.size_px != size_px:
             raise UserError(
-                f"clip {row.clip_id}: expected {size_px}x{size_px} pixels, got {row.size_px}x{row.size_px}: "
+                f"clip {row.clip_id}: expected {size_px}x{size_px} pixels, got "
+                f"{row.size_px}x{row.size_px}: "
                 "prepare all clips at one size, and set size_px to it"
             )
     chosen = [row for row in rows if row.num_frames >= num_frames]
@@ -72,10 +74,14 @@ def select_rows(
 
 
 def check_clip_file(root: str | os.PathLike[str], row: ManifestRow) -> None:
-    """CorruptClip when a clip's file is not the one of the manifest: decoders conceal damage, checksums do not."""
+    """CorruptClip when a clip's file is not the one of the manifest: decoders conceal damage,
+    checksums do not.
+    """
     path = clip_path(root, row.clip_id)
     if path.is_file() and sha256_of(path) != row.sha256:
-        raise CorruptClip(f"{path}: expected the checksum of the manifest, got another: remake the clip")
+        raise CorruptClip(
+            f"{path}: expected the checksum of the manifest, got another: remake the clip"
+        )
 
 
 def load_frames(
@@ -84,20 +90,26 @@ def load_frames(
     ranges: Sequence[tuple[int, int]] | None = None,
     backend: Backend | None = None,
 ) -> list[Frames]:
-    """Decoded (start, count) ``ranges`` of a clip, each uint8 (count, H, W, 3); the whole clip without ``ranges``.
+    """Decoded (start, count) ``ranges`` of a clip, each uint8 (count, H, W, 3); the whole clip
+    without ``ranges``.
 
     Raises:
         CorruptClip: it cannot be read, or has fewer frames than its manifest row says.
-        ClipError: frame rate or size is not what the layout promises, which no other clip will mend.
+        ClipError: frame rate or size is not what the layout promises, which no other clip will
+            mend.
     """
     path = clip_path(root, row.clip_id)
     try:
         with VideoFile(path, backend) as video:
             if abs(video.fps - FPS) > 0.01:
-                raise ClipError(f"{path}: expected {FPS} frames per second, got {video.fps:g}: encode it at {FPS} fps")
+                raise ClipError(
+                    f"{path}: expected {FPS} frames per second, got {video.fps:g}: "
+                    f"encode it at {FPS} fps"
+                )
             if video.num_frames < row.num_frames:
                 raise CorruptClip(
-                    f"{path}: expected {row.num_frames} frames as in the manifest, got {video.num_frames}"
+                    f"{path}: expected {row.num_frames} frames as in the manifest, got "
+                    f"{video.num_frames}"
                 )
             pieces = [video.read(start, count) for start, count in ranges or [(0, row.num_frames)]]
     except (CorruptClip, ClipError):
@@ -107,24 +119,29 @@ def load_frames(
     height, width = pieces[0].shape[1:3]
     if (height, width) != (row.size_px, row.size_px):
         raise ClipError(
-            f"{path}: expected {row.size_px}x{row.size_px} pixels as in the manifest, got {width}x{height}: "
+            f"{path}: expected {row.size_px}x{row.size_px} pixels as in the manifest, got "
+            f"{width}x{height}: "
             "remake the data set"
         )
     return pieces
 
 
 def load_tracks(root: str | os.PathLike[str], row: ManifestRow) -> ClipTracks:
-    """Audio, mouth opening and landmarks of a whole clip. Raises CorruptClip or ClipError like `load_frames`."""
+    """Audio, mouth opening and landmarks of a whole clip. Raises CorruptClip or ClipError like
+    `load_frames`.
+    """
     try:
         sidecar = read_sidecar(root, row.clip_id)
         if (sidecar.fps, sidecar.sample_rate_hz) != (FPS, SAMPLE_RATE):
             raise ClipError(
-                f"clip {row.clip_id}: expected {FPS} frames per second and {SAMPLE_RATE} Hz, got {sidecar.fps} and "
+                f"clip {row.clip_id}: expected {FPS} frames per second and {SAMPLE_RATE} Hz, got "
+                f"{sidecar.fps} and "
                 f"{sidecar.sample_rate_hz}: encode its sound as 16 kHz mono"
             )
         if sidecar.num_frames != row.num_frames:
             raise CorruptClip(
-                f"clip {row.clip_id}: expected {row.num_frames} frames as in the manifest, got {sidecar.num_frames}"
+                f"clip {row.clip_id}: expected {row.num_frames} frames as in the manifest, got "
+                f"{sidecar.num_frames}"
             )
         audio = read_clip_audio(clip_path(root, row.clip_id), row.num_frames)
     except (CorruptClip, ClipError):
@@ -141,7 +158,9 @@ def load_tracks(root: str | os.PathLike[str], row: ManifestRow) -> ClipTracks:
     return ClipTracks(audio, mouth, landmarks)
 
 
-def cut_audio(audio: Samples, start_frame: int, num_frames: int, left_frames: int, right_frames: int) -> Samples:
+def cut_audio(
+    audio: Samples, start_frame: int, num_frames: int, left_frames: int, right_frames: int
+) -> Samples:
     """Samples of frames [start - left, start + num_frames + right), zeros where the clip has none.
 
     Args:
@@ -158,5 +177,3 @@ def cut_audio(audio: Samples, start_frame: int, num_frames: int, left_frames: in
     if low < high:
         out[low - begin : high - begin] = audio[low:high]
     return out
-
-

@@ -39,7 +39,9 @@ _NUM_NAMED = 3  # corrupt clips named in an error; the report has all
 
 
 class WindowKey(NamedTuple):
-    """What to load: the number ``clip`` of a clip, and the number that seeds every random choice of this sample."""
+    """What to load: the number ``clip`` of a clip, and the number that seeds every random choice of
+    this sample.
+    """
 
     clip: int
     draw: int
@@ -48,15 +50,17 @@ class WindowKey(NamedTuple):
 class PreparedClips(Dataset[dict[str, Any]]):
     """Windows of the clips of one split (layout: `rest_lightning.data.layout`).
 
-    A sample is chosen by a `WindowKey`: the same key gives the same sample in every worker, epoch and run. A plain
-    index is the key (index, index). Samples hold ``frames`` uint8 (F, H, W, 3), ``reference`` uint8 (H, W, 3),
-    ``audio`` float32 (640 * (left + F + right),), ``mouth_opening`` (F,) and ``landmarks`` (F, 3, 2) in the order
-    mouth, left eye, right eye (NaN unknown), ``clip_id`` and ``start`` (first frame of the window in its clip).
-    With ``latents``: ``latents`` (C, f, h, w) instead of frames and reference. With ``speech``: also ``speech_steps``
-    (n, D_A), which `SpeechEncoder.unpack` turns into the window's features.
+    A sample is chosen by a `WindowKey`: the same key gives the same sample in every worker, epoch
+    and run. A plain index is the key (index, index). Samples hold ``frames`` uint8 (F, H, W, 3),
+    ``reference`` uint8 (H, W, 3), ``audio`` float32 (640 * (left + F + right),), ``mouth_opening``
+    (F,) and ``landmarks`` (F, 3, 2) in the order mouth, left eye, right eye (NaN unknown),
+    ``clip_id`` and ``start`` (first frame of the window in its clip). With ``latents``: ``latents``
+    (C, f, h, w) instead of frames and reference. With ``speech``: also ``speech_steps`` (n, D_A),
+    which `SpeechEncoder.unpack` turns into the window's features.
 
-    Clips that are too short are left out and counted in ``skipped``. A clip that cannot be read is left out when that
-    is found, the next readable one takes its place, and it is named in the log and the report.
+    Clips that are too short are left out and counted in ``skipped``. A clip that cannot be read is
+    left out when that is found, the next readable one takes its place, and it is named in the log
+    and the report.
 
     Args:
         root: folder of the data set.
@@ -65,18 +69,22 @@ class PreparedClips(Dataset[dict[str, Any]]):
         random_window: a random start (training), else the window in the middle of the clip.
         size_px: expected side of the frames; None takes the first clip's.
         reference: ``first_frame`` of the window, or a ``random_frame`` of the whole clip.
-        audio_left_frames, audio_right_frames: audio margins, from the clip where it has them, else zeros.
+        audio_left_frames, audio_right_frames: audio margins, from the clip where it has them, else
+            zeros.
         augmentation: applied to the audio, margins included; None leaves it as recorded.
         latents: cache to read latents from; its windows are then the ones to choose from.
-        speech: the same for speech features; of both caches, the windows of ``latents`` have to be in ``speech``.
+        speech: the same for speech features; of both caches, the windows of ``latents`` have to be
+            in ``speech``.
         with_frames: False leaves out frames and reference (a speech stage needs none).
         seed: of all random choices, together with the key.
-        max_corrupt: how many unreadable clips are left out before it is an error: below 1 a fraction, else a number.
+        max_corrupt: how many unreadable clips are left out before it is an error: below 1 a
+            fraction, else a number.
         report_path: JSON-lines file to name unreadable clips in (appended).
         backend: of the video reader.
 
     Raises:
-        UserError: no data set, no usable clip, a clip of another size, or (when loading) too many unreadable clips.
+        UserError: no data set, no usable clip, a clip of another size, or (when loading) too many
+            unreadable clips.
     """
 
     def __init__(
@@ -106,7 +114,11 @@ class PreparedClips(Dataset[dict[str, Any]]):
         self.root, self.split, self.num_frames = os.fspath(root), split, num_frames
         self.random_window, self.reference = random_window, reference
         self.audio_left_frames, self.audio_right_frames = audio_left_frames, audio_right_frames
-        self.augmentation, self.latents, self.with_frames = augmentation, latents, with_frames and latents is None
+        self.augmentation, self.latents, self.with_frames = (
+            augmentation,
+            latents,
+            with_frames and latents is None,
+        )
         self.speech, self.seed, self.report_path, self.backend = speech, seed, report_path, backend
         rows = read_manifest(root, split)
         self.rows, self.skipped = select_rows(rows, num_frames, size_px)
@@ -115,16 +127,20 @@ class PreparedClips(Dataset[dict[str, Any]]):
         if latents is not None and speech is not None:
             speech.check_windows(latents, self.rows)
         for reason, count in self.skipped.items():
-            _log.warning("%s: %d of %d %s clips left out: %s", self.root, count, len(rows), split, reason)
+            _log.warning(
+                ("%s: %d of %d %s clips left out: %s"), self.root, count, len(rows), split, reason
+            )
         if not self.rows:
             reasons = ", ".join(f"{count} {reason}" for reason, count in self.skipped.items())
             raise UserError(
-                f"{self.root}: expected {split} clips of {num_frames} frames or more, got {reasons or 'none'}: add "
+                f"{self.root}: expected {split} clips of {num_frames} frames or more, got "
+                f"{reasons or 'none'}: add "
                 "clips or choose a smaller num_frames"
             )
         self.size_px = self.rows[0].size_px
         self.max_num_corrupt = int(max_corrupt * len(self.rows) if max_corrupt < 1 else max_corrupt)
-        self._corrupt = torch.zeros(len(self.rows), dtype=torch.bool).share_memory_()  # seen by all workers
+        # seen by all workers
+        self._corrupt = torch.zeros(len(self.rows), dtype=torch.bool).share_memory_()
         self._verified: set[int] = set()
         self._frames: list[Frames | None] = [None] * len(self.rows)
         self._tracks: list[ClipTracks | None] = [None] * len(self.rows)
@@ -147,19 +163,27 @@ class PreparedClips(Dataset[dict[str, Any]]):
                 return self._sample(candidate, draw)
             except CorruptClip as error:
                 self._report(candidate, error)
-        raise ClipError(f"{self.root}: expected a readable {self.split} clip, got none: remake the data set")
+        raise ClipError(
+            f"{self.root}: expected a readable {self.split} clip, got none: remake the data set"
+        )
 
     def with_window(self, num_frames: int) -> PreparedClips:
-        """The same clips, decoded ones included, in windows of ``num_frames``; shorter clips are left out."""
+        """The same clips, decoded ones included, in windows of ``num_frames``; shorter clips are
+        left out.
+        """
         kept = [i for i, row in enumerate(self.rows) if row.num_frames >= num_frames]
         if not kept:
             raise UserError(
-                f"{self.root}: expected {self.split} clips of {num_frames} frames or more, got none: add longer clips"
+                f"{self.root}: expected {self.split} clips of {num_frames} frames or more, got "
+                "none: add longer clips"
             )
         other = copy.copy(self)
         other.num_frames, other._verified = num_frames, set()
         other.rows, other._corrupt = [self.rows[i] for i in kept], self._corrupt[kept]
-        other._frames, other._tracks = [self._frames[i] for i in kept], [self._tracks[i] for i in kept]
+        other._frames, other._tracks = (
+            [self._frames[i] for i in kept],
+            [self._tracks[i] for i in kept],
+        )
         return other
 
     def load_into_memory(self, num_threads: int = 1, progress: bool = True) -> None:
@@ -177,7 +201,9 @@ class PreparedClips(Dataset[dict[str, Any]]):
             try:
                 self._tracks[index] = self._load_tracks(index)
                 if self.with_frames:
-                    self._frames[index] = load_frames(self.root, self.rows[index], None, self.backend)[0]
+                    self._frames[index] = load_frames(
+                        self.root, self.rows[index], None, self.backend
+                    )[0]
             except CorruptClip as error:
                 return error
             return None
@@ -186,7 +212,13 @@ class PreparedClips(Dataset[dict[str, Any]]):
 
         with ThreadPoolExecutor(max(1, num_threads)) as pool:
             results = pool.map(load, range(len(self)))
-            bar = tqdm(results, f"decoding {self.split} clips", len(self), disable=not progress, unit="clip")
+            bar = tqdm(
+                results,
+                (f"decoding {self.split} clips"),
+                len(self),
+                disable=not progress,
+                unit="clip",
+            )
             for index, error in enumerate(bar):
                 if error is not None:
                     self._report(index, error)
@@ -207,7 +239,9 @@ class PreparedClips(Dataset[dict[str, Any]]):
             slack = row.num_frames - length
             start = int(rng.integers(slack + 1)) if self.random_window else slack // 2
         if self.with_frames:
-            chosen = int(rng.integers(row.num_frames)) if self.reference == "random_frame" else start
+            chosen = (
+                int(rng.integers(row.num_frames)) if self.reference == "random_frame" else start
+            )
             cached = self._frames[index]
             if cached is not None:
                 frames, reference = cached[start : start + length], cached[chosen]
@@ -215,10 +249,14 @@ class PreparedClips(Dataset[dict[str, Any]]):
                 (frames,) = load_frames(self.root, row, [(start, length)], self.backend)
                 reference = frames[chosen - start]
             else:
-                frames, (reference,) = load_frames(self.root, row, [(start, length), (chosen, 1)], self.backend)
+                frames, (reference,) = load_frames(
+                    self.root, row, [(start, length), (chosen, 1)], self.backend
+                )
             images = {"frames": torch.from_numpy(frames), "reference": torch.from_numpy(reference)}
         speech = {} if self.speech is None else {"speech_steps": self.speech.at(row.clip_id, start)}
-        audio = cut_audio(tracks.audio, start, length, self.audio_left_frames, self.audio_right_frames)
+        audio = cut_audio(
+            tracks.audio, start, length, self.audio_left_frames, self.audio_right_frames
+        )
         if self.augmentation is not None:
             audio = self.augmentation(audio, rng, lambda rng: self._other_voice(index, rng))
         return {
@@ -254,7 +292,14 @@ class PreparedClips(Dataset[dict[str, Any]]):
         clip_id = self.rows[index].clip_id
         _log.warning("clip %s left out: %s", clip_id, error)
         if self.report_path is not None:
-            line = json.dumps({"clip_id": clip_id, "split": self.split, "data_dir": self.root, "reason": str(error)})
+            line = json.dumps(
+                {
+                    "clip_id": clip_id,
+                    "split": self.split,
+                    "data_dir": self.root,
+                    "reason": str(error),
+                }
+            )
             os.makedirs(os.path.dirname(os.path.abspath(self.report_path)), exist_ok=True)
             with open(
                 self.report_path, "a", encoding="utf-8"
@@ -264,6 +309,8 @@ class PreparedClips(Dataset[dict[str, Any]]):
         if len(corrupt) > self.max_num_corrupt:
             names = ", ".join(corrupt[:_NUM_NAMED]) + (", ..." if len(corrupt) > _NUM_NAMED else "")
             raise ClipError(
-                f"{self.root}: expected at most {self.max_num_corrupt} unreadable {self.split} clips, got "
-                f"{len(corrupt)} of {len(self)} ({names}; last: {error}): remake them or raise max_corrupt"
+                f"{self.root}: expected at most {self.max_num_corrupt} unreadable {self.split} "
+                "clips, got "
+                f"{len(corrupt)} of {len(self)} ({names}; last: {error}): remake them or raise "
+                "max_corrupt"
             )

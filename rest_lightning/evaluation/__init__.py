@@ -1,4 +1,6 @@
-"""Result rows, protocols, scoring of clips, the leaderboard: free of Lightning, and rows and leaderboard of torch."""
+"""Result rows, protocols, scoring of clips, the leaderboard: free of Lightning, and rows and
+leaderboard of torch.
+"""
 
 from __future__ import annotations
 

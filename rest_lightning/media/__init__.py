@@ -1,4 +1,6 @@
-"""Files of sound, video and pictures: reading, writing, and pages that show them; no model in here."""
+"""Files of sound, video and pictures: reading, writing, and pages that show them; no model in
+here.
+"""
 
 from __future__ import annotations
 

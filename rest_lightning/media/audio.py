@@ -20,7 +20,8 @@ BLOCK_SAMPLES = SAMPLE_RATE // 4
 _KINDS = "wav, mp3, flac, m4a, ogg or mp4"
 _TO_PIPE = "ffmpeg -i speech.wav -f s16le -ar 16000 -ac 1 - | rest talk portrait.png - -o out.mp4"
 _MAX_PEAK = 16.0  # float files beyond this hold integers by mistake, not loud speech
-_STREAMED_SIZES = (0, 0x7FFFFFFF, 0xFFFFFFFF)  # sizes that a wav header carries when its writer could not seek back
+# sizes that a wav header carries when its writer could not seek back
+_STREAMED_SIZES = (0, 0x7FFFFFFF, 0xFFFFFFFF)
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,8 @@ class SpeechSource:
         sample_rate_hz: rate inside the file; this and the next two are None for named pipes.
         num_channels: channels inside the file; they are mixed down.
         codec: name of the codec.
-        block_samples: length of the blocks at 16 kHz; the last one may be shorter. From ``stdin`` they come as they
-            arrive, and are that long at most.
+        block_samples: length of the blocks at 16 kHz; the last one may be shorter. From ``stdin``
+            they come as they arrive, and are that long at most.
     """
 
     name: str
@@ -62,33 +63,46 @@ class SpeechSource:
 
 
 def open_speech(
-    path: str | os.PathLike[str], *, block_samples: int = BLOCK_SAMPLES, stdin: BinaryIO | None = None
+    path: str | os.PathLike[str],
+    *,
+    block_samples: int = BLOCK_SAMPLES,
+    stdin: BinaryIO | None = None,
 ) -> SpeechSource:
-    """Opens speech of any rate and channel count: what PyAV reads, the audio of a video too, or ``-`` for a pipe.
+    """Opens speech of any rate and channel count: what PyAV reads, the audio of a video too, or
+    ``-`` for a pipe.
 
-    A file is decoded once here without keeping it, 1000 times faster than it plays: its length is then exact, and a
-    broken file is refused before the first frame is rendered instead of after an hour.
+    A file is decoded once here without keeping it, 1000 times faster than it plays: its length is
+    then exact, and a broken file is refused before the first frame is rendered instead of after an
+    hour.
 
     Args:
-        path: a file, or ``-`` for raw 16 kHz mono signed 16-bit little-endian samples from ``stdin``.
+        path: a file, or ``-`` for raw 16 kHz mono signed 16-bit little-endian samples from
+            ``stdin``.
         block_samples: length of the blocks.
         stdin: the pipe to read instead of the process's own.
 
     Raises:
-        UserError: no such file, a folder, not sound, truncated, no audio track, no samples, NaN samples.
+        UserError: no such file, a folder, not sound, truncated, no audio track, no samples, NaN
+            samples.
     """
     if os.fspath(path) == "-":
-        # Without its buffer: whoever waits for that in a thread holds a lock that Python needs at its end.
+        # Without its buffer: whoever waits for that in a thread holds a lock that Python needs at
+        # its end.
         pipe = stdin if stdin is not None else getattr(sys.stdin.buffer, "raw", sys.stdin.buffer)
         if pipe.isatty():
-            raise UserError(f"expected raw 16 kHz samples from a pipe, got a terminal: try {_TO_PIPE}")
+            raise UserError(
+                f"expected raw 16 kHz samples from a pipe, got a terminal: try {_TO_PIPE}"
+            )
         return SpeechSource("stdin", None, SAMPLE_RATE, 1, "pcm_s16le", block_samples, pipe)
     path = Path(path)
     if path.is_dir():
         raise UserError(f"expected a speech file, got the folder {path}: name a file in it")
     if not path.exists():
-        raise UserError(f"expected a speech file ({_KINDS}), but {path} does not exist: check the name")
-    if not path.is_file():  # a named pipe or a device can be opened only once: nothing is known before it is read
+        raise UserError(
+            f"expected a speech file ({_KINDS}), but {path} does not exist: check the name"
+        )
+    # a named pipe or a device can be opened only once: nothing is known before it is read
+    if not path.is_file():
         return SpeechSource(str(path), None, None, None, None, block_samples)
     if path.stat().st_size == 0:
         raise UserError(f"expected speech, got the empty file {path}: record or export it again")
@@ -111,7 +125,10 @@ def _open(path: Path) -> av.container.InputContainer:
     if not container.streams.audio:
         tracks = ", ".join(sorted({stream.type for stream in container.streams})) or "no"
         container.close()
-        raise UserError(f"expected an audio track, but {path} has {tracks} tracks only: choose a file with sound")
+        raise UserError(
+            f"expected an audio track, but {path} has {tracks} tracks only: choose a "
+            "file with sound"
+        )
     return container
 
 
@@ -130,7 +147,8 @@ def _decode(path: Path) -> Iterator[AudioFrame]:
                 if num_bad > 2 + num_good // 100:
                     at_s = num_samples / max(1, stream.codec_context.sample_rate)
                     raise UserError(
-                        f"expected speech, but {path} cannot be decoded at {at_s:.2f} s: it is damaged; export it again"
+                        f"expected speech, but {path} cannot be decoded at {at_s:.2f} s: it is "
+                        "damaged; export it again"
                     ) from error
                 continue
             if packet is None:
@@ -153,7 +171,8 @@ def _check(path: Path) -> int:
         seconds += frame.samples / frame.sample_rate
     if claimed_s is not None and seconds < claimed_s - 0.15 - 0.001 * claimed_s:
         raise UserError(
-            f"expected {claimed_s:.2f} s of speech in {path} as its header says, found {seconds:.2f} s: "
+            f"expected {claimed_s:.2f} s of speech in {path} as its header says, found "
+            f"{seconds:.2f} s: "
             "the file is truncated; copy or export it again"
         )
     if num_samples == 0:
@@ -170,17 +189,24 @@ def _check_floats(path: Path, frame: AudioFrame, offset: int) -> None:
     if peak <= _MAX_PEAK:
         return
     num_channels = 1 if frame.format.is_planar else frame.layout.nb_channels
-    position = offset + int(np.flatnonzero(~(np.abs(samples) <= _MAX_PEAK).all(axis=0))[0]) // num_channels
+    position = (
+        offset + int(np.flatnonzero(~(np.abs(samples) <= _MAX_PEAK).all(axis=0))[0]) // num_channels
+    )
     where = f"at sample {position} ({position / frame.sample_rate:.3f} s)"
     if np.isfinite(peak):
         raise UserError(
-            f"expected samples in [-1, 1], but {path} has {peak:.6g} {where}: divide by the largest integer"
+            f"expected samples in [-1, 1], but {path} has {peak:.6g} {where}: divide by the "
+            "largest integer"
         )
-    raise UserError(f"expected numbers, but {path} has NaN or infinite samples {where}: export it again")
+    raise UserError(
+        f"expected numbers, but {path} has NaN or infinite samples {where}: export it again"
+    )
 
 
 def _claimed_s(path: Path, container: av.container.InputContainer) -> float | None:
-    """The length that the header promises, None where it only guesses (raw AAC, Ogg, MP3 without a Xing header)."""
+    """The length that the header promises, None where it only guesses (raw AAC, Ogg, MP3 without a
+    Xing header).
+    """
     stream, kind = container.streams.audio[0], container.format.name
     if kind == "wav":
         header_s = _claimed_by_wav(path, stream.codec_context)
@@ -204,7 +230,9 @@ def _claimed_s(path: Path, container: av.container.InputContainer) -> float | No
 
 
 def _claimed_by_wav(path: Path, context: av.AudioCodecContext) -> float | None:
-    """Walks the RIFF chunks: FFmpeg quietly trusts the file's size where the data chunk promises more."""
+    """Walks the RIFF chunks: FFmpeg quietly trusts the file's size where the data chunk promises
+    more.
+    """
     with path.open("rb") as file:
         head, byte_rate = file.read(12), 0
         while head[:4] == b"RIFF" and len(chunk := file.read(8)) == 8:
@@ -222,7 +250,8 @@ def _claimed_by_wav(path: Path, context: av.AudioCodecContext) -> float | None:
 def _resample(path: Path) -> Iterator[np.ndarray]:
     """Mono float32 pieces at 16 kHz of any length.
 
-    FFmpeg mixes down to integers with weights that sum to one, to floats with a gain of 3 dB that clips: hence s32.
+    FFmpeg mixes down to integers with weights that sum to one, to floats with a gain of 3 dB that
+    clips: hence s32.
     """
 
     def convert(frame: AudioFrame | None) -> Iterator[np.ndarray]:
@@ -243,7 +272,9 @@ def _resample(path: Path) -> Iterator[np.ndarray]:
 
 
 def _read_pipe(pipe: BinaryIO, block_samples: int) -> Iterator[np.ndarray]:
-    """Whatever has arrived, without waiting for more: a microphone's samples are not kept until a block is full."""
+    """Whatever has arrived, without waiting for more: a microphone's samples are not kept until a
+    block is full.
+    """
     read = getattr(pipe, "read1", pipe.read)
     waiting, num_bytes = b"", 0
     while data := read(2 * block_samples):
@@ -251,7 +282,10 @@ def _read_pipe(pipe: BinaryIO, block_samples: int) -> Iterator[np.ndarray]:
         if num_bytes == 0 and len(waiting) < 4:
             continue
         if num_bytes == 0 and waiting[:4] in (b"RIFF", b"fLaC", b"OggS", b"ID3\x03", b"ID3\x04"):
-            raise UserError(f"expected raw 16 kHz s16le samples on stdin, got a whole sound file: try {_TO_PIPE}")
+            raise UserError(
+                "expected raw 16 kHz s16le samples on stdin, got a whole sound file: "
+                f"try {_TO_PIPE}"
+            )
         even = len(waiting) // 2 * 2
         num_bytes += even
         yield _from_int16(waiting[:even])
@@ -266,8 +300,12 @@ def _from_int16(data: bytes) -> np.ndarray:
     return np.frombuffer(data, dtype="<i2").astype(np.float32) / 32768.0
 
 
-def _blocks(pieces: Iterator[np.ndarray], block_samples: int, num_samples: int | None) -> Iterator[np.ndarray]:
-    """Cuts pieces into equal blocks and the whole to ``num_samples``: the resampler's tail may be some samples off."""
+def _blocks(
+    pieces: Iterator[np.ndarray], block_samples: int, num_samples: int | None
+) -> Iterator[np.ndarray]:
+    """Cuts pieces into equal blocks and the whole to ``num_samples``: the resampler's tail may be
+    some samples off.
+    """
     waiting: list[np.ndarray] = []
     num_waiting = num_done = 0
 

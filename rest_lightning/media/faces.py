@@ -1,4 +1,5 @@
-"""Where faces and hands are in a picture: mediapipe's models behind one interface, to which others can be plugged in.
+"""Where faces and hands are in a picture: mediapipe's models behind one interface, to which others
+can be plugged in.
 
 mediapipe 0.10.14 (extra ``prepare``) carries its models inside its wheel; nothing is downloaded.
 """
@@ -23,7 +24,8 @@ Picture = NDArray[np.uint8]
 Points = NDArray[np.float64]
 Box = tuple[float, float, float, float]
 
-# Of mediapipe's 468-point mesh: corners of the eyes (left = the image's left), lips, tip of the nose.
+# Of mediapipe's 468-point mesh: corners of the eyes (left = the image's left), lips, tip of the
+# nose.
 _LEFT_EYE, _RIGHT_EYE, _LIPS, _NOSE = (33, 133), (362, 263), (13, 14), 1
 _MESH_SCALE = 1.6  # the mesh sees this many times the detected box
 _MIN_MESH_PX = 192  # smaller crops are enlarged: the mesh's own detector misses tiny faces
@@ -50,7 +52,8 @@ class Face:
 
 
 class FaceDetector(Protocol):
-    """Finds all faces of a picture. Made once per video as ``Class(source=path, min_confidence=0.5)``.
+    """Finds all faces of a picture. Made once per video as ``Class(source=path,
+    min_confidence=0.5)``.
 
     Built for each process anew; pictures come in the order of time.
     """
@@ -81,11 +84,15 @@ def check_detector(name: str) -> Any:
         return MediapipeDetector
     module, colon, attribute = name.partition(":")
     if not (module and colon and attribute):
-        raise UserError(f"expected a detector mediapipe or package.module:Class, got {name!r}: correct the name")
+        raise UserError(
+            f"expected a detector mediapipe or package.module:Class, got {name!r}: correct the name"
+        )
     try:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
-        raise UserError(f"expected the detector {name}, got {error}: install it, or correct the name") from None
+        raise UserError(
+            f"expected the detector {name}, got {error}: install it, or correct the name"
+        ) from None
 
 
 def mediapipe_solutions() -> Any:
@@ -96,13 +103,19 @@ def mediapipe_solutions() -> Any:
     """
     os.environ.setdefault("GLOG_minloglevel", "2")
     warnings.filterwarnings("ignore", message=".*GetPrototype.*")  # protobuf's, at every picture
-    way_out = "pip install 'rest_lightning[prepare]' (Python 3.12 or older), or give --box x,y,w,h or --already-cropped"
+    way_out = (
+        "pip install 'rest_lightning[prepare]' (Python 3.12 or older), or give --box "
+        "x,y,w,h "
+        "or --already-cropped"
+    )
     try:
         import mediapipe
     except ImportError as error:
         raise UserError(f"expected mediapipe for faces: {way_out}") from error
     if not hasattr(mediapipe, "solutions"):
-        raise UserError(f"expected mediapipe 0.10.14, got {mediapipe.__version__} without models: {way_out}")
+        raise UserError(
+            f"expected mediapipe 0.10.14, got {mediapipe.__version__} without models: {way_out}"
+        )
     return mediapipe.solutions
 
 
@@ -115,10 +128,14 @@ class FaceBoxes:
 
     def __init__(self, min_confidence: float = 0.5) -> None:
         face_detection = mediapipe_solutions().face_detection
-        self._net = face_detection.FaceDetection(model_selection=1, min_detection_confidence=min_confidence)
+        self._net = face_detection.FaceDetection(
+            model_selection=1, min_detection_confidence=min_confidence
+        )
 
     def find(self, picture: Picture) -> list[tuple[Box, Points, float]]:
-        """Of every face: box x, y, w, h, six points (eyes, nose, mouth, ears) in pixels, and confidence."""
+        """Of every face: box x, y, w, h, six points (eyes, nose, mouth, ears) in pixels, and
+        confidence.
+        """
         height, width = picture.shape[:2]
         found = []
         for detection in self._net.process(np.ascontiguousarray(picture)).detections or ():
@@ -137,7 +154,10 @@ class FaceBoxes:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.close()
 
@@ -155,7 +175,9 @@ class MediapipeDetector:
     def __init__(self, source: Path, min_confidence: float = 0.5) -> None:
         self._boxes = FaceBoxes(min_confidence)
         mesh = mediapipe_solutions().face_mesh
-        self._mesh = mesh.FaceMesh(static_image_mode=True, max_num_faces=1, min_detection_confidence=0.3)
+        self._mesh = mesh.FaceMesh(
+            static_image_mode=True, max_num_faces=1, min_detection_confidence=0.3
+        )
 
     def detect(self, picture: Picture, time_s: float) -> list[Face]:
         """See :class:`FaceDetector`."""
@@ -168,12 +190,24 @@ class MediapipeDetector:
 
     def _face(self, picture: Picture, box: Box, six: Points, confidence: float) -> Face:
         points = self._landmarks(picture, box)
-        if points is None:  # a face too turned for the mesh: the detector's box stands for its landmarks
+        # a face too turned for the mesh: the detector's box stands for its landmarks
+        if points is None:
             x, y, width, height = box
             corners = np.array([(x, y), (x + width, y + height)])
             return Face(box, np.vstack([corners, six]), six[0], six[1], six[3], six[2], confidence)
-        left_eye, right_eye = points[list(_LEFT_EYE)].mean(axis=0), points[list(_RIGHT_EYE)].mean(axis=0)
-        return Face(box, points, left_eye, right_eye, points[list(_LIPS)].mean(axis=0), points[_NOSE], confidence)
+        left_eye, right_eye = (
+            points[list(_LEFT_EYE)].mean(axis=0),
+            points[list(_RIGHT_EYE)].mean(axis=0),
+        )
+        return Face(
+            box,
+            points,
+            left_eye,
+            right_eye,
+            points[list(_LIPS)].mean(axis=0),
+            points[_NOSE],
+            confidence,
+        )
 
     def _landmarks(self, picture: Picture, box: Box) -> Points | None:
         side = _MESH_SCALE * max(box[2:])
@@ -198,7 +232,9 @@ class HandFinder:
 
     def __init__(self, min_confidence: float = 0.5) -> None:
         hands = mediapipe_solutions().hands
-        self._net = hands.Hands(static_image_mode=True, max_num_hands=2, min_detection_confidence=min_confidence)
+        self._net = hands.Hands(
+            static_image_mode=True, max_num_hands=2, min_detection_confidence=min_confidence
+        )
 
     def find(self, picture: Picture) -> list[Points]:
         """21 points (21, 2) in pixels of every hand in uint8 RGB (H, W, 3)."""
@@ -220,7 +256,9 @@ def enlarged(picture: Picture, least_px: int) -> Picture:
     from PIL import Image
 
     size = (round(width * scale), round(height * scale))
-    return np.asarray(Image.fromarray(np.ascontiguousarray(picture)).resize(size, Image.Resampling.BILINEAR))
+    return np.asarray(
+        Image.fromarray(np.ascontiguousarray(picture)).resize(size, Image.Resampling.BILINEAR)
+    )
 
 
 def hands_over(hands: Sequence[Points], face: Box) -> bool:

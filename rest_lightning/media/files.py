@@ -1,4 +1,6 @@
-"""Output files: checked before the work begins, written beside their place, moved there when whole."""
+"""Output files: checked before the work begins, written beside their place, moved there when
+whole.
+"""
 
 from __future__ import annotations
 
@@ -19,27 +21,46 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def check_output(path: str | os.PathLike[str], overwrite: bool, suffix: str = ".mp4") -> Path:
-    """Raises a UserError when ``path`` cannot become an output file; cheap, to be called before long work."""
+    """Raises a UserError when ``path`` cannot become an output file; cheap, to be called before
+    long work.
+    """
     path = Path(path)
     folder = path.parent
     if path.is_dir():
-        raise UserError(f"expected a file name for the output, got the folder {path}: try {path / ('out' + suffix)}")
+        raise UserError(
+            f"expected a file name for the output, got the folder {path}: try "
+            f"{path / ('out' + suffix)}"
+        )
     if path.suffix.lower() != suffix:
-        raise UserError(f"expected an output name that ends in {suffix}, got {path}: try {path.with_suffix(suffix)}")
+        raise UserError(
+            f"expected an output name that ends in {suffix}, got {path}: try "
+            f"{path.with_suffix(suffix)}"
+        )
     if not folder.is_dir():
         found = "a file" if folder.exists() else "nothing"
-        raise UserError(f"expected a folder {folder} for {path}, found {found} there: create it with mkdir -p {folder}")
+        raise UserError(
+            f"expected a folder {folder} for {path}, found {found} there: create it "
+            f"with mkdir -p {folder}"
+        )
     if path.exists() and not overwrite:
-        raise UserError(f"expected a new file name, but {path} exists: choose another name or add --overwrite")
+        raise UserError(
+            f"expected a new file name, but {path} exists: choose another name or add --overwrite"
+        )
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise UserError(f"expected a writable folder for {path}, got {folder}: choose a folder that you may write to")
+        raise UserError(
+            f"expected a writable folder for {path}, got {folder}: choose a folder "
+            "that you may write to"
+        )
     return path
 
 
 def explain_write_error(path: Path, error: OSError) -> str:
     """One line for an OSError met while writing ``path``."""
     if error.errno in _NO_SPACE:
-        return f"expected room for {path}, but the disk is full: free some space or write to another disk"
+        return (
+            f"expected room for {path}, but the disk is full: free some space or write to "
+            "another disk"
+        )
     reason = os.strerror(error.errno).lower() if error.errno else str(error).splitlines()[0]
     return f"expected to write {path}, got '{reason}': choose a folder that you may write to"
 
@@ -51,7 +72,9 @@ def temporary_path(path: PathLike) -> Path:
 
 
 def remove_leftovers(path: str | os.PathLike[str]) -> None:
-    """Removes the temporary files that killed processes left beside ``path``. Nobody else may be writing ``path``."""
+    """Removes the temporary files that killed processes left beside ``path``. Nobody else may be
+    writing ``path``.
+    """
     path = Path(path)
     left = re.compile(rf"\.{re.escape(path.stem)}\.\d+(\.[0-9a-f]+)?\.part{re.escape(path.suffix)}")
     for other in path.parent.iterdir():
@@ -61,7 +84,8 @@ def remove_leftovers(path: str | os.PathLike[str]) -> None:
 
 @contextmanager
 def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Gives a temporary name in the folder of ``path``; moves it to ``path`` when the block succeeds, else removes it.
+    """Gives a temporary name in the folder of ``path``; moves it to ``path`` when the block
+    succeeds, else removes it.
 
     Raises:
         UserError: when the operating system refuses.
@@ -91,7 +115,8 @@ PathLike = str | os.PathLike[str]
 
 
 def write_text_atomic(path: PathLike, text: str) -> None:
-    """Write ``text`` (UTF-8) so that ``path`` is either the old file or the whole new one; makes the folder.
+    """Write ``text`` (UTF-8) so that ``path`` is either the old file or the whole new one; makes
+    the folder.
 
     Raises:
         UserError: when the operating system refuses.
@@ -109,7 +134,9 @@ def sha256_of(path: PathLike) -> str:
 
 
 def rounded(value: Any, decimals: int = DECIMALS) -> Any:
-    """``value`` as plain JSON types: arrays become lists, floats are rounded, NaN and infinity become None."""
+    """``value`` as plain JSON types: arrays become lists, floats are rounded, NaN and infinity
+    become None.
+    """
     if hasattr(value, "tolist"):  # numpy arrays and scalars, torch tensors
         value = value.tolist()
     if isinstance(value, float):

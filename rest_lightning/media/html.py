@@ -1,4 +1,6 @@
-"""Pages that stand alone: the shell that all of them share, pictures and clips as data URIs, small plots as SVG."""
+"""Pages that stand alone: the shell that all of them share, pictures and clips as data URIs, small
+plots as SVG.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ MEDIA_TYPES = {
 }
 
 
-def fill_page(title: str, lead: str, sections: Iterable[str], footer: str = "", style: str = "") -> str:
+def fill_page(
+    title: str, lead: str, sections: Iterable[str], footer: str = "", style: str = ""
+) -> str:
     """A page of the house's look.
 
     Args:
@@ -35,7 +39,11 @@ def fill_page(title: str, lead: str, sections: Iterable[str], footer: str = "", 
         style: further CSS.
     """
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
-        title=escape(title), lead=lead, sections="\n".join(sections), footer=escape(footer), colours=style
+        title=escape(title),
+        lead=lead,
+        sections="\n".join(sections),
+        footer=escape(footer),
+        colours=style,
     )
 
 
@@ -48,11 +56,13 @@ def data_uri(path: Path) -> str:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise UserError(f"expected a picture or clip {path}, got '{error.strerror}': check the name") from None
+        raise UserError(
+            f"expected a picture or clip {path}, got '{error.strerror}': check the name"
+        ) from None
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
-# -- plots ----------------------------------------------------------------------------------------------------
+# -- plots -----------------------------------------------------------------------------------------
 
 WIDTH, HEIGHT = 560, 340
 LEFT, RIGHT, TOP, BOTTOM = 62, 18, 16, 46
@@ -73,7 +83,9 @@ class Point:
 
 @dataclass(frozen=True)
 class Series:
-    """A line through values one step apart, the first at one step; the dashed grey one is the ground truth."""
+    """A line through values one step apart, the first at one step; the dashed grey one is the
+    ground truth.
+    """
 
     label: str
     values: Sequence[float]
@@ -89,12 +101,16 @@ class _Axis:
     logarithmic: bool = False
 
     def place(self, value: float) -> float:
-        low, high, value = (math.log(v) if self.logarithmic else v for v in (self.low, self.high, value))
+        low, high, value = (
+            math.log(v) if self.logarithmic else v for v in (self.low, self.high, value)
+        )
         return self.start_px + (value - low) / (high - low) * (self.end_px - self.start_px)
 
 
 def scatter(points: Sequence[Point], x_label: str, y_label: str, truth: float | None = None) -> str:
-    """Quality against speed: logarithmic x, a line at real time, the ground truth's level dashed."""
+    """Quality against speed: logarithmic x, a line at real time, the ground truth's level
+    dashed.
+    """
     speeds = [*(point.x for point in points), REAL_TIME_FPS]
     x_axis = _Axis(min(speeds) / 1.35, max(speeds) * 1.35, LEFT, WIDTH - RIGHT, logarithmic=True)
     levels = [*(point.y for point in points), *([] if truth is None else [truth])]
@@ -103,19 +119,26 @@ def scatter(points: Sequence[Point], x_label: str, y_label: str, truth: float | 
     for value in _log_ticks(x_axis.low, x_axis.high):
         parts.append(_tick_x(x_axis.place(value), value))
     x = x_axis.place(REAL_TIME_FPS)
-    parts.append(f'<line class="realtime" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
+    parts.append(
+        f'<line class="realtime" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>'
+    )
     parts.append(f'<text class="note" x="{x + 4:.1f}" y="{TOP + 10}">real time</text>')
     if truth is not None:
         y = y_axis.place(truth)
-        parts.append(f'<line class="truth" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(
-            f'<text class="note" x="{WIDTH - RIGHT - 4}" y="{y - 5:.1f}" text-anchor="end">ground truth</text>'
+            f'<line class="truth" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+        )
+        parts.append(
+            f'<text class="note" x="{WIDTH - RIGHT - 4}" y="{y - 5:.1f}" text-anchor="end">ground '
+            "truth</text>"
         )
     taken: list[tuple[float, float, float]] = []
     for point in points:
         x, y = x_axis.place(point.x), y_axis.place(point.y)
         text = escape(f"{point.label}: {point.y:.3g} at {point.x:.1f}")
-        parts.append(f'<circle class="c{point.colour % NUM_COLOURS}" cx="{x:.1f}" cy="{y:.1f}" r="5.5">')
+        parts.append(
+            f'<circle class="c{point.colour % NUM_COLOURS}" cx="{x:.1f}" cy="{y:.1f}" r="5.5">'
+        )
         parts.append(f"<title>{text}</title></circle>")
         if len(points) <= MAX_LABELS:
             parts.append(_label_beside(point.label, x, y, taken))
@@ -131,19 +154,30 @@ def lines(series: Sequence[Series], step_name: str, y_label: str) -> str:
     for value in _ticks(0, length, 8):
         parts.append(_tick_x(x_axis.place(value), value))
     for one in series:
-        points = " ".join(f"{x_axis.place(i + 1):.1f},{y_axis.place(v):.1f}" for i, v in enumerate(one.values))
+        points = " ".join(
+            f"{x_axis.place(i + 1):.1f},{y_axis.place(v):.1f}" for i, v in enumerate(one.values)
+        )
         look = "truth" if one.colour is None else f"c{one.colour % NUM_COLOURS}"
-        parts.append(f'<polyline class="curve {look}" points="{points}"><title>{escape(one.label)}</title></polyline>')
+        parts.append(
+            f'<polyline class="curve {look}" '
+            f'points="{points}"><title>{escape(one.label)}</title></polyline>'
+        )
     return _svg(parts, f"{y_label} over time")
 
 
 def histogram(
-    bars: Sequence[tuple[int, int]], low: float, high: float, x_label: str, y_label: str, limits: Sequence[float] = ()
+    bars: Sequence[tuple[int, int]],
+    low: float,
+    high: float,
+    x_label: str,
+    y_label: str,
+    limits: Sequence[float] = (),
 ) -> str:
     """Bars of equal width between ``low`` and ``high``.
 
     Args:
-        bars: of each bin what is within the limits, and what is not, which stands on top in the second colour.
+        bars: of each bin what is within the limits, and what is not, which stands on top in the
+            second colour.
         low, high: edges of the first and the last bin.
         x_label, y_label: of the axes.
         limits: dashed lines.
@@ -160,15 +194,20 @@ def histogram(
             if count:
                 top, bottom = y_axis.place(below + count), y_axis.place(below)
                 parts.append(
-                    f'<rect class="{look}" x="{left + 0.7:.1f}" y="{top:.1f}" width="{right - left - 1.4:.1f}" '
+                    f'<rect class="{look}" x="{left + 0.7:.1f}" y="{top:.1f}" '
+                    f'width="{right - left - 1.4:.1f}" '
                     f'height="{bottom - top:.1f}"><title>{text}</title></rect>'
                 )
     for limit in limits:
         x = x_axis.place(limit)
-        parts.append(f'<line class="truth" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
+        parts.append(
+            f'<line class="truth" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>'
+        )
         end = ' text-anchor="end"' if x > (LEFT + WIDTH) / 2 else ""
         at = x - 5 if end else x + 5
-        parts.append(f'<text class="note" x="{at:.1f}" y="{TOP + 10}"{end}>threshold {limit:g}</text>')
+        parts.append(
+            f'<text class="note" x="{at:.1f}" y="{TOP + 10}"{end}>threshold {limit:g}</text>'
+        )
     return _svg(parts, f"{y_label} by {x_label}")
 
 
@@ -180,7 +219,8 @@ def _svg(parts: Sequence[str], title: str) -> str:
 def _y_axis(values: Sequence[float]) -> _Axis:
     low, high = min(values), max(values)
     margin = 0.1 * (high - low) or 0.1 * abs(high) or 1.0
-    floor = 0.0 if 0.0 <= low < 0.4 * high else low - margin  # zero is part of the picture where it is near
+    # zero is part of the picture where it is near
+    floor = 0.0 if 0.0 <= low < 0.4 * high else low - margin
     return _Axis(floor, high + margin, HEIGHT - BOTTOM, TOP)
 
 
@@ -188,11 +228,14 @@ def _grid_y(axis: _Axis, label: str) -> str:
     parts = []
     for value in _ticks(axis.low, axis.high, 5):
         y = axis.place(value)
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(
+            f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+        )
         parts.append(f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{value:g}</text>')
     middle = (TOP + HEIGHT - BOTTOM) / 2
     parts.append(
-        f'<text class="axis" transform="translate(15 {middle:.0f}) rotate(-90)" text-anchor="middle">'
+        f'<text class="axis" transform="translate(15 {middle:.0f}) rotate(-90)" '
+        'text-anchor="middle">'
         f"{escape(label)}</text>"
     )
     return "".join(parts)
@@ -203,7 +246,8 @@ def _frame(x_label: str) -> str:
     middle = (LEFT + WIDTH - RIGHT) / 2
     return (
         f'<line class="base" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>'
-        f'<text class="axis" x="{middle:.0f}" y="{HEIGHT - 8}" text-anchor="middle">{escape(x_label)}</text>'
+        f'<text class="axis" x="{middle:.0f}" y="{HEIGHT - 8}" '
+        f'text-anchor="middle">{escape(x_label)}</text>'
     )
 
 
@@ -216,17 +260,25 @@ def _tick_x(x: float, value: float) -> str:
 
 
 def _label_beside(label: str, x: float, y: float, taken: list[tuple[float, float, float]]) -> str:
-    """The label right of its marker, or left of it near the edge; moved down where another one is."""
+    """The label right of its marker, or left of it near the edge; moved down where another one
+    is.
+    """
     width = 6.3 * len(label)
     right = x + 10 + width <= WIDTH - RIGHT
     left_px = x + 10 if right else x - 10 - width
     top = y + 4
-    while any(abs(top - y_px) < 13 and left_px < end and start < left_px + width for start, end, y_px in taken):
+    while any(
+        abs(top - y_px) < 13 and left_px < end and start < left_px + width
+        for start, end, y_px in taken
+    ):
         top += 13
     taken.append((left_px, left_px + width, top))
     anchor = "start" if right else "end"
     at = x + 10 if right else x - 10
-    return f'<text class="label" x="{at:.1f}" y="{top:.1f}" text-anchor="{anchor}">{escape(label)}</text>'
+    return (
+        f'<text class="label" x="{at:.1f}" y="{top:.1f}" '
+        f'text-anchor="{anchor}">{escape(label)}</text>'
+    )
 
 
 def _ticks(low: float, high: float, count: int) -> list[float]:
@@ -241,7 +293,9 @@ def _ticks(low: float, high: float, count: int) -> list[float]:
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
-    """1, 2 and 5 times powers of ten in [low, high]; the powers alone over more than three decades."""
+    """1, 2 and 5 times powers of ten in [low, high]; the powers alone over more than three
+    decades.
+    """
     factors = (1, 2, 5) if high / low < 1000 else (1,)
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     return [value for power in powers for m in factors if low <= (value := m * 10.0**power) <= high]

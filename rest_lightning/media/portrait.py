@@ -26,7 +26,8 @@ Box = tuple[float, float, float, float]
 
 MIN_SIDE_PX = 32
 MIN_FACE_PX = 40
-# As `rest prepare` frames its clips: beyond the landmarks' extremes, in shares of their longer side.
+# As `rest prepare` frames its clips: beyond the landmarks' extremes, in shares of their longer
+# side.
 MARGIN, MARGIN_TOP = 0.2, 0.35
 MAX_PIXELS = 100_000_000
 _BACKDROP = (200, 200, 200)  # behind transparent pixels: a light grey studio wall
@@ -99,19 +100,21 @@ def find_portrait(source: Source, crop: Crop = "auto", option: str | None = "cro
     """Returns the picture and where the head is in it.
 
     Args:
-        source: an image file (orientation tag, colour profile, transparency, grey, palette and 16 bits
-            are handled), a PIL image, or an array uint8 (H, W), (H, W, 3) or (H, W, 4).
+        source: an image file (orientation tag, colour profile, transparency, grey, palette and 16
+            bits are handled), a PIL image, or an array uint8 (H, W), (H, W, 3) or (H, W, 4).
         crop: ``auto``: the head, found by :class:`rest_lightning.media.face_models.FaceFinder` and
-            framed as training clips are; a square picture that shows a head about so is taken whole.
-            Of several faces the largest, when it has twice the area of the next. ``centre``: the largest
-            centred square, without looking. Or a square (x, y, size) or a box (x, y, width, height),
-            whose largest centred square is taken, in pixels, or in fractions of the sides when all
-            numbers are at most 1.
-        option: what the caller's user sets ``crop`` with, for messages; None: there is nothing to set.
+            framed as training clips are; a square picture that shows a head about so is taken
+            whole. Of several faces the largest, when it has twice the area of the next. ``centre``:
+            the largest centred square, without looking. Or a square (x, y, size) or a box (x, y,
+            width, height), whose largest centred square is taken, in pixels, or in fractions of the
+            sides when all numbers are at most 1.
+        option: what the caller's user sets ``crop`` with, for messages; None: there is nothing to
+            set.
 
     Raises:
-        UserError: not an image, truncated, empty, smaller than 32 pixels, larger than 100 megapixels, a
-            box outside; with ``auto``: no face, several of similar size, or one of less than 40 pixels.
+        UserError: not an image, truncated, empty, smaller than 32 pixels, larger than 100
+            megapixels, a box outside; with ``auto``: no face, several of similar size, or one of
+            less than 40 pixels.
     """
     is_file = isinstance(source, str | os.PathLike)
     name = f"{source}" if is_file else f"the given {type(source).__name__}"
@@ -132,7 +135,8 @@ def find_portrait(source: Source, crop: Crop = "auto", option: str | None = "cro
 
 
 def parse_crop(text: str) -> Crop:
-    """Returns the crop that a user wrote: ``auto``, ``centre``, ``x,y,size`` or ``x,y,width,height``.
+    """Returns the crop that a user wrote: ``auto``, ``centre``, ``x,y,size`` or
+    ``x,y,width,height``.
 
     Raises:
         UserError: none of these.
@@ -160,17 +164,23 @@ def _check_side(image: Image.Image, size: tuple[float, float], name: str) -> Non
         what = f"of {whole}" if size == image.size else f"cropped to {size[0]:.0f}x{size[1]:.0f}"
         least = f"{MIN_SIDE_PX}x{MIN_SIDE_PX}"
         raise UserError(
-            f"expected a portrait of at least {least} pixels, but {name} is {what}: use a larger image"
+            f"expected a portrait of at least {least} pixels, but {name} is {what}: use a larger "
+            "image"
         )
 
 
 def _from_array(array: np.ndarray) -> Image.Image:
-    if array.dtype != np.uint8 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))):
+    if array.dtype != np.uint8 or not (
+        array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))
+    ):
         raise UserError(
-            f"expected a portrait array uint8 (H, W, 3), got {array.dtype} {array.shape}: scale it to 0..255"
+            f"expected a portrait array uint8 (H, W, 3), got {array.dtype} {array.shape}: scale it "
+            "to 0..255"
         )
     if 0 in array.shape:
-        raise UserError(f"expected a portrait array with pixels, got shape {array.shape}: use a larger image")
+        raise UserError(
+            f"expected a portrait array with pixels, got shape {array.shape}: use a larger image"
+        )
     return Image.fromarray(np.ascontiguousarray(array))
 
 
@@ -188,13 +198,17 @@ def _from_file(path: Path) -> Image.Image:
             image = Image.open(path, formats=_FORMATS)
     except Image.DecompressionBombError:
         raise UserError(
-            f"expected at most {MAX_PIXELS // 1_000_000} megapixels, but {path} claims more: scale it down"
+            f"expected at most {MAX_PIXELS // 1_000_000} megapixels, but {path} claims more: scale "
+            "it down"
         ) from None
     except PermissionError:
-        raise UserError(f"expected a portrait image, but {path} may not be read: change its permissions") from None
+        raise UserError(
+            f"expected a portrait image, but {path} may not be read: change its permissions"
+        ) from None
     except Exception as error:  # decoders raise all kinds of errors on damaged headers
         raise UserError(
-            f"expected a portrait image (PNG, JPEG, WebP, ...), but {path} is not one that can be read: "
+            f"expected a portrait image (PNG, JPEG, WebP, ...), but {path} is not one that can be "
+            "read: "
             "export it as PNG or JPEG; of a video, save a frame"
         ) from error
     return _decoded(image, str(path))
@@ -204,12 +218,15 @@ def _decoded(image: Image.Image, name: str) -> Image.Image:
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise UserError(
-            f"expected at most {MAX_PIXELS // 1_000_000} megapixels, but {name} has {width}x{height}: scale it down"
+            f"expected at most {MAX_PIXELS // 1_000_000} megapixels, but {name} has "
+            f"{width}x{height}: scale it down"
         )
     try:
         image.load()
     except Exception as error:  # as above
-        raise UserError(f"expected a whole image, but {name} is truncated or damaged: export it again") from error
+        raise UserError(
+            f"expected a whole image, but {name} is truncated or damaged: export it again"
+        ) from error
     try:
         return ImageOps.exif_transpose(image)
     except Exception:  # a damaged tag says nothing about the pixels
@@ -253,10 +270,14 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     try:
         if image.has_transparency_data:
             image = image.convert("RGBA")
-            return Image.alpha_composite(Image.new("RGBA", image.size, (*_BACKDROP, 255)), image).convert("RGB")
+            return Image.alpha_composite(
+                Image.new("RGBA", image.size, (*_BACKDROP, 255)), image
+            ).convert("RGB")
         return image.convert("RGB")
     except ValueError as error:
-        raise UserError(f"expected colours as RGB or grey, but {name} has {image.mode}: export it as PNG") from error
+        raise UserError(
+            f"expected colours as RGB or grey, but {name} has {image.mode}: export it as PNG"
+        ) from error
 
 
 def _box(image: Image.Image, crop: Crop, name: str) -> Box:
@@ -265,7 +286,8 @@ def _box(image: Image.Image, crop: Crop, name: str) -> Box:
         return 0, 0, image.width, image.height
     if isinstance(crop, str) or len(crop) not in (3, 4):
         raise UserError(
-            "expected a crop 'auto', 'centre', a square (x, y, size) or a box (x, y, width, height), "
+            "expected a crop 'auto', 'centre', a square (x, y, size) or a box (x, y, width, "
+            "height), "
             f"got {crop!r}: choose one"
         )
     x, y, width, height = (float(value) for value in (*crop, crop[2])[:4])
@@ -273,10 +295,16 @@ def _box(image: Image.Image, crop: Crop, name: str) -> Box:
         x, width = x * image.width, width * image.width
         y, height = y * image.height, height * image.height
     right, bottom = x + width, y + height
-    if min(x, y) < 0 or min(width, height) <= 0 or right > image.width + 0.5 or bottom > image.height + 0.5:
+    if (
+        min(x, y) < 0
+        or min(width, height) <= 0
+        or right > image.width + 0.5
+        or bottom > image.height + 0.5
+    ):
         size = f"{image.width}x{image.height}"
         raise UserError(
-            f"expected a crop box inside {name} of {size} pixels, got {tuple(crop)}: make it smaller"
+            f"expected a crop box inside {name} of {size} pixels, got {tuple(crop)}: make it "
+            "smaller"
         )
     return x, y, min(width, image.width - x), min(height, image.height - y)
 
@@ -292,7 +320,8 @@ def _head(image: Image.Image, name: str, option: str | None) -> Portrait:
     longer = max(face.box[2:])
     if longer < MIN_FACE_PX:
         raise UserError(
-            f"expected a face of at least {MIN_FACE_PX} pixels in {name}, found one of {longer:.0f}: "
+            f"expected a face of at least {MIN_FACE_PX} pixels in {name}, found one of "
+            f"{longer:.0f}: "
             "use a larger picture"
         )
     assert finder.mesh is not None
@@ -318,14 +347,19 @@ def _chosen(faces: Sequence[Face], image: Image.Image, name: str, option: str | 
         x, y, size, _ = _inside(_around(face.box), image.size)
         squares.append(f"{x:.0f},{y:.0f},{size:.0f}")
     way_out = f"set {option} to one of {' '.join(squares)}" if option else "crop it to one head"
-    raise UserError(f"expected one person in {name}, found {len(alike)} faces of similar size: {way_out}")
+    raise UserError(
+        f"expected one person in {name}, found {len(alike)} faces of similar size: {way_out}"
+    )
 
 
 def _notes(landmarks: Landmarks, name: str) -> list[str]:
     notes = []
     yaw_deg = landmarks.pose().yaw_deg
     if abs(yaw_deg) > _MAX_YAW_DEG:
-        notes.append(f"{name}: the head is turned by {abs(yaw_deg):.0f} degrees; faces from the front speak best")
+        notes.append(
+            f"{name}: the head is turned by {abs(yaw_deg):.0f} degrees; faces from the front speak "
+            "best"
+        )
     if max(landmarks.eye_opening()) < _MIN_EYE_OPENING:
         notes.append(f"{name}: the eyes look closed and will stay so")
     if landmarks.mouth_opening() > _MAX_MOUTH_OPENING:
@@ -339,11 +373,12 @@ _MAX_MOUTH_OPENING = 0.06
 
 
 def head_box(extremes: Box, size: tuple[int, int]) -> Box:
-    """Returns the square that shows a head as training clips do, left, top, width, height in pixels.
+    """Returns the square that shows a head as training clips do, left, top, width, height in
+    pixels.
 
-    It is moved into the picture and gives up margin where the picture is too small; only a face that is
-    itself larger than the picture's shorter side leaves a square that reaches beyond it. A square picture
-    that shows the head about as large and about there is taken whole.
+    It is moved into the picture and gives up margin where the picture is too small; only a face
+    that is itself larger than the picture's shorter side leaves a square that reaches beyond it. A
+    square picture that shows the head about as large and about there is taken whole.
 
     Args:
         extremes: of the landmarks: left, top, width, height in pixels.
@@ -370,7 +405,9 @@ def _around(extremes: Box) -> Box:
 
 
 def _inside(square: Box, size: tuple[int, int], least: float = 0.0) -> Box:
-    """The square made smaller, down to ``least``, and moved until it is inside the picture where it can be."""
+    """The square made smaller, down to ``least``, and moved until it is inside the picture where it
+    can be.
+    """
     left, top, side, _ = square
     smaller = min(side, max(min(size), least))
     left, top = left + (side - smaller) / 2, top + (side - smaller) / 2

@@ -1,4 +1,6 @@
-"""A contact sheet of a talking video: reference and frames along time, mouth opening over the audio envelope."""
+"""A contact sheet of a talking video: reference and frames along time, mouth opening over the audio
+envelope.
+"""
 
 from __future__ import annotations
 
@@ -60,20 +62,23 @@ def draw_contact_sheet(
         path: the PNG; appears when it is whole.
         video: the mp4, read once in bounded memory.
         reference: the portrait (H, W, 3), shown first.
-        mouth_opening: a curve (F,) in [0, 1], or a function from frames (n, H, W, 3) to openings (n,); None shows none.
+        mouth_opening: a curve (F,) in [0, 1], or a function from frames (n, H, W, 3) to openings
+            (n,); None shows none.
         title: text above; None takes the video's name.
         figures: names and values of key figures below the title.
         num_frames: frames to show.
 
     Raises:
-        UserError: a video without frames, a curve of another length, or a PNG that cannot be written.
+        UserError: a video without frames, a curve of another length, or a PNG that cannot be
+            written.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     summary = summarise_video(video, mouth_opening, num_frames)
     pictures = ([] if reference is None else [("reference", reference)]) + [
-        (f"{number / FPS:.2f} s", frame) for number, frame in zip(summary.frame_numbers, summary.frames, strict=True)
+        (f"{number / FPS:.2f} s", frame)
+        for number, frame in zip(summary.frame_numbers, summary.frames, strict=True)
     ]
     num_rows = -(-len(pictures) // _COLUMNS)
     figure = Figure(figsize=(16, 2.0 * num_rows + 3.9), facecolor=_PAPER)
@@ -81,23 +86,36 @@ def draw_contact_sheet(
     height = figure.get_figheight()
     _draw_title(figure, title or Path(video).stem, figures or {})
     grid = figure.add_gridspec(
-        num_rows, _COLUMNS, left=0.03, right=0.97, top=1 - 1.05 / height, bottom=2.65 / height, wspace=0.04, hspace=0.16
+        num_rows,
+        _COLUMNS,
+        left=0.03,
+        right=0.97,
+        top=1 - 1.05 / height,
+        bottom=2.65 / height,
+        wspace=0.04,
+        hspace=0.16,
     )
     for index, (label, picture) in enumerate(pictures):
         axes = figure.add_subplot(grid[index // _COLUMNS, index % _COLUMNS])
         _draw_picture(axes, picture, label, is_reference=label == "reference")
     _draw_curves(figure.add_axes((0.045, 0.55 / height, 0.91, 1.75 / height)), summary)
     with whole_file(path) as temporary:
-        figure.savefig(temporary, dpi=100, facecolor=_PAPER, metadata={"Software": "rest_lightning"})
+        figure.savefig(
+            temporary, dpi=100, facecolor=_PAPER, metadata={"Software": "rest_lightning"}
+        )
 
 
 def summarise_video(
-    video: str | os.PathLike[str], mouth_opening: MouthOpening = None, num_frames: int = 2 * _COLUMNS - 1
+    video: str | os.PathLike[str],
+    mouth_opening: MouthOpening = None,
+    num_frames: int = 2 * _COLUMNS - 1,
 ) -> VideoSummary:
     """Reads a video once, keeping only what the sheet shows. See :func:`draw_contact_sheet`."""
     with av.open(os.fspath(video)) as container:
         if not container.streams.video or not container.streams.video[0].frames:
-            raise UserError(f"expected a video with frames for the contact sheet, got {video}: choose an mp4")
+            raise UserError(
+                f"expected a video with frames for the contact sheet, got {video}: choose an mp4"
+            )
         total = container.streams.video[0].frames
         wanted = np.unique(np.linspace(0, total - 1, num_frames).round().astype(np.int64))
         kept: list[NDArray[np.uint8]] = []
@@ -123,12 +141,17 @@ def summarise_video(
     if mouth_opening is not None and not callable(mouth_opening):
         curve = np.asarray(mouth_opening, dtype=np.float32)
         if curve.shape != (total,):
-            raise UserError(f"expected a mouth opening per frame ({total},), got {curve.shape}: cut it to the video")
+            raise UserError(
+                f"expected a mouth opening per frame ({total},), got {curve.shape}: "
+                "cut it to the video"
+            )
     return VideoSummary(np.stack(kept), wanted[: len(kept)], curve, sound_envelope(video, total))
 
 
 def sound_envelope(video: str | os.PathLike[str], num_frames: int) -> NDArray[np.float32]:
-    """Root mean square (num_frames,) of the 640 samples of every frame; zeros for a video without sound."""
+    """Root mean square (num_frames,) of the 640 samples of every frame; zeros for a video without
+    sound.
+    """
     from rest_lightning.media.audio import open_speech
 
     envelope = np.zeros(num_frames, np.float32)
@@ -148,7 +171,16 @@ def _draw_title(figure: Figure, title: str, figures: Mapping[str, str]) -> None:
         step = min(0.135, 0.94 / len(figures))
         for index, (name, value) in enumerate(reversed(list(figures.items()))):
             x = 0.97 - index * step
-            figure.text(x, 1 - 0.32 / height, value, size=14, weight="bold", color=_INK, va="center", ha="right")
+            figure.text(
+                x,
+                1 - 0.32 / height,
+                value,
+                size=14,
+                weight="bold",
+                color=_INK,
+                va="center",
+                ha="right",
+            )
             figure.text(x, 1 - 0.62 / height, name, size=9.5, color=_QUIET, va="center", ha="right")
 
 
@@ -163,14 +195,23 @@ def _draw_picture(axes: Axes, picture: NDArray[np.uint8], label: str, is_referen
 
 
 def _draw_curves(axes: Axes, summary: VideoSummary) -> None:
-    """Envelope as a symmetric shape, the mouth opening as a line over it, a tick where every frame was taken."""
+    """Envelope as a symmetric shape, the mouth opening as a line over it, a tick where every frame
+    was taken.
+    """
     num_frames = len(summary.envelope)
     time_s = (np.arange(num_frames) + 0.5) / FPS
     peak = float(summary.envelope.max(initial=0.0))
     level = summary.envelope / peak if peak > 1e-6 else summary.envelope
-    axes.fill_between(*_thinned(time_s, level), color=_SOUND, linewidth=0, label="speech, root mean square")
+    axes.fill_between(
+        *_thinned(time_s, level), color=_SOUND, linewidth=0, label=("speech, root mean square")
+    )
     if summary.mouth_opening is not None:
-        axes.plot(*_thinned(time_s, summary.mouth_opening), color=_MOUTH, linewidth=1.7, label="mouth opening")
+        axes.plot(
+            *_thinned(time_s, summary.mouth_opening),
+            color=_MOUTH,
+            linewidth=1.7,
+            label="mouth opening",
+        )
     for number in summary.frame_numbers:
         axes.axvline((number + 0.5) / FPS, ymin=0.965, color=_INK, linewidth=1.2)
     axes.set(xlim=(0, num_frames / FPS), ylim=(0, 1.08), yticks=[0, 0.5, 1], facecolor=_PAPER)
@@ -178,11 +219,22 @@ def _draw_curves(axes: Axes, summary: VideoSummary) -> None:
     axes.tick_params(colors=_QUIET, labelsize=9.5)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(_QUIET)
-    axes.legend(loc="upper right", bbox_to_anchor=(1.0, -0.1), ncols=2, frameon=False, fontsize=10, labelcolor=_INK)
+    axes.legend(
+        loc="upper right",
+        bbox_to_anchor=(1.0, -0.1),
+        ncols=2,
+        frameon=False,
+        fontsize=10,
+        labelcolor=_INK,
+    )
 
 
-def _thinned(x: NDArray[Any], y: NDArray[Any], num_points: int = 3000) -> tuple[NDArray[Any], NDArray[Any]]:
-    """At most about ``num_points`` points, each the largest of its group: hours stay readable and quick to draw."""
+def _thinned(
+    x: NDArray[Any], y: NDArray[Any], num_points: int = 3000
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """At most about ``num_points`` points, each the largest of its group: hours stay readable and
+    quick to draw.
+    """
     group = -(-len(y) // num_points)
     if group <= 1:
         return x, y

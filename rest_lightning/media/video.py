@@ -1,7 +1,8 @@
-"""Reading clips: frames through decord (PyAV where decord has no wheel), audio through PyAV, both on one clock.
+"""Reading clips: frames through decord (PyAV where decord has no wheel), audio through PyAV, both
+on one clock.
 
-The two video backends give the same frames (tested). A reader belongs to one process: open it in the worker that
-uses it. Every fault of a file is a `UserError` that names the file.
+The two video backends give the same frames (tested). A reader belongs to one process: open it in
+the worker that uses it. Every fault of a file is a `UserError` that names the file.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ class VideoFile:
 
     Args:
         path: any video that FFmpeg reads.
-        backend: ``decord`` or ``pyav``; None takes decord where it is installed, and PyAV where decord fails.
+        backend: ``decord`` or ``pyav``; None takes decord where it is installed, and PyAV where
+            decord fails.
 
     Raises:
         UserError: the file is absent, is not a video, or is broken.
@@ -53,19 +55,24 @@ class VideoFile:
         _check_file(self.path)
         self._may_change = backend is None
         try:
-            self._reader: _Reader = _DecordReader(self.path) if self.backend == "decord" else _PyAVReader(self.path)
+            self._reader: _Reader = (
+                _DecordReader(self.path) if self.backend == "decord" else _PyAVReader(self.path)
+            )
         except Exception as error:
             raise _broken(self.path, "a readable video", error) from None
         self.num_frames, self.fps = self._reader.num_frames, self._reader.fps
 
     @cached_property
     def size(self) -> tuple[int, int]:
-        """(height, width) in pixels; decodes a frame, so look at the frames' shape where you have them."""
+        """(height, width) in pixels; decodes a frame, so look at the frames' shape where you have
+        them.
+        """
         height, width = self.read(0, 1).shape[1:3]
         return int(height), int(width)
 
     def read(self, start: int = 0, count: int | None = None) -> Frames:
-        """Frames [start, start + count) as uint8 RGB (count, H, W, 3); to the end without ``count``.
+        """Frames [start, start + count) as uint8 RGB (count, H, W, 3); to the end without
+        ``count``.
 
         Raises:
             UserError: frames outside the file, or data that cannot be decoded.
@@ -73,7 +80,8 @@ class VideoFile:
         count = self.num_frames - start if count is None else count
         if start < 0 or count < 1 or start + count > self.num_frames:
             raise UserError(
-                f"{self.path}: expected frames within 0..{self.num_frames - 1}, got {start}..{start + count - 1}: "
+                f"{self.path}: expected frames within 0..{self.num_frames - 1}, got "
+                f"{start}..{start + count - 1}: "
                 "read a shorter window"
             )
         try:
@@ -102,29 +110,37 @@ class VideoFile:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.close()
 
 
-def read_frames(path: PathLike, start: int = 0, count: int | None = None, backend: Backend | None = None) -> Frames:
+def read_frames(
+    path: PathLike, start: int = 0, count: int | None = None, backend: Backend | None = None
+) -> Frames:
     """Frames [start, start + count) of a file, uint8 RGB (count, H, W, 3). See `VideoFile`."""
     with VideoFile(path, backend) as video:
         return video.read(start, count)
 
 
 def read_clip_audio(path: PathLike, num_frames: int) -> Samples:
-    """Audio of a prepared clip, float32 (640 * num_frames,), sample 640k heard at the start of frame k.
+    """Audio of a prepared clip, float32 (640 * num_frames,), sample 640k heard at the start of
+    frame k.
 
-    The codec's priming samples are left out and every block is put at its own time stamp, so that a late start or a
-    gap in the stream becomes silence and shifts nothing. A short tail is filled with zeros.
+    The codec's priming samples are left out and every block is put at its own time stamp, so that a
+    late start or a gap in the stream becomes silence and shifts nothing. A short tail is filled
+    with zeros.
 
     Args:
         path: an mp4 with 16 kHz mono audio.
         num_frames: video frames at 25 fps.
 
     Raises:
-        UserError: no file, no audio stream, another rate or more channels, or data that cannot be decoded.
+        UserError: no file, no audio stream, another rate or more channels, or data that cannot be
+            decoded.
     """
     import av
 
@@ -134,11 +150,14 @@ def read_clip_audio(path: PathLike, num_frames: int) -> Samples:
     try:
         with av.open(name) as container:
             if not container.streams.audio:
-                raise UserError(f"{name}: expected an audio stream, got none: remake the clip with its sound")
+                raise UserError(
+                    f"{name}: expected an audio stream, got none: remake the clip with its sound"
+                )
             stream = container.streams.audio[0]
             if stream.rate != SAMPLE_RATE or stream.channels != 1:
                 raise UserError(
-                    f"{name}: expected {SAMPLE_RATE} Hz mono audio, got {stream.rate} Hz with {stream.channels} "
+                    f"{name}: expected {SAMPLE_RATE} Hz mono audio, got {stream.rate} Hz with "
+                    f"{stream.channels} "
                     "channels: encode its sound as 16 kHz mono"
                 )
             video = container.streams.video[0] if container.streams.video else None
@@ -205,20 +224,25 @@ class _PyAVReader:
         self._stream = self._container.streams.video[0]
         self._stream.codec_context.thread_count = 1
         self.fps = float(self._stream.average_rate or FPS)
-        self.num_frames = self._stream.frames or sum(1 for _ in self._container.decode(self._stream))
+        self.num_frames = self._stream.frames or sum(
+            1 for _ in self._container.decode(self._stream)
+        )
         if not self.num_frames:
             raise ValueError("no frames")
 
     def read(self, start: int, count: int) -> Frames:
         if start and (frames := self._read_from_key_frame(start, count)) is not None:
             return frames
-        # From the start and by counting: what is always right, as time stamps of foreign files need not be.
+        # From the start and by counting: what is always right, as time stamps of foreign files need
+        # not be.
         self._container.seek(0)
         decoded = islice(self._container.decode(self._stream), start, start + count)
         return _stack([_pixels(frame) for frame in decoded])
 
     def _read_from_key_frame(self, start: int, count: int) -> Frames | None:
-        """The same frames, decoded from the key frame before them; None where that cannot be trusted."""
+        """The same frames, decoded from the key frame before them; None where that cannot be
+        trusted.
+        """
         shown = self._packet_times
         if shown is None:
             return None
@@ -239,16 +263,24 @@ class _PyAVReader:
 
     @cached_property
     def _packet_times(self) -> list[int] | None:
-        """When each frame is shown, in time-base units; None where the file does not say it clearly."""
+        """When each frame is shown, in time-base units; None where the file does not say it
+        clearly.
+        """
         self._container.seek(0)
-        packets = [packet for packet in self._container.demux(self._stream) if packet.size and not packet.is_discard]
+        packets = [
+            packet
+            for packet in self._container.demux(self._stream)
+            if packet.size and not packet.is_discard
+        ]
         times = sorted(packet.pts for packet in packets if packet.pts is not None)
         self._key_frames = sorted(
             (packet.pts, packet.dts)
             for packet in packets
             if packet.is_keyframe and packet.pts is not None and packet.dts is not None
         )
-        is_clear = len(times) == len(set(times)) == len(packets) == self.num_frames and self._key_frames
+        is_clear = (
+            len(times) == len(set(times)) == len(packets) == self.num_frames and self._key_frames
+        )
         return times if is_clear else None
 
     def close(self) -> None:
@@ -271,7 +303,9 @@ def _to_float(block: NDArray[Any]) -> Samples:
 
 
 def _seconds(time_stamp: int | None, time_base: Fraction | None) -> float:
-    return float(time_stamp * time_base) if time_stamp is not None and time_base is not None else 0.0
+    return (
+        float(time_stamp * time_base) if time_stamp is not None and time_base is not None else 0.0
+    )
 
 
 def _check_file(path: str) -> None:
@@ -281,18 +315,26 @@ def _check_file(path: str) -> None:
 
 def _broken(path: str, expected: str, came: object) -> UserError:
     text = " ".join(str(came).split())
-    return UserError(f"{path}: expected {expected}, got {text[:200] or type(came).__name__}: remake or remove the file")
+    return UserError(
+        f"{path}: expected {expected}, got {text[:200] or type(came).__name__}: "
+        "remake or remove the file"
+    )
 
 
 def check_memory(num_bytes: int, name: str) -> None:
-    """UserError when ``num_bytes`` of decoded clips would not fit into the free memory, where that is known."""
+    """UserError when ``num_bytes`` of decoded clips would not fit into the free memory, where that
+    is known.
+    """
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
-            available = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+            available = next(
+                int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable")
+            )
     except (OSError, StopIteration):
         return
     if num_bytes > 0.9 * available:
         raise UserError(
-            f"{name}: expected the decoded clips to fit into memory, got {num_bytes / 1e9:.1f} GB with "
+            f"{name}: expected the decoded clips to fit into memory, got {num_bytes / 1e9:.1f} GB "
+            "with "
             f"{available / 1e9:.1f} GB free: set cache_in_memory to false"
         )

@@ -1,4 +1,6 @@
-"""An mp4 that grows as frames and speech come, and appears under its final name only when it is whole."""
+"""An mp4 that grows as frames and speech come, and appears under its final name only when it is
+whole.
+"""
 
 from __future__ import annotations
 
@@ -72,7 +74,8 @@ class Encoder:
     Args:
         target: path, or an object with ``write``, of the container.
         size_px: side of square frames, or ``(height, width)``; even numbers.
-        movflags: options of FFmpeg's mp4 muxer; ``container_options`` are further ones of the container.
+        movflags: options of FFmpeg's mp4 muxer; ``container_options`` are further ones of the
+            container.
         video_options: of x264.
         fps, sample_rate, audio, generated: see :class:`Mp4Writer`.
     """
@@ -98,21 +101,33 @@ class Encoder:
         if generated:
             self._container.metadata.update(PROVENANCE)
         self._video = self._container.add_stream("libx264", rate=fps)
-        self._video.width, self._video.height, self._video.pix_fmt = self.width, self.height, "yuv420p"
+        self._video.width, self._video.height, self._video.pix_fmt = (
+            self.width,
+            self.height,
+            "yuv420p",
+        )
         self._video.options = video_options
         context = self._video.codec_context
-        context.thread_count = 1  # the same bits on every machine, and no cores taken from the model
+        # the same bits on every machine, and no cores taken from the model
+        context.thread_count = 1
         context.time_base = Fraction(1, fps)
         tag_colours(context)
-        self._audio = self._container.add_stream("aac", rate=sample_rate, layout="mono") if audio else None
+        self._audio = (
+            self._container.add_stream("aac", rate=sample_rate, layout="mono") if audio else None
+        )
         if self._audio is not None:
             self._audio.bit_rate = 64_000
-        self._container.start_encoding()  # opens the file: a folder that refuses says so now, not after an hour
+        # opens the file: a folder that refuses says so now, not after an hour
+        self._container.start_encoding()
 
     def write(self, frames: np.ndarray) -> None:
         """Appends frames that :func:`as_frames` has checked."""
         for pixels in frames:
-            self._container.mux(self._video.encode(video_frame(pixels, self.num_frames, self.fps, self._reformatter)))
+            self._container.mux(
+                self._video.encode(
+                    video_frame(pixels, self.num_frames, self.fps, self._reformatter)
+                )
+            )
             self.num_frames += 1
 
     def write_audio(self, samples: np.ndarray) -> None:
@@ -137,7 +152,8 @@ class Encoder:
 
     def give_up(self) -> None:
         """Closes the container, whatever becomes of it."""
-        # A full disk or a closed pipe cannot take the trailer either, and the file goes away anyway.
+        # A full disk or a closed pipe cannot take the trailer either, and the file goes away
+        # anyway.
         with suppress(OSError, ValueError, av.FFmpegError):
             self._container.close()
 
@@ -145,9 +161,9 @@ class Encoder:
 class Mp4Writer:
     """Writes H.264 (yuv420p) and AAC to ``path``, frame by frame, in bounded memory.
 
-    Everything goes to a hidden temporary file in the same folder; :meth:`close` moves it to ``path``. As a context
-    manager it closes on success and on Ctrl-C (the video of what was done so far stays playable) and aborts on any
-    other error.
+    Everything goes to a hidden temporary file in the same folder; :meth:`close` moves it to
+    ``path``. As a context manager it closes on success and on Ctrl-C (the video of what was done so
+    far stays playable) and aborts on any other error.
 
     Args:
         path: the final name, ending in ``.mp4``.
@@ -159,10 +175,12 @@ class Mp4Writer:
         audio: whether the file gets an audio track. A track that receives no sample is left out.
         preset: preset of x264.
         key_frame_every: most frames from one key frame to the next; None leaves it to x264 (250).
-        generated: whether the file says that it is synthetic; False for recordings of real people alone.
+        generated: whether the file says that it is synthetic; False for recordings of real people
+            alone.
 
     Raises:
-        UserError: on a name, size or folder that cannot be written, on an existing file, and when the disk is full.
+        UserError: on a name, size or folder that cannot be written, on an existing file, and when
+            the disk is full.
     """
 
     def __init__(
@@ -189,7 +207,15 @@ class Mp4Writer:
             options["g"] = str(key_frame_every)
         with self._errors():
             self._encoder = Encoder(
-                str(self._temporary), size_px, "+faststart", options, None, fps, sample_rate, audio, generated
+                str(self._temporary),
+                size_px,
+                "+faststart",
+                options,
+                None,
+                fps,
+                sample_rate,
+                audio,
+                generated,
             )
 
     @property
@@ -222,7 +248,9 @@ class Mp4Writer:
     def write_audio(self, samples: np.ndarray) -> None:
         """Appends mono speech (n,), float32 in [-1, 1] (clipped beyond) at ``sample_rate``."""
         if not self._has_audio:
-            raise UserError("expected a writer with an audio track, got audio=False: open it with audio=True")
+            raise UserError(
+                "expected a writer with an audio track, got audio=False: open it with audio=True"
+            )
         with self._errors(), interrupt_later():
             self.encoder.write_audio(samples)
 
@@ -233,7 +261,9 @@ class Mp4Writer:
         with self._errors(), interrupt_later():
             self.encoder.finish()
             if not self.num_frames and not self.num_samples:
-                raise UserError(f"expected at least one frame for {self.path}, got none: nothing was written")
+                raise UserError(
+                    f"expected at least one frame for {self.path}, got none: nothing was written"
+                )
             with open(self._temporary, "rb+") as file:
                 os.fsync(file.fileno())  # a full disk may tell only now
             os.replace(self._temporary, self.path)
@@ -255,7 +285,10 @@ class Mp4Writer:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if keeps(kind, self):
             self.close()
@@ -264,9 +297,13 @@ class Mp4Writer:
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
-        """Turns what the operating system says into one line, and never leaves the temporary file behind."""
+        """Turns what the operating system says into one line, and never leaves the temporary file
+        behind.
+        """
         if self.closed:
-            raise UserError(f"expected an open writer, got a closed one ({self.path}): open a new one")
+            raise UserError(
+                f"expected an open writer, got a closed one ({self.path}): open a new one"
+            )
         try:
             yield
         except BaseException as error:
@@ -279,11 +316,15 @@ class Mp4Writer:
 
 
 def keeps(kind: type[BaseException] | None, writer: VideoWriter) -> bool:
-    """Whether a block that ended with this kind of exception keeps its video: Ctrl-C does, once there is a frame."""
+    """Whether a block that ended with this kind of exception keeps its video: Ctrl-C does, once
+    there is a frame.
+    """
     return kind is None or (issubclass(kind, KeyboardInterrupt) and writer.num_frames > 0)
 
 
-def video_frame(pixels: np.ndarray, index: int, fps: int, reformatter: VideoReformatter) -> VideoFrame:
+def video_frame(
+    pixels: np.ndarray, index: int, fps: int, reformatter: VideoReformatter
+) -> VideoFrame:
     """RGB pixels (H, W, 3), uint8, as the yuv420p frame ``index`` that an encoder takes.
 
     The reformatter should be kept for all frames of a size: making one costs more than using it.
@@ -303,12 +344,16 @@ def even_sides(size_px: int | tuple[int, int]) -> tuple[int, int]:
     """Height and width. Raises a UserError unless H.264 takes them."""
     height, width = (size_px, size_px) if isinstance(size_px, int) else size_px
     if min(height, width) < 2 or height % 2 or width % 2:
-        raise UserError(f"expected even frame sides for H.264, got {height}x{width}: crop or pad by one pixel")
+        raise UserError(
+            f"expected even frame sides for H.264, got {height}x{width}: crop or pad by one pixel"
+        )
     return height, width
 
 
 def as_frames(frames: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Frames (n, H, W, 3), uint8, of one frame or several. Raises a UserError when they are anything else."""
+    """Frames (n, H, W, 3), uint8, of one frame or several. Raises a UserError when they are
+    anything else.
+    """
     frames = frames[None] if frames.ndim == 3 else frames
     if frames.dtype != np.uint8 or frames.shape[1:] != (height, width, 3):
         raise UserError(
@@ -320,7 +365,9 @@ def as_frames(frames: np.ndarray, height: int, width: int) -> np.ndarray:
 
 @contextmanager
 def interrupt_later() -> Iterator[None]:
-    """Holds Ctrl-C back until the block is done: half a packet in the file would be a broken video."""
+    """Holds Ctrl-C back until the block is done: half a packet in the file would be a broken
+    video.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -338,10 +385,12 @@ def interrupt_later() -> Iterator[None]:
 # Video into a pipe while it is made: fragmented mp4, or raw frames.
 
 PipeFormat = Literal["mp4", "rgb24"]
-# An index without samples in front, then a fragment for every frame. The index waits for the first sound: it tells how
-# much the sound's encoder put before it (64 ms), by which a reader that joins what it decodes would be late.
+# An index without samples in front, then a fragment for every frame. The index waits for the first
+# sound: it tells how much the sound's encoder put before it (64 ms), by which a reader that joins
+# what it decodes would be late.
 _MOVFLAGS = "frag_keyframe+empty_moov+default_base_moof+delay_moov"
-# The interleaver would hold the pictures back until the sound, which its encoder delays by 128 ms, has caught up.
+# The interleaver would hold the pictures back until the sound, which its encoder delays by 128 ms,
+# has caught up.
 _CONTAINER = {"frag_duration": "40000", "max_interleave_delta": "1", "flush_packets": "1"}
 _GOP_FRAMES = 24
 
@@ -356,14 +405,17 @@ def open_pipe(pipe: BinaryIO, size_px: int, kind: PipeFormat) -> VideoWriter:
         return Mp4Pipe(pipe, size_px)
     if kind == "rgb24":
         return RawPipe(pipe, size_px)
-    raise UserError(f"expected a format of {', '.join(get_args(PipeFormat))}, got {kind!r}: choose one")
+    raise UserError(
+        f"expected a format of {', '.join(get_args(PipeFormat))}, got {kind!r}: choose one"
+    )
 
 
 class Mp4Pipe:
-    """Writes fragmented mp4 (H.264, AAC) that plays while it grows; every frame leaves as soon as it is encoded.
+    """Writes fragmented mp4 (H.264, AAC) that plays while it grows; every frame leaves as soon as
+    it is encoded.
 
-    x264 runs without B-frames and lookahead, which would hold back half a second. Only the last frame of a chunk waits
-    for the next one: a fragment ends when another begins.
+    x264 runs without B-frames and lookahead, which would hold back half a second. Only the last
+    frame of a chunk waits for the next one: a fragment ends when another begins.
 
     Args:
         pipe: anything with ``write`` and ``flush``.
@@ -373,7 +425,9 @@ class Mp4Pipe:
         BrokenPipeError: from any call, when the reader has gone away.
     """
 
-    def __init__(self, pipe: BinaryIO, size_px: int, crf: int = 18, preset: str = "veryfast") -> None:
+    def __init__(
+        self, pipe: BinaryIO, size_px: int, crf: int = 18, preset: str = "veryfast"
+    ) -> None:
         self._pipe, self._closed = pipe, False
         options = {"crf": str(crf), "preset": preset, "tune": "zerolatency", "g": str(_GOP_FRAMES)}
         self._encoder = Encoder(_WriteOnly(pipe), size_px, _MOVFLAGS, options, _CONTAINER)
@@ -422,7 +476,9 @@ class Mp4Pipe:
 
 
 class RawPipe:
-    """Writes frames as they are, RGB, 8 bits a value, row by row; speech is counted and left out."""
+    """Writes frames as they are, RGB, 8 bits a value, row by row; speech is counted and left
+    out.
+    """
 
     def __init__(self, pipe: BinaryIO, size_px: int) -> None:
         self._pipe, self._size_px = pipe, size_px
@@ -455,7 +511,9 @@ class RawPipe:
 
 
 class _WriteOnly:
-    """Shows FFmpeg nothing but ``write``: a pipe that claims to seek would get an index at its beginning."""
+    """Shows FFmpeg nothing but ``write``: a pipe that claims to seek would get an index at its
+    beginning.
+    """
 
     def __init__(self, pipe: Any) -> None:
         self.write = pipe.write
@@ -474,8 +532,8 @@ _POLL_S = 0.1
 
 
 def writes_in_thread(num_cores: int | None = None) -> bool:
-    """Whether a video is written in a thread of its own: with three cores or more, unless ``REST_WRITER_THREAD`` in the
-    environment says 0 (never) or 1 (always).
+    """Whether a video is written in a thread of its own: with three cores or more, unless
+    ``REST_WRITER_THREAD`` in the environment says 0 (never) or 1 (always).
 
     Args:
         num_cores: that this process may use; None asks the system.
@@ -485,30 +543,38 @@ def writes_in_thread(num_cores: int | None = None) -> bool:
     """
     variable = os.environ.get(THREAD_VARIABLE)
     if variable not in (None, "0", "1"):
-        raise UserError(f"expected {THREAD_VARIABLE}=0 or 1, got {variable!r}: leave it out to go by the cores")
+        raise UserError(
+            f"expected {THREAD_VARIABLE}=0 or 1, got {variable!r}: leave it out to go by the cores"
+        )
     if variable is not None:
         return variable == "1"
     return (num_usable_cores() if num_cores is None else num_cores) >= _MIN_CORES
 
 
 class BackgroundWriter:
-    """Hands frames and speech to a writer in a thread of its own; encoders and pipes release Python's lock.
+    """Hands frames and speech to a writer in a thread of its own; encoders and pipes release
+    Python's lock.
 
-    At most ``max_waiting`` chunks wait: a slow writer, or the slow reader of a pipe, makes the caller wait and never
-    makes memory grow. An error of the writer is raised by the next call, and by :meth:`close`. As a context manager it
-    behaves like :class:`rest_lightning.media.writer.Mp4Writer`: after Ctrl-C everything handed over is written, and
-    the video is closed.
+    At most ``max_waiting`` chunks wait: a slow writer, or the slow reader of a pipe, makes the
+    caller wait and never makes memory grow. An error of the writer is raised by the next call, and
+    by :meth:`close`. As a context manager it behaves like
+    :class:`rest_lightning.media.writer.Mp4Writer`: after Ctrl-C everything handed over is written,
+    and the video is closed.
 
     Args:
-        writer: what writes; nobody else may use it until :meth:`close`. Arrays that were handed over must not change.
+        writer: what writes; nobody else may use it until :meth:`close`. Arrays that were handed
+            over must not change.
         max_waiting: chunks in the queue.
-        threaded: False writes at once, in the caller's thread; nothing ever waits then. None: :func:`writes_in_thread`.
+        threaded: False writes at once, in the caller's thread; nothing ever waits then. None:
+            :func:`writes_in_thread`.
 
     Attributes:
         busy_s: seconds spent writing.
     """
 
-    def __init__(self, writer: VideoWriter, max_waiting: int = 2, threaded: bool | None = None) -> None:
+    def __init__(
+        self, writer: VideoWriter, max_waiting: int = 2, threaded: bool | None = None
+    ) -> None:
         self.threaded = writes_in_thread() if threaded is None else threaded
         self.writer = writer
         self.busy_s = 0.0
@@ -519,7 +585,9 @@ class BackgroundWriter:
             self._thread.start()
 
     def write(self, frames: np.ndarray, samples: np.ndarray) -> None:
-        """Hands over frames (n, H, W, 3) and the speech that belongs to them: an interruption finds both or none."""
+        """Hands over frames (n, H, W, 3) and the speech that belongs to them: an interruption finds
+        both or none.
+        """
         if self.threaded:
             self._put((frames, samples))
         elif self._error is None:
@@ -553,7 +621,10 @@ class BackgroundWriter:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         with interrupt_later():
             if kind is None or issubclass(kind, KeyboardInterrupt):
@@ -571,7 +642,8 @@ class BackgroundWriter:
             self._thread.join()
 
     def _put(self, item: tuple[np.ndarray, np.ndarray] | None) -> None:
-        while self._error is None and self._thread.is_alive():  # after an error nobody takes what waits
+        # after an error nobody takes what waits
+        while self._error is None and self._thread.is_alive():
             try:
                 self._waiting.put(item, timeout=_POLL_S)
                 return

@@ -21,7 +21,8 @@ BACKBONE_FILES = {
 
 
 def load_lpips(net: str = "vgg") -> nn.Module:
-    """A frozen LPIPS network: ``lpips(a, b)`` with images (N, 3, H, W) in [-1, 1] gives (N, 1, 1, 1).
+    """A frozen LPIPS network: ``lpips(a, b)`` with images (N, 3, H, W) in [-1, 1] gives
+    (N, 1, 1, 1).
 
     Args:
         net: backbone: vgg (what VAE training uses), alex or squeeze.
@@ -34,7 +35,8 @@ def load_lpips(net: str = "vgg") -> nn.Module:
     file = Path(torch.hub.get_dir()) / "checkpoints" / BACKBONE_FILES[net]
     if not file.is_file():
         raise UserError(
-            f"expected the weights of LPIPS's backbone at {file}, got no such file: fetch {file.name} from "
+            f"expected the weights of LPIPS's backbone at {file}, got no such file: fetch "
+            f"{file.name} from "
             "download.pytorch.org/models into that folder, or set loss_weights.lpips to 0"
         )
     import lpips  # torchvision finds the file above, so this stays offline
@@ -47,7 +49,9 @@ _BATCH = 16
 
 
 def video_ssim(frames: Tensor, truth: Tensor) -> float:
-    """Mean SSIM (Wang et al. 2004: Gaussian window of 11 pixels, sigma 1.5) of frames, uint8 (n, H, W, 3)."""
+    """Mean SSIM (Wang et al. 2004: Gaussian window of 11 pixels, sigma 1.5) of frames, uint8
+    (n, H, W, 3).
+    """
     from torchmetrics.functional.image import structural_similarity_index_measure
 
     total = 0.0
@@ -77,7 +81,9 @@ class ReconstructionScores(MeanMetric):
     """
 
     def __init__(self, lpips: Any = None, **kwargs: Any) -> None:
-        super().__init__(("psnr_db", "ssim") + (("lpips",) if lpips is not None else ()), lpips, **kwargs)
+        super().__init__(
+            ("psnr_db", "ssim") + (("lpips",) if lpips is not None else ()), lpips, **kwargs
+        )
 
     def update(self, frames: Frames, truth: Frames) -> None:  # type: ignore[override]
         """One clip and its truth, both uint8 (n, H, W, 3).
@@ -88,10 +94,13 @@ class ReconstructionScores(MeanMetric):
         clip, true = check_clip(frames), check_clip(truth)
         if clip.shape != true.shape:
             shapes = f"{tuple(clip.shape)} and {tuple(true.shape)}"
-            raise UserError(f"expected two videos of one shape, got {shapes}: cut or resize one of them")
+            raise UserError(
+                f"expected two videos of one shape, got {shapes}: cut or resize one of them"
+            )
         if min(clip.shape[1:3]) < _SSIM_WINDOW_PX:
             raise UserError(
-                f"expected frames of at least 11 pixels for SSIM, got {tuple(clip.shape[1:3])}: use larger ones"
+                f"expected frames of at least 11 pixels for SSIM, got {tuple(clip.shape[1:3])}: "
+                "use larger ones"
             )
         clip, true = clip.to(self.device), true.to(self.device)
         scores = {"psnr_db": video_psnr_db(clip.cpu(), true.cpu()), "ssim": video_ssim(clip, true)}

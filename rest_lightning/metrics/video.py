@@ -31,13 +31,17 @@ class VideoScores:
     """Takes in frames, gives numbers by name. What a name means stands in benchmarks/README.md.
 
     Args:
-        first_frame: internal number of the first frame: 1 for what a session emits, 0 for clips and reconstructions.
+        first_frame: internal number of the first frame: 1 for what a session emits, 0 for clips and
+            reconstructions.
         chunk_frames: period of chunk borders.
         estimator: of the mouth's opening; None takes the one that ships with the package.
     """
 
     def __init__(
-        self, first_frame: int = 1, chunk_frames: int = CHUNK_FRAMES, estimator: MouthOpeningEstimator | None = None
+        self,
+        first_frame: int = 1,
+        chunk_frames: int = CHUNK_FRAMES,
+        estimator: MouthOpeningEstimator | None = None,
     ) -> None:
         self.chunk_frames, self.estimator = chunk_frames, estimator
         self._jumps = BorderJumps(first_frame)
@@ -62,12 +66,15 @@ class VideoScores:
         self._sharpness += [sharpness(frame[None]) for frame in chosen]
         self._num_frames += len(frames)
 
-    def compute(self, speech: ArrayLike | None = None, true_opening: ArrayLike | None = None) -> dict[str, float]:
+    def compute(
+        self, speech: ArrayLike | None = None, true_opening: ArrayLike | None = None
+    ) -> dict[str, float]:
         """All numbers; NaN where one is not defined. Call it once, when the video is complete.
 
         Args:
             speech: (samples,) 16 kHz mono that the video speaks; adds what needs loudness.
-            true_opening: (n,) of the renderer; adds what needs the truth. Longer curves than the video are cut.
+            true_opening: (n,) of the renderer; adds what needs the truth. Longer curves than the
+                video are cut.
         """
         opening, drift = self.opening, self._drift.compute()
         scores = {
@@ -90,13 +97,18 @@ class VideoScores:
                 "lip_best_lag_frames": float(lips.best_lag_frames),
                 "opening_error": float(np.abs(opening - true).mean()),
             }
-            scores |= {f"lip_correlation_q{i + 1}": value for i, value in enumerate(by_quarter(opening, true))}
+            scores |= {
+                f"lip_correlation_q{i + 1}": value
+                for i, value in enumerate(by_quarter(opening, true))
+            }
         if speech is not None:
             scores |= loudness_scores(opening, loudness_db(speech, len(opening)))
         return scores
 
     def by_minute(self) -> dict[str, list[float]]:
-        """What drifts, minute by minute, after :meth:`compute`: L*a*b* distance to the first 10 s, and sharpness."""
+        """What drifts, minute by minute, after :meth:`compute`: L*a*b* distance to the first 10 s,
+        and sharpness.
+        """
         per_minute = 60 * FPS // _SHARPNESS_EVERY
         starts = range(0, len(self._sharpness), per_minute)
         sharp = [float(np.mean(self._sharpness[start : start + per_minute])) for start in starts]
@@ -115,7 +127,9 @@ class VideoScores:
         return self._drift.compute().background_by_second
 
 
-def loudness_scores(opening: NDArray[np.floating], loudness: NDArray[np.float64]) -> dict[str, float]:
+def loudness_scores(
+    opening: NDArray[np.floating], loudness: NDArray[np.float64]
+) -> dict[str, float]:
     """How opening follows loudness, for speech whose true mouth nobody knows.
 
     Args:
@@ -164,7 +178,8 @@ class TalkingScores(MeanMetric):
     """Seams, drift, sharpness, lips in silence, and on synthetic talkers the true lip error.
 
     Args:
-        first_frame: internal number of the first frame: 1 for what a session emits, 0 for whole clips.
+        first_frame: internal number of the first frame: 1 for what a session emits, 0 for whole
+            clips.
         chunk_frames: period of chunk borders.
         estimator: of the mouth's opening; None takes the one that ships with the package.
     """
@@ -186,7 +201,8 @@ class TalkingScores(MeanMetric):
 
         Args:
             frames: uint8 (n, H, W, 3).
-            audio: (samples,) 16 kHz mono in [-1, 1]; adds what needs loudness. Missing speech is silence.
+            audio: (samples,) 16 kHz mono in [-1, 1]; adds what needs loudness. Missing speech is
+                silence.
             true_opening: (n,) or longer; adds what needs the truth.
 
         Raises:
@@ -197,15 +213,20 @@ class TalkingScores(MeanMetric):
         truth = None if true_opening is None else _array(true_opening)
         if truth is not None and len(truth) < len(clip):
             raise UserError(
-                f"expected a true opening for each of the {len(clip)} frames, got {len(truth)}: cut the video"
+                f"expected a true opening for each of the {len(clip)} frames, got {len(truth)}: "
+                "cut the video"
             )
         scores = VideoScores(self.first_frame, self.chunk_frames, self.extractor)
         scores.update(clip)
         self.add(row_scores(scores, speech, truth))
 
 
-def row_scores(scores: VideoScores, audio: np.ndarray | None, true_opening: np.ndarray | None) -> dict[str, float]:
-    """The numbers of one clip under their keys in a result row; arguments as those of :meth:`VideoScores.compute`."""
+def row_scores(
+    scores: VideoScores, audio: np.ndarray | None, true_opening: np.ndarray | None
+) -> dict[str, float]:
+    """The numbers of one clip under their keys in a result row; arguments as those of
+    :meth:`VideoScores.compute`.
+    """
     numbers = scores.compute(audio, true_opening)
     return {**numbers, _SEAM: numbers["jump_ratio_chunk"]}
 

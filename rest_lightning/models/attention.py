@@ -1,10 +1,12 @@
 """Rotary positions, and the contexts in which the A2V-DiT's self-attention runs.
 
-A block hands its queries, keys and values, normalised but not yet rotated, to a *context*; the contexts are
+A block hands its queries, keys and values, normalised but not yet rotated, to a *context*; the
+contexts are
 
 - `FullContext`: every token sees every token (the teacher),
 - `ChunkedContext`: all chunks at once, each inside its own window (the student in training),
-- `rest_lightning.models.cache.IDContextCache`: one chunk against cached keys and values (the student when it streams).
+- `rest_lightning.models.cache.IDContextCache`: one chunk against cached keys and values (the
+  student when it streams).
 """
 
 from __future__ import annotations
@@ -30,8 +32,8 @@ _MOST_SCORES = 2**20  # of a head that are held at once
 class Rope:
     """3-D rotary embedding over the whole width, before the split into heads (LTX).
 
-    Positions are seconds and pixels divided by the base sizes: a latent frame lasts ``frame_s`` seconds (8 / fps) and a
-    latent cell spans ``cell_px`` pixels.
+    Positions are seconds and pixels divided by the base sizes: a latent frame lasts ``frame_s``
+    seconds (8 / fps) and a latent cell spans ``cell_px`` pixels.
     """
 
     dim: int
@@ -42,18 +44,30 @@ class Rope:
     base_width: float = 2048.0
     theta: float = 10000.0
 
-    def table(self, first: int, num_frames: int, height: int, width: int, device: torch.device) -> Tensor:
-        """Unit complex numbers ``(num_frames * height * width, dim / 2)`` of frames ``first, first + 1, ...``."""
+    def table(
+        self, first: int, num_frames: int, height: int, width: int, device: torch.device
+    ) -> Tensor:
+        """Unit complex numbers ``(num_frames * height * width, dim / 2)`` of frames ``first, first
+        + 1, ...``.
+        """
         return _rope_table(self, first, num_frames, height, width, device)
 
 
 @functools.lru_cache(maxsize=64)
-def _rope_table(rope: Rope, first: int, num_frames: int, height: int, width: int, device: torch.device) -> Tensor:
-    # Inference tensors cannot be saved for a later backward pass, and a table may first be wanted in inference mode.
+def _rope_table(
+    rope: Rope, first: int, num_frames: int, height: int, width: int, device: torch.device
+) -> Tensor:
+    # Inference tensors cannot be saved for a later backward pass, and a table may first be wanted
+    # in inference mode.
     with torch.inference_mode(False), torch.no_grad():
-        # float32 in LTX's own order of operations: phases reach 16,000 rad, where another order differs by 1e-3.
+        # float32 in LTX's own order of operations: phases reach 16,000 rad, where another order
+        # differs by 1e-3.
         def axis(start: int, length: int, scale: float, base: float) -> Tensor:
-            return torch.arange(start, start + length, dtype=torch.float32, device=device) * scale / base
+            return (
+                torch.arange(start, start + length, dtype=torch.float32, device=device)
+                * scale
+                / base
+            )
 
         frames = axis(first, num_frames, rope.frame_s, rope.base_frames)
         rows = axis(0, height, rope.cell_px, rope.base_height)
@@ -62,13 +76,16 @@ def _rope_table(rope: Rope, first: int, num_frames: int, height: int, width: int
         exponents = torch.linspace(0.0, 1.0, rope.dim // 6, dtype=torch.float32, device=device)
         frequencies = rope.theta**exponents * math.pi / 2.0
         phases = (frequencies * (grid.unsqueeze(-1) * 2 - 1)).transpose(-1, -2).flatten(1)
-        padding = phases.new_zeros(phases.shape[0], rope.dim % 6 // 2)  # channels beyond a multiple of 6 do not turn
+        # channels beyond a multiple of 6 do not turn
+        padding = phases.new_zeros(phases.shape[0], rope.dim % 6 // 2)
         phases = torch.cat([padding, phases], dim=-1)
         return torch.complex(phases.cos(), phases.sin())
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Turn neighbouring channel pairs of ``x (..., T, D)`` by ``table (..., T, D / 2)``, in float32 or better."""
+    """Turn neighbouring channel pairs of ``x (..., T, D)`` by ``table (..., T, D / 2)``, in float32
+    or better.
+    """
     wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
     if torch.compiler.is_compiling():  # the compiler has no complex arithmetic
         real, imag = wide.unflatten(-1, (-1, 2)).unbind(-1)
@@ -96,13 +113,18 @@ def attend(q: Tensor, k: Tensor, v: Tensor, num_heads: int, mask: Tensor | None 
 
 
 def attend_heads(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """The same of ``(B, heads, Tq, D / heads)`` over ``(B, heads, Tk, D / heads)``; autocast changes no type here."""
+    """The same of ``(B, heads, Tq, D / heads)`` over ``(B, heads, Tk, D / heads)``; autocast
+    changes no type here.
+    """
     if q.device.type != "cpu":
         return join_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
     if q.dtype == torch.bfloat16 and q.shape[-2] * k.shape[-2] <= _MOST_SCORES:
         return join_heads(_by_products(q, k, v, mask))
-    # Asked first, since entering takes longer than asking: a stream attends a hundred times a chunk.
-    plain = torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else nullcontext()
+    # Asked first, since entering takes longer than asking: a stream attends a hundred times a
+    # chunk.
+    plain = (
+        torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else nullcontext()
+    )
     with plain:
         return join_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
 
@@ -110,21 +132,15 @@ def attend_heads(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) ->
 def _by_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """Attention as two products in bfloat16 and a softmax in float32.
 
-    On a CPU PyTorch's own kernel takes as long for a chunk of one stream, up to twice as long for those of several, and
-    up to six times as long backwards.
+    On a CPU PyTorch's own kernel takes as long for a chunk of one stream, up to twice as long for
+    those of several, and up to six times as long backwards.
     """
     queries, keys, values = (x.flatten(0, 1) for x in (q, k, v))
     nothing = queries.new_empty(1, 1, 1)  # what the product would be added to
-    scores = torch.baddbmm(nothing, queries, keys.transpose(1, 2), beta=0, alpha=q.shape[-1] ** -0.5)
+    scores = torch.baddbmm(
+        nothing, queries, keys.transpose(1, 2), beta=0, alpha=q.shape[-1] ** -0.5
+    )
     if mask is not None:
         scores = (scores.unflatten(0, q.shape[:2]) + mask).flatten(0, 1)
     weights = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
     return torch.bmm(weights, values).unflatten(0, q.shape[:2])
-
-
-
-
-
-
-
-

@@ -1,7 +1,7 @@
 """The spatiotemporal VAE: one interface, and the compact causal network of the embedded model.
 
-32x32x8 compression with the first frame on its own (REST sec. 3.1, after LTX-Video). The LTX VAE itself is wrapped in
-``ltx_vae.py``.
+32x32x8 compression with the first frame on its own (REST sec. 3.1, after LTX-Video). The LTX VAE
+itself is wrapped in ``ltx_vae.py``.
 """
 
 from __future__ import annotations
@@ -35,12 +35,15 @@ from rest_lightning.models.causal import (
 # Here the linear map comes in closed form and stays as it is, and the network learns what is left
 # (decided here; neither REST nor LTX-Video has it).
 
-class PrincipalPath(nn.Module):
-    """A square patch of one frame -> components -> 8 frames of components -> one latent; and back. All linear.
 
-    The first frame counts as eight copies of itself, like everywhere in the causal VAE. Silent (zero) until
-    :func:`fit_principal_path` has set it, and never trained: in a run that trained it along, at 1.5e-3, the weighted L1
-    rose from 0.110 at step 20 to 0.137 at step 40 and stayed there.
+class PrincipalPath(nn.Module):
+    """A square patch of one frame -> components -> 8 frames of components -> one latent; and back.
+    All linear.
+
+    The first frame counts as eight copies of itself, like everywhere in the causal VAE. Silent
+    (zero) until :func:`fit_principal_path` has set it, and never trained: in a run that trained it
+    along, at 1.5e-3, the weighted L1 rose from 0.110 at step 20 to 0.137 at step 40 and stayed
+    there.
 
     Args:
         latent_channels: C.
@@ -48,15 +51,19 @@ class PrincipalPath(nn.Module):
         patch_size: pixels on the side of a patch; the VAE's is its spatial compression.
 
     Raises:
-        ValueError: more components than a patch has values, or more channels than eight frames of components.
+        ValueError: more components than a patch has values, or more channels than eight frames of
+            components.
     """
 
-    def __init__(self, latent_channels: int, num_components: int, patch_size: int = SPATIAL_RATIO) -> None:
+    def __init__(
+        self, latent_channels: int, num_components: int, patch_size: int = SPATIAL_RATIO
+    ) -> None:
         super().__init__()
         patch_values = 3 * patch_size**2
         if not latent_channels / TEMPORAL_RATIO <= num_components <= patch_values:
             raise ValueError(
-                f"expected between {math.ceil(latent_channels / TEMPORAL_RATIO)} and {patch_values} principal "
+                f"expected between {math.ceil(latent_channels / TEMPORAL_RATIO)} and "
+                f"{patch_values} principal "
                 f"components for {latent_channels} latent channels, got {num_components}"
             )
         self.patch_size = patch_size
@@ -76,8 +83,12 @@ class PrincipalPath(nn.Module):
         """Raw latents, channels last (B, f, h, w, C) -> frames (B, 3, F, H, W)."""
         return unpatchify(self._patches(latents, stream), self.patch_size)
 
-    def decode_patches(self, latents: Tensor, patch_size: int, stream: Stream | None = None) -> Tensor:
-        """The same as patches of another size that divides this one's (B, F, H/p, W/p, 3*p*p), in one move."""
+    def decode_patches(
+        self, latents: Tensor, patch_size: int, stream: Stream | None = None
+    ) -> Tensor:
+        """The same as patches of another size that divides this one's (B, F, H/p, W/p, 3*p*p), in
+        one move.
+        """
         x = self._patches(latents, stream)
         b, f, h, w, _ = x.shape
         n, p = self.patch_size // patch_size, patch_size
@@ -85,7 +96,8 @@ class PrincipalPath(nn.Module):
         return x.reshape(b, f, h * n, w * n, 3 * p * p)
 
     def _patches(self, latents: Tensor, stream: Stream | None) -> Tensor:
-        # Contiguous, or torch copies the layer's weight for every frame (measured: 5 ms became 300).
+        # Contiguous, or torch copies the layer's weight for every frame (measured: 5 ms became
+        # 300).
         patches: Tensor = self.patch_out(self.unfold(latents, stream).contiguous())
         return patches
 
@@ -97,17 +109,20 @@ def fit_principal_path(
     whitening: float = 0.5,
     sum_over_devices: Callable[[Tensor], Tensor] = lambda x: x,
 ) -> float:
-    """Set ``path`` to the principal components of the data: first of patches, then of eight frames of those.
+    """Set ``path`` to the principal components of the data: first of patches, then of eight frames
+    of those.
 
-    A patch counts with the mean weight of its pixels. The latents are the leading components, scaled by their variance
-    to the power ``-whitening / 2``, to unit variance on average, and turned by a random rotation: 0 keeps the pixels'
-    distances, so that noise on the latents is noise in the picture, 1 makes every component equally loud, down to the
-    faintest. The rotation shares the variance among the channels; without it, normalising each channel for diffusion
-    would whiten them anyhow.
+    A patch counts with the mean weight of its pixels. The latents are the leading components,
+    scaled by their variance to the power ``-whitening / 2``, to unit variance on average, and
+    turned by a random rotation: 0 keeps the pixels' distances, so that noise on the latents is
+    noise in the picture, 1 makes every component equally loud, down to the faintest. The rotation
+    shares the variance among the channels; without it, normalising each channel for diffusion would
+    whiten them anyhow.
 
     Args:
         path: what to set, in place.
-        batches: a new pass over (frames (B, 3, 8n+1, H, W) in [-1, 1], pixel weights (B, 1, F, H, W)); called twice.
+        batches: a new pass over (frames (B, 3, 8n+1, H, W) in [-1, 1], pixel weights
+            (B, 1, F, H, W)); called twice.
         whitening: 0 .. 1.
         sum_over_devices: adds a tensor up over all processes.
 
@@ -125,9 +140,15 @@ def fit_principal_path(
     blocks = _Moments(TEMPORAL_RATIO * path.patch_in.out_features, device)
     for frames, weights in batches():
         components = path.patch_in(patchify(frames[:, :, 1:], path.patch_size))
-        weight = _patch_weights(weights[:, :, 1:], path.patch_size).unflatten(1, (-1, TEMPORAL_RATIO)).mean(2)
+        weight = (
+            _patch_weights(weights[:, :, 1:], path.patch_size)
+            .unflatten(1, (-1, TEMPORAL_RATIO))
+            .mean(2)
+        )
         blocks.add(components.unflatten(1, (-1, TEMPORAL_RATIO)).movedim(2, -2).flatten(-2), weight)
-    mean, variances, basis, lost_in_time = blocks.leading(path.fold.proj.out_features, sum_over_devices)
+    mean, variances, basis, lost_in_time = blocks.leading(
+        path.fold.proj.out_features, sum_over_devices
+    )
     variances = variances.clamp(min=1e-9 * float(variances[0]) + 1e-12)  # still pictures have none
     scale = variances ** (-whitening / 2)
     scale /= (variances * scale.square()).mean().sqrt()
@@ -154,9 +175,15 @@ class _Moments:
         self.sum += weights @ vectors
         self.products += (vectors * weights[:, None]).T @ vectors
 
-    def leading(self, count: int, sum_over_devices: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor, float]:
-        """Mean, the ``count`` largest variances, their directions as columns, and the variance that is left out."""
-        weight, total, products = (sum_over_devices(value) for value in (self.weight, self.sum, self.products))
+    def leading(
+        self, count: int, sum_over_devices: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor, float]:
+        """Mean, the ``count`` largest variances, their directions as columns, and the variance that
+        is left out.
+        """
+        weight, total, products = (
+            sum_over_devices(value) for value in (self.weight, self.sum, self.products)
+        )
         mean = total / weight
         variances, directions = torch.linalg.eigh(products / weight - mean[:, None] * mean)
         variances, directions = variances.flip(0).clamp(min=0.0), directions.flip(1)
@@ -170,7 +197,9 @@ def _patch_weights(weights: Tensor, patch_size: int) -> Tensor:
 
 def _rotation(size: int) -> Tensor:
     """A random orthogonal matrix, the same at every call."""
-    gaussian = torch.randn(size, size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    gaussian = torch.randn(
+        size, size, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
     return torch.linalg.qr(gaussian)[0]
 
 
@@ -180,15 +209,18 @@ def _set(linear: nn.Linear, weight: Tensor, bias: Tensor) -> None:
 
 
 class VideoAutoencoder(nn.Module):
-    """What every VAE of this project offers; frames (B, 3, F, H, W) in [-1, 1], latents (B, C, f, h, w) normalised.
+    """What every VAE of this project offers; frames (B, 3, F, H, W) in [-1, 1], latents
+    (B, C, f, h, w) normalised.
 
-    Slot 0 of a clip is image-like (one frame), the others video-like (eight frames): they are normalised with
-    statistics of their own (decided here). Row 0 of the buffers belongs to slot 0, row 1 to all others.
+    Slot 0 of a clip is image-like (one frame), the others video-like (eight frames): they are
+    normalised with statistics of their own (decided here). Row 0 of the buffers belongs to slot 0,
+    row 1 to all others.
 
     Attributes:
         latent_channels: C.
         latents_mean, latents_std: buffers of shape (2, C).
-        measures_statistics: whether training measures them anew; False where published ones rule (LTX).
+        measures_statistics: whether training measures them anew; False where published ones rule
+            (LTX).
     """
 
     measures_statistics = True
@@ -216,7 +248,8 @@ class VideoAutoencoder(nn.Module):
         raise NotImplementedError
 
     def encode(self, frames: Tensor) -> Tensor:
-        """Frames (B, 3, F, H, W) to the mean of the normalised latents (B, C, f, h, w); F = 8 (f - 1) + 1.
+        """Frames (B, 3, F, H, W) to the mean of the normalised latents (B, C, f, h, w); F = 8 (f -
+        1) + 1.
 
         Raises:
             ValueError: a frame count other than 8n+1, or a side that is not a multiple of 32.
@@ -229,22 +262,30 @@ class VideoAutoencoder(nn.Module):
         return self.decode_raw(self.denormalise(latents))
 
     def start_decode(self, reference_latent: Tensor) -> tuple[Tensor, Stream]:
-        """Begin a streamed decode from slot 0 (B, C, 1, h, w): its frame (B, 3, 1, H, W), and the stream."""
+        """Begin a streamed decode from slot 0 (B, C, 1, h, w): its frame (B, 3, 1, H, W), and the
+        stream.
+        """
         stream = Stream()
         frames = self.decode_raw(self.denormalise(reference_latent), stream)
         return frames, stream
 
     def decode_chunk(self, latents: Tensor, stream: Stream) -> Tensor:
-        """The next l latents (B, C, l, h, w) to 8 l frames (B, 3, 8 l, H, W); equals :meth:`decode` of all."""
+        """The next l latents (B, C, l, h, w) to 8 l frames (B, 3, 8 l, H, W); equals :meth:`decode`
+        of all.
+        """
         return self.decode_raw(self.denormalise(latents, first_slot=1), stream)
 
     def decode_variant(self, stream: Stream) -> Hashable | None:
-        """What the next :meth:`decode_chunk` does on the device depends on this and on shapes alone: it may be captured
-        as a CUDA graph, one for each value. None: it depends on more, and has to be called."""
+        """What the next :meth:`decode_chunk` does on the device depends on this and on shapes
+        alone: it may be captured as a CUDA graph, one for each value. None: it depends on more, and
+        has to be called.
+        """
         return stream.started
 
     def count_decoded(self, stream: Stream, num_latents: int) -> None:
-        """What :meth:`decode_chunk` does on the host alone, to be done when a captured graph ran in its place."""
+        """What :meth:`decode_chunk` does on the host alone, to be done when a captured graph ran in
+        its place.
+        """
 
     def normalise(self, latents: Tensor) -> Tensor:
         """Raw latents of a whole clip to zero mean and unit variance per channel."""
@@ -252,7 +293,9 @@ class VideoAutoencoder(nn.Module):
         return (latents - mean) / std
 
     def denormalise(self, latents: Tensor, first_slot: int = 0) -> Tensor:
-        """The inverse of :meth:`normalise`; ``first_slot`` is 0 for a clip's start and 1 for what follows."""
+        """The inverse of :meth:`normalise`; ``first_slot`` is 0 for a clip's start and 1 for what
+        follows.
+        """
         mean, std = self._statistics(latents, first_slot)
         return latents * std + mean
 
@@ -262,23 +305,29 @@ class VideoAutoencoder(nn.Module):
         else:
             slots = torch.arange(latents.shape[2], device=latents.device).clamp(max=1)
             mean, std = self.latents_mean[slots].T, self.latents_std[slots].T
-        return mean[None, :, :, None, None].to(latents.dtype), std[None, :, :, None, None].to(latents.dtype)
+        return mean[None, :, :, None, None].to(latents.dtype), std[None, :, :, None, None].to(
+            latents.dtype
+        )
 
 
 class CompactVAE(VideoAutoencoder):
-    """A small causal VAE that trains and streams on a CPU (decided here; the factorised convolutions follow R(2+1)D).
+    """A small causal VAE that trains and streams on a CPU (decided here; the factorised
+    convolutions follow R(2+1)D).
 
-    Stages run from fine to coarse: patches of ``patch_size`` pixels, then ``strides`` of (time, space) between stages.
+    Stages run from fine to coarse: patches of ``patch_size`` pixels, then ``strides`` of
+    (time, space) between stages.
 
     Args:
         latent_channels: C.
         widths: channels of each stage, fine to coarse.
         encoder_blocks, decoder_blocks: residual blocks of each stage, fine to coarse.
-        strides: (time, space) factor between neighbouring stages; with ``patch_size`` they multiply to 8 and 32.
+        strides: (time, space) factor between neighbouring stages; with ``patch_size`` they multiply
+            to 8 and 32.
         patch_size: pixels on the side of one patch.
-        principal_components: components per 32x32 patch of a linear path beside the network, which then starts silent
-            and learns what the path leaves (see :class:`~rest_lightning.models.vae.PrincipalPath`); 0: no path.
-            The decoder's finest stage sees the path's frames: what jumps from one block of 8 frames to the next can be
+        principal_components: components per 32x32 patch of a linear path beside the network, which
+            then starts silent and learns what the path leaves (see
+            :class:`~rest_lightning.models.vae.PrincipalPath`); 0: no path. The decoder's finest
+            stage sees the path's frames: what jumps from one block of 8 frames to the next can be
             smoothed only where it is seen.
     """
 
@@ -298,13 +347,16 @@ class CompactVAE(VideoAutoencoder):
             time, space = time * stride[0], space * stride[1]
         if (time, space) != (TEMPORAL_RATIO, SPATIAL_RATIO):
             raise ValueError(
-                f"expected patch_size and strides of {TEMPORAL_RATIO}x in time and {SPATIAL_RATIO}x in space, "
+                f"expected patch_size and strides of {TEMPORAL_RATIO}x in time and "
+                f"{SPATIAL_RATIO}x in space, "
                 f"got {time}x and {space}x: change `strides` or `patch_size`"
             )
         if not len(widths) == len(encoder_blocks) == len(decoder_blocks) == len(strides) + 1:
             raise ValueError(
-                f"expected one width and block count per stage and one stride less, got {len(widths)} widths, "
-                f"{len(encoder_blocks)} and {len(decoder_blocks)} block counts, {len(strides)} strides"
+                "expected one width and block count per stage and one stride less, got "
+                f"{len(widths)} widths, "
+                f"{len(encoder_blocks)} and {len(decoder_blocks)} block counts, {len(strides)} "
+                "strides"
             )
         self._config = {
             "latent_channels": latent_channels,
@@ -326,7 +378,8 @@ class CompactVAE(VideoAutoencoder):
         self.encoder = nn.ModuleList(encoder)
         self.encoder_norm = RMSNorm(widths[-1])
         self.encoder_out = nn.Linear(widths[-1], 2 * latent_channels)
-        # Little noise at the start: a decoder that first sees noise alone learns to ignore its latents.
+        # Little noise at the start: a decoder that first sees noise alone learns to ignore its
+        # latents.
         nn.init.constant_(self.encoder_out.bias[latent_channels:], -5.0)
 
         decoder: list[nn.Module] = [SpatialConv(latent_channels, widths[-1])]
@@ -342,7 +395,10 @@ class CompactVAE(VideoAutoencoder):
         if principal_components:
             self.principal = PrincipalPath(latent_channels, principal_components)
             self.principal_in = SpatialConv(patch_channels, widths[0], 1)
-            for silent in (*self.principal_in.conv.parameters(), *self.decoder_out.conv.parameters()):
+            for silent in (
+                *self.principal_in.conv.parameters(),
+                *self.decoder_out.conv.parameters(),
+            ):
                 nn.init.zeros_(silent)
             nn.init.zeros_(self.encoder_out.weight[:latent_channels])
             nn.init.zeros_(self.encoder_out.bias[:latent_channels])
@@ -355,7 +411,9 @@ class CompactVAE(VideoAutoencoder):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
-        """Build an untrained network from :attr:`config` (lists are accepted for tuples: JSON has no tuples)."""
+        """Build an untrained network from :attr:`config` (lists are accepted for tuples: JSON has
+        no tuples).
+        """
         return cls(**{**config, "strides": tuple(tuple(stride) for stride in config["strides"])})
 
     def encode_moments(self, frames: Tensor) -> tuple[Tensor, Tensor]:
@@ -399,6 +457,7 @@ def check_frames(frames: Tensor) -> None:
     num_latent_frames(frames.shape[2])
     if frames.shape[3] % SPATIAL_RATIO or frames.shape[4] % SPATIAL_RATIO:
         raise ValueError(
-            f"expected frame sides that are multiples of {SPATIAL_RATIO}, got {tuple(frames.shape[3:])}: "
+            f"expected frame sides that are multiples of {SPATIAL_RATIO}, got "
+            f"{tuple(frames.shape[3:])}: "
             "resize the clips"
         )

@@ -1,4 +1,6 @@
-"""The live page: speech in over a WebSocket, pictures and sound out; protocol in docs/protocol.md."""
+"""The live page: speech in over a WebSocket, pictures and sound out; protocol in
+docs/protocol.md.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,9 @@
-"""``rest serve --engine ray``: the same sessions, served by replicas of the model that Ray Serve looks after.
+"""``rest serve --engine ray``: the same sessions, served by replicas of the model that Ray Serve
+looks after.
 
-The front is the process of ``rest serve``: it has the page, the limits, the tokens and the uploads, and one WebSocket
-for each client. The model and its sessions are in replicas, one per GPU. See docs/serve.md.
+The front is the process of ``rest serve``: it has the page, the limits, the tokens and the uploads,
+and one WebSocket for each client. The model and its sessions are in replicas, one per GPU. See
+docs/serve.md.
 """
 
 from __future__ import annotations
@@ -40,7 +42,8 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 _DEPLOYMENT = "Replica"
-_QUIET = {"log_level": "WARNING", "enable_access_log": False}  # sessions have log lines of their own
+# sessions have log lines of their own
+_QUIET = {"log_level": "WARNING", "enable_access_log": False}
 _PLACE_S = 5.0  # for finding a replica that has a place
 _AGAIN_S = 0.2
 _SCRAPE_S = 2.0
@@ -49,8 +52,10 @@ _OBJECT_STORE_BYTES = 100_000_000  # portraits pass through it, nothing else
 
 # -- replicas --------------------------------------------------------------------------------------
 
+
 class SharedPortraits(Portraits):
-    """Uploaded portraits are where all replicas find them: in one actor, made of :class:`Portraits`.
+    """Uploaded portraits are where all replicas find them: in one actor, made of
+    :class:`Portraits`.
 
     Its calls wait for that actor; make them in threads that may wait.
     """
@@ -86,7 +91,9 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class Place:
-    """A session's place at a replica, which is the process ``pid`` of its machine; the token is good once."""
+    """A session's place at a replica, which is the process ``pid`` of its machine; the token is
+    good once.
+    """
 
     replica: str
     pid: int
@@ -95,9 +102,13 @@ class Place:
 
 
 class ReplicaServer(LiveServer):
-    """Sessions for the front, which alone gets tokens; without page, uploads and other people's requests."""
+    """Sessions for the front, which alone gets tokens; without page, uploads and other people's
+    requests.
+    """
 
-    def __init__(self, scheduler: Scheduler, options: ServerOptions, limits: Limits, portraits: Portraits) -> None:
+    def __init__(
+        self, scheduler: Scheduler, options: ServerOptions, limits: Limits, portraits: Portraits
+    ) -> None:
         super().__init__(scheduler, options, limits, portraits)
         self._leases: dict[str, tuple[asyncio.Event, asyncio.Event]] = {}
 
@@ -112,7 +123,9 @@ class ReplicaServer(LiveServer):
         return request.headers.get(ADDRESS_HEADER, "")
 
     async def lease(self, address: str) -> AsyncIterator[str]:
-        """A token, and then nothing until its session has ended, or did not begin in time. Raises Refused."""
+        """A token, and then nothing until its session has ended, or did not begin in time. Raises
+        Refused.
+        """
         token = self.admission.grant(address)
         begun, ended = self._leases[token] = asyncio.Event(), asyncio.Event()
         try:
@@ -163,9 +176,10 @@ class Replica:
     async def lease(self, address: str) -> AsyncIterator[Place]:
         """A place for a session of ``address``; this call lasts as long as the session.
 
-        So Ray Serve counts sessions where it counts requests: its router passes over a replica that has
-        ``max_ongoing_requests`` of them, prefers the one that has fewest, and an update waits for them. Gives no place
-        when this replica is full all the same, as it is for a moment after sessions of a front that has died.
+        So Ray Serve counts sessions where it counts requests: its router passes over a replica that
+        has ``max_ongoing_requests`` of them, prefers the one that has fewest, and an update waits
+        for them. Gives no place when this replica is full all the same, as it is for a moment after
+        sessions of a front that has died.
         """
         async with self._starting:  # the network belongs to the loop that runs these calls
             if not self._server.url:
@@ -198,7 +212,9 @@ _CLOSE_S = 1.0
 
 @asynccontextmanager
 async def connected(url: str, token: str, address: str) -> AsyncIterator[Channel]:
-    """The socket of a session at a replica; raises OSError or aiohttp.ClientError when there is none."""
+    """The socket of a session at a replica; raises OSError or aiohttp.ClientError when there is
+    none.
+    """
     headers = {"Origin": url, ADDRESS_HEADER: address}
     async with aiohttp.ClientSession(headers=headers) as http:
         where = f"{url}/ws?token={token}"
@@ -214,8 +230,8 @@ async def connected(url: str, token: str, address: str) -> AsyncIterator[Channel
 class Relay:
     """One client's messages to a replica, and the replica's to the client.
 
-    Nothing is read from a side before the other has taken what was read last, so that a client that does not read
-    holds up its session, and nothing piles up here.
+    Nothing is read from a side before the other has taken what was read last, so that a client that
+    does not read holds up its session, and nothing piles up here.
 
     Args:
         client: the connection.
@@ -240,8 +256,8 @@ class Relay:
             address: of the client, for the replica's log.
 
         Returns:
-            ended (the replica has told the client why), gone (the client), lost (the replica), or why the session was
-            stopped here.
+            ended (the replica has told the client why), gone (the client), lost (the replica), or
+            why the session was stopped here.
         """
         reason, said = "lost", LOST
         try:
@@ -295,7 +311,9 @@ class Relay:
             except ChannelClosed:
                 return "gone"
             except TimeoutError:
-                text = f"what was sent was not read for {self._limits.unread_s:g} s: reload the page"
+                text = (
+                    f"what was sent was not read for {self._limits.unread_s:g} s: reload the page"
+                )
                 raise SessionOver("unread", text) from None
 
     async def _tell_loss(self) -> None:
@@ -310,7 +328,7 @@ async def _send(channel: Channel, data: bytes | str) -> None:
     await (channel.send_text(data) if isinstance(data, str) else channel.send_bytes(data))
 
 
-# -- the front --------------------------------------------------------------------------------------
+# -- the front -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -347,7 +365,12 @@ class Cluster:
     """
 
     def __init__(
-        self, name: str, num_replicas: int, handle: DeploymentHandle, facts: ModelFacts, portraits: Portraits
+        self,
+        name: str,
+        num_replicas: int,
+        handle: DeploymentHandle,
+        facts: ModelFacts,
+        portraits: Portraits,
     ) -> None:
         self.num_replicas, self.facts, self.portraits = num_replicas, facts, portraits
         self._name, self._handle = name, handle.options(stream=True, method_name="lease")
@@ -355,8 +378,9 @@ class Cluster:
     async def lease(self, address: str, token_s: float) -> Lease | None:
         """A place at the replica that has most; None when none was found.
 
-        Ray Serve's router asks two replicas how many calls they have, and a replica that has as many as it may refuses;
-        then it asks others. Here is only tried again what fails because a replica has just died.
+        Ray Serve's router asks two replicas how many calls they have, and a replica that has as
+        many as it may refuses; then it asks others. Here is only tried again what fails because a
+        replica has just died.
         """
         loop = asyncio.get_running_loop()
         end_s = loop.time() + _PLACE_S
@@ -369,7 +393,11 @@ class Cluster:
                 call.cancel()
                 if isinstance(error, asyncio.CancelledError):
                     raise
-            except (StopAsyncIteration, ray.exceptions.RayError, ray.serve.exceptions.RayServeException) as error:
+            except (
+                StopAsyncIteration,
+                ray.exceptions.RayError,
+                ray.serve.exceptions.RayServeException,
+            ) as error:
                 LOG.warning("a replica gave no place", extra={"error": type(error).__name__})
                 await asyncio.sleep(_AGAIN_S)
         return None
@@ -377,12 +405,15 @@ class Cluster:
     async def num_running(self) -> int:
         """Replicas that Ray Serve takes for healthy."""
         status = (await asyncio.to_thread(serve.status)).applications.get(self._name)
-        states = status.deployments[_DEPLOYMENT].replica_states if status and status.deployments else {}
+        states = (
+            status.deployments[_DEPLOYMENT].replica_states if status and status.deployments else {}
+        )
         return sum(count for state, count in states.items() if state == "RUNNING")
 
 
 class RayServer(PageServer):
-    """The front: what :class:`rest_lightning.serve.server.LiveServer` is, with the sessions in replicas.
+    """The front: what :class:`rest_lightning.serve.server.LiveServer` is, with the sessions in
+    replicas.
 
     Args:
         cluster: the replicas.
@@ -392,16 +423,22 @@ class RayServer(PageServer):
 
     def __init__(self, cluster: Cluster, options: ServerOptions, limits: Limits) -> None:
         self._relays: set[Relay] = set()
-        super().__init__(options, limits, cluster.portraits, Metrics(), self._relays, cluster.facts.size_px)
+        super().__init__(
+            options, limits, cluster.portraits, Metrics(), self._relays, cluster.facts.size_px
+        )
         self._cluster = cluster
-        self._num_running = Gauge("rest_replicas", "Replicas that work", registry=self.metrics.registry)
+        self._num_running = Gauge(
+            "rest_replicas", "Replicas that work", registry=self.metrics.registry
+        )
         self._leases: dict[str, Lease] = {}
         self._replicas: dict[str, str] = {}
 
     async def admit(self, address: str) -> str:
         """A token, and a place at a replica that goes with it. Raises Refused."""
         token = self.admission.grant(address)
-        self._leases = {name: lease for name, lease in self._leases.items() if lease.until_s > time.monotonic()}
+        self._leases = {
+            name: lease for name, lease in self._leases.items() if lease.until_s > time.monotonic()
+        }
         lease = None
         try:
             lease = await self._cluster.lease(address, self.limits.token_s)
@@ -429,12 +466,15 @@ class RayServer(PageServer):
             if reason == "lost":  # the others are counted where they were served
                 self.metrics.ended.labels(reason).inc()
             LOG.info("session ended", extra=told | {"reason": reason})
-            del lease  # the call is over by now, or ends as soon as the replica learns that its client has gone
+            # the call is over by now, or ends as soon as the replica learns that its client has
+            # gone
+            del lease
 
     async def stop(self, grace_s: float | None = None) -> None:
         """Take no new sessions, let those that are there go on for ``grace_s``, then end them."""
         await super().stop(grace_s)
-        for lease in self._leases.values():  # places that nobody came for would hold up the replicas' end
+        # places that nobody came for would hold up the replicas' end
+        for lease in self._leases.values():
             lease.call.cancel()
 
     async def is_alive(self) -> bool:
@@ -442,7 +482,9 @@ class RayServer(PageServer):
         return await self._cluster.num_running() > 0
 
     async def exposition(self) -> bytes:
-        """The front's figures and those of the replicas that have had sessions, told apart by the label replica."""
+        """The front's figures and those of the replicas that have had sessions, told apart by the
+        label replica.
+        """
         self._num_running.set(await self._cluster.num_running())
         texts = {"front": self.metrics.exposition().decode()}
         timeout = aiohttp.ClientTimeout(total=_SCRAPE_S)
@@ -457,12 +499,18 @@ class RayServer(PageServer):
 
 
 def merged(texts: Mapping[str, str]) -> bytes:
-    """Expositions in Prometheus format as one, each sample with the label ``replica``, the key of its text."""
+    """Expositions in Prometheus format as one, each sample with the label ``replica``, the key of
+    its text.
+    """
     families: dict[str, Metric] = {}
     for name, text in texts.items():
         for family in text_string_to_metric_families(text):
-            kept = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
-            kept.samples += [each._replace(labels={**each.labels, "replica": name}) for each in family.samples]
+            kept = families.setdefault(
+                family.name, Metric(family.name, family.documentation, family.type)
+            )
+            kept.samples += [
+                each._replace(labels={**each.labels, "replica": name}) for each in family.samples
+            ]
     return generate_latest(_Families(list(families.values())))
 
 
@@ -478,7 +526,8 @@ class _Families:
 
 @contextmanager
 def running(options: ReplicaOptions, limits: Limits) -> Iterator[Cluster]:
-    """Replicas in the cluster that RAY_ADDRESS names, or in one on this machine, for as long as the block takes.
+    """Replicas in the cluster that RAY_ADDRESS names, or in one on this machine, for as long as the
+    block takes.
 
     Args:
         options: what is copied.
@@ -489,7 +538,9 @@ def running(options: ReplicaOptions, limits: Limits) -> Iterator[Cluster]:
     """
     with ExitStack() as stack:
         settings = {"logging_level": logging.WARNING, "namespace": "rest_lightning"}
-        is_local = stack.enter_context(ray_cluster.joined(settings, {"object_store_memory": _OBJECT_STORE_BYTES}))
+        is_local = stack.enter_context(
+            ray_cluster.joined(settings, {"object_store_memory": _OBJECT_STORE_BYTES})
+        )
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         model, num_replicas, resources = share(ray.cluster_resources(), options)
         book = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Portraits).remote(
@@ -509,7 +560,9 @@ def running(options: ReplicaOptions, limits: Limits) -> Iterator[Cluster]:
         )(Replica)
         application = deployment.bind(model, limits, book, "127.0.0.1" if is_local else None)
         try:
-            handle = serve.run(application, name=options.name, route_prefix=None, logging_config=_QUIET)
+            handle = serve.run(
+                application, name=options.name, route_prefix=None, logging_config=_QUIET
+            )
         except RuntimeError as error:
             raise why(_told_by_replicas(options.name) or str(error)) from None
         facts = handle.facts.remote().result(timeout_s=60.0)
@@ -518,18 +571,27 @@ def running(options: ReplicaOptions, limits: Limits) -> Iterator[Cluster]:
 
 def _told_by_replicas(name: str) -> str:
     application = serve.status().applications.get(name)
-    return "\n".join(each.message for each in application.deployments.values()) if application else ""
+    return (
+        "\n".join(each.message for each in application.deployments.values()) if application else ""
+    )
 
 
 def why(told: str) -> UserError:
     """The one line of a traceback that a user can do something about."""
-    lines = [line.partition("UserError: ")[2] for line in told.splitlines() if "UserError: " in line]
+    lines = [
+        line.partition("UserError: ")[2] for line in told.splitlines() if "UserError: " in line
+    ]
     text = " ".join(told.split())[-300:]
-    return UserError(lines[-1] if lines else f"expected replicas that start, got '{text}': see their log")
+    return UserError(
+        lines[-1] if lines else (f"expected replicas that start, got '{text}': see their log")
+    )
 
 
-def share(cluster: Mapping[str, float], options: ReplicaOptions) -> tuple[ModelOptions, int, dict[str, float]]:
-    """How a cluster is divided: what a replica loads, how many there are, and what Ray keeps free for each.
+def share(
+    cluster: Mapping[str, float], options: ReplicaOptions
+) -> tuple[ModelOptions, int, dict[str, float]]:
+    """How a cluster is divided: what a replica loads, how many there are, and what Ray keeps free
+    for each.
 
     Args:
         cluster: resources, in Ray's names: CPU, GPU.
@@ -540,19 +602,29 @@ def share(cluster: Mapping[str, float], options: ReplicaOptions) -> tuple[ModelO
     """
     model, num_gpus = options.model, int(cluster.get("GPU", 0))
     if num_gpus == 0 and model.device.startswith("cuda"):
-        raise UserError(f"expected GPUs for --device {model.device}, got a cluster without: use --device cpu")
+        raise UserError(
+            f"expected GPUs for --device {model.device}, got a cluster without: use --device cpu"
+        )
     if num_gpus and model.device != "cpu":
         num_replicas = options.num_replicas or num_gpus
         if num_replicas > num_gpus:
-            raise UserError(f"expected at most {num_gpus} replicas, one per GPU, got {num_replicas}: use fewer")
+            raise UserError(
+                f"expected at most {num_gpus} replicas, one per GPU, got {num_replicas}: use fewer"
+            )
         return replace(model, device="cuda"), num_replicas, {"num_gpus": 1.0, "num_cpus": 1.0}
     num_replicas = options.num_replicas or 1
     share_of_cpus = cluster.get("CPU", 1.0) / num_replicas
     num_threads = model.num_threads or max(1, int(share_of_cpus))
     num_cpus = min(float(num_threads), share_of_cpus)
-    return replace(model, device="cpu", num_threads=num_threads), num_replicas, {"num_cpus": num_cpus}
+    return (
+        replace(model, device="cpu", num_threads=num_threads),
+        num_replicas,
+        {"num_cpus": num_cpus},
+    )
 
 
 def default_name(port: int) -> str:
-    """Of the application: the same at the next start, so that what a killed front has left behind is replaced."""
+    """Of the application: the same at the next start, so that what a killed front has left behind
+    is replaced.
+    """
     return f"rest-serve-{socket.gethostname()}-{port}"

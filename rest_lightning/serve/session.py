@@ -1,4 +1,6 @@
-"""One session: speech comes in through a channel, pictures and sound go out, chunk by chunk, in step with a clock."""
+"""One session: speech comes in through a channel, pictures and sound go out, chunk by chunk, in
+step with a clock.
+"""
 
 from __future__ import annotations
 
@@ -103,7 +105,9 @@ class Outlet:
         flags = IDLE if idle else 0
         if len(sound):
             data = sound.astype("<i2", copy=False).tobytes()
-            await self._patiently(self._channel.send_bytes(pack(SOUND, flags, epoch, first, len(sound), data)))
+            await self._patiently(
+                self._channel.send_bytes(pack(SOUND, flags, epoch, first, len(sound), data))
+            )
         encode_s = 0.0
         for start, stop in ((0, _FIRST_FRAMES), (_FIRST_FRAMES, len(frames))):
             begin_s = time.perf_counter()
@@ -114,11 +118,16 @@ class Outlet:
                 if not wanted():
                     return None
                 kind, mark = self.encoder.kind, flags | (KEYFRAME if is_key else 0)
-                await self._patiently(self._channel.send_bytes(pack(kind, mark, epoch, index, 1, data)))
+                await self._patiently(
+                    self._channel.send_bytes(pack(kind, mark, epoch, index, 1, data))
+                )
         return encode_s
 
     def _encode(self, frames: Frames, keyframe: bool) -> list[tuple[bytes, bool]]:
-        return [self.encoder.encode(pixels, keyframe and place == 0) for place, pixels in enumerate(frames)]
+        return [
+            self.encoder.encode(pixels, keyframe and place == 0)
+            for place, pixels in enumerate(frames)
+        ]
 
     async def in_thread(self, call: Callable[[], _Result]) -> _Result:
         """Runs what would keep the network waiting."""
@@ -150,20 +159,29 @@ class Service:
     encoding: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, "encoder"))
 
     def begin_s(self, now_s: float, chunk_s: float) -> float:
-        """When a new session should begin, so that its chunks fall due where other sessions' chunks do not.
+        """When a new session should begin, so that its chunks fall due where other sessions' chunks
+        do not.
 
         In the middle of the largest gap between them, less than a chunk from now.
         """
-        phases = sorted((session.due_s - now_s) % chunk_s for session in self.sessions if session.due_s is not None)
+        phases = sorted(
+            (session.due_s - now_s) % chunk_s
+            for session in self.sessions
+            if session.due_s is not None
+        )
         if not phases:
             return now_s
-        gaps = [(after - before, before) for before, after in pairwise([*phases, phases[0] + chunk_s])]
+        gaps = [
+            (after - before, before) for before, after in pairwise([*phases, phases[0] + chunk_s])
+        ]
         length, begin_s = max(gaps)
         return now_s + (begin_s + length / 2) % chunk_s
 
     @property
     def cushion_ms(self) -> int:
-        """What a client should keep ready: beside other sessions, one of whose chunks may just be in work, more."""
+        """What a client should keep ready: beside other sessions, one of whose chunks may just be
+        in work, more.
+        """
         took_ms = self.scheduler.warm_up_ms[:1] if len(self.sessions) > 1 else []
         return min(MAX_CUSHION_MS, CUSHION_MS + round(sum(took_ms)))
 
@@ -182,7 +200,8 @@ async def run_session(channel: Channel, service: Service, address: str = "") -> 
         address: of the client, for the log.
 
     Returns:
-        Why it ended, in one word: ended, gone, idle, too_long, unread, model, stopping, full, or a protocol error's.
+        Why it ended, in one word: ended, gone, idle, too_long, unread, model, stopping, full, or a
+            protocol error's.
     """
     slot = service.scheduler.acquire()
     session = Session(channel, service, slot) if slot is not None else None
@@ -280,7 +299,8 @@ class Session:
         """To the end.
 
         Raises:
-            ChannelClosed: the client has gone; ProtocolError: it broke the rules; SessionOver: the server ends it.
+            ChannelClosed: the client has gone; ProtocolError: it broke the rules; SessionOver: the
+                server ends it.
         """
         await self._begin()
         tasks = {asyncio.create_task(self._read()), asyncio.create_task(self._produce())}
@@ -293,7 +313,7 @@ class Session:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    # -- from the client ----------------------------------------------------------------------------------------------
+    # -- from the client ---------------------------------------------------------------------------
 
     async def _begin(self) -> None:
         limits, scheduler = self.service.limits, self.service.scheduler
@@ -302,7 +322,9 @@ class Session:
             async with asyncio.timeout(limits.hello_s):
                 hello = self._parse(await self.channel.receive())
         except TimeoutError:
-            raise ProtocolError("hello", f"expected a hello within {limits.hello_s:g} s, got none") from None
+            raise ProtocolError(
+                "hello", (f"expected a hello within {limits.hello_s:g} s, got none")
+            ) from None
         if not isinstance(hello, Hello):
             raise ProtocolError("hello", "expected a hello first, got another message")
         encoder = await self.outlet.in_thread(lambda: open_encoder(hello.codecs, size_px))
@@ -310,7 +332,9 @@ class Session:
             raise ProtocolError("codec", "expected a codec of h264, jpeg, got none of them")
         self.outlet.encoder = encoder
         try:
-            portrait = await self.outlet.in_thread(lambda: self.service.portraits.load(hello.portrait, size_px))
+            portrait = await self.outlet.in_thread(
+                lambda: self.service.portraits.load(hello.portrait, size_px)
+            )
         except UserError as error:
             raise ProtocolError("portrait", str(error)) from None
         await asyncio.wrap_future(self.slot.start(portrait, hello.seed))
@@ -339,10 +363,14 @@ class Session:
     def _parse(self, data: bytes | str) -> object:
         now_s = time.monotonic()
         if not self._messages.take(1.0, now_s):
-            raise ProtocolError("flood", f"expected at most {self._messages.rate:g} messages a second, got more")
+            raise ProtocolError(
+                "flood", (f"expected at most {self._messages.rate:g} messages a second, got more")
+            )
         if len(data) > self.service.limits.message_bytes:
             most = self.service.limits.message_bytes
-            raise ProtocolError("too_long", f"expected messages of at most {most} bytes, got {len(data)}")
+            raise ProtocolError(
+                "too_long", (f"expected messages of at most {most} bytes, got {len(data)}")
+            )
         return parse_text(data) if isinstance(data, str) else parse_speech(data)
 
     async def _read(self) -> None:
@@ -369,14 +397,20 @@ class Session:
         now_s = time.monotonic()
         if not self._speech_s.take(len(speech.samples) / SAMPLE_RATE, now_s):
             rate = self.service.limits.input_rate
-            raise ProtocolError("input_rate", f"expected speech at {rate:g} x real time at most, got it faster")
+            raise ProtocolError(
+                "input_rate", (f"expected speech at {rate:g} x real time at most, got it faster")
+            )
         if speech.epoch < self.epoch:
             self.service.metrics.dropped_s.labels("epoch").inc(len(speech.samples) / SAMPLE_RATE)
             return
         self._raise_epoch(speech.epoch)
         if speech.index < self._next_index:
             raise ProtocolError(
-                "index", f"expected speech from sample {self._next_index} of the epoch on, got sample {speech.index}"
+                "index",
+                (
+                    f"expected speech from sample {self._next_index} of the epoch on, got "
+                    f"sample {speech.index}"
+                ),
             )
         self._next_index = speech.index + len(speech.samples)
         trimmed = self.intake.num_trimmed
@@ -395,9 +429,14 @@ class Session:
         if epoch == self.epoch:
             return
         if epoch > self.epoch + 1 or epoch == MAX_EPOCH:
-            raise ProtocolError("epoch", f"expected epoch {self.epoch} or {self.epoch + 1}, got {epoch}")
+            raise ProtocolError(
+                "epoch", (f"expected epoch {self.epoch} or {self.epoch + 1}, got {epoch}")
+            )
         if not self._interrupts.take(1.0, time.monotonic()):
-            raise ProtocolError("flood", f"expected at most {_INTERRUPTS_PER_S:g} interruptions a second, got more")
+            raise ProtocolError(
+                "flood",
+                (f"expected at most {_INTERRUPTS_PER_S:g} interruptions a second, got more"),
+            )
         self.epoch, self._next_index = epoch, 0
         forgotten = self.intake.interrupt(time.monotonic())
         self.service.metrics.dropped_s.labels("interrupt").inc(forgotten / SAMPLE_RATE)
@@ -409,7 +448,7 @@ class Session:
         if stats.slack_ms is not None:
             self.intake.trim(stats.slack_ms / 1e3, time.monotonic())
 
-    # -- to the client ------------------------------------------------------------------------------------------------
+    # -- to the client -----------------------------------------------------------------------------
 
     async def _produce(self) -> None:
         while not (self.intake.is_finished and not self.intake.has_speech):
@@ -422,7 +461,9 @@ class Session:
             except ModelError as error:
                 self.service.metrics.model_errors.inc()
                 LOG.warning("the model failed", exc_info=error.__cause__)
-                raise SessionOver("model", "the model failed in this session: start a new one") from error
+                raise SessionOver(
+                    "model", ("the model failed in this session: start a new one")
+                ) from error
             self.intake.note_wait(chunk.queued_ms / 1e3, time.monotonic())
             if epoch == self.epoch:
                 await self._send(piece, chunk, epoch)
@@ -436,9 +477,15 @@ class Session:
             if self._stop is not None:
                 raise self._stop
             if now_s - self._start_s > limits.session_s:
-                raise SessionOver("too_long", f"a session lasts {limits.session_s / 60:g} minutes: start a new one")
+                raise SessionOver(
+                    "too_long",
+                    (f"a session lasts {limits.session_s / 60:g} minutes: start a new one"),
+                )
             if now_s - self._heard_s > limits.idle_s:
-                raise SessionOver("idle", f"nothing was sent for {limits.idle_s / 60:g} minutes: start a new session")
+                raise SessionOver(
+                    "idle",
+                    (f"nothing was sent for {limits.idle_s / 60:g} minutes: start a new session"),
+                )
             if self.intake.advance(now_s):
                 return
             try:
@@ -451,7 +498,9 @@ class Session:
         self._portrait = None
         size_px = self.service.scheduler.model.size_px
         try:
-            portrait = await self.outlet.in_thread(lambda: self.service.portraits.load(name, size_px))
+            portrait = await self.outlet.in_thread(
+                lambda: self.service.portraits.load(name, size_px)
+            )
         except UserError as error:
             await self.outlet.say("error", code="portrait", message=str(error))
             return
@@ -468,7 +517,13 @@ class Session:
         self.num_frames += len(frames)
         keyframe, self._keyframe = self._keyframe, False
         encode_s = await self.outlet.send_chunk(
-            sound, frames, epoch, first, idle=piece.idle, keyframe=keyframe, wanted=lambda: epoch == self.epoch
+            sound,
+            frames,
+            epoch,
+            first,
+            idle=piece.idle,
+            keyframe=keyframe,
+            wanted=lambda: epoch == self.epoch,
         )
         if encode_s is None:
             return

@@ -1,4 +1,6 @@
-"""Decoding and the way to the host: on CUDA on a stream of its own, beside the denoising of the next chunk."""
+"""Decoding and the way to the host: on CUDA on a stream of its own, beside the denoising of the
+next chunk.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,8 @@ class Program:
     """A function without arguments and results, captured once for each variant of itself.
 
     Args:
-        capture: gives the function that repeats what the given one did on the device; None: nothing is captured.
+        capture: gives the function that repeats what the given one did on the device; None: nothing
+            is captured.
 
     Attributes:
         num_captured: variants captured so far.
@@ -42,9 +45,11 @@ class Program:
         """Run ``function``, or the graph that stands for it; True when it was the graph.
 
         Args:
-            function: works on fixed memory; whatever it decides on the host is decided by ``variant``.
+            function: works on fixed memory; whatever it decides on the host is decided by
+                ``variant``.
             variant: None for what must not be captured.
-            changed: state that the function reads and writes: capturing runs it several times, and puts this back.
+            changed: state that the function reads and writes: capturing runs it several times, and
+                puts this back.
         """
         if self._capture is None or variant is None:
             function()
@@ -59,13 +64,16 @@ class Program:
 
 
 def cuda_capture(device: torch.device) -> Capture:
-    """Captures into graphs that share one memory pool: those of one program never run at the same time."""
+    """Captures into graphs that share one memory pool: those of one program never run at the same
+    time.
+    """
     pool = torch.cuda.graph_pool_handle()
 
     def capture(function: Function) -> Function:
         current, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
         side.wait_stream(current)
-        with torch.cuda.stream(side):  # libraries choose their kernels and allocate workspaces at their first calls
+        # libraries choose their kernels and allocate workspaces at their first calls
+        with torch.cuda.stream(side):
             for _ in range(2):
                 function()
         current.wait_stream(side)
@@ -110,7 +118,11 @@ class Host:
     depth = 0  # chunks that may be under way while another one is launched
 
     def launch(
-        self, take: Callable[[], object], decode: Callable[[], None], frames: Tensor, num_frames: int
+        self,
+        take: Callable[[], object],
+        decode: Callable[[], None],
+        frames: Tensor,
+        num_frames: int,
     ) -> Pending:
         """Decode; see :meth:`Device.launch`."""
         take()
@@ -139,20 +151,27 @@ class Device:
         self._turn = 0
 
     def launch(
-        self, take: Callable[[], object], decode: Callable[[], None], frames: Tensor, num_frames: int
+        self,
+        take: Callable[[], object],
+        decode: Callable[[], None],
+        frames: Tensor,
+        num_frames: int,
     ) -> Pending:
         """Queue a chunk's decoding and its copy to the host.
 
         Args:
-            take: copies the clean latents into the decoder's own input; denoising goes on only after that.
+            take: copies the clean latents into the decoder's own input; denoising goes on only
+                after that.
             decode: from that input to ``frames``.
-            frames: static memory on the device, uint8 (b, F, H, W, 3) with b up to B, that decoding writes.
+            frames: static memory on the device, uint8 (b, F, H, W, 3) with b up to B, that decoding
+                writes.
             num_frames: frames of the chunk, at most F.
         """
         turn, self._turn = self._turn, 1 - self._turn
         holder = self._holders[turn]
         if holder is not None:
-            holder.settle()  # the buffer's last frames were not fetched yet: they move to memory of their own
+            # the buffer's last frames were not fetched yet: they move to memory of their own
+            holder.settle()
         current = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(current)
         with torch.cuda.stream(self.stream):
@@ -162,13 +181,16 @@ class Device:
         with torch.cuda.stream(self.stream):
             decode()
             target = self.pinned[turn][: len(frames)]
-            target.copy_(frames, non_blocking=True)  # all F: the frames of a short chunk do not lie in one piece
+            # all F: the frames of a short chunk do not lie in one piece
+            target.copy_(frames, non_blocking=True)
             arrived = self.stream.record_event()
         pending = self._holders[turn] = _OnDevice(target[:, :num_frames], arrived)
         return pending
 
     def join(self) -> None:
-        """Let the current stream wait for what is under way, without stopping the host: state is read or replaced."""
+        """Let the current stream wait for what is under way, without stopping the host: state is
+        read or replaced.
+        """
         torch.cuda.current_stream(self.device).wait_stream(self.stream)
 
 

@@ -1,7 +1,9 @@
-"""One chunk after another for a batch of streams: speech window -> Euler steps against the cache -> uint8 frames.
+"""One chunk after another for a batch of streams: speech window -> Euler steps against the cache ->
+uint8 frames.
 
-A chunk is one static program: it reads and writes memory that is allocated once, and decides nothing on the device's
-answer. On CUDA its two halves, denoising and decoding, are captured as graphs; the CPU calls the same functions.
+A chunk is one static program: it reads and writes memory that is allocated once, and decides
+nothing on the device's answer. On CUDA its two halves, denoising and decoding, are captured as
+graphs; the CPU calls the same functions.
 """
 
 from __future__ import annotations
@@ -42,17 +44,19 @@ class EngineOptions:
     """Switches of the engine. All but the last change the speed alone.
 
     Attributes:
-        graphs: capture the denoising steps and the decoding as CUDA graphs. None: on CUDA; ``REST_CUDA_GRAPHS=0`` in
-            the environment turns them off whatever stands here.
-        compile: ``torch.compile`` the transformer's blocks, once for all of them, in a copy that shares the weights.
-            Costs up to a minute at the first chunk.
-        pack: lay the weights out once for the CPU's kernels, instead of at every call. None: on the CPU, where torch
-            can. Packed weights lie beside the others, once for all sessions of a model. Not with ``compile``.
+        graphs: capture the denoising steps and the decoding as CUDA graphs. None: on CUDA;
+            ``REST_CUDA_GRAPHS=0`` in the environment turns them off whatever stands here.
+        compile: ``torch.compile`` the transformer's blocks, once for all of them, in a copy that
+            shares the weights. Costs up to a minute at the first chunk.
+        pack: lay the weights out once for the CPU's kernels, instead of at every call. None: on the
+            CPU, where torch can. Packed weights lie beside the others, once for all sessions of a
+            model. Not with ``compile``.
         overlap: on CUDA decode a chunk, and copy it to the host, while the next one is denoised.
-        warm_up: run dummy chunks when a session opens, so that the first real one is as fast as the others (and every
-            graph is captured); the state is what it was before, bit for bit. None: where graphs are captured.
-        first_chunk_length: latents of a stream's first chunk, 1 to chunk_length: a short one needs less speech before
-            the first frame. None takes chunk_length.
+        warm_up: run dummy chunks when a session opens, so that the first real one is as fast as the
+            others (and every graph is captured); the state is what it was before, bit for bit.
+            None: where graphs are captured.
+        first_chunk_length: latents of a stream's first chunk, 1 to chunk_length: a short one needs
+            less speech before the first frame. None takes chunk_length.
     """
 
     graphs: bool | None = None
@@ -70,9 +74,13 @@ class EngineOptions:
         """
         variable = os.environ.get(GRAPHS_VARIABLE, "1")
         if variable not in ("0", "1"):
-            raise UserError(f"expected {GRAPHS_VARIABLE}=0 or 1, got {variable!r}: 0 turns CUDA graphs off")
+            raise UserError(
+                f"expected {GRAPHS_VARIABLE}=0 or 1, got {variable!r}: 0 turns CUDA graphs off"
+            )
         if self.graphs and device.type != "cuda":
-            raise UserError(f"expected a model on a CUDA device for graphs, got {device}: leave graphs at None")
+            raise UserError(
+                f"expected a model on a CUDA device for graphs, got {device}: leave graphs at None"
+            )
         return device.type == "cuda" and variable == "1" and self.graphs is not False
 
     def packs(self, device: torch.device, dtype: torch.dtype) -> bool:
@@ -84,7 +92,8 @@ class EngineOptions:
         possible = can_pack(device, dtype) and not self.compile
         if self.pack and not possible:
             raise UserError(
-                f"expected an uncompiled float32 or bfloat16 model on a CPU with oneDNN for pack, got {dtype} on "
+                "expected an uncompiled float32 or bfloat16 model on a CPU with oneDNN for pack, "
+                f"got {dtype} on "
                 f"{device}{' with compile' if self.compile else ''}: leave pack at None"
             )
         return possible and self.pack is not False
@@ -101,7 +110,9 @@ class EngineOptions:
         """
         length = chunk_length if self.first_chunk_length is None else self.first_chunk_length
         if not 1 <= length <= chunk_length:
-            raise UserError(f"expected a first_chunk_length from 1 to {chunk_length} latents, got {length}")
+            raise UserError(
+                f"expected a first_chunk_length from 1 to {chunk_length} latents, got {length}"
+            )
         return length
 
 
@@ -115,14 +126,16 @@ def _untimed(name: str) -> AbstractContextManager[None]:
 
 
 class Tables:
-    """What depends on the model and the sampling alone: made once, shared by all engines of a session.
+    """What depends on the model and the sampling alone: made once, shared by all engines of a
+    session.
 
     Attributes:
         vae, speech_ae, transformer: the model's, with packed weights if wanted.
         sigmas: noise levels of the Euler steps, from 1 to 0, as plain numbers.
-        levels: the same on the device: a number from the host would be copied, and waited for, at every step.
-        embeddings: modulations of every level but the last, and of 0 (the clean pass). Levels stay float32 as in
-            training: bfloat16 would round 1000 * sigma to steps of 4.
+        levels: the same on the device: a number from the host would be copied, and waited for, at
+            every step.
+        embeddings: modulations of every level but the last, and of 0 (the clean pass). Levels stay
+            float32 as in training: bfloat16 would round 1000 * sigma to steps of 4.
         text: the model's own prompt for one row; None where it has none.
         signature: tells states of this model, type, size and guidance from those of others.
     """
@@ -136,15 +149,23 @@ class Tables:
         self.guidance = sampling.branches
         self.side = model.size_px // SPATIAL_RATIO
         options = model.transformer.cache_options
-        self.sigmas = sampling_sigmas(sampling.num_steps, sampling.shift, options.num_slots * self.side**2)
+        self.sigmas = sampling_sigmas(
+            sampling.num_steps, sampling.shift, options.num_slots * self.side**2
+        )
         self.levels = torch.tensor(self.sigmas, dtype=torch.float32, device=model.device)
         levels = [*self.sigmas[:-1], 0.0]
-        self.embeddings = [model.transformer.embed_sigma(self.levels.new_full((1, 1), level)) for level in levels]
+        self.embeddings = [
+            model.transformer.embed_sigma(self.levels.new_full((1, 1), level)) for level in levels
+        ]
         self.text = model.transformer.project_prompt(1)
         self.signature: Hashable = (
-            _fingerprint(model), str(model.dtype), model.size_px, options, self.guidance.num_branches,
+            _fingerprint(model),
+            str(model.dtype),
+            model.size_px,
+            options,
+            self.guidance.num_branches,
             sampling.num_steps if options.cache_noise == "per_step" else None,
-        )  # fmt: skip
+        )
 
 
 def _fingerprint(model: TalkingParts) -> int:
@@ -170,11 +191,13 @@ class EngineState:
 
 
 class StreamState:
-    """The memory of a batch of streams; its addresses stay the same from the first :meth:`start` on.
+    """The memory of a batch of streams; its addresses stay the same from the first :meth:`start`
+    on.
 
-    The cache holds one row per stream and branch of the guidance, so that all branches are one batch (REST sec. 3.5),
-    each with a past of its own: first the rows with reference and speech, then, with split guidance (READ), those with
-    the reference alone, then those without either, whose sink is that of a zeroed reference.
+    The cache holds one row per stream and branch of the guidance, so that all branches are one
+    batch (REST sec. 3.5), each with a past of its own: first the rows with reference and speech,
+    then, with split guidance (READ), those with the reference alone, then those without either,
+    whose sink is that of a zeroed reference.
 
     Args:
         tables: constants, of the model that streams.
@@ -190,7 +213,9 @@ class StreamState:
         model, side = tables.model, tables.side
         self.tables, self.batch, self._stage = tables, batch, stage
         rows = batch * tables.guidance.num_branches
-        self.cache = model.transformer.new_cache(rows, side, side, num_steps=tables.sampling.num_steps)
+        self.cache = model.transformer.new_cache(
+            rows, side, side, num_steps=tables.sampling.num_steps
+        )
         self.speech, self.decoder = Stream(), Stream()
         with torch.inference_mode(False):
             shape = (rows, model.vae.latent_channels, 1, side, side)
@@ -198,10 +223,13 @@ class StreamState:
 
     @torch.inference_mode()
     def start(self, reference: Tensor) -> None:
-        """Begin every stream with its portrait (B, 3, H, W) in [-1, 1]: fills the ID-Sink, before any speech."""
+        """Begin every stream with its portrait (B, 3, H, W) in [-1, 1]: fills the ID-Sink, before
+        any speech.
+        """
         model = self.tables.model
         with self._stage("speech"):
-            silence = torch.zeros(self.batch, SAMPLES_PER_FRAME, device=model.device)  # frame 0 lies before the speech
+            # frame 0 lies before the speech
+            silence = torch.zeros(self.batch, SAMPLES_PER_FRAME, device=model.device)
             features = model.speech_encoder(model.speech_encoder.pad(silence)).to(model.dtype)
             speech = Stream()
             self.tables.speech_ae.encode(features, speech)
@@ -210,7 +238,9 @@ class StreamState:
 
     @torch.inference_mode()
     def show(self, reference: Tensor) -> None:
-        """Go on with another portrait (B, 3, H, W): the speech continues, context and decoder begin anew."""
+        """Go on with another portrait (B, 3, H, W): the speech continues, context and decoder begin
+        anew.
+        """
         model, tables = self.tables.model, self.tables
         with self._stage("vae"):
             latent = tables.vae.encode(reference[:, :, None].to(model.device, model.dtype))
@@ -226,7 +256,7 @@ class StreamState:
         """The model's prompt for all rows of the cache, as views."""
         return self.tables.text and self.tables.text.expand(self.cache.rows)
 
-    # -- rows ---------------------------------------------------------------------------------------------------------
+    # -- rows --------------------------------------------------------------------------------------
 
     @torch.inference_mode()
     def for_batch(self, batch: int) -> StreamState:
@@ -253,26 +283,37 @@ class StreamState:
             for row, source, source_row in rows
             for branch in branches
         ]
-        self.cache.copy_rows_([(row, source.cache, source_row) for row, source, source_row in moves])
+        self.cache.copy_rows_(
+            [(row, source.cache, source_row) for row, source, source_row in moves]
+        )
         for row, source, source_row in moves:
             self.reference_rows[row].copy_(source.reference_rows[source_row])
         for row, source, source_row in rows:
             self.speech.copy_row(row, source.speech, source_row)
             self.decoder.copy_row(row, source.decoder, source_row)
 
-    # -- snapshots ----------------------------------------------------------------------------------------------------
+    # -- snapshots ---------------------------------------------------------------------------------
 
     @torch.inference_mode()
     def snapshot(self) -> EngineState:
         """The state after the last chunk."""
-        parts = (self.cache.snapshot(), self.speech.snapshot(), self.decoder.snapshot(), self.reference_rows.clone())
+        parts = (
+            self.cache.snapshot(),
+            self.speech.snapshot(),
+            self.decoder.snapshot(),
+            self.reference_rows.clone(),
+        )
         return EngineState(self.tables.signature, *parts)
 
     def check(self, state: EngineState) -> None:
         """Raise a UserError unless :meth:`restore` can take this snapshot."""
-        if state.signature != self.tables.signature or state.reference_rows.shape != self.reference_rows.shape:
+        if (
+            state.signature != self.tables.signature
+            or state.reference_rows.shape != self.reference_rows.shape
+        ):
             raise UserError(
-                "expected a snapshot of a session with this model, dtype, size, branches of guidance and number of "
+                "expected a snapshot of a session with this model, dtype, size, branches of "
+                "guidance and number of "
                 "streams, got one of another: restore it in a session that was opened alike"
             )
 
@@ -281,15 +322,14 @@ class StreamState:
         """Go back to a snapshot of this state or of one like it.
 
         Raises:
-            UserError: a snapshot of another model, type, size, guidance or number of streams; nothing has changed then.
+            UserError: a snapshot of another model, type, size, guidance or number of streams;
+                nothing has changed then.
         """
         self.check(state)
         self.cache.restore(state.cache)
         self.speech.restore(state.speech)
         self.decoder.restore(state.decoder)
         self.reference_rows.copy_(state.reference_rows)
-
-
 
 
 @contextmanager
@@ -308,9 +348,12 @@ def explain_out_of_memory(model: TalkingParts, batch: int, sampling: Sampling) -
         weights_gb = sum(p.numel() * p.element_size() for p in model.parameters()) / 1e9
         cache_gb = cache_num_bytes(model, batch * branches, sampling.num_steps) / 1e9
         raise UserError(
-            f"expected memory on {model.device} for {batch} stream(s) of {model.size_px}x{model.size_px} pixels: "
-            f"{weights_gb:.2f} GB of weights, {cache_gb:.2f} GB of cache, and frames beside, got out of memory: lower "
-            f"the number of streams or size_px, load the model with dtype bfloat16, or set guidance to 1 (the cache "
+            f"expected memory on {model.device} for {batch} stream(s) of "
+            f"{model.size_px}x{model.size_px} pixels: "
+            f"{weights_gb:.2f} GB of weights, {cache_gb:.2f} GB of cache, and frames beside, got "
+            "out of memory: lower "
+            "the number of streams or size_px, load the model with dtype bfloat16, or set "
+            "guidance to 1 (the cache "
             f"then has 1 instead of {branches} rows a stream)"
         ) from error
 
@@ -321,7 +364,9 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 
 def cache_num_bytes(model: TalkingParts, rows: int, num_steps: int) -> int:
-    """Bytes of the keys and values of ``rows`` rows: what an ID-Context Cache of this model holds."""
+    """Bytes of the keys and values of ``rows`` rows: what an ID-Context Cache of this model
+    holds.
+    """
     transformer, options = model.transformer, model.transformer.cache_options
     side = model.size_px // SPATIAL_RATIO
     slots = 1 + options.chunk_length * (2 if options.use_context else 1)
@@ -331,7 +376,8 @@ def cache_num_bytes(model: TalkingParts, rows: int, num_steps: int) -> int:
 
 
 class ChunkEngine:
-    """The computation of one chunk of every stream of a batch. The model's weights must stay where they are.
+    """The computation of one chunk of every stream of a batch. The model's weights must stay where
+    they are.
 
     Args:
         model: the talking head.
@@ -372,14 +418,20 @@ class ChunkEngine:
         if capture is None and self.options.captures(model.device):
             capture = partial(cuda_capture, model.device)
         self._capture = capture
-        self._denoising, self._decoding = (Program(capture() if capture is not None else None) for _ in range(2))
+        self._denoising, self._decoding = (
+            Program(capture() if capture is not None else None) for _ in range(2)
+        )
         with explain_out_of_memory(model, batch, sampling):
             pack = self.options.packs(model.device, model.dtype)
             self.state = state or StreamState(Tables(model, sampling, pack), batch, self._stage)
             self._static = widest.static(batch) if widest is not None else self._allocate()
-            self._noise, self._speech, self._latents, self._decoder_input, self._frames = self._static
+            self._noise, self._speech, self._latents, self._decoder_input, self._frames = (
+                self._static
+            )
             overlaps = model.device.type == "cuda" and self.options.overlap
-            way: Device | Host = Device(model.device, self._frames.shape) if overlaps and widest is None else Host()
+            way: Device | Host = (
+                Device(model.device, self._frames.shape) if overlaps and widest is None else Host()
+            )
         self._way: Device | Host = way if widest is None else widest._way
         self.depth: int = self._way.depth
         self.tables, self.guidance = self.state.tables, self.state.tables.guidance
@@ -389,18 +441,28 @@ class ChunkEngine:
         if self.options.compile:
             self._transformer = copy.copy(model.transformer)  # the same weights
             self._transformer.compile_blocks(streams=True)
-            # Slots and complex rotations are no matter for the compiler: it takes what lies before and behind.
+            # Slots and complex rotations are no matter for the compiler: it takes what lies before
+            # and behind.
             opaque = MethodType(torch.compiler.disable(IDContextCache.attend), self.cache)
             self.cache.attend = opaque  # type: ignore[method-assign]
 
     def _allocate(self) -> tuple[Tensor, ...]:
-        """Inputs and outputs of the two programs: noise, speech latents, latents, the decoder's own latents, frames."""
+        """Inputs and outputs of the two programs: noise, speech latents, latents, the decoder's own
+        latents, frames.
+        """
         model = self.model
-        speech = (self.batch, self.chunk_length, model.speech_ae.num_tokens, model.speech_ae.latent_dim)
+        speech = (
+            self.batch,
+            self.chunk_length,
+            model.speech_ae.num_tokens,
+            model.speech_ae.latent_dim,
+        )
         frames = (self.batch, self.chunk_frames, model.size_px, model.size_px, 3)
         with torch.inference_mode(False):
             shapes = (self.latent_shape, speech, self.latent_shape, self.latent_shape)
-            inputs = [torch.zeros(shape, device=model.device, dtype=model.dtype) for shape in shapes]
+            inputs = [
+                torch.zeros(shape, device=model.device, dtype=model.dtype) for shape in shapes
+            ]
             return *inputs, torch.zeros(frames, device=model.device, dtype=torch.uint8)
 
     def static(self, batch: int) -> tuple[Tensor, ...]:
@@ -408,10 +470,19 @@ class ChunkEngine:
         return tuple(tensor[:batch] for tensor in self._static)
 
     def narrow(self, batch: int) -> ChunkEngine:
-        """The engine of the first ``batch`` streams, in the same memory; one of the two may be at work at a time."""
+        """The engine of the first ``batch`` streams, in the same memory; one of the two may be at
+        work at a time.
+        """
         state = self.state.narrow(batch)
         return ChunkEngine(
-            self.model, batch, self.sampling, self.clock, self.options, state, self._capture, widest=self
+            self.model,
+            batch,
+            self.sampling,
+            self.clock,
+            self.options,
+            state,
+            self._capture,
+            widest=self,
         )
 
     @property
@@ -436,25 +507,42 @@ class ChunkEngine:
 
     @property
     def addresses(self) -> list[int]:
-        """Where all static memory lies: a captured chunk is valid as long as this does not change."""
+        """Where all static memory lies: a captured chunk is valid as long as this does not
+        change.
+        """
         cache, state = self.cache, self.state
-        held = (cache.keys, cache.values, cache.mask, cache.rotation, state.reference_rows, self.tables.levels)
-        pasts = [past for stream in (self.speech, self.decoder) for _, past in sorted(stream.items())]
+        held = (
+            cache.keys,
+            cache.values,
+            cache.mask,
+            cache.rotation,
+            state.reference_rows,
+            self.tables.levels,
+        )
+        pasts = [
+            past for stream in (self.speech, self.decoder) for _, past in sorted(stream.items())
+        ]
         return [tensor.data_ptr() for tensor in (*self._static, *held, *pasts)]
 
     def samples_of(self, num_latents: int) -> int:
         """Samples that a chunk of ``num_latents`` reads."""
         encoder = self.model.speech_encoder
         num_frames = TEMPORAL_RATIO * num_latents
-        return SAMPLES_PER_FRAME * (encoder.left_context_frames + num_frames + encoder.lookahead_frames)
+        return SAMPLES_PER_FRAME * (
+            encoder.left_context_frames + num_frames + encoder.lookahead_frames
+        )
 
     def start(self, reference: Tensor) -> None:
-        """Begin every stream with its portrait (B, 3, H, W) in [-1, 1]: fills the ID-Sink, before any speech."""
+        """Begin every stream with its portrait (B, 3, H, W) in [-1, 1]: fills the ID-Sink, before
+        any speech.
+        """
         with self._at_rest():
             self.state.start(reference)
 
     def show(self, reference: Tensor) -> None:
-        """Go on with another portrait (B, 3, H, W): the speech continues, context and decoder begin anew."""
+        """Go on with another portrait (B, 3, H, W): the speech continues, context and decoder begin
+        anew.
+        """
         with self._at_rest():
             self.state.show(reference)
 
@@ -462,8 +550,8 @@ class ChunkEngine:
         """One chunk.
 
         Args:
-            audio: (B, window_samples), 16 kHz, of the chunk with its context on both sides; fewer for a short chunk,
-                see :meth:`samples_of`.
+            audio: (B, window_samples), 16 kHz, of the chunk with its context on both sides; fewer
+                for a short chunk, see :meth:`samples_of`.
             noise: unit Gaussian of ``latent_shape``; with fewer latents for a short chunk.
 
         Returns:
@@ -475,7 +563,9 @@ class ChunkEngine:
 
     @torch.inference_mode()
     def launch(self, audio: Tensor, noise: Tensor) -> Pending:
-        """:meth:`step`, without waiting for the device: at most ``depth`` chunks may be under way."""
+        """:meth:`step`, without waiting for the device: at most ``depth`` chunks may be under
+        way.
+        """
         model, num_latents = self.model, noise.shape[2]
         with explain_out_of_memory(model, self.batch, self.sampling):
             with self._stage("speech"):
@@ -484,11 +574,17 @@ class ChunkEngine:
             with self._stage("dit"):
                 self._denoise(_upload(noise, model.device), speech_latents)
             num_frames = TEMPORAL_RATIO * num_latents
-            take = partial(self._decoder_input[:, :, :num_latents].copy_, self._latents[:, :, :num_latents])
-            return self._way.launch(take, partial(self._decode, num_latents), self._frames, num_frames)
+            take = partial(
+                self._decoder_input[:, :, :num_latents].copy_, self._latents[:, :, :num_latents]
+            )
+            return self._way.launch(
+                take, partial(self._decode, num_latents), self._frames, num_frames
+            )
 
     def denoise(self, noise: Tensor, speech_latents: Tensor) -> Tensor:
-        """Noise (B, C, l, h, w) and speech latents (B, l, n, d) to clean latents; moves the cache on by one chunk."""
+        """Noise (B, C, l, h, w) and speech latents (B, l, n, d) to clean latents; moves the cache
+        on by one chunk.
+        """
         return self._denoise(noise, speech_latents).clone()
 
     def _denoise(self, noise: Tensor, speech_latents: Tensor) -> Tensor:
@@ -502,13 +598,16 @@ class ChunkEngine:
         return self._latents[:, :, :num_latents]
 
     def _integrate(self, num_latents: int) -> None:
-        """The captured half: from noise and speech latents to clean latents, and keys and values in the current slot.
+        """The captured half: from noise and speech latents to clean latents, and keys and values in
+        the current slot.
 
         Running it twice gives the same: the cache moves on in `IDContextCache.commit` alone.
         """
         speech_latents = self.guidance.speech(self._speech[:, :num_latents])
         if self.cache.reference_expected:
-            speech_latents = torch.cat([torch.zeros_like(speech_latents[:, :1]), speech_latents], dim=1)
+            speech_latents = torch.cat(
+                [torch.zeros_like(speech_latents[:, :1]), speech_latents], dim=1
+            )
         speech = self._transformer.project_speech(speech_latents)
 
         def velocity(sample: Tensor, step: int) -> Tensor:
@@ -521,7 +620,9 @@ class ChunkEngine:
                 level = [*self.sigmas[:-1], 0.0][step]
                 sigma = torch.full((rows.shape[0], rows.shape[2]), level, device=rows.device)
                 sigma[:, 0] = 0.0
-            guided = self._transformer(rows, sigma, speech, self._text, cache=self.cache, step=max(step, 0))
+            guided = self._transformer(
+                rows, sigma, speech, self._text, cache=self.cache, step=max(step, 0)
+            )
             return self.guidance.combine(guided[:, :, num_references:])
 
         sample = integrate(velocity, self._noise[:, :, :num_latents], self.tables.levels)
@@ -546,11 +647,14 @@ class ChunkEngine:
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Run dummy chunks from a start to the usual chunk; state and clock are what they were before."""
+        """Run dummy chunks from a start to the usual chunk; state and clock are what they were
+        before.
+        """
         saved = self.snapshot()
         device = self.model.device
         with self.clock.paused() if self.clock is not None else nullcontext():
-            # On CUDA three: a first chunk, one that sees a short predecessor, and one of all others.
+            # On CUDA three: a first chunk, one that sees a short predecessor, and one of all
+            # others.
             lengths = (self.first_length, self.chunk_length, self.chunk_length)
             for length in lengths if device.type == "cuda" else lengths[:1]:
                 noise = torch.zeros(*self.latent_shape[:2], length, *self.latent_shape[3:])
@@ -563,7 +667,9 @@ class ChunkEngine:
         return self.state.snapshot()
 
     def restore(self, state: EngineState) -> None:
-        """Go back to a snapshot of this engine or of one like it. See :meth:`StreamState.restore`."""
+        """Go back to a snapshot of this engine or of one like it. See
+        :meth:`StreamState.restore`.
+        """
         self._way.join()
         self.state.restore(state)
 
@@ -581,21 +687,30 @@ class ChunkEngine:
         if self.clock is None:
             return nullcontext()
         on_device = self.model.device.type == "cuda"
-        return self.clock.stage(name, partial(torch.cuda.Event, enable_timing=True) if on_device else None)
+        return self.clock.stage(
+            name, partial(torch.cuda.Event, enable_timing=True) if on_device else None
+        )
 
 
 def _upload(tensor: Tensor, device: torch.device) -> Tensor:
     """To the device; from pinned memory, so that the host does not wait."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and tensor.is_cpu else tensor
+    return (
+        tensor.pin_memory().to(device, non_blocking=True)
+        if device.type == "cuda" and tensor.is_cpu
+        else tensor
+    )
 
 
 def to_uint8(frames: Tensor, out: Tensor | None = None) -> Tensor:
     """(B, 3, F, H, W) in [-1, 1] to uint8 (B, F, H, W, 3), which may be given as ``out``."""
     if out is None:
         out = frames.new_empty((frames.shape[0], *frames.shape[2:], 3), dtype=torch.uint8)
-    # A few frames at a time: float32 of a batch's chunk would leave the processor's cache seven times.
+    # A few frames at a time: float32 of a batch's chunk would leave the processor's cache seven
+    # times.
     for row, target in zip(frames, out, strict=True):
-        for part, pixels in zip(row.split(TEMPORAL_RATIO, dim=1), target.split(TEMPORAL_RATIO), strict=True):
+        for part, pixels in zip(
+            row.split(TEMPORAL_RATIO, dim=1), target.split(TEMPORAL_RATIO), strict=True
+        ):
             planes = part.float().clamp(-1, 1).add_(1).mul_(127.5).round_().to(torch.uint8)
             for channel, plane in enumerate(planes):
                 pixels[..., channel] = plane

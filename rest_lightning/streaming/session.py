@@ -46,10 +46,11 @@ class RowState:
 
 
 class Row:
-    """A stream of an engine: speech goes in with :meth:`fill`, and :meth:`take` gives what the next chunk needs.
+    """A stream of an engine: speech goes in with :meth:`fill`, and :meth:`take` gives what the next
+    chunk needs.
 
-    The first emitted frame shows the first 40 ms of speech. Internally frame 0 is the portrait itself with one frame of
-    silence before the speech; it is never emitted.
+    The first emitted frame shows the first 40 ms of speech. Internally frame 0 is the portrait
+    itself with one frame of silence before the speech; it is never emitted.
 
     Args:
         engine: tells the lengths of chunks and windows.
@@ -63,7 +64,9 @@ class Row:
         is_finished: whether the speech has ended.
     """
 
-    def __init__(self, engine: ChunkEngine, reference: Tensor, seed: int, place: StreamState | None = None) -> None:
+    def __init__(
+        self, engine: ChunkEngine, reference: Tensor, seed: int, place: StreamState | None = None
+    ) -> None:
         self._engine, self._place, self.reference = engine, place or engine, reference
         self.generator = torch.Generator().manual_seed(seed)
         self._buffer: Samples = np.zeros(engine.window_samples, dtype=np.float32)
@@ -89,7 +92,9 @@ class Row:
 
     @property
     def has_chunk(self) -> bool:
-        """Whether a chunk can be taken: all its samples are there, or the speech has ended before it was shown."""
+        """Whether a chunk can be taken: all its samples are there, or the speech has ended before
+        it was shown.
+        """
         return self.num_missing == 0 or (self.is_finished and self.num_frames < self.total_frames)
 
     def fill(self, block: Samples) -> int:
@@ -101,7 +106,9 @@ class Row:
         return count
 
     def take(self) -> tuple[Tensor, Tensor, int]:
-        """Audio (1, samples) and noise (1, C, l, h, w) of the next chunk, and how many of its frames are shown."""
+        """Audio (1, samples) and noise (1, C, l, h, w) of the next chunk, and how many of its
+        frames are shown.
+        """
         if self.num_missing:  # the ragged end
             self._buffer[self._filled :] = 0.0
             self._filled = self._engine.samples_of(self.num_latents)
@@ -140,21 +147,28 @@ class Row:
         """Go back to a snapshot. See :meth:`StreamState.restore`."""
         self._place.restore(saved.engine)
         self._buffer[:] = saved.buffer
-        self._filled, self.num_samples, self.num_frames = saved.filled, saved.num_samples, saved.num_frames
+        self._filled, self.num_samples, self.num_frames = (
+            saved.filled,
+            saved.num_samples,
+            saved.num_frames,
+        )
         self.is_finished, self.reference = saved.is_finished, saved.reference
         self.generator.set_state(saved.generator)
 
 
 def as_reference(portrait: Any, size_px: int) -> Tensor:
-    """A portrait as :meth:`TalkingHead.open` takes it, as a tensor (1, 3, size_px, size_px) in [-1, 1].
+    """A portrait as :meth:`TalkingHead.open` takes it, as a tensor (1, 3, size_px, size_px) in
+    [-1, 1].
 
     Raises:
-        UserError: a tensor of another shape, or what :func:`rest_lightning.media.portrait.read_portrait` refuses.
+        UserError: a tensor of another shape, or what
+            :func:`rest_lightning.media.portrait.read_portrait` refuses.
     """
     if isinstance(portrait, Tensor) and portrait.is_floating_point():
         if portrait.shape != (3, size_px, size_px):
             raise UserError(
-                f"expected a portrait tensor of shape (3, {size_px}, {size_px}), got {tuple(portrait.shape)}"
+                f"expected a portrait tensor of shape (3, {size_px}, {size_px}), got "
+                f"{tuple(portrait.shape)}"
             )
         return portrait[None]
     from rest_lightning.media.portrait import load_portrait
@@ -175,18 +189,23 @@ def as_samples(samples: Any, position: int = 0) -> Samples:
     block = samples.detach().cpu().numpy() if isinstance(samples, Tensor) else np.asarray(samples)
     if block.ndim != 1:
         raise UserError(
-            f"expected speech of one dimension (mono, {SAMPLE_RATE} Hz), got shape {block.shape}: average the channels"
+            f"expected speech of one dimension (mono, {SAMPLE_RATE} Hz), got shape {block.shape}: "
+            "average the channels"
         )
     if block.dtype == np.int16:
         return block.astype(np.float32) / 32768.0
     if not np.issubdtype(block.dtype, np.floating):
-        raise UserError(f"expected speech as float or int16, got {block.dtype}: convert it to float32 in [-1, 1]")
+        raise UserError(
+            f"expected speech as float or int16, got {block.dtype}: convert it to "
+            "float32 in [-1, 1]"
+        )
     block = block.astype(np.float32)
     finite = np.isfinite(block)
     if not finite.all():
         at_s = (position + int(np.argmin(finite))) / SAMPLE_RATE
         raise UserError(
-            f"expected finite samples, got NaN or infinity at {at_s:.2f} s of the speech: repair the source"
+            f"expected finite samples, got NaN or infinity at {at_s:.2f} s of the speech: repair "
+            "the source"
         )
     return block
 
@@ -256,19 +275,24 @@ class StreamingSession:
             uint8 (n, H, W, 3), n a multiple of the chunk's frames and often 0.
 
         Raises:
-            UserError: a push after :meth:`flush`, more than one dimension, or samples that are not finite.
+            UserError: a push after :meth:`flush`, more than one dimension, or samples that are not
+                finite.
         """
         return self._stack([*self._feed(samples), *self._collect()])
 
     def flush(self) -> Frames:
-        """End the speech: the frames of what is left, so that the video is as long as the speech."""
+        """End the speech: the frames of what is left, so that the video is as long as the
+        speech.
+        """
         return self._stack(list(self._drain()))
 
     def stream(self, blocks: Iterable[Any]) -> Iterator[Frames]:
-        """Push every block, flush at the end, and yield each chunk's frames as soon as they are ready.
+        """Push every block, flush at the end, and yield each chunk's frames as soon as they are
+        ready.
 
-        On CUDA a chunk is decoded while the next one is denoised. Where the source is live, that is where it lets us
-        wait for a block, nothing is held back for that: frames are handed out before the next block is asked for.
+        On CUDA a chunk is decoded while the next one is denoised. Where the source is live, that is
+        where it lets us wait for a block, nothing is held back for that: frames are handed out
+        before the next block is asked for.
         """
         source = iter(blocks)
         while True:
@@ -292,7 +316,10 @@ class StreamingSession:
 
     def snapshot(self) -> SessionState:
         """A copy of everything that the following frames depend on."""
-        waiting = [(Ready(pending.frames()), num_frames, mark) for pending, num_frames, mark in self._under_way]
+        waiting = [
+            (Ready(pending.frames()), num_frames, mark)
+            for pending, num_frames, mark in self._under_way
+        ]
         self._under_way = deque(waiting)
         frames = tuple(ready.frames()[0, :num_frames] for ready, num_frames, _ in waiting)
         return SessionState(self._row.snapshot(), frames)
@@ -301,24 +328,31 @@ class StreamingSession:
         """Go back to a snapshot: the same speech then gives the same frames, bit for bit.
 
         Raises:
-            UserError: a snapshot of another model, type, size or guidance; the session is as it was then.
+            UserError: a snapshot of another model, type, size or guidance; the session is as it was
+                then.
         """
         self._row.restore(state.row)
-        self._under_way = deque((Ready(frames[None]), len(frames), self.clock.mark()) for frames in state.waiting)
+        self._under_way = deque(
+            (Ready(frames[None]), len(frames), self.clock.mark()) for frames in state.waiting
+        )
         self._closed = False
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self._closed = True
 
     def _feed(self, samples: Any) -> Iterator[Frames]:
         if self._closed or self._row.is_finished:
             raise UserError(
-                "expected speech before flush() or the end of the session, got a push after it: open a new session"
+                "expected speech before flush() or the end of the session, got a push after it: "
+                "open a new session"
             )
         block = as_samples(samples, self._row.num_samples)
         position = 0
@@ -336,7 +370,9 @@ class StreamingSession:
         yield from self._collect()
 
     def _launch(self) -> Iterator[Frames]:
-        """Queue the next chunk, then hand out earlier ones: all that are ready, and what must be before one more."""
+        """Queue the next chunk, then hand out earlier ones: all that are ready, and what must be
+        before one more.
+        """
         if not self._row.num_frames:
             self.clock.input_complete()
         audio, noise, num_frames = self._row.take()
@@ -344,8 +380,12 @@ class StreamingSession:
         yield from self._collect(self.engine.depth)
 
     def _collect(self, num_left: int = 0) -> Iterator[Frames]:
-        """Hand out chunks in their order: those that are ready, and waiting for others until ``num_left`` are left."""
-        while self._under_way and (len(self._under_way) > num_left or self._under_way[0][0].is_ready):
+        """Hand out chunks in their order: those that are ready, and waiting for others until
+        ``num_left`` are left.
+        """
+        while self._under_way and (
+            len(self._under_way) > num_left or self._under_way[0][0].is_ready
+        ):
             pending, num_frames, mark = self._under_way.popleft()
             frames = pending.frames()[0, :num_frames]
             self.clock.end_chunk(num_frames, mark)
@@ -371,11 +411,14 @@ def describe(model: TalkingParts, sampling: Sampling, options: EngineOptions) ->
     }
 
 
-def write_stream(session: StreamingSession, speech: Iterable[np.ndarray], writer: BackgroundWriter) -> Iterator[int]:
-    """Streams speech (float32 blocks, 16 kHz) into a video; yields the number of frames of every chunk.
+def write_stream(
+    session: StreamingSession, speech: Iterable[np.ndarray], writer: BackgroundWriter
+) -> Iterator[int]:
+    """Streams speech (float32 blocks, 16 kHz) into a video; yields the number of frames of every
+    chunk.
 
-    Speech is held back until its frames are there: in an interrupted video it ends with the pictures. What the stream
-    waits for the writer is charged to the stage ``writing``.
+    Speech is held back until its frames are there: in an interrupted video it ends with the
+    pictures. What the stream waits for the writer is charged to the stage ``writing``.
     """
     waiting: deque[np.ndarray] = deque()
     num_frames = num_samples = 0

@@ -51,16 +51,18 @@ BLOCK_METHODS = {
 
 
 def shard(part: nn.Module, mesh: DeviceMesh) -> None:
-    """Spread the parameters of a transformer or a SpeechAE over ``mesh``, in place; a second call does nothing.
+    """Spread the parameters of a transformer or a SpeechAE over ``mesh``, in place; a second call
+    does nothing.
 
-    The attentions and the feed-forward layer of each block are gathered one at a time; all that is small (norms,
-    tables, embeddings) at once.
+    The attentions and the feed-forward layer of each block are gathered one at a time; all that is
+    small (norms, tables, embeddings) at once.
     """
     if type(part) not in (A2VDiT, SpeechAE):  # a sharded network has a class of its own
         return
     data_parallel = mesh[DATA_PARALLEL]
     if isinstance(part, SpeechAE):
-        for parameter in part.parameters():  # its convolutions lie channels-last, which FSDP2 does not take
+        # its convolutions lie channels-last, which FSDP2 does not take
+        for parameter in part.parameters():
             parameter.data = parameter.data.contiguous()
         fully_shard(part, mesh=data_parallel)
         register_fsdp_forward_method(part, "encode")
@@ -76,7 +78,10 @@ def shard(part: nn.Module, mesh: DeviceMesh) -> None:
     register_fsdp_forward_method(part, "prefill")
 
 
-SIGMA_SAMPLERS: dict[str, Callable[..., Tensor]] = {"cans": sample_sigmas_cans, "ans": sample_sigmas_ans}
+SIGMA_SAMPLERS: dict[str, Callable[..., Tensor]] = {
+    "cans": sample_sigmas_cans,
+    "ans": sample_sigmas_ans,
+}
 
 
 @dataclass
@@ -89,7 +94,8 @@ class NoiseSettings:
         mean, std: of the logit-normal noise levels (READ: 2.05, 1.0).
         num_levels: size of the table.
         motion_dropout: probability that all chunks share one level.
-        identity_dropout, audio_dropout: probabilities of a zeroed reference and of a zeroed speech condition.
+        identity_dropout, audio_dropout: probabilities of a zeroed reference and of a zeroed speech
+            condition.
         joint_dropout: further probability that both are zeroed (decided here).
     """
 
@@ -105,12 +111,16 @@ class NoiseSettings:
 
     def __post_init__(self) -> None:
         if self.schedule not in SIGMA_SAMPLERS:
-            raise UserError(f"expected a noise schedule of {', '.join(SIGMA_SAMPLERS)}, got {self.schedule!r}")
+            raise UserError(
+                f"expected a noise schedule of {', '.join(SIGMA_SAMPLERS)}, got {self.schedule!r}"
+            )
 
 
 @dataclass(frozen=True)
 class Conditions:
-    """Clean latents (B, C, f, h, w), slot 0 the reference; speech latents (B, f, n, d); weights (B, 1, f, h, w)."""
+    """Clean latents (B, C, f, h, w), slot 0 the reference; speech latents (B, f, n, d); weights
+    (B, 1, f, h, w).
+    """
 
     latents: Tensor
     speech_latents: Tensor
@@ -122,12 +132,16 @@ class TrainingInput:
     """What teacher and student both see in one step: the same noise, sigmas and dropout masks.
 
     Attributes:
-        path: noisy latents, target velocity and sigmas; a dropped reference is zero in ``noisy_latents``.
-        speech_latents: (B, f, n, d), zero where dropped; the transformer lets slot 0 read zeros by itself.
+        path: noisy latents, target velocity and sigmas; a dropped reference is zero in
+            ``noisy_latents``.
+        speech_latents: (B, f, n, d), zero where dropped; the transformer lets slot 0 read zeros by
+            itself.
         drops: the masks.
-        clean_latents: (B, C, f, h, w), with the same dropped references: what a clean pass would cache.
+        clean_latents: (B, C, f, h, w), with the same dropped references: what a clean pass would
+            cache.
         weights: of the flow loss, (B, 1, f, h, w), or None.
-        rolled_out: (B,), True where a student generates its own context; None where that is no question.
+        rolled_out: (B,), True where a student generates its own context; None where that is no
+            question.
     """
 
     path: NoisyPath
@@ -139,7 +153,9 @@ class TrainingInput:
 
     @property
     def noise(self) -> Tensor:
-        """The unit Gaussian of the draw (B, C, f, h, w); slot 0, never noisy, holds something else."""
+        """The unit Gaussian of the draw (B, C, f, h, w); slot 0, never noisy, holds something
+        else.
+        """
         return self.path.velocity + self.clean_latents
 
 
@@ -154,10 +170,12 @@ class A2VModule(StageModule):
         noise: noise and dropout settings.
         optimizer: AdamW settings.
         initial: part name -> checkpoint or folder.
-        mouth_weight: weight of the mouth's tokens in the flow loss, where any other token counts 1 (decided here; REST
-            names the mouth as its weakest region). Needs landmarks; clips without them count 1 everywhere.
-        compile_blocks: run the blocks of all transformers through ``torch.compile``. The same numbers up to rounding;
-            on two CPU cores a bfloat16 step takes a quarter less time, after up to a minute of compiling.
+        mouth_weight: weight of the mouth's tokens in the flow loss, where any other token counts 1
+            (decided here; REST names the mouth as its weakest region). Needs landmarks; clips
+            without them count 1 everywhere.
+        compile_blocks: run the blocks of all transformers through ``torch.compile``. The same
+            numbers up to rounding; on two CPU cores a bfloat16 step takes a quarter less time,
+            after up to a minute of compiling.
     """
 
     transformer: A2VDiT
@@ -179,7 +197,9 @@ class A2VModule(StageModule):
         compile_blocks: bool = False,
     ) -> None:
         if not mouth_weight > 0:
-            raise UserError(f"expected a mouth_weight above 0, got {mouth_weight}: 1 weighs all tokens alike")
+            raise UserError(
+                f"expected a mouth_weight above 0, got {mouth_weight}: 1 weighs all tokens alike"
+            )
         super().__init__(
             {"transformer": transformer, "speech_ae": speech_ae},
             {"speech_encoder": speech_encoder, "vae": vae, **(frozen or {})},
@@ -187,7 +207,8 @@ class A2VModule(StageModule):
             optimizer,
         )
         for name, parameter in speech_ae.named_parameters():
-            if name.startswith("decoder"):  # nothing reads it here, and DDP waits for every gradient that may come
+            # nothing reads it here, and DDP waits for every gradient that may come
+            if name.startswith("decoder"):
                 parameter.requires_grad_(False)
         self.noise = noise or NoiseSettings()
         self.mouth_weight, self.compile_blocks = mouth_weight, compile_blocks
@@ -196,7 +217,9 @@ class A2VModule(StageModule):
         self.noise_table: Tensor
 
     def configure_model(self) -> None:
-        """Compile, or shard (FSDP2) where the strategy brings a mesh: Lightning's ModelParallelStrategy."""
+        """Compile, or shard (FSDP2) where the strategy brings a mesh: Lightning's
+        ModelParallelStrategy.
+        """
         if self.compile_blocks:
             self._compile()
         if self.device_mesh is None:
@@ -204,25 +227,33 @@ class A2VModule(StageModule):
         averaging = [c for c in self.trainer.callbacks if isinstance(c, WeightAveraging)]  # type: ignore[attr-defined]
         if averaging:  # it copies the whole module, which sharded networks cannot do
             raise UserError(
-                f"expected no weight averaging with sharded networks, got {type(averaging[0]).__name__}: "
+                "expected no weight averaging with sharded networks, got "
+                f"{type(averaging[0]).__name__}: "
                 "take it out of trainer.callbacks"
             )
         for part in self.children():
             shard(part, self.device_mesh)
-        self.strict_loading = False  # that strategy reads checkpoints itself, and frozen parts are not in them
+        # that strategy reads checkpoints itself, and frozen parts are not in them
+        self.strict_loading = False
 
     def _compile(self) -> None:
         if self.device_mesh is not None:
-            raise UserError("expected no compile_blocks with sharded networks, got both: leave compile_blocks out")
+            raise UserError(
+                "expected no compile_blocks with sharded networks, got both: leave "
+                "compile_blocks out"
+            )
         on_cpu = self.trainer.strategy.root_device.type == "cpu"
         if on_cpu and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
-            raise UserError("expected a C++ compiler for compile_blocks on a CPU, found none: install g++")
+            raise UserError(
+                "expected a C++ compiler for compile_blocks on a CPU, found none: install g++"
+            )
         for part in self.children():
             if isinstance(part, A2VDiT):
                 part.compile_blocks()
 
     def on_fit_start(self) -> None:
-        """Refuse latents that another VAE made: the previews and the session would decode them with this one.
+        """Refuse latents that another VAE made: the previews and the session would decode them with
+        this one.
 
         The same for features of another speech encoder.
         """
@@ -234,7 +265,9 @@ class A2VModule(StageModule):
         data.check_speech(fingerprint_of(self.speech_encoder, with_config=True))
 
     def conditions(self, batch: dict[str, Any]) -> Conditions:
-        """Latents and speech latents of a batch, from frames and samples or from the caches on disk."""
+        """Latents and speech latents of a batch, from frames and samples or from the caches on
+        disk.
+        """
         latents = batch.get("latents")
         if latents is None:
             latents = self.encode_clip(batch["frames"], batch.get("reference"))
@@ -243,44 +276,66 @@ class A2VModule(StageModule):
         if (latents.shape[2] - 1) % length or latents.shape[2] < 2:
             raise UserError(
                 f"expected clips of 1 + {length}k latent frames, got {latents.shape[2]}: "
-                f"set data.num_frames to {8 * length}k + 1 or noise.chunk_length to a divisor of {latents.shape[2] - 1}"
+                f"set data.num_frames to {8 * length}k + 1 or noise.chunk_length to a divisor of "
+                f"{latents.shape[2] - 1}"
             )
         num_frames = 8 * (latents.shape[2] - 1) + 1
         speech_latents = self.speech_ae.encode(self.speech_features(batch, num_frames))
         weights = None
         if self.mouth_weight != 1.0:
-            weights = token_weights(batch["landmarks"], latents.shape[3], latents.shape[4], self.mouth_weight)
+            weights = token_weights(
+                batch["landmarks"], latents.shape[3], latents.shape[4], self.mouth_weight
+            )
         return Conditions(latents, speech_latents, weights)
 
     @torch.no_grad()
     def encode_clip(self, frames: Tensor, reference: Tensor | None = None) -> Tensor:
-        """Frames (B, 3, F, H, W) to latents; slot 0 is the reference (B, 3, H, W) where one is given."""
+        """Frames (B, 3, F, H, W) to latents; slot 0 is the reference (B, 3, H, W) where one is
+        given.
+        """
         if self.vae is None:
-            raise UserError("expected batches with precomputed latents, got frames: give this stage a vae")
-        with torch.autocast(frames.device.type, enabled=False):  # in float32, as `rest encode` and the session do
+            raise UserError(
+                "expected batches with precomputed latents, got frames: give this stage a vae"
+            )
+        # in float32, as `rest encode` and the session do
+        with torch.autocast(frames.device.type, enabled=False):
             latents = self.vae.encode(frames)
             if reference is not None:
-                latents = torch.cat([self.vae.encode(reference[:, :, None]), latents[:, :, 1:]], dim=2)
+                latents = torch.cat(
+                    [self.vae.encode(reference[:, :, None]), latents[:, :, 1:]], dim=2
+                )
         return latents
 
     @torch.no_grad()
     def speech_features(self, batch: dict[str, Any], num_frames: int) -> Tensor:
         """Speech features (B, F, 10, D_A) of a batch."""
         features = speech_features(batch, self.trainer.datamodule, self.speech_encoder)  # type: ignore[attr-defined]
-        assert features.shape[1] == num_frames, f"{features.shape[1]} frames of speech for {num_frames} of video"
+        assert features.shape[1] == num_frames, (
+            f"{features.shape[1]} frames of speech for {num_frames} of video"
+        )
         return features
 
-    def draw(self, conditions: Conditions, generator: torch.Generator | None = None) -> TrainingInput:
+    def draw(
+        self, conditions: Conditions, generator: torch.Generator | None = None
+    ) -> TrainingInput:
         """Noise, sigmas and dropouts of one step (CANS or ANS), applied."""
         latents, settings = conditions.latents, self.noise
         generator = generator or step_generator(latents.device)
         sigma = self.sample_sigmas(latents, generator)
         drops = sample_drops(
-            len(latents), settings.identity_dropout, settings.audio_dropout, settings.joint_dropout, generator=generator
+            len(latents),
+            settings.identity_dropout,
+            settings.audio_dropout,
+            settings.joint_dropout,
+            generator=generator,
         )
-        noise = torch.randn(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
+        noise = torch.randn(
+            latents.shape, generator=generator, device=latents.device, dtype=latents.dtype
+        )
         path = noisy_path(latents, noise, sigma)
-        path = NoisyPath(drop_reference(path.noisy_latents, drops.identity), path.velocity, path.sigma)
+        path = NoisyPath(
+            drop_reference(path.noisy_latents, drops.identity), path.velocity, path.sigma
+        )
         speech_latents = drop_speech(conditions.speech_latents, drops.audio)
         clean_latents = drop_reference(latents, drops.identity)
         return TrainingInput(path, speech_latents, drops, clean_latents, conditions.weights)
@@ -290,7 +345,12 @@ class A2VModule(StageModule):
         settings = self.noise
         batch, num_chunks = latents.shape[0], (latents.shape[2] - 1) // settings.chunk_length
         return SIGMA_SAMPLERS[settings.schedule](
-            batch, num_chunks, settings.chunk_length, self.noise_table, settings.motion_dropout, generator=generator
+            batch,
+            num_chunks,
+            settings.chunk_length,
+            self.noise_table,
+            settings.motion_dropout,
+            generator=generator,
         )
 
     def forward(self, inputs: TrainingInput) -> Tensor:
@@ -315,7 +375,13 @@ class A2VModule(StageModule):
         generator = torch.Generator(device=conditions.latents.device).manual_seed(batch_idx)
         losses = self.validation_losses(self.draw(conditions, generator))
         for name, value in losses.items():
-            self.log(f"val/{name}", value, prog_bar=True, batch_size=len(conditions.latents), sync_dist=True)
+            self.log(
+                f"val/{name}",
+                value,
+                prog_bar=True,
+                batch_size=len(conditions.latents),
+                sync_dist=True,
+            )
 
     def validation_losses(self, inputs: TrainingInput) -> dict[str, Tensor]:
         """Losses by name: the flow loss, which all stages can be compared by."""
@@ -323,8 +389,11 @@ class A2VModule(StageModule):
 
 
 def step_generator(device: torch.device) -> torch.Generator:
-    """A generator of one step's draws, seeded from torch's global state (which a checkpoint restores)."""
+    """A generator of one step's draws, seeded from torch's global state (which a checkpoint
+    restores).
+    """
     seed = int(torch.randint(2**62, ()).item())
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        seed += torch.distributed.get_rank()  # seed_everything gives all ranks one state: they must not share noise
+        # seed_everything gives all ranks one state: they must not share noise
+        seed += torch.distributed.get_rank()
     return torch.Generator(device=device).manual_seed(seed)

@@ -10,11 +10,14 @@ from rest_lightning.constants import TEMPORAL_RATIO
 from rest_lightning.metrics.image import EYE_BOX, MOUTH_BOX
 
 
-def region_weights(landmarks: Tensor, size: tuple[int, int] | torch.Size, mouth: float, eyes: float) -> Tensor:
+def region_weights(
+    landmarks: Tensor, size: tuple[int, int] | torch.Size, mouth: float, eyes: float
+) -> Tensor:
     """Weight of every pixel: ``mouth`` and ``eyes`` inside their boxes, 1 elsewhere.
 
     Args:
-        landmarks: (B, F, 3, 2) centres of mouth, left and right eye in fractions of the image; NaN where unknown.
+        landmarks: (B, F, 3, 2) centres of mouth, left and right eye in fractions of the image; NaN
+            where unknown.
         size: height and width in pixels.
         mouth, eyes: the weights.
 
@@ -35,7 +38,8 @@ def region_weights(landmarks: Tensor, size: tuple[int, int] | torch.Size, mouth:
 
 
 def token_weights(landmarks: Tensor, height: int, width: int, mouth: float) -> Tensor:
-    """:func:`region_weights` of latent tokens: each the mean over its place and its frames (slot 0 has one frame).
+    """:func:`region_weights` of latent tokens: each the mean over its place and its frames (slot 0
+    has one frame).
 
     Args:
         landmarks: (B, 8 n + 1, 3, 2) as there.

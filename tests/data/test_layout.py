@@ -52,7 +52,9 @@ def test_arrays_are_rounded_to_four_decimals() -> None:
 def test_sidecar_errors() -> None:
     with pytest.raises(UserError, match=r"expected mouth_opening of 3 values.*got 2"):
         sidecar(mouth_opening=[0, 1])
-    with pytest.raises(UserError, match="expected landmarks mouth, left_eye, right_eye of 3 points"):
+    with pytest.raises(
+        UserError, match=("expected landmarks mouth, left_eye, right_eye of 3 points")
+    ):
         sidecar(landmarks={"mouth": [[0, 0]] * 3})
     with pytest.raises(UserError, match="expected split train, val, test, got 'dev'"):
         sidecar(split="dev")
@@ -60,7 +62,13 @@ def test_sidecar_errors() -> None:
         sidecar(clip_id="../x")
     content = json.loads(sidecar().to_json())
     del content["identity"], content["crop_box"]
-    with pytest.raises(UserError, match=r"side: expected the keys .* got none for identity, crop_box"):
+    with pytest.raises(
+        UserError,
+        match=(
+            r"side: expected the keys .* got none for identity, "
+            r"crop_box"
+        ),
+    ):
         Sidecar.from_json(json.dumps(content), "side")
     for text in ("{", "[]"):
         with pytest.raises(UserError, match="side: expected"):
@@ -83,7 +91,11 @@ def test_dataset_round_trip(dataset_dir: Path) -> None:
 def test_missing_and_unknown(tmp_path: Path) -> None:
     for folder, came in ((tmp_path / "none", "no such folder"), (tmp_path, "a folder without it")):
         with pytest.raises(
-            UserError, match=f"manifest.jsonl, got {came}: make one with `rest synthesize.*, or bring clips of your own"
+            UserError,
+            match=(
+                f"manifest.jsonl, got {came}: make one with `rest synthesize.*, or "
+                "bring clips of your own"
+            ),
         ):
             layout.read_manifest(folder)
     layout.write_manifest(tmp_path, [row()])
@@ -102,7 +114,9 @@ def test_missing_and_unknown(tmp_path: Path) -> None:
 
 
 def test_splits_are_identity_disjoint(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="expected identity-disjoint splits, got anna in train and val"):
+    with pytest.raises(
+        UserError, match=("expected identity-disjoint splits, got anna in train and val")
+    ):
         layout.write_manifest(tmp_path, [row("a"), row("b", split="val")])
     with pytest.raises(UserError, match="got a twice"):
         layout.write_manifest(tmp_path, [row("a"), row("a")])

@@ -4,7 +4,13 @@ import pytest
 import torch
 
 from rest_lightning.diffusion.noise import add_noise
-from rest_lightning.diffusion.sampling import Guidance, euler_step, integrate, joint_guidance, split_guidance
+from rest_lightning.diffusion.sampling import (
+    Guidance,
+    euler_step,
+    integrate,
+    joint_guidance,
+    split_guidance,
+)
 from rest_lightning.diffusion.schedule import ltx_sigma_table, sigma_table
 
 SHAPE = (2, 4, 7, 2, 2)
@@ -39,7 +45,9 @@ def test_euler_step_goes_frame_by_frame() -> None:
 
 
 def test_euler_step_equals_the_diffusers_step() -> None:
-    from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+    from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
+        FlowMatchEulerDiscreteScheduler,
+    )
 
     scheduler = FlowMatchEulerDiscreteScheduler()
     table = ltx_sigma_table(8, 1792)
@@ -66,12 +74,16 @@ def test_guidance_algebra() -> None:
     assert torch.allclose(joint_guidance(v_none, v_full, 6.0), -5 * v_none + 6 * v_full, atol=1e-12)
     assert torch.equal(split_guidance(v_none, v_ref, v_full, 0.0, 1.0), v_full)
     assert torch.allclose(
-        split_guidance(v_none, v_ref, v_full, 2.0, 6.0), -7 * v_none + 2 * v_ref + 6 * v_full, atol=1e-12
+        split_guidance(v_none, v_ref, v_full, 2.0, 6.0),
+        -7 * v_none + 2 * v_ref + 6 * v_full,
+        atol=1e-12,
     )
     # equal branches change nothing; without a reference term split guidance is joint guidance
     assert torch.allclose(split_guidance(v_full, v_full, v_full, 2.0, 6.0), v_full, atol=1e-12)
     assert torch.allclose(
-        split_guidance(v_none, v_ref, v_full, 0.0, 6.0), joint_guidance(v_none, v_full, 6.0), atol=1e-12
+        split_guidance(v_none, v_ref, v_full, 0.0, 6.0),
+        joint_guidance(v_none, v_full, 6.0),
+        atol=1e-12,
     )
 
 
@@ -80,15 +92,21 @@ def test_guidance_algebra() -> None:
     ("weight", "reference_weight", "num_branches"),
     [(1.0, 0.0, 1), (6.0, 0.0, 2), (0.0, 0.0, 2), (6.0, 2.0, 3), (1.0, 0.5, 3), (0.0, -1.0, 3)],
 )
-def test_branches_are_one_batch(batch: int, weight: float, reference_weight: float, num_branches: int) -> None:
+def test_branches_are_one_batch(
+    batch: int, weight: float, reference_weight: float, num_branches: int
+) -> None:
     guidance = Guidance(weight, reference_weight)
     assert guidance.num_branches == num_branches
     reference, speech, sample = torch.randn(3, batch, 4, dtype=torch.float64)
 
-    def network(sample: torch.Tensor, reference: torch.Tensor, speech: torch.Tensor) -> torch.Tensor:
+    def network(
+        sample: torch.Tensor, reference: torch.Tensor, speech: torch.Tensor
+    ) -> torch.Tensor:
         return sample * (1 + reference) + torch.sin(speech + reference)
 
-    rows = network(guidance.samples(sample), guidance.references(reference), guidance.speech(speech))
+    rows = network(
+        guidance.samples(sample), guidance.references(reference), guidance.speech(speech)
+    )
     assert rows.shape == (num_branches * batch, 4)
     zero = torch.zeros_like(reference)
     expected = (

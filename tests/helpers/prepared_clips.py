@@ -26,7 +26,9 @@ def write_mp4(
     """frames uint8 (F, H, W, 3), audio float32 (n,)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
-        video = container.add_stream("libx264", rate=fps, options={"crf": str(crf), "preset": "veryfast"})
+        video = container.add_stream(
+            "libx264", rate=fps, options={"crf": str(crf), "preset": "veryfast"}
+        )
         video.width, video.height, video.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
         video.codec_context.max_b_frames = max_b_frames
         video.codec_context.thread_count = 1
@@ -37,11 +39,17 @@ def write_mp4(
             sound = container.add_stream("aac", rate=sample_rate, layout="mono")
             sound.bit_rate = 96_000
         for image in frames:
-            container.mux(video.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")))
+            container.mux(
+                video.encode(
+                    av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
+                )
+            )
         container.mux(video.encode(None))
         if sound is not None and audio is not None:
             for start in range(0, len(audio), 1024):
-                block = av.AudioFrame.from_ndarray(audio[None, start : start + 1024], format="fltp", layout="mono")
+                block = av.AudioFrame.from_ndarray(
+                    audio[None, start : start + 1024], format="fltp", layout="mono"
+                )
                 block.sample_rate, block.pts = sample_rate, start
                 container.mux(sound.encode(block))
             container.mux(sound.encode(None))
@@ -62,7 +70,9 @@ def moving_frames(num_frames: int, size_px: int, seed: int = 0) -> np.ndarray:
 
 
 def speech_like(num_samples: int, seed: int = 0) -> np.ndarray:
-    """Band-limited noise with a syllable-like envelope: unique at every time, so that it shows its alignment."""
+    """Band-limited noise with a syllable-like envelope: unique at every time, so that it shows its
+    alignment.
+    """
     rng = np.random.default_rng(seed)
     spectrum = np.fft.rfft(rng.standard_normal(num_samples))
     hz = np.fft.rfftfreq(num_samples, 1 / SAMPLE_RATE)
@@ -80,7 +90,9 @@ def make_dataset(
     splits: Sequence[str] = ("train", "train", "train", "train", "val", "test"),
     fps: int = FPS,
 ) -> Path:
-    """One identity per clip; mouth_opening and landmarks are simple functions of the frame number."""
+    """One identity per clip; mouth_opening and landmarks are simple functions of the frame
+    number.
+    """
     for i, (length, split) in enumerate(zip(num_frames, splits, strict=True)):
         clip_id = f"clip-{i:03d}"
         audio = speech_like(length * SAMPLES_PER_FRAME, seed=i)

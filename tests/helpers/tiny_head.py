@@ -15,7 +15,9 @@ from rest_lightning.models.vae import CompactVAE
 from rest_lightning.talking_head import TalkingHead
 
 
-def make_head(chunk_length: int = 3, lookahead_frames: int = 2, seed: int = 0, **cache_options: Any) -> TalkingHead:
+def make_head(
+    chunk_length: int = 3, lookahead_frames: int = 2, seed: int = 0, **cache_options: Any
+) -> TalkingHead:
     """Random weights, also where training starts from zero, so that every input matters."""
     torch.manual_seed(seed)
     head = TalkingHead(

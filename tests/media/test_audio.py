@@ -17,7 +17,9 @@ from rest_lightning.machine import peak_memory_mb
 from rest_lightning.media.audio import open_speech
 
 
-def write_sound(path: Path, samples: np.ndarray, rate: int, codec: str = "pcm_s16le", layout: str = "mono") -> Path:
+def write_sound(
+    path: Path, samples: np.ndarray, rate: int, codec: str = "pcm_s16le", layout: str = "mono"
+) -> Path:
     """Encodes samples (channels, n), float32, with PyAV."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=rate, layout=layout)
@@ -34,7 +36,8 @@ def tone(duration_s: float, rate: int, num_channels: int = 1) -> np.ndarray:
     """A swelling 220 Hz tone (channels, n)."""
     time_s = np.arange(round(duration_s * rate)) / rate
     return np.tile(
-        (0.5 * np.sin(2 * np.pi * 220 * time_s) * np.sin(np.pi * time_s) ** 2).astype(np.float32), (num_channels, 1)
+        (0.5 * np.sin(2 * np.pi * 220 * time_s) * np.sin(np.pi * time_s) ** 2).astype(np.float32),
+        (num_channels, 1),
     )
 
 
@@ -55,12 +58,16 @@ def tone(duration_s: float, rate: int, num_channels: int = 1) -> np.ndarray:
         ("a.webm", "libopus", 48000),
     ],
 )
-def test_formats_rates_and_channels(tmp_path: Path, name: str, codec: str, rate: int, layout: str) -> None:
+def test_formats_rates_and_channels(
+    tmp_path: Path, name: str, codec: str, rate: int, layout: str
+) -> None:
     duration_s = 3.217
     source = tone(duration_s, rate, 1 if layout == "mono" else 2)
     speech = open_speech(write_sound(tmp_path / name, source, rate, codec, layout))
     samples = speech.read_all()
-    assert speech.num_samples == len(samples) and speech.duration_s == pytest.approx(duration_s, abs=0.01)
+    assert speech.num_samples == len(samples) and speech.duration_s == pytest.approx(
+        duration_s, abs=0.01
+    )
     assert samples.dtype == np.float32
     assert (speech.sample_rate_hz, speech.num_channels) == (rate, source.shape[0])
     num = min(len(samples), round(duration_s * SAMPLE_RATE)) - 400  # coded tails may ring
@@ -86,7 +93,9 @@ def test_clicks_stay_where_they_are(tmp_path: Path, rate: int) -> None:
     samples = np.zeros((1, 3 * rate), np.float32)
     samples[0, [round(click_s * rate) for click_s in clicks_s]] = 0.9
     found = open_speech(write_sound(tmp_path / "a.wav", samples, rate, "pcm_f32le")).read_all()
-    assert sorted(np.argsort(-np.abs(found))[:3]) == [round(click_s * SAMPLE_RATE) for click_s in clicks_s]
+    assert sorted(np.argsort(-np.abs(found))[:3]) == [
+        round(click_s * SAMPLE_RATE) for click_s in clicks_s
+    ]
 
 
 @pytest.mark.parametrize(
@@ -100,10 +109,16 @@ def test_clicks_stay_where_they_are(tmp_path: Path, rate: int) -> None:
         ("a.wav", "pcm_s16le", 48000),
     ],
 )
-def test_the_run_in_of_a_codec_is_left_out(tmp_path: Path, name: str, codec: str, rate: int) -> None:
-    """A burst at 0.5 s is heard at 0.5 s; AAC's first 1024 samples, 64 ms at 16 kHz, come before time 0."""
+def test_the_run_in_of_a_codec_is_left_out(
+    tmp_path: Path, name: str, codec: str, rate: int
+) -> None:
+    """A burst at 0.5 s is heard at 0.5 s; AAC's first 1024 samples, 64 ms at 16 kHz, come before
+    time 0.
+    """
     source = np.zeros((1, 2 * rate), np.float32)
-    source[0, rate // 2 : rate // 2 + rate // 100] = 0.5 * np.sin(np.arange(rate // 100) * 2 * np.pi * 1000 / rate)
+    source[0, rate // 2 : rate // 2 + rate // 100] = 0.5 * np.sin(
+        np.arange(rate // 100) * 2 * np.pi * 1000 / rate
+    )
     speech = open_speech(write_sound(tmp_path / name, source, rate, codec))
     samples = speech.read_all()
     loud = np.flatnonzero(np.abs(samples) > 0.1)
@@ -127,7 +142,9 @@ def test_a_source_can_be_read_again(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("num_bytes", [2, 640, 12_345, 32_000])
 def test_raw_samples_from_a_pipe(num_bytes: int) -> None:
-    data = np.random.default_rng(0).integers(-32768, 32768, 16_000, dtype="<i2").tobytes()[:num_bytes]
+    data = (
+        np.random.default_rng(0).integers(-32768, 32768, 16_000, dtype="<i2").tobytes()[:num_bytes]
+    )
     speech = open_speech("-", stdin=io.BytesIO(data))
     assert speech.duration_s is None
     np.testing.assert_array_equal(
@@ -137,8 +154,14 @@ def test_raw_samples_from_a_pipe(num_bytes: int) -> None:
 
 @pytest.mark.parametrize("num_bytes", [1, 3, 7, 5001])
 def test_samples_are_handed_on_as_they_arrive(num_bytes: int) -> None:
-    """Writes of odd lengths: every whole sample comes out before the next write, none is torn apart."""
-    data = np.random.default_rng(0).integers(-32768, 32768, 8 * num_bytes, dtype="<i2").tobytes()[: 12 * num_bytes]
+    """Writes of odd lengths: every whole sample comes out before the next write, none is torn
+    apart.
+    """
+    data = (
+        np.random.default_rng(0)
+        .integers(-32768, 32768, 8 * num_bytes, dtype="<i2")
+        .tobytes()[: 12 * num_bytes]
+    )
     reading, writing = os.pipe()
     with os.fdopen(reading, "rb", buffering=0) as pipe:
         blocks = iter(open_speech("-", stdin=pipe))
@@ -151,14 +174,18 @@ def test_samples_are_handed_on_as_they_arrive(num_bytes: int) -> None:
             assert sum(map(len, got)) in (there, 0)
         os.close(writing)
         got += list(blocks)
-    np.testing.assert_array_equal(np.concatenate(got), np.frombuffer(data, "<i2") / np.float32(32768))
+    np.testing.assert_array_equal(
+        np.concatenate(got), np.frombuffer(data, "<i2") / np.float32(32768)
+    )
 
 
 def test_named_pipe(tmp_path: Path) -> None:
     path = write_sound(tmp_path / "a.wav", tone(2.0, 16000), 16000)
     os.mkfifo(tmp_path / "pipe")
 
-    threading.Thread(target=(tmp_path / "pipe").write_bytes, args=[path.read_bytes()], daemon=True).start()
+    threading.Thread(
+        target=(tmp_path / "pipe").write_bytes, args=[path.read_bytes()], daemon=True
+    ).start()
     speech = open_speech(tmp_path / "pipe")
     assert speech.num_samples is None and len(speech.read_all()) == 32_000
 
@@ -169,14 +196,22 @@ def test_pure_silence(tmp_path: Path) -> None:
 
 
 def test_hours_in_bounded_memory(tmp_path: Path) -> None:
-    """Three hours of 8-bit samples: read to the end, and the process hardly grows (all of it would be 690 MB)."""
+    """Three hours of 8-bit samples: read to the end, and the process hardly grows (all of it would
+    be 690 MB).
+    """
     num_samples = 3 * 3600 * SAMPLE_RATE
     form = b"".join(
         value.to_bytes(size, "little")
         for value, size in zip((1, 1, 16000, 16000, 1, 8), (2, 2, 4, 4, 2, 2), strict=True)
     )
     with (tmp_path / "a.wav").open("wb") as file:
-        file.write(b"RIFF" + (36 + num_samples).to_bytes(4, "little") + b"WAVEfmt " + (16).to_bytes(4, "little") + form)
+        file.write(
+            b"RIFF"
+            + (36 + num_samples).to_bytes(4, "little")
+            + b"WAVEfmt "
+            + (16).to_bytes(4, "little")
+            + form
+        )
         file.write(b"data" + num_samples.to_bytes(4, "little"))
         file.truncate(44 + num_samples)  # a sparse file
     before_mb = peak_memory_mb()
@@ -187,7 +222,8 @@ def test_hours_in_bounded_memory(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "codec"), [("a.wav", "pcm_s16le"), ("a.mp3", "libmp3lame"), ("a.flac", "flac"), ("a.m4a", "aac")]
+    ("name", "codec"),
+    [("a.wav", "pcm_s16le"), ("a.mp3", "libmp3lame"), ("a.flac", "flac"), ("a.m4a", "aac")],
 )
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.3, 0.6, 0.9])
 def test_truncated_files_are_refused(tmp_path: Path, name: str, codec: str, share: float) -> None:
@@ -209,13 +245,18 @@ def test_streamed_wav_without_a_length_is_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "message"), [(np.nan, "NaN or infinite"), (np.inf, "NaN or infinite"), (20_000.0, "divide by")]
+    ("value", "message"),
+    [(np.nan, "NaN or infinite"), (np.inf, "NaN or infinite"), (20_000.0, "divide by")],
 )
 @pytest.mark.parametrize("num_channels", [1, 2])
-def test_bad_numbers_name_their_position(tmp_path: Path, value: float, message: str, num_channels: int) -> None:
+def test_bad_numbers_name_their_position(
+    tmp_path: Path, value: float, message: str, num_channels: int
+) -> None:
     samples = tone(1.0, 16000, num_channels)
     samples[-1, 8000] = value
-    path = write_sound(tmp_path / "a.wav", samples, 16000, "pcm_f32le", "mono" if num_channels == 1 else "stereo")
+    path = write_sound(
+        tmp_path / "a.wav", samples, 16000, "pcm_f32le", "mono" if num_channels == 1 else "stereo"
+    )
     with pytest.raises(UserError, match=message) as info:
         open_speech(path)
     assert "at sample 8000 (0.500 s)" in str(info.value)
@@ -251,7 +292,8 @@ def test_not_speech(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("data", "message"), [(b"", "got none"), (b"\0", "got none"), (b"RIFF....WAVE", "whole sound file")]
+    ("data", "message"),
+    [(b"", "got none"), (b"\0", "got none"), (b"RIFF....WAVE", "whole sound file")],
 )
 def test_bad_pipes(data: bytes, message: str) -> None:
     with pytest.raises(UserError, match=message):

@@ -24,7 +24,9 @@ def corners(width: int, height: int) -> np.ndarray:
     return np.stack([255 * x, 255 * y, 128 * (1 - x) + 60 * y], axis=-1).round().astype(np.uint8)
 
 
-@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "bmp", "gif", "tiff", "ppm", "tga", "jp2", "avif"])
+@pytest.mark.parametrize(
+    "suffix", ["png", "jpg", "webp", "bmp", "gif", "tiff", "ppm", "tga", "jp2", "avif"]
+)
 @pytest.mark.parametrize("size", [(64, 64), (80, 64), (64, 100)])
 def test_formats(tmp_path: Path, suffix: str, size: tuple[int, int]) -> None:
     array = corners(*size)
@@ -39,7 +41,15 @@ def test_formats(tmp_path: Path, suffix: str, size: tuple[int, int]) -> None:
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_orientation_tag(tmp_path: Path, orientation: int) -> None:
     upright = Image.fromarray(corners(64, 64))
-    undo = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # PIL's transpose that the tag's reader must undo
+    undo = {
+        2: 0,
+        3: 3,
+        4: 1,
+        5: 5,
+        6: 2,
+        7: 6,
+        8: 4,
+    }  # PIL's transpose that the tag's reader must undo
     stored = upright.transpose(Image.Transpose(undo[orientation])) if orientation > 1 else upright
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -78,7 +88,8 @@ def test_transparency_shows_a_light_wall(tmp_path: Path, mode: str) -> None:
         palette.save(tmp_path / "a.png", transparency=index)
     else:
         image.convert(mode).save(
-            tmp_path / ("a.tiff" if mode == "PA" else "a.png"), **({"format": "TIFF"} if mode == "PA" else {})
+            tmp_path / ("a.tiff" if mode == "PA" else "a.png"),
+            **({"format": "TIFF"} if mode == "PA" else {}),
         )
     square = read_portrait(tmp_path / ("a.tiff" if mode == "PA" else "a.png"), 64)
     if mode != "PA":  # TIFF drops the alpha of palettes
@@ -105,7 +116,9 @@ def test_crop_boxes_in_pixels_and_fractions(box: tuple[float, float, float, floa
 
 def test_oblong_box_gives_its_centre() -> None:
     array = corners(128, 80)
-    np.testing.assert_array_equal(read_portrait(array, 64, crop=(16, 0, 64, 80)), array[8:72, 16:80])
+    np.testing.assert_array_equal(
+        read_portrait(array, 64, crop=(16, 0, 64, 80)), array[8:72, 16:80]
+    )
 
 
 def test_bad_crops() -> None:
@@ -120,11 +133,16 @@ def bomb(width: int, height: int) -> bytes:
     """A PNG header that claims a huge image."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
-        return len(body).to_bytes(4, "big") + kind + body + zlib.crc32(kind + body).to_bytes(4, "big")
+        return (
+            len(body).to_bytes(4, "big") + kind + body + zlib.crc32(kind + body).to_bytes(4, "big")
+        )
 
     header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([8, 2, 0, 0, 0])
     return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(bytes(1000)))
+        + chunk(b"IEND", b"")
     )
 
 
@@ -146,11 +164,15 @@ def bomb(width: int, height: int) -> bytes:
     ],
 )
 def test_bad_files(tmp_path: Path, name: str, message: str) -> None:
-    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (200, 200, 3), dtype=np.uint8))
+    photo = Image.fromarray(
+        np.random.default_rng(0).integers(0, 256, (200, 200, 3), dtype=np.uint8)
+    )
     (tmp_path / "folder").mkdir()
     (tmp_path / "empty.png").touch()
     (tmp_path / "text.png").write_text("not an image")
-    (tmp_path / "postscript.eps").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 100 100\nshowpage\n")
+    (tmp_path / "postscript.eps").write_text(
+        "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 100 100\nshowpage\n"
+    )
     for suffix, share in (("png", 0.5), ("jpg", 0.6)):
         photo.save(tmp_path / f"cut.{suffix}")
         data = (tmp_path / f"cut.{suffix}").read_bytes()
@@ -183,7 +205,9 @@ def test_square_crops(form: str) -> None:
     np.testing.assert_array_equal(read_portrait(array, 64, crop=crop), array[8:72, 16:80])
 
 
-def photograph(size: tuple[int, int], head_px: int, at: tuple[int, int], index: int = 4) -> Image.Image:
+def photograph(
+    size: tuple[int, int], head_px: int, at: tuple[int, int], index: int = 4
+) -> Image.Image:
     """A still of so many pixels on a wall."""
     wall = Image.new("RGB", size, (120, 130, 140))
     wall.paste(face(head_px, head_px, index), at)
@@ -210,7 +234,11 @@ def test_auto_shows_the_head_as_training_does(
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])
 def test_auto_follows_the_orientation_tag(tmp_path: Path, orientation: int) -> None:
     upright = photograph((600, 900), 260, (300, 100))
-    undo = {3: Image.Transpose.ROTATE_180, 6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
+    undo = {
+        3: Image.Transpose.ROTATE_180,
+        6: Image.Transpose.ROTATE_90,
+        8: Image.Transpose.ROTATE_270,
+    }
     stored = upright.transpose(undo[orientation]) if orientation > 1 else upright
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -251,9 +279,13 @@ def test_two_people() -> None:
     found = find_portrait(picture)
     assert found.box[0] + found.box[2] / 2 < 600
     picture.paste(face(450, 450, 0), (900, 100))
-    with pytest.raises(UserError, match=r"found 2 faces of similar size: set --crop to one of ") as caught:
+    with pytest.raises(
+        UserError, match=r"found 2 faces of similar size: set --crop to one of "
+    ) as caught:
         find_portrait(picture, option="--crop")
-    named = [tuple(map(float, word.split(","))) for word in str(caught.value).split("one of ")[1].split()]
+    named = [
+        tuple(map(float, word.split(","))) for word in str(caught.value).split("one of ")[1].split()
+    ]
     assert len(named) == 2
     for square, middle in zip(named, (300, 1125), strict=True):
         left, _, side, _ = find_portrait(picture, square).box
@@ -269,7 +301,9 @@ def test_no_face(option: str | None) -> None:
 
 
 def test_a_small_face_is_told() -> None:
-    with pytest.raises(UserError, match=r"a face of at least 40 pixels .* found one of 3\d: use a larger"):
+    with pytest.raises(
+        UserError, match=r"a face of at least 40 pixels .* found one of 3\d: use a larger"
+    ):
         find_portrait(photograph((400, 300), 50, (100, 100)))
 
 
@@ -325,9 +359,14 @@ def wide_profile() -> bytes:
     }
     for i in range(int.from_bytes(data[128:132], "big")):
         entry = 132 + 12 * i
-        tag, offset = bytes(data[entry : entry + 4]), int.from_bytes(data[entry + 4 : entry + 8], "big")
+        tag, offset = (
+            bytes(data[entry : entry + 4]),
+            int.from_bytes(data[entry + 4 : entry + 8], "big"),
+        )
         if tag in primaries:
-            values = [round(65536 * value).to_bytes(4, "big", signed=True) for value in primaries[tag]]
+            values = [
+                round(65536 * value).to_bytes(4, "big", signed=True) for value in primaries[tag]
+            ]
             data[offset + 8 : offset + 20] = b"".join(values)
     return bytes(data).replace("sRGB".encode("utf-16-be"), "wide".encode("utf-16-be"))
 

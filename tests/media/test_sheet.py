@@ -21,8 +21,12 @@ def brightness(frames: np.ndarray) -> np.ndarray:
 def make_video(tmp_path: Path):
     def make(num_frames: int, with_sound: bool = True) -> tuple[Path, np.ndarray]:
         curve = 0.5 + 0.4 * np.sin(np.arange(num_frames) / 5)
-        frames = np.broadcast_to((255 * curve).astype(np.uint8)[:, None, None, None], (num_frames, 64, 64, 3))
-        wave = np.repeat(curve, SAMPLES_PER_FRAME) * np.sin(np.arange(num_frames * SAMPLES_PER_FRAME) / 3)
+        frames = np.broadcast_to(
+            (255 * curve).astype(np.uint8)[:, None, None, None], (num_frames, 64, 64, 3)
+        )
+        wave = np.repeat(curve, SAMPLES_PER_FRAME) * np.sin(
+            np.arange(num_frames * SAMPLES_PER_FRAME) / 3
+        )
         with Mp4Writer(tmp_path / "video.mp4", 64, audio=with_sound, overwrite=True) as writer:
             writer.write(frames)
             if with_sound:
@@ -57,7 +61,9 @@ def test_sheet_is_drawn(tmp_path: Path, make_video, num_frames: int, kind: str) 
     video, curve = make_video(num_frames, with_sound=num_frames > 1)
     reference = np.full((64, 64, 3), (200, 30, 30), np.uint8)
     opening = {"function": brightness, "curve": curve, "none": None}[kind]
-    draw_contact_sheet(tmp_path / "a.png", video, reference, opening, figures={"frames": str(num_frames)})
+    draw_contact_sheet(
+        tmp_path / "a.png", video, reference, opening, figures={"frames": str(num_frames)}
+    )
     pixels = np.asarray(Image.open(tmp_path / "a.png").convert("RGB")).astype(int)
     assert pixels.shape[1] == 1600
     assert (np.abs(pixels - (200, 30, 30)).max(-1) < 5).sum() > 20_000, "the reference is shown"

@@ -16,8 +16,12 @@ BACKENDS: list[Backend] = ["decord", "pyav"] if has_decord() else ["pyav"]
 
 
 @needs_decord
-@pytest.mark.parametrize(("num_frames", "size_px", "b_frames"), [(17, 32, 0), (41, 64, 2), (113, 128, 3)])
-def test_backends_give_the_same_frames(make: Any, tmp_path: Path, num_frames: int, size_px: int, b_frames: int) -> None:
+@pytest.mark.parametrize(
+    ("num_frames", "size_px", "b_frames"), [(17, 32, 0), (41, 64, 2), (113, 128, 3)]
+)
+def test_backends_give_the_same_frames(
+    make: Any, tmp_path: Path, num_frames: int, size_px: int, b_frames: int
+) -> None:
     path = tmp_path / "clip.mp4"
     truth = make.frames(num_frames, size_px, seed=num_frames)
     make.mp4(path, truth, make.speech(num_frames * SAMPLES_PER_FRAME), max_b_frames=b_frames)
@@ -29,17 +33,25 @@ def test_backends_give_the_same_frames(make: Any, tmp_path: Path, num_frames: in
         assert np.abs(ours.astype(int) - truth[start : start + count]).mean() < 4
 
 
-@pytest.mark.parametrize(("key_frame_every", "b_frames"), [(1, 0), (2, 1), (7, 0), (12, 3), (25, 2), (500, 2)])
-def test_leaping_to_key_frames_changes_nothing(make: Any, tmp_path: Path, key_frame_every: int, b_frames: int) -> None:
+@pytest.mark.parametrize(
+    ("key_frame_every", "b_frames"), [(1, 0), (2, 1), (7, 0), (12, 3), (25, 2), (500, 2)]
+)
+def test_leaping_to_key_frames_changes_nothing(
+    make: Any, tmp_path: Path, key_frame_every: int, b_frames: int
+) -> None:
     """Any window, in any order, of one reader: the frames that decoding all of them gives."""
     path = tmp_path / "clip.mp4"
     truth = make.frames(61, 32, seed=b_frames)
-    make.mp4(path, truth, make.speech(61 * 640), max_b_frames=b_frames, key_frame_every=key_frame_every)
+    make.mp4(
+        path, truth, make.speech(61 * 640), max_b_frames=b_frames, key_frame_every=key_frame_every
+    )
     whole = read_frames(path, backend="pyav")
     with VideoFile(path, "pyav") as video:
         for start in [60, 0, *np.random.default_rng(0).permutation(60)]:
             count = min(1 + start % 13, 61 - start)
-            np.testing.assert_array_equal(video.read(int(start), int(count)), whole[start : start + count])
+            np.testing.assert_array_equal(
+                video.read(int(start), int(count)), whole[start : start + count]
+            )
     if has_decord():
         np.testing.assert_array_equal(read_frames(path, 31, 17, "decord"), whole[31:48])
 
@@ -59,7 +71,9 @@ def test_other_containers_are_read_exactly(make: Any, tmp_path: Path, suffix: st
     with VideoFile(other, "pyav") as video:
         num_frames = video.num_frames
         for start in (20, 3, 33, 8):
-            np.testing.assert_array_equal(video.read(start, num_frames - start), whole[start:num_frames])
+            np.testing.assert_array_equal(
+                video.read(start, num_frames - start), whole[start:num_frames]
+            )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -103,7 +117,9 @@ def test_broken_files_are_named(make: Any, tmp_path: Path, backend: Backend) -> 
 
 @pytest.mark.parametrize("num_frames", [25, 41, 113])
 def test_audio_is_aligned_to_the_sample(make: Any, tmp_path: Path, num_frames: int) -> None:
-    """A known signal and an impulse come back where they were put: the AAC encoder's delay is accounted for."""
+    """A known signal and an impulse come back where they were put: the AAC encoder's delay is
+    accounted for.
+    """
     path = tmp_path / "clip.mp4"
     num_samples = num_frames * SAMPLES_PER_FRAME
     sent = make.speech(num_samples, seed=num_frames)

@@ -25,11 +25,15 @@ def read(path: Path) -> tuple[np.ndarray, np.ndarray]:
     with av.open(str(path)) as container:
         if not container.streams.audio:
             return frames, np.zeros(0, np.float32)
-        return frames, np.concatenate([frame.to_ndarray()[0] for frame in container.decode(audio=0)])
+        return frames, np.concatenate(
+            [frame.to_ndarray()[0] for frame in container.decode(audio=0)]
+        )
 
 
 def noise(num_frames: int, size_px: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (num_frames, size_px, size_px, 3), dtype=np.uint8)
+    return np.random.default_rng(seed).integers(
+        0, 256, (num_frames, size_px, size_px, 3), dtype=np.uint8
+    )
 
 
 @contextmanager
@@ -45,8 +49,12 @@ def file_limit(num_bytes: int) -> Iterator[None]:
 
 @pytest.mark.parametrize("frames_per_write", [1, 24, 250])
 @pytest.mark.parametrize("audio_first", [True, False])
-def test_flashes_and_clicks_stay_together(tmp_path: Path, frames_per_write: int, audio_first: bool) -> None:
-    """The encoder's priming must not move the speech: a click in frame k is found in frame k, to the sample."""
+def test_flashes_and_clicks_stay_together(
+    tmp_path: Path, frames_per_write: int, audio_first: bool
+) -> None:
+    """The encoder's priming must not move the speech: a click in frame k is found in frame k, to
+    the sample.
+    """
     flashes, num_frames = [0, 3, 50, 101, 249], 250
     frames = np.full((num_frames, 64, 64, 3), (40, 120, 200), np.uint8)
     speech = np.zeros(num_frames * SAMPLES_PER_FRAME, np.float32)
@@ -78,7 +86,9 @@ def test_flashes_and_clicks_stay_together(tmp_path: Path, frames_per_write: int,
 
 @pytest.mark.parametrize("size", [(64, 64), (96, 64), (34, 62)])
 @pytest.mark.parametrize("num_frames", [1, 2, 7, 24])
-def test_every_frame_arrives_in_colour(tmp_path: Path, size: tuple[int, int], num_frames: int) -> None:
+def test_every_frame_arrives_in_colour(
+    tmp_path: Path, size: tuple[int, int], num_frames: int
+) -> None:
     colours = np.random.default_rng(1).integers(30, 226, (num_frames, 1, 1, 3), dtype=np.uint8)
     frames = np.broadcast_to(colours, (num_frames, *size, 3))
     with Mp4Writer(tmp_path / "a.mp4", size, crf=8) as writer:
@@ -149,7 +159,8 @@ def test_signals_at_any_moment_leave_a_playable_video(tmp_path: Path) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a suite in the background ignores it
+        # a suite in the background ignores it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout is not None and process.stdout.readline() == "go\n"
     process.send_signal(signal.SIGINT)
@@ -186,7 +197,14 @@ def test_full_disk_at_the_last_moment(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("missing/a.mp4", "expected a folder .*missing for .*a.mp4, found nothing there: create it with mkdir -p"),
+        (
+            "missing/a.mp4",
+            (
+                "expected a folder .*missing for .*a.mp4, found nothing there: create "
+                "it "
+                "with mkdir -p"
+            ),
+        ),
         ("file/a.mp4", "found a file there"),
         ("folder", "got the folder"),
         ("a.avi", r"ends in \.mp4, got .*a\.avi: try .*a\.mp4"),
@@ -203,7 +221,9 @@ def test_bad_names(tmp_path: Path, name: str, message: str) -> None:
     assert "\n" not in str(info.value) and sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.skipif(not Path("/sys/kernel").is_dir(), reason="needs a folder that even root cannot write to")
+@pytest.mark.skipif(
+    not Path("/sys/kernel").is_dir(), reason=("needs a folder that even root cannot write to")
+)
 def test_not_writable() -> None:
     with pytest.raises(UserError, match="choose a folder that you may write to"):
         Mp4Writer("/sys/kernel/a.mp4", 64)
@@ -214,7 +234,13 @@ def test_bad_frames(tmp_path: Path) -> None:
         Mp4Writer(tmp_path / "a.mp4", (63, 64))
     with Mp4Writer(tmp_path / "a.mp4", 64, audio=False) as writer:
         writer.write(noise(1, 64))
-        with pytest.raises(UserError, match=r"expected uint8 frames \(n, 64, 64, 3\), got uint8 \(1, 32, 32, 3\)"):
+        with pytest.raises(
+            UserError,
+            match=(
+                r"expected uint8 frames \(n, 64, 64, 3\), got uint8 "
+                r"\(1, 32, 32, 3\)"
+            ),
+        ):
             writer.write(noise(1, 32))
         with pytest.raises(UserError, match="got float32"):
             writer.write(noise(1, 64).astype(np.float32))
@@ -229,11 +255,15 @@ def test_bad_frames(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("key_frame_every", [1, 7, None])
 def test_distance_of_key_frames(tmp_path: Path, key_frame_every: int | None) -> None:
-    frames = np.random.default_rng(0).integers(0, 255, (1, 64, 64, 3), dtype=np.uint8).repeat(20, axis=0)
+    frames = (
+        np.random.default_rng(0).integers(0, 255, (1, 64, 64, 3), dtype=np.uint8).repeat(20, axis=0)
+    )
     with Mp4Writer(tmp_path / "a.mp4", 64, key_frame_every=key_frame_every) as writer:
         writer.write(frames)
     with av.open(str(tmp_path / "a.mp4")) as container:
-        packets = [packet for packet in container.demux(video=0) if packet.size and packet.is_keyframe]
+        packets = [
+            packet for packet in container.demux(video=0) if packet.size and packet.is_keyframe
+        ]
         keys = sorted(packet.pts for packet in packets if packet.pts is not None)
         frame_pts = 1 / (25 * float(container.streams.video[0].time_base))
     assert [round(pts / frame_pts) for pts in keys] == list(range(0, 20, key_frame_every or 20))

@@ -25,11 +25,15 @@ class Pipe(io.BytesIO):
 
 
 def noise(num_frames: int, size_px: int = 64, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (num_frames, size_px, size_px, 3), dtype=np.uint8)
+    return np.random.default_rng(seed).integers(
+        0, 256, (num_frames, size_px, size_px, 3), dtype=np.uint8
+    )
 
 
 def read(data: bytes) -> tuple[np.ndarray, int, np.ndarray]:
-    """Decoded frames, samples of sound, and the samples at which it clicks, by the clock of the container."""
+    """Decoded frames, samples of sound, and the samples at which it clicks, by the clock of the
+    container.
+    """
     with av.open(io.BytesIO(data)) as container:
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     with av.open(io.BytesIO(data)) as container:
@@ -68,7 +72,9 @@ def test_fragmented_mp4_holds_all_frames_and_sound(chunks: list[int]) -> None:
 
 
 def test_sound_is_not_late_by_its_encoders_run_in() -> None:
-    """AAC's first 1024 samples, 64 ms, are dropped where the index says so: what is decoded begins with the speech."""
+    """AAC's first 1024 samples, 64 ms, are dropped where the index says so: what is decoded begins
+    with the speech.
+    """
     pipe = Pipe()
     writer = Mp4Pipe(pipe, 64)
     speech = np.zeros(48 * SAMPLES_PER_FRAME, np.float32)
@@ -78,12 +84,16 @@ def test_sound_is_not_late_by_its_encoders_run_in() -> None:
         writer.write_audio(part)
     writer.close()
     with av.open(io.BytesIO(pipe.getvalue())) as container:
-        decoded = np.concatenate([frame.to_ndarray()[0] for frame in container.decode(container.streams.audio[0])])
+        decoded = np.concatenate(
+            [frame.to_ndarray()[0] for frame in container.decode(container.streams.audio[0])]
+        )
     assert abs(int(np.flatnonzero(np.abs(decoded) > 0.1)[0]) - 8000) < 48
 
 
 def test_frames_leave_as_soon_as_they_are_written() -> None:
-    """All but the last frame can be decoded before anything else is written, also from the first chunk."""
+    """All but the last frame can be decoded before anything else is written, also from the first
+    chunk.
+    """
     pipe = Pipe()
     writer = Mp4Pipe(pipe, 64)
     for count in (24, 48, 72):

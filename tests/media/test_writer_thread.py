@@ -1,4 +1,6 @@
-"""Writing in a thread and without one: the same file, bounded, with the writer's own errors and interruptions."""
+"""Writing in a thread and without one: the same file, bounded, with the writer's own errors and
+interruptions.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,13 @@ import pytest
 from rest_lightning.constants import SAMPLES_PER_FRAME
 from rest_lightning.errors import UserError
 from rest_lightning.machine import num_usable_cores
-from rest_lightning.media.writer import THREAD_VARIABLE, BackgroundWriter, Mp4Writer, RawPipe, writes_in_thread
+from rest_lightning.media.writer import (
+    THREAD_VARIABLE,
+    BackgroundWriter,
+    Mp4Writer,
+    RawPipe,
+    writes_in_thread,
+)
 
 
 def chunks(count: int, size_px: int = 64) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -54,7 +62,9 @@ def test_few_cores_write_for_themselves(monkeypatch: pytest.MonkeyPatch, tmp_pat
         monkeypatch.setenv(THREAD_VARIABLE, variable)
         assert all(writes_in_thread(cores) == (variable == "1") for cores in (None, 1, 64))
         with BackgroundWriter(Mp4Writer(tmp_path / f"{variable}.mp4", 64)) as background:
-            assert any(thread.name == "writer" for thread in threading.enumerate()) == (variable == "1")
+            assert any(thread.name == "writer" for thread in threading.enumerate()) == (
+                variable == "1"
+            )
             background.write(*next(chunks(1)))
             assert variable == "1" or background.writer.num_frames == 24  # nothing waits
     monkeypatch.setenv(THREAD_VARIABLE, "yes")
@@ -81,12 +91,17 @@ def test_a_slow_writer_makes_the_caller_wait() -> None:
         background.write(frames, samples)
         assert number * 24 - pipe.taken <= 24 * (2 + 1)  # two wait, one is being written
     background.close()
-    assert pipe.taken == 6 * 24 and not any(thread.name == "writer" for thread in threading.enumerate())
+    assert pipe.taken == 6 * 24 and not any(
+        thread.name == "writer" for thread in threading.enumerate()
+    )
 
 
 def test_the_writers_error_reaches_the_caller(threaded: bool) -> None:
     pipe = SlowPipe(num_frames=30)
-    with pytest.raises(BrokenPipeError), BackgroundWriter(RawPipe(pipe, 64), threaded=threaded) as background:  # type: ignore[arg-type]
+    with (
+        pytest.raises(BrokenPipeError),
+        BackgroundWriter(RawPipe(pipe, 64), threaded=threaded) as background,
+    ):  # type: ignore[arg-type]
         for frames, samples in chunks(50):
             background.write(frames, samples)
     assert pipe.taken == 30
@@ -108,7 +123,9 @@ def test_an_error_beside_leaves_nothing(tmp_path: Path, threaded: bool) -> None:
 
 
 @pytest.mark.parametrize("count", [0, 3])
-def test_an_interruption_keeps_everything_handed_over(tmp_path: Path, threaded: bool, count: int) -> None:
+def test_an_interruption_keeps_everything_handed_over(
+    tmp_path: Path, threaded: bool, count: int
+) -> None:
     with (
         pytest.raises(KeyboardInterrupt),
         BackgroundWriter(Mp4Writer(tmp_path / "a.mp4", 64), threaded=threaded) as background,

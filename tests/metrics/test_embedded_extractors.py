@@ -1,4 +1,6 @@
-"""The embedded extractors: windows and batches, save and load, damage, and a training that learns."""
+"""The embedded extractors: windows and batches, save and load, damage, and a training that
+learns.
+"""
 
 from __future__ import annotations
 
@@ -34,13 +36,19 @@ from tools.extractors import Clips, ImageTraining, SyncTraining, VideoTraining, 
 
 def clip(num_frames: int, side: int = 128, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 256, (num_frames, side, side, 3), dtype=torch.uint8, generator=generator)
+    return torch.randint(
+        0, 256, (num_frames, side, side, 3), dtype=torch.uint8, generator=generator
+    )
 
 
 @pytest.fixture
 def networks(tmp_path: Path) -> Path:
     torch.manual_seed(1)
-    for name, network in (("image", EmbeddedImage), ("video", EmbeddedVideo), ("sync", EmbeddedSync)):
+    for name, network in (
+        ("image", EmbeddedImage),
+        ("video", EmbeddedVideo),
+        ("sync", EmbeddedSync),
+    ):
         net = network()
         for module in net.modules():
             if hasattr(module, "running_mean"):
@@ -53,10 +61,17 @@ def test_saved_is_loaded(networks: Path) -> None:
     frames = clip(5)
     first, again = load_embedded("fid", networks), load_extractor("fid", networks)
     torch.testing.assert_close(first(frames), again(frames), rtol=0, atol=0)
-    assert first.row() == {"name": "embedded-image", "sha256": again.sha256, "known": False}  # not what is shipped
+    # not what is shipped
+    assert first.row() == {"name": "embedded-image", "sha256": again.sha256, "known": False}
     sizes = [path.stat().st_size for path in networks.rglob("*.safetensors")]
     assert sum(sizes) < 560_000, sizes  # of the 0.6 MB that the package has for them
-    with pytest.raises(UserError, match=r"expected a video network \(EmbeddedVideo\) .* got EmbeddedImage"):
+    with pytest.raises(
+        UserError,
+        match=(
+            r"expected a video network \(EmbeddedVideo\) .* got "
+            r"EmbeddedImage"
+        ),
+    ):
         EmbeddedVideo.from_pretrained(networks / "image")
     with pytest.raises(UserError, match=f"train one with `{extractors.COMMAND}`"):
         load_embedded("fvd", networks / "image")
@@ -64,16 +79,27 @@ def test_saved_is_loaded(networks: Path) -> None:
 
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
 def test_batches_do_not_matter(networks: Path, batch_size: int) -> None:
-    frames, audio = clip(37), 0.1 * torch.randn(37 * 640, generator=torch.Generator().manual_seed(2))
-    image, video = EmbeddedImage.from_pretrained(networks / "image"), EmbeddedVideo.from_pretrained(networks / "video")
+    frames, audio = (
+        clip(37),
+        0.1 * torch.randn(37 * 640, generator=torch.Generator().manual_seed(2)),
+    )
+    image, video = (
+        EmbeddedImage.from_pretrained(networks / "image"),
+        EmbeddedVideo.from_pretrained(networks / "video"),
+    )
     sync = EmbeddedSync.from_pretrained(networks / "sync")
     torch.testing.assert_close(
-        ImageFeatures(image, "identity", batch_size)(frames), ImageFeatures(image, "identity")(frames)
+        ImageFeatures(image, "identity", batch_size)(frames),
+        ImageFeatures(image, "identity")(frames),
     )
     assert VideoFeatures(video)(frames).shape == (2, 64)
-    torch.testing.assert_close(VideoFeatures(video, batch_size)(frames), VideoFeatures(video)(frames))
+    torch.testing.assert_close(
+        VideoFeatures(video, batch_size)(frames), VideoFeatures(video)(frames)
+    )
     for found, expected in zip(
-        SyncFeatures(sync, batch_size)(frames, audio, 32), SyncFeatures(sync, 200)(frames, audio, 32), strict=True
+        SyncFeatures(sync, batch_size)(frames, audio, 32),
+        SyncFeatures(sync, 200)(frames, audio, 32),
+        strict=True,
     ):
         assert found.shape == (32, 48)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
@@ -95,7 +121,9 @@ def test_expression_and_identity(networks: Path) -> None:
     e_fid.update(frames, real=True)
     e_fid.update(frames, real=False)
     assert float(e_fid.compute()["e_fid"]) == pytest.approx(0.0, abs=1e-6)
-    assert e_fid.extractor.name == "embedded-expression" and e_fid.num_features == len(extractors.EXPRESSION)
+    assert e_fid.extractor.name == "embedded-expression" and e_fid.num_features == len(
+        extractors.EXPRESSION
+    )
     same = IdentitySimilarity(load_embedded("identity", networks))
     same.update(frames[:1].expand(4, -1, -1, -1), frames[0])
     assert float(same.compute()["identity_similarity"]) == pytest.approx(1.0, abs=1e-5)
@@ -108,11 +136,13 @@ def test_expression_and_identity(networks: Path) -> None:
 
 
 def talking(num_clips: int, num_frames: int = 60, seed: int = 0) -> Clips:
-    """Clips whose mouth is a dark bar as high as the speech is loud; each clip has its own brightness."""
+    """Clips whose mouth is a dark bar as high as the speech is loud; each clip has its own
+    brightness.
+    """
     rng = np.random.default_rng(seed)
-    opening = np.clip(np.cumsum(rng.normal(0, 0.35, (num_clips, num_frames)), axis=1) % 2 - 0.5, 0, 1).astype(
-        np.float32
-    )
+    opening = np.clip(
+        np.cumsum(rng.normal(0, 0.35, (num_clips, num_frames)), axis=1) % 2 - 0.5, 0, 1
+    ).astype(np.float32)
     rows = np.abs(np.arange(70) - 35)[None, None, :, None] / 30
     bar = rows < opening[:, :, None, None]
     mouths = np.where(bar, 40, 200) + rng.integers(-10, 10, (num_clips, num_frames, 70, 78))
@@ -125,7 +155,12 @@ def talking(num_clips: int, num_frames: int = 60, seed: int = 0) -> Clips:
     to_bytes = [torch.from_numpy(x.astype(np.uint8)) for x in (images, videos, mouths)]
     curves = torch.from_numpy(factors.astype(np.float32))
     return Clips(
-        to_bytes[0], curves[:, :6], to_bytes[1], curves, to_bytes[2], torch.from_numpy(cepstra.astype(np.float32))
+        to_bytes[0],
+        curves[:, :6],
+        to_bytes[1],
+        curves,
+        to_bytes[2],
+        torch.from_numpy(cepstra.astype(np.float32)),
     )
 
 
@@ -159,7 +194,11 @@ def test_image_and_video_learn_who_it_is() -> None:
 def test_orders_of_damaged_clips(share: float) -> None:
     generator = torch.Generator().manual_seed(0)
     lost = training.dropped(200, share, generator)
-    assert bool((lost.diff() >= 0).all()) and bool((lost <= torch.arange(200)).all()) and int(lost[0]) == 0
+    assert (
+        bool((lost.diff() >= 0).all())
+        and bool((lost <= torch.arange(200)).all())
+        and int(lost[0]) == 0
+    )
     repeated = float((lost.diff() == 0).float().mean())
     assert repeated == pytest.approx(share, abs=0.1)
     order = training.shuffled(200, share, generator)
@@ -171,18 +210,27 @@ def test_blur_and_noise_of_a_known_amount() -> None:
     point = torch.zeros(2, 1, 33, 33)
     point[:, 0, 16, 16] = 1.0
     y = (torch.arange(33.0) - 16).square()
-    for sigma, image in zip((1.5, 0.7), training.gaussian_blur(point, torch.tensor([[1.5], [0.7]]), 6), strict=True):
+    for sigma, image in zip(
+        (1.5, 0.7), training.gaussian_blur(point, torch.tensor([[1.5], [0.7]]), 6), strict=True
+    ):
         variance = float((image[0].sum(1) * y).sum())
-        assert float(image.sum()) == pytest.approx(1.0, abs=1e-5) and variance == pytest.approx(sigma**2, rel=0.02)
+        assert float(image.sum()) == pytest.approx(1.0, abs=1e-5) and variance == pytest.approx(
+            sigma**2, rel=0.02
+        )
     edge = (255 * (torch.arange(20) > 9)).to(torch.uint8)[None, :, None, None].expand(2, -1, 16, 3)
-    steepness = [int(training.blur(edge, sigma)[0].int().diff(dim=0).amax()) for sigma in (0.0, 0.5, 1.0, 2.0)]
+    steepness = [
+        int(training.blur(edge, sigma)[0].int().diff(dim=0).amax())
+        for sigma in (0.0, 0.5, 1.0, 2.0)
+    ]
     # A step blurred by a bell of sigma rises by about 255 erf(0.5 / (sigma sqrt 2)) in one pixel.
     expected = [255.0, *(255 * math.erf(0.5 / (sigma * math.sqrt(2))) for sigma in (0.5, 1.0, 2.0))]
     np.testing.assert_allclose(steepness, expected, rtol=0.2)
     assert steepness == sorted(steepness, reverse=True)
     grey = torch.full((4, 32, 32, 3), 128, dtype=torch.uint8)
     noisy = training.noise(grey, 10.0, torch.Generator().manual_seed(0)).float()
-    assert float(noisy.std()) == pytest.approx(10.0, rel=0.03) and float(noisy.mean()) == pytest.approx(128, abs=0.5)
+    assert float(noisy.std()) == pytest.approx(10.0, rel=0.03) and float(
+        noisy.mean()
+    ) == pytest.approx(128, abs=0.5)
 
 
 @pytest.mark.parametrize("shift", [-10, -3, 0, 7, 10])
@@ -196,9 +244,22 @@ def test_shifted_clips_come_late(shift: int) -> None:
     assert (late[:, 0, 0, 0].int().numpy() + shift == heard).all()
 
 
-def test_command_writes_networks_and_a_card(talkers: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Two steps cannot be accepted: the exit code and the card say so; the networks load and measure."""
-    arguments = ["--data", str(talkers), "--out", str(tmp_path), "--budget-min", "1", "--max-steps", "2"]
+def test_command_writes_networks_and_a_card(
+    talkers: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two steps cannot be accepted: the exit code and the card say so; the networks load and
+    measure.
+    """
+    arguments = [
+        "--data",
+        str(talkers),
+        "--out",
+        str(tmp_path),
+        "--budget-min",
+        "1",
+        "--max-steps",
+        "2",
+    ]
     parser = argparse.ArgumentParser()
     training.add_arguments(parser)
     options = parser.parse_args([*arguments, "--batch-clips", "2", "--frames-per-clip", "2"])
@@ -210,9 +271,17 @@ def test_command_writes_networks_and_a_card(talkers: Path, tmp_path: Path, capsy
 
     rows = read_manifest(talkers, "train")
     clips = read_clips(talkers, rows, 2, np.random.default_rng(0))
-    assert len(clips) == 4 and clips.mouths.shape == (4, 57, 70, 78) and clips.cepstra.shape == (4, 227, 13)
+    assert (
+        len(clips) == 4
+        and clips.mouths.shape == (4, 57, 70, 78)
+        and clips.cepstra.shape == (4, 227, 13)
+    )
     networks = training.train(options, clips, 60.0)
-    assert {name: net["num_steps"] for name, net in networks.items()} == {"sync": 2, "image": 2, "video": 2}
+    assert {name: net["num_steps"] for name, net in networks.items()} == {
+        "sync": 2,
+        "image": 2,
+        "video": 2,
+    }
     held_out = training.read_held_out(talkers, rows[:3])
     card = {
         "command": "c", "data": {"num_train_clips": 4}, "networks": networks,
@@ -231,7 +300,9 @@ def test_command_writes_networks_and_a_card(talkers: Path, tmp_path: Path, capsy
 
 
 def test_shipped_networks_are_those_of_an_accepted_card(talkers: Path) -> None:
-    """The card says what was measured when they were trained; here they answer as it says, on the tests' talkers."""
+    """The card says what was measured when they were trained; here they answer as it says, on the
+    tests' talkers.
+    """
     card = json.loads((extractors.ASSETS / "card.json").read_text())
     assert card["held_out"]["sync"]["accepted"] and card["held_out"]["frechet"]["accepted"]
     assert min(card["held_out"]["sync"]["within_1_frame"].values()) >= training.MIN_SHARE_WITHIN_1
@@ -252,4 +323,6 @@ def test_shipped_networks_are_those_of_an_accepted_card(talkers: Path) -> None:
     for kind, amounts in (("blur_px", (1.0, 3.0)), ("frame_shuffle", (0.3, 1.0))):
         damaged = [training.damaged_clips(kind, amount, clips, clips, 0) for amount in amounts]
         values = [training._against(fid, fvd, each) for each in damaged]
-        assert 0 < values[0][1] < values[1][1] and (kind == "frame_shuffle" or 0 < values[0][0] < values[1][0]), values
+        assert 0 < values[0][1] < values[1][1] and (
+            kind == "frame_shuffle" or 0 < values[0][0] < values[1][0]
+        ), values

@@ -19,20 +19,26 @@ def speech(num_samples: int, seed: int = 0) -> np.ndarray:
 
 @pytest.mark.parametrize("num_samples", [1, 399, 400, 401, 560, 561, 640 * 25, 640 * 25 + 77])
 def test_equals_python_speech_features(num_samples: int) -> None:
-    reference = pytest.importorskip("python_speech_features", reason="extra `test` has the reference MFCC")
+    reference = pytest.importorskip(
+        "python_speech_features", reason=("extra `test` has the reference MFCC")
+    )
     samples = speech(num_samples)
     expected = reference.mfcc(samples, 16000)
     np.testing.assert_allclose(mfcc(samples), expected, rtol=1e-9, atol=1e-9)
 
 
 def test_equals_python_speech_features_in_silence() -> None:
-    reference = pytest.importorskip("python_speech_features", reason="extra `test` has the reference MFCC")
+    reference = pytest.importorskip(
+        "python_speech_features", reason=("extra `test` has the reference MFCC")
+    )
     samples = np.concatenate([np.zeros(4000, np.int16), speech(4000), np.zeros(3000, np.int16)])
     np.testing.assert_allclose(mfcc(samples), reference.mfcc(samples, 16000), rtol=1e-9, atol=1e-9)
 
 
 def test_one_window_from_the_formula() -> None:
-    """A slow DFT, triangles, DCT and lifter of one window, without numpy's FFT or any table of ours."""
+    """A slow DFT, triangles, DCT and lifter of one window, without numpy's FFT or any table of
+    ours.
+    """
     samples = speech(400).astype(np.float64)
     x = samples.copy()
     x[1:] -= 0.97 * samples[:-1]
@@ -47,12 +53,22 @@ def test_one_window_from_the_formula() -> None:
     logs = np.log(bands)
     for c in range(1, 13):
         dct = sum(logs[j] * np.cos(np.pi * c * (j + 0.5) / 26) for j in range(26)) * np.sqrt(2 / 26)
-        assert mfcc(samples)[0, c] == pytest.approx(dct * (1 + 11 * np.sin(np.pi * c / 22)), rel=1e-9)
+        assert mfcc(samples)[0, c] == pytest.approx(
+            dct * (1 + 11 * np.sin(np.pi * c / 22)), rel=1e-9
+        )
     assert mfcc(samples)[0, 0] == pytest.approx(np.log(power.sum()), rel=1e-12)
 
 
 def test_sixteen_bits() -> None:
-    assert to_int16([0.0, 0.5, -1.0, 1.0, 3.0, -3.0, 1 / 32768]).tolist() == [0, 16384, -32768, 32767, 32767, -32768, 1]
+    assert to_int16([0.0, 0.5, -1.0, 1.0, 3.0, -3.0, 1 / 32768]).tolist() == [
+        0,
+        16384,
+        -32768,
+        32767,
+        32767,
+        -32768,
+        1,
+    ]
 
 
 def test_bad_samples_are_named() -> None:
@@ -67,7 +83,12 @@ def test_bad_samples_are_named() -> None:
 def ramps(num_frames: int, height: int, width: int) -> torch.Tensor:
     """Red tells the column, green the row, blue the frame."""
     y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    frames = torch.stack([x, y, torch.zeros_like(x)], dim=-1).to(torch.uint8).expand(num_frames, -1, -1, -1).clone()
+    frames = (
+        torch.stack([x, y, torch.zeros_like(x)], dim=-1)
+        .to(torch.uint8)
+        .expand(num_frames, -1, -1, -1)
+        .clone()
+    )
     frames[..., 2] = torch.arange(num_frames)[:, None, None]
     return frames
 

@@ -1,4 +1,6 @@
-"""The student: parallel form, cached form and its definition (conftest.py, float64) agree; the cache's own promises."""
+"""The student: parallel form, cached form and its definition (conftest.py, float64) agree; the
+cache's own promises.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,11 @@ OPTIONS = {
         "cache_noise": "clean_pass",
         "cache_gradient": "detached",
     },
-    "absolute_first_chunk_no_sink": {"positions": "absolute", "reference_attends": "first_chunk", "use_sink": False},
+    "absolute_first_chunk_no_sink": {
+        "positions": "absolute",
+        "reference_attends": "first_chunk",
+        "use_sink": False,
+    },
     "adjacent_no_context": {"first_chunk_slot": "adjacent", "use_context": False},
 }
 
@@ -37,7 +43,12 @@ OPTIONS = {
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 @pytest.mark.parametrize(
     ("num_chunks", "chunk_length", "height", "width", "speech", "text"),
-    [(1, 3, 2, 3, True, False), (2, 1, 4, 4, True, True), (3, 2, 2, 3, False, False), (4, 3, 1, 2, True, False)],
+    [
+        (1, 3, 2, 3, True, False),
+        (2, 1, 4, 4, True, True),
+        (3, 2, 2, 3, False, False),
+        (4, 3, 1, 2, True, False),
+    ],
 )
 def test_parallel_cached_and_definition_agree(
     lab: SimpleNamespace,
@@ -67,7 +78,12 @@ def test_parallel_cached_and_definition_agree(
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 @pytest.mark.parametrize(
     ("num_chunks", "chunk_length", "height", "width", "speech", "text"),
-    [(1, 2, 2, 3, True, False), (2, 3, 2, 3, False, True), (3, 1, 4, 4, True, True), (4, 2, 2, 3, True, False)],
+    [
+        (1, 2, 2, 3, True, False),
+        (2, 3, 2, 3, False, True),
+        (3, 1, 4, 4, True, True),
+        (4, 2, 2, 3, True, False),
+    ],
 )
 def test_gradients_of_parallel_and_sequential_agree(
     lab: SimpleNamespace,
@@ -81,7 +97,9 @@ def test_gradients_of_parallel_and_sequential_agree(
 ) -> None:
     model = lab.make_student(text=text, chunk_length=chunk_length, **options)
     clip = lab.make_clip(model, num_chunks, height, width, speech=speech)
-    inputs = [clip[k].requires_grad_() for k in ("noisy_latents", "speech_latents") if clip[k] is not None]
+    inputs = [
+        clip[k].requires_grad_() for k in ("noisy_latents", "speech_latents") if clip[k] is not None
+    ]
     weight = torch.randn(clip["noisy_latents"][:, :, 1:].shape)
     wanted = [*inputs, *model.parameters()]
 
@@ -99,7 +117,9 @@ def test_gradients_of_parallel_and_sequential_agree(
 
 
 @pytest.mark.parametrize("lengths", [[1, 3, 3], [3, 3, 1], [2], [1, 1, 2], [3, 1, 3]])
-@pytest.mark.parametrize("options", [{}, {"positions": "absolute"}, {"first_chunk_slot": "adjacent"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"positions": "absolute"}, {"first_chunk_slot": "adjacent"}], ids=str
+)
 def test_short_chunks(lab: SimpleNamespace, lengths: list[int], options: dict[str, Any]) -> None:
     model = lab.make_student(**options)
     clip = lab.make_clip(model, 3)
@@ -111,19 +131,27 @@ def test_short_chunks(lab: SimpleNamespace, lengths: list[int], options: dict[st
     )
     cache = model.new_cache(2, 2, 3)
     with torch.no_grad():
-        lab.assert_close(lab.sequential(model, clip, cache, lengths), lab.definition(model, clip, lengths)[:, :, 1:])
+        lab.assert_close(
+            lab.sequential(model, clip, cache, lengths),
+            lab.definition(model, clip, lengths)[:, :, 1:],
+        )
 
 
 @pytest.mark.parametrize("chunk_length", [1, 2, 3])
-def test_a_chunk_sees_itself_its_predecessor_and_the_reference(lab: SimpleNamespace, chunk_length: int) -> None:
-    # One block: deeper ones see further back, since the predecessor's keys have seen its own predecessor.
+def test_a_chunk_sees_itself_its_predecessor_and_the_reference(
+    lab: SimpleNamespace, chunk_length: int
+) -> None:
+    # One block: deeper ones see further back, since the predecessor's keys have seen its own
+    # predecessor.
     model = lab.make_student(num_layers=1, chunk_length=chunk_length)
     clip = lab.make_clip(model, 4)
     latents = clip["noisy_latents"].requires_grad_()
     velocity = lab.parallel(model, clip)
     for chunk in range(4):
         frames = slice(1 + chunk * chunk_length, 1 + (chunk + 1) * chunk_length)
-        (gradient,) = torch.autograd.grad(velocity[:, :, frames].square().sum(), latents, retain_graph=True)
+        (gradient,) = torch.autograd.grad(
+            velocity[:, :, frames].square().sum(), latents, retain_graph=True
+        )
         seen = gradient.abs().sum((0, 1, 3, 4)) > 0
         chunks = [0, *[1 + frame // chunk_length for frame in range(4 * chunk_length)]]
         assert seen.tolist() == [c in (0, chunk, chunk + 1) for c in chunks]
@@ -170,7 +198,8 @@ def test_copy_row_moves_a_stream(lab: SimpleNamespace) -> None:
         for row in range(2):
             single = model.new_cache(1, 2, 3)
             first = {
-                k: v if v is None else v[:, :, :4] if k == "noisy_latents" else v[:, :4] for k, v in rows[row].items()
+                k: v if v is None else v[:, :, :4] if k == "noisy_latents" else v[:, :4]
+                for k, v in rows[row].items()
             }
             lab.sequential(model, first, single)
             shared.copy_row_(row, single)
@@ -199,7 +228,9 @@ def test_snapshot_and_restore_are_bit_identical(lab: SimpleNamespace) -> None:
             for _ in range(2):
                 velocity = model(*part, cache=cache)
                 cache.commit()
-            results.append((velocity, cache.keys.clone(), cache.values.clone(), list(cache.num_frames)))
+            results.append(
+                (velocity, cache.keys.clone(), cache.values.clone(), list(cache.num_frames))
+            )
             cache.restore(state)
     assert all(torch.equal(a, b) for a, b in zip(results[0][:3], results[1][:3], strict=True))
     assert results[0][3] == results[1][3]
@@ -216,10 +247,18 @@ def test_chunk_10_and_chunk_1000_are_the_same_program(lab: SimpleNamespace) -> N
     velocities, places = [], set()
     with torch.inference_mode():
         model.prefill(clip["noisy_latents"][:, :, :1], cache)
-        for _ in range(60):  # the same input for ever: each block forgets what came before the previous chunk
+        # the same input for ever: each block forgets what came before the previous chunk
+        for _ in range(60):
             velocities.append(model(*part, cache=cache))
             cache.commit()
-            places.add((cache.keys.data_ptr(), cache.values.data_ptr(), cache.rotation.data_ptr(), cache.nbytes))
+            places.add(
+                (
+                    cache.keys.data_ptr(),
+                    cache.values.data_ptr(),
+                    cache.rotation.data_ptr(),
+                    cache.nbytes,
+                )
+            )
         cache.restore({**cache.snapshot(), "num_frames": [3 * 999]})
         velocities.append(model(*part, cache=cache))
     assert torch.equal(velocities[9], velocities[59])
@@ -229,7 +268,9 @@ def test_chunk_10_and_chunk_1000_are_the_same_program(lab: SimpleNamespace) -> N
 
 
 @pytest.mark.parametrize("num_steps", [2, 3])
-def test_per_step_reads_the_previous_chunk_of_the_same_step(lab: SimpleNamespace, num_steps: int) -> None:
+def test_per_step_reads_the_previous_chunk_of_the_same_step(
+    lab: SimpleNamespace, num_steps: int
+) -> None:
     model = lab.make_student(cache_noise="per_step")
     clip = lab.make_clip(model, 2)
     sigmas = torch.linspace(1, 0.2, num_steps)
@@ -240,13 +281,18 @@ def test_per_step_reads_the_previous_chunk_of_the_same_step(lab: SimpleNamespace
             frames = slice(1 + 3 * chunk, 4 + 3 * chunk)
             for step, value in enumerate(sigmas):
                 sigma = value.expand(2, 3)
-                latents, speech = clip["noisy_latents"][:, :, frames] * value, clip["speech_latents"][:, frames]
+                latents, speech = (
+                    clip["noisy_latents"][:, :, frames] * value,
+                    clip["speech_latents"][:, frames],
+                )
                 velocity = model(latents, sigma, speech, cache=cache, step=step)
                 noisy = clip["noisy_latents"] * value
                 noisy[:, :, 0] = clip["noisy_latents"][:, :, 0]
                 whole = clip["sigma"].clone().fill_(value)
                 whole[:, 0] = 0
-                lab.assert_close(velocity, model(noisy, whole, clip["speech_latents"])[:, :, frames])
+                lab.assert_close(
+                    velocity, model(noisy, whole, clip["speech_latents"])[:, :, frames]
+                )
             cache.commit()
     with pytest.raises(ValueError, match=f"expected a step below {num_steps}, got {num_steps}"):
         model(latents, sigma, speech, cache=cache, step=num_steps)
@@ -255,10 +301,19 @@ def test_per_step_reads_the_previous_chunk_of_the_same_step(lab: SimpleNamespace
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"positions": "relative"}, "expected positions to be one of window, absolute, got 'relative'"),
-        ({"cache_noise": "none"}, "expected cache_noise to be one of last_step, clean_pass, per_step"),
+        (
+            {"positions": "relative"},
+            ("expected positions to be one of window, absolute, got 'relative'"),
+        ),
+        (
+            {"cache_noise": "none"},
+            ("expected cache_noise to be one of last_step, clean_pass, per_step"),
+        ),
         ({"chunk_length": 0}, "expected chunk_length of at least 1, got 0"),
-        ({"positions": "absolute", "first_chunk_slot": "adjacent"}, "expected first_chunk_slot `current`"),
+        (
+            {"positions": "absolute", "first_chunk_slot": "adjacent"},
+            ("expected first_chunk_slot `current`"),
+        ),
     ],
 )
 def test_bad_options(lab: SimpleNamespace, arguments: dict[str, Any], message: str) -> None:
@@ -297,14 +352,18 @@ def test_bad_use(lab: SimpleNamespace) -> None:
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize(("num_chunks", "chunk_length", "height", "width"), [(1, 3, 2, 3), (3, 2, 2, 3), (2, 1, 4, 4)])
+@pytest.mark.parametrize(
+    ("num_chunks", "chunk_length", "height", "width"), [(1, 3, 2, 3), (3, 2, 2, 3), (2, 1, 4, 4)]
+)
 def test_bfloat16_stays_near_the_definition(
     lab: SimpleNamespace, masked: bool, num_chunks: int, chunk_length: int, height: int, width: int
 ) -> None:
     model = lab.make_student(text=True, chunk_length=chunk_length).bfloat16()
     clip = lab.make_clip(model, num_chunks, height, width)
     clip = {k: v if v is None or k == "sigma" else v.bfloat16() for k, v in clip.items()}
-    exact = lab.definition(model.double(), {k: v if v is None else v.double() for k, v in clip.items()})[:, :, 1:]
+    exact = lab.definition(
+        model.double(), {k: v if v is None else v.double() for k, v in clip.items()}
+    )[:, :, 1:]
     model.bfloat16()
     cache = model.new_cache(2, height, width, always_mask=masked)
     assert cache.keys.dtype == torch.bfloat16
@@ -315,15 +374,22 @@ def test_bfloat16_stays_near_the_definition(
 
 
 @pytest.mark.parametrize(("num_chunks", "height", "width"), [(1, 2, 3), (3, 2, 3), (4, 4, 4)])
-def test_autocast_stays_near_the_definition(lab: SimpleNamespace, num_chunks: int, height: int, width: int) -> None:
+def test_autocast_stays_near_the_definition(
+    lab: SimpleNamespace, num_chunks: int, height: int, width: int
+) -> None:
     model = lab.make_student(text=True)
     clip = lab.make_clip(model, num_chunks, height, width)
     exact = lab.definition(model, clip)[:, :, 1:]
     with torch.autocast("cpu", torch.bfloat16):
         one = lab.parallel(model, clip)[:, :, 1:]
-        many = lab.sequential(model, clip, model.new_cache(2, height, width, kind=DifferentiableCache))
+        many = lab.sequential(
+            model, clip, model.new_cache(2, height, width, kind=DifferentiableCache)
+        )
     for found in (one.detach(), many.detach()):
         assert float((found.double() - exact).square().mean().sqrt() / exact.std()) < 0.03
-    gradients = [torch.autograd.grad(x.float().square().mean(), list(model.parameters())) for x in (one, many)]
+    gradients = [
+        torch.autograd.grad(x.float().square().mean(), list(model.parameters()))
+        for x in (one, many)
+    ]
     for a, b in zip(*gradients, strict=True):
         assert float((a - b).norm()) <= 0.1 * float(a.norm()) + 1e-6

@@ -1,4 +1,6 @@
-"""The compact VAE and the causal blocks: streaming equals whole clips, causality, statistics, errors."""
+"""The compact VAE and the causal blocks: streaming equals whole clips, causality, statistics,
+errors.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +14,13 @@ from rest_lightning.models.vae import CompactVAE
 
 
 def tiny_vae(seed: int = 0, principal_components: int = 0) -> CompactVAE:
-    """A few thousand parameters, with random values where a network starts at zero, so that every part matters."""
+    """A few thousand parameters, with random values where a network starts at zero, so that every
+    part matters.
+    """
     torch.manual_seed(seed)
-    vae = CompactVAE(4, (8, 16, 16), (1, 1, 1), (1, 1, 2), ((4, 2), (2, 2)), 8, principal_components)
+    vae = CompactVAE(
+        4, (8, 16, 16), (1, 1, 1), (1, 1, 2), ((4, 2), (2, 2)), 8, principal_components
+    )
     for name, parameter in vae.named_parameters():
         if "temporal.conv" in name:
             torch.nn.init.normal_(parameter, std=0.3)
@@ -28,12 +34,17 @@ def tiny_vae(seed: int = 0, principal_components: int = 0) -> CompactVAE:
 @pytest.mark.parametrize("pieces", [(1, 1, 1, 1, 1, 1), (3, 3), (2, 2, 2), (2, 3, 1), (6,), (5, 1)])
 @pytest.mark.parametrize("size", [(32, 32), (64, 96)])
 @pytest.mark.parametrize("principal", [0, 8])
-def test_streamed_decode_equals_whole_clip(pieces: tuple[int, ...], size: tuple[int, int], principal: int) -> None:
+def test_streamed_decode_equals_whole_clip(
+    pieces: tuple[int, ...], size: tuple[int, int], principal: int
+) -> None:
     vae = tiny_vae(principal_components=principal)
     latents = torch.randn(2, 4, 1 + sum(pieces), size[0] // 32, size[1] // 32)
     whole = vae.decode(latents)
     first, stream = vae.start_decode(latents[:, :, :1])
-    frames = [first, *(vae.decode_chunk(piece, stream) for piece in latents[:, :, 1:].split(pieces, dim=2))]
+    frames = [
+        first,
+        *(vae.decode_chunk(piece, stream) for piece in latents[:, :, 1:].split(pieces, dim=2)),
+    ]
     assert whole.shape == (2, 3, 8 * sum(pieces) + 1, *size)
     torch.testing.assert_close(torch.cat(frames, dim=2), whole, atol=1e-5, rtol=0)
 
@@ -41,7 +52,9 @@ def test_streamed_decode_equals_whole_clip(pieces: tuple[int, ...], size: tuple[
 def test_first_latent_depends_on_the_first_frame_alone() -> None:
     vae = tiny_vae()
     frames = torch.rand(1, 3, 17, 32, 32) * 2 - 1
-    torch.testing.assert_close(vae.encode(frames)[:, :, :1], vae.encode(frames[:, :, :1]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        vae.encode(frames)[:, :, :1], vae.encode(frames[:, :, :1]), atol=1e-5, rtol=0
+    )
 
 
 @pytest.mark.parametrize("changed", [1, 2, 3])
@@ -55,7 +68,9 @@ def test_encoder_and_decoder_are_causal(changed: int, principal: int) -> None:
     assert torch.equal(before[:, :, :changed], after[:, :, :changed])
     assert not torch.equal(before[:, :, changed], after[:, :, changed])
     decoded, decoded_other = vae.decode(before), vae.decode(after)
-    assert torch.equal(decoded[:, :, : 8 * (changed - 1) + 1], decoded_other[:, :, : 8 * (changed - 1) + 1])
+    assert torch.equal(
+        decoded[:, :, : 8 * (changed - 1) + 1], decoded_other[:, :, : 8 * (changed - 1) + 1]
+    )
 
 
 def test_past_reaches_later_frames() -> None:
@@ -106,7 +121,9 @@ def test_rows_of_a_batch_are_streams_of_their_own() -> None:
     _, stream = vae.start_decode(latents[:, :, :1])
     single: Stream = vae.start_decode(latents[1:, :, :1])[1]
     together = vae.decode_chunk(latents[:, :, 1:4], stream)
-    torch.testing.assert_close(vae.decode_chunk(latents[1:, :, 1:4], single), together[1:], atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        vae.decode_chunk(latents[1:, :, 1:4], single), together[1:], atol=1e-5, rtol=0
+    )
     stream.copy_row(0, single)  # row 0 goes on as the other stream did
     ahead = vae.decode_chunk(latents[1:, :, 4:].expand(2, -1, -1, -1, -1), stream)
     torch.testing.assert_close(ahead[0], ahead[1], atol=1e-5, rtol=0)

@@ -28,7 +28,9 @@ def vae() -> CompactVAE:
 def dit(attention_bias: bool = True) -> A2VDiT:
     """A small network whose speech attention speaks."""
     torch.manual_seed(0)
-    network = A2VDiT(8, None, 2, 2, 16, caption_channels=None, speech_dim=12, attention_bias=attention_bias)
+    network = A2VDiT(
+        8, None, 2, 2, 16, caption_channels=None, speech_dim=12, attention_bias=attention_bias
+    )
     for block in network.transformer_blocks:
         for norm in (block.attn1.norm_q, block.attn1.norm_k):
             nn.init.normal_(norm.weight, mean=1.0, std=0.2)
@@ -44,8 +46,12 @@ def test_the_vae_gives_the_same(num_latents: int, batch: int) -> None:
     network = vae()
     frames = torch.rand(batch, 3, 8 * num_latents - 7, 64, 96) * 2 - 1
     latents = torch.randn(batch, 8, num_latents, 2, 3)
-    torch.testing.assert_close(packed(network).encode(frames), network.encode(frames), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(packed(network).decode(latents), network.decode(latents), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        packed(network).encode(frames), network.encode(frames), atol=1e-5, rtol=1e-5
+    )
+    torch.testing.assert_close(
+        packed(network).decode(latents), network.decode(latents), atol=1e-5, rtol=1e-5
+    )
 
 
 @torch.inference_mode()
@@ -54,7 +60,10 @@ def test_a_packed_stream_gives_what_the_whole_gives(chunk: int) -> None:
     network, latents = vae(), torch.randn(2, 8, 8, 2, 2)
     fast = packed(network)
     first, stream = fast.start_decode(latents[:, :, :1])
-    pieces = [first, *(fast.decode_chunk(piece, stream) for piece in latents[:, :, 1:].split(chunk, 2))]
+    pieces = [
+        first,
+        *(fast.decode_chunk(piece, stream) for piece in latents[:, :, 1:].split(chunk, 2)),
+    ]
     torch.testing.assert_close(torch.cat(pieces, 2), network.decode(latents), atol=1e-5, rtol=1e-5)
 
 
@@ -66,7 +75,9 @@ def test_the_transformer_gives_the_same(num_frames: int, attention_bias: bool) -
     latents, sigma = torch.randn(2, 8, num_frames, 2, 3), torch.rand(2, num_frames)
     speech = torch.randn(2, num_frames, 4, 12)
     expected = network(latents, sigma, speech)
-    torch.testing.assert_close(packed(network)(latents, sigma, speech), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        packed(network)(latents, sigma, speech), expected, atol=1e-5, rtol=1e-5
+    )
 
 
 @torch.inference_mode()
@@ -76,7 +87,9 @@ def test_bfloat16_errs_no_more_than_without_packing() -> None:
     latents, sigma, speech = torch.randn(2, 8, 4, 4, 4), torch.rand(2, 4), torch.randn(2, 4, 4, 12)
     exact, coarse = network(latents, sigma, speech), copy.deepcopy(network).bfloat16()
     inputs = latents.bfloat16(), sigma, speech.bfloat16()
-    plain, fast = ((model(*inputs).float() - exact).abs().mean() for model in (coarse, packed(coarse)))
+    plain, fast = (
+        (model(*inputs).float() - exact).abs().mean() for model in (coarse, packed(coarse))
+    )
     assert 0 < fast < 1.5 * plain
 
 
@@ -91,7 +104,8 @@ def test_one_copy_serves_until_the_weights_change() -> None:
         torch.testing.assert_close(first(x), before, atol=1e-5, rtol=1e-5)
         network.net[2].weight.mul_(2.0)  # as an optimizer does
         torch.testing.assert_close(packed(network)(x), network(x), atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(first(x), before, atol=1e-5, rtol=1e-5)  # a session goes on with its own
+        # a session goes on with its own
+        torch.testing.assert_close(first(x), before, atol=1e-5, rtol=1e-5)
         network.net[0].proj.weight.data.mul_(2.0)  # past the version counter
         torch.testing.assert_close(packed(network)(x), network(x), atol=1e-5, rtol=1e-5)
         network.load_state_dict({name: value + 0.1 for name, value in network.state_dict().items()})
@@ -101,7 +115,10 @@ def test_one_copy_serves_until_the_weights_change() -> None:
 def test_no_weight_is_packed_twice() -> None:
     attention = packed(dit()).transformer_blocks[0].attn1
     assert "queries_keys_values" in attention.__dict__
-    assert all("forward" not in layer.__dict__ for layer in (attention.to_q, attention.to_k, attention.to_v))
+    assert all(
+        "forward" not in layer.__dict__
+        for layer in (attention.to_q, attention.to_k, attention.to_v)
+    )
     assert "forward" in attention.to_out[0].__dict__
 
 

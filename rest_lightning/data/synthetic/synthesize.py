@@ -1,4 +1,6 @@
-"""Synthetic talkers in the prepared-clip layout: text -> speech -> face track -> frames -> mp4 and sidecar."""
+"""Synthetic talkers in the prepared-clip layout: text -> speech -> face track -> frames -> mp4 and
+sidecar.
+"""
 
 from __future__ import annotations
 
@@ -67,8 +69,8 @@ def synthesize_clip(
 ) -> SyntheticClip:
     """Make clip ``index`` of a seed: its own identity, words and motion.
 
-    A pure function: the same arguments give the same bits, in any process and order. Longer clips hold several
-    sentences with pauses.
+    A pure function: the same arguments give the same bits, in any process and order. Longer clips
+    hold several sentences with pauses.
 
     Args:
         index: number of the clip, which is also its identity.
@@ -111,7 +113,9 @@ def clip_id_of(index: int) -> str:
 
 
 def split_of_index(index: int, val_fraction: float, test_fraction: float) -> str:
-    """Split of clip ``index``: held-out clips are spread evenly, and stay where they are when clips are added."""
+    """Split of clip ``index``: held-out clips are spread evenly, and stay where they are when clips
+    are added.
+    """
     fraction = val_fraction + test_fraction
     # The small constant keeps 0.1 + 0.2 and the like from losing a clip to rounding.
     number = math.floor(index * fraction + 1e-9)
@@ -135,8 +139,9 @@ def synthesize(
 ) -> Path:
     """Make a dataset of synthetic talkers in the prepared-clip layout, one identity per clip.
 
-    Calling it again continues where it stopped: finished clips are checked and kept. With a larger ``num_clips``
-    it adds clips. Any other change of the arguments is refused, because the clips would not fit together.
+    Calling it again continues where it stopped: finished clips are checked and kept. With a larger
+    ``num_clips`` it adds clips. Any other change of the arguments is refused, because the clips
+    would not fit together.
 
     Args:
         out: folder of the dataset.
@@ -153,7 +158,8 @@ def synthesize(
         The folder.
 
     Raises:
-        UserError: bad arguments, a folder with something else in it, or a dataset made with other arguments.
+        UserError: bad arguments, a folder with something else in it, or a dataset made with other
+            arguments.
     """
     out = Path(out)
     arguments = {
@@ -170,11 +176,14 @@ def synthesize(
         _remove_dataset(out)
     _check_folder(out, info)
     (out / "clips").mkdir(parents=True, exist_ok=True)
-    layout.write_dataset_json(out, info)  # before the first clip: an interrupted run knows what it was
+    # before the first clip: an interrupted run knows what it was
+    layout.write_dataset_json(out, info)
     for leftover in (out / "clips").glob(".talker_*.part*"):
         leftover.unlink(missing_ok=True)
 
-    indices = [i for i in range(num_clips) if not _is_finished(out, clip_id_of(i), size_px, num_frames)]
+    indices = [
+        i for i in range(num_clips) if not _is_finished(out, clip_id_of(i), size_px, num_frames)
+    ]
     make = partial(
         _make_clip,
         out=out,
@@ -190,7 +199,9 @@ def synthesize(
 
 
 def write_clip(out: str | os.PathLike[str], clip: SyntheticClip) -> None:
-    """Write mp4 and sidecar of a clip into the dataset folder ``out``; each appears only when it is whole."""
+    """Write mp4 and sidecar of a clip into the dataset folder ``out``; each appears only when it is
+    whole.
+    """
     from rest_lightning.media.writer import Mp4Writer
 
     path = layout.clip_path(out, clip.sidecar.clip_id)
@@ -201,7 +212,13 @@ def write_clip(out: str | os.PathLike[str], clip: SyntheticClip) -> None:
 
 
 def _make_clip(
-    index: int, out: Path, seed: int, size_px: int, num_frames: int, val_fraction: float, test_fraction: float
+    index: int,
+    out: Path,
+    seed: int,
+    size_px: int,
+    num_frames: int,
+    val_fraction: float,
+    test_fraction: float,
 ) -> int:
     split = split_of_index(index, val_fraction, test_fraction)
     write_clip(out, synthesize_clip(index, seed, split, size_px, num_frames))
@@ -209,7 +226,13 @@ def _make_clip(
 
 
 def _run(make: Any, indices: list[int], num_workers: int, num_clips: int) -> None:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
     columns = (
         TextColumn("[progress.description]{task.description}"),
@@ -219,7 +242,9 @@ def _run(make: Any, indices: list[int], num_workers: int, num_clips: int) -> Non
         TimeRemainingColumn(),
     )
     with Progress(*columns) as progress, _results(make, indices, num_workers) as results:
-        task = progress.add_task("clips", total=num_clips, completed=num_clips - len(indices), rate="")
+        task = progress.add_task(
+            "clips", total=num_clips, completed=num_clips - len(indices), rate=""
+        )
         for _ in results:
             speed = progress.tasks[0].speed
             progress.update(task, advance=1, rate=f"{speed:.1f} clips/s" if speed else "")
@@ -243,7 +268,9 @@ def _ignore_interrupt() -> None:
 
 @contextmanager
 def _one_thread_each() -> Iterator[None]:
-    """Workers inherit the environment: libraries that read these names start one thread, not one per core."""
+    """Workers inherit the environment: libraries that read these names start one thread, not one
+    per core.
+    """
     names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
     before = {name: os.environ.get(name) for name in names}
     os.environ.update(dict.fromkeys(names, "1"))
@@ -288,13 +315,20 @@ def _check_sizes(size_px: int, num_frames: int) -> None:
 
 
 def _check_arguments(
-    num_clips: int, size_px: int, num_frames: int, num_workers: int, val_fraction: float, test_fraction: float
+    num_clips: int,
+    size_px: int,
+    num_frames: int,
+    num_workers: int,
+    val_fraction: float,
+    test_fraction: float,
 ) -> None:
     _check_sizes(size_px, num_frames)
     if num_clips < 1:
         raise UserError(f"expected num_clips of at least 1, got {num_clips}: use 500")
     if num_workers < 1:
-        raise UserError(f"expected num_workers of at least 1, got {num_workers}: use the number of cores")
+        raise UserError(
+            f"expected num_workers of at least 1, got {num_workers}: use the number of cores"
+        )
     if val_fraction < 0 or test_fraction < 0 or val_fraction + test_fraction > 1:
         raise UserError(
             "expected val_fraction and test_fraction of 0 to 1 together, "
@@ -303,7 +337,9 @@ def _check_arguments(
 
 
 def _check_folder(out: Path, info: dict[str, Any]) -> None:
-    """UserError unless ``out`` is new, empty, or a synthetic dataset made with the same arguments."""
+    """UserError unless ``out`` is new, empty, or a synthetic dataset made with the same
+    arguments.
+    """
     if not out.exists():
         return
     if not out.is_dir():
@@ -311,20 +347,29 @@ def _check_folder(out: Path, info: dict[str, Any]) -> None:
     if not any(out.iterdir()):
         return
     if not (out / "dataset.json").is_file():
-        raise UserError(f"expected a new or empty folder, got {out} with other files in it: choose another folder")
+        raise UserError(
+            f"expected a new or empty folder, got {out} with other files in it: "
+            "choose "
+            "another folder"
+        )
     there = layout.read_dataset_json(out)
     if there.get("kind") != _KIND:
-        raise UserError(f"expected a folder of synthetic talkers, got another dataset in {out}: choose another folder")
+        raise UserError(
+            f"expected a folder of synthetic talkers, got another dataset in {out}: "
+            "choose another folder"
+        )
     before = {"generator_version": there.get("generator_version"), **there.get("arguments", {})}
     now = {"generator_version": info["generator_version"], **info["arguments"]}
     differences = [
         f"{name} {before.get(name)} (now {value})"
         for name, value in now.items()
-        if before.get(name) != value and not (name == "num_clips" and (before.get(name) or 0) < value)
+        if before.get(name) != value
+        and not (name == "num_clips" and (before.get(name) or 0) < value)
     ]
     if differences:
         raise UserError(
-            f"expected the arguments that {out} was made with, got others: it has {', '.join(differences)}; "
+            f"expected the arguments that {out} was made with, got others: it has "
+            f"{', '.join(differences)}; "
             "repeat them, choose another folder, or set overwrite to start again"
         )
 
