@@ -24,6 +24,7 @@ COMMANDS = {
     "serve": "a page in the browser: speak, and the portrait speaks",
     "synthesize": "render synthetic talkers to train on",
     "prepare": "raw videos become prepared clips, with a reason for each that does not",
+    "animate": "photographs and a speaking driver become training talkers",
     "encode": "latents of all clips, once, for the stages that need them",
     "encode-prompt": "the text embedding of the fixed prompt, once, for models that read text",
     "export": "a checkpoint becomes a model folder for talk --model",

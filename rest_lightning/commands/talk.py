@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 import numpy as np
 
@@ -43,6 +43,9 @@ class TalkOptions:
         overwrite: whether existing outputs may be replaced.
         seed, num_steps, guidance, reference_guidance: see
             :meth:`rest_lightning.talking_head.TalkingHead.open`.
+        chunk_length: latents per chunk, where the model was trained for several; None takes its
+            default.
+        detail: of the portrait, see :class:`rest_lightning.streaming.engine.EngineOptions`.
         report, sheet: JSON and PNG to write beside the video; None writes none.
         num_threads: of torch; None leaves its choice.
         dtype: of the model; ``auto`` takes bfloat16 on processors that compute it natively, else
@@ -67,6 +70,8 @@ class TalkOptions:
     num_steps: int | None = None
     guidance: float | None = None
     reference_guidance: float | None = None
+    chunk_length: int | None = None
+    detail: Literal["model", "agreement", "none"] = "model"
     report: Path | None = None
     sheet: Path | None = None
     num_threads: int | None = None
@@ -129,6 +134,18 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "model's)"
     )
     parser.add_argument("--reference-guidance", type=float, help=split)
+    chunk = (
+        "latents of 0.32 s per chunk, where the model was trained for several: short ones "
+        "answer sooner"
+    )
+    parser.add_argument("--chunk-length", type=positive, help=chunk)
+    detail = (
+        "of the portrait, in every frame: model (default: as it was trained), agreement "
+        "(closed form) or none"
+    )
+    parser.add_argument(
+        "--detail", choices=("model", "agreement", "none"), default="model", help=detail
+    )
     parser.add_argument(
         "--threads",
         dest="num_threads",
@@ -171,7 +188,9 @@ def talk(options: TalkOptions) -> StreamReport:
     speech = open_speech(options.speech, stdin=options.stdin)
     from rest_lightning.talking_head import ModelOptions
 
-    model = ModelOptions(options.model, options.num_threads, options.dtype, options.device).load()
+    model = ModelOptions(
+        options.model, options.chunk_length, options.num_threads, options.dtype, options.device
+    ).load()
     portrait = found.square(model.size_px)
     report = _stream(model, portrait, speech, options)
     report.configuration |= {
@@ -192,6 +211,7 @@ def _stream(
     model: TalkingHead, portrait: np.ndarray, speech: SpeechSource, options: TalkOptions
 ) -> StreamReport:
     from rest_lightning.media.writer import BackgroundWriter
+    from rest_lightning.streaming.engine import EngineOptions
     from rest_lightning.streaming.live import LiveSpeech
     from rest_lightning.streaming.report import ChunkProfiler
     from rest_lightning.streaming.session import write_stream
@@ -203,7 +223,8 @@ def _stream(
     try:
         # The reader of a pipe may be slow: that must not stop the model, whatever the cores.
         with BackgroundWriter(writer, threaded=options.to_pipe or None) as background:
-            session = model.open(portrait, seed=options.seed, **sampling)
+            engine = EngineOptions(detail=options.detail)
+            session = model.open(portrait, seed=options.seed, options=engine, **sampling)
             blocks: Iterable[np.ndarray] = speech
             if options.live:
                 blocks = LiveSpeech(
@@ -333,7 +354,7 @@ def _check_not_input(path: Path, options: TalkOptions) -> None:
 
 
 def _crop(text: str) -> Any:
-    from rest_lightning.data.portrait import parse_crop
+    from rest_lightning.media.portrait import parse_crop
 
     try:
         return parse_crop(text)

@@ -9,6 +9,7 @@ weights give LTX's own output.
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -51,8 +52,8 @@ def start_of_prompt(
         return None, None
     if channels is None:
         raise UserError(
-            "expected no prompt with caption_channels=None, got one: set "
-            "caption_channels (LTX: 4096)"
+            "expected no prompt with caption_channels=None, got one: set caption_channels (LTX: "
+            "4096)"
         )
     if length is not None and length < 1:
         raise UserError(f"expected a prompt_length of at least 1, got {length}: LTX-Video's is 128")
@@ -278,8 +279,8 @@ class CaptionProjection(nn.Module):
 
 
 class Block(nn.Module):
-    """Self-attention, text attention (``attn2``), speech attention, feed-forward; tokens are
-    ``(B, f, n, D)``.
+    """Self-attention, text attention (``attn2``), speech attention, feed-forward; tokens are ``(B,
+    f, n, D)``.
     """
 
     def __init__(
@@ -307,8 +308,8 @@ class Block(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.randn(6, dim) / dim**0.5)
 
     def modulation(self, embedding: Tensor) -> Modulation:
-        """Shift, 1 + scale, gate of both halves, each ``(B, f, 1, D)``, from
-        ``(B, f, 6, 1, D)``.
+        """Shift, 1 + scale, gate of both halves, each ``(B, f, 1, D)``, from ``(B, f, 6, 1,
+        D)``.
         """
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = (
             self.scale_shift_table[:, None] + embedding
@@ -489,6 +490,18 @@ class A2VDiT(nn.Module):
         student.load_state_dict(self.state_dict())
         return student
 
+    def with_chunk_length(self, chunk_length: int) -> Self:
+        """Returns this network for chunks of another length: the same weights, in the same memory.
+
+        Raises:
+            UserError: a length that training did not draw.
+        """
+        if chunk_length == self.cache_options.chunk_length:
+            return self
+        other = copy.copy(self)
+        other.cache_options = self.cache_options.with_chunk_length(chunk_length)
+        return other
+
     @classmethod
     def from_ltx(cls, source: str | Path | nn.Module, **overrides: Any) -> A2VDiT:
         """Returns a teacher whose output equals LTX's own until the speech attention is trained.
@@ -633,8 +646,8 @@ class A2VDiT(nn.Module):
             return self._run(noisy_latents, sigma, context, text, speech)
         if self.attention != "chunked" or cache is not None or isinstance(sigma, SigmaEmbedding):
             raise UserError(
-                "expected context_latents in the student's parallel form only, got a "
-                "cache or a teacher"
+                "expected context_latents in the student's parallel form only, got a cache or a "
+                "teacher"
             )
         if context_latents.shape != noisy_latents.shape:
             raise UserError(
@@ -705,8 +718,8 @@ class A2VDiT(nn.Module):
         text_embeds: Tensor | Condition | None = None,
         text_mask: Tensor | None = None,
     ) -> None:
-        """Write the ID-Sink of ``rows`` (default: all) from ``reference_latent
-        (rows, C, 1, h, w)``, before any speech.
+        """Write the ID-Sink of ``rows`` (default: all) from ``reference_latent (rows, C, 1, h,
+        w)``, before any speech.
 
         In mid-stream this switches the identity; `IDContextCache.reset_rows` starts a new stream.
         """
@@ -783,7 +796,7 @@ class A2VDiT(nn.Module):
         # Rotations come in as complex numbers and are taken apart at once: a view, for which no
         # code is needed.
         warnings.filterwarnings(
-            "ignore", message=("Torchinductor does not support code generation for complex")
+            "ignore", message="Torchinductor does not support code generation for complex"
         )
         self._run_block, self._compiles_streams = torch.compile(run_block), streams
 
@@ -820,8 +833,8 @@ class A2VDiT(nn.Module):
         own = self.project_prompt(batch)
         if own is None and self.caption_projection is not None:
             raise UserError(
-                "expected text_embeds, got None: pass them, give a prompt, or set "
-                "caption_channels to null"
+                "expected text_embeds, got None: pass them, give a prompt, or set caption_channels "
+                "to null"
             )
         return own
 
@@ -894,6 +907,6 @@ def check_cache(model: A2VDiT, cache: IDContextCache, latents: Tensor) -> None:
     got = (latents.shape[0], latents.shape[3], latents.shape[4])
     if got != expected:
         raise UserError(
-            f"expected latents of the cache's (rows, h, w) = {expected}, got {got}: "
-            "allocate it anew"
+            f"expected latents of the cache's (rows, h, w) = {expected}, got {got}: allocate it "
+            "anew"
         )

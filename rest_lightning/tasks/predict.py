@@ -12,10 +12,10 @@ import torch
 from lightning import LightningModule
 from numpy.typing import NDArray
 
-from rest_lightning.data.portrait import parse_crop
 from rest_lightning.data.streams import SpeechBlock
 from rest_lightning.diffusion.sampling import SamplingChanges
 from rest_lightning.generation import describe_model, load_generator
+from rest_lightning.media.portrait import parse_crop
 from rest_lightning.parts import DtypeName, dtype_on
 from rest_lightning.streaming.session import StreamingSession
 from rest_lightning.talking_head import TalkingHead
