@@ -17,11 +17,19 @@ from torch import Tensor, nn
 from rest_lightning.constants import SPATIAL_RATIO, VERSION
 from rest_lightning.diffusion.sampling import Sampling, SamplingChanges
 from rest_lightning.errors import UserError
-from rest_lightning.parts import OPTIONAL_PART_NAMES, PART_NAMES, describe_part, dtype_on, open_part
+from rest_lightning.media.portrait import load_portrait
+from rest_lightning.parts import (
+    OPTIONAL_PART_NAMES,
+    PART_NAMES,
+    describe_part,
+    dtype_on,
+    open_part,
+)
 from rest_lightning.streaming.batch import BatchSession
 from rest_lightning.streaming.session import StreamingSession
 
 if TYPE_CHECKING:
+    from rest_lightning.media.portrait import Crop
     from rest_lightning.models.detail import DetailTransfer
     from rest_lightning.models.speech import SpeechEncoder
     from rest_lightning.models.speech_ae import SpeechAE
@@ -115,6 +123,7 @@ class TalkingHead(nn.Module):
         self,
         portrait: Any,
         *,
+        crop: Crop = "auto",
         seed: int = 0,
         num_steps: int | None = None,
         guidance: float | None = None,
@@ -128,6 +137,9 @@ class TalkingHead(nn.Module):
         Args:
             portrait: path of an image, PIL image, uint8 array (H, W, 3), or float tensor (3, H, W)
                 in [-1, 1].
+            crop: of a portrait that is no tensor: ``auto`` (the head that is found), ``centre``,
+                (x, y, size) or (x, y, width, height); see
+                :func:`rest_lightning.media.portrait.find_portrait`.
             seed: of the noise; the same seed, portrait and speech give the same frames.
             num_steps, guidance, shift, reference_guidance: override :attr:`sampling`.
             chunk_length: latents per chunk, see :meth:`with_chunk_length`; None takes the model's.
@@ -137,6 +149,8 @@ class TalkingHead(nn.Module):
         Raises:
             UserError: a portrait or a value that is no good, or not enough memory.
         """
+        if not isinstance(portrait, torch.Tensor):
+            portrait = load_portrait(portrait, self.size_px, crop)
         changes = SamplingChanges(num_steps, guidance, shift, reference_guidance)
         head = self if chunk_length is None else self.with_chunk_length(chunk_length)
         return StreamingSession(

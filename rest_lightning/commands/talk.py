@@ -64,7 +64,7 @@ class TalkOptions:
     speech: str
     out: Path
     model: Path | None = None
-    crop: Crop = "centre"
+    crop: Crop = "auto"
     overwrite: bool = False
     seed: int = 0
     num_steps: int | None = None
@@ -105,9 +105,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--live", action="store_true", help="put silence where the speech in the pipe pauses"
     )
-    parser.add_argument(
-        "--crop", type=_crop, default="centre", help="centre (default), face, or x,y,width,height"
-    )
+    crops = "auto (default: the head that is found), centre, x,y,size or x,y,width,height"
+    parser.add_argument("--crop", type=_crop, default="auto", help=crops)
     parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
     parser.add_argument("--report", type=Path, help="also write the report as JSON")
     parser.add_argument("--sheet", type=Path, help="also write a contact sheet as PNG")
@@ -179,17 +178,20 @@ def talk(options: TalkOptions) -> StreamReport:
         KeyboardInterrupt: after Ctrl-C, with a message that says what was kept.
     """
     from rest_lightning.media.audio import open_speech
-    from rest_lightning.media.portrait import MIN_SIDE_PX, read_portrait
+    from rest_lightning.media.portrait import find_portrait
 
     _check_outputs(options)
-    read_portrait(options.portrait, MIN_SIDE_PX, options.crop)
+    found = find_portrait(options.portrait, options.crop, option="--crop")
+    if not options.quiet:
+        for note in found.notes:
+            print(f"note: {note}", file=sys.stderr)
     speech = open_speech(options.speech, stdin=options.stdin)
     from rest_lightning.talking_head import ModelOptions
 
     model = ModelOptions(
         options.model, options.chunk_length, options.num_threads, options.dtype, options.device
     ).load()
-    portrait = read_portrait(options.portrait, model.size_px, options.crop)
+    portrait = found.square(model.size_px)
     report = _stream(model, portrait, speech, options)
     report.configuration |= {
         "portrait": str(options.portrait),
@@ -352,15 +354,12 @@ def _check_not_input(path: Path, options: TalkOptions) -> None:
 
 
 def _crop(text: str) -> Any:
-    if text in ("centre", "face"):
-        return text
+    from rest_lightning.media.portrait import parse_crop
+
     try:
-        values = tuple(float(value) for value in text.split(","))
-    except ValueError:
-        values = ()
-    if len(values) != 4:
-        raise argparse.ArgumentTypeError(f"expected centre, face or x,y,width,height, got {text!r}")
-    return values
+        return parse_crop(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def positive(text: str) -> int:

@@ -289,8 +289,8 @@ class A2VModule(StageModule):
         length, several = self.noise.chunk_length, self.noise.chunk_lengths
         if several and latents.shape[2] <= max(several):
             raise UserError(
-                f"expected clips of more than {max(several)} latent frames, got {latents.shape[2]}: "
-                f"set data.num_frames to {8 * max(several)}k + 1"
+                f"expected clips of more than {max(several)} latent frames, "
+                f"got {latents.shape[2]}: set data.num_frames to {8 * max(several)}k + 1"
             )
         if not several and ((latents.shape[2] - 1) % length or latents.shape[2] < 2):
             raise UserError(
