@@ -254,12 +254,12 @@ class TalkingHead(nn.Module):
             temporary.chmod(0o755)
             replaced = temporary.with_name(f"{temporary.name}.old")
             if target.exists():
-                os.replace(target, replaced)
+                target.replace(replaced)
             try:
-                os.replace(temporary, target)
+                temporary.replace(target)
             except OSError:
                 if replaced.exists():
-                    os.replace(replaced, target)
+                    replaced.replace(target)
                 raise
             shutil.rmtree(replaced, ignore_errors=True)
         finally:

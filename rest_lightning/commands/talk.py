@@ -8,7 +8,6 @@ keeps the video of what was done so far.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -347,7 +346,7 @@ def _check_outputs(options: TalkOptions) -> None:
 
 def _check_not_input(path: Path, options: TalkOptions) -> None:
     for given in (options.portrait, Path(options.speech)):
-        if path.exists() and given.exists() and os.path.samefile(path, given):
+        if path.exists() and given.exists() and path.samefile(given):
             raise UserError(
                 f"expected an output that is not an input, got {path} for both: choose another name"
             )
@@ -363,6 +362,7 @@ def _crop(text: str) -> Any:
 
 
 def positive(text: str) -> int:
+    """Returns a number of at least 1, as argparse reads it."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text!r}")
     return int(text)

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -303,10 +304,9 @@ class PreparedClips(Dataset[dict[str, Any]]):
                     "reason": str(error),
                 }
             )
-            os.makedirs(os.path.dirname(os.path.abspath(self.report_path)), exist_ok=True)
-            with open(
-                self.report_path, "a", encoding="utf-8"
-            ) as file:  # one short append: whole lines from all workers
+            Path(self.report_path).parent.mkdir(parents=True, exist_ok=True)
+            # One short append: whole lines from all workers.
+            with Path(self.report_path).open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
         corrupt = self.corrupt_clip_ids
         if len(corrupt) > self.max_num_corrupt:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -272,7 +272,7 @@ class TalkingHeadDataModule(lightning.LightningDataModule):
             with_frames=self.with_frames,
             seed=self.seed,
             max_corrupt=self.max_corrupt,
-            report_path=os.path.join(log_dir, "corrupt_clips.jsonl") if log_dir else None,
+            report_path=str(Path(log_dir) / "corrupt_clips.jsonl") if log_dir else None,
         )
         if self.cache_in_memory:
             dataset.load_into_memory(max(1, self.num_workers), self.progress)

@@ -393,7 +393,8 @@ Precision = Literal["bfloat16", "float32"]
 class FrameEncoder(Protocol):
     """Any VAE: frames (B, 3, F, H, W) in [-1, 1] -> latents (B, C, f, h, w)."""
 
-    def encode(self, frames: Tensor) -> Tensor: ...
+    def encode(self, frames: Tensor) -> Tensor:
+        """Returns the latents of frames."""
 
 
 class LatentsCache(WindowCache):

@@ -264,9 +264,9 @@ class Mp4Writer:
                 raise UserError(
                     f"expected at least one frame for {self.path}, got none: nothing was written"
                 )
-            with open(self._temporary, "rb+") as file:
+            with self._temporary.open("rb+") as file:
                 os.fsync(file.fileno())  # a full disk may tell only now
-            os.replace(self._temporary, self.path)
+            self._temporary.replace(self.path)
             self.closed = True
 
     def abort(self) -> None:

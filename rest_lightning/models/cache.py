@@ -140,6 +140,7 @@ class FullContext:
         self.table = table
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
+        """See `AttentionContext.attend`."""
         return attend(rotate(q, self.table), rotate(k, self.table), v, num_heads)
 
 
@@ -187,6 +188,7 @@ class ChunkedContext:
             self.later_table, self.previous_table = current, previous
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> list[Tensor]:
+        """See `AttentionContext.attend`."""
         n, chunk, num_later = self.num_reference, self.num_chunk, self.num_chunks - 1
         # Split, not indexed: a single concatenation takes the gradients of the pieces back.
         (q_start, q_later), (k_start, k_later), (v_start, v_later) = (
@@ -490,6 +492,7 @@ class IDContextCache:
             buffer[:, :, row, :, : self.previous_frames * self.num_tokens] = 0
 
     def check_rows(self, rows: Sequence[int] | None) -> Sequence[int]:
+        """Returns the rows, all of them for None; a UserError when there is no such row."""
         for row in rows if rows is not None else ():
             if not 0 <= row < self.rows:
                 raise UserError(
@@ -615,6 +618,7 @@ class SinkContext:
         self.cache, self.rows, self.table = cache, rows, table
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
+        """See `AttentionContext.attend`."""
         k = rotate(k, self.table)
         self.cache.write_sink(layer, k, v, self.rows)
         return attend(rotate(q, self.table), k, v, num_heads)

@@ -143,6 +143,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim)) if elementwise_affine else None
 
     def forward(self, x: Tensor) -> Tensor:
+        """Returns the layer's output for ``x (..., D)``."""
         weight = self.weight.to(x.dtype) if self.weight is not None else None
         return F.rms_norm(x, self.shape, weight, self.eps)
 
@@ -215,6 +216,7 @@ class GELUProjection(nn.Module):
         self.proj = nn.Linear(dim, out_dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Returns the layer's output for ``x (..., D)``."""
         return F.gelu(self.proj(x), approximate="tanh")
 
 
@@ -230,6 +232,7 @@ class FeedForward(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        """Returns the layer's output for ``x (..., D)``."""
         return self.net(x)
 
 
@@ -243,6 +246,7 @@ class TimestepEmbedder(nn.Module):
         self.linear_2 = nn.Linear(dim, dim)
 
     def forward(self, sigma: Tensor) -> Tensor:
+        """Returns the embedding ``(B, f, D)`` of noise levels ``sigma (B, f)``."""
         exponents = torch.arange(self.num_frequencies, dtype=torch.float32, device=sigma.device)
         frequencies = torch.exp(-math.log(10000.0) * exponents / self.num_frequencies)
         phases = (1000.0 * sigma).float().unsqueeze(-1) * frequencies
@@ -275,6 +279,7 @@ class CaptionProjection(nn.Module):
         self.linear_2 = nn.Linear(dim, dim)
 
     def forward(self, text: Tensor) -> Tensor:
+        """Returns ``text (B, L, caption_channels)`` as ``(B, L, D)``."""
         return self.linear_2(F.gelu(self.linear_1(text), approximate="tanh"))
 
 
@@ -326,6 +331,7 @@ class Block(nn.Module):
         text_mask: Tensor | None,
         speech: KeyValue | None,
     ) -> Tensor:
+        """Returns the tokens ``x (B, f, n, D)`` after this block."""
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = modulation
         normed = torch.addcmul(shift_1, self.norm1(x), scale_1)
         attended = self.attn1.self_attention(normed.flatten(1, 2), layer, context)

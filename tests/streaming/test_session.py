@@ -58,10 +58,10 @@ def test_session_equals_offline_computation(
     generator = torch.Generator().manual_seed(0)
     latents = [head.vae.encode(portrait()[None, :, None])]
     with torch.inference_mode():
-        for chunk in speech_latents[:, 1:].split(chunk_length, dim=1):
-            latents.append(
-                engine.denoise(torch.randn(engine.latent_shape, generator=generator), chunk)
-            )
+        latents += [
+            engine.denoise(torch.randn(engine.latent_shape, generator=generator), chunk)
+            for chunk in speech_latents[:, 1:].split(chunk_length, dim=1)
+        ]
     whole = to_uint8(head.vae.decode(torch.cat(latents, dim=2)))[0, 1:].numpy()
     assert streamed.shape == (48, 64, 64, 3)
     assert np.abs(streamed.astype(int) - whole.astype(int)).max() <= 1
