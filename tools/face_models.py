@@ -15,7 +15,6 @@ import argparse
 import hashlib
 import importlib.util
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -57,12 +56,14 @@ class Graph:
                 self.makers[int(tensor)] = operator
 
     def kind(self, operator: Any) -> str:
+        """Returns the name of an operator's kind."""
         code = self.model.OperatorCodes(operator.OpcodeIndex())
         return str(tflite.opcode2name(max(code.BuiltinCode(), code.DeprecatedBuiltinCode())))
 
     def layers(self) -> list[Layer]:
         """Kind and arrays (kernel and bias, or slopes) of every layer, from the input to output 0,
-        1, ..."""
+        1, ...
+        """
         found: list[Layer] = []
         seen: set[int] = set()
 
@@ -100,7 +101,8 @@ class Graph:
 
 def dense(values: NDArray[Any], tensor: Any) -> NDArray[Any]:
     """All values of a tensor whose last dimension is compressed: the only form that these files
-    have."""
+    have.
+    """
     sparsity = tensor.Sparsity()
     last = sparsity.DimMetadata(sparsity.DimMetadataLength() - 1)
     order = list(sparsity.TraversalOrderAsNumpy())
@@ -191,7 +193,7 @@ def convert(mediapipe: Path, out: Path) -> None:
     unfinished = out.with_suffix(".part")
     # One key: safetensors writes several in an order that differs from run to run.
     save_file(state, unfinished, {"source": json.dumps(source)})
-    os.replace(unfinished, out)
+    unfinished.replace(out)
     print(f"{out}: {len(state)} tensors, {out.stat().st_size / 1e6:.2f} MB")
 
 
@@ -206,6 +208,7 @@ def source_folder(given: Path | None) -> Path:
 
 
 def main() -> None:
+    """Converts and writes the file."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument(
         "--mediapipe", type=Path, help="folder of the package (default: the installed one)"

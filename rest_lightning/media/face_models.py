@@ -165,7 +165,8 @@ class MeshNet(nn.Module):
 
 class _MeshBlock(nn.Module):
     """A separable convolution with a residual: pooled where it halves, filled with zeros where it
-    widens."""
+    widens.
+    """
 
     def __init__(self, num_in: int, num_out: int, halve: bool = False) -> None:
         super().__init__()
@@ -460,7 +461,8 @@ class Landmarks:
 
     def size_px(self) -> float:
         """Returns the face's height from the top of the mesh to the chin in space: it does not
-        shrink with a nod."""
+        shrink with a nod.
+        """
         return self._distance(_FOREHEAD, _CHIN)
 
     def mouth_opening(self) -> float:
@@ -482,7 +484,8 @@ class Landmarks:
 
     def pose(self) -> Pose:
         """Returns the head's turn, from the line through its cheeks and from the forehead to the
-        chin, in space."""
+        chin, in space.
+        """
         points = self.points.astype(np.float64)
         across = points[_LEFT_CHEEK] - points[_RIGHT_CHEEK]
         down = points[_CHIN] - points[_FOREHEAD]
@@ -556,7 +559,8 @@ class FaceMesh:
 
     def score(self, picture: Picture, face: Face) -> float:
         """Returns 0 to 1: whether a detection in uint8 RGB (H, W, 3) is a face. One look, half of
-        `landmarks`."""
+        `landmarks`.
+        """
         return self._look([picture], [_Region.around(face.box, *face.keypoints[:2])])[0].score
 
     def track(self, pictures: Iterable[Picture], finder: FaceFinder) -> Iterator[Landmarks | None]:
@@ -604,7 +608,8 @@ def _region_of(landmarks: Landmarks) -> _Region:
 
 def _crop(picture: Picture, region: _Region, size_px: int) -> Tensor:
     """A region as the network wants it: float32 (3, size_px, size_px) in [0, 1]; edges go on beyond
-    the picture."""
+    the picture.
+    """
     height, width = picture.shape[:2]
     step = region.side / size_px
     cos, sin = math.cos(region.angle), math.sin(region.angle)

@@ -38,7 +38,7 @@ def flat_face(scale: float = 30.0, centre: tuple[float, float] = (48, 50)) -> np
     ):
         around = np.linspace(np.pi, -np.pi, 20, endpoint=False)
         ring = np.stack([width * np.cos(around), -height * np.sin(around), 0 * around - 0.3], 1)
-        points[lips] = ring + [0, 0.6, 0]
+        points[lips] = ring + np.array([0, 0.6, 0])
     return points * scale + [*centre, 0]
 
 
@@ -113,7 +113,7 @@ def test_measures_of_lips_and_eyes() -> None:
 def test_a_warp_of_one_similarity_is_that_similarity(
     scale: float, angle: float, shift: tuple[int, int]
 ) -> None:
-    """An independent way to the same pixels: every triangle moves alike, so all of it is one map."""
+    """Every triangle moves alike, so all of it is one map, known in closed form."""
     rng = np.random.default_rng(0)
     corners = np.array([(0, 0), (SIZE, 0), (0, SIZE), (SIZE, SIZE)], float)
     points = np.concatenate([rng.uniform(0, SIZE, (40, 2)), corners])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import cv2
@@ -370,7 +371,7 @@ def _gaze(rng: np.random.Generator, count: int) -> NDArray[np.float64]:
     return np.clip(curve, -1, 1)
 
 
-def _colour_table(style: Style):
+def _colour_table(style: Style) -> Callable[[NDArray[np.uint8]], NDArray[np.uint8]]:
     """Returns the function that changes colours of uint8 pictures (..., 3) as ``style`` says."""
     table = np.arange(256, dtype=np.float32)
     table = (table - 128) * style.contrast + 128
