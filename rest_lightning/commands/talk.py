@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from rest_lightning.media.audio import SpeechSource
+    from rest_lightning.media.photo import PhotoFrames
     from rest_lightning.media.portrait import Crop
     from rest_lightning.media.writer import PipeFormat, VideoWriter
     from rest_lightning.streaming.report import StreamReport
@@ -39,6 +40,7 @@ class TalkOptions:
         out: the mp4; ``-`` is a pipe.
         model: model folder; None takes the embedded model.
         crop: of the portrait, see :func:`rest_lightning.media.portrait.read_portrait`.
+        frame: what the video shows: the square around the ``head``, or the whole ``photo`` with it.
         overwrite: whether existing outputs may be replaced.
         seed, num_steps, guidance, reference_guidance: see
             :meth:`rest_lightning.talking_head.TalkingHead.open`.
@@ -64,6 +66,7 @@ class TalkOptions:
     out: Path
     model: Path | None = None
     crop: Crop = "auto"
+    frame: Literal["head", "photo"] = "head"
     overwrite: bool = False
     seed: int = 0
     num_steps: int | None = None
@@ -106,6 +109,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     crops = "auto (default: the head that is found), centre, x,y,size or x,y,width,height"
     parser.add_argument("--crop", type=_crop, default="auto", help=crops)
+    frame = "what the video shows: the square around the head (default), or the whole photo with it"
+    parser.add_argument("--frame", choices=("head", "photo"), default="head", help=frame)
     parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
     parser.add_argument("--report", type=Path, help="also write the report as JSON")
     parser.add_argument("--sheet", type=Path, help="also write a contact sheet as PNG")
@@ -191,7 +196,12 @@ def talk(options: TalkOptions) -> StreamReport:
         options.model, options.chunk_length, options.num_threads, options.dtype, options.device
     ).load()
     portrait = found.square(model.size_px)
-    report = _stream(model, portrait, speech, options)
+    compose = None
+    if options.frame == "photo":
+        from rest_lightning.media.photo import PhotoFrames
+
+        compose = PhotoFrames(found)
+    report = _stream(model, portrait, speech, options, compose)
     report.configuration |= {
         "portrait": str(options.portrait),
         "speech": options.speech,
@@ -207,7 +217,11 @@ def talk(options: TalkOptions) -> StreamReport:
 
 
 def _stream(
-    model: TalkingHead, portrait: np.ndarray, speech: SpeechSource, options: TalkOptions
+    model: TalkingHead,
+    portrait: np.ndarray,
+    speech: SpeechSource,
+    options: TalkOptions,
+    compose: PhotoFrames | None,
 ) -> StreamReport:
     from rest_lightning.media.writer import BackgroundWriter
     from rest_lightning.streaming.engine import EngineOptions
@@ -215,13 +229,16 @@ def _stream(
     from rest_lightning.streaming.report import ChunkProfiler
     from rest_lightning.streaming.session import write_stream
 
-    writer = _open_writer(model, options)
+    size = model.size_px if compose is None else (compose.height, compose.width)
+    writer = _open_writer(size, options)
     sampling = {
         name: getattr(options, name) for name in ("num_steps", "guidance", "reference_guidance")
     }
     try:
         # The reader of a pipe may be slow: that must not stop the model, whatever the cores.
-        with BackgroundWriter(writer, threaded=options.to_pipe or None) as background:
+        with BackgroundWriter(
+            writer, threaded=options.to_pipe or None, compose=compose
+        ) as background:
             engine = EngineOptions(detail=options.detail)
             session = model.open(portrait, seed=options.seed, options=engine, **sampling)
             blocks: Iterable[np.ndarray] = speech
@@ -263,16 +280,14 @@ def _stream(
     return report
 
 
-def _open_writer(model: TalkingHead, options: TalkOptions) -> VideoWriter:
+def _open_writer(size_px: int | tuple[int, int], options: TalkOptions) -> VideoWriter:
     if options.to_pipe:
         from rest_lightning.media.writer import open_pipe
 
-        return open_pipe(
-            options.stdout or sys.stdout.buffer, model.size_px, options.format or "mp4"
-        )
+        return open_pipe(options.stdout or sys.stdout.buffer, size_px, options.format or "mp4")
     from rest_lightning.media.writer import Mp4Writer
 
-    return Mp4Writer(options.out, model.size_px, overwrite=options.overwrite)
+    return Mp4Writer(options.out, size_px, overwrite=options.overwrite)
 
 
 def _console(options: TalkOptions) -> Console:
