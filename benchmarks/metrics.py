@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -226,13 +227,10 @@ def _compare_fvd(file: Path, num_frames: int, repeats: int) -> dict[str, float]:
     frames = next(made_up_clips(1, num_frames))[0]
 
     def theirs() -> Tensor:
-        resized = []
-        for frame in frames.permute(0, 3, 1, 2).float() / 255.0:
-            resized.append(
-                nn.functional.interpolate(
-                    frame[None], (224, 224), mode="bilinear", align_corners=False
-                )[0]
-            )
+        resize = partial(
+            nn.functional.interpolate, size=(224, 224), mode="bilinear", align_corners=False
+        )
+        resized = [resize(frame[None])[0] for frame in frames.permute(0, 3, 1, 2).float() / 255.0]
         video = torch.stack(resized, dim=1)[None].sub(0.5).mul(2)
         features: Tensor = net(video, rescale=False, resize=False, return_features=True)
         return features

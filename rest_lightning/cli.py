@@ -25,6 +25,7 @@ COMMANDS = {
     "converse": "a conversation in the browser: it listens, answers, and can be interrupted",
     "synthesize": "render synthetic talkers to train on",
     "prepare": "raw videos become prepared clips, with a reason for each that does not",
+    "animate": "photographs and a speaking driver become training talkers",
     "encode": "latents of all clips, once, for the stages that need them",
     "encode-prompt": "the text embedding of the fixed prompt, once, for models that read text",
     "export": "a checkpoint becomes a model folder for talk --model",

@@ -4,7 +4,6 @@ module.
 
 from __future__ import annotations
 
-import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -81,7 +80,7 @@ class RestCLI(LightningCLI):
         temporary = target.with_name(f".{FINAL_CHECKPOINT}.part")
         self.trainer.save_checkpoint(temporary)
         if self.trainer.is_global_zero:
-            os.replace(temporary, target)
+            temporary.replace(target)
 
 
 def run(args: list[str]) -> Any:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import torch
 
     from rest_lightning.diffusion.sampling import Sampling
+    from rest_lightning.models.detail import DetailTransfer
     from rest_lightning.models.speech import SpeechEncoder
     from rest_lightning.models.speech_ae import SpeechAE
     from rest_lightning.models.transformer import A2VDiT
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 PARTS_KEY = "rest_parts"
 FROZEN_PARTS_KEY = "rest_frozen_parts"  # descriptions alone: the weights are in other checkpoints
 PART_NAMES = ("vae", "speech_encoder", "speech_ae", "transformer")
+OPTIONAL_PART_NAMES = ("detail",)
 PART_CLASSES = {
     "CompactVAE": "rest_lightning.models.vae",
     "LTXVideoVAE": "rest_lightning.models.ltx_vae",
@@ -42,6 +44,8 @@ PART_CLASSES = {
     "SpeechAE": "rest_lightning.models.speech_ae",
     "SpeechPooling": "rest_lightning.models.speech_ae",
     "A2VDiT": "rest_lightning.models.transformer",
+    "AgreementDetail": "rest_lightning.models.detail",
+    "LearnedDetail": "rest_lightning.models.detail",
 }
 
 
@@ -51,6 +55,7 @@ class TalkingParts(Protocol):
 
     Attributes:
         vae, speech_encoder, speech_ae, transformer: the parts; the transformer is a student.
+        detail: puts the portrait's detail into decoded frames; None: nothing does.
         sampling: steps, guidance and shift that the model was made for.
         size_px: side of the square frames.
     """
@@ -59,6 +64,7 @@ class TalkingParts(Protocol):
     speech_encoder: SpeechEncoder
     speech_ae: SpeechAE
     transformer: A2VDiT
+    detail: DetailTransfer | None
     sampling: Sampling
     size_px: int
 
@@ -76,8 +82,9 @@ class TalkingParts(Protocol):
 
 def describe_part(part: nn.Module) -> dict[str, Any]:
     """Class name and configuration of a part, ready for JSON."""
-    # a sharded part has a class of its own, derived from its own
-    names = [cls.__name__ for cls in type(part).__mro__]
+    names = [
+        cls.__name__ for cls in type(part).__mro__
+    ]  # a sharded part has a class of its own, derived from its own
     return {
         "class": next((name for name in names if name in PART_CLASSES), names[0]),
         "config": part.config,
@@ -89,8 +96,7 @@ def build_part(description: dict[str, Any]) -> nn.Module:
     name = description.get("class")
     if name not in PART_CLASSES:
         raise UserError(
-            f"expected a part of class {', '.join(PART_CLASSES)}, got {name!r}: "
-            "update "
+            f"expected a part of class {', '.join(PART_CLASSES)}, got {name!r}: update "
             "rest-lightning"
         )
     cls = getattr(importlib.import_module(PART_CLASSES[name]), name)
@@ -136,8 +142,8 @@ def load_part(part: nn.Module | None, name: str, source: str | Path) -> None:
     description, state = read_part(name, source)
     if description["class"] != type(part).__name__:
         raise UserError(
-            f"expected {name} of class {type(part).__name__}, got "
-            f"{description['class']} in {source}"
+            f"expected {name} of class {type(part).__name__}, got {description['class']} in "
+            f"{source}"
         )
     own = part.state_dict()
     missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
@@ -166,8 +172,8 @@ def read_part(name: str, source: str | Path) -> tuple[dict[str, Any], dict[str, 
 
             way_out += f", or start from LTX-Video's weights: {HOW_TO_GET}"
         raise UserError(
-            f"expected a checkpoint or a model folder for {name}, got no such file: "
-            f"{path}; {way_out}"
+            f"expected a checkpoint or a model folder for {name}, got no such file: {path}; "
+            f"{way_out}"
         )
     checkpoint = torch.load(path, map_location="cpu", weights_only=False)
     parts = checkpoint.get(PARTS_KEY, {}) if isinstance(checkpoint, dict) else {}
@@ -191,8 +197,8 @@ def _read_folder_part(name: str, folder: Path) -> tuple[dict[str, Any], dict[str
     config_file = folder / name / "config.json"
     if not config_file.is_file():
         raise UserError(
-            f"expected a model folder with {name}/config.json, got {folder}: make one "
-            "with `rest export`"
+            f"expected a model folder with {name}/config.json, got {folder}: make one with `rest "
+            "export`"
         )
     state: dict[str, torch.Tensor] = {}
     for shard in sorted((folder / name).glob("*.safetensors")):
@@ -226,8 +232,8 @@ def open_speech_encoder(source: str | Path) -> nn.Module:
         found = _described_in(source)
         if found is None:
             raise UserError(
-                "expected a stage's configuration with "
-                f"model.init_args.speech_encoder, got {source}"
+                "expected a stage's configuration with model.init_args.speech_encoder, got "
+                f"{source}"
             )
         return build_part(found)
     if source.is_dir() or not source.is_file():

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +17,20 @@ from torch import Tensor, nn
 from rest_lightning.constants import SPATIAL_RATIO, VERSION
 from rest_lightning.diffusion.sampling import Sampling, SamplingChanges
 from rest_lightning.errors import UserError
-from rest_lightning.parts import PART_NAMES, describe_part, dtype_on, open_part
+from rest_lightning.media.portrait import load_portrait
+from rest_lightning.parts import (
+    OPTIONAL_PART_NAMES,
+    PART_NAMES,
+    describe_part,
+    dtype_on,
+    open_part,
+)
 from rest_lightning.streaming.batch import BatchSession
 from rest_lightning.streaming.session import StreamingSession
 
 if TYPE_CHECKING:
+    from rest_lightning.media.portrait import Crop
+    from rest_lightning.models.detail import DetailTransfer
     from rest_lightning.models.speech import SpeechEncoder
     from rest_lightning.models.speech_ae import SpeechAE
     from rest_lightning.models.transformer import A2VDiT
@@ -38,6 +48,8 @@ class TalkingHead(nn.Module):
     Args:
         vae, speech_encoder, speech_ae, transformer: the parts; the transformer has chunked
             attention (a student).
+        detail: puts the portrait's detail into decoded frames (beyond the paper); None: nothing
+            does.
         sampling: defaults of :meth:`open`.
         size_px: side of the square frames; None: what the transformer has a place for, or 512 where
             any size will do.
@@ -51,6 +63,7 @@ class TalkingHead(nn.Module):
         transformer: A2VDiT,
         sampling: Sampling | None = None,
         size_px: int | None = None,
+        detail: DetailTransfer | None = None,
     ) -> None:
         super().__init__()
         if transformer.config["attention"] != "chunked":
@@ -69,6 +82,7 @@ class TalkingHead(nn.Module):
             speech_ae,
             transformer,
         )
+        self.detail = detail
         self.sampling = sampling or Sampling()
         self.size_px: int = size_px or _size_of(transformer)
         self.requires_grad_(False).eval()
@@ -83,15 +97,39 @@ class TalkingHead(nn.Module):
         """Type of the transformer's weights."""
         return next(self.transformer.parameters()).dtype
 
+    @property
+    def part_names(self) -> tuple[str, ...]:
+        """Names of the parts that this head has."""
+        optional = (name for name in OPTIONAL_PART_NAMES if getattr(self, name) is not None)
+        return (*PART_NAMES, *optional)
+
+    def with_chunk_length(self, chunk_length: int) -> Self:
+        """Returns this head for chunks of another length, in latents of 0.32 s: the same weights,
+        in the same memory.
+
+        Short chunks answer sooner, long ones cost less.
+
+        Raises:
+            UserError: a length that the model was not trained with.
+        """
+        transformer = self.transformer.with_chunk_length(chunk_length)
+        if transformer is self.transformer:
+            return self
+        other = copy.copy(self)
+        other._modules = {**self._modules, "transformer": transformer}
+        return other
+
     def open(
         self,
         portrait: Any,
         *,
+        crop: Crop = "auto",
         seed: int = 0,
         num_steps: int | None = None,
         guidance: float | None = None,
         shift: float | None = None,
         reference_guidance: float | None = None,
+        chunk_length: int | None = None,
         options: EngineOptions | None = None,
     ) -> StreamingSession:
         """A session for one portrait; its ID-Sink is filled before any speech arrives.
@@ -99,17 +137,24 @@ class TalkingHead(nn.Module):
         Args:
             portrait: path of an image, PIL image, uint8 array (H, W, 3), or float tensor (3, H, W)
                 in [-1, 1].
+            crop: of a portrait that is no tensor: ``auto`` (the head that is found), ``centre``,
+                (x, y, size) or (x, y, width, height); see
+                :func:`rest_lightning.media.portrait.find_portrait`.
             seed: of the noise; the same seed, portrait and speech give the same frames.
             num_steps, guidance, shift, reference_guidance: override :attr:`sampling`.
+            chunk_length: latents per chunk, see :meth:`with_chunk_length`; None takes the model's.
             options: switches of the engine: graphs, compilation, overlap, warm-up, a short first
                 chunk.
 
         Raises:
             UserError: a portrait or a value that is no good, or not enough memory.
         """
+        if not isinstance(portrait, torch.Tensor):
+            portrait = load_portrait(portrait, self.size_px, crop)
         changes = SamplingChanges(num_steps, guidance, shift, reference_guidance)
+        head = self if chunk_length is None else self.with_chunk_length(chunk_length)
         return StreamingSession(
-            self, portrait, seed=seed, sampling=changes.of(self.sampling), options=options
+            head, portrait, seed=seed, sampling=changes.of(self.sampling), options=options
         )
 
     def open_batch(
@@ -120,6 +165,7 @@ class TalkingHead(nn.Module):
         guidance: float | None = None,
         shift: float | None = None,
         reference_guidance: float | None = None,
+        chunk_length: int | None = None,
         options: EngineOptions | None = None,
         max_waiting_s: float = 60.0,
     ) -> BatchSession:
@@ -128,15 +174,16 @@ class TalkingHead(nn.Module):
 
         Args:
             num_rows: rows n; memory for all of them is taken now.
-            num_steps, guidance, shift, reference_guidance, options: see :meth:`open`.
+            num_steps, guidance, shift, reference_guidance, chunk_length, options: see :meth:`open`.
             max_waiting_s: speech that a row may hold before it is computed.
 
         Raises:
             UserError: no row, a value that is no good, or not enough memory.
         """
         sampling = SamplingChanges(num_steps, guidance, shift, reference_guidance).of(self.sampling)
+        head = self if chunk_length is None else self.with_chunk_length(chunk_length)
         return BatchSession(
-            self, num_rows, sampling=sampling, options=options, max_waiting_s=max_waiting_s
+            head, num_rows, sampling=sampling, options=options, max_waiting_s=max_waiting_s
         )
 
     @classmethod
@@ -162,7 +209,8 @@ class TalkingHead(nn.Module):
                 "or leave the path out for the embedded model"
             )
         index = json.loads(index_file.read_text())
-        parts = {name: open_part(name, folder) for name in PART_NAMES}
+        optional = (name for name in OPTIONAL_PART_NAMES if name in index.get("parts", {}))
+        parts = {name: open_part(name, folder) for name in (*PART_NAMES, *optional)}
         head = cls(**parts, sampling=Sampling(**index["sampling"]), size_px=index["size_px"])  # type: ignore[arg-type]
         _move(head, device)
         head.set_dtype(dtype)
@@ -172,7 +220,7 @@ class TalkingHead(nn.Module):
         """Bring the weights to a type; the speech encoder computes in float32 whatever it is, as in
         training.
         """
-        for name in PART_NAMES:
+        for name in self.part_names:
             if name != "speech_encoder":
                 getattr(self, name).to(dtype=dtype)
 
@@ -193,25 +241,25 @@ class TalkingHead(nn.Module):
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
         try:
-            for name in PART_NAMES:
+            for name in self.part_names:
                 _save_part(getattr(self, name), temporary / name, dtype)
             index = {
                 "_class_name": "TalkingHead",
                 "version": VERSION,
                 "size_px": self.size_px,
                 "sampling": asdict(self.sampling),
-                "parts": {name: type(getattr(self, name)).__name__ for name in PART_NAMES},
+                "parts": {name: type(getattr(self, name)).__name__ for name in self.part_names},
             }
             (temporary / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
             temporary.chmod(0o755)
             replaced = temporary.with_name(f"{temporary.name}.old")
             if target.exists():
-                os.replace(target, replaced)
+                target.replace(replaced)
             try:
-                os.replace(temporary, target)
+                temporary.replace(target)
             except OSError:
                 if replaced.exists():
-                    os.replace(replaced, target)
+                    replaced.replace(target)
                 raise
             shutil.rmtree(replaced, ignore_errors=True)
         finally:
@@ -224,12 +272,15 @@ class ModelOptions:
 
     Attributes:
         model: model folder; None takes the embedded model.
+        chunk_length: latents (of 0.32 s) per chunk, where the model was trained for several; None
+            takes its default.
         num_threads: of torch; None leaves its choice.
         dtype: ``auto`` takes bfloat16 on processors that compute it natively, else float32.
         device: ``auto`` takes a CUDA device where there is one.
     """
 
     model: Path | None = None
+    chunk_length: int | None = None
     num_threads: int | None = None
     dtype: str = "auto"
     device: str = "auto"
@@ -250,7 +301,8 @@ class ModelOptions:
                 f"expected device auto, cpu or an available cuda, got {device}: try --device cpu"
             )
         dtype = dtype_on(self.dtype, device.partition(":")[0])
-        return TalkingHead.from_pretrained(self.model, device=device, dtype=dtype)
+        head = TalkingHead.from_pretrained(self.model, device=device, dtype=dtype)
+        return head if self.chunk_length is None else head.with_chunk_length(self.chunk_length)
 
 
 def _move(head: TalkingHead, device: str) -> None:

@@ -109,7 +109,7 @@ def talkers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six synthetic talkers of 57 frames, 64x64: four train, one val, one test. Read only."""
     for name in ("espeakng_loader", "skia"):
         pytest.importorskip(
-            name, reason=(f"{name} (extra `synthetic`) renders the clips that stages are tested on")
+            name, reason=f"{name} (extra `synthetic`) renders the clips that stages are tested on"
         )
     from rest_lightning.data.synthetic.synthesize import synthesize
 
@@ -252,14 +252,14 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     """Three portraits and speeches of 1.5, 1.3 and 0.9 s."""
     import wave
 
-    from PIL import Image
+    from stills import face
 
     folder = tmp_path_factory.mktemp("pairs")
     rng = np.random.default_rng(0)
     pairs = []
     for i, duration_s in enumerate((1.5, 1.3, 0.9)):
         portrait, speech = folder / f"portrait-{i}.png", folder / f"speech-{i}.wav"
-        Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(portrait)
+        face(index=i).save(portrait)
         with wave.open(str(speech), "wb") as file:
             file.setparams((1, 2, 16_000, 0, "NONE", ""))
             file.writeframes(

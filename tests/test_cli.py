@@ -43,22 +43,22 @@ def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
         (
             ["talk"],
             (
-                "the following arguments are required: portrait, speech, -o/--out: see rest "
-                "talk --help"
+                "the following arguments are required: portrait, speech, -o/--out: see rest talk "
+                "--help"
             ),
         ),
         (
             ["talk", "a.png", "a.wav", "-o", "a.mp4", "--steps", "0"],
-            ("expected a number of at least 1, got '0'"),
+            "expected a number of at least 1, got '0'",
         ),
         (
             ["talk", "a.png", "a.wav", "-o", "a.mp4", "--crop", "1,2"],
-            ("expected centre, face or x,y,width,height"),
+            "expected auto, centre, x,y,size",
         ),
         (["talk", "a.png", "a.wav", "-o", "a.mp4", "--nope"], "unrecognized arguments: --nope"),
         (
             ["synthesize", "--out", "x", "--num_clips", "many"],
-            ("argument --num-clips: invalid int value: 'many'"),
+            "argument --num-clips: invalid int value: 'many'",
         ),
     ],
 )

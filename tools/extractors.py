@@ -577,7 +577,6 @@ def image_accuracy(
     """Correlation of every curve with the renderer's, and how often the nearest identity is the
     right one.
     """
-
     image = EmbeddedImage.from_pretrained(folder / "image")
     guesses, truths, identities = [], [], []
     for row, (frames, _) in zip(rows, clips, strict=True):

@@ -1,9 +1,9 @@
-"""Train a base and its ablations within the same budget, score each, and put mean and spread into
+r"""Train a base and its ablations within the same budget, score each, and put mean and spread into
 one table.
 
-  rest ablate --base configs/trainer/embedded.yaml configs/embedded/asd.yaml --runs runs/embedded \\
-    --overlays configs/ablation/no_asd.yaml configs/ablation/no_context_cache.yaml --budget-min 10
-    --seeds 3
+  rest ablate --base configs/trainer/embedded.yaml configs/embedded/asd.yaml --runs runs/embedded \
+    --overlays configs/ablation/no_asd.yaml configs/ablation/no_context_cache.yaml \
+    --budget-min 10 --seeds 3
 
 Every run has a folder OUT/<name>/seed-<n> with its checkpoint and its result row. A second call
 does only what is missing. An overlay with `sampling` alone is not trained: it samples the base's

@@ -30,12 +30,10 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     parser.add_argument(
-        "--host",
-        default="127.0.0.1",
-        help=("address to listen on (default 127.0.0.1: this machine)"),
+        "--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine)"
     )
     parser.add_argument(
-        "--port", type=int, default=8765, help=("port (default 8765; 0 takes any free one)")
+        "--port", type=int, default=8765, help="port (default 8765; 0 takes any free one)"
     )
     parser.add_argument("--cert", type=Path, help="TLS certificate, PEM")
     parser.add_argument("--key", type=Path, help="its key, PEM")
@@ -48,27 +46,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-sessions",
         type=positive,
         default=3,
-        help=("sessions at once, of a replica (default 3)"),
+        help="sessions at once, of a replica (default 3)",
     )
     parser.add_argument("--max-per-address", type=positive, help="of one address (default: all)")
     parser.add_argument(
         "--session-min",
         type=_minutes,
         default=120.0,
-        help=("length of a session in minutes (default 120)"),
+        help="length of a session in minutes (default 120)",
     )
     parser.add_argument(
-        "--idle-min", type=_minutes, default=5.0, help=("minutes without a message (default 5)")
+        "--idle-min", type=_minutes, default=5.0, help="minutes without a message (default 5)"
     )
     parser.add_argument(
-        "--grace", type=float, default=30.0, help=("seconds for sessions at the end (default 30)")
+        "--grace", type=float, default=30.0, help="seconds for sessions at the end (default 30)"
     )
     parser.add_argument("--model", type=Path, help="model folder (default: the embedded model)")
+    chunk = (
+        "latents of 0.32 s per chunk, where the model was trained for several: short ones "
+        "answer sooner"
+    )
+    parser.add_argument("--chunk-length", type=positive, help=chunk)
     parser.add_argument(
         "--threads",
         dest="num_threads",
         type=positive,
-        help=("threads of torch (default: its choice)"),
+        help="threads of torch (default: its choice)",
     )
     parser.add_argument(
         "--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the model"
@@ -80,7 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--engine", choices=("local", "ray"), default="local", help=engine)
     parser.add_argument(
-        "--replicas", type=positive, help=("of the model, with --engine ray (default: one per GPU)")
+        "--replicas", type=positive, help="of the model, with --engine ray (default: one per GPU)"
     )
 
 
@@ -102,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"expected a port from 0 to 65535, got {args.port}: 8765 is the default")
     from rest_lightning.talking_head import ModelOptions
 
-    model = ModelOptions(args.model, args.num_threads, args.dtype, args.device)
+    model = ModelOptions(args.model, args.chunk_length, args.num_threads, args.dtype, args.device)
     limits = Limits(
         max_sessions=args.max_sessions,
         max_per_address=args.max_per_address or args.max_sessions,

@@ -8,12 +8,11 @@ keeps the video of what was done so far.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 import numpy as np
 
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from rest_lightning.media.audio import SpeechSource
+    from rest_lightning.media.photo import PhotoFrames
     from rest_lightning.media.portrait import Crop
     from rest_lightning.media.writer import PipeFormat, VideoWriter
     from rest_lightning.streaming.report import StreamReport
@@ -40,9 +40,13 @@ class TalkOptions:
         out: the mp4; ``-`` is a pipe.
         model: model folder; None takes the embedded model.
         crop: of the portrait, see :func:`rest_lightning.media.portrait.read_portrait`.
+        frame: what the video shows: the square around the ``head``, or the whole ``photo`` with it.
         overwrite: whether existing outputs may be replaced.
         seed, num_steps, guidance, reference_guidance: see
             :meth:`rest_lightning.talking_head.TalkingHead.open`.
+        chunk_length: latents per chunk, where the model was trained for several; None takes its
+            default.
+        detail: of the portrait, see :class:`rest_lightning.streaming.engine.EngineOptions`.
         report, sheet: JSON and PNG to write beside the video; None writes none.
         num_threads: of torch; None leaves its choice.
         dtype: of the model; ``auto`` takes bfloat16 on processors that compute it natively, else
@@ -61,12 +65,15 @@ class TalkOptions:
     speech: str
     out: Path
     model: Path | None = None
-    crop: Crop = "centre"
+    crop: Crop = "auto"
+    frame: Literal["head", "photo"] = "head"
     overwrite: bool = False
     seed: int = 0
     num_steps: int | None = None
     guidance: float | None = None
     reference_guidance: float | None = None
+    chunk_length: int | None = None
+    detail: Literal["model", "agreement", "none"] = "model"
     report: Path | None = None
     sheet: Path | None = None
     num_threads: int | None = None
@@ -90,19 +97,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("portrait", type=Path, help="image of a face, the head filling most of it")
     parser.add_argument("speech", help='sound file, video, or "-" for a pipe')
     parser.add_argument(
-        "-o", "--out", type=Path, required=True, help=('the mp4 to write, or "-" for a pipe')
+        "-o", "--out", type=Path, required=True, help='the mp4 to write, or "-" for a pipe'
     )
     parser.add_argument(
         "--format",
         choices=("mp4", "rgb24"),
-        help=("in a pipe: fragmented mp4 (default), or raw frames"),
+        help="in a pipe: fragmented mp4 (default), or raw frames",
     )
     parser.add_argument(
-        "--live", action="store_true", help=("put silence where the speech in the pipe pauses")
+        "--live", action="store_true", help="put silence where the speech in the pipe pauses"
     )
-    parser.add_argument(
-        "--crop", type=_crop, default="centre", help=("centre (default), face, or x,y,width,height")
-    )
+    crops = "auto (default: the head that is found), centre, x,y,size or x,y,width,height"
+    parser.add_argument("--crop", type=_crop, default="auto", help=crops)
+    frame = "what the video shows: the square around the head (default), or the whole photo with it"
+    parser.add_argument("--frame", choices=("head", "photo"), default="head", help=frame)
     parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
     parser.add_argument("--report", type=Path, help="also write the report as JSON")
     parser.add_argument("--sheet", type=Path, help="also write a contact sheet as PNG")
@@ -120,21 +128,33 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--steps",
         dest="num_steps",
         type=positive,
-        help=("Euler steps a chunk (default: the model's)"),
+        help="Euler steps a chunk (default: the model's)",
     )
     parser.add_argument(
-        "--guidance", type=float, help=("weight of guidance, 1 for none (default: the model's)")
+        "--guidance", type=float, help="weight of guidance, 1 for none (default: the model's)"
     )
     split = (
         "weight of the reference alone (split guidance), 0 for joint guidance (default: the "
         "model's)"
     )
     parser.add_argument("--reference-guidance", type=float, help=split)
+    chunk = (
+        "latents of 0.32 s per chunk, where the model was trained for several: short ones "
+        "answer sooner"
+    )
+    parser.add_argument("--chunk-length", type=positive, help=chunk)
+    detail = (
+        "of the portrait, in every frame: model (default: as it was trained), agreement "
+        "(closed form) or none"
+    )
+    parser.add_argument(
+        "--detail", choices=("model", "agreement", "none"), default="model", help=detail
+    )
     parser.add_argument(
         "--threads",
         dest="num_threads",
         type=positive,
-        help=("threads of torch (default: its choice)"),
+        help="threads of torch (default: its choice)",
     )
     types = (
         "of the model: auto (default) is bfloat16 on processors that compute it natively, "
@@ -162,16 +182,26 @@ def talk(options: TalkOptions) -> StreamReport:
         KeyboardInterrupt: after Ctrl-C, with a message that says what was kept.
     """
     from rest_lightning.media.audio import open_speech
-    from rest_lightning.media.portrait import MIN_SIDE_PX, read_portrait
+    from rest_lightning.media.portrait import find_portrait
 
     _check_outputs(options)
-    read_portrait(options.portrait, MIN_SIDE_PX, options.crop)
+    found = find_portrait(options.portrait, options.crop, option="--crop")
+    if not options.quiet:
+        for note in found.notes:
+            print(f"note: {note}", file=sys.stderr)
     speech = open_speech(options.speech, stdin=options.stdin)
     from rest_lightning.talking_head import ModelOptions
 
-    model = ModelOptions(options.model, options.num_threads, options.dtype, options.device).load()
-    portrait = read_portrait(options.portrait, model.size_px, options.crop)
-    report = _stream(model, portrait, speech, options)
+    model = ModelOptions(
+        options.model, options.chunk_length, options.num_threads, options.dtype, options.device
+    ).load()
+    portrait = found.square(model.size_px)
+    compose = None
+    if options.frame == "photo":
+        from rest_lightning.media.photo import PhotoFrames
+
+        compose = PhotoFrames(found)
+    report = _stream(model, portrait, speech, options, compose)
     report.configuration |= {
         "portrait": str(options.portrait),
         "speech": options.speech,
@@ -187,21 +217,30 @@ def talk(options: TalkOptions) -> StreamReport:
 
 
 def _stream(
-    model: TalkingHead, portrait: np.ndarray, speech: SpeechSource, options: TalkOptions
+    model: TalkingHead,
+    portrait: np.ndarray,
+    speech: SpeechSource,
+    options: TalkOptions,
+    compose: PhotoFrames | None,
 ) -> StreamReport:
     from rest_lightning.media.writer import BackgroundWriter
+    from rest_lightning.streaming.engine import EngineOptions
     from rest_lightning.streaming.live import LiveSpeech
     from rest_lightning.streaming.report import ChunkProfiler
     from rest_lightning.streaming.session import write_stream
 
-    writer = _open_writer(model, options)
+    size = model.size_px if compose is None else (compose.height, compose.width)
+    writer = _open_writer(size, options)
     sampling = {
         name: getattr(options, name) for name in ("num_steps", "guidance", "reference_guidance")
     }
     try:
         # The reader of a pipe may be slow: that must not stop the model, whatever the cores.
-        with BackgroundWriter(writer, threaded=options.to_pipe or None) as background:
-            session = model.open(portrait, seed=options.seed, **sampling)
+        with BackgroundWriter(
+            writer, threaded=options.to_pipe or None, compose=compose
+        ) as background:
+            engine = EngineOptions(detail=options.detail)
+            session = model.open(portrait, seed=options.seed, options=engine, **sampling)
             blocks: Iterable[np.ndarray] = speech
             if options.live:
                 blocks = LiveSpeech(
@@ -232,7 +271,7 @@ def _stream(
     except BrokenPipeError:
         if not options.quiet:
             print(
-                (f"the reader of stdout has gone after {writer.duration_s:.2f} s of video"),
+                f"the reader of stdout has gone after {writer.duration_s:.2f} s of video",
                 file=sys.stderr,
             )
         raise
@@ -241,16 +280,14 @@ def _stream(
     return report
 
 
-def _open_writer(model: TalkingHead, options: TalkOptions) -> VideoWriter:
+def _open_writer(size_px: int | tuple[int, int], options: TalkOptions) -> VideoWriter:
     if options.to_pipe:
         from rest_lightning.media.writer import open_pipe
 
-        return open_pipe(
-            options.stdout or sys.stdout.buffer, model.size_px, options.format or "mp4"
-        )
+        return open_pipe(options.stdout or sys.stdout.buffer, size_px, options.format or "mp4")
     from rest_lightning.media.writer import Mp4Writer
 
-    return Mp4Writer(options.out, model.size_px, overwrite=options.overwrite)
+    return Mp4Writer(options.out, size_px, overwrite=options.overwrite)
 
 
 def _console(options: TalkOptions) -> Console:
@@ -297,13 +334,13 @@ def _check_outputs(options: TalkOptions) -> None:
     if options.to_pipe:
         if (options.stdout or sys.stdout).isatty():
             raise UserError(
-                'expected a pipe or a file for "-o -", got a terminal: add `| ffplay '
-                "-` or `> out.mp4`"
+                'expected a pipe or a file for "-o -", got a terminal: add `| ffplay -` or `> '
+                "out.mp4`"
             )
         if options.sheet is not None:
             raise UserError(
-                "expected a video file for --sheet, got a pipe: write to a file, or "
-                "leave --sheet out"
+                "expected a video file for --sheet, got a pipe: write to a file, or leave --sheet "
+                "out"
             )
     elif options.format == "rgb24":
         raise UserError(f"expected a pipe for --format rgb24, got {options.out}: use -o - > FILE")
@@ -324,25 +361,23 @@ def _check_outputs(options: TalkOptions) -> None:
 
 def _check_not_input(path: Path, options: TalkOptions) -> None:
     for given in (options.portrait, Path(options.speech)):
-        if path.exists() and given.exists() and os.path.samefile(path, given):
+        if path.exists() and given.exists() and path.samefile(given):
             raise UserError(
                 f"expected an output that is not an input, got {path} for both: choose another name"
             )
 
 
 def _crop(text: str) -> Any:
-    if text in ("centre", "face"):
-        return text
+    from rest_lightning.media.portrait import parse_crop
+
     try:
-        values = tuple(float(value) for value in text.split(","))
-    except ValueError:
-        values = ()
-    if len(values) != 4:
-        raise argparse.ArgumentTypeError(f"expected centre, face or x,y,width,height, got {text!r}")
-    return values
+        return parse_crop(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def positive(text: str) -> int:
+    """Returns a number of at least 1, as argparse reads it."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text!r}")
     return int(text)
@@ -394,7 +429,7 @@ PORTRAIT, SPEECH = ASSETS / "portrait.png", ASSETS / "speech.wav"
 def add_demo_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     parser.add_argument(
-        "--out", type=Path, default=Path("outputs"), help=("folder (default outputs)")
+        "--out", type=Path, default=Path("outputs"), help="folder (default outputs)"
     )
     add_model_arguments(parser)
 

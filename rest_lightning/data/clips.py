@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,10 +18,7 @@ from rest_lightning.errors import UserError
 from rest_lightning.media.files import sha256_of
 from rest_lightning.media.video import Backend, Frames, VideoFile, read_clip_audio
 
-if TYPE_CHECKING:
-    pass
-
-Reference = Literal["first_frame", "random_frame"]
+Reference = Literal["first_frame", "random_frame", "clip_start"]
 
 _log = logging.getLogger(__name__)
 
@@ -43,8 +40,8 @@ class CorruptClip(UserError):
 
 @dataclass
 class ClipTracks:
-    """Audio and per-frame values of one clip: audio (640 F,), mouth_opening (F,), landmarks
-    (F, 3, 2); NaN unknown.
+    """Audio and per-frame values of one clip: audio (640 F,), mouth_opening (F,), landmarks (F, 3,
+    2); NaN unknown.
     """
 
     audio: Samples
@@ -103,8 +100,8 @@ def load_frames(
         with VideoFile(path, backend) as video:
             if abs(video.fps - FPS) > 0.01:
                 raise ClipError(
-                    f"{path}: expected {FPS} frames per second, got {video.fps:g}: "
-                    f"encode it at {FPS} fps"
+                    f"{path}: expected {FPS} frames per second, got {video.fps:g}: encode it at "
+                    f"{FPS} fps"
                 )
             if video.num_frames < row.num_frames:
                 raise CorruptClip(

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -68,7 +69,9 @@ class PreparedClips(Dataset[dict[str, Any]]):
         num_frames: window length F, 8n + 1.
         random_window: a random start (training), else the window in the middle of the clip.
         size_px: expected side of the frames; None takes the first clip's.
-        reference: ``first_frame`` of the window, or a ``random_frame`` of the whole clip.
+        reference: ``first_frame`` of the window, a ``random_frame`` of the whole clip, or
+            ``clip_start``, the clip's first frame (of an animated clip the still itself, as a
+            stream has it).
         audio_left_frames, audio_right_frames: audio margins, from the clip where it has them, else
             zeros.
         augmentation: applied to the audio, margins included; None leaves it as recorded.
@@ -128,7 +131,7 @@ class PreparedClips(Dataset[dict[str, Any]]):
             speech.check_windows(latents, self.rows)
         for reason, count in self.skipped.items():
             _log.warning(
-                ("%s: %d of %d %s clips left out: %s"), self.root, count, len(rows), split, reason
+                "%s: %d of %d %s clips left out: %s", self.root, count, len(rows), split, reason
             )
         if not self.rows:
             reasons = ", ".join(f"{count} {reason}" for reason, count in self.skipped.items())
@@ -139,8 +142,9 @@ class PreparedClips(Dataset[dict[str, Any]]):
             )
         self.size_px = self.rows[0].size_px
         self.max_num_corrupt = int(max_corrupt * len(self.rows) if max_corrupt < 1 else max_corrupt)
-        # seen by all workers
-        self._corrupt = torch.zeros(len(self.rows), dtype=torch.bool).share_memory_()
+        self._corrupt = torch.zeros(
+            len(self.rows), dtype=torch.bool
+        ).share_memory_()  # seen by all workers
         self._verified: set[int] = set()
         self._frames: list[Frames | None] = [None] * len(self.rows)
         self._tracks: list[ClipTracks | None] = [None] * len(self.rows)
@@ -214,7 +218,7 @@ class PreparedClips(Dataset[dict[str, Any]]):
             results = pool.map(load, range(len(self)))
             bar = tqdm(
                 results,
-                (f"decoding {self.split} clips"),
+                f"decoding {self.split} clips",
                 len(self),
                 disable=not progress,
                 unit="clip",
@@ -230,7 +234,7 @@ class PreparedClips(Dataset[dict[str, Any]]):
         images: dict[str, Tensor] = {}
         if self.latents is not None:
             start, images["latents"] = self.latents.sample(
-                row.clip_id, rng if self.random_window else None, self.reference == "random_frame"
+                row.clip_id, rng if self.random_window else None, self.reference
             )
         elif self.speech is not None:
             number = self.speech.choose(row.clip_id, rng if self.random_window else None)
@@ -239,9 +243,9 @@ class PreparedClips(Dataset[dict[str, Any]]):
             slack = row.num_frames - length
             start = int(rng.integers(slack + 1)) if self.random_window else slack // 2
         if self.with_frames:
-            chosen = (
-                int(rng.integers(row.num_frames)) if self.reference == "random_frame" else start
-            )
+            chosen = {"first_frame": start, "clip_start": 0}.get(self.reference)
+            if chosen is None:
+                chosen = int(rng.integers(row.num_frames))
             cached = self._frames[index]
             if cached is not None:
                 frames, reference = cached[start : start + length], cached[chosen]
@@ -300,10 +304,9 @@ class PreparedClips(Dataset[dict[str, Any]]):
                     "reason": str(error),
                 }
             )
-            os.makedirs(os.path.dirname(os.path.abspath(self.report_path)), exist_ok=True)
-            with open(
-                self.report_path, "a", encoding="utf-8"
-            ) as file:  # one short append: whole lines from all workers
+            Path(self.report_path).parent.mkdir(parents=True, exist_ok=True)
+            # One short append: whole lines from all workers.
+            with Path(self.report_path).open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
         corrupt = self.corrupt_clip_ids
         if len(corrupt) > self.max_num_corrupt:

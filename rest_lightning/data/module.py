@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -50,7 +50,8 @@ class TalkingHeadDataModule(lightning.LightningDataModule):
         num_frames_train: shorter windows for training only (the VAE); None takes ``num_frames``.
         num_workers: loader processes; 0 loads in the training process.
         size_px: expected side of the frames; None takes what is there.
-        reference: ``first_frame`` of the window or a ``random_frame`` of the clip.
+        reference: ``first_frame`` of the window, a ``random_frame`` of the clip, or ``clip_start``,
+            the clip's first.
         audio_left_frames, audio_right_frames: audio margins in video frames.
         augment: change the level, noise, colour and room of the training speech.
         augmentation: how; None takes the defaults of `SpeechAugmentation`.
@@ -271,7 +272,7 @@ class TalkingHeadDataModule(lightning.LightningDataModule):
             with_frames=self.with_frames,
             seed=self.seed,
             max_corrupt=self.max_corrupt,
-            report_path=os.path.join(log_dir, "corrupt_clips.jsonl") if log_dir else None,
+            report_path=str(Path(log_dir) / "corrupt_clips.jsonl") if log_dir else None,
         )
         if self.cache_in_memory:
             dataset.load_into_memory(max(1, self.num_workers), self.progress)
@@ -342,8 +343,9 @@ class ClipLoader:
     def __iter__(self) -> Iterator[Batch]:
         for batch in self._loader:
             if self._position is not None:
-                # when it is taken: batches that workers prefetched do not count
-                self._position.num_batches += 1
+                self._position.num_batches += (
+                    1  # when it is taken: batches that workers prefetched do not count
+                )
             yield batch
 
     def close(self) -> None:

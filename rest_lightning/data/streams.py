@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from rest_lightning.errors import UserError
 from rest_lightning.media.audio import SpeechSource, open_speech
+from rest_lightning.media.portrait import parse_crop
 
 BLOCK_SAMPLES = 16_000
 _FORM = '{"portrait": "a.png", "speech": "a.wav", "name": "optional"}'
@@ -28,20 +29,28 @@ class PredictPair:
         portrait: path of an image.
         speech: path of a speech file.
         name: stem of the output; ``<portrait>-<speech>`` unless given.
+        crop: of the portrait: ``auto`` (the head that is found), ``centre``, ``x,y,size`` or
+            ``x,y,width,height``.
     """
 
     portrait: str
     speech: str
     name: str = ""
+    crop: str = "auto"
 
     def __post_init__(self) -> None:
         if not self.name:
             self.name = f"{Path(self.portrait).stem}-{Path(self.speech).stem}"
         if Path(self.name).name != self.name:
             raise UserError(
-                "expected a file name without folders as the name of a pair, got "
-                f"{self.name!r}: rename it"
+                f"expected a file name without folders as the name of a pair, got {self.name!r}: "
+                "rename it"
             )
+        self.crop = self.crop or "auto"  # an empty cell
+        try:
+            parse_crop(self.crop)
+        except UserError as error:
+            raise UserError(f"{error} for the pair {self.name}: correct its crop") from None
 
 
 class SpeechBlock(TypedDict):
@@ -60,8 +69,8 @@ class SpeechBlock(TypedDict):
 def read_pairs(
     source: str | os.PathLike[str] | Sequence[PredictPair | dict[str, str]],
 ) -> list[PredictPair]:
-    """The pairs of an inline list, or of a file: .json, .yaml (a list of objects), .csv
-    (portrait,speech[,name]).
+    """The pairs of an inline list, or of a file: .json, .yaml (a list of objects), .csv with the
+    columns portrait, speech and, where wanted, name and crop.
 
     Relative paths in a file are relative to the file.
 
@@ -83,8 +92,8 @@ def read_pairs(
         for what, file in (("portrait", pair.portrait), ("speech", pair.speech)):
             if not Path(file).is_file():
                 raise UserError(
-                    f"expected the {what} {file} of the pair {pair.name}, got no such "
-                    "file: check the name"
+                    f"expected the {what} {file} of the pair {pair.name}, got no such file: check "
+                    "the name"
                 )
         if pair.name in seen:
             raise UserError(

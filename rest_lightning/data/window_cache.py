@@ -71,8 +71,8 @@ class WindowCache:
         index = self._read_index(self.folder)
         if index is None:
             raise UserError(
-                f"expected a {self.content} cache {self.folder}, got none: make it "
-                "with `rest encode`"
+                f"expected a {self.content} cache {self.folder}, got none: make it with `rest "
+                "encode`"
             )
         self._check_content(self.folder, index)
         self.index: dict[str, Any] = index
@@ -240,7 +240,12 @@ class WindowCache:
                 for row in group:
                     bar.update()
                     starts = _spread(row.num_frames - num_frames, windows_per_clip)
-                    frames = _spread(row.num_frames - 1, references_per_clip)
+                    # The first frame comes first, alone or not: clip_start asks for it.
+                    frames = (
+                        [0]
+                        if references_per_clip == 1
+                        else _spread(row.num_frames - 1, references_per_clip)
+                    )
                     try:
                         check_clip_file(data_dir, row)
                         new_windows, new_references = read_clip(row, starts, frames)
@@ -288,8 +293,9 @@ class WindowCache:
         cls._check_content(folder, index)  # one cache never overwrites another of something else
         if index is None or overwrite:
             index = {**settings, "shards": [], "clips": {}, "corrupt": {}}
-            # before old shards go: no index ever names a file that is not there
-            _write_index(folder, index)
+            _write_index(
+                folder, index
+            )  # before old shards go: no index ever names a file that is not there
             for old in folder.glob(f"{cls.prefix}-*.safetensors"):
                 old.unlink()
             return index
@@ -387,7 +393,8 @@ Precision = Literal["bfloat16", "float32"]
 class FrameEncoder(Protocol):
     """Any VAE: frames (B, 3, F, H, W) in [-1, 1] -> latents (B, C, f, h, w)."""
 
-    def encode(self, frames: Tensor) -> Tensor: ...
+    def encode(self, frames: Tensor) -> Tensor:
+        """Returns the latents of frames."""
 
 
 class LatentsCache(WindowCache):
@@ -403,26 +410,36 @@ class LatentsCache(WindowCache):
         return self._row(entry["shard"], "references", entry["reference_row"] + number)
 
     def sample(
-        self, clip_id: str, rng: np.random.Generator | None, random_reference: bool
+        self, clip_id: str, rng: np.random.Generator | None, reference: str
     ) -> tuple[int, Tensor]:
         """Start frame and latents (C, f, h, w) of one window: a random one, or without ``rng`` the
         middle one.
 
-        ``random_reference`` puts one of the clip's single-frame latents into slot 0. The causal
-        encoder treats the first frame on its own, so that is the latent of the window with another
-        reference (METHOD sec. 2).
+        Args:
+            clip_id: of the clip.
+            rng: chooses the window, and a random reference.
+            reference: ``first_frame`` leaves the window as it is. ``random_frame`` and
+                ``clip_start`` put a latent of a single frame into slot 0: the causal encoder treats
+                the first frame on its own, so that is the latent of the window with another
+                reference.
+
+        Raises:
+            UserError: the cache holds no such single frames.
         """
         number = self.choose(clip_id, rng)
         latents = self.window(clip_id, number)
-        if random_reference:
-            num_references = len(self._clips[clip_id]["reference_frames"])
-            if not num_references:
+        if reference != "first_frame":
+            frames: list[int] = self._clips[clip_id]["reference_frames"]
+            if not frames or (reference == "clip_start" and frames[0] != 0):
                 raise UserError(
                     f"{self.folder}: expected latents of reference frames for "
-                    "reference=random_frame, got none: "
-                    "make them with `rest encode --references_per_clip 4`"
+                    f"reference={reference}, got none: "
+                    "make them with `rest encode --references_per_clip 4` (1 is the clip's first "
+                    "frame)"
                 )
-            choice = 0 if rng is None else int(rng.integers(num_references))
+            choice = (
+                0 if rng is None or reference == "clip_start" else int(rng.integers(len(frames)))
+            )
             latents = torch.cat([self.reference(clip_id, choice), latents[:, 1:]], dim=1)
         return self.starts(clip_id)[number], latents
 
@@ -457,8 +474,8 @@ def encode_dataset(
         num_frames: window length, 8n + 1.
         windows_per_clip: windows evenly spread over each clip (fewer where a clip has fewer
             starts).
-        references_per_clip: single frames evenly spread, encoded on their own, for
-            ``reference=random_frame``.
+        references_per_clip: single frames, encoded on their own, for ``reference=random_frame`` and
+            ``clip_start``: the clip's first, and others evenly spread behind it.
         splits: which clips.
         dtype: of the stored latents.
         batch_size: windows encoded at once.

@@ -94,7 +94,7 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary = temporary_path(path)
     try:
         yield temporary
-        os.replace(temporary, path)
+        temporary.replace(path)
     except OSError as error:
         raise UserError(explain_write_error(path, error)) from error
     finally:
@@ -129,7 +129,7 @@ def write_text_atomic(path: PathLike, text: str) -> None:
 
 def sha256_of(path: PathLike) -> str:
     """Hex SHA-256 of a file."""
-    with open(path, "rb") as file:
+    with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -115,9 +115,8 @@ def scatter(points: Sequence[Point], x_label: str, y_label: str, truth: float | 
     x_axis = _Axis(min(speeds) / 1.35, max(speeds) * 1.35, LEFT, WIDTH - RIGHT, logarithmic=True)
     levels = [*(point.y for point in points), *([] if truth is None else [truth])]
     y_axis = _y_axis(levels)
-    parts = [_grid_y(y_axis, y_label), _frame(x_label)]
-    for value in _log_ticks(x_axis.low, x_axis.high):
-        parts.append(_tick_x(x_axis.place(value), value))
+    ticks = [_tick_x(x_axis.place(x), x) for x in _log_ticks(x_axis.low, x_axis.high)]
+    parts = [_grid_y(y_axis, y_label), _frame(x_label), *ticks]
     x = x_axis.place(REAL_TIME_FPS)
     parts.append(
         f'<line class="realtime" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>'
@@ -150,9 +149,8 @@ def lines(series: Sequence[Series], step_name: str, y_label: str) -> str:
     length = max(len(one.values) for one in series)
     x_axis = _Axis(0.0, max(length, 1), LEFT, WIDTH - RIGHT)
     y_axis = _y_axis([value for one in series for value in one.values])
-    parts = [_grid_y(y_axis, y_label), _frame(f"{step_name}s")]
-    for value in _ticks(0, length, 8):
-        parts.append(_tick_x(x_axis.place(value), value))
+    ticks = [_tick_x(x_axis.place(x), x) for x in _ticks(0, length, 8)]
+    parts = [_grid_y(y_axis, y_label), _frame(f"{step_name}s"), *ticks]
     for one in series:
         points = " ".join(
             f"{x_axis.place(i + 1):.1f},{y_axis.place(v):.1f}" for i, v in enumerate(one.values)

@@ -12,6 +12,7 @@ from fractions import Fraction
 from functools import cache, cached_property
 from importlib.util import find_spec
 from itertools import islice
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Protocol
 
@@ -309,7 +310,7 @@ def _seconds(time_stamp: int | None, time_base: Fraction | None) -> float:
 
 
 def _check_file(path: str) -> None:
-    if not os.path.isfile(path):
+    if not Path(path).is_file():
         raise UserError(f"expected a video file {path}, got no such file: check the path")
 
 
@@ -326,7 +327,7 @@ def check_memory(num_bytes: int, name: str) -> None:
     is known.
     """
     try:
-        with open("/proc/meminfo", encoding="ascii") as file:
+        with Path("/proc/meminfo").open(encoding="ascii") as file:
             available = next(
                 int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable")
             )

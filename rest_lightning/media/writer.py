@@ -9,7 +9,7 @@ import queue
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
@@ -264,9 +264,9 @@ class Mp4Writer:
                 raise UserError(
                     f"expected at least one frame for {self.path}, got none: nothing was written"
                 )
-            with open(self._temporary, "rb+") as file:
+            with self._temporary.open("rb+") as file:
                 os.fsync(file.fileno())  # a full disk may tell only now
-            os.replace(self._temporary, self.path)
+            self._temporary.replace(self.path)
             self.closed = True
 
     def abort(self) -> None:
@@ -395,7 +395,7 @@ _CONTAINER = {"frag_duration": "40000", "max_interleave_delta": "1", "flush_pack
 _GOP_FRAMES = 24
 
 
-def open_pipe(pipe: BinaryIO, size_px: int, kind: PipeFormat) -> VideoWriter:
+def open_pipe(pipe: BinaryIO, size_px: int | tuple[int, int], kind: PipeFormat) -> VideoWriter:
     """A writer into ``pipe``: ``mp4`` with sound, or ``rgb24`` (H * W * 3 bytes a frame, no sound).
 
     Raises:
@@ -426,7 +426,11 @@ class Mp4Pipe:
     """
 
     def __init__(
-        self, pipe: BinaryIO, size_px: int, crf: int = 18, preset: str = "veryfast"
+        self,
+        pipe: BinaryIO,
+        size_px: int | tuple[int, int],
+        crf: int = 18,
+        preset: str = "veryfast",
     ) -> None:
         self._pipe, self._closed = pipe, False
         options = {"crf": str(crf), "preset": preset, "tune": "zerolatency", "g": str(_GOP_FRAMES)}
@@ -480,8 +484,8 @@ class RawPipe:
     out.
     """
 
-    def __init__(self, pipe: BinaryIO, size_px: int) -> None:
-        self._pipe, self._size_px = pipe, size_px
+    def __init__(self, pipe: BinaryIO, size_px: int | tuple[int, int]) -> None:
+        self._pipe, self._sides = pipe, even_sides(size_px)
         self.num_frames = self.num_samples = 0
 
     @property
@@ -491,7 +495,7 @@ class RawPipe:
 
     def write(self, frames: np.ndarray) -> None:
         """Appends frames (n, H, W, 3), uint8 RGB."""
-        frames = as_frames(frames, self._size_px, self._size_px)
+        frames = as_frames(frames, *self._sides)
         with interrupt_later():
             for pixels in frames:
                 self._pipe.write(np.ascontiguousarray(pixels).data)
@@ -567,14 +571,21 @@ class BackgroundWriter:
         max_waiting: chunks in the queue.
         threaded: False writes at once, in the caller's thread; nothing ever waits then. None:
             :func:`writes_in_thread`.
+        compose: what is made of frames (n, H, W, 3) before they are written, in that thread; None:
+            nothing.
 
     Attributes:
         busy_s: seconds spent writing.
     """
 
     def __init__(
-        self, writer: VideoWriter, max_waiting: int = 2, threaded: bool | None = None
+        self,
+        writer: VideoWriter,
+        max_waiting: int = 2,
+        threaded: bool | None = None,
+        compose: Callable[[np.ndarray], np.ndarray] | None = None,
     ) -> None:
+        self._compose = compose
         self.threaded = writes_in_thread() if threaded is None else threaded
         self.writer = writer
         self.busy_s = 0.0
@@ -661,7 +672,7 @@ class BackgroundWriter:
     def _write(self, frames: np.ndarray, samples: np.ndarray) -> None:
         start_s = time.perf_counter()
         try:
-            self.writer.write(frames)
+            self.writer.write(frames if self._compose is None else self._compose(frames))
             if len(samples):
                 self.writer.write_audio(samples)
         except BaseException as error:  # told to the caller

@@ -20,8 +20,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, get_args, get_type_hints
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -47,6 +47,8 @@ class CacheOptions:
 
     Attributes:
         chunk_length: l, new latent frames per chunk.
+        trained_lengths: chunk lengths that training draws from, so that a stream may choose one;
+            empty: chunk_length alone (the paper).
         positions: ``window``: slots stay at positions 0 (sink), 1..l (previous), l+1..2l (current),
             for any length of stream. ``absolute``: frames keep their position in the stream; chunk
             1 is next to the reference then.
@@ -71,14 +73,23 @@ class CacheOptions:
     cache_noise: Literal["last_step", "clean_pass", "per_step"] = "last_step"
     cache_gradient: Literal["full", "detached"] = "full"
     first_chunk_slot: Literal["current", "adjacent"] = "current"
+    trained_lengths: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(
+            self, "trained_lengths", tuple(self.trained_lengths)
+        )  # JSON and YAML have no tuples
         if self.chunk_length < 1:
             raise UserError(
                 f"expected chunk_length of at least 1, got {self.chunk_length}: the paper uses 3"
             )
+        if self.trained_lengths and self.chunk_length not in self.trained_lengths:
+            raise UserError(
+                f"expected chunk_length among trained_lengths {list(self.trained_lengths)}, got "
+                f"{self.chunk_length}"
+            )
         for name, hint in get_type_hints(type(self)).items():
-            allowed = get_args(hint)
+            allowed = get_args(hint) if get_origin(hint) is Literal else ()
             if allowed and getattr(self, name) not in allowed:
                 raise UserError(
                     f"expected {name} to be one of {', '.join(allowed)}, got "
@@ -86,9 +97,24 @@ class CacheOptions:
                 )
         if self.positions == "absolute" and self.first_chunk_slot == "adjacent":
             raise UserError(
-                "expected first_chunk_slot `current` with absolute positions, got "
-                "`adjacent`: leave it out"
+                "expected first_chunk_slot `current` with absolute positions, got `adjacent`: "
+                "leave it out"
             )
+
+    def with_chunk_length(self, chunk_length: int) -> CacheOptions:
+        """Returns the same options for chunks of another length.
+
+        Raises:
+            UserError: a length that training did not draw.
+        """
+        trained = self.trained_lengths or (self.chunk_length,)
+        if chunk_length not in trained:
+            raise UserError(
+                "expected a chunk length that the model was trained with "
+                f"({', '.join(map(str, trained))} latents of "
+                f"0.32 s), got {chunk_length}: choose one of them"
+            )
+        return replace(self, chunk_length=chunk_length)
 
     @property
     def num_slots(self) -> int:
@@ -114,6 +140,7 @@ class FullContext:
         self.table = table
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
+        """See `AttentionContext.attend`."""
         return attend(rotate(q, self.table), rotate(k, self.table), v, num_heads)
 
 
@@ -161,6 +188,7 @@ class ChunkedContext:
             self.later_table, self.previous_table = current, previous
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> list[Tensor]:
+        """See `AttentionContext.attend`."""
         n, chunk, num_later = self.num_reference, self.num_chunk, self.num_chunks - 1
         # Split, not indexed: a single concatenation takes the gradients of the pieces back.
         (q_start, q_later), (k_start, k_later), (v_start, v_later) = (
@@ -271,8 +299,9 @@ class IDContextCache:
         with torch.inference_mode(False):
             self.mask = torch.zeros(rows, 1, 1, tokens, device=device, dtype=dtype)
             self.rotation = self._table(1, options.chunk_length).repeat(rows, 1, 1)
-            # held: a captured graph goes on reading it
-            self._reference_rotation = self._table(0, 1)
+            self._reference_rotation = self._table(
+                0, 1
+            )  # held: a captured graph goes on reading it
             self._make_slots(
                 (num_steps, num_layers, rows, num_heads, tokens, rope.dim // num_heads)
             )
@@ -327,14 +356,14 @@ class IDContextCache:
         if not 1 <= num_frames - has_reference <= length:
             what = "the reference and 1" if has_reference else "1"
             raise UserError(
-                f"expected {what} to {length} latent frames of one chunk, got "
-                f"{num_frames} frames in all"
+                f"expected {what} to {length} latent frames of one chunk, got {num_frames} frames "
+                "in all"
             )
         self.step = step if self.options.cache_noise == "per_step" else 0
         if self.step >= self.num_steps:
             raise UserError(
-                f"expected a step below {self.num_steps}, got {step}: allocate with a "
-                "larger num_steps"
+                f"expected a step below {self.num_steps}, got {step}: allocate with a larger "
+                "num_steps"
             )
         self.num_current = num_frames - has_reference
         self._has_reference = has_reference
@@ -368,8 +397,8 @@ class IDContextCache:
         """
         if k.requires_grad or v.requires_grad:
             raise UserError(
-                "expected torch.no_grad() with an IDContextCache, got tensors with a "
-                "gradient: use it"
+                "expected torch.no_grad() with an IDContextCache, got tensors with a gradient: use "
+                "it"
             )
         plan = (self.step, self._start, self.num_current)
         if plan not in self._views:
@@ -463,6 +492,7 @@ class IDContextCache:
             buffer[:, :, row, :, : self.previous_frames * self.num_tokens] = 0
 
     def check_rows(self, rows: Sequence[int] | None) -> Sequence[int]:
+        """Returns the rows, all of them for None; a UserError when there is no such row."""
         for row in rows if rows is not None else ():
             if not 0 <= row < self.rows:
                 raise UserError(
@@ -588,6 +618,7 @@ class SinkContext:
         self.cache, self.rows, self.table = cache, rows, table
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
+        """See `AttentionContext.attend`."""
         k = rotate(k, self.table)
         self.cache.write_sink(layer, k, v, self.rows)
         return attend(rotate(q, self.table), k, v, num_heads)

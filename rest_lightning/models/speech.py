@@ -72,8 +72,8 @@ def power_spectrum(windows: Tensor, num_fft: int) -> Tensor:
 
 
 def slide_windows(steps: Tensor) -> Tensor:
-    """The 10-step windows of successive frames, two steps apart: (B, 2 (F + 4), D) ->
-    (B, F, 10, D).
+    """The 10-step windows of successive frames, two steps apart: (B, 2 (F + 4), D) -> (B, F, 10,
+    D).
     """
     return steps.unfold(1, WINDOW_STEPS, STEPS_PER_FRAME).transpose(2, 3)
 
@@ -108,8 +108,8 @@ class SpeechEncoder(nn.Module):
         return cls(**config)
 
     def forward(self, audio: Tensor) -> Tensor:
-        """Samples (B, 640 * (left_context + F + lookahead)) in [-1, 1] to features
-        (B, F, 10, feature_dim), float32.
+        """Samples (B, 640 * (left_context + F + lookahead)) in [-1, 1] to features (B, F, 10,
+        feature_dim), float32.
 
         Without gradients, and in float32 under autocast too: half precision would blur quiet
         speech, and features in training would differ from those in streaming.
@@ -365,8 +365,8 @@ class WhisperEncoder(SpeechEncoder):
         return torch.cat(features, dim=1)
 
     def _bounded(self, audio: Tensor) -> Tensor:
-        """Blocks with their context (N, 640 * (left + n + lookahead)) ->
-        (N, n, 10, feature_dim).
+        """Blocks with their context (N, 640 * (left + n + lookahead)) -> (N, n, 10,
+        feature_dim).
         """
         log_mel = self._log_mel(audio)
         states = self._hidden_states(torch.clamp_min(log_mel, self.max_log_mel - 8))
@@ -393,14 +393,15 @@ class WhisperEncoder(SpeechEncoder):
         """
         side = WINDOW_SAMPLES // 2
         padded = F.pad(audio[:, None], (side, side), mode="reflect")[:, 0]
-        # drops the last one, as Whisper does
-        windows = padded[:, :-1].unfold(1, WINDOW_SAMPLES, HOP) * self.window
+        windows = (
+            padded[:, :-1].unfold(1, WINDOW_SAMPLES, HOP) * self.window
+        )  # drops the last one, as Whisper does
         power = power_spectrum(windows, WINDOW_SAMPLES)
         return torch.clamp_min(power @ self.filters, 1e-10).log10().transpose(1, 2)
 
     def _hidden_states(self, log_mel: Tensor) -> Tensor:
-        """Floored log10 mel power (N, num_mels, 2n) to all hidden states on the channels
-        (N, n, feature_dim).
+        """Floored log10 mel power (N, num_mels, 2n) to all hidden states on the channels (N, n,
+        feature_dim).
         """
         encoder = self.encoder
         hidden = F.gelu(encoder.conv1((log_mel + 4) / 4))
@@ -451,10 +452,10 @@ def _load_whisper(weights: str) -> Any:
         where = (
             folder.resolve()
             if folder.is_dir()
-            else (f"{folder.absolute()} and the hub cache {HF_HUB_CACHE}")
+            else f"{folder.absolute()} and the hub cache {HF_HUB_CACHE}"
         )
         raise UserError(
             f"expected a Whisper model ({weights}: config.json, model.safetensors), looked in "
             f"{where}: {how}"
         ) from error
-    return model.get_encoder()
+    return model.get_encoder().float()  # stored in half precision or not: features are float32

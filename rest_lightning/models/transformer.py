@@ -9,6 +9,7 @@ weights give LTX's own output.
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -51,8 +52,8 @@ def start_of_prompt(
         return None, None
     if channels is None:
         raise UserError(
-            "expected no prompt with caption_channels=None, got one: set "
-            "caption_channels (LTX: 4096)"
+            "expected no prompt with caption_channels=None, got one: set caption_channels (LTX: "
+            "4096)"
         )
     if length is not None and length < 1:
         raise UserError(f"expected a prompt_length of at least 1, got {length}: LTX-Video's is 128")
@@ -142,6 +143,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim)) if elementwise_affine else None
 
     def forward(self, x: Tensor) -> Tensor:
+        """Returns the layer's output for ``x (..., D)``."""
         weight = self.weight.to(x.dtype) if self.weight is not None else None
         return F.rms_norm(x, self.shape, weight, self.eps)
 
@@ -214,6 +216,7 @@ class GELUProjection(nn.Module):
         self.proj = nn.Linear(dim, out_dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Returns the layer's output for ``x (..., D)``."""
         return F.gelu(self.proj(x), approximate="tanh")
 
 
@@ -229,6 +232,7 @@ class FeedForward(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        """Returns the layer's output for ``x (..., D)``."""
         return self.net(x)
 
 
@@ -242,6 +246,7 @@ class TimestepEmbedder(nn.Module):
         self.linear_2 = nn.Linear(dim, dim)
 
     def forward(self, sigma: Tensor) -> Tensor:
+        """Returns the embedding ``(B, f, D)`` of noise levels ``sigma (B, f)``."""
         exponents = torch.arange(self.num_frequencies, dtype=torch.float32, device=sigma.device)
         frequencies = torch.exp(-math.log(10000.0) * exponents / self.num_frequencies)
         phases = (1000.0 * sigma).float().unsqueeze(-1) * frequencies
@@ -274,12 +279,13 @@ class CaptionProjection(nn.Module):
         self.linear_2 = nn.Linear(dim, dim)
 
     def forward(self, text: Tensor) -> Tensor:
+        """Returns ``text (B, L, caption_channels)`` as ``(B, L, D)``."""
         return self.linear_2(F.gelu(self.linear_1(text), approximate="tanh"))
 
 
 class Block(nn.Module):
-    """Self-attention, text attention (``attn2``), speech attention, feed-forward; tokens are
-    ``(B, f, n, D)``.
+    """Self-attention, text attention (``attn2``), speech attention, feed-forward; tokens are ``(B,
+    f, n, D)``.
     """
 
     def __init__(
@@ -307,8 +313,8 @@ class Block(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.randn(6, dim) / dim**0.5)
 
     def modulation(self, embedding: Tensor) -> Modulation:
-        """Shift, 1 + scale, gate of both halves, each ``(B, f, 1, D)``, from
-        ``(B, f, 6, 1, D)``.
+        """Shift, 1 + scale, gate of both halves, each ``(B, f, 1, D)``, from ``(B, f, 6, 1,
+        D)``.
         """
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = (
             self.scale_shift_table[:, None] + embedding
@@ -325,6 +331,7 @@ class Block(nn.Module):
         text_mask: Tensor | None,
         speech: KeyValue | None,
     ) -> Tensor:
+        """Returns the tokens ``x (B, f, n, D)`` after this block."""
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = modulation
         normed = torch.addcmul(shift_1, self.norm1(x), scale_1)
         attended = self.attn1.self_attention(normed.flatten(1, 2), layer, context)
@@ -489,6 +496,18 @@ class A2VDiT(nn.Module):
         student.load_state_dict(self.state_dict())
         return student
 
+    def with_chunk_length(self, chunk_length: int) -> Self:
+        """Returns this network for chunks of another length: the same weights, in the same memory.
+
+        Raises:
+            UserError: a length that training did not draw.
+        """
+        if chunk_length == self.cache_options.chunk_length:
+            return self
+        other = copy.copy(self)
+        other.cache_options = self.cache_options.with_chunk_length(chunk_length)
+        return other
+
     @classmethod
     def from_ltx(cls, source: str | Path | nn.Module, **overrides: Any) -> A2VDiT:
         """Returns a teacher whose output equals LTX's own until the speech attention is trained.
@@ -633,8 +652,8 @@ class A2VDiT(nn.Module):
             return self._run(noisy_latents, sigma, context, text, speech)
         if self.attention != "chunked" or cache is not None or isinstance(sigma, SigmaEmbedding):
             raise UserError(
-                "expected context_latents in the student's parallel form only, got a "
-                "cache or a teacher"
+                "expected context_latents in the student's parallel form only, got a cache or a "
+                "teacher"
             )
         if context_latents.shape != noisy_latents.shape:
             raise UserError(
@@ -705,8 +724,8 @@ class A2VDiT(nn.Module):
         text_embeds: Tensor | Condition | None = None,
         text_mask: Tensor | None = None,
     ) -> None:
-        """Write the ID-Sink of ``rows`` (default: all) from ``reference_latent
-        (rows, C, 1, h, w)``, before any speech.
+        """Write the ID-Sink of ``rows`` (default: all) from ``reference_latent (rows, C, 1, h,
+        w)``, before any speech.
 
         In mid-stream this switches the identity; `IDContextCache.reset_rows` starts a new stream.
         """
@@ -783,7 +802,7 @@ class A2VDiT(nn.Module):
         # Rotations come in as complex numbers and are taken apart at once: a view, for which no
         # code is needed.
         warnings.filterwarnings(
-            "ignore", message=("Torchinductor does not support code generation for complex")
+            "ignore", message="Torchinductor does not support code generation for complex"
         )
         self._run_block, self._compiles_streams = torch.compile(run_block), streams
 
@@ -820,8 +839,8 @@ class A2VDiT(nn.Module):
         own = self.project_prompt(batch)
         if own is None and self.caption_projection is not None:
             raise UserError(
-                "expected text_embeds, got None: pass them, give a prompt, or set "
-                "caption_channels to null"
+                "expected text_embeds, got None: pass them, give a prompt, or set caption_channels "
+                "to null"
             )
         return own
 
@@ -894,6 +913,6 @@ def check_cache(model: A2VDiT, cache: IDContextCache, latents: Tensor) -> None:
     got = (latents.shape[0], latents.shape[3], latents.shape[4])
     if got != expected:
         raise UserError(
-            f"expected latents of the cache's (rows, h, w) = {expected}, got {got}: "
-            "allocate it anew"
+            f"expected latents of the cache's (rows, h, w) = {expected}, got {got}: allocate it "
+            "anew"
         )

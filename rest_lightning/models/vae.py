@@ -121,8 +121,8 @@ def fit_principal_path(
 
     Args:
         path: what to set, in place.
-        batches: a new pass over (frames (B, 3, 8n+1, H, W) in [-1, 1], pixel weights
-            (B, 1, F, H, W)); called twice.
+        batches: a new pass over (frames (B, 3, 8n+1, H, W) in [-1, 1], pixel weights (B, 1, F, H,
+            W)); called twice.
         whitening: 0 .. 1.
         sum_over_devices: adds a tensor up over all processes.
 
@@ -209,8 +209,8 @@ def _set(linear: nn.Linear, weight: Tensor, bias: Tensor) -> None:
 
 
 class VideoAutoencoder(nn.Module):
-    """What every VAE of this project offers; frames (B, 3, F, H, W) in [-1, 1], latents
-    (B, C, f, h, w) normalised.
+    """What every VAE of this project offers; frames (B, 3, F, H, W) in [-1, 1], latents (B, C, f,
+    h, w) normalised.
 
     Slot 0 of a clip is image-like (one frame), the others video-like (eight frames): they are
     normalised with statistics of their own (decided here). Row 0 of the buffers belongs to slot 0,
@@ -314,8 +314,8 @@ class CompactVAE(VideoAutoencoder):
     """A small causal VAE that trains and streams on a CPU (decided here; the factorised
     convolutions follow R(2+1)D).
 
-    Stages run from fine to coarse: patches of ``patch_size`` pixels, then ``strides`` of
-    (time, space) between stages.
+    Stages run from fine to coarse: patches of ``patch_size`` pixels, then ``strides`` of (time,
+    space) between stages.
 
     Args:
         latent_channels: C.
@@ -395,14 +395,18 @@ class CompactVAE(VideoAutoencoder):
         if principal_components:
             self.principal = PrincipalPath(latent_channels, principal_components)
             self.principal_in = SpatialConv(patch_channels, widths[0], 1)
-            for silent in (
-                *self.principal_in.conv.parameters(),
-                *self.decoder_out.conv.parameters(),
-            ):
-                nn.init.zeros_(silent)
-            nn.init.zeros_(self.encoder_out.weight[:latent_channels])
-            nn.init.zeros_(self.encoder_out.bias[:latent_channels])
+            self.silence()
         name_streams(self)
+
+    @torch.no_grad()
+    def silence(self) -> None:
+        """Lets the principal path speak alone: the network adds nothing to it until it is trained
+        (again).
+        """
+        for silent in (*self.principal_in.conv.parameters(), *self.decoder_out.conv.parameters()):
+            nn.init.zeros_(silent)
+        nn.init.zeros_(self.encoder_out.weight[: self.latent_channels])
+        nn.init.zeros_(self.encoder_out.bias[: self.latent_channels])
 
     @property
     def config(self) -> dict[str, Any]:

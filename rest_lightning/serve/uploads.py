@@ -96,7 +96,7 @@ class Portraits:
         """
         png = self.png(name if name is not None else next(iter(self._bundled)))
         with Image.open(io.BytesIO(png)) as image:
-            return load_portrait(image, size_px)
+            return load_portrait(image, size_px, crop="centre")  # cut when it was uploaded
 
     def _expire(self) -> None:
         oldest_s = time.monotonic() - self._keep_s
@@ -106,11 +106,13 @@ class Portraits:
 
 
 _NAME = "upload"
+_PICTURE_SIDE_PX = 1280  # looking for a face in it takes a second at most
 _MEMORY_BYTES = 2_000_000_000
 _DAMAGED = "it is damaged, too large, or something else; export it again"
 # What FFmpeg would guess from anything else includes playlists, which name other files.
-# mp3 and raw aac
-_MPEG_STARTS = tuple(bytes((0xFF, second)) for second in (0xFB, 0xFA, 0xF3, 0xF2, 0xF1, 0xF9))
+_MPEG_STARTS = tuple(
+    bytes((0xFF, second)) for second in (0xFB, 0xFA, 0xF3, 0xF2, 0xF1, 0xF9)
+)  # mp3 and raw aac
 _SOUND_STARTS = (
     b"RIFF",
     b"RF64",
@@ -144,10 +146,18 @@ class Uploads:
         self._timeout_s, self._image_side_px, self._sound_s = timeout_s, image_side_px, sound_s
 
     async def portrait(self, data: bytes, size_px: int) -> bytes:
-        """An image file as a square PNG of ``size_px``. Raises a UserError when it is none, or too
-        large.
+        """The head in an image file, as a square PNG of ``size_px``.
+
+        The stranger's file is decoded in a process of its own; the face is found here, where the
+        networks are loaded, in the plain picture that comes back.
+
+        Raises:
+            UserError: it is no image, too large, or shows no face or several.
         """
-        return await self._decode(data, "portrait", str(self._image_side_px), str(size_px))
+        picture = await self._decode(
+            data, "portrait", str(self._image_side_px), str(_PICTURE_SIDE_PX)
+        )
+        return await asyncio.to_thread(_cut, picture, size_px)
 
     async def sound(self, data: bytes) -> bytes:
         """A sound file as raw samples, s16le mono 16 kHz. Raises a UserError when it is none, or
@@ -198,7 +208,7 @@ class Uploads:
         raise UserError(
             lines[-1]
             if lines
-            else (f"expected a file that can be decoded, got one that cannot: {_DAMAGED}")
+            else f"expected a file that can be decoded, got one that cannot: {_DAMAGED}"
         )
 
 
@@ -232,28 +242,50 @@ def _limit_resources() -> None:
             resource.setrlimit(kind, (most, most))
 
 
+def _cut(picture: bytes, size_px: int) -> bytes:
+    """The head in a PNG, as a square PNG."""
+    import io
+
+    from PIL import Image
+
+    from rest_lightning.media.portrait import find_portrait
+
+    with Image.open(io.BytesIO(picture)) as image:
+        try:
+            square = find_portrait(image, option=None).square(size_px)
+        except UserError as error:
+            raise UserError(
+                str(error).replace(f"the given {type(image).__name__}", "the file")
+            ) from None
+    file = io.BytesIO()
+    Image.fromarray(square).save(file, "PNG")
+    return file.getvalue()
+
+
 def _portrait(side_px: int, size_px: int) -> bytes:
+    """The whole picture as a PNG, its longer side at most ``size_px``."""
     import io
     import warnings
 
     from PIL import Image
 
-    from rest_lightning.media.portrait import read_portrait
+    from rest_lightning.media.portrait import find_portrait
 
     warnings.simplefilter("ignore")
     try:
         with Image.open(_NAME) as image:
             width, height = image.size
     except Exception:
-        width = height = 0  # read_portrait tells what is wrong
+        width = height = 0  # find_portrait tells what is wrong
     if max(width, height) > side_px:
         raise UserError(
-            f"expected an image of at most {side_px} x {side_px} pixels, got {width} "
-            "x "
-            f"{height}: scale it"
+            f"expected an image of at most {side_px} x {side_px} pixels, got {width} x {height}: "
+            "scale it"
         )
+    picture = find_portrait(_NAME, "centre").picture
+    picture.thumbnail((size_px, size_px), Image.Resampling.LANCZOS)
     file = io.BytesIO()
-    Image.fromarray(read_portrait(_NAME, size_px)).save(file, "PNG")
+    picture.save(file, "PNG", compress_level=1)
     return file.getvalue()
 
 
@@ -266,12 +298,14 @@ def _sound(longest_s: float) -> bytes:
     head = Path(_NAME).read_bytes()[:16]
     if not head.startswith(_SOUND_STARTS + _MPEG_STARTS) and head[4:8] != b"ftyp":
         raise UserError(
-            "expected a sound file (wav, mp3, flac, m4a, ogg, webm or mp4), got "
-            "something else: export it"
+            "expected a sound file (wav, mp3, flac, m4a, ogg, webm or mp4), got something else: "
+            "export it"
         )
     claimed_s = 0.0
-    # open_speech tells what is wrong
-    with suppress(av.FFmpegError, OSError, ValueError), av.open(_NAME) as container:
+    with (
+        suppress(av.FFmpegError, OSError, ValueError),
+        av.open(_NAME) as container,
+    ):  # open_speech tells what is wrong
         claimed_s = (container.duration or 0) / av.time_base
     speech = open_speech(_NAME) if claimed_s <= longest_s else None
     duration_s = claimed_s if speech is None else speech.duration_s

@@ -39,6 +39,7 @@ class Program:
 
     @property
     def num_captured(self) -> int:
+        """Variants captured so far."""
         return len(self._replays)
 
     def run(self, function: Function, variant: Hashable, changed: Stream | None = None) -> bool:
@@ -109,6 +110,7 @@ class Ready:
         self._frames = frames
 
     def frames(self) -> Frames:
+        """Returns the frames."""
         return self._frames
 
 

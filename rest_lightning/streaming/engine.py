@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from types import MethodType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -27,12 +27,14 @@ from rest_lightning.diffusion.schedule import sampling_sigmas
 from rest_lightning.errors import UserError
 from rest_lightning.models.cache import IDContextCache
 from rest_lightning.models.causal import Stream
+from rest_lightning.models.detail import AgreementDetail
 from rest_lightning.streaming.device import Capture, Device, Host, Pending, Program, cuda_capture
 from rest_lightning.streaming.packed import can_pack, packed
 from rest_lightning.streaming.report import StreamClock
 
 if TYPE_CHECKING:
     from rest_lightning.diffusion.sampling import Sampling
+    from rest_lightning.models.detail import DetailTransfer
     from rest_lightning.models.transformer import SigmaEmbedding
     from rest_lightning.parts import TalkingParts
 
@@ -41,7 +43,7 @@ GRAPHS_VARIABLE = "REST_CUDA_GRAPHS"
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """Switches of the engine. All but the last change the speed alone.
+    """Switches of the engine. All but the last two change the speed alone.
 
     Attributes:
         graphs: capture the denoising steps and the decoding as CUDA graphs. None: on CUDA;
@@ -57,6 +59,9 @@ class EngineOptions:
             None: where graphs are captured.
         first_chunk_length: latents of a stream's first chunk, 1 to chunk_length: a short one needs
             less speech before the first frame. None takes chunk_length.
+        detail: ``model``: the portrait's detail is put back into frames as the model does it, where
+            it does; ``agreement``: in closed form (`AgreementDetail`); ``none``: frames stay as
+            they are decoded.
     """
 
     graphs: bool | None = None
@@ -65,6 +70,11 @@ class EngineOptions:
     overlap: bool = True
     warm_up: bool | None = None
     first_chunk_length: int | None = None
+    detail: Literal["model", "agreement", "none"] = "model"
+
+    def __post_init__(self) -> None:
+        if self.detail not in ("model", "agreement", "none"):
+            raise UserError(f"expected detail model, agreement or none, got {self.detail!r}")
 
     def captures(self, device: torch.device) -> bool:
         """Whether graphs are captured on ``device``.
@@ -131,6 +141,7 @@ class Tables:
 
     Attributes:
         vae, speech_ae, transformer: the model's, with packed weights if wanted.
+        detail: what puts the portrait's detail into decoded frames; None: nothing.
         sigmas: noise levels of the Euler steps, from 1 to 0, as plain numbers.
         levels: the same on the device: a number from the host would be copied, and waited for, at
             every step.
@@ -141,8 +152,14 @@ class Tables:
     """
 
     @torch.no_grad()
-    def __init__(self, model: TalkingParts, sampling: Sampling, pack: bool = False) -> None:
+    def __init__(
+        self, model: TalkingParts, sampling: Sampling, pack: bool = False, detail: str = "model"
+    ) -> None:
         self.model, self.sampling = model, sampling
+        own = packed(model.detail) if pack and model.detail is not None else model.detail
+        self.detail: DetailTransfer | None = {"model": own, "agreement": AgreementDetail()}.get(
+            detail
+        )
         self.vae = packed(model.vae) if pack else model.vae
         self.speech_ae = packed(model.speech_ae) if pack else model.speech_ae
         self.transformer = packed(model.transformer) if pack else model.transformer
@@ -171,9 +188,14 @@ class Tables:
 def _fingerprint(model: TalkingParts) -> int:
     """A checksum of some weights of every part."""
     checksum = 0
-    for part in (model.vae, model.speech_ae, model.transformer):
+    for part in (
+        model.vae,
+        model.speech_ae,
+        model.transformer,
+        *([model.detail] if model.detail else ()),
+    ):
         parameters = list(part.parameters())
-        for parameter in (parameters[0], parameters[-1]):
+        for parameter in parameters[:1] + parameters[-1:]:
             values = parameter.detach().flatten()[:256].float().cpu()
             checksum = zlib.crc32(values.numpy().tobytes(), checksum)
     return checksum
@@ -228,8 +250,9 @@ class StreamState:
         """
         model = self.tables.model
         with self._stage("speech"):
-            # frame 0 lies before the speech
-            silence = torch.zeros(self.batch, SAMPLES_PER_FRAME, device=model.device)
+            silence = torch.zeros(
+                self.batch, SAMPLES_PER_FRAME, device=model.device
+            )  # frame 0 lies before the speech
             features = model.speech_encoder(model.speech_encoder.pad(silence)).to(model.dtype)
             speech = Stream()
             self.tables.speech_ae.encode(features, speech)
@@ -244,7 +267,12 @@ class StreamState:
         model, tables = self.tables.model, self.tables
         with self._stage("vae"):
             latent = tables.vae.encode(reference[:, :, None].to(model.device, model.dtype))
-            self.decoder.restore(tables.vae.start_decode(latent)[1])
+            reconstruction, decoder = tables.vae.start_decode(latent)
+            if tables.detail is not None:
+                tables.detail.start(
+                    reference.to(model.device), reconstruction[:, :, 0].float(), decoder
+                )
+            self.decoder.restore(decoder)
         with self._stage("dit"):
             self.cache.reset_rows()
             self.reference_rows.copy_(tables.guidance.references(latent))
@@ -423,7 +451,9 @@ class ChunkEngine:
         )
         with explain_out_of_memory(model, batch, sampling):
             pack = self.options.packs(model.device, model.dtype)
-            self.state = state or StreamState(Tables(model, sampling, pack), batch, self._stage)
+            self.state = state or StreamState(
+                Tables(model, sampling, pack, self.options.detail), batch, self._stage
+            )
             self._static = widest.static(batch) if widest is not None else self._allocate()
             self._noise, self._speech, self._latents, self._decoder_input, self._frames = (
                 self._static
@@ -637,6 +667,8 @@ class ChunkEngine:
 
         def decode() -> None:
             frames = vae.decode_chunk(latents, decoder)
+            if self.tables.detail is not None:
+                frames = self.tables.detail(frames, decoder)
             to_uint8(frames, self._frames[:, : frames.shape[2]])
 
         with self._stage("vae"):

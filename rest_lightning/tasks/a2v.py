@@ -61,8 +61,9 @@ def shard(part: nn.Module, mesh: DeviceMesh) -> None:
         return
     data_parallel = mesh[DATA_PARALLEL]
     if isinstance(part, SpeechAE):
-        # its convolutions lie channels-last, which FSDP2 does not take
-        for parameter in part.parameters():
+        for (
+            parameter
+        ) in part.parameters():  # its convolutions lie channels-last, which FSDP2 does not take
             parameter.data = parameter.data.contiguous()
         fully_shard(part, mesh=data_parallel)
         register_fsdp_forward_method(part, "encode")
@@ -91,6 +92,8 @@ class NoiseSettings:
     Attributes:
         schedule: ``cans`` (REST) or ``ans`` (READ).
         chunk_length: latent frames per chunk.
+        chunk_lengths: lengths that are drawn, one per batch, in place of ``chunk_length``; empty:
+            always that one.
         mean, std: of the logit-normal noise levels (READ: 2.05, 1.0).
         num_levels: size of the table.
         motion_dropout: probability that all chunks share one level.
@@ -101,6 +104,7 @@ class NoiseSettings:
 
     schedule: str = "cans"
     chunk_length: int = 3
+    chunk_lengths: tuple[int, ...] = ()
     mean: float = 2.05
     std: float = 1.0
     num_levels: int = 1000
@@ -118,13 +122,19 @@ class NoiseSettings:
 
 @dataclass(frozen=True)
 class Conditions:
-    """Clean latents (B, C, f, h, w), slot 0 the reference; speech latents (B, f, n, d); weights
-    (B, 1, f, h, w).
+    """Clean latents (B, C, f, h, w), slot 0 the reference; speech latents (B, f, n, d); weights (B,
+    1, f, h, w).
     """
 
     latents: Tensor
     speech_latents: Tensor
     weights: Tensor | None = None
+
+    def whole_chunks(self, chunk_length: int) -> Conditions:
+        """Returns the reference and as many whole chunks as there are; what is left over is cut."""
+        end = 1 + (self.latents.shape[2] - 1) // chunk_length * chunk_length
+        weights = None if self.weights is None else self.weights[:, :, :end]
+        return Conditions(self.latents[:, :, :end], self.speech_latents[:, :end], weights)
 
 
 @dataclass(frozen=True)
@@ -140,6 +150,7 @@ class TrainingInput:
         clean_latents: (B, C, f, h, w), with the same dropped references: what a clean pass would
             cache.
         weights: of the flow loss, (B, 1, f, h, w), or None.
+        chunk_length: latent frames per chunk of this draw.
         rolled_out: (B,), True where a student generates its own context; None where that is no
             question.
     """
@@ -150,6 +161,7 @@ class TrainingInput:
     clean_latents: Tensor
     weights: Tensor | None = None
     rolled_out: Tensor | None = None
+    chunk_length: int = 3
 
     @property
     def noise(self) -> Tensor:
@@ -207,8 +219,9 @@ class A2VModule(StageModule):
             optimizer,
         )
         for name, parameter in speech_ae.named_parameters():
-            # nothing reads it here, and DDP waits for every gradient that may come
-            if name.startswith("decoder"):
+            if name.startswith(
+                "decoder"
+            ):  # nothing reads it here, and DDP waits for every gradient that may come
                 parameter.requires_grad_(False)
         self.noise = noise or NoiseSettings()
         self.mouth_weight, self.compile_blocks = mouth_weight, compile_blocks
@@ -233,14 +246,15 @@ class A2VModule(StageModule):
             )
         for part in self.children():
             shard(part, self.device_mesh)
-        # that strategy reads checkpoints itself, and frozen parts are not in them
-        self.strict_loading = False
+        self.strict_loading = (
+            False  # that strategy reads checkpoints itself, and frozen parts are not in them
+        )
 
     def _compile(self) -> None:
         if self.device_mesh is not None:
             raise UserError(
-                "expected no compile_blocks with sharded networks, got both: leave "
-                "compile_blocks out"
+                "expected no compile_blocks with sharded networks, got both: leave compile_blocks "
+                "out"
             )
         on_cpu = self.trainer.strategy.root_device.type == "cpu"
         if on_cpu and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
@@ -272,8 +286,13 @@ class A2VModule(StageModule):
         if latents is None:
             latents = self.encode_clip(batch["frames"], batch.get("reference"))
         latents = latents.float()
-        length = self.noise.chunk_length
-        if (latents.shape[2] - 1) % length or latents.shape[2] < 2:
+        length, several = self.noise.chunk_length, self.noise.chunk_lengths
+        if several and latents.shape[2] <= max(several):
+            raise UserError(
+                f"expected clips of more than {max(several)} latent frames, "
+                f"got {latents.shape[2]}: set data.num_frames to {8 * max(several)}k + 1"
+            )
+        if not several and ((latents.shape[2] - 1) % length or latents.shape[2] < 2):
             raise UserError(
                 f"expected clips of 1 + {length}k latent frames, got {latents.shape[2]}: "
                 f"set data.num_frames to {8 * length}k + 1 or noise.chunk_length to a divisor of "
@@ -297,8 +316,9 @@ class A2VModule(StageModule):
             raise UserError(
                 "expected batches with precomputed latents, got frames: give this stage a vae"
             )
-        # in float32, as `rest encode` and the session do
-        with torch.autocast(frames.device.type, enabled=False):
+        with torch.autocast(
+            frames.device.type, enabled=False
+        ):  # in float32, as `rest encode` and the session do
             latents = self.vae.encode(frames)
             if reference is not None:
                 latents = torch.cat(
@@ -319,9 +339,17 @@ class A2VModule(StageModule):
         self, conditions: Conditions, generator: torch.Generator | None = None
     ) -> TrainingInput:
         """Noise, sigmas and dropouts of one step (CANS or ANS), applied."""
-        latents, settings = conditions.latents, self.noise
-        generator = generator or step_generator(latents.device)
-        sigma = self.sample_sigmas(latents, generator)
+        settings = self.noise
+        generator = generator or step_generator(conditions.latents.device)
+        length = settings.chunk_length
+        if settings.chunk_lengths:
+            choice = torch.randint(
+                len(settings.chunk_lengths), (), generator=generator, device=generator.device
+            )
+            length = settings.chunk_lengths[int(choice)]
+            conditions = conditions.whole_chunks(length)
+        latents = conditions.latents
+        sigma = self.sample_sigmas(latents, length, generator)
         drops = sample_drops(
             len(latents),
             settings.identity_dropout,
@@ -338,16 +366,23 @@ class A2VModule(StageModule):
         )
         speech_latents = drop_speech(conditions.speech_latents, drops.audio)
         clean_latents = drop_reference(latents, drops.identity)
-        return TrainingInput(path, speech_latents, drops, clean_latents, conditions.weights)
+        weights = conditions.weights
+        return TrainingInput(
+            path, speech_latents, drops, clean_latents, weights, chunk_length=length
+        )
 
-    def sample_sigmas(self, latents: Tensor, generator: torch.Generator) -> Tensor:
-        """Noise levels (B, f) of training for ``latents`` (B, C, f, h, w)."""
+    def sample_sigmas(
+        self, latents: Tensor, chunk_length: int, generator: torch.Generator
+    ) -> Tensor:
+        """Noise levels (B, f) of training for ``latents`` (B, C, f, h, w) in chunks of
+        ``chunk_length``.
+        """
         settings = self.noise
-        batch, num_chunks = latents.shape[0], (latents.shape[2] - 1) // settings.chunk_length
+        batch, num_chunks = latents.shape[0], (latents.shape[2] - 1) // chunk_length
         return SIGMA_SAMPLERS[settings.schedule](
             batch,
             num_chunks,
-            settings.chunk_length,
+            chunk_length,
             self.noise_table,
             settings.motion_dropout,
             generator=generator,
@@ -394,6 +429,7 @@ def step_generator(device: torch.device) -> torch.Generator:
     """
     seed = int(torch.randint(2**62, ()).item())
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        # seed_everything gives all ranks one state: they must not share noise
-        seed += torch.distributed.get_rank()
+        seed += (
+            torch.distributed.get_rank()
+        )  # seed_everything gives all ranks one state: they must not share noise
     return torch.Generator(device=device).manual_seed(seed)

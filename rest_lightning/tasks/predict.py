@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from rest_lightning.data.streams import SpeechBlock
 from rest_lightning.diffusion.sampling import SamplingChanges
 from rest_lightning.generation import describe_model, load_generator
+from rest_lightning.media.portrait import parse_crop
 from rest_lightning.parts import DtypeName, dtype_on
 from rest_lightning.streaming.session import StreamingSession
 from rest_lightning.talking_head import TalkingHead
@@ -77,8 +78,10 @@ class PredictModule(LightningModule):
         samples.
         """
         if batch["is_first"]:
+            pair = batch["pair"]
+            crop = parse_crop(pair.crop)
             self.session = self.head.open(
-                batch["pair"].portrait, seed=self.seed, **asdict(self.sampling)
+                pair.portrait, crop=crop, seed=self.seed, **asdict(self.sampling)
             )
 
     def predict_step(self, batch: SpeechBlock, batch_idx: int) -> NDArray[np.uint8]:

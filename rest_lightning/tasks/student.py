@@ -175,17 +175,24 @@ class StudentModule(A2VModule):
                 f"expected one chunk length, got {options.chunk_length} in the "
                 f"transformer's cache_options and {noise.chunk_length} in noise: make them equal"
             )
+        if set(options.trained_lengths) != set(noise.chunk_lengths):
+            raise UserError(
+                f"expected one set of chunk lengths, got {list(options.trained_lengths)} in the "
+                "transformer's "
+                f"cache_options.trained_lengths and {list(noise.chunk_lengths)} in "
+                "noise.chunk_lengths: make them equal"
+            )
         if distill and (asd or rollout):
             raise UserError(
-                "expected distill alone, got asd or rollout beside it: make them "
-                "stages one after another"
+                "expected distill alone, got asd or rollout beside it: make them stages one after "
+                "another"
             )
         for name, settings in (("rollout", rollout), ("distill", distill)):
             if settings and (options.cache_noise == "per_step" or not options.use_context):
                 got = f"cache_noise {options.cache_noise} and use_context {options.use_context}"
                 raise UserError(
-                    f"expected a cache of last_step or clean_pass for {name}, got "
-                    f"{got}: leave {name} out"
+                    f"expected a cache of last_step or clean_pass for {name}, got {got}: leave "
+                    f"{name} out"
                 )
         frozen: dict[str, torch.nn.Module] = {}
         if asd:
@@ -206,16 +213,18 @@ class StudentModule(A2VModule):
         )
         self.asd, self.rollout, self.distill = asd, rollout, distill
 
-    def sample_sigmas(self, latents: Tensor, generator: torch.Generator) -> Tensor:
+    def sample_sigmas(
+        self, latents: Tensor, chunk_length: int, generator: torch.Generator
+    ) -> Tensor:
         """As in every stage, but for ``distill``: the levels at which the student's steps begin."""
         if self.distill is None:
-            return super().sample_sigmas(latents, generator)
+            return super().sample_sigmas(latents, chunk_length, generator)
         table = torch.tensor(
             self._sigmas(self.distill.student_steps, latents), device=latents.device
         )
-        length = self.noise.chunk_length
+        num_chunks = (latents.shape[2] - 1) // chunk_length
         return sample_sigmas_of_steps(
-            len(latents), (latents.shape[2] - 1) // length, length, table, generator=generator
+            len(latents), num_chunks, chunk_length, table, generator=generator
         )
 
     def draw(
@@ -240,9 +249,10 @@ class StudentModule(A2VModule):
         if context is None and self._caches_clean:
             context = self._truth(inputs, 0.0)
         path = inputs.path
+        transformer = self.transformer.with_chunk_length(inputs.chunk_length)
         if context is None:
-            return self.transformer(path.noisy_latents, path.sigma, inputs.speech_latents)
-        return self.transformer(
+            return transformer(path.noisy_latents, path.sigma, inputs.speech_latents)
+        return transformer(
             path.noisy_latents,
             path.sigma,
             inputs.speech_latents,
@@ -320,12 +330,9 @@ class StudentModule(A2VModule):
             return None
         noise, clean = inputs.noise[rows, :, 1:], inputs.clean_latents
         sigmas = self._sigmas(self.rollout.num_steps, clean)
+        transformer = self.transformer.with_chunk_length(inputs.chunk_length)
         own = roll_out(
-            self.transformer,
-            clean[rows, :, :1],
-            noise,
-            inputs.speech_latents[rows].detach(),
-            sigmas,
+            transformer, clean[rows, :, :1], noise, inputs.speech_latents[rows].detach(), sigmas
         )
         path = inputs.path
         truth = (
@@ -363,8 +370,10 @@ class StudentModule(A2VModule):
             sigma, sigma_next, settings.num_steps // settings.student_steps, shift
         )
 
+        source = self.source.with_chunk_length(inputs.chunk_length)
+
         def guided(sample: Tensor, level: Tensor) -> Tensor:
-            return guided_velocity(self.source, sample, level, speech, context, settings.guidance)
+            return guided_velocity(source, sample, level, speech, context, settings.guidance)
 
         with torch.no_grad():
             target = average_velocity(guided, latents, levels)

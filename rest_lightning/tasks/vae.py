@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
+from rest_lightning.constants import SPATIAL_RATIO
 from rest_lightning.errors import UserError
 from rest_lightning.metrics.image import border_jump_ratio, psnr_db
 from rest_lightning.models.vae import (
@@ -20,10 +21,11 @@ from rest_lightning.models.vae import (
     fit_principal_path,
 )
 from rest_lightning.tasks.base import OptimizerSettings, StageModule
-from rest_lightning.tasks.regions import region_weights
+from rest_lightning.tasks.regions import random_crops, region_weights
 
-# of the windows that the principal path is fitted to, whatever length the training has
-PRINCIPAL_FRAMES = 17
+PRINCIPAL_FRAMES = (
+    17  # of the windows that the principal path is fitted to, whatever length the training has
+)
 
 
 @dataclass
@@ -62,17 +64,23 @@ class VAEModule(StageModule):
         optimizer: AdamW settings.
         initial: ``{"vae": checkpoint or folder}`` to start from.
         principal_batches: batches from which a network with a principal path gets its components,
-            before the first step of a training that starts neither from ``initial`` nor from a
-            checkpoint; 0 leaves the path silent.
+            before the first step of a training that does not resume a checkpoint; 0 leaves the path
+            as it is. With ``initial`` the path is fitted anew, to other data, and the network
+            begins as a silent one with trained features.
         whitening: of the components, see :func:`~rest_lightning.models.vae.fit_principal_path`.
         train_encoder: False trains the decoder alone (and measures no statistics anew): latents
             made before, and models trained on them, stay valid.
         latent_noise: while training, the decoder reads normalised latents with noise of a random
             strength up to this: a generated latent is never exactly one that the encoder makes
             (decided here). Needs measured statistics.
+        crop_px: training sees a random square of this side of every clip, half of the time one with
+            the mouth in it: a convolutional network learns as much from a quarter of the pixels in
+            a quarter of the time. A multiple of 32; None takes whole frames, which the last minutes
+            should see, for the sake of their borders.
 
     Raises:
-        UserError: ``principal_batches`` for a network that has no principal path.
+        UserError: ``principal_batches`` for a network that has no principal path, or a ``crop_px``
+            that is no multiple of 32.
     """
 
     vae: VideoAutoencoder
@@ -87,15 +95,21 @@ class VAEModule(StageModule):
         whitening: float = 0.5,
         train_encoder: bool = True,
         latent_noise: float = 0.0,
+        crop_px: int | None = None,
     ) -> None:
         super().__init__({"vae": vae}, {}, initial, optimizer)
+        if crop_px is not None and (crop_px < SPATIAL_RATIO or crop_px % SPATIAL_RATIO):
+            raise UserError(
+                f"expected a crop_px that is a multiple of {SPATIAL_RATIO}, got {crop_px}: use 128"
+            )
+        self.crop_px = crop_px
         if principal_batches and self._principal_path() is None:
             raise UserError(
                 "principal_batches: expected a VAE with a principal path, got "
                 f"{type(vae).__name__} without one: set "
                 "principal_components of a CompactVAE, or leave principal_batches out"
             )
-        self.principal_batches = 0 if initial else principal_batches
+        self.principal_batches, self.starts_from_weights = principal_batches, bool(initial)
         self.whitening = whitening
         self.train_encoder, self.latent_noise = train_encoder, latent_noise
         if not train_encoder:
@@ -124,14 +138,16 @@ class VAEModule(StageModule):
 
     def losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Every loss of one batch by name, unweighted, and the weighted sum ``loss``."""
-        frames = batch["frames"]
+        frames, landmarks = batch["frames"], batch["landmarks"]
         check_frames(frames)
         weights = self.loss_weights
+        pixel_weights = region_weights(landmarks, frames.shape[-2:], weights.mouth, weights.eyes)
+        if self.training and self.crop_px is not None and self.crop_px < min(frames.shape[-2:]):
+            frames, pixel_weights = random_crops(
+                frames, pixel_weights, landmarks[:, :, 0], self.crop_px
+            )
         reconstruction, mean, log_variance = self(frames)
         error = reconstruction.float() - frames
-        pixel_weights = region_weights(
-            batch["landmarks"], frames.shape[-2:], weights.mouth, weights.eyes
-        )
         terms = {
             "l1": (pixel_weights * error.abs()).mean(),
             "l2": (pixel_weights * error.square()).mean(),
@@ -165,9 +181,11 @@ class VAEModule(StageModule):
             lambda x: strategy.reduce(x, reduce_op="sum"),
         )
         path.load_state_dict(strategy.broadcast(path.state_dict()))
+        if self.starts_from_weights:
+            self.vae.silence()  # type: ignore[operator]  # what it added to the path before is wrong for this one
         rank_zero_info(
-            f"principal path: {psnr:.1f} dB on {self.principal_batches} weighted "
-            "batches before training"
+            f"principal path: {psnr:.1f} dB on {self.principal_batches} weighted batches before "
+            "training"
         )
 
     def _principal_path(self) -> PrincipalPath | None:

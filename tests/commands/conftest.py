@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from stills import face
 
 from rest_lightning.constants import SAMPLE_RATE
 
@@ -49,10 +49,8 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def portrait(tmp_path: Path) -> Path:
-    """A colourful 80x96 PNG."""
-    y, x = np.mgrid[0:1:96j, 0:1:80j]
-    pixels = np.stack([255 * x, 255 * y, 120 + 0 * x], axis=-1).astype(np.uint8)
-    Image.fromarray(pixels).save(tmp_path / "portrait.png")
+    """A face as a PNG of 80x96."""
+    face(80, 96).save(tmp_path / "portrait.png")
     return tmp_path / "portrait.png"
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -19,7 +21,7 @@ from rest_lightning.data.synthetic.voice import Phoneme, speak
 LONG = 0.4
 
 
-def curves_of(*sounds: str, each_s: float = LONG, num_frames: int = 75):  # type: ignore[no-untyped-def]
+def curves_of(*sounds: str, each_s: float = LONG, num_frames: int = 75) -> Any:
     """Sounds in a row from 0.4 s on, over evenly loud noise."""
     phonemes = [
         Phoneme(ipa, 0.4 + i * each_s, 0.4 + (i + 1) * each_s) for i, ipa in enumerate(sounds)

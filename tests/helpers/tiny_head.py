@@ -8,6 +8,7 @@ import torch
 
 from rest_lightning.diffusion.sampling import Sampling
 from rest_lightning.models.cache import CacheOptions
+from rest_lightning.models.detail import DetailTransfer
 from rest_lightning.models.speech import LogMelEncoder
 from rest_lightning.models.speech_ae import SpeechAE
 from rest_lightning.models.transformer import A2VDiT
@@ -16,7 +17,11 @@ from rest_lightning.talking_head import TalkingHead
 
 
 def make_head(
-    chunk_length: int = 3, lookahead_frames: int = 2, seed: int = 0, **cache_options: Any
+    chunk_length: int = 3,
+    lookahead_frames: int = 2,
+    seed: int = 0,
+    detail: DetailTransfer | None = None,
+    **cache_options: Any,
 ) -> TalkingHead:
     """Random weights, also where training starts from zero, so that every input matters."""
     torch.manual_seed(seed)
@@ -36,6 +41,7 @@ def make_head(
         ),
         Sampling(num_steps=2, guidance=1.5, shift=1.0),
         size_px=64,
+        detail=detail,
     )
     for parameter in head.parameters():
         if not parameter.any():

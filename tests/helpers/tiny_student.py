@@ -89,11 +89,9 @@ def rows_of(inputs: TrainingInput, rows: slice) -> TrainingInput:
     def cut(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
             return value[rows]
-        return (
-            None
-            if value is None
-            else replace(value, **{name: part[rows] for name, part in vars(value).items()})
-        )
+        if value is None or isinstance(value, int):
+            return value
+        return replace(value, **{name: part[rows] for name, part in vars(value).items()})
 
     return replace(inputs, **{name: cut(value) for name, value in vars(inputs).items()})
 

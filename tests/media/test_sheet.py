@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,8 @@ from rest_lightning.errors import UserError
 from rest_lightning.media.sheet import draw_contact_sheet, sound_envelope, summarise_video
 from rest_lightning.media.writer import Mp4Writer
 
+MakeVideo = Callable[..., tuple[Path, np.ndarray]]
+
 
 def brightness(frames: np.ndarray) -> np.ndarray:
     """Stands for the mouth opening: the videos here carry it as brightness."""
@@ -18,7 +21,7 @@ def brightness(frames: np.ndarray) -> np.ndarray:
 
 
 @pytest.fixture
-def make_video(tmp_path: Path):
+def make_video(tmp_path: Path) -> MakeVideo:
     def make(num_frames: int, with_sound: bool = True) -> tuple[Path, np.ndarray]:
         curve = 0.5 + 0.4 * np.sin(np.arange(num_frames) / 5)
         frames = np.broadcast_to(
@@ -37,7 +40,7 @@ def make_video(tmp_path: Path):
 
 
 @pytest.mark.parametrize("num_frames", [1, 2, 14, 64, 65, 200])
-def test_summary_measures_every_frame_in_order(make_video, num_frames: int) -> None:
+def test_summary_measures_every_frame_in_order(make_video: MakeVideo, num_frames: int) -> None:
     video, curve = make_video(num_frames)
     summary = summarise_video(video, brightness)
     assert summary.mouth_opening is not None
@@ -47,7 +50,7 @@ def test_summary_measures_every_frame_in_order(make_video, num_frames: int) -> N
     np.testing.assert_allclose(brightness(summary.frames), curve[summary.frame_numbers], atol=0.03)
 
 
-def test_envelope_follows_the_sound(make_video) -> None:
+def test_envelope_follows_the_sound(make_video: MakeVideo) -> None:
     video, curve = make_video(100)
     envelope = sound_envelope(video, 100)
     assert envelope.shape == (100,) and np.corrcoef(envelope, curve)[0, 1] > 0.99
@@ -57,7 +60,7 @@ def test_envelope_follows_the_sound(make_video) -> None:
 
 @pytest.mark.parametrize("num_frames", [1, 30, 100])
 @pytest.mark.parametrize("kind", ["function", "curve", "none"])
-def test_sheet_is_drawn(tmp_path: Path, make_video, num_frames: int, kind: str) -> None:
+def test_sheet_is_drawn(tmp_path: Path, make_video: MakeVideo, num_frames: int, kind: str) -> None:
     video, curve = make_video(num_frames, with_sound=num_frames > 1)
     reference = np.full((64, 64, 3), (200, 30, 30), np.uint8)
     opening = {"function": brightness, "curve": curve, "none": None}[kind]
@@ -73,7 +76,7 @@ def test_sheet_is_drawn(tmp_path: Path, make_video, num_frames: int, kind: str) 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "video.mp4"]
 
 
-def test_errors_leave_no_file(tmp_path: Path, make_video) -> None:
+def test_errors_leave_no_file(tmp_path: Path, make_video: MakeVideo) -> None:
     video, curve = make_video(10)
     with pytest.raises(UserError, match=r"mouth opening per frame \(10,\), got \(9,\)"):
         draw_contact_sheet(tmp_path / "a.png", video, None, curve[:9])

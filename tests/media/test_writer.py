@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 import resource
 import signal
 import subprocess
@@ -250,7 +249,7 @@ def test_bad_frames(tmp_path: Path) -> None:
     assert len(read(tmp_path / "a.mp4")[0]) == 1
     with pytest.raises(UserError, match="at least one frame"), Mp4Writer(tmp_path / "b.mp4", 64):
         pass
-    assert os.listdir(tmp_path) == ["a.mp4"]
+    assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
 
 
 @pytest.mark.parametrize("key_frame_every", [1, 7, None])

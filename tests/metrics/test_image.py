@@ -70,13 +70,11 @@ def test_sharpness_of_a_point_and_of_nothing() -> None:
 
 def test_sharpness_falls_with_blur_and_in_the_mask_alone() -> None:
     sharp = noise(1, 64, 64)
-    values = []
-    for radius in (0.0, 0.5, 1.0, 2.0):
-        values.append(
-            image.sharpness(
-                np.array(Image.fromarray(sharp[0]).filter(ImageFilter.GaussianBlur(radius)))[None]
-            )
-        )
+    blurred = [
+        np.array(Image.fromarray(sharp[0]).filter(ImageFilter.GaussianBlur(radius)))
+        for radius in (0.0, 0.5, 1.0, 2.0)
+    ]
+    values = [image.sharpness(each[None]) for each in blurred]
     assert values == sorted(values, reverse=True)
     half = sharp.copy()
     half[:, :, 32:] = 128

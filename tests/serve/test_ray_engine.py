@@ -25,6 +25,7 @@ import pytest
 from live import collect, cut, tone, until
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
+from stills import face_png
 from tiny_head import make_head
 
 from rest_lightning.errors import UserError
@@ -132,11 +133,8 @@ def test_speech_through_a_replica_comes_back_whole(front: Front) -> None:
     speech = tone(0.9)
 
     async def upload() -> str:
-        form, file = aiohttp.FormData(), BytesIO()
-        Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save(
-            file, "PNG"
-        )
-        form.add_field("file", file.getvalue(), filename="face.png")
+        form = aiohttp.FormData()
+        form.add_field("file", face_png(), filename="face.png")
         async with (
             aiohttp.ClientSession(headers={"Origin": front.url}) as http,
             http.post(f"{front.url}/api/portraits", data=form) as response,
@@ -223,8 +221,9 @@ def test_sessions_of_a_killed_replica_are_told_and_reconnect_to_the_other(front:
         async with AsyncExitStack() as stack:
             clients = [await stack.enter_async_context(LiveClient(front.url)) for _ in range(2)]
             begun = front.begun()[already:]
-            # sessions are not dealt out in turn
-            while len({each["replica"] for each in begun}) < 2:
+            while (
+                len({each["replica"] for each in begun}) < 2
+            ):  # sessions are not dealt out in turn
                 clients.append(await stack.enter_async_context(LiveClient(front.url)))
                 begun = front.begun()[already:]
             doomed, killed_pid = clients[0], begun[0]["pid"]
@@ -241,8 +240,9 @@ def test_sessions_of_a_killed_replica_are_told_and_reconnect_to_the_other(front:
             assert front.begun()[-1]["replica"] == begun[clients.index(spared)]["replica"]
             for client in (again, spared):
                 await until(client, "chunk", MOST_S)
-            # the other one is full
-            third = await stack.enter_async_context(patient_client(front.url))
+            third = await stack.enter_async_context(
+                patient_client(front.url)
+            )  # the other one is full
             assert front.begun()[-1]["replica"] not in {each["replica"] for each in begun}
             await until(third, "chunk", MOST_S)
         await free(front.url)
@@ -341,8 +341,9 @@ def test_expositions_are_merged_without_a_loss() -> None:
     }
     text = merged(texts).decode()
     assert samples(text) == expected
-    # a family in two pieces is no valid exposition
-    assert text.count("# TYPE rest_frames_total counter") == 1
+    assert (
+        text.count("# TYPE rest_frames_total counter") == 1
+    )  # a family in two pieces is no valid exposition
 
 
 @pytest.mark.parametrize(
@@ -355,7 +356,7 @@ def test_expositions_are_merged_without_a_loss() -> None:
             "expected a model folder, got /m: make one",
         ),
         (
-            ("Killed\n  by  the system"),
+            "Killed\n  by  the system",
             "expected replicas that start, got 'Killed by the system': see their log",
         ),
     ],

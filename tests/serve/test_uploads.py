@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 from live import serving, short_head
 from PIL import Image
+from stills import face_png
 
 from rest_lightning.errors import UserError
-from rest_lightning.media.portrait import read_portrait
+from rest_lightning.media.portrait import find_portrait
 from rest_lightning.serve.limits import Limits
 from rest_lightning.serve.scheduler import Scheduler
 from rest_lightning.serve.server import LiveServer, ServerOptions
@@ -70,11 +71,11 @@ BAD = np.where(np.arange(1600) == 700, np.nan, 0.1)
 LONG = np.full(8000 * 301, 128, np.uint8)
 
 
-def test_a_portrait_comes_back_as_its_centre() -> None:
-    data = png(90, 70)
+def test_a_portrait_comes_back_as_the_head_in_it() -> None:
+    data = face_png(400, 300)
     decoded = asyncio.run(Uploads().portrait(data, 48))
     with Image.open(io.BytesIO(data)) as image, Image.open(io.BytesIO(decoded)) as shown:
-        np.testing.assert_array_equal(np.asarray(shown), read_portrait(image, 48))
+        np.testing.assert_array_equal(np.asarray(shown), find_portrait(image).square(48))
 
 
 @pytest.mark.slow
@@ -85,6 +86,8 @@ def test_a_portrait_comes_back_as_its_centre() -> None:
         ("portrait", lambda: png(9000, 40, "L"), "at most 8192 x 8192 pixels, got 9000 x 40"),
         ("portrait", lambda: png(90, 70)[: len(png(90, 70)) // 2], "truncated or damaged"),
         ("portrait", lambda: png(20, 20), "at least 32x32 pixels"),
+        ("portrait", lambda: png(90, 70), "expected the face of a person in the file, found none"),
+        ("portrait", lambda: face_png(50, 50), "a face of at least 40 pixels in the file"),
         ("portrait", lambda: b"<svg/>", "not one that can be read"),
         ("sound", lambda: b"#EXTM3U\n#EXTINF:1,\n/etc/passwd\n", "expected a sound file"),
         ("sound", lambda: b"RIFF" + bytes(300), "cannot be read"),
@@ -132,7 +135,7 @@ def test_uploads_over_http() -> None:
             headers = {"Origin": server.url}
             async with aiohttp.ClientSession(headers=headers) as http:
                 async with http.post(
-                    f"{server.url}/api/portraits", data=form(png(90, 70))
+                    f"{server.url}/api/portraits", data=form(face_png())
                 ) as answer:
                     assert answer.status == 200
                     name = (await answer.json())["id"]
@@ -173,7 +176,7 @@ def test_uploads_over_http() -> None:
                     assert policy.startswith("default-src 'self';") and "*" not in policy
             async with (
                 aiohttp.ClientSession() as stranger,
-                stranger.post(f"{server.url}/api/portraits", data=form(png(90, 70))) as answer,
+                stranger.post(f"{server.url}/api/portraits", data=form(face_png())) as answer,
             ):
                 assert answer.status == 403
 
@@ -207,7 +210,7 @@ def test_what_cannot_be_listened_on_is_told(tmp_path_factory: pytest.TempPathFac
             port = int(server.url.rpartition(":")[2])
             with pytest.raises(
                 UserError,
-                match=(f"expected to listen on 127.0.0.1:{port}, got .*in use.*try another"),
+                match=f"expected to listen on 127.0.0.1:{port}, got .*in use.*try another",
             ):
                 await LiveServer(scheduler, ServerOptions(port=port), Limits()).start()
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from rest_lightning.errors import UserError
 from rest_lightning.media.writer import BackgroundWriter, RawPipe
 from rest_lightning.streaming.engine import ChunkEngine, to_uint8
 from rest_lightning.streaming.session import StreamingSession, write_stream
@@ -57,10 +58,10 @@ def test_session_equals_offline_computation(
     generator = torch.Generator().manual_seed(0)
     latents = [head.vae.encode(portrait()[None, :, None])]
     with torch.inference_mode():
-        for chunk in speech_latents[:, 1:].split(chunk_length, dim=1):
-            latents.append(
-                engine.denoise(torch.randn(engine.latent_shape, generator=generator), chunk)
-            )
+        latents += [
+            engine.denoise(torch.randn(engine.latent_shape, generator=generator), chunk)
+            for chunk in speech_latents[:, 1:].split(chunk_length, dim=1)
+        ]
     whole = to_uint8(head.vae.decode(torch.cat(latents, dim=2)))[0, 1:].numpy()
     assert streamed.shape == (48, 64, 64, 3)
     assert np.abs(streamed.astype(int) - whole.astype(int)).max() <= 1
@@ -186,10 +187,7 @@ def test_identity_can_be_switched_in_mid_stream(head: TalkingHead) -> None:
         (np.array([0.0, np.nan], np.float32), "finite samples, got NaN or infinity at 0.00 s"),
         (
             np.zeros((2, 10), np.float32),
-            (
-                r"one dimension .* got shape \(2, 10\): average the "
-                r"channels"
-            ),
+            r"one dimension .* got shape \(2, 10\): average the channels",
         ),
         (np.zeros(10, np.int64), "float or int16, got int64"),
     ],
@@ -274,18 +272,17 @@ def test_a_snapshot_of_another_model_is_refused_and_changes_nothing(
     untouched.push(speech(30))
     with pytest.raises(
         ValueError,
-        match=(
-            r"expected a snapshot .* got one of another: restore it in a session "
-            r"that was"
-        ),
+        match=r"expected a snapshot .* got one of another: restore it in a session that was",
     ):
         session.restore(state)
     assert np.array_equal(session.flush(), untouched.flush())
 
 
 def test_a_snapshot_brings_the_portrait_back(make: Callable[..., TalkingHead]) -> None:
-    # the latter reads it again at the first chunk
-    for options in ({}, {"reference_attends": "first_chunk"}):
+    for options in (
+        {},
+        {"reference_attends": "first_chunk"},
+    ):  # the latter reads it again at the first chunk
         head = make(**options)
         session = head.open(portrait())
         expected = session.snapshot()
@@ -301,22 +298,14 @@ def test_cuda_where_there_is_none(head: TalkingHead, tmp_path: Path) -> None:
     head.save_pretrained(tmp_path / "model")
     with pytest.raises(
         ValueError,
-        match=(
-            r"expected an available device, got cuda, but torch "
-            r"finds "
-            r"no CUDA .* use cpu"
-        ),
+        match=r"expected an available device, got cuda, but torch finds no CUDA .* use cpu",
     ):
         TalkingHead.from_pretrained(tmp_path / "model", device="cuda")
 
 
 def test_missing_model_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(
-        ValueError,
-        match=(
-            r"model folder with model_index.json, got .*: make one "
-            r"with `rest export`"
-        ),
+        ValueError, match=r"model folder with model_index.json, got .*: make one with `rest export`"
     ):
         TalkingHead.from_pretrained(tmp_path)
 
@@ -344,3 +333,24 @@ def test_written_sound_goes_with_its_frames(
     assert [frames for frames, _ in taken] == [24, 48, 61]
     assert [len(samples) for _, samples in taken] == [15_360, 15_360, 12 * 640 + 5]
     assert np.array_equal(np.concatenate([samples for _, samples in taken]), speech)
+
+
+@pytest.mark.parametrize("chunk_length", [1, 2, 3])
+def test_a_stream_chooses_among_the_trained_chunk_lengths(
+    make: Callable[..., TalkingHead], chunk_length: int
+) -> None:
+    several, one = make(trained_lengths=(1, 2, 3)), make(chunk_length=chunk_length)
+    chosen = frames_of(several, speech(48), [], chunk_length=chunk_length)
+    np.testing.assert_array_equal(chosen, frames_of(one, speech(48), []))
+    assert several.transformer.cache_options.chunk_length == 3
+
+
+def test_untrained_chunk_lengths_are_refused(make: Callable[..., TalkingHead]) -> None:
+    with pytest.raises(
+        UserError, match=r"expected a chunk length that the model was trained with .3 latents"
+    ):
+        make().open(portrait(), chunk_length=1)
+    with pytest.raises(
+        UserError, match=r"expected chunk_length among trained_lengths .1, 2., got 3"
+    ):
+        make(trained_lengths=(1, 2))

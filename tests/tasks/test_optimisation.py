@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import strategy_run
 import torch
+from tiny_student import make_conditions, make_student, make_transformer
 from torch import Tensor
 
 from rest_lightning.errors import UserError
@@ -95,8 +96,10 @@ def test_checkpoints_hold_the_moving_average(tmp_path: Path, decay: float, accum
     assert any(
         float((average[name] - weight).abs().max()) > 1e-3 for name, weight in current.items()
     )
-    # after training, the module has the averaged ones
-    for name, weight in module.state_dict().items():
+    for (
+        name,
+        weight,
+    ) in module.state_dict().items():  # after training, the module has the averaged ones
         if name in average:
             torch.testing.assert_close(weight, average[name], atol=1e-6, rtol=1e-5)
 
@@ -112,7 +115,7 @@ def test_sharded_networks_are_not_averaged(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(module, "_device_mesh", "any mesh")
     with pytest.raises(
         UserError,
-        match=("expected no weight averaging with sharded networks, got EMAWeightAveraging:"),
+        match="expected no weight averaging with sharded networks, got EMAWeightAveraging:",
     ):
         module.configure_model()
 
@@ -141,8 +144,9 @@ def test_compiled_blocks_train_alike(tmp_path: Path, stage: str) -> None:
             torch.cat([(state[name] - weight).flatten() for name, weight in start.items()])
         )
     eager = moves.pop(0)
-    # Adam makes a whole step of a gradient that is rounding alone: compare them all together
-    for move in moves:
+    for move in (
+        moves
+    ):  # Adam makes a whole step of a gradient that is rounding alone: compare them all together
         assert 0 < float((move - eager).norm()) <= 0.01 * float(eager.norm())
 
 
@@ -155,12 +159,37 @@ def test_compiling_needs_a_compiler_and_whole_networks(
     with monkeypatch.context() as patch:
         patch.setenv("PATH", str(tmp_path))
         with pytest.raises(
-            UserError,
-            match=("expected a C\\+\\+ compiler for compile_blocks on a CPU, found none:"),
+            UserError, match="expected a C\\+\\+ compiler for compile_blocks on a CPU, found none:"
         ):
             module.configure_model()
     monkeypatch.setattr(module, "_device_mesh", "any mesh")
     with pytest.raises(
-        UserError, match=("expected no compile_blocks with sharded networks, got both:")
+        UserError, match="expected no compile_blocks with sharded networks, got both:"
     ):
         module.configure_model()
+
+
+def test_chunk_lengths_are_drawn_per_batch() -> None:
+    """Every length turns up, noise follows it, and the forward is that of a student of that length
+    alone.
+    """
+    several = make_transformer(trained_lengths=(1, 2, 3))
+    module = make_student(several, chunk_lengths=(1, 2, 3))
+    drawn = set()
+    for seed in range(12):
+        inputs = module.draw(make_conditions(num_frames=9), torch.Generator().manual_seed(seed))
+        length = inputs.chunk_length
+        assert (
+            inputs.clean_latents.shape[2]
+            == inputs.speech_latents.shape[1]
+            == 1 + 8 // length * length
+        )
+        drawn.add(length)
+        chunks = inputs.path.sigma[:, 1:].unflatten(1, (-1, length))
+        assert torch.equal(chunks, chunks[:, :, :1].expand_as(chunks))
+        alone = make_student(make_transformer(chunk_length=length))
+        alone.transformer.load_state_dict(several.state_dict())
+        assert torch.equal(module(inputs), alone(inputs))
+    assert drawn == {1, 2, 3}
+    with pytest.raises(UserError, match=r"expected one set of chunk lengths, got \[1, 2, 3\]"):
+        make_student(several)

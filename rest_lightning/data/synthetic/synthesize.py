@@ -5,21 +5,16 @@ sidecar.
 from __future__ import annotations
 
 import math
-import multiprocessing
 import os
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rest_lightning.constants import SAMPLES_PER_FRAME
 from rest_lightning.data import layout
+from rest_lightning.data.making import check_folder, is_finished, remove_dataset, run_clips
 from rest_lightning.data.synthetic.motion import head_motion
 from rest_lightning.data.synthetic.script import Script, sample_script
 from rest_lightning.data.synthetic.track import FaceTrack
@@ -173,16 +168,17 @@ def synthesize(
     _check_arguments(num_clips, size_px, num_frames, num_workers, val_fraction, test_fraction)
     info = {"kind": _KIND, "generator_version": GENERATOR_VERSION, "arguments": arguments}
     if overwrite:
-        _remove_dataset(out)
-    _check_folder(out, info)
+        remove_dataset(out, _KIND, "talker_")
+    check_folder(out, _KIND, info)
     (out / "clips").mkdir(parents=True, exist_ok=True)
-    # before the first clip: an interrupted run knows what it was
-    layout.write_dataset_json(out, info)
+    layout.write_dataset_json(
+        out, info
+    )  # before the first clip: an interrupted run knows what it was
     for leftover in (out / "clips").glob(".talker_*.part*"):
         leftover.unlink(missing_ok=True)
 
     indices = [
-        i for i in range(num_clips) if not _is_finished(out, clip_id_of(i), size_px, num_frames)
+        i for i in range(num_clips) if not is_finished(out, clip_id_of(i), size_px, num_frames)
     ]
     make = partial(
         _make_clip,
@@ -193,7 +189,7 @@ def synthesize(
         val_fraction=val_fraction,
         test_fraction=test_fraction,
     )
-    _run(make, indices, num_workers, num_clips)
+    run_clips(make, indices, num_workers, num_clips)
     layout.finish_dataset(out, info, [clip_id_of(i) for i in range(num_clips)])
     return out
 
@@ -225,88 +221,6 @@ def _make_clip(
     return index
 
 
-def _run(make: Any, indices: list[int], num_workers: int, num_clips: int) -> None:
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        TextColumn("[progress.description]{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns) as progress, _results(make, indices, num_workers) as results:
-        task = progress.add_task(
-            "clips", total=num_clips, completed=num_clips - len(indices), rate=""
-        )
-        for _ in results:
-            speed = progress.tasks[0].speed
-            progress.update(task, advance=1, rate=f"{speed:.1f} clips/s" if speed else "")
-
-
-@contextmanager
-def _results(make: Any, indices: list[int], num_workers: int) -> Iterator[Iterator[int]]:
-    num_workers = min(num_workers, len(indices))
-    if num_workers <= 1:
-        yield map(make, indices)
-        return
-    with _one_thread_each():
-        pool = multiprocessing.get_context("spawn").Pool(num_workers, initializer=_ignore_interrupt)
-    with pool:  # leaves by terminate(): after Ctrl-C nothing goes on in the background
-        yield pool.imap_unordered(make, indices)
-
-
-def _ignore_interrupt() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops its workers
-
-
-@contextmanager
-def _one_thread_each() -> Iterator[None]:
-    """Workers inherit the environment: libraries that read these names start one thread, not one
-    per core.
-    """
-    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update(dict.fromkeys(names, "1"))
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-
-
-def _is_finished(out: Path, clip_id: str, size_px: int, num_frames: int) -> bool:
-    """Whether both files are there and whole: the sidecar parses and the mp4 holds every packet."""
-    if not layout.is_complete(out, clip_id):
-        return False
-    import av
-
-    try:
-        sidecar = layout.read_sidecar(out, clip_id)
-        with av.open(str(layout.clip_path(out, clip_id))) as container:
-            num_packets, duration = 0, 0
-            for packet in container.demux():
-                if packet.is_corrupt:  # cut off
-                    return False
-                if packet.size and packet.stream.type == "video":
-                    num_packets += 1
-                elif packet.size:
-                    duration += packet.duration or 0
-    except (UserError, av.FFmpegError, OSError):
-        return False
-    sizes = (sidecar.num_frames, sidecar.size_px, num_packets)
-    return sizes == (num_frames, size_px, num_frames) and duration >= num_frames * SAMPLES_PER_FRAME
-
-
 def _check_sizes(size_px: int, num_frames: int) -> None:
     if size_px < 32 or size_px % 2:
         raise UserError(f"expected an even size_px of at least 32, got {size_px}: use 128 or 256")
@@ -334,53 +248,3 @@ def _check_arguments(
             "expected val_fraction and test_fraction of 0 to 1 together, "
             f"got {val_fraction} and {test_fraction}: use 0.05 and 0.05"
         )
-
-
-def _check_folder(out: Path, info: dict[str, Any]) -> None:
-    """UserError unless ``out`` is new, empty, or a synthetic dataset made with the same
-    arguments.
-    """
-    if not out.exists():
-        return
-    if not out.is_dir():
-        raise UserError(f"expected a folder, got the file {out}: choose another name")
-    if not any(out.iterdir()):
-        return
-    if not (out / "dataset.json").is_file():
-        raise UserError(
-            f"expected a new or empty folder, got {out} with other files in it: "
-            "choose "
-            "another folder"
-        )
-    there = layout.read_dataset_json(out)
-    if there.get("kind") != _KIND:
-        raise UserError(
-            f"expected a folder of synthetic talkers, got another dataset in {out}: "
-            "choose another folder"
-        )
-    before = {"generator_version": there.get("generator_version"), **there.get("arguments", {})}
-    now = {"generator_version": info["generator_version"], **info["arguments"]}
-    differences = [
-        f"{name} {before.get(name)} (now {value})"
-        for name, value in now.items()
-        if before.get(name) != value
-        and not (name == "num_clips" and (before.get(name) or 0) < value)
-    ]
-    if differences:
-        raise UserError(
-            f"expected the arguments that {out} was made with, got others: it has "
-            f"{', '.join(differences)}; "
-            "repeat them, choose another folder, or set overwrite to start again"
-        )
-
-
-def _remove_dataset(out: Path) -> None:
-    """Delete the files of a synthetic dataset, and nothing else."""
-    if not (out / "dataset.json").is_file() or layout.read_dataset_json(out).get("kind") != _KIND:
-        return  # _check_folder says what is wrong with it
-    clips = out / "clips"
-    for path in (layout.manifest_path(out), *clips.glob("talker_*"), *clips.glob(".talker_*")):
-        path.unlink(missing_ok=True)
-    (out / "dataset.json").unlink()
-    with suppress(OSError):
-        clips.rmdir()  # refuses when somebody else's files are in it
