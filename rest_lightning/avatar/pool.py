@@ -203,7 +203,7 @@ class AvatarPool:
 
         if isinstance(portrait, torch.Tensor):
             return portrait
-        from rest_lightning.data.portrait import load_portrait
+        from rest_lightning.media.portrait import load_portrait
 
         return await asyncio.to_thread(load_portrait, portrait, self.model.size_px, crop)
 

@@ -17,7 +17,7 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 
 from rest_lightning.commands.serve import spin_briefly
-from rest_lightning.commands.talk import TalkOptions, load_model, positive
+from rest_lightning.commands.talk import positive
 from rest_lightning.errors import UserError
 
 LOOPBACKS = ("echo", "espeak")
@@ -45,6 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-sessions", type=positive, default=1, help="conversations at once (default 1)"
     )
     parser.add_argument("--model", type=Path, help="model folder (default: the embedded model)")
+    chunk = "latents of 0.32 s per chunk, where the model was trained for several"
+    parser.add_argument("--chunk-length", type=positive, help=chunk)
     parser.add_argument(
         "--threads",
         dest="num_threads",
@@ -70,17 +72,11 @@ def run(args: argparse.Namespace) -> int:
     options.tls()  # before the model is loaded
     if not 0 <= args.port <= 65535:
         raise UserError(f"expected a port from 0 to 65535, got {args.port}: 8766 is the default")
-    model = load_model(
-        TalkOptions(
-            Path(),
-            "",
-            Path(),
-            args.model,
-            num_threads=args.num_threads,
-            dtype=args.dtype,
-            device=args.device,
-        )
-    )
+    from rest_lightning.talking_head import ModelOptions
+
+    model = ModelOptions(
+        args.model, args.chunk_length, args.num_threads, args.dtype, args.device
+    ).load()
     asyncio.run(_converse(args, model, options))
     return 0
 

@@ -22,8 +22,6 @@ from rest_lightning.errors import UserError
 from rest_lightning.serve.encoder import open_encoder
 from rest_lightning.serve.limits import Bucket, Limits
 from rest_lightning.serve.metrics import Metrics
-from rest_lightning.serve.outlet import Outlet, SessionOver
-from rest_lightning.serve.portraits import Portraits
 from rest_lightning.serve.protocol import (
     Channel,
     ChannelClosed,
@@ -48,7 +46,8 @@ from rest_lightning.serve.realtime import (
     Trouble,
 )
 from rest_lightning.serve.server import PageServer, ServerOptions
-from rest_lightning.serve.session import say_goodbye
+from rest_lightning.serve.session import Outlet, SessionOver, say_goodbye
+from rest_lightning.serve.uploads import Portraits
 
 _CUSHION_MS = 80
 _MAX_WAITING_S = (

@@ -5,12 +5,12 @@ in this process.
 from __future__ import annotations
 
 import asyncio
-import os
 import shutil
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -392,9 +392,7 @@ def test_a_worker_process_joins_a_real_room() -> None:
                 except rtc.ConnectError:
                     await asyncio.sleep(0.2)
             session = AgentSession()
-            face = os.path.join(
-                os.path.dirname(conformance.__file__), "..", "assets", "portrait.png"
-            )
+            face = Path(conformance.__file__).parents[1] / "assets" / "portrait.png"
             avatar = AvatarSession(face, worker=True, url=url, api_key=keys[0], api_secret=keys[1])
             await avatar.start(session, room)
             await avatar.wait_for_join(timeout=60)
