@@ -26,9 +26,9 @@ FLOORS = (
     ("parts", "evaluation"),
     ("streaming",),
     ("talking_head",),
-    ("generation",),
+    ("generation", "avatar"),
     ("tasks", "serve"),
-    ("callbacks",),
+    ("callbacks", "integrations"),
     ("lightning_cli", "commands"),
     ("cli", "__main__"),
     ("",),  # the package itself, which lends names of all floors

@@ -19,7 +19,7 @@ from rest_lightning.constants import FPS
 from rest_lightning.errors import UserError
 
 if TYPE_CHECKING:
-    from rest_lightning import TalkingHead
+    from rest_lightning.talking_head import TalkingHead
 
 FRAME_S = 1.0 / FPS
 _MARGIN_S = 0.02  # beyond the time that the model is expected to take
@@ -200,7 +200,7 @@ class Avatar:
         given = self._given
         if not isinstance(given, AvatarPool):
             if given is None:
-                from rest_lightning import TalkingHead
+                from rest_lightning.talking_head import TalkingHead
 
                 given = await asyncio.to_thread(TalkingHead.from_pretrained)
             given = AvatarPool(given)

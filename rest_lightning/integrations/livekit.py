@@ -47,7 +47,7 @@ except ModuleNotFoundError as missing:
     ) from None
 
 if TYPE_CHECKING:
-    from rest_lightning import TalkingHead
+    from rest_lightning.talking_head import TalkingHead
 
 SAMPLE_RATE_HZ = 24_000  # what most speech synthesis gives; the agent resamples to it
 IDENTITY, NAME = "rest-avatar", "REST avatar"
@@ -437,7 +437,7 @@ async def _join(args: argparse.Namespace) -> int:
         raise UserError(
             f"expected {URL_VARIABLE} and {TOKEN_VARIABLE} in the environment, got {got}"
         )
-    from rest_lightning import TalkingHead
+    from rest_lightning.talking_head import TalkingHead
 
     model = await asyncio.to_thread(TalkingHead.from_pretrained, args.model)
     room = rtc.Room()

@@ -46,7 +46,7 @@ except ModuleNotFoundError as missing:
     ) from None
 
 if TYPE_CHECKING:
-    from rest_lightning import TalkingHead
+    from rest_lightning.talking_head import TalkingHead
 
 _Params = TypeVar("_Params", bound=TransportParams)
 

@@ -129,9 +129,8 @@ def test_a_row_is_a_session_alone(
 def test_states_of_rows_are_those_of_sessions_alone(head: TalkingHead) -> None:
     batch = head.open_batch(3)
     sessions = []
-    for row in range(
-        3
-    ):  # row r has had 2 - r chunks when the last comes in: its first chunk is computed with their third
+    # Row r has had 2 - r chunks when the last comes in: its first is computed with their third.
+    for row in range(3):
         batch.start(row, portrait(row), seed=row)
         sessions.append(head.open(portrait(row), seed=row))
         for other in range(row + 1):
