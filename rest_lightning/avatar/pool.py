@@ -20,7 +20,8 @@ from rest_lightning.constants import FPS, SAMPLES_PER_FRAME, TEMPORAL_RATIO
 from rest_lightning.errors import UserError
 
 if TYPE_CHECKING:
-    from rest_lightning import EngineOptions, TalkingHead
+    from rest_lightning.streaming.engine import EngineOptions
+    from rest_lightning.talking_head import TalkingHead
 
 Frames = NDArray[np.uint8]
 _Result = TypeVar("_Result")
