@@ -41,7 +41,7 @@ class AvatarSettings:
         sample_rate: of the silence before the first utterance, in Hz; afterwards it is that of the
             last utterance.
         seed: of the noise.
-        crop: of the portrait: ``centre``, ``face`` (needs the extra ``prepare``) or a box.
+        crop: of the portrait: ``auto`` (the head that is found), ``centre``, or a box.
     """
 
     cushion_ms: float = 80.0
@@ -49,7 +49,7 @@ class AvatarSettings:
     max_waiting_s: float = 120.0
     sample_rate: int = 24_000
     seed: int = 0
-    crop: Any = "centre"
+    crop: Any = "auto"
 
     def __post_init__(self) -> None:
         for name in ("cushion_ms", "patience_ms"):

@@ -169,7 +169,7 @@ class AvatarPool:
         """Seconds from order to frames of a row's last chunks, oldest first."""
         return tuple(self._rows[row].turnarounds_s)
 
-    async def acquire(self, portrait: Any, seed: int, crop: Any = "centre") -> int:
+    async def acquire(self, portrait: Any, seed: int, crop: Any = "auto") -> int:
         """Begin a stream; returns its row.
 
         Raises:
@@ -193,7 +193,7 @@ class AvatarPool:
             raise
         return row
 
-    async def load(self, portrait: Any, crop: Any = "centre") -> Any:
+    async def load(self, portrait: Any, crop: Any = "auto") -> Any:
         """A portrait as a tensor (3, H, W) in [-1, 1], read in a thread; a tensor is taken as it
         is.
 
