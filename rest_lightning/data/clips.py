@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,9 +17,6 @@ from rest_lightning.data.layout import LANDMARKS, ManifestRow, clip_path, read_s
 from rest_lightning.errors import UserError
 from rest_lightning.media.files import sha256_of
 from rest_lightning.media.video import Backend, Frames, VideoFile, read_clip_audio
-
-if TYPE_CHECKING:
-    pass
 
 Reference = Literal["first_frame", "random_frame"]
 
