@@ -7,16 +7,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from rest_lightning.diffusion.noise import per_frame
 from rest_lightning.errors import UserError
-
-if TYPE_CHECKING:
-    pass
 
 
 def euler_step(

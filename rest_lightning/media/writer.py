@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal, Protocol, get_args
+from typing import Any, BinaryIO, Literal, Protocol, get_args
 
 import av
 import numpy as np
@@ -26,9 +26,6 @@ from rest_lightning.constants import FPS, SAMPLE_RATE
 from rest_lightning.errors import UserError
 from rest_lightning.machine import num_usable_cores
 from rest_lightning.media.files import check_output, explain_write_error, temporary_path
-
-if TYPE_CHECKING:
-    pass
 
 # IPTC's term for what a trained model has made; players and forensic tools show the comment.
 PROVENANCE = {

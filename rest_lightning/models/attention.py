@@ -15,14 +15,10 @@ import functools
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-if TYPE_CHECKING:
-    pass
 
 KeyValue = tuple[Tensor, Tensor]
 _MOST_SCORES = 2**20  # of a head that are held at once

@@ -21,7 +21,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Protocol, Self, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -36,9 +36,6 @@ from rest_lightning.models.attention import (
     rotate,
     split_heads,
 )
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)
