@@ -168,8 +168,31 @@ class IDContextCache:
             self.write_sink(layer, k[:, :n], v[:, :n])
             k, v = k[:, n:], v[:, n:]
         keys, values = self.update(layer, k, v)
-        mask = self.mask[..., self._start : self._start + keys.shape[2]] if self._masked else None
+        mask = self.window_mask
         return attend_heads(split_heads(q, num_heads).to(values.dtype), keys, values, mask).to(v.dtype)
+
+    @property
+    def current_rotation(self) -> Tensor:
+        """Rotations ``(rows, f * n, D / 2)`` of the tokens of the forward under way."""
+        return self._rotation
+
+    @property
+    def window_mask(self) -> Tensor | None:
+        """Mask of the window of the forward under way, None where every row sees all of it."""
+        if not self._masked:
+            return None
+        end = (self.previous_frames + 1) * self.num_tokens + self.num_current * self.num_tokens
+        return self.mask[..., self._start : end]
+
+    def slots(self, layer: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Where the forward under way writes its keys and values, and the window that it attends to.
+
+        All four are views ``(rows, heads, tokens, D / heads)`` of the buffers.
+        """
+        plan = (self.step, self._start, self.num_current)
+        if plan not in self._views:
+            self._views[plan] = self._make_views(*plan)
+        return self._views[plan][layer]
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> KeyValue:
         """Write rotated keys and values ``(rows, f * n, D)`` to the current slot; returns the window to attend to.
@@ -178,10 +201,7 @@ class IDContextCache:
         """
         if k.requires_grad or v.requires_grad:
             raise UserError("expected torch.no_grad() with an IDContextCache, got tensors with a gradient: use it")
-        plan = (self.step, self._start, self.num_current)
-        if plan not in self._views:
-            self._views[plan] = self._make_views(*plan)
-        key_slot, value_slot, keys, values = self._views[plan][layer]
+        key_slot, value_slot, keys, values = self.slots(layer)
         key_slot.copy_(split_heads(k, self.num_heads))
         value_slot.copy_(split_heads(v, self.num_heads))
         return keys, values
