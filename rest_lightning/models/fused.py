@@ -1,20 +1,23 @@
-"""Fused Triton kernels for streaming on CUDA: an option, with the eager code of the models as its reference.
+"""Fused Triton kernels for streaming on CUDA: an option; the eager code is its reference.
 
-A chunk at paper size reads and writes 93.5 GB in norms, rotations, copies and activations when every one of them is an
-operation of its own. The networks that :func:`fused_transformer` and :func:`fused_vae` return do the same arithmetic in
-fewer passes over memory:
+A chunk at paper size reads and writes 93.5 GB in norms, rotations, copies and activations when
+every one of them is an operation of its own. The networks that :func:`fused_transformer` and
+:func:`fused_vae` return do the same arithmetic in fewer passes over memory:
 
-- the residual sum, the RMS norm and the modulation that follows are one kernel, which can also quantise to float8;
-- self-attention's three projections are one product; one kernel then normalises queries and keys, rotates both, and
-  writes keys and values to their slots of the ID-Context Cache;
+- the residual sum, the RMS norm and the modulation that follows are one kernel, which can also
+  quantise to float8;
+- self-attention's three projections are one product; one kernel then normalises queries and keys,
+  rotates both, and writes keys and values to their slots of the ID-Context Cache;
 - the tanh GELU is computed in the epilogue of its product;
-- attention to a frame's few speech tokens is one kernel for the weights and one small product: what a token adds to the
-  output is known before the denoising steps, so the output projection is not computed per video token;
-- the VAE decoder's norm, modulation and SiLU are one kernel in channels-last memory, which writes behind the past
-  frames of the convolution that follows.
+- attention to a frame's few speech tokens is one kernel for the weights and one small product: what
+  a token adds to the output is known before the denoising steps, so the output projection is not
+  computed per video token;
+- the VAE decoder's norm, modulation and SiLU are one kernel in channels-last memory, which writes
+  behind the past frames of the convolution that follows.
 
-Sums, norms and rotations are computed in float32 whatever the type, and rounded once where the eager code rounds after
-every operation. ``TRITON_INTERPRET=1``, set before Triton is imported, runs the kernels on a CPU: so they are tested.
+Sums, norms and rotations are computed in float32 whatever the type, and rounded once where the
+eager code rounds after every operation. ``TRITON_INTERPRET=1``, set before Triton is imported, runs
+the kernels on a CPU: so they are tested.
 """
 
 from __future__ import annotations
@@ -22,7 +25,10 @@ from __future__ import annotations
 import copy
 import math
 import os
-from typing import Any, cast
+import weakref
+from collections.abc import Callable, Hashable
+from functools import partial
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -40,22 +46,28 @@ FLOAT8 = torch.float8_e4m3fn
 FLOAT8_MAX = 448.0
 MOST_KEYS = 8  # of a frame's speech, for the kernel that holds them all at once
 
-Rows = tuple[Tensor, Tensor | None]  # values (..., D), and in float8 what each row is to be multiplied by (..., 1)
+VAE = TypeVar("VAE", bound=nn.Module)
+Rows = tuple[
+    Tensor, Tensor | None
+]  # values (..., D), and in float8 what each row is to be multiplied by (..., 1)
 
 
 def can_fuse(device: torch.device) -> bool:
     """Whether the kernels run on ``device``: CUDA, or a CPU with Triton's interpreter."""
-    return device.type == "cuda" or (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
+    return device.type == "cuda" or (
+        device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    )
 
 
-# -- kernels ----------------------------------------------------------------------------------------
+# -- kernels ---------------------------------------------------------------------------------------
 
 
 @triton.jit
 def _to_float8(x):  # type: ignore[no-untyped-def]
     """float32 within +-448 to float8 (e4m3), to nearest even.
 
-    Rounded to the three bits of its mantissa first: Triton's interpreter loses the carry of its own rounding.
+    Rounded to the three bits of its mantissa first: Triton's interpreter loses the carry of its own
+    rounding.
     """
     bits = x.to(tl.int32, bitcast=True)
     bits = (bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000
@@ -65,7 +77,8 @@ def _to_float8(x):  # type: ignore[no-untyped-def]
 @triton.jit
 def _norm_modulate_kernel(  # type: ignore[no-untyped-def]
     x_ptr, added_ptr, gate_ptr, sum_ptr, shift_ptr, scale_ptr, out_ptr, factor_ptr, dim, eps,
-    ADD: tl.constexpr, GATE: tl.constexpr, MODULATE: tl.constexpr, QUANTISE: tl.constexpr, BLOCK: tl.constexpr,
+    ADD: tl.constexpr, GATE: tl.constexpr, MODULATE: tl.constexpr, QUANTISE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One row: sum = x + added * gate, out = rms_norm(sum) * scale + shift."""
     row = tl.program_id(0).to(tl.int64)
@@ -95,24 +108,28 @@ def _norm_modulate_kernel(  # type: ignore[no-untyped-def]
 @triton.jit
 def _rotate_store_kernel(  # type: ignore[no-untyped-def]
     qkv_ptr, q_weight_ptr, k_weight_ptr, table_ptr, q_ptr, k_ptr, v_ptr,
-    tokens, dim, head_dim, table_stride, slot_stride_row, slot_stride_head, slot_stride_token, eps, BLOCK: tl.constexpr,
+    tokens, dim, head_dim, table_stride, slot_stride_row, slot_stride_head, slot_stride_token, eps,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One token: norms of q and k over all heads, their rotation, and the cache's slots for k and v."""
+    """One token: norms of q and k over all heads, their rotation, and the slots of k and v."""
     token, row = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     i = tl.arange(0, BLOCK)
     keep = i < dim
     qkv_ptr += (row * tokens + token) * 3 * dim
     table = tl.load(table_ptr + row * table_stride + token * dim + i, mask=keep, other=0.0)
     cos, sin = tl.split(tl.reshape(table, (BLOCK // 2, 2)))
-    slot = row * slot_stride_row + (i // head_dim) * slot_stride_head + token * slot_stride_token + i % head_dim
+    slot = row * slot_stride_row + (i // head_dim) * slot_stride_head
+    slot += token * slot_stride_token + i % head_dim
     for part in tl.static_range(2):
         weight_ptr = q_weight_ptr if part == 0 else k_weight_ptr
         x = tl.load(qkv_ptr + part * dim + i, mask=keep, other=0.0).to(tl.float32)
-        x = x * tl.rsqrt(tl.sum(x * x, 0) / dim + eps) * tl.load(weight_ptr + i, mask=keep, other=0.0).to(tl.float32)
+        x = x * tl.rsqrt(tl.sum(x * x, 0) / dim + eps)
+        x = x * tl.load(weight_ptr + i, mask=keep, other=0.0).to(tl.float32)
         real, imag = tl.split(tl.reshape(x, (BLOCK // 2, 2)))
         turned = tl.reshape(tl.join(real * cos - imag * sin, real * sin + imag * cos), (BLOCK,))
         if part == 0:
-            tl.store(q_ptr + (row * tokens + token) * dim + i, turned.to(q_ptr.dtype.element_ty), mask=keep)
+            at = (row * tokens + token) * dim + i
+            tl.store(q_ptr + at, turned.to(q_ptr.dtype.element_ty), mask=keep)
         else:
             tl.store(k_ptr + slot, turned.to(k_ptr.dtype.element_ty), mask=keep)
     v = tl.load(qkv_ptr + 2 * dim + i, mask=keep, other=0.0)
@@ -124,7 +141,7 @@ def _few_keys_kernel(  # type: ignore[no-untyped-def]
     q_ptr, weight_ptr, keys_ptr, out_ptr, tokens, heads, head_dim, num_keys, eps, temperature,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """One token: the norm of its query over all heads, and its attention weights over all keys of its row."""
+    """One token: the norm of its query over all heads, and its weights over the keys of its row."""
     token, row = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     dim = heads * head_dim
     head, channel = tl.arange(0, HEADS), tl.arange(0, HEAD_DIM)
@@ -153,7 +170,8 @@ def _gelu_quantise_kernel(x_ptr, out_ptr, factor_ptr, dim, BLOCK: tl.constexpr):
     i = tl.arange(0, BLOCK)
     keep = i < dim
     x = tl.load(x_ptr + row * dim + i, mask=keep, other=0.0).to(tl.float32)
-    y = x / (1.0 + tl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))  # x * sigmoid(2 u) = x * (1 + tanh(u)) / 2
+    u = 0.7978845608028654 * (x + 0.044715 * x * x * x)
+    y = x / (1.0 + tl.exp(-2.0 * u))  # x * (1 + tanh(u)) / 2
     factor = tl.maximum(tl.max(tl.abs(y), 0), 1e-12) / 448.0
     tl.store(factor_ptr + row, factor)
     tl.store(out_ptr + row * dim + i, _to_float8(y / factor), mask=keep)
@@ -180,7 +198,7 @@ def _norm_silu_kernel(  # type: ignore[no-untyped-def]
     tl.store(out_ptr + row * out_stride + at, y.to(out_ptr.dtype.element_ty), mask=keep)
 
 
-# -- the kernels as functions -----------------------------------------------------------------------
+# -- the kernels as functions ----------------------------------------------------------------------
 
 
 def norm_modulate(
@@ -206,17 +224,24 @@ def norm_modulate(
     factor = x.new_empty(*x.shape[:-1], 1, dtype=torch.float32) if float8 else None
     block = triton.next_power_of_2(dim)
     _norm_modulate_kernel[(x.numel() // dim,)](
-        x, x if added is None else added, x if gate is None else gate, total, x if shift is None else shift,
-        x if scale is None else scale, out, x if factor is None else factor, dim, eps, ADD=added is not None,
-        GATE=gate is not None, MODULATE=scale is not None, QUANTISE=float8, BLOCK=block, num_warps=_warps(block),
+        x, x if added is None else added, x if gate is None else gate, total,
+        x if shift is None else shift, x if scale is None else scale, out,
+        x if factor is None else factor, dim, eps, ADD=added is not None, GATE=gate is not None,
+        MODULATE=scale is not None, QUANTISE=float8, BLOCK=block, num_warps=_warps(block),
     )  # fmt: skip
     return total, (out, factor)
 
 
 def rotate_store(
-    qkv: Tensor, norm_q: Tensor, norm_k: Tensor, table: Tensor, key_slot: Tensor, value_slot: Tensor, eps: float
+    qkv: Tensor,
+    norm_q: Tensor,
+    norm_k: Tensor,
+    table: Tensor,
+    key_slot: Tensor,
+    value_slot: Tensor,
+    eps: float,
 ) -> Tensor:
-    """Queries ``(rows, T, D)``, normalised and rotated; keys and values go to their slots of the cache.
+    """Queries ``(rows, T, D)``, normalised and rotated; keys and values go to their slots.
 
     Args:
         qkv: ``(rows, T, 3 * D)``, contiguous: queries, keys and values of one product.
@@ -228,18 +253,25 @@ def rotate_store(
     rows, tokens, width = qkv.shape
     dim, head_dim = width // 3, key_slot.shape[-1]
     angles = torch.view_as_real(table)  # (rows, T, D / 2, 2)
-    assert key_slot.stride() == value_slot.stride() and key_slot.stride(3) == 1 and angles.stride(1) == dim
+    assert (
+        key_slot.stride() == value_slot.stride()
+        and key_slot.stride(3) == 1
+        and angles.stride(1) == dim
+    )
     q = qkv.new_empty(rows, tokens, dim)
     block = triton.next_power_of_2(dim)
     _rotate_store_kernel[(tokens, rows)](
-        qkv, norm_q, norm_k, angles, q, key_slot, value_slot, tokens, dim, head_dim, angles.stride(0),
-        key_slot.stride(0), key_slot.stride(1), key_slot.stride(2), eps, BLOCK=block, num_warps=_warps(block),
+        qkv, norm_q, norm_k, angles, q, key_slot, value_slot, tokens, dim, head_dim,
+        angles.stride(0), key_slot.stride(0), key_slot.stride(1), key_slot.stride(2), eps,
+        BLOCK=block, num_warps=_warps(block),
     )  # fmt: skip
     return q
 
 
 def few_key_weights(q: Tensor, norm_q: Tensor, keys: Tensor, num_heads: int, eps: float) -> Tensor:
-    """Attention weights ``(N, T, heads * m)`` of queries ``(N, T, D)``, not yet normalised, over ``keys (N, m, D)``."""
+    """Attention weights ``(N, T, heads * m)`` of raw queries ``(N, T, D)`` over ``keys (N, m,
+    D)``.
+    """
     batch, tokens, dim = q.shape
     num_keys, head_dim = keys.shape[1], dim // num_heads
     out = q.new_empty(batch, tokens, num_heads * num_keys)
@@ -254,13 +286,20 @@ def few_key_weights(q: Tensor, norm_q: Tensor, keys: Tensor, num_heads: int, eps
 def gelu_quantise(x: Tensor) -> Rows:
     """Tanh GELU of contiguous ``x (..., D)`` in float8, with one factor a row."""
     dim = x.shape[-1]
-    out, factor = torch.empty_like(x, dtype=FLOAT8), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
+    out, factor = (
+        torch.empty_like(x, dtype=FLOAT8),
+        x.new_empty(*x.shape[:-1], 1, dtype=torch.float32),
+    )
     block = triton.next_power_of_2(dim)
-    _gelu_quantise_kernel[(x.numel() // dim,)](x, out, factor, dim, BLOCK=block, num_warps=_warps(block))
+    _gelu_quantise_kernel[(x.numel() // dim,)](
+        x, out, factor, dim, BLOCK=block, num_warps=_warps(block)
+    )
     return out, factor
 
 
-def norm_silu(x: Tensor, out: Tensor, eps: float, shift: Tensor | None = None, scale: Tensor | None = None) -> None:
+def norm_silu(
+    x: Tensor, out: Tensor, eps: float, shift: Tensor | None = None, scale: Tensor | None = None
+) -> None:
     """Write ``silu(rms_norm(x) * scale + shift)`` to ``out``.
 
     Args:
@@ -274,13 +313,14 @@ def norm_silu(x: Tensor, out: Tensor, eps: float, shift: Tensor | None = None, s
     block = triton.next_power_of_2(channels)
     per_program = max(1, 2048 // block)
     _norm_silu_kernel[(triton.cdiv(places, per_program), batch)](
-        x, x if scale is None else scale, x if shift is None else shift, out, places, channels, out.stride(0), eps,
-        MODULATE=scale is not None, PLACES=per_program, BLOCK=block, num_warps=4,
+        x, x if scale is None else scale, x if shift is None else shift, out, places, channels,
+        out.stride(0), eps, MODULATE=scale is not None, PLACES=per_program, BLOCK=block,
+        num_warps=4,
     )  # fmt: skip
 
 
 def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """``x (..., D)`` as float8 and one float32 factor a row ``(..., 1)``: the largest value becomes 448."""
+    """``x (..., D)`` as float8, its largest value at 448, and float32 factors ``(..., 1)``."""
     wide = x.float()
     factor = wide.abs().amax(-1, keepdim=True).clamp_min(1e-12) / FLOAT8_MAX
     return (wide / factor).clamp(-FLOAT8_MAX, FLOAT8_MAX).to(FLOAT8), factor
@@ -290,26 +330,30 @@ def _warps(block: int) -> int:
     return 4 if block <= 1024 else 8
 
 
-# -- the transformer --------------------------------------------------------------------------------
+# -- the transformer -------------------------------------------------------------------------------
 
 
 class _Product:
-    """A linear layer, or several of the same input as one; in float8 with a factor for every row and every output."""
+    """A linear layer, or several of one input; in float8 with a factor for each row and output."""
 
     @torch.no_grad()
     def __init__(self, layers: list[nn.Linear], float8: bool) -> None:
-        weight = torch.cat([layer.weight for layer in layers]) if len(layers) > 1 else layers[0].weight.detach()
-        biases = [layer.bias for layer in layers if layer.bias is not None]
-        self.bias = torch.cat(biases) if len(biases) > 1 else biases[0].detach() if biases else None
-        self.weight, self.factor = quantise_rows(weight) if float8 else (weight, None)
+        weights = [layer.weight.detach() for layer in layers]
+        biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
+        self.weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+        self.bias = None if not biases else biases[0] if len(biases) == 1 else torch.cat(biases)
+        self.factor: Tensor | None = None
+        if float8:
+            self.weight, self.factor = quantise_rows(self.weight)
 
     def __call__(self, rows: Rows) -> Tensor:
         x, factor = rows
         if self.factor is None or factor is None:
             return F.linear(x, self.weight, self.bias)
         flat = torch._scaled_mm(
-            x.flatten(0, -2), self.weight.t(), scale_a=factor.flatten(0, -2), scale_b=self.factor.t(), bias=self.bias,
-            out_dtype=torch.bfloat16, use_fast_accum=x.is_cuda,
+            x.flatten(0, -2), self.weight.t(), scale_a=factor.flatten(0, -2),
+            scale_b=self.factor.t(), bias=self.bias, out_dtype=torch.bfloat16,
+            use_fast_accum=x.is_cuda,
         )  # fmt: skip
         return flat.unflatten(0, x.shape[:-1])
 
@@ -322,13 +366,17 @@ class _Product:
 
 
 class _FewKeys(SpeechAttention):
-    """Speech attention whose condition is keys ``(N, m, D)`` and what each adds to the output ``(N, heads * m, D)``."""
+    """Speech attention on keys ``(N, m, D)`` and what each adds to the output.
+
+    The condition is a pair of both, the second of shape ``(N, heads * m, D)``.
+    """
 
     def project(self, context: Tensor) -> KeyValue:
         if context.shape[1] > MOST_KEYS:
             return super().project(context)
         values = split_heads(self.to_v(context), self.num_heads)  # (N, heads, m, D / heads)
-        weight = self.to_out[0].weight.unflatten(1, (self.num_heads, -1))  # (D, heads, D / heads)
+        out = cast(nn.Linear, self.to_out[0])
+        weight = out.weight.unflatten(1, (self.num_heads, -1))  # (D, heads, D / heads)
         products = torch.einsum("nhmc,dhc->nhmd", values, weight)
         return self.norm_k(self.to_k(context)).contiguous(), products.flatten(1, 2)
 
@@ -336,8 +384,10 @@ class _FewKeys(SpeechAttention):
         keys, products = key_value
         if keys.ndim == 4:
             return super().cross_attention(x, key_value, mask)
-        weights = few_key_weights(self.to_q(x), self.norm_q.weight, keys, self.num_heads, self.norm_q.eps)
-        return torch.baddbmm(self.to_out[0].bias, weights, products)
+        norm, out = self.norm_q, cast(nn.Linear, self.to_out[0])
+        assert norm.weight is not None
+        weights = few_key_weights(self.to_q(x), norm.weight, keys, self.num_heads, norm.eps)
+        return torch.baddbmm(out.bias, weights, products)
 
 
 class _FusedBlock(Block):
@@ -358,7 +408,8 @@ class _FusedBlock(Block):
         text_mask: Tensor | None,
         speech: KeyValue | None,
     ) -> Tensor:
-        # One noise level for all tokens: not the first chunk of reference_attends=first_chunk, nor a prefill.
+        # One noise level for all tokens: not the first chunk of reference_attends=first_chunk, nor
+        # a prefill.
         streams = type(context) is IDContextCache and modulation[0].numel() == x.shape[-1]
         if not streams or self.norm1.weight is not None:
             return super().forward(x, layer, modulation, context, text, text_mask, speech)
@@ -366,39 +417,69 @@ class _FusedBlock(Block):
         x = x.contiguous()
         _, normed = norm_modulate(x, self.norm1.eps, shift_1, scale_1, float8=self._float8)
         attended = self._attend(normed, layer, cast(IDContextCache, context)).view(x.shape)
-        added, gate = attended, gate_1
+        added, gate = attended, cast("Tensor | None", gate_1)
         if self.attn2 is not None and text is not None:
             x = torch.addcmul(x, attended, gate_1)
-            added, gate = self.attn2.cross_attention(x.flatten(1, 2), text, text_mask).view(x.shape), None
+            added = self.attn2.cross_attention(x.flatten(1, 2), text, text_mask).view(x.shape)
+            gate = None
         if self.speech_attn is not None and speech is not None:
             x, (rows, _) = norm_modulate(x, self.speech_norm.eps, added=added, gate=gate)
-            added, gate = self.speech_attn.cross_attention(rows.flatten(0, 1), speech).view(x.shape), None
+            added = self.speech_attn.cross_attention(rows.flatten(0, 1), speech).view(x.shape)
+            gate = None
         x, normed = norm_modulate(x, self.norm2.eps, shift_2, scale_2, added, gate, self._float8)
-        hidden = gelu_quantise(self._up(normed)) if self._float8 else (self._up.gelu(normed[0]), None)
-        return torch.addcmul(x, self._down(hidden), gate_2)
+        return torch.addcmul(x, self._feed_forward(normed), gate_2)
+
+    def _feed_forward(self, normed: Rows) -> Tensor:
+        if self._float8:
+            return self._down(gelu_quantise(self._up(normed)))
+        return self._down((self._up.gelu(normed[0]), None))
 
     def _attend(self, normed: Rows, layer: int, cache: IDContextCache) -> Tensor:
         attention: Attention = self.attn1
         qkv = self._qkv(normed).flatten(1, 2)
         key_slot, value_slot, keys, values = cache.slots(layer)
-        weights = attention.norm_q.weight, attention.norm_k.weight
-        q = rotate_store(qkv, *weights, cache.current_rotation, key_slot, value_slot, attention.norm_q.eps)
-        out: Tensor = attention.to_out[0](attend_heads(split_heads(q, attention.num_heads), keys, values, cache.window_mask))
+        norm_q, norm_k, eps = attention.norm_q.weight, attention.norm_k.weight, attention.norm_q.eps
+        assert norm_q is not None and norm_k is not None
+        q = rotate_store(qkv, norm_q, norm_k, cache.current_rotation, key_slot, value_slot, eps)
+        queries = split_heads(q, attention.num_heads)
+        out: Tensor = attention.to_out[0](attend_heads(queries, keys, values, cache.window_mask))
         return out
 
 
-def fused_transformer(network: A2VDiT, float8: bool = False) -> A2VDiT:
-    """A copy of ``network`` for streaming that runs on the kernels; other weights than those named here are shared.
+_twins: weakref.WeakKeyDictionary[nn.Module, dict[bool, tuple[Hashable, Any]]] = (
+    weakref.WeakKeyDictionary()
+)
 
-    The joined projections are weights beside the others, 6 * D^2 bytes a block in bfloat16 (0.7 GB at paper size). It
-    keeps to the weights of now.
+
+def _twin(network: nn.Module, make: Callable[[], Any], float8: bool = False) -> Any:
+    """The one copy of ``network`` for its weights of now, made where there is none."""
+    state = tuple(
+        (x.data_ptr(), 0 if x.is_inference() else x._version) for x in network.parameters()
+    )
+    known = _twins.setdefault(network, {})
+    if float8 not in known or known[float8][0] != state:
+        known[float8] = state, make()
+    return known[float8][1]
+
+
+def fused_transformer(network: A2VDiT, float8: bool = False) -> A2VDiT:
+    """A copy of ``network`` for streaming that runs on the kernels and shares its weights.
+
+    Only the joined projections are weights beside the others, 6 * D^2 bytes a block in bfloat16
+    (0.7 GB at paper size). It keeps to the weights of now; all sessions of a network share one
+    copy.
 
     Args:
         network: a student.
-        float8: multiply self-attention's projections and the feed-forward layer in float8 (e4m3), with one factor for
-            every row of the input and of the weight (``torch._scaled_mm``); takes 11 * D^2 bytes a block instead, and
-            changes what is computed by the rounding to 3 bits of mantissa.
+        float8: multiply self-attention's projections and the feed-forward layer in float8 (e4m3),
+            with one factor for every row of the input and of the weight (``torch._scaled_mm``);
+            takes 11 * D^2 bytes a block instead, and changes what is computed by the rounding to 3
+            bits of mantissa.
     """
+    return cast(A2VDiT, _twin(network, partial(_fused_transformer, network, float8), float8))
+
+
+def _fused_transformer(network: A2VDiT, float8: bool) -> A2VDiT:
     twin = copy.copy(network)
     blocks = [_fused_block(cast(Block, block), float8) for block in network.transformer_blocks]
     twin._modules = {**network._modules, "transformer_blocks": nn.ModuleList(blocks)}
@@ -414,30 +495,43 @@ def _fused_block(block: Block, float8: bool) -> Block:
         speech = copy.copy(block.speech_attn)
         speech.__class__ = _FewKeys
         twin._modules["speech_attn"] = speech
-    attention, up, down = block.attn1, cast(Any, block.ff.net[0]).proj, cast(nn.Linear, block.ff.net[2])
+    attention, up, down = (
+        block.attn1,
+        cast(Any, block.ff.net[0]).proj,
+        cast(nn.Linear, block.ff.net[2]),
+    )
     twin._qkv = _Product([attention.to_q, attention.to_k, attention.to_v], float8)
     twin._up, twin._down, twin._float8 = _Product([up], float8), _Product([down], float8), float8
     return twin
 
 
-# -- the VAE ----------------------------------------------------------------------------------------
+# -- the VAE ---------------------------------------------------------------------------------------
 
 
 class _LastUpsampler(_Upsampler):
-    """The upsampler in channels-last memory: one copy, to the order that the next convolution reads."""
+    """The upsampler in channels-last memory: one copy, in the next convolution's order."""
 
     def _unfold(self, x: Tensor) -> Tensor:
         t, s, r = self.stride
         b, c, f, h, w = x.shape
-        x = x.permute(0, 2, 3, 4, 1).reshape(b, f, h, w, c // (t * s * r), t, s, r).permute(0, 1, 5, 2, 6, 3, 7, 4)
+        x = (
+            x.permute(0, 2, 3, 4, 1)
+            .reshape(b, f, h, w, c // (t * s * r), t, s, r)
+            .permute(0, 1, 5, 2, 6, 3, 7, 4)
+        )
         return x.reshape(b, f * t, h * s, w * r, -1).permute(0, 4, 1, 2, 3)
 
 
-def fused_vae(vae: LTXVideoVAE) -> LTXVideoVAE:
-    """A copy of ``vae`` whose decoder runs in channels-last memory, with norms, modulations and SiLUs on the kernel.
+def fused_vae(vae: VAE) -> VAE:
+    """A copy of ``vae`` whose decoder runs on the kernel, in channels-last memory.
 
-    The decoder's convolutions are weights beside the others; it keeps to the weights of now.
+    The decoder's convolutions are weights beside the others; it keeps to the weights of now, and
+    all sessions share it. A VAE other than LTX-Video's comes back as it is.
     """
+    return cast(VAE, _twin(vae, partial(_fused_vae, vae))) if isinstance(vae, LTXVideoVAE) else vae
+
+
+def _fused_vae(vae: LTXVideoVAE) -> LTXVideoVAE:
     twin, ltx = copy.copy(vae), copy.copy(vae.ltx)
     ltx._modules = {**vae.ltx._modules, "decoder": _fused_decoder(vae.ltx.decoder)}
     twin._modules = {**vae._modules, "ltx": ltx}
@@ -449,10 +543,15 @@ def _fused_decoder(module: nn.Module) -> nn.Module:
     from diffusers.models.autoencoders.autoencoder_kl_ltx import LTXVideoResnetBlock3d
 
     twin = copy.copy(module)
-    twin._modules = {name: child and _fused_decoder(child) for name, child in module._modules.items()}
+    twin._modules = {
+        name: child and _fused_decoder(child) for name, child in module._modules.items()
+    }
     if isinstance(twin, nn.Conv3d):
         weight = twin.weight.detach().to(memory_format=torch.channels_last_3d, copy=True)
-        twin._parameters = {**module._parameters, "weight": nn.Parameter(weight, requires_grad=False)}
+        twin._parameters = {
+            **module._parameters,
+            "weight": nn.Parameter(weight, requires_grad=False),
+        }
     elif isinstance(twin, _Upsampler):
         twin.__class__ = _LastUpsampler
     elif isinstance(twin, LTXVideoResnetBlock3d) and _can_fuse_block(twin):
@@ -461,17 +560,27 @@ def _fused_decoder(module: nn.Module) -> nn.Module:
 
 
 def _can_fuse_block(block: Any) -> bool:
-    plain = block.norm1.weight is None and block.norm2.weight is None and block.per_channel_scale1 is None
-    return plain and isinstance(block.conv1, _Conv) and block.conv1.is_causal and block.conv2.is_causal
+    plain = (
+        block.norm1.weight is None
+        and block.norm2.weight is None
+        and block.per_channel_scale1 is None
+    )
+    return (
+        plain and isinstance(block.conv1, _Conv) and block.conv1.is_causal and block.conv2.is_causal
+    )
 
 
 class _ResnetBlock:
-    """Forward of diffusers' ``LTXVideoResnetBlock3d``, with the kernel for what lies before its convolutions."""
+    """Forward of diffusers' ``LTXVideoResnetBlock3d``; the kernel does what precedes its
+    convolutions.
+    """
 
     def __init__(self, block: Any) -> None:
         self.block = block
 
-    def __call__(self, x: Tensor, temb: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
+    def __call__(
+        self, x: Tensor, temb: Tensor | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
         block = self.block
         shift_1 = scale_1 = shift_2 = scale_2 = None
         if block.scale_shift_table is not None and temb is not None:
@@ -488,8 +597,10 @@ class _ResnetBlock:
         return y + x
 
 
-def _normed_convolution(x: Tensor, eps: float, shift: Tensor | None, scale: Tensor | None, conv: _Conv) -> Tensor:
-    """Norm, modulation and SiLU of ``x (B, C, F, H, W)``, written behind the past, and the causal convolution."""
+def _normed_convolution(
+    x: Tensor, eps: float, shift: Tensor | None, scale: Tensor | None, conv: _Conv
+) -> Tensor:
+    """Norm, modulation and SiLU of ``x (B, C, F, H, W)``, behind the past, and the convolution."""
     stream, first = conv._call.stream, conv._call.first
     num_past = conv.conv.kernel_size[0] - 1
     last = x.permute(0, 2, 3, 4, 1).contiguous()

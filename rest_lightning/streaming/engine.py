@@ -75,8 +75,7 @@ class ChunkEngine:
         self._capture = capture
         self._denoising, self._decoding = (Program(capture() if capture is not None else None) for _ in range(2))
         with explain_out_of_memory(model, batch, sampling):
-            pack = self.options.packs(model.device, model.dtype)
-            self.state = state or StreamState(Tables(model, sampling, pack), batch, self._stage)
+            self.state = state or StreamState(Tables(model, sampling, self.options), batch, self._stage)
             self._static = widest.static(batch) if widest is not None else self._allocate()
             self._noise, self._speech, self._latents, self._decoder_input, self._frames = self._static
             overlaps = model.device.type == "cuda" and self.options.overlap
@@ -198,7 +197,8 @@ class ChunkEngine:
         self._speech[:, :num_latents].copy_(speech_latents)
         # A graph does not run the cache's own bookkeeping, so it is told here what comes.
         cache.begin(num_latents + cache.reference_expected)
-        self._denoising.run(partial(self._integrate, num_latents), (num_latents, cache.variant))
+        with self.options.attention_order(self.model.device):
+            self._denoising.run(partial(self._integrate, num_latents), (num_latents, cache.variant))
         cache.commit()
         return self._latents[:, :, :num_latents]
 

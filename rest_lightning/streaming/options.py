@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rest_lightning.constants import SPATIAL_RATIO
 from rest_lightning.errors import UserError
@@ -18,11 +20,18 @@ if TYPE_CHECKING:
     from rest_lightning.talking_head import SamplingSettings, TalkingHead
 
 GRAPHS_VARIABLE = "REST_CUDA_GRAPHS"
+ATTENTION: dict[str, SDPBackend | None] = {
+    "auto": None,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
 
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """Switches of the engine. All but the last change the speed alone.
+    """Switches of the engine. All but ``float8`` and the last change the speed alone.
 
     Attributes:
         graphs: capture the denoising steps and the decoding as CUDA graphs. None: on CUDA; ``REST_CUDA_GRAPHS=0`` in
@@ -31,6 +40,13 @@ class EngineOptions:
             Costs up to a minute at the first chunk.
         pack: lay the weights out once for the CPU's kernels, instead of at every call. None: on the CPU, where torch
             can. Packed weights lie beside the others, once for all sessions of a model. Not with ``compile``.
+        fuse: run the transformer and an LTX decoder on the Triton kernels of :mod:`rest_lightning.models.fused`; needs
+            CUDA and Triton. Joined and re-ordered weights lie beside the others, once for all sessions of a model. Off
+            until a GPU has measured it. Not with ``compile`` or ``pack``.
+        float8: with ``fuse`` and a bfloat16 model, multiply self-attention's projections and the feed-forward layers in
+            float8, with a factor for every row. The one switch here that costs accuracy; needs compute capability 8.9.
+        attention: the back end of ``scaled_dot_product_attention`` on CUDA that is tried first, ``flash``, ``cudnn``,
+            ``efficient`` or ``math``; the others follow where it cannot. ``auto``: torch's own order.
         overlap: on CUDA decode a chunk, and copy it to the host, while the next one is denoised.
         warm_up: run dummy chunks when a session opens, so that the first real one is as fast as the others (and every
             graph is captured); the state is what it was before, bit for bit. None: where graphs are captured.
@@ -41,6 +57,9 @@ class EngineOptions:
     graphs: bool | None = None
     compile: bool = False
     pack: bool | None = None
+    fuse: bool = False
+    float8: bool = False
+    attention: Literal["auto", "flash", "cudnn", "efficient", "math"] = "auto"
     overlap: bool = True
     warm_up: bool | None = None
     first_chunk_length: int | None = None
@@ -64,13 +83,48 @@ class EngineOptions:
         Raises:
             UserError: asked for where torch has no such kernels, or together with ``compile``.
         """
-        possible = can_pack(device, dtype) and not self.compile
+        possible = can_pack(device, dtype) and not self.compile and not self.fuse
         if self.pack and not possible:
             raise UserError(
                 f"expected an uncompiled float32 or bfloat16 model on a CPU with oneDNN for pack, got {dtype} on "
                 f"{device}{' with compile' if self.compile else ''}: leave pack at None"
             )
         return possible and self.pack is not False
+
+    def fuses(self, device: torch.device, dtype: torch.dtype) -> bool:
+        """Whether a model of that type on ``device`` streams on fused kernels.
+
+        Raises:
+            UserError: asked for where they do not run, together with other forms of the weights, or float8 without it.
+        """
+        if self.float8 and not (self.fuse and dtype == torch.bfloat16):
+            given = "a model of that type" if self.fuse else "fuse=False"
+            raise UserError(f"expected fuse=True and a bfloat16 model for float8, got {given} ({dtype}): set both")
+        if not self.fuse:
+            return False
+        if self.compile or self.pack:
+            raise UserError("expected fuse without compile and pack, got both: leave the others out")
+        if importlib.util.find_spec("triton") is None:
+            raise UserError("expected Triton for fuse, got none: pip install triton, or leave fuse out")
+        from rest_lightning.models.fused import can_fuse
+
+        if not can_fuse(device):
+            raise UserError(f"expected a model on a CUDA device for fuse, got {device}: leave fuse out")
+        return True
+
+    def attention_order(self, device: torch.device) -> AbstractContextManager[None]:
+        """The context in which attention runs: see the attribute.
+
+        Raises:
+            UserError: a name that is none.
+        """
+        if self.attention not in ATTENTION:
+            raise UserError(f"expected attention to be one of {', '.join(ATTENTION)}, got {self.attention!r}")
+        first = ATTENTION[self.attention]
+        if first is None or device.type != "cuda":
+            return nullcontext()
+        others = [kind for kind in ATTENTION.values() if kind not in (None, first)]
+        return sdpa_kernel([first, *others], set_priority=True)
 
     def warms_up(self, device: torch.device) -> bool:
         """Whether a session on ``device`` runs dummy chunks when it opens."""

@@ -197,6 +197,9 @@ def describe(model: TalkingHead, sampling: SamplingSettings, options: EngineOpti
         "cuda_graphs": options.captures(model.device),
         "compile": options.compile,
         "packed": options.packs(model.device, model.dtype),
+        "fused": options.fuses(model.device, model.dtype),
+        "float8": options.float8,
+        "attention": options.attention,
         "overlap": options.overlap and model.device.type == "cuda",
         "first_chunk_length": options.first_length(model.transformer.cache_options.chunk_length),
     }

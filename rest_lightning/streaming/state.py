@@ -18,6 +18,7 @@ from rest_lightning.errors import UserError
 from rest_lightning.models.cache import IDContextCache
 from rest_lightning.models.causal import Stream
 from rest_lightning.models.packed import packed
+from rest_lightning.streaming.options import EngineOptions
 
 if TYPE_CHECKING:
     from rest_lightning.talking_head import SamplingSettings, TalkingHead
@@ -33,7 +34,7 @@ class Tables:
     """What depends on the model and the sampling alone: made once, shared by all engines of a session.
 
     Attributes:
-        vae, speech_ae, transformer: the model's, with packed weights if wanted.
+        vae, speech_ae, transformer: the model's, packed or fused as the options say.
         sigmas: noise levels of the Euler steps, from 1 to 0, as plain numbers.
         levels: the same on the device: a number from the host would be copied, and waited for, at every step.
         embeddings: modulations of every level but the last, and of 0 (the clean pass). Levels stay float32 as in
@@ -43,22 +44,29 @@ class Tables:
     """
 
     @torch.no_grad()
-    def __init__(self, model: TalkingHead, sampling: SamplingSettings, pack: bool = False) -> None:
+    def __init__(self, model: TalkingHead, sampling: SamplingSettings, options: EngineOptions | None = None) -> None:
         self.model, self.sampling = model, sampling
-        self.vae = packed(model.vae) if pack else model.vae
-        self.speech_ae = packed(model.speech_ae) if pack else model.speech_ae
-        self.transformer = packed(model.transformer) if pack else model.transformer
+        switches = options or EngineOptions(pack=False)
+        self.vae, self.speech_ae, self.transformer = model.vae, model.speech_ae, model.transformer
+        if switches.fuses(model.device, model.dtype):
+            from rest_lightning.models.fused import fused_transformer, fused_vae
+
+            self.transformer = fused_transformer(model.transformer, switches.float8)
+            self.vae = fused_vae(model.vae)
+        elif switches.packs(model.device, model.dtype):
+            self.vae, self.speech_ae = packed(model.vae), packed(model.speech_ae)
+            self.transformer = packed(model.transformer)
         self.guidance = sampling.branches
         self.side = model.size_px // SPATIAL_RATIO
-        options = model.transformer.cache_options
-        self.sigmas = sampling_sigmas(sampling.num_steps, sampling.shift, options.num_slots * self.side**2)
+        cache_options = model.transformer.cache_options
+        self.sigmas = sampling_sigmas(sampling.num_steps, sampling.shift, cache_options.num_slots * self.side**2)
         self.levels = torch.tensor(self.sigmas, dtype=torch.float32, device=model.device)
         levels = [*self.sigmas[:-1], 0.0]
         self.embeddings = [model.transformer.embed_sigma(self.levels.new_full((1, 1), level)) for level in levels]
         self.text = model.transformer.project_prompt(1)
         self.signature: Hashable = (
-            _fingerprint(model), str(model.dtype), model.size_px, options, self.guidance.num_branches,
-            sampling.num_steps if options.cache_noise == "per_step" else None,
+            _fingerprint(model), str(model.dtype), model.size_px, cache_options, self.guidance.num_branches,
+            sampling.num_steps if cache_options.cache_noise == "per_step" else None,
         )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The Triton kernels against the eager code, in Triton's interpreter on a CPU, or on CUDA where there is one."""
+"""The Triton kernels against the eager code: in Triton's interpreter, or on CUDA."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ from rest_lightning.models import fused
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if not fused.can_fuse(torch.device(DEVICE)):
-    pytest.skip("Triton was imported without TRITON_INTERPRET=1 and there is no CUDA device", allow_module_level=True)
+    pytest.skip(
+        "Triton was imported without TRITON_INTERPRET=1 and there is no CUDA device",
+        allow_module_level=True,
+    )
 
 DTYPES = [torch.float32, torch.bfloat16]
 SLACK = 1.1 if DEVICE == "cuda" else 3.0  # the interpreter cuts bfloat16 off where a GPU rounds it
@@ -38,7 +41,7 @@ def randn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def check(found: Tensor, exact: Tensor, eager: Tensor) -> None:
-    """float32: equal up to rounding; bfloat16: about as far from the exact values as the eager code is."""
+    """float32: equal up to rounding; bfloat16: about as far from exact as the eager code is."""
     assert found.shape == eager.shape and found.dtype == eager.dtype
     error, allowed = (float((x.double() - exact).norm() / exact.norm()) for x in (found, eager))
     assert error <= 1e-6 if found.dtype == torch.float32 else error <= SLACK * allowed + 1e-6
@@ -48,11 +51,17 @@ def check(found: Tensor, exact: Tensor, eager: Tensor) -> None:
 @pytest.mark.parametrize(("dim", "heads", "tokens"), SIZES)
 @pytest.mark.parametrize("adds", ["nothing", "plain", "gated"])
 @pytest.mark.parametrize("modulates", [True, False])
-def test_norm_modulate(dim: int, heads: int, tokens: int, dtype: torch.dtype, adds: str, modulates: bool) -> None:
-    x, added, gate, shift, scale = (randn(*shape, dtype=dtype) for shape in ((2, tokens, dim),) * 2 + ((dim,),) * 3)
+def test_norm_modulate(
+    dim: int, heads: int, tokens: int, dtype: torch.dtype, adds: str, modulates: bool
+) -> None:
+    x, added, gate, shift, scale = (
+        randn(*shape, dtype=dtype) for shape in ((2, tokens, dim),) * 2 + ((dim,),) * 3
+    )
     before = x.clone()
 
-    def eager(x: Tensor, added: Tensor, gate: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    def eager(
+        x: Tensor, added: Tensor, gate: Tensor, shift: Tensor, scale: Tensor
+    ) -> tuple[Tensor, Tensor]:
         if adds != "nothing":
             x = torch.addcmul(x, added, gate if adds == "gated" else torch.ones_like(gate))
         normed = F.rms_norm(x, (dim,), None, 1e-6)
@@ -76,14 +85,25 @@ def test_norm_modulate(dim: int, heads: int, tokens: int, dtype: torch.dtype, ad
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("dim", "heads", "tokens"), SIZES)
 def test_rotate_store(dim: int, heads: int, tokens: int, dtype: torch.dtype) -> None:
-    qkv, norm_q, norm_k = randn(2, tokens, 3 * dim, dtype=dtype), randn(dim, dtype=dtype), randn(dim, dtype=dtype)
-    table = torch.polar(torch.ones(2, tokens + 4, dim // 2), torch.randn(2, tokens + 4, dim // 2)).to(DEVICE)
+    qkv, norm_q, norm_k = (
+        randn(2, tokens, 3 * dim, dtype=dtype),
+        randn(dim, dtype=dtype),
+        randn(dim, dtype=dtype),
+    )
+    table = torch.polar(
+        torch.ones(2, tokens + 4, dim // 2), torch.randn(2, tokens + 4, dim // 2)
+    ).to(DEVICE)
     part = table[:, :tokens]  # as the cache hands out the rotations of a short chunk
-    keys, values = (torch.zeros(3, heads, 7 + tokens, dim // heads, dtype=dtype, device=DEVICE) for _ in range(2))
+    keys, values = (
+        torch.zeros(3, heads, 7 + tokens, dim // heads, dtype=dtype, device=DEVICE)
+        for _ in range(2)
+    )
     slots = keys[:2, :, 4 : 4 + tokens], values[:2, :, 4 : 4 + tokens]
     q = fused.rotate_store(qkv, norm_q, norm_k, part, *slots, 1e-5)
 
-    def eager(qkv: Tensor, norm_q: Tensor, norm_k: Tensor, part: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def eager(
+        qkv: Tensor, norm_q: Tensor, norm_k: Tensor, part: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = qkv.unflatten(-1, (3, -1)).unbind(-2)
         q, k = (rotate(F.rms_norm(x, (dim,), w, 1e-5), part) for x, w in ((q, norm_q), (k, norm_k)))
         return q, split_heads(k, heads), split_heads(v, heads)
@@ -93,14 +113,22 @@ def test_rotate_store(dim: int, heads: int, tokens: int, dtype: torch.dtype) -> 
     for found, precise, rounded in zip((q, *slots), exact, wanted, strict=True):
         check(found, precise, rounded)
     for buffer in (keys, values):  # nothing beside the slots is written
-        assert not buffer[2].any() and not buffer[:, :, :4].any() and not buffer[:, :, 4 + tokens :].any()
+        assert (
+            not buffer[2].any()
+            and not buffer[:, :, :4].any()
+            and not buffer[:, :, 4 + tokens :].any()
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("dim", "heads", "tokens"), SIZES)
 @pytest.mark.parametrize("num_keys", [1, 2, 3, 8])
-def test_few_key_weights(dim: int, heads: int, tokens: int, num_keys: int, dtype: torch.dtype) -> None:
-    q, weight, keys = (randn(*shape, dtype=dtype) for shape in ((2, tokens, dim), (dim,), (2, num_keys, dim)))
+def test_few_key_weights(
+    dim: int, heads: int, tokens: int, num_keys: int, dtype: torch.dtype
+) -> None:
+    q, weight, keys = (
+        randn(*shape, dtype=dtype) for shape in ((2, tokens, dim), (dim,), (2, num_keys, dim))
+    )
 
     def eager(q: Tensor, weight: Tensor, keys: Tensor) -> Tensor:
         q, k = (split_heads(x, heads) for x in (F.rms_norm(q, (dim,), weight, 1e-5), keys))
@@ -130,7 +158,7 @@ def test_norm_silu(batch: int, channels: int, dtype: torch.dtype, modulates: boo
     assert not buffer[:, :2].any()
 
 
-# -- float8 -----------------------------------------------------------------------------------------
+# -- float8 ----------------------------------------------------------------------------------------
 
 
 def dequantised(rows: fused.Rows) -> Tensor:
@@ -145,24 +173,37 @@ def test_rows_are_quantised_to_nearest() -> None:
     assert torch.equal(values.float().abs().amax(-1), torch.full((7,), 448.0, device=DEVICE))
     # e4m3: half a step of 2^-3 for normal numbers, half of 2^-9 below them
     error = (values.float() - x / factor).abs()
-    assert bool((error <= torch.maximum(2**-4 * (x / factor).abs(), x.new_tensor(2**-10)) + 1e-6).all())
+    assert bool(
+        (error <= torch.maximum(2**-4 * (x / factor).abs(), x.new_tensor(2**-10)) + 1e-6).all()
+    )
     assert not fused.quantise_rows(torch.zeros(2, 8))[0].float().any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_kernels_quantise_as_torch_does(dtype: torch.dtype) -> None:
-    x, added, shift, scale = (randn(*shape, dtype=dtype) for shape in ((3, 5, 96), (3, 5, 96), (96,), (96,)))
-    total, (normed, _) = fused.norm_modulate(x.float(), 1e-6, shift.float(), scale.float(), added.float())
-    found = fused.norm_modulate(x.float(), 1e-6, shift.float(), scale.float(), added.float(), float8=True)
+    x, added, shift, scale = (
+        randn(*shape, dtype=dtype) for shape in ((3, 5, 96), (3, 5, 96), (96,), (96,))
+    )
+    total, (normed, _) = fused.norm_modulate(
+        x.float(), 1e-6, shift.float(), scale.float(), added.float()
+    )
+    found = fused.norm_modulate(
+        x.float(), 1e-6, shift.float(), scale.float(), added.float(), float8=True
+    )
     assert torch.equal(found[0], total)
     hidden = randn(4, 80, dtype=dtype)
-    for rows, plain in ((found[1], normed), (fused.gelu_quantise(hidden), F.gelu(hidden.float(), approximate="tanh"))):
+    for rows, plain in (
+        (found[1], normed),
+        (fused.gelu_quantise(hidden), F.gelu(hidden.float(), approximate="tanh")),
+    ):
         values, factor = fused.quantise_rows(plain)
         torch.testing.assert_close(rows[1], factor, rtol=1e-5, atol=0)
         same = rows[0].float() == values.float()
         normal = values.float().abs() >= 2**-6
         assert float(same[normal].float().mean()) > 0.99  # but for values at the edge of two
-        assert float((dequantised(rows) - plain).abs().max()) <= 1.001 * float((2**-4 * plain.abs()).max())
+        assert float((dequantised(rows) - plain).abs().max()) <= 1.001 * float(
+            (2**-4 * plain.abs()).max()
+        )
 
 
 @pytest.mark.parametrize("num_layers", [1, 3])
@@ -176,15 +217,19 @@ def test_products_in_float8_are_those_of_the_quantised_numbers(num_layers: int) 
     emulated = dequantised(rows) @ dequantised(fused.quantise_rows(weight)).T + bias
     assert found.dtype == torch.bfloat16 and found.shape == emulated.shape
     found, emulated = found.detach(), emulated.detach()
-    assert float((found.float() - emulated).norm() / emulated.norm()) < 4e-3  # bfloat16 of the result
+    assert (
+        float((found.float() - emulated).norm() / emulated.norm()) < 4e-3
+    )  # bfloat16 of the result
     exact = (x @ weight.float().T + bias).detach()
     assert 1e-3 < float((emulated - exact).norm() / exact.norm()) < 0.05  # what float8 itself costs
 
 
-# -- whole networks ---------------------------------------------------------------------------------
+# -- whole networks --------------------------------------------------------------------------------
 
 
-def student(dtype: torch.dtype = torch.float32, caption_channels: int | None = 12, **options: Any) -> A2VDiT:
+def student(
+    dtype: torch.dtype = torch.float32, caption_channels: int | None = 12, **options: Any
+) -> A2VDiT:
     shape = {"num_layers": 2, "num_attention_heads": 3, "attention_head_dim": 16}
     network = A2VDiT(
         in_channels=4, caption_channels=caption_channels, speech_dim=8, attention="chunked",
@@ -195,8 +240,10 @@ def student(dtype: torch.dtype = torch.float32, caption_channels: int | None = 1
     return network.to(DEVICE, dtype).requires_grad_(False)
 
 
-def stream(network: A2VDiT, num_tokens: int = 2, num_chunks: int = 3, rows: int = 2) -> list[Tensor]:
-    """Velocities of some chunks of two steps each, the first chunk a short one, and the sink's and last keys."""
+def stream(
+    network: A2VDiT, num_tokens: int = 2, num_chunks: int = 3, rows: int = 2
+) -> list[Tensor]:
+    """Velocities of some chunks of two steps each, the first a short one; then the cache."""
     generator = torch.Generator().manual_seed(0)
     dtype = network.proj_in.weight.dtype
 
@@ -215,12 +262,19 @@ def stream(network: A2VDiT, num_tokens: int = 2, num_chunks: int = 3, rows: int 
             given = cache.reference_expected
             latents, speech = draw(rows, 4, frames, 1, 2), draw(rows, frames, num_tokens, 8)
             if given:
-                latents, speech = torch.cat([reference, latents], 2), torch.cat([speech[:, :1] * 0, speech], 1)
+                latents, speech = (
+                    torch.cat([reference, latents], 2),
+                    torch.cat([speech[:, :1] * 0, speech], 1),
+                )
             condition = network.project_speech(speech)
             for step in range(2):
-                level = torch.full((rows, latents.shape[2]) if given else (1, 1), 0.9 - 0.4 * step, device=DEVICE)
+                level = torch.full(
+                    (rows, latents.shape[2]) if given else (1, 1), 0.9 - 0.4 * step, device=DEVICE
+                )
                 embedding = network.embed_sigma(level)
-                found.append(network(latents, embedding, condition, text, cache=cache, step=step).clone())
+                found.append(
+                    network(latents, embedding, condition, text, cache=cache, step=step).clone()
+                )
             cache.commit()
         return [*found, cache.keys.clone(), cache.values.clone()]
 
@@ -246,8 +300,12 @@ def test_a_fused_transformer_streams_what_the_eager_one_does(
     network = network.to(dtype)
     before = {name: value.clone() for name, value in network.state_dict().items()}
     twin = fused.fused_transformer(network)
-    for found, precise, eager in zip(stream(twin, num_tokens), exact, stream(network, num_tokens), strict=True):
-        error, allowed = (float((x.double() - precise).norm() / precise.norm()) for x in (found, eager))
+    for found, precise, eager in zip(
+        stream(twin, num_tokens), exact, stream(network, num_tokens), strict=True
+    ):
+        error, allowed = (
+            float((x.double() - precise).norm() / precise.norm()) for x in (found, eager)
+        )
         assert found.shape == eager.shape and precise.norm() > 0
         assert error <= 1e-5 if dtype == torch.float32 else error <= SLACK * allowed
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
@@ -282,13 +340,19 @@ def test_float8_costs_what_its_rounding_costs() -> None:
     exact, eager = stream(copy.deepcopy(network).double()), stream(network)
     found = stream(fused.fused_transformer(network, float8=True))
     for rounded, precise, plain in list(zip(found, exact, eager, strict=True))[:6]:
-        error, bfloat16 = (float((x.double() - precise).norm() / precise.norm()) for x in (rounded, plain))
+        error, bfloat16 = (
+            float((x.double() - precise).norm() / precise.norm()) for x in (rounded, plain)
+        )
         assert bfloat16 < error < 0.25
 
 
 @pytest.mark.parametrize("version", ["0.9.0", "0.9.1", "0.9.5"])
-@pytest.mark.parametrize(("dtype", "batch"), [(torch.float32, 1), (torch.float32, 2), (torch.bfloat16, 1)], ids=str)
-def test_a_fused_vae_decodes_what_the_eager_one_does(version: str, dtype: torch.dtype, batch: int) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "batch"), [(torch.float32, 1), (torch.float32, 2), (torch.bfloat16, 1)], ids=str
+)
+def test_a_fused_vae_decodes_what_the_eager_one_does(
+    version: str, dtype: torch.dtype, batch: int
+) -> None:
     vae = make_vae(version).to(DEVICE, dtype)
     twin = fused.fused_vae(vae)
     latents = random_latents(vae, 4, batch).to(DEVICE, dtype)
@@ -301,7 +365,11 @@ def test_a_fused_vae_decodes_what_the_eager_one_does(version: str, dtype: torch.
                 exact = decode(copy.deepcopy(vae).float(), latents.float())
                 error, allowed = (float((x.float() - exact).norm()) for x in (found, eager))
                 assert error <= SLACK * allowed
-    blocks = [m for m in twin.ltx.decoder.modules() if isinstance(m.__dict__.get("forward"), fused._ResnetBlock)]
+    blocks = [
+        m
+        for m in twin.ltx.decoder.modules()
+        if isinstance(m.__dict__.get("forward"), fused._ResnetBlock)
+    ]
     assert len(blocks) >= 3 and not any("forward" in m.__dict__ for m in vae.ltx.decoder.modules())
     weights = [m.weight for m in twin.ltx.decoder.modules() if isinstance(m, torch.nn.Conv3d)]
     assert all(weight.is_contiguous(memory_format=torch.channels_last_3d) for weight in weights)
