@@ -55,10 +55,8 @@ def test_the_streaming_benchmark_measures(repository: Path, tmp_path: Path) -> N
         "device_memory",
         "writing",
     )
-    code = (
-        "from benchmarks.streaming import main\n"
-        f"assert main(['--size', 'tiny', '--device', 'cpu', '--out', {str(out)!r}, '--only', {', '.join(map(repr, names))}]) == 0"
-    )
+    words = ["--size", "tiny", "--device", "cpu", "--out", str(out), "--only", *names]
+    code = f"from benchmarks.streaming import main\nassert main({words!r}) == 0"
     run(code, repository)
     text = out.read_text(encoding="utf-8")
     assert all(f'"{name}":' in text for name in names) and '"failures": []' in text
