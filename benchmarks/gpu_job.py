@@ -539,10 +539,9 @@ def mini_head(job: Job) -> TalkingHead:
     }
     layers = {"layers_per_block": [1] * 5, "decoder_layers_per_block": [1] * 5}
     vae = LTXVideoVAE(ltx_config={"decoder_causal": True, "latent_channels": 8, **widths, **layers})
-    shape = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16}
     transformer = A2VDiT(
-        in_channels=8, speech_dim=8, caption_channels=16, prompt_length=9, attention="chunked",
-        cache_options=CacheOptions(), **shape,
+        in_channels=8, num_layers=2, num_attention_heads=2, attention_head_dim=16, speech_dim=8,
+        caption_channels=16, prompt_length=9, attention="chunked", cache_options=CacheOptions(),
     )  # fmt: skip
     small = {
         "d_model": 16,
@@ -574,6 +573,11 @@ def chunk(job: Job, engine: ChunkEngine) -> Tensor:
     """One chunk of all of an engine's streams, from speech to frames."""
     audio = _random(1, engine.window_samples).expand(engine.batch, -1) * 0.1
     return engine.step(audio, job.noise.expand(engine.batch, -1, -1, -1, -1))
+
+
+def to_host(job: Job, engine: ChunkEngine) -> Tensor:
+    """The frames of one chunk, on the host."""
+    return chunk(job, engine).cpu()
 
 
 def plain_latents(job: Job, model: A2VDiT, num_chunks: int = 2) -> Tensor:
@@ -645,13 +649,13 @@ def captured(job: Job) -> Row:
     start_s = time.perf_counter()
     engine = job.kept("captured")
     job.wait()
-    found = {
+    found: Row = {
         "start_and_capture_s": round(time.perf_counter() - start_s, 2),
         "captured": engine.num_captured,
     }
     found |= backbone(job, engine)
     found["decode_ms"] = decode_ms(job, engine)
-    found["chunk_ms"] = job.times_ms(lambda: chunk(job, engine).cpu(), 8)
+    found["chunk_ms"] = job.times_ms(partial(to_host, job, engine), 8)
     return found | job.memory()
 
 
@@ -660,7 +664,7 @@ def eager(job: Job) -> Row:
     """The same without graphs and overlap."""
     engine = job.kept("eager")
     found = {**backbone(job, engine, 2), "decode_ms": decode_ms(job, engine, 4)}
-    return found | {"chunk_ms": job.times_ms(lambda: chunk(job, engine).cpu(), 3)}
+    return found | {"chunk_ms": job.times_ms(partial(to_host, job, engine), 3)}
 
 
 @step("paper.equal", "paper", 90)
@@ -933,9 +937,7 @@ def batches(job: Job) -> Row:
         engine = job.engine(size, graphs=True)
         for _ in range(2 if job.on_gpu else 0):
             chunk(job, engine)
-        found[str(size)] = (
-            job.times_ms(lambda engine=engine: chunk(job, engine).cpu(), 4) | job.memory()
-        )  # type: ignore[misc]
+        found[str(size)] = job.times_ms(partial(to_host, job, engine), 4) | job.memory()
         del engine
         job.clean()
     return found

@@ -9,8 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
-from types import MethodType
+from functools import cache, partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -61,7 +60,7 @@ class ChunkEngine:
         capture: Callable[[], Capture] | None = None,
         widest: ChunkEngine | None = None,
     ) -> None:
-        self.model, self.batch, self.sampling, self.clock = model, batch, sampling, clock
+        self.model, self.batch, self.sampling = model, batch, sampling
         self.options = options or EngineOptions()
         cache_options = model.transformer.cache_options
         self.chunk_length: int = cache_options.chunk_length
@@ -75,6 +74,9 @@ class ChunkEngine:
         self._capture = capture
         self._denoising, self._decoding = (Program(capture() if capture is not None else None) for _ in range(2))
         with explain_out_of_memory(model, batch, sampling):
+            # Not a method of this engine: what the state holds must not hold the engine, or the memory of a closed
+            # session would wait for the garbage collector.
+            self._stage = Stages(clock, model.device)
             self.state = state or StreamState(Tables(model, sampling, self.options), batch, self._stage)
             self._static = widest.static(batch) if widest is not None else self._allocate()
             self._noise, self._speech, self._latents, self._decoder_input, self._frames = self._static
@@ -89,9 +91,7 @@ class ChunkEngine:
         if self.options.compile:
             self._transformer = copy.copy(model.transformer)  # the same weights
             self._transformer.compile_blocks(streams=True)
-            # Slots and complex rotations are no matter for the compiler: it takes what lies before and behind.
-            opaque = MethodType(torch.compiler.disable(IDContextCache.attend), self.cache)
-            self.cache.attend = opaque  # type: ignore[method-assign]
+            self.cache.__class__ = _opaque_cache()
 
     def _allocate(self) -> tuple[Tensor, ...]:
         """Inputs and outputs of the two programs: noise, speech latents, latents, the decoder's own latents, frames."""
@@ -113,6 +113,11 @@ class ChunkEngine:
         return ChunkEngine(
             self.model, batch, self.sampling, self.clock, self.options, state, self._capture, widest=self
         )
+
+    @property
+    def clock(self) -> StreamClock | None:
+        """Charged with what the engine does."""
+        return self._stage.clock
 
     @property
     def cache(self) -> IDContextCache:
@@ -280,11 +285,30 @@ class ChunkEngine:
         with explain_out_of_memory(self.model, self.batch, self.sampling):
             yield
 
-    def _stage(self, name: str) -> AbstractContextManager[None]:
-        if self.clock is None:
-            return nullcontext()
-        on_device = self.model.device.type == "cuda"
-        return self.clock.stage(name, partial(torch.cuda.Event, enable_timing=True) if on_device else None)
+
+class Stages:
+    """Charges a block to a stage of a clock, by events on CUDA; without a clock nothing is charged.
+
+    Attributes:
+        clock: of the session that the engine works for.
+    """
+
+    def __init__(self, clock: StreamClock | None, device: torch.device) -> None:
+        self.clock = clock
+        self._event = partial(torch.cuda.Event, enable_timing=True) if device.type == "cuda" else None
+
+    def __call__(self, name: str) -> AbstractContextManager[None]:
+        return self.clock.stage(name, self._event) if self.clock is not None else nullcontext()
+
+
+@cache
+def _opaque_cache() -> type[IDContextCache]:
+    """A cache whose slots and complex rotations are no matter for the compiler: it takes what lies before and behind."""
+
+    class OpaqueCache(IDContextCache):
+        attend = torch.compiler.disable(IDContextCache.attend)
+
+    return OpaqueCache
 
 
 def _upload(tensor: Tensor, device: torch.device) -> Tensor:
