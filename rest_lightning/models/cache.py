@@ -37,7 +37,7 @@ class IDContextCache:
     Attributes:
         keys, values: ``(num_steps, num_layers, rows, heads, tokens, D / heads)``: a head's lie together, as products
             want them. num_steps is 1 unless ``cache_noise`` is per_step.
-        mask: ``(rows, 1, 1, tokens)``, 0 where a row may look and -inf where not.
+        mask: ``(rows, 1, 1, tokens)``, 0 where a row may look and -inf where not; kept up to date where it is needed.
         rotation: ``(rows, l * n, D / 2)``, of the current slot.
         num_frames: per row, latent frames committed since its start; 0 = the next chunk is its first.
         num_previous: per row, latent frames in the previous slot (right-aligned: next to the current slot).
@@ -243,11 +243,14 @@ class IDContextCache:
         n, f = self.num_tokens, self.num_current
         previous = slice((self.previous_frames - f) * n, self.previous_frames * n)
         current = slice((self.previous_frames + 1) * n, (self.previous_frames + 1 + f) * n)
-        keys = self.keys[..., current, :]
-        if self.options.positions == "window":
-            keys = split_heads(rotate(join_heads(keys), self._shift()), self.num_heads)
-        self.keys[..., previous, :] = keys
         self.values[..., previous, :] = self.values[..., current, :]
+        if self.options.positions != "window":
+            self.keys[..., previous, :] = self.keys[..., current, :]
+            return
+        # Layer by layer: what one of them takes in between, in float32, stays small and in a GPU's cache.
+        shift = self._shift()
+        for keys in self.keys.flatten(0, 1):
+            keys[..., previous, :] = split_heads(rotate(join_heads(keys[..., current, :]), shift), self.num_heads)
 
     def _shift(self) -> Tensor:
         """Rotation from the current slot to the positions just before it: ``(rows, f * n, D / 2)``."""
@@ -298,13 +301,13 @@ class IDContextCache:
             self._start = (self.previous_frames + 1) * n
         else:
             self._start = (self.previous_frames - self.num_previous[0]) * n
-        if visible != self._visible:
-            host = torch.zeros(self.mask.shape, dtype=self.mask.dtype)
+        if self._masked and visible != self._visible:
+            # Filled on the device: a copy from the host would be waited for.
+            self.mask.zero_()
             for row, (count, sink) in enumerate(visible):
-                host[row, ..., : (self.previous_frames - count) * n] = -torch.inf
+                self.mask[row, ..., : (self.previous_frames - count) * n].fill_(-torch.inf)
                 if not sink:
-                    host[row, ..., self.previous_frames * n : (self.previous_frames + 1) * n] = -torch.inf
-            self.mask.copy_(host)
+                    self.mask[row, ..., self.previous_frames * n : (self.previous_frames + 1) * n].fill_(-torch.inf)
             self._visible = visible
 
     # -- moving state -------------------------------------------------------------------------------------------------

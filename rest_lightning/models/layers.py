@@ -38,6 +38,16 @@ class Condition:
         blocks = [(k.expand(batch, -1, -1, -1), v.expand(batch, -1, -1, -1)) for k, v in self.blocks]
         return Condition(blocks, None if self.mask is None else self.mask.expand(batch, -1, -1, -1))
 
+    def repeat(self, batch: int) -> Condition:
+        """The condition of one row for ``batch`` rows, each in memory of its own."""
+        blocks = [(k.repeat(batch, 1, 1, 1), v.repeat(batch, 1, 1, 1)) for k, v in self.blocks]
+        return Condition(blocks, None if self.mask is None else self.mask.repeat(batch, 1, 1, 1))
+
+    def first(self, batch: int) -> Condition:
+        """The first ``batch`` rows, as views."""
+        blocks = [(k[:batch], v[:batch]) for k, v in self.blocks]
+        return Condition(blocks, None if self.mask is None else self.mask[:batch])
+
     def twice(self) -> Condition:
         """The condition of a batch that is repeated."""
         blocks = [(torch.cat([k, k]), torch.cat([v, v])) for k, v in self.blocks]

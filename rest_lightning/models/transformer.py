@@ -200,11 +200,18 @@ class A2VDiT(nn.Module):
             mask = ((1 - text_mask.to(blocks[0][0].dtype)) * -10000.0)[:, None, None]
         return Condition(blocks, mask)
 
-    def project_prompt(self, batch: int) -> Condition | None:
-        """Keys and values of the model's own text for ``batch`` rows; None where it has none."""
+    def project_prompt(self, batch: int, padded: bool = True) -> Condition | None:
+        """Keys and values of the model's own text for ``batch`` rows; None where it has none.
+
+        Args:
+            batch: number of rows.
+            padded: False leaves the padding out, and with it the mask. That waits for the device: do it once.
+        """
         if self.prompt_embeds is None or self.prompt_mask is None:
             return None
-        return self.project_text(self.prompt_embeds[None], self.prompt_mask[None]).expand(batch)
+        if padded or not self.prompt_mask.any():  # a mask that hides everything hides nothing
+            return self.project_text(self.prompt_embeds[None], self.prompt_mask[None]).expand(batch)
+        return self.project_text(self.prompt_embeds[None, self.prompt_mask.bool()]).expand(batch)
 
     def _blocks(self) -> Iterable[Block]:
         yield from self.transformer_blocks  # type: ignore[misc]

@@ -19,7 +19,7 @@ from rest_lightning.constants import SAMPLES_PER_FRAME, SPATIAL_RATIO, TEMPORAL_
 from rest_lightning.diffusion.sampling import euler_step
 from rest_lightning.models.cache import IDContextCache
 from rest_lightning.models.causal import Stream
-from rest_lightning.streaming.graphs import Capture, Program, cuda_capture
+from rest_lightning.streaming.graphs import Capture, Program, cuda_capture, on_device
 from rest_lightning.streaming.options import EngineOptions, explain_out_of_memory
 from rest_lightning.streaming.overlap import Device, Host, Pending
 from rest_lightning.streaming.report import StreamClock
@@ -72,8 +72,11 @@ class ChunkEngine:
         if capture is None and self.options.captures(model.device):
             capture = partial(cuda_capture, model.device)
         self._capture = capture
-        self._denoising, self._decoding = (Program(capture() if capture is not None else None) for _ in range(2))
-        with explain_out_of_memory(model, batch, sampling):
+        if widest is not None:  # one of the two works at a time: they share streams and memory for graphs
+            self._denoising, self._decoding = widest._denoising.again(), widest._decoding.again()
+        else:
+            self._denoising, self._decoding = (Program(capture() if capture is not None else None) for _ in range(2))
+        with on_device(model.device), explain_out_of_memory(model, batch, sampling):
             # Not a method of this engine: what the state holds must not hold the engine, or the memory of a closed
             # session would wait for the garbage collector.
             self._stage = Stages(clock, model.device)
@@ -175,14 +178,14 @@ class ChunkEngine:
             Frames, uint8 (B, chunk_frames, H, W, 3), on the model's device.
         """
         self.launch(audio, noise)
-        self._way.join()
-        return self._frames[:, : TEMPORAL_RATIO * noise.shape[2]].clone()
+        with self._at_rest():
+            return self._frames[:, : TEMPORAL_RATIO * noise.shape[2]].clone()
 
     @torch.inference_mode()
     def launch(self, audio: Tensor, noise: Tensor) -> Pending:
         """:meth:`step`, without waiting for the device: at most ``depth`` chunks may be under way."""
         model, num_latents = self.model, noise.shape[2]
-        with explain_out_of_memory(model, self.batch, self.sampling):
+        with on_device(model.device), explain_out_of_memory(model, self.batch, self.sampling):
             with self._stage("speech"):
                 features = model.speech_encoder(_upload(audio, model.device)).to(model.dtype)
                 speech_latents = self.tables.speech_ae.encode(features, self.speech)
@@ -194,7 +197,8 @@ class ChunkEngine:
 
     def denoise(self, noise: Tensor, speech_latents: Tensor) -> Tensor:
         """Noise (B, C, l, h, w) and speech latents (B, l, n, d) to clean latents; moves the cache on by one chunk."""
-        return self._denoise(noise, speech_latents).clone()
+        with on_device(self.model.device):
+            return self._denoise(noise, speech_latents).clone()
 
     def _denoise(self, noise: Tensor, speech_latents: Tensor) -> Tensor:
         num_latents, cache = noise.shape[2], self.cache
@@ -267,13 +271,13 @@ class ChunkEngine:
 
     def snapshot(self) -> EngineState:
         """The state after the last chunk."""
-        self._way.join()
-        return self.state.snapshot()
+        with self._at_rest():
+            return self.state.snapshot()
 
     def restore(self, state: EngineState) -> None:
         """Go back to a snapshot of this engine or of one like it. See :meth:`StreamState.restore`."""
-        self._way.join()
-        self.state.restore(state)
+        with self._at_rest():
+            self.state.restore(state)
 
     def join(self) -> None:
         """Let what comes next on the device wait for what is under way."""
@@ -281,8 +285,8 @@ class ChunkEngine:
 
     @contextmanager
     def _at_rest(self) -> Iterator[None]:
-        self._way.join()
-        with explain_out_of_memory(self.model, self.batch, self.sampling):
+        with on_device(self.model.device), explain_out_of_memory(self.model, self.batch, self.sampling):
+            self._way.join()
             yield
 
 

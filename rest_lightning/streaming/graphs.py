@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -25,6 +26,10 @@ class Program:
     def __init__(self, capture: Capture | None) -> None:
         self._capture = capture
         self._replays: dict[Hashable, Function] = {}
+
+    def again(self) -> Program:
+        """Another program that is captured in the same way, with the same stream and memory; never run both at once."""
+        return Program(self._capture)
 
     @property
     def num_captured(self) -> int:
@@ -50,21 +55,31 @@ class Program:
         return True
 
 
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """Makes a CUDA device the current one: events, graphs and Triton's kernels go by that."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 def cuda_capture(device: torch.device) -> Capture:
-    """Captures into graphs that share one memory pool: those of one program never run at the same time."""
-    pool = torch.cuda.graph_pool_handle()
+    """Captures into graphs that share one memory pool and one stream: those of one program never run together.
+
+    The stream is the program's own, for warming up and for capturing. cuBLAS keeps one workspace for each stream, and a
+    graph goes on using that of the stream it was captured on: two programs that replay at the same time need two.
+    """
+    pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
 
     def capture(function: Function) -> Function:
-        current, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
-        side.wait_stream(current)
-        with torch.cuda.stream(side):  # libraries choose their kernels and allocate workspaces at their first calls
-            for _ in range(2):
+        with on_device(device):
+            current = torch.cuda.current_stream(device)
+            stream.wait_stream(current)
+            with torch.cuda.stream(stream):  # libraries choose their kernels and allocate workspaces at first calls
+                for _ in range(2):
+                    function()
+            current.wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            # Other threads (a writer that pins memory) may go on calling CUDA meanwhile.
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                 function()
-        current.wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        # Other threads (a writer that pins memory) may go on calling CUDA meanwhile.
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            function()
         return graph.replay
 
     return capture

@@ -167,7 +167,12 @@ def explain_out_of_memory(model: TalkingHead, batch: int, sampling: SamplingSett
 
 def _is_out_of_memory(error: BaseException) -> bool:
     words = ("DefaultCPUAllocator", "CUDA out of memory", "Storage size calculation overflowed")
-    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
+    seen: BaseException | None = error
+    while seen is not None:  # ending a capture that ran out of memory raises an error of its own on top
+        if isinstance(seen, torch.OutOfMemoryError) or any(word in str(seen) for word in words):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
 
 
 def cache_num_bytes(model: TalkingHead, rows: int, num_steps: int) -> int:

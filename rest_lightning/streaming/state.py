@@ -18,6 +18,7 @@ from rest_lightning.errors import UserError
 from rest_lightning.models.cache import IDContextCache
 from rest_lightning.models.causal import Stream
 from rest_lightning.models.packed import packed
+from rest_lightning.streaming.graphs import on_device
 from rest_lightning.streaming.options import EngineOptions
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ class Tables:
         levels: the same on the device: a number from the host would be copied, and waited for, at every step.
         embeddings: modulations of every level but the last, and of 0 (the clean pass). Levels stay float32 as in
             training: bfloat16 would round 1000 * sigma to steps of 4.
-        text: the model's own prompt for one row; None where it has none.
+        text: the model's own prompt for one row, without padding and mask; None where it has none.
         signature: tells states of this model, type, size and guidance from those of others.
     """
 
@@ -63,7 +64,7 @@ class Tables:
         self.levels = torch.tensor(self.sigmas, dtype=torch.float32, device=model.device)
         levels = [*self.sigmas[:-1], 0.0]
         self.embeddings = [model.transformer.embed_sigma(self.levels.new_full((1, 1), level)) for level in levels]
-        self.text = model.transformer.project_prompt(1)
+        self.text = model.transformer.project_prompt(1, padded=False)
         self.signature: Hashable = (
             _fingerprint(model), str(model.dtype), model.size_px, cache_options, self.guidance.num_branches,
             sampling.num_steps if cache_options.cache_noise == "per_step" else None,
@@ -107,6 +108,8 @@ class StreamState:
     Attributes:
         cache: keys and values; speech, decoder: pasts of the SpeechAE and of the VAE's decoder.
         reference_rows: latents of the references, (branches * B, C, 1, h, w).
+        text: the model's prompt for all rows of the cache, each row in memory of its own: flash attention takes no
+            mask, and no rows that lie on one another.
     """
 
     def __init__(self, tables: Tables, batch: int, stage: Stage = _untimed) -> None:
@@ -114,6 +117,7 @@ class StreamState:
         self.tables, self.batch, self._stage = tables, batch, stage
         rows = batch * tables.guidance.num_branches
         self.cache = IDContextCache.allocate(model.transformer, rows, side, side, num_steps=tables.sampling.num_steps)
+        self.text = tables.text and tables.text.repeat(rows)
         self.speech, self.decoder = Stream(), Stream()
         with torch.inference_mode(False):
             shape = (rows, model.vae.latent_channels, 1, side, side)
@@ -123,7 +127,7 @@ class StreamState:
     def start(self, reference: Tensor) -> None:
         """Begin every stream with its portrait (B, 3, H, W) in [-1, 1]: fills the ID-Sink, before any speech."""
         model = self.tables.model
-        with self._stage("speech"):
+        with on_device(model.device), self._stage("speech"):
             silence = torch.zeros(self.batch, SAMPLES_PER_FRAME, device=model.device)  # frame 0 lies before the speech
             features = model.speech_encoder(model.speech_encoder.pad(silence)).to(model.dtype)
             speech = Stream()
@@ -135,19 +139,19 @@ class StreamState:
     def show(self, reference: Tensor) -> None:
         """Go on with another portrait (B, 3, H, W): the speech continues, context and decoder begin anew."""
         model, tables = self.tables.model, self.tables
+        with on_device(model.device):
+            self._show(reference.to(model.device, model.dtype))
+
+    def _show(self, reference: Tensor) -> None:
+        tables = self.tables
         with self._stage("vae"):
-            latent = tables.vae.encode(reference[:, :, None].to(model.device, model.dtype))
+            latent = tables.vae.encode(reference[:, :, None])
             self.decoder.restore(tables.vae.start_decode(latent)[1])
         with self._stage("dit"):
             self.cache.reset_rows()
             self.reference_rows.copy_(tables.guidance.references(latent))
             if self.cache.options.reference_attends == "self":
                 tables.transformer.prefill(self.reference_rows, self.cache, text_embeds=self.text)
-
-    @property
-    def text(self) -> Any:
-        """The model's prompt for all rows of the cache, as views."""
-        return self.tables.text and self.tables.text.expand(self.cache.rows)
 
     # -- rows ---------------------------------------------------------------------------------------------------------
 
@@ -165,6 +169,7 @@ class StreamState:
         narrow.batch, narrow.cache = batch, self.cache.narrow(rows)
         narrow.speech, narrow.decoder = self.speech.narrow(batch), self.decoder.narrow(batch)
         narrow.reference_rows = self.reference_rows[:rows]
+        narrow.text = self.text and self.text.first(rows)
         return narrow
 
     @torch.inference_mode()
