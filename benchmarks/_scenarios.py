@@ -303,12 +303,14 @@ class CacheOrRecompute:
         window = torch.randn(rows, model.in_channels, 1 + 2 * length, side, side, **like)
         tokens = torch.randn(rows, 1 + 2 * length, bench.head.speech_ae.num_tokens, model.speech_dim or 1, **like)
         tokens[:, 0] = 0.0
-        text = model.project_prompt(rows)
+        text = model.project_prompt(rows, padded=False)
         cache = IDContextCache.allocate(model, rows, side, side, num_steps=settings.num_steps)
         if cache.options.reference_attends == "self":
             model.prefill(window[:, :, :1], cache, text_embeds=text)
 
-        levels = [model.embed_sigma(torch.full((1, 1), level, device=bench.head.device)) for level in sigmas[:-1]]
+        # On the device: a number from the host would be copied there, and waited for, at every step.
+        levels = torch.tensor(sigmas, device=bench.head.device)
+        embedded = [model.embed_sigma(levels[i : i + 1, None]) for i in range(len(sigmas) - 1)]
         whole = []
         for level in sigmas[:-1]:
             frames = torch.full((1, 1 + 2 * length), level, device=bench.head.device)
@@ -317,14 +319,14 @@ class CacheOrRecompute:
 
         def cached() -> None:
             sample, speech_keys = window[:, :, -length:], model.project_speech(tokens[:, -length:])
-            for step, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
-                velocity = model(sample, levels[step], speech_keys, text, cache=cache, step=step)
+            for step, (sigma, sigma_next) in enumerate(pairwise(levels)):
+                velocity = model(sample, embedded[step], speech_keys, text, cache=cache, step=step)
                 sample = euler_step(sample, velocity, sigma, sigma_next)
             cache.commit()
 
         def recomputed() -> None:
             sample, speech_keys = window.clone(), model.project_speech(tokens)
-            for step, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
+            for step, (sigma, sigma_next) in enumerate(pairwise(levels)):
                 velocity = model(sample, whole[step], speech_keys, text)[:, :, -length:]
                 sample[:, :, -length:] = euler_step(sample[:, :, -length:], velocity, sigma, sigma_next)
 

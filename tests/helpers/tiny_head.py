@@ -14,8 +14,17 @@ from rest_lightning.models.transformer import A2VDiT
 from rest_lightning.talking_head import SamplingSettings, TalkingHead
 
 
-def make_head(chunk_length: int = 3, lookahead_frames: int = 2, seed: int = 0, **cache_options: Any) -> TalkingHead:
-    """Random weights, also where training starts from zero, so that every input matters."""
+def make_head(
+    chunk_length: int = 3,
+    lookahead_frames: int = 2,
+    seed: int = 0,
+    caption_channels: int | None = None,
+    **cache_options: Any,
+) -> TalkingHead:
+    """Random weights, also where training starts from zero, so that every input matters.
+
+    With ``caption_channels`` the transformer reads a prompt of 9 tokens, 4 of them padding.
+    """
     torch.manual_seed(seed)
     head = TalkingHead(
         CompactVAE(4, (8, 16, 16), (1, 1, 1), (1, 1, 1), ((4, 2), (2, 2)), patch_size=8),
@@ -26,7 +35,8 @@ def make_head(chunk_length: int = 3, lookahead_frames: int = 2, seed: int = 0, *
             num_layers=2,
             num_attention_heads=2,
             attention_head_dim=16,
-            caption_channels=None,
+            caption_channels=caption_channels,
+            prompt_length=None if caption_channels is None else 9,
             speech_dim=8,
             attention="chunked",
             cache_options=CacheOptions(chunk_length=chunk_length, **cache_options),
@@ -34,6 +44,9 @@ def make_head(chunk_length: int = 3, lookahead_frames: int = 2, seed: int = 0, *
         SamplingSettings(num_steps=2, guidance=1.5, shift=1.0),
         size_px=64,
     )
+    if head.transformer.prompt_embeds is not None and head.transformer.prompt_mask is not None:
+        head.transformer.prompt_embeds.normal_()
+        head.transformer.prompt_mask[5:] = 0
     for parameter in head.parameters():
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.2)
