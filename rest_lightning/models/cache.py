@@ -267,6 +267,13 @@ class IDContextCache:
             self._clear_previous(row)
         self._refresh()
 
+    def clear(self) -> None:
+        """Empty all slots, in place; all rows start anew with their next chunk, and need their sinks."""
+        self.keys.zero_()
+        self.values.zero_()
+        self.num_current = 0
+        self.reset_rows()
+
     def _clear_previous(self, row: int) -> None:
         for buffer in (self.keys, self.values):  # a hidden slot must still be finite: 0 * NaN = NaN
             buffer[:, :, row, :, : self.previous_frames * self.num_tokens] = 0

@@ -258,16 +258,21 @@ class ChunkEngine:
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Run dummy chunks from a start to the usual chunk; state and clock are what they were before."""
-        saved = self.snapshot()
-        device = self.model.device
+        """Run dummy chunks from a start to the usual chunk, before any stream has started; the clock stands still.
+
+        The streams are empty afterwards, and a start begins them as if nothing had been. So nothing has to be kept
+        meanwhile: a copy of the state would take as much memory as the cache itself.
+        """
+        device, side = self.model.device, self.model.size_px
         with self.clock.paused() if self.clock is not None else nullcontext():
+            self.start(torch.zeros(self.batch, 3, side, side))
             # On CUDA three: a first chunk, one that sees a short predecessor, and one of all others.
             lengths = (self.first_length, self.chunk_length, self.chunk_length)
             for length in lengths if device.type == "cuda" else lengths[:1]:
                 noise = torch.zeros(*self.latent_shape[:2], length, *self.latent_shape[3:])
                 self.launch(torch.zeros(self.batch, self.samples_of(length)), noise).frames()
-        self.restore(saved)
+            with self._at_rest():
+                self.state.clear()
 
     def snapshot(self) -> EngineState:
         """The state after the last chunk."""

@@ -49,7 +49,7 @@ class EngineOptions:
             ``efficient`` or ``math``; the others follow where it cannot. ``auto``: torch's own order.
         overlap: on CUDA decode a chunk, and copy it to the host, while the next one is denoised.
         warm_up: run dummy chunks when a session opens, so that the first real one is as fast as the others (and every
-            graph is captured); the state is what it was before, bit for bit. None: where graphs are captured.
+            graph is captured); frames are the same, bit for bit. None: where graphs are captured.
         first_chunk_length: latents of a stream's first chunk, 1 to chunk_length: a short one needs less speech before
             the first frame. None takes chunk_length.
     """

@@ -61,9 +61,9 @@ class StreamingSession:
         self.configuration = describe(model, sampling, options) | {"seed": seed}
         reference = as_reference(portrait, model.size_px)
         self.engine = ChunkEngine(model, 1, sampling, self.clock, options)
-        self._row = Row(self.engine, reference, seed)
         if options.warms_up(model.device):
             self.engine.warm_up()
+        self._row = Row(self.engine, reference, seed)
         self._under_way: deque[tuple[Pending, int, int]] = deque()
         self._closed = False
 

@@ -153,6 +153,13 @@ class StreamState:
             if self.cache.options.reference_attends == "self":
                 tables.transformer.prefill(self.reference_rows, self.cache, text_embeds=self.text)
 
+    @torch.inference_mode()
+    def clear(self) -> None:
+        """Forget everything, in place: the streams have to be started again."""
+        self.cache.clear()
+        for past in (*self.speech.values(), *self.decoder.values(), self.reference_rows):
+            past.zero_()
+
     # -- rows ---------------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()

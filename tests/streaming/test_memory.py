@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from rest_lightning.streaming.engine import ChunkEngine
 from rest_lightning.streaming.options import EngineOptions
 from rest_lightning.talking_head import TalkingHead
 
@@ -86,3 +88,25 @@ def test_a_model_that_is_let_go_is_freed_at_once(make: Callable[..., TalkingHead
     weights = [weakref.ref(parameter) for parameter in head.parameters()]
     del head, session
     assert not [reference for reference in weights if reference() is not None]
+
+
+def test_warming_up_copies_no_state(make: Callable[..., TalkingHead]) -> None:
+    """At paper size a copy of the cache would be a gigabyte, beside the cache."""
+    head = make()
+    engine = ChunkEngine(head, 1, head.sampling, options=EngineOptions(pack=False))
+    num_bytes = engine.cache.keys.numel() * engine.cache.keys.element_size()
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal largest
+            result = function(*args, **(kwargs or {}))
+            if function in (torch.ops.aten.clone.default, torch.ops.aten.copy_.default):
+                largest = max(largest, result.numel() * result.element_size() if result.ndim == 6 else 0)
+            return result
+
+    with Watch():
+        engine.warm_up()
+    assert largest < num_bytes / 2  # what a chunk moves in its cache
+    assert not engine.cache.keys.any() and not engine.cache.values.any() and engine.cache.num_frames == [0] * 2
+    assert not any(past.any() for past in (*engine.speech.values(), *engine.decoder.values()))
