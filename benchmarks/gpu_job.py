@@ -8,8 +8,8 @@ The driver starts one process per group of steps. A step that fails leaves its e
 one runs; when a process dies or hangs, another one goes on behind the step that it died in.
 ``results.json`` is written anew after every step, ``log.txt`` holds what was printed, and
 ``kernels.txt`` the profile. ``--out`` may be the folder of an earlier call: what it measured stays,
-unless ``--again`` is given. Needs torch, numpy, diffusers, transformers and jsonargparse; Triton for
-the fused kernels; pytest for the step ``tests``. No PyAV, Lightning, decord or lpips.
+unless ``--again`` is given. Needs torch, numpy, diffusers, transformers and jsonargparse; Triton
+for the fused kernels; pytest for the step ``tests``. No PyAV, Lightning, decord or lpips.
 """
 
 from __future__ import annotations
@@ -137,7 +137,9 @@ class Job:
         return {f"{name}_gb": round(getattr(torch.cuda, name)() / 1e9, 3) for name in names}
 
     def times_ms(self, call: Callable[[], Any], repeats: int, num_warm: int = 1) -> Row:
-        """Milliseconds of calls, by events on a GPU, where the host's time to queue stands beside them."""
+        """Milliseconds of calls, by events on a GPU, where the host's time to queue stands
+        beside them.
+        """
         import torch
 
         if not self.on_gpu:  # a rehearsal, in Triton's interpreter for the most part
@@ -162,7 +164,9 @@ class Job:
         return {**spread(times), **({"host_ms_p50": spread(host)["p50"]} if host else {})}
 
     def per_call_us(self, calls: list[Callable[[], Any]], repeats: int = 5) -> float:
-        """Microseconds of one of several calls inside a captured graph, without gaps of launching."""
+        """Microseconds of one of several calls inside a captured graph, without gaps of
+        launching.
+        """
         import torch
 
         if not self.on_gpu:
@@ -386,7 +390,9 @@ def smi(query: str) -> str:
 
 @step("fused", "kernels", 90)
 def fused_kernels(job: Job) -> Row:
-    """Every fused kernel and the operations that it replaces: error to float64, time, bytes a second."""
+    """Every fused kernel and the operations that it replaces: error to float64, time, bytes a
+    second.
+    """
     import torch
     import torch.nn.functional as F
 
@@ -804,7 +810,9 @@ def peak(job: Job) -> Row:
 
 @step("paper.profile", "paper", 90)
 def profile(job: Job) -> Row:
-    """Kernels of one chunk by name, count and time, captured, fused and eager; all in kernels.txt."""
+    """Kernels of one chunk by name, count and time, captured, fused and eager; all in
+    kernels.txt.
+    """
     import torch
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
@@ -870,7 +878,9 @@ def _has_triton() -> bool:
 
 
 def measure_options(job: Job, **options: Any) -> Row:
-    """An engine with other switches: how far its latents and frames are off, backbone and decode."""
+    """An engine with other switches: how far its latents and frames are off, backbone and
+    decode.
+    """
     import torch
 
     if options.get("fuse") and not _has_triton():
@@ -1187,7 +1197,9 @@ def training_embedded(job: Job) -> Row:
 
 @step("command", "command", 600)
 def command(job: Job) -> Row:
-    """A command of one's own, from the environment, in the time that is left; its output is in train.txt."""
+    """A command of one's own, from the environment, in the time that is left; its output is in
+    train.txt.
+    """
     words = os.environ.get(TRAIN_VARIABLE)
     if not words:
         return {"not_measured": f"{TRAIN_VARIABLE} is not set"}

@@ -67,11 +67,16 @@ def offline_guard() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def fixed_seeds() -> None:
-    """Seed the global generators; torch only where the test module imported it."""
+    """Seed the global generators; torch only where the test module imported it.
+
+    float32 is float32 there: convolutions on CUDA would round to the 10 bits of TF32 unless told otherwise.
+    """
     random.seed(0)
     np.random.seed(0)
     if "torch" in sys.modules:
-        sys.modules["torch"].manual_seed(0)
+        torch = sys.modules["torch"]
+        torch.manual_seed(0)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""What streams and measures on a machine with torch, diffusers and jsonargparse alone, as GPU machines are."""
+"""What streams and measures on a machine without PyAV, Lightning, decord and lpips."""
 
 from __future__ import annotations
 

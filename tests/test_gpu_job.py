@@ -1,4 +1,6 @@
-"""benchmarks/gpu_job.py: what it records survives steps that fail, die and hang; every step can be rehearsed."""
+"""benchmarks/gpu_job.py: what it records survives steps that fail, die and hang; every step can
+be rehearsed.
+"""
 
 from __future__ import annotations
 

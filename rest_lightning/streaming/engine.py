@@ -72,10 +72,10 @@ class ChunkEngine:
         if capture is None and self.options.captures(model.device):
             capture = partial(cuda_capture, model.device)
         self._capture = capture
+        self._denoising = Program(capture() if capture is not None and widest is None else None)
+        self._decoding = Program(capture() if capture is not None and widest is None else None)
         if widest is not None:  # one of the two works at a time: they share streams and memory for graphs
             self._denoising, self._decoding = widest._denoising.again(), widest._decoding.again()
-        else:
-            self._denoising, self._decoding = (Program(capture() if capture is not None else None) for _ in range(2))
         with on_device(model.device), explain_out_of_memory(model, batch, sampling):
             # Not a method of this engine: what the state holds must not hold the engine, or the memory of a closed
             # session would wait for the garbage collector.
@@ -116,6 +116,17 @@ class ChunkEngine:
         return ChunkEngine(
             self.model, batch, self.sampling, self.clock, self.options, state, self._capture, widest=self
         )
+
+    def attach(self, model: TalkingHead, clock: StreamClock | None) -> None:
+        """Work for another session; the streams have to be started."""
+        self.model = self.tables.model = model
+        self._stage.clock = clock
+
+    def detach(self) -> None:
+        """Let go of the session and of the model; nothing but :meth:`attach` may follow."""
+        self.join()
+        self._stage.clock = None
+        del self.model, self.tables.model
 
     @property
     def clock(self) -> StreamClock | None:
@@ -312,7 +323,7 @@ class Stages:
 
 @cache
 def _opaque_cache() -> type[IDContextCache]:
-    """A cache whose slots and complex rotations are no matter for the compiler: it takes what lies before and behind."""
+    """A cache that the compiler leaves alone: it takes what lies before and behind slots and complex rotations."""
 
     class OpaqueCache(IDContextCache):
         attend = torch.compiler.disable(IDContextCache.attend)

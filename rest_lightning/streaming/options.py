@@ -31,7 +31,7 @@ ATTENTION: dict[str, SDPBackend | None] = {
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """Switches of the engine. All but ``float8`` and the last change the speed alone.
+    """Switches of the engine. All but ``float8`` and ``first_chunk_length`` change speed and memory alone.
 
     Attributes:
         graphs: capture the denoising steps and the decoding as CUDA graphs. None: on CUDA; ``REST_CUDA_GRAPHS=0`` in
@@ -52,6 +52,8 @@ class EngineOptions:
             graph is captured); frames are the same, bit for bit. None: where graphs are captured.
         first_chunk_length: latents of a stream's first chunk, 1 to chunk_length: a short one needs less speech before
             the first frame. None takes chunk_length.
+        reuse: keep the engine of a session that is closed for the next one that is opened alike, at most two a model:
+            its graphs need not be captured again, and its memory stays taken. None: where graphs are captured.
     """
 
     graphs: bool | None = None
@@ -63,6 +65,7 @@ class EngineOptions:
     overlap: bool = True
     warm_up: bool | None = None
     first_chunk_length: int | None = None
+    reuse: bool | None = None
 
     def captures(self, device: torch.device) -> bool:
         """Whether graphs are captured on ``device``.
@@ -130,6 +133,10 @@ class EngineOptions:
         """Whether a session on ``device`` runs dummy chunks when it opens."""
         return self.captures(device) if self.warm_up is None else self.warm_up
 
+    def reuses(self, device: torch.device) -> bool:
+        """Whether closed sessions on ``device`` leave their engines to later ones."""
+        return self.captures(device) if self.reuse is None else self.reuse
+
     def first_length(self, chunk_length: int) -> int:
         """Latents of the first chunk.
 
@@ -152,7 +159,7 @@ def explain_out_of_memory(model: TalkingHead, batch: int, sampling: SamplingSett
     try:
         yield
     except (torch.OutOfMemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         branches = sampling.branches.num_branches
         weights_gb = sum(p.numel() * p.element_size() for p in model.parameters()) / 1e9
@@ -165,7 +172,8 @@ def explain_out_of_memory(model: TalkingHead, batch: int, sampling: SamplingSett
         ) from error
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error, or one that caused it, says that a device or the CPU's allocator had no memory left."""
     words = ("DefaultCPUAllocator", "CUDA out of memory", "Storage size calculation overflowed")
     seen: BaseException | None = error
     while seen is not None:  # ending a capture that ran out of memory raises an error of its own on top

@@ -138,7 +138,7 @@ class StreamState:
     @torch.inference_mode()
     def show(self, reference: Tensor) -> None:
         """Go on with another portrait (B, 3, H, W): the speech continues, context and decoder begin anew."""
-        model, tables = self.tables.model, self.tables
+        model = self.tables.model
         with on_device(model.device):
             self._show(reference.to(model.device, model.dtype))
 

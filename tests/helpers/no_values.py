@@ -1,6 +1,7 @@
 """A device that holds no values, and a watch for what would make the host wait for one that does.
 
-It stands in for a GPU: an engine's programs run on ``meta``, where every copy from or to the host is seen.
+It stands in for a GPU: an engine's programs run on ``meta``, where every copy from or to the host
+is seen.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from rest_lightning.talking_head import TalkingHead
 
 
 class HostTraffic:
-    """What copies between host and device, or gives one the other's values, inside a ``with`` block."""
+    """What copies between host and device, or gives one the other's values, inside a ``with``
+    block.
+    """
 
     def __init__(self) -> None:
         self.found: list[str] = []
@@ -40,13 +43,17 @@ class HostTraffic:
 
 
 class _Numbers(TorchFunctionMode):
-    """Python's numbers that become tensors of a device: on CUDA each is a copy that is waited for."""
+    """Python's numbers that become tensors of a device: on CUDA each is a copy that is waited
+    for.
+    """
 
     def __init__(self, traffic: HostTraffic) -> None:
         super().__init__()
         self.traffic = traffic
 
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         result = function(*args, **(kwargs or {}))
         makes = function in (torch.tensor, torch.as_tensor, torch.scalar_tensor)
         if makes and not isinstance(args[0], Tensor) and result.device.type != "cpu":
@@ -59,14 +66,18 @@ class _Copies(TorchDispatchMode):
         super().__init__()
         self.traffic = traffic
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         result = function(*args, **(kwargs or {}))
         self.traffic.num_operations += 1
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         name = str(function.overloadpacket).removeprefix("aten.")
         if name in ("copy_", "_to_copy") and len({x.device.type for x in (*inputs, *outputs)}) > 1:
-            self.traffic.found.append(f"{name} of {[(x.device.type, tuple(x.shape)) for x in inputs]}")
+            self.traffic.found.append(
+                f"{name} of {[(x.device.type, tuple(x.shape)) for x in inputs]}"
+            )
         return result
 
 
@@ -79,15 +90,20 @@ def without_values(head: TalkingHead) -> Iterator[None]:
     attention._rope_table.cache_clear()
     try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(state, "_fingerprint", lambda model: 0)  # reads weights when an engine is made
+            patch.setattr(
+                state, "_fingerprint", lambda model: 0
+            )  # reads weights when an engine is made
             for module in head.modules():
-                for tensors in (module._parameters, module._buffers):
-                    for name, tensor in tensors.items():
-                        if tensor is not None:
-                            like = {"dtype": tensor.dtype, "device": "meta"}
-                            fake = torch.empty_strided(tensor.shape, tensor.stride(), **like)
-                            is_weight = isinstance(tensor, nn.Parameter)
-                            tensors[name] = nn.Parameter(fake, False) if is_weight else fake
+                for name, parameter in module._parameters.items():
+                    if parameter is not None:
+                        module._parameters[name] = nn.Parameter(_empty(parameter), False)
+                for name, buffer in module._buffers.items():
+                    if buffer is not None:
+                        module._buffers[name] = _empty(buffer)
             yield
     finally:
         attention._rope_table.cache_clear()
+
+
+def _empty(tensor: Tensor) -> Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")

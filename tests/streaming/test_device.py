@@ -1,4 +1,6 @@
-"""Devices, streams and errors of captured programs, as far as a machine without a GPU can tell; on CUDA the rest."""
+"""Devices, streams and errors of captured programs, as far as a machine without a GPU can tell;
+on CUDA the rest.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ def portrait() -> torch.Tensor:
 
 
 class Driver:
-    """Stands in for torch.cuda and records on which stream what happens; there is no CUDA here to ask."""
+    """Stands in for torch.cuda and records on which stream what happens; there is no CUDA here
+    to ask.
+    """
 
     def __init__(self) -> None:
         self.num_streams = self.num_pools = 0
@@ -33,7 +37,9 @@ class Driver:
 
     def Stream(self, device: torch.device) -> Any:
         self.num_streams += 1
-        return SimpleNamespace(name=f"stream {self.num_streams}", device=device, wait_stream=lambda other: None)
+        return SimpleNamespace(
+            name=f"stream {self.num_streams}", device=device, wait_stream=lambda other: None
+        )
 
     def graph_pool_handle(self) -> str:
         self.num_pools += 1
@@ -62,7 +68,9 @@ class Driver:
         return nullcontext()
 
 
-def test_every_program_warms_up_and_captures_on_a_stream_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_program_warms_up_and_captures_on_a_stream_of_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     driver = Driver()
     monkeypatch.setattr(graphs.torch, "cuda", driver)
     device = torch.device("cuda:1")
@@ -119,8 +127,13 @@ def test_whatever_an_engine_does_it_does_on_its_device(
     outside: list[Any] = []
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if not depth and function not in (torch.ops.aten.zeros.default, torch.ops.aten.detach.default):
+        def __torch_dispatch__(
+            self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if not depth and function not in (
+                torch.ops.aten.zeros.default,
+                torch.ops.aten.detach.default,
+            ):
                 outside.append(function)
             return function(*args, **(kwargs or {}))
 
@@ -145,8 +158,13 @@ def test_memory_that_ends_inside_a_capture_is_told(make: Callable[..., TalkingHe
         try:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         finally:  # as torch.cuda.graph does on leaving
-            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
-    with pytest.raises(RuntimeError, match="misaligned"), explain_out_of_memory(head, 1, head.sampling):
+            raise RuntimeError(
+                "CUDA error: operation failed due to a previous error during capture"
+            )
+    with (
+        pytest.raises(RuntimeError, match="misaligned"),
+        explain_out_of_memory(head, 1, head.sampling),
+    ):
         raise RuntimeError("misaligned address")
 
 

@@ -1,4 +1,4 @@
-"""Nothing in the loop waits for the device: no value goes from the host to it, or back, but a chunk's own inputs."""
+"""Nothing in the loop waits for the device: only a chunk's own inputs go there from the host."""
 
 from __future__ import annotations
 
@@ -40,7 +40,9 @@ def test_the_watch_sees_what_would_wait() -> None:
     ],
     ids=str,
 )
-def test_chunks_are_computed_without_the_host(make: Callable[..., TalkingHead], options: dict[str, Any]) -> None:
+def test_chunks_are_computed_without_the_host(
+    make: Callable[..., TalkingHead], options: dict[str, Any]
+) -> None:
     head = make(**options)
     with without_values(head), torch.inference_mode():
         engine = ChunkEngine(head, 2, head.sampling)
@@ -54,10 +56,13 @@ def test_chunks_are_computed_without_the_host(make: Callable[..., TalkingHead], 
             assert traffic.num_operations > 200 and traffic.found == []
 
 
-def test_rows_of_different_ages_are_masked_without_the_host(make: Callable[..., TalkingHead]) -> None:
+def test_rows_of_different_ages_are_masked_without_the_host(
+    make: Callable[..., TalkingHead],
+) -> None:
     head = make(use_sink=False)
     caches = [
-        IDContextCache.allocate(head.transformer, 3, 2, 2, device=device) for device in ("meta", "cpu")
+        IDContextCache.allocate(head.transformer, 3, 2, 2, device=device)
+        for device in ("meta", "cpu")
     ]
     for cache in caches:
         for chunk in range(4):
@@ -70,17 +75,26 @@ def test_rows_of_different_ages_are_masked_without_the_host(make: Callable[..., 
         cache.reset_rows([2])
     n, hidden = 4, caches[1].mask[:, 0, 0].isinf()
     assert caches[1].window_mask is not None
-    assert hidden[0, 3 * n : 4 * n].all() and not hidden[0, : 3 * n].any()  # the sink, after the first chunk
+    assert (
+        hidden[0, 3 * n : 4 * n].all() and not hidden[0, : 3 * n].any()
+    )  # the sink, after the first chunk
     assert hidden[2, : 3 * n].all() and not hidden[2, 3 * n :].any()  # anew: no previous chunk
 
 
 @pytest.mark.parametrize("scenario", ["Backbone", "CacheOrRecompute"])
 def test_scenarios_measure_without_the_host(
-    make: Callable[..., TalkingHead], scenario: str, repository: Path, monkeypatch: pytest.MonkeyPatch
+    make: Callable[..., TalkingHead],
+    scenario: str,
+    repository: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.syspath_prepend(str(repository))
     scenarios = importlib.import_module("benchmarks._scenarios")
-    module = importlib.import_module("benchmarks._device_scenarios") if scenario == "Backbone" else scenarios
+    module = (
+        importlib.import_module("benchmarks._device_scenarios")
+        if scenario == "Backbone"
+        else scenarios
+    )
     head = make()
     calls: dict[str, Callable[[], Any]] = {}
 
@@ -114,5 +128,6 @@ def test_moving_the_cache_takes_little_memory_in_between(
         with live_bytes(known) as live:
             cache._move()
         cache.commit()
-        # In between: float32 and complex numbers of one layer, and the rotation. All layers at once took 16 times that.
+        # In between: float32 and complex numbers of one layer, and the rotation. All layers at once
+        # took 16 times that.
         assert live.peak < 16 * slot_bytes

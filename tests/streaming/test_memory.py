@@ -46,7 +46,12 @@ def watched(engine: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     "options",
-    [EngineOptions(), EngineOptions(pack=False), EngineOptions(compile=True), EngineOptions(warm_up=True)],
+    [
+        EngineOptions(),
+        EngineOptions(pack=False),
+        EngineOptions(compile=True),
+        EngineOptions(warm_up=True),
+    ],
     ids=str,
 )
 def test_a_session_that_is_let_go_frees_its_memory_at_once(
@@ -74,8 +79,12 @@ def test_a_batch_that_is_let_go_frees_its_memory_at_once(make: Callable[..., Tal
         batch.start(row, portrait())
         batch.push(row, speech(26))
         batch.step()
-    found = watched(batch._widest) | {f"lane {size}": weakref.ref(engine) for size, engine in batch._lanes.items()}
-    found |= {f"place {row}": weakref.ref(place.cache.keys) for row, place in enumerate(batch._places)}
+    found = watched(batch._widest) | {
+        f"lane {size}": weakref.ref(engine) for size, engine in batch._lanes.items()
+    }
+    found |= {
+        f"place {row}": weakref.ref(place.cache.keys) for row, place in enumerate(batch._places)
+    }
     batch.close()
     del batch
     assert [name for name, reference in found.items() if reference() is not None] == []
@@ -98,15 +107,23 @@ def test_warming_up_copies_no_state(make: Callable[..., TalkingHead]) -> None:
     largest = 0
 
     class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def __torch_dispatch__(
+            self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
             nonlocal largest
             result = function(*args, **(kwargs or {}))
             if function in (torch.ops.aten.clone.default, torch.ops.aten.copy_.default):
-                largest = max(largest, result.numel() * result.element_size() if result.ndim == 6 else 0)
+                largest = max(
+                    largest, result.numel() * result.element_size() if result.ndim == 6 else 0
+                )
             return result
 
     with Watch():
         engine.warm_up()
     assert largest < num_bytes / 2  # what a chunk moves in its cache
-    assert not engine.cache.keys.any() and not engine.cache.values.any() and engine.cache.num_frames == [0] * 2
+    assert (
+        not engine.cache.keys.any()
+        and not engine.cache.values.any()
+        and engine.cache.num_frames == [0] * 2
+    )
     assert not any(past.any() for past in (*engine.speech.values(), *engine.decoder.values()))

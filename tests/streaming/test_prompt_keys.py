@@ -1,4 +1,6 @@
-"""What a stream attends to of its prompt: real tokens alone, without a mask, in memory that flash attention takes."""
+"""What a stream attends to of its prompt: real tokens alone, without a mask, in memory that
+flash attention takes.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,12 @@ def test_a_stream_reads_real_tokens_without_a_mask(make: Callable[..., TalkingHe
         assert text is not None and text.mask is None and engine._text is text
         for key, value in text.blocks:
             for tensor in (key, value):
-                assert tensor.shape == (2 * batch, 2, 5, 16)  # both branches of the guidance; 5 of 9 tokens are real
+                assert tensor.shape == (
+                    2 * batch,
+                    2,
+                    5,
+                    16,
+                )  # both branches of the guidance; 5 of 9 tokens are real
                 assert 0 not in tensor.stride() and tensor.stride(-1) == 1
     narrow, whole = wide.narrow(2).state.text, wide.state.text
     assert narrow is not None and whole is not None
