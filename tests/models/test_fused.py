@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -381,3 +385,17 @@ def test_decoders_that_look_ahead_or_inject_noise_keep_their_eager_blocks() -> N
         latents = random_latents(vae, 3, 1)
         with torch.inference_mode():
             assert_close(twin.decode(latents), vae.decode(latents), 3e-5)
+
+
+@pytest.mark.slow
+def test_kernels_compile_for_a_gpu_that_is_not_there(repository: Path) -> None:
+    script = repository / "tests" / "helpers" / "compile_kernels.py"
+    environment = {**os.environ, "TRITON_DEFAULT_FP_FUSION": "1"}
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    compiled = [line.split() for line in done.stdout.splitlines()]
+    assert len(compiled) == 10 and len({name for name, _ in compiled}) == 5
+    assert all(int(num_bytes) > 1000 for _, num_bytes in compiled)
