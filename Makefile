@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --progress-bar o
 # A thread that waits for work must sleep, not spin: two processes share two cores during training.
 TRAIN_ENV := OMP_WAIT_POLICY=PASSIVE
 TYPES := build/typecheck
-TYPED := $(patsubst %/,%,$(sort $(dir $(wildcard tests/*.py benchmarks/*.py))))
+TYPED := $(patsubst %/,%,$(sort $(dir $(wildcard tests/*.py benchmarks/*.py tools/*.py))))
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-slow lint format train-embedded bench clean distclean
@@ -29,6 +29,7 @@ test-slow: $(VENV)/.stamp-test  ## run the others: whole runs, several processes
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 
 lint: $(VENV)/.stamp-test  ## ruff and mypy over the whole tree
+	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	@# mypy needs callbacks/ where it is imported from, which only setuptools' mapping knows: lay links.
 	@rm -rf $(TYPES) && mkdir -p $(TYPES)/rest_lightning
@@ -36,8 +37,9 @@ lint: $(VENV)/.stamp-test  ## ruff and mypy over the whole tree
 	@ln -s $(addprefix $(CURDIR)/,$(TYPED)) $(TYPES)/
 	cd $(TYPES) && $(abspath $(BIN))/python -m mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache rest_lightning $(TYPED)
 
-format: $(VENV)/.stamp-test  ## sort imports and apply ruff's safe fixes
+format: $(VENV)/.stamp-test  ## format the code, sort imports and apply ruff's safe fixes
 	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
 
 train-embedded: $(VENV)/.stamp-test  ## train all stages of the embedded model (BUDGET_MIN=100), resumable
 	$(TRAIN_ENV) $(BIN)/rest train-embedded --budget-min $(BUDGET_MIN)

@@ -1,4 +1,6 @@
-"""A real browser with a fake microphone on the live page, driven by Playwright, and what is measured inside it."""
+"""A real browser with a fake microphone on the live page, driven by Playwright, and what is
+measured inside it.
+"""
 
 from __future__ import annotations
 
@@ -34,11 +36,17 @@ def find_chromium() -> str | None:
     return next(filter(None, map(shutil.which, _NAMES)), None)
 
 
-def beeps(seconds: float, period_s: float = 1.9, beep_s: float = 0.12, first_s: float = 0.7) -> NDArray[np.int16]:
-    """Beeps of 1 kHz in silence. The period is no multiple of a frame or a chunk: every phase comes up."""
+def beeps(
+    seconds: float, period_s: float = 1.9, beep_s: float = 0.12, first_s: float = 0.7
+) -> NDArray[np.int16]:
+    """Beeps of 1 kHz in silence. The period is no multiple of a frame or a chunk: every phase comes
+    up.
+    """
     time_s = np.arange(round(seconds * SAMPLE_RATE)) / SAMPLE_RATE
     is_on = (time_s >= first_s) & ((time_s - first_s) % period_s < beep_s)
-    return np.round(np.where(is_on, 0.5 * np.cos(2 * np.pi * 1000 * time_s), 0) * 32767).astype(np.int16)
+    return np.round(np.where(is_on, 0.5 * np.cos(2 * np.pi * 1000 * time_s), 0) * 32767).astype(
+        np.int16
+    )
 
 
 def write_wav(path: Path, samples: NDArray[np.int16]) -> Path:
@@ -62,8 +70,14 @@ def browser(microphone: Path | None = None) -> Iterator[Any]:
     try:
         from playwright.sync_api import sync_playwright
     except ModuleNotFoundError as error:
-        raise UserError("expected the package playwright, found none: pip install playwright") from error
-    arguments = [*_ARGUMENTS, f"--use-file-for-fake-audio-capture={microphone}"] if microphone else [*_ARGUMENTS]
+        raise UserError(
+            "expected the package playwright, found none: pip install playwright"
+        ) from error
+    arguments = (
+        [*_ARGUMENTS, f"--use-file-for-fake-audio-capture={microphone}"]
+        if microphone
+        else [*_ARGUMENTS]
+    )
     with sync_playwright() as playwright:
         launched = playwright.chromium.launch(executable_path=executable, args=arguments)
         try:
@@ -84,16 +98,25 @@ class LivePage:
     """
 
     def __init__(
-        self, launched: Any, url: str, size: tuple[int, int] = WIDE, scripts: tuple[str, ...] = (), **options: Any
+        self,
+        launched: Any,
+        url: str,
+        size: tuple[int, int] = WIDE,
+        scripts: tuple[str, ...] = (),
+        **options: Any,
     ) -> None:
         viewport = {"width": size[0], "height": size[1]}
         self.context = launched.new_context(viewport=viewport, accept_downloads=True, **options)
         self.page = self.context.new_page()
         self.found: dict[str, Any] = {}
-        self.problems: list[str] = []  # errors of scripts, and everything that the content policy refused
+        # errors of scripts, and everything that the content policy refused
+        self.problems: list[str] = []
         self.requests: list[str] = []
         self.page.on("pageerror", lambda error: self.problems.append(str(error)))
-        self.page.on("console", lambda said: self.problems.append(said.text) if said.type == "error" else None)
+        self.page.on(
+            "console",
+            lambda said: self.problems.append(said.text) if said.type == "error" else None,
+        )
         self.page.on("request", lambda request: self.requests.append(request.url))
         for script in scripts:
             self.page.add_init_script(script)
@@ -101,14 +124,18 @@ class LivePage:
         self.page.wait_for_selector(".portrait input[type=radio]:checked", state="attached")
 
     def speak(self, is_marked: bool = True) -> None:
-        """Press Speak, wait for the first frame, measure from here on. A fake microphone has no echo to remove."""
+        """Press Speak, wait for the first frame, measure from here on. A fake microphone has no
+        echo to remove.
+        """
         self.page.uncheck("#echo")
         self.page.click("#speak")
         self.watch(is_marked)
 
     def watch(self, is_marked: bool = True) -> None:
         """Measure from here on."""
-        live = "import('/page/app.js').then(({ app }) => (app.session?.player.shown.length ?? 0) > 0)"
+        live = (
+            "import('/page/app.js').then(({ app }) => (app.session?.player.shown.length ?? 0) > 0)"
+        )
         self.until(live, "a first frame")
         self.found.clear()
         self.page.evaluate(PROBE.read_text(encoding="utf-8"), {"isMarked": is_marked})
@@ -119,7 +146,9 @@ class LivePage:
             if self.page.evaluate(condition):
                 return
             self.page.wait_for_timeout(50)
-        raise UserError(f"expected {what} within {seconds:g} s, got `{self.message}`: see the server's log")
+        raise UserError(
+            f"expected {what} within {seconds:g} s, got `{self.message}`: see the server's log"
+        )
 
     @property
     def message(self) -> str:

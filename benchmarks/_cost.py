@@ -1,4 +1,6 @@
-"""What model_cost.py counts with: sizes without weights, FLOPs by counter and by formula, bytes of fake tensors."""
+"""What model_cost.py counts with: sizes without weights, FLOPs by counter and by formula, bytes of
+fake tensors.
+"""
 
 from __future__ import annotations
 
@@ -21,15 +23,20 @@ from torch.utils.flop_counter import FlopCounterMode
 from rest_lightning.constants import SPATIAL_RATIO
 from rest_lightning.errors import UserError
 from rest_lightning.models import attention
-from rest_lightning.models.autoencoder import VideoAutoencoder
-from rest_lightning.models.prompt import PROMPT_LENGTH
+from rest_lightning.models.ltx import PROMPT_LENGTH
 from rest_lightning.models.speech import SpeechEncoder
 from rest_lightning.models.speech_ae import SpeechAE
 from rest_lightning.models.transformer import A2VDiT
+from rest_lightning.models.vae import VideoAutoencoder
 from rest_lightning.talking_head import TalkingHead
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-PARTS = {"vae": VideoAutoencoder, "speech_encoder": SpeechEncoder, "speech_ae": SpeechAE, "transformer": A2VDiT}
+PARTS = {
+    "vae": VideoAutoencoder,
+    "speech_encoder": SpeechEncoder,
+    "speech_ae": SpeechAE,
+    "transformer": A2VDiT,
+}
 
 
 @dataclass(frozen=True)
@@ -39,7 +46,8 @@ class Size:
     Attributes:
         parts: the four networks; the transformer is the student.
         teacher: the same transformer with full attention.
-        size_px, num_frames, vae_frames: side and frames of a training clip, and of the VAE's shorter ones.
+        size_px, num_frames, vae_frames: side and frames of a training clip, and of the VAE's
+            shorter ones.
         batch_size, vae_batch: clips of one forward.
         accumulate: forwards per optimiser step.
         num_steps, guided: of the sampler.
@@ -68,7 +76,8 @@ class Size:
 
 
 def read_size(name: str) -> Size:
-    """Build a size from configs/<name>/student.yaml and vae.yaml, on the current device and without any weights.
+    """Build a size from configs/<name>/student.yaml and vae.yaml, on the current device and without
+    any weights.
 
     Raises:
         UserError: no such configuration files.
@@ -90,7 +99,9 @@ def read_size(name: str) -> Size:
 
 
 def read_student(name: str) -> tuple[dict[str, Any], int]:
-    """The four untrained parts of a size on the current device, and the side of its frames in pixels."""
+    """The four untrained parts of a size on the current device, and the side of its frames in
+    pixels.
+    """
     (stage,) = _read_configs(name, "{}/student.yaml")
     parts = _build_parts(stage)
     return parts, _size_px(stage, parts["transformer"])
@@ -99,12 +110,18 @@ def read_student(name: str) -> tuple[dict[str, Any], int]:
 def _read_configs(name: str, *files: str) -> list[dict[str, Any]]:
     known = sorted(path.parent.name for path in CONFIGS.glob("*/student.yaml"))
     if name not in known:
-        raise UserError(f"expected a size of {', '.join(known)} (folders of configs/), got {name!r}: choose one")
-    return [yaml.safe_load((CONFIGS / file.format(name)).read_text(encoding="utf-8")) for file in files]
+        raise UserError(
+            f"expected a size of {', '.join(known)} (folders of configs/), got {name!r}: choose one"
+        )
+    return [
+        yaml.safe_load((CONFIGS / file.format(name)).read_text(encoding="utf-8")) for file in files
+    ]
 
 
 def _size_px(stage: dict[str, Any], model: A2VDiT) -> int:
-    return int(SPATIAL_RATIO * model.spatial_size[0] if model.spatial_size else stage["data"]["size_px"])
+    return int(
+        SPATIAL_RATIO * model.spatial_size[0] if model.spatial_size else stage["data"]["size_px"]
+    )
 
 
 def _build_parts(stage: dict[str, Any]) -> dict[str, Any]:
@@ -124,7 +141,9 @@ def _build_parts(stage: dict[str, Any]) -> dict[str, Any]:
 
 
 def count_flops(call: Callable[[], object]) -> int:
-    """Floating-point operations of the matrix products and convolutions of ``call`` (a multiply-add is two)."""
+    """Floating-point operations of the matrix products and convolutions of ``call`` (a multiply-add
+    is two).
+    """
     with FlopCounterMode(display=False) as counter:
         call()
     return int(counter.get_total_flops())
@@ -147,12 +166,15 @@ def transformer_flops(
         num_text: text tokens; the model's own prompt, projected once for all rows.
 
     Returns:
-        ``blocks`` (what gradient checkpointing computes again), ``ends`` (input and output projections), ``sigma``,
-        ``speech`` and ``text`` (keys and values of the conditions), ``inputs`` (the part of the first layers: its
-        share of the backward pass is not needed, for nothing before it learns).
+        ``blocks`` (what gradient checkpointing computes again), ``ends`` (input and output
+        projections), ``sigma``, ``speech`` and ``text`` (keys and values of the conditions),
+        ``inputs`` (the part of the first layers: its share of the backward pass is not needed, for
+        nothing before it learns).
     """
     dim, depth, tokens = model.dim, model.num_layers, rows * num_frames * cells
-    block = 4 * 2 * tokens * dim**2 + rows * sum(4 * queries * keys * dim for queries, keys in windows)
+    block = 4 * 2 * tokens * dim**2 + rows * sum(
+        4 * queries * keys * dim for queries, keys in windows
+    )
     block += 2 * 2 * tokens * dim * 4 * dim
     if model.speech_dim is not None:
         block += 2 * 2 * tokens * dim**2 + 4 * tokens * num_speech * dim
@@ -173,24 +195,28 @@ def transformer_flops(
 def clip_flops(head: TalkingHead, num_chunks: int) -> int:
     """FLOPs of the backbone when a clip of so many chunks is streamed, guidance included."""
     model, sampling, side = head.transformer, head.sampling, head.size_px // SPATIAL_RATIO
-    rows, length, cells = sampling.branches.num_branches, int(model.cache_options.chunk_length), side * side
+    rows, cells = sampling.branches.num_branches, side * side
+    length, num_speech = int(model.cache_options.chunk_length), head.speech_ae.num_tokens
     total = 0
     for i in range(num_chunks):
         window = (length * cells, (1 + (1 + (i > 0)) * length) * cells)
-        terms = transformer_flops(
-            model, rows, length, cells, [window], head.speech_ae.num_tokens, num_prompt_tokens(model)
-        )
+        num_text = num_prompt_tokens(model)
+        terms = transformer_flops(model, rows, length, cells, [window], num_speech, num_text)
         total += sampling.num_steps * (terms["blocks"] + terms["ends"])
     return total
 
 
 def num_prompt_tokens(model: A2VDiT) -> int:
     """Tokens of the model's own text that a stream attends to: those that are no padding."""
-    return 0 if model.prompt_mask is None else int(model.prompt_mask.sum()) or len(model.prompt_mask)
+    return (
+        0 if model.prompt_mask is None else int(model.prompt_mask.sum()) or len(model.prompt_mask)
+    )
 
 
 def training_windows(model: A2VDiT, num_frames: int, cells: int) -> list[tuple[int, int]]:
-    """Queries and keys of one row in training: everything at once, or reference, first chunk and later chunks."""
+    """Queries and keys of one row in training: everything at once, or reference, first chunk and
+    later chunks.
+    """
     if model.attention == "full":
         return [(num_frames * cells, num_frames * cells)]
     chunk = model.cache_options.chunk_length * cells
@@ -198,8 +224,12 @@ def training_windows(model: A2VDiT, num_frames: int, cells: int) -> list[tuple[i
     return [(cells, cells), (chunk, cells + chunk), *[(chunk, cells + 2 * chunk)] * later]
 
 
-def training_formula(model: A2VDiT, rows: int, num_frames: int, cells: int, num_speech: int, num_text: int) -> int:
-    """FLOPs of forward and backward of the transformer alone, with the recomputation of checkpointed blocks."""
+def training_formula(
+    model: A2VDiT, rows: int, num_frames: int, cells: int, num_speech: int, num_text: int
+) -> int:
+    """FLOPs of forward and backward of the transformer alone, with the recomputation of
+    checkpointed blocks.
+    """
     windows = training_windows(model, num_frames, cells)
     terms = transformer_flops(model, rows, num_frames, cells, windows, num_speech, num_text)
     inputs, forward = terms["inputs"], sum(terms.values()) - terms["inputs"]
@@ -244,7 +274,8 @@ class LiveBytes(TorchDispatchMode):
 
 @contextmanager
 def fake_tensors(*parts: nn.Module) -> Iterator[None]:
-    """CPU tensors without values, and ``parts`` turned into such, in place: they allocate what real ones would.
+    """CPU tensors without values, and ``parts`` turned into such, in place: they allocate what real
+    ones would.
 
     The tables of rotations that all networks share are neither read nor left behind.
     """
@@ -254,7 +285,9 @@ def fake_tensors(*parts: nn.Module) -> Iterator[None]:
             for module in {module for part in parts for module in part.modules()}:
                 for name, parameter in module._parameters.items():
                     if parameter is not None:
-                        module._parameters[name] = nn.Parameter(_like(parameter), parameter.requires_grad)
+                        module._parameters[name] = nn.Parameter(
+                            _like(parameter), parameter.requires_grad
+                        )
                 for name, buffer in module._buffers.items():
                     if buffer is not None:
                         module._buffers[name] = _like(buffer)

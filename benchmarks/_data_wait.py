@@ -1,4 +1,6 @@
-"""How much of a training step is waiting for its batch: the stages of `rest train-embedded`, timed by Lightning."""
+"""How much of a training step is waiting for its batch: the stages of `rest train-embedded`, timed
+by Lightning.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,12 @@ from typing import Any
 from rest_lightning.cli import main as rest
 from rest_lightning.commands._runs import write_overlay
 from rest_lightning.commands.train_embedded import STAGES, VAE_STAGE, Stage, stage_overlay
-from rest_lightning.data.layout import read_dataset_json, read_manifest, write_dataset_json, write_manifest
+from rest_lightning.data.layout import (
+    read_dataset_json,
+    read_manifest,
+    write_dataset_json,
+    write_manifest,
+)
 from rest_lightning.errors import UserError
 
 STAGE_NAMES = tuple(stage.name for stage in STAGES)
@@ -41,11 +48,15 @@ def measure_waits(
             words = ["encode", "--model", str(out / VAE_STAGE / "final.ckpt"), "--data", str(clips)]
             window = "49" if size == "tiny" else "97"
             if rest([*words, "--out", str(out / "latents"), "--num-frames", window]):
-                raise UserError("expected latents of the training clips, got none: see the line above")
+                raise UserError(
+                    "expected latents of the training clips, got none: see the line above"
+                )
         timed = stage.name in names
         durations = train(stage, size, clips, out, WARM_UP_STEPS + num_steps if timed else 1)
         if timed:
-            wait, step = (1000 * sum(durations[key][WARM_UP_STEPS:]) / num_steps for key in (_NEXT, _STEP))
+            wait, step = (
+                1000 * sum(durations[key][WARM_UP_STEPS:]) / num_steps for key in (_NEXT, _STEP)
+            )
             share = wait / (wait + step)
             yield {
                 "stage": stage.name,
@@ -63,11 +74,17 @@ def needed(names: Sequence[str]) -> set[str]:
     while todo:
         stage = stages[todo.pop()]
         found.add(stage.name)
-        todo += [*stage.initial.values(), *filter(None, [stage.teacher]), *([VAE_STAGE] if stage.uses_latents else [])]
+        todo += [
+            *stage.initial.values(),
+            *filter(None, [stage.teacher]),
+            *([VAE_STAGE] if stage.uses_latents else []),
+        ]
     return found
 
 
-def train(stage: Stage, size: str, clips: Path, out: Path, num_steps: int) -> dict[str, list[float]]:
+def train(
+    stage: Stage, size: str, clips: Path, out: Path, num_steps: int
+) -> dict[str, list[float]]:
     """Durations that Lightning's profiler recorded, in s, by action."""
     from rest_lightning import lightning_cli
 
@@ -80,13 +97,20 @@ def train(stage: Stage, size: str, clips: Path, out: Path, num_steps: int) -> di
     if size == "tiny" and stage.uses_latents:
         words += ["--model.vae", str(CONFIGS / "size/tiny/frozen_vae.yaml")]
     path = write_overlay(out / stage.name, stage_overlay(stage, out, clips, minutes=600))
-    words += ["--config", str(path), f"--trainer.max_steps={num_steps}", "--trainer.profiler=simple"]
+    words += [
+        "--config",
+        str(path),
+        f"--trainer.max_steps={num_steps}",
+        "--trainer.profiler=simple",
+    ]
     trainer = lightning_cli.run(words).trainer
     return dict(trainer.profiler.recorded_durations)
 
 
 def subset(data: Path, out: Path, num_clips: int) -> Path:
-    """A data set of the first training clips and some of the others; the clips' files stay where they are."""
+    """A data set of the first training clips and some of the others; the clips' files stay where
+    they are.
+    """
     rows = read_manifest(data)
     chosen = [row for row in rows if row.split == "train"][:num_clips]
     chosen += [row for row in rows if row.split == "val"][:4]

@@ -1,4 +1,6 @@
-"""Scenarios of benchmarks/streaming.py about the device: the backbone alone, its share of the matmul rate, memory."""
+"""Scenarios of benchmarks/streaming.py about the device: the backbone alone, its share of the
+matmul rate, memory.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +12,15 @@ import torch
 from benchmarks._cost import clip_flops
 from benchmarks._scenarios import Bench, Row, ratio, speech
 from rest_lightning.constants import FPS, num_latent_frames
-from rest_lightning.streaming.engine import ChunkEngine
-from rest_lightning.streaming.options import EngineOptions
+from rest_lightning.streaming.engine import ChunkEngine, EngineOptions
 
 
 @dataclass(frozen=True)
 class Backbone:
-    """The denoising of a clip alone, as the paper reports it (121 frames: 5 chunks), and its share of what matmuls do.
+    """The denoising of a clip alone, as the paper reports it, and its share of what matmuls do.
 
-    It is the engine's own program, captured where sessions capture it; the reference is prefilled before. The paper's
-    figure: 4.416 s on an A100 (REST, table 1).
+    121 frames are 5 chunks. It is the engine's own program, captured where sessions capture it; the
+    reference is prefilled before. The paper's figure: 4.416 s on an A100 (REST, table 1).
     """
 
     repeats: int
@@ -35,8 +36,8 @@ class Backbone:
         engine = ChunkEngine(head, 1, head.sampling)
         engine.show(bench.portrait())
         noise = torch.randn(engine.latent_shape, **like)
-        shape = (1, bench.chunk_length, head.speech_ae.num_tokens, head.transformer.speech_dim or 1)
-        tokens = torch.randn(shape, **like)
+        width = head.transformer.speech_dim or 1
+        tokens = torch.randn(1, bench.chunk_length, head.speech_ae.num_tokens, width, **like)
 
         def clip() -> None:
             engine.cache.reset_rows()
@@ -76,13 +77,18 @@ class DeviceMemory:
         with bench.head.open(bench.portrait()[0]) as session:
             num_frames = sum(len(frames) for frames in session.stream(speech(self.seconds)))
         assert num_frames == round(self.seconds * FPS)
-        peaks = {"allocated": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
+        peaks = {
+            "allocated": torch.cuda.max_memory_allocated(),
+            "reserved": torch.cuda.max_memory_reserved(),
+        }
         return {f"peak_{name}_gb": round(peak / 1e9, 3) for name, peak in peaks.items()}
 
 
 @dataclass(frozen=True)
 class Graphs:
-    """A chunk as captured CUDA graphs, and the same functions called one operation after another."""
+    """A chunk as captured CUDA graphs, and the same functions called one operation after
+    another.
+    """
 
     repeats: int
     name: str = "graphs"
@@ -93,7 +99,9 @@ class Graphs:
             return {"not_measured": "no CUDA device"}
         engines = {}
         for name, graphs in (("captured", True), ("eager", False)):
-            engine = ChunkEngine(bench.head, 1, bench.head.sampling, options=EngineOptions(graphs=graphs))
+            engine = ChunkEngine(
+                bench.head, 1, bench.head.sampling, options=EngineOptions(graphs=graphs)
+            )
             if engine.options.captures(bench.head.device) != graphs:
                 return {"not_measured": "REST_CUDA_GRAPHS=0"}
             engine.start(bench.portrait())
@@ -107,5 +115,7 @@ class Graphs:
         for _ in range(3):  # the first chunk, the second, and all others are captured apart
             for engine in engines.values():
                 chunk(engine)
-        row = bench.alternate({name: partial(chunk, engine) for name, engine in engines.items()}, self.repeats)
+        row = bench.alternate(
+            {name: partial(chunk, engine) for name, engine in engines.items()}, self.repeats
+        )
         return {"chunk_ms": row, "ratio": ratio(row, "captured", "eager")}

@@ -1,4 +1,6 @@
-"""What benchmarks/live.py measures: every scenario is a dataclass whose ``run`` gives a dictionary for JSON."""
+"""What benchmarks/live.py measures: every scenario is a dataclass whose ``run`` gives a dictionary
+for JSON.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ from rest_lightning.machine import resident_memory_mb
 
 Row = dict[str, Any]
 MARKED, MARKED_SIZE_PX = "marked", 256
-_SETTLE_S = 6.0  # for each session, behind the last one's start: pages that load take the processor from those that run
+# for each session, behind the last one's start: pages that load take the processor from those that
+# run
+_SETTLE_S = 6.0
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 _PAIR_S = 0.5  # a beep that is heard this far from its picture is another one
 
@@ -44,7 +48,12 @@ class Server:
             command = ["-m", "benchmarks._live_server", "--size-px", str(MARKED_SIZE_PX)]
         command = [sys.executable, *command, "--max-sessions", str(max_sessions)]
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed by `stop`)
-        pipes: Row = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._log, "text": True}
+        pipes: Row = {
+            "stdin": subprocess.PIPE,
+            "stdout": subprocess.PIPE,
+            "stderr": self._log,
+            "text": True,
+        }
         self._process = subprocess.Popen(command, **pipes)
         self.url = ""
         assert self._process.stdout is not None
@@ -54,7 +63,9 @@ class Server:
                 return
         self._log.seek(0)
         said = self._log.read().strip().splitlines()
-        raise UserError(f"expected a server, got `{said[-1] if said else 'nothing'}`: run `rest serve`")
+        raise UserError(
+            f"expected a server, got `{said[-1] if said else 'nothing'}`: run `rest serve`"
+        )
 
     def cpu_s(self) -> float:
         """Processor time of all its threads so far."""
@@ -79,7 +90,10 @@ def stage(model: str, microphone: Any, max_sessions: int = 3) -> Iterator[tuple[
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         server = Server(model, max_sessions)
         stack.callback(server.stop)
-        yield server, stack.enter_context(browser(write_wav(Path(folder) / "microphone.wav", microphone)))
+        yield (
+            server,
+            stack.enter_context(browser(write_wav(Path(folder) / "microphone.wav", microphone))),
+        )
 
 
 def begin(launched: Any, server: Server, num: int, is_marked: bool) -> list[LivePage]:
@@ -95,10 +109,11 @@ def begin(launched: Any, server: Server, num: int, is_marked: bool) -> list[Live
 
 
 def heard_and_seen(found: Row) -> list[Row]:
-    """Every beep that was heard: picture after sound (ms), and microphone to picture and to sound (s).
+    """Every beep that was heard: picture after sound (ms), and microphone to picture and to sound
+    (s).
 
-    The picture is the frame that the beep lies in by the server's account; the marked model shows that the account is
-    true.
+    The picture is the frame that the beep lies in by the server's account; the marked model shows
+    that the account is true.
     """
     frames = {frame["index"]: frame for frame in found["frames"]}
     pairs = []
@@ -106,12 +121,17 @@ def heard_and_seen(found: Row) -> list[Row]:
         frame, onset_s = frames.get(beep["index"]), beep["onset"] / SAMPLE_RATE
         if frame is None:
             continue
-        heard = [one for one in found["heard"] if abs(one["leaves"] - 1000 * onset_s - frame["drawn"]) < 1000 * _PAIR_S]
+        heard = [
+            one
+            for one in found["heard"]
+            if abs(one["leaves"] - 1000 * onset_s - frame["drawn"]) < 1000 * _PAIR_S
+        ]
         if not heard or frame["latency"] is None:
             continue
         leaves = min((one["leaves"] for one in heard), key=lambda each: abs(each - frame["drawn"]))
         began_ms = leaves - 1000 * onset_s
-        # Beeps are alike: of those spoken, the one that came back is nearest to what the page says of this frame.
+        # Beeps are alike: of those spoken, the one that came back is nearest to what the page says
+        # of this frame.
         past_s = [frame["time"] - one["time"] for one in found["spoken"]]
         latency_s = min(past_s, key=lambda past: abs(past - frame["latency"]), default=np.nan)
         if abs(latency_s - frame["latency"]) > _PAIR_S:
@@ -126,7 +146,9 @@ def latencies_ms(found: Row) -> list[float]:
 
 
 def gaps_ms(found: Row) -> list[float]:
-    """Between a frame's drawing and the next one's; a picture that stands still to the end is a gap too."""
+    """Between a frame's drawing and the next one's; a picture that stands still to the end is a gap
+    too.
+    """
     moments = [found["began"], *(frame["drawn"] for frame in found["frames"]), found["ended"]]
     return [after - before for before, after in pairwise(moments)]
 
@@ -153,7 +175,9 @@ def offsets(found: Row) -> Row:
 
 def session_row(found: Row) -> Row:
     """Everything of one session."""
-    beep_ms = [1000 * pair["latency_s"] for pair in heard_and_seen(found) if np.isfinite(pair["latency_s"])]
+    beep_ms = [
+        1000 * pair["latency_s"] for pair in heard_and_seen(found) if np.isfinite(pair["latency_s"])
+    ]
     return {
         "latency_ms": spread(latencies_ms(found)) if latencies_ms(found) else None,
         "beep_latency_ms": spread(beep_ms) if beep_ms else None,
@@ -205,7 +229,12 @@ class Sessions:
             "beep_latency_p95_ms": max(_numbers(rows, "beep_latency_ms", "p95"), default=None),
             "num_lost": max(_numbers(rows, "num_lost")),
             "lost_of_1500": max(
-                1500 * (row["num_lost"] / (row["num_frames"] + row["num_lost"]) if row["num_frames"] else 1.0)
+                1500
+                * (
+                    row["num_lost"] / (row["num_frames"] + row["num_lost"])
+                    if row["num_frames"]
+                    else 1.0
+                )
                 for row in rows
             ),
             "largest_gap_ms": max(_numbers(rows, "largest_gap_ms")),
@@ -213,9 +242,17 @@ class Sessions:
             "offset_sd_ms": max(_numbers(rows, "offset_ms", "sd"), default=None),
             "offset_max_abs_ms": max(_numbers(rows, "offset_ms", "max_abs"), default=None),
             # Real time: all frames come, 25 of them a second.
-            "num_in_real_time": sum(row["num_frames"] >= 0.995 * FPS * self.seconds for row in rows),
+            "num_in_real_time": sum(
+                row["num_frames"] >= 0.995 * FPS * self.seconds for row in rows
+            ),
         }
-        return {"seconds": self.seconds, **worst, "refused": refused, "resident_mb": resident_mb, "sessions": rows}
+        return {
+            "seconds": self.seconds,
+            **worst,
+            "refused": refused,
+            "resident_mb": resident_mb,
+            "sessions": rows,
+        }
 
     def _refused(self, launched: Any, server: Server) -> str:
         """What one session too many is told."""
@@ -227,7 +264,9 @@ class Sessions:
 
 @dataclass(frozen=True)
 class Pixels:
-    """The marked model: frame numbers and beeps read from the pixels agree with what the protocol says of them."""
+    """The marked model: frame numbers and beeps read from the pixels agree with what the protocol
+    says of them.
+    """
 
     seconds: float
     name: str = "pixels"
@@ -239,11 +278,20 @@ class Pixels:
             page.wait(self.seconds)
             found = page.measured()
         frames, said = found["frames"], {beep["index"]: beep["onset"] for beep in found["sent"]}
-        number = [frame["marks"] is not None and frame["marks"]["number"] == frame["index"] for frame in frames]
+        number = [
+            frame["marks"] is not None and frame["marks"]["number"] == frame["index"]
+            for frame in frames
+        ]
         onsets = [(frame["index"], frame["marks"]["onset"]) for frame in frames if frame["marks"]]
-        onset = [abs(said.get(index, -99) - seen) <= 12 for index, seen in onsets if seen is not None]
+        onset = [
+            abs(said.get(index, -99) - seen) <= 12 for index, seen in onsets if seen is not None
+        ]
         row = session_row(found)
-        return {"numbers_agree": float(np.mean(number)), "beeps_agree": float(np.mean(onset)), "session": row}
+        return {
+            "numbers_agree": float(np.mean(number)),
+            "beeps_agree": float(np.mean(onset)),
+            "session": row,
+        }
 
 
 @dataclass(frozen=True)
@@ -268,14 +316,20 @@ class Interruptions:
             "num": self.num,
             "num_loud": sum(row["wasLoud"] for row in rows),
             "silent_ms": spread([row["silent"] for row in rows]),
-            "picture_gone_ms": spread([row["gone"] if row["gone"] is not None else 5000.0 for row in rows]),
-            "next_picture_ms": spread([row["fresh"] for row in rows if row["fresh"] is not None] or [5000.0]),
+            "picture_gone_ms": spread(
+                [row["gone"] if row["gone"] is not None else 5000.0 for row in rows]
+            ),
+            "next_picture_ms": spread(
+                [row["fresh"] for row in rows if row["fresh"] is not None] or [5000.0]
+            ),
         }
 
 
 @dataclass(frozen=True)
 class ServerCpu:
-    """Processor time of the server's process with the marked model: network, intake, encoding of 256 px."""
+    """Processor time of the server's process with the marked model: network, intake, encoding of
+    256 px.
+    """
 
     seconds: float
     name: str = "cpu"
@@ -311,9 +365,17 @@ class LongSession:
                 found = page.measured()
                 page.forget()
                 heap = page.page.evaluate("performance.memory?.usedJSHeapSize ?? null")
-                row = {"minute": minute + 1, "resident_mb": server.resident_mb(), "page_heap_mb": heap and heap / 1e6}
+                row = {
+                    "minute": minute + 1,
+                    "resident_mb": server.resident_mb(),
+                    "page_heap_mb": heap and heap / 1e6,
+                }
                 by_minute.append(row | session_row(found))
-                print(f"minute {minute + 1}: {row['resident_mb']:.1f} MB", file=sys.stderr, flush=True)
+                print(
+                    (f"minute {minute + 1}: {row['resident_mb']:.1f} MB"),
+                    file=sys.stderr,
+                    flush=True,
+                )
         means = _numbers(by_minute, "offset_ms", "mean")
         return {
             "minutes": self.minutes,

@@ -1,4 +1,5 @@
-"""The live server with a marked model, for measurements: ``python -m benchmarks._live_server --size-px 256``.
+"""The live server with a marked model, for measurements: ``python -m benchmarks._live_server
+--size-px 256``.
 
 Prints its address as `rest serve` does; ends with its standard input.
 """
@@ -44,7 +45,9 @@ def main() -> int:
     """Serve until standard input ends."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--size-px", type=int, default=256)
-    parser.add_argument("--chunk-s", type=float, default=0.0, help="time that the model takes for a chunk")
+    parser.add_argument(
+        "--chunk-s", type=float, default=0.0, help=("time that the model takes for a chunk")
+    )
     parser.add_argument("--max-sessions", type=int, default=3)
     args = parser.parse_args()
     limits = Limits(max_sessions=args.max_sessions, max_per_address=args.max_sessions)

@@ -1,5 +1,7 @@
-"""A model whose frames say what they are: frame number, and where a beep begins in their 40 ms of speech, as black and
-white blocks that survive H.264. It stands in for a talking head where sound, picture and time are to be measured."""
+"""A model whose frames say what they are: frame number, and where a beep begins in their 40 ms of
+speech, as black and white blocks that survive H.264. It stands in for a talking head where sound,
+picture and time are to be measured.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ Frames = NDArray[np.uint8]
 
 
 def blocks_of(number: int, onset: int | None, is_bright: bool) -> list[int]:
-    """The four bytes of a frame: number (2), beep (bit 0), its onset (bits 1 to 6), kind of portrait (bit 7), check."""
+    """The four bytes of a frame: number (2), beep (bit 0), its onset (bits 1 to 6), kind of
+    portrait (bit 7), check.
+    """
     beep = (0 if onset is None else 1 | onset // ONSET_STEP << 1) | is_bright << 7
     low, high = number & 255, number >> 8 & 255
     return [low, high, beep, low ^ high ^ beep ^ CHECK]
@@ -70,7 +74,8 @@ class _Row:
 
 
 class MarkedBatch:
-    """Rows with the interface of :class:`rest_lightning.streaming.batch.BatchSession` that the server's scheduler uses.
+    """Rows with the interface of :class:`rest_lightning.streaming.batch.BatchSession` that the
+    server's scheduler uses.
 
     Args:
         model: sizes and times.
@@ -107,7 +112,9 @@ class MarkedBatch:
         if ready:
             time.sleep(model.chunk_s)
         frames = range(model.chunk_frames)
-        return {row: np.stack([self._rows[row].frame(model.size_px) for _ in frames]) for row in ready}
+        return {
+            row: np.stack([self._rows[row].frame(model.size_px) for _ in frames]) for row in ready
+        }
 
     def stop(self, row: int) -> None:
         """End a stream."""
@@ -129,7 +136,11 @@ class MarkedModel:
     """
 
     def __init__(
-        self, size_px: int = 64, chunk_s: float = 0.0, chunk_length: int = 3, lookahead_frames: int = 0
+        self,
+        size_px: int = 64,
+        chunk_s: float = 0.0,
+        chunk_length: int = 3,
+        lookahead_frames: int = 0,
     ) -> None:
         self.size_px, self.chunk_s = size_px, chunk_s
         self.transformer = SimpleNamespace(cache_options=SimpleNamespace(chunk_length=chunk_length))

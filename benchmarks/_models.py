@@ -8,17 +8,19 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks._cost import read_student
-from rest_lightning.models.autoencoder import CompactVAE
+from rest_lightning.diffusion.sampling import Sampling
 from rest_lightning.models.ltx_vae import LTXVideoVAE
 from rest_lightning.models.speech import LogMelEncoder
 from rest_lightning.models.speech_ae import SpeechAE
 from rest_lightning.models.transformer import A2VDiT
+from rest_lightning.models.vae import CompactVAE
 from rest_lightning.parts import PART_NAMES
-from rest_lightning.talking_head import SamplingSettings, TalkingHead
+from rest_lightning.talking_head import TalkingHead
 from rest_lightning.torchvision_compat import ensure_torchvision
 
 SIZES = ("tiny", "embedded", "paper")
-# Decoders in the style of published LTX-Video VAEs, which look ahead; widths are set by `halo_decoders`.
+# Decoders in the style of published LTX-Video VAEs, which look ahead; widths are set by
+# `halo_decoders`.
 _LTX_STYLES: dict[str, dict[str, Any]] = {
     "LTX-Video 0.9": {"layers_per_block": [1] * 5, "decoder_layers_per_block": [1] * 5},
     "LTX-Video 0.9.1": {
@@ -39,8 +41,11 @@ def load_head(size: str, device: str, dtype: torch.dtype) -> tuple[TalkingHead, 
         return TalkingHead.from_pretrained(device=device, dtype=dtype), "shipped"
     torch.manual_seed(0)
     head = _tiny() if size == "tiny" else _paper(device)
-    for name in PART_NAMES:  # the speech encoder computes in float32, as in `TalkingHead.from_pretrained`
-        getattr(head, name).to(device=device, dtype=torch.float32 if name == "speech_encoder" else dtype)
+    # the speech encoder computes in float32, as in `TalkingHead.from_pretrained`
+    for name in PART_NAMES:
+        getattr(head, name).to(
+            device=device, dtype=torch.float32 if name == "speech_encoder" else dtype
+        )
     if device == "cuda":
         torch.cuda.empty_cache()
     return head, "random"
@@ -58,19 +63,25 @@ def _tiny() -> TalkingHead:
     )
     vae = CompactVAE(4, (8, 16, 16), (1, 1, 1), (1, 1, 1), ((4, 2), (2, 2)), patch_size=8)
     speech_ae = SpeechAE(feature_dim=160, num_tokens=2, latent_dim=8, width=8)
-    settings = SamplingSettings(num_steps=2, guidance=2.0, shift=1.0)
-    return TalkingHead(vae, LogMelEncoder(lookahead_frames=2), speech_ae, transformer, settings, size_px=64)
+    settings = Sampling(num_steps=2, guidance=2.0, shift=1.0)
+    return TalkingHead(
+        vae, LogMelEncoder(lookahead_frames=2), speech_ae, transformer, settings, size_px=64
+    )
 
 
 def _paper(device: str) -> TalkingHead:
-    """Made on the device, where drawing 2.8 billion weights takes no time; 8 steps, guidance 6 (REST)."""
+    """Made on the device, where drawing 2.8 billion weights takes no time; 8 steps, guidance 6
+    (REST).
+    """
     with torch.device(device):
         parts, size_px = read_student("paper")
-    return TalkingHead(**parts, sampling=SamplingSettings(), size_px=size_px)
+    return TalkingHead(**parts, sampling=Sampling(), size_px=size_px)
 
 
 def ltx_pair(head: TalkingHead) -> tuple[nn.Module, A2VDiT]:
-    """Diffusers' transformer at the width and depth of ``head``'s, random, and ours with its weights."""
+    """Diffusers' transformer at the width and depth of ``head``'s, random, and ours with its
+    weights.
+    """
     ensure_torchvision()
     from diffusers.models.transformers.transformer_ltx import LTXVideoTransformer3DModel
 
@@ -85,7 +96,9 @@ def ltx_pair(head: TalkingHead) -> tuple[nn.Module, A2VDiT]:
             attention_head_dim=head_dim,
             num_layers=config["num_layers"],
             cross_attention_dim=heads * head_dim,
-            caption_channels=64 if config["caption_channels"] is None else config["caption_channels"],
+            caption_channels=64
+            if config["caption_channels"] is None
+            else config["caption_channels"],
         )
         ltx = ltx.to(dtype=head.dtype).eval().requires_grad_(False)
         ours = A2VDiT.from_ltx(ltx, speech_dim=None)

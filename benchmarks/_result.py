@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rest_lightning.machine import commit, hardware, versions
-from rest_lightning.streaming.output import whole_file
+from rest_lightning.media.files import whole_file
 
 
 def origin(args: argparse.Namespace) -> dict[str, Any]:
@@ -38,5 +38,9 @@ def _portable(value: Any) -> Any:
         return [_portable(item) for item in value]
     if isinstance(value, Path):
         here = Path.cwd()
-        return str(value.absolute().relative_to(here)) if value.absolute().is_relative_to(here) else value.name
+        return (
+            str(value.absolute().relative_to(here))
+            if value.absolute().is_relative_to(here)
+            else value.name
+        )
     return value

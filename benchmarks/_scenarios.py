@@ -1,4 +1,6 @@
-"""What benchmarks/streaming.py measures: every scenario is a dataclass whose ``run`` gives a dictionary for JSON."""
+"""What benchmarks/streaming.py measures: every scenario is a dataclass whose ``run`` gives a
+dictionary for JSON.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ import time
 import wave
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +21,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from benchmarks._models import load_head, ltx_pair, run_ltx
-from rest_lightning.constants import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME, SPATIAL_RATIO, TEMPORAL_RATIO
-from rest_lightning.diffusion.sampling import euler_step
+from rest_lightning.constants import (
+    FPS,
+    SAMPLE_RATE,
+    SAMPLES_PER_FRAME,
+    SPATIAL_RATIO,
+    TEMPORAL_RATIO,
+)
+from rest_lightning.diffusion.sampling import integrate
 from rest_lightning.diffusion.schedule import sampling_sigmas
 from rest_lightning.machine import resident_memory_mb
-from rest_lightning.models.autoencoder import VideoAutoencoder
-from rest_lightning.models.cache import IDContextCache
-from rest_lightning.models.packed import packed
 from rest_lightning.models.transformer import A2VDiT
-from rest_lightning.streaming.engine import ChunkEngine
-from rest_lightning.streaming.options import EngineOptions
+from rest_lightning.models.vae import VideoAutoencoder
+from rest_lightning.streaming.engine import ChunkEngine, EngineOptions
+from rest_lightning.streaming.packed import packed
 from rest_lightning.talking_head import EMBEDDED_FOLDER, TalkingHead
 
 SPEECH = EMBEDDED_FOLDER.parent / "speech.wav"
@@ -78,10 +84,14 @@ class Bench:
     @property
     def window_samples(self) -> int:
         """Samples that the first chunk needs."""
-        return SAMPLES_PER_FRAME * (TEMPORAL_RATIO * self.chunk_length + int(self.head.speech_encoder.lookahead_frames))
+        return SAMPLES_PER_FRAME * (
+            TEMPORAL_RATIO * self.chunk_length + int(self.head.speech_encoder.lookahead_frames)
+        )
 
     def alternate(self, calls: dict[str, Callable[[], Any]], repeats: int) -> Row:
-        """Milliseconds of every call, taken in turns: p50, min and max, after one turn that does not count."""
+        """Milliseconds of every call, taken in turns: p50, min and max, after one turn that does
+        not count.
+        """
         times: dict[str, list[float]] = {name: [] for name in calls}
         for turn in range(repeats + 1):
             for name, call in calls.items():
@@ -109,10 +119,13 @@ def ratio(row: Row, first: str, second: str) -> float:
 
 
 def speech(seconds: float) -> Iterator[NDArray[np.float32]]:
-    """The bundled speech, again and again, in blocks of 0.25 s; no more than the recording is held."""
-    with wave.open(str(SPEECH)) as file:  # 16 kHz, mono, 16 bits: a machine that only measures needs no PyAV
-        recording = np.frombuffer(file.readframes(file.getnframes()), np.int16).astype(np.float32) / 32768.0
-    position = 0
+    """The bundled speech, again and again, in blocks of 0.25 s; no more than the recording is
+    held.
+    """
+    # 16 kHz, mono, 16 bits: a machine that only measures needs no PyAV
+    with wave.open(str(SPEECH)) as file:
+        samples = np.frombuffer(file.readframes(file.getnframes()), np.int16)
+    recording, position = samples.astype(np.float32) / 32768.0, 0
     for start in range(0, round(seconds * SAMPLE_RATE), BLOCK_SAMPLES):
         count = min(BLOCK_SAMPLES, round(seconds * SAMPLE_RATE) - start)
         yield recording.take(range(position, position + count), mode="wrap")
@@ -121,13 +134,17 @@ def speech(seconds: float) -> Iterator[NDArray[np.float32]]:
 
 @dataclass(frozen=True)
 class LongStream:
-    """One stream of ``minutes``: frames per second, the time of every chunk, memory over the stream's time."""
+    """One stream of ``minutes``: frames per second, the time of every chunk, memory over the
+    stream's time.
+    """
 
     minutes: float
     name: str = "long_stream"
 
     def run(self, bench: Bench) -> Row:
-        """Pushes blocks of 0.25 s and times the pushes that give frames: with speech, DiT, VAE and copy to the host."""
+        """Pushes blocks of 0.25 s and times the pushes that give frames: with speech, DiT, VAE and
+        copy to the host.
+        """
         capacity = int(self.minutes * 60 * FPS / (TEMPORAL_RATIO * bench.chunk_length)) + 2
         chunk_ms, memory_mb, at_s = np.zeros(capacity), np.zeros(capacity), np.zeros(capacity)
         gc.collect()
@@ -154,7 +171,9 @@ class LongStream:
             "frames_per_second": round(num_frames / busy_s, 2),
             "chunk_ms": spread(times),
             "first_10_minutes": {"chunk_ms": spread(first_ten)},
-            "p99_over_p50": round(float(np.quantile(first_ten, 0.99) / np.quantile(first_ten, 0.5)), 4),
+            "p99_over_p50": round(
+                float(np.quantile(first_ten, 0.99) / np.quantile(first_ten, 0.5)), 4
+            ),
             "stage_s": {name: round(value, 3) for name, value in stage_s.items()},
             "against_young": against_young,
             "by_minute": [
@@ -169,12 +188,16 @@ class LongStream:
         }
         full = [entry for entry in row["by_minute"] if entry["minute"] <= self.minutes]
         if len(full) >= 3:
-            row["last_over_second_minute"] = round(full[-1]["chunk_ms_p50"] / full[1]["chunk_ms_p50"], 4)
+            row["last_over_second_minute"] = round(
+                full[-1]["chunk_ms_p50"] / full[1]["chunk_ms_p50"], 4
+            )
             row["resident_growth_mb"] = round(full[-1]["resident_mb"] - full[1]["resident_mb"], 3)
         return row
 
     def _against_young(self, bench: Bench, old: Any) -> Row:
-        """One minute more, in turns with a stream in its second minute: a machine's own pace changes within minutes."""
+        """One minute more, in turns with a stream in its second minute: a machine's own pace
+        changes within minutes.
+        """
         with bench.head.open(bench.portrait()[0]) as young:
             for block in speech(60):
                 young.push(block)
@@ -190,13 +213,17 @@ class LongStream:
 
 @dataclass(frozen=True)
 class FirstFrame:
-    """Compute time from the last sample that the first chunk needs to its frames, and what opening a session takes."""
+    """Compute time from the last sample that the first chunk needs to its frames, and what opening
+    a session takes.
+    """
 
     repeats: int
     name: str = "first_frame"
 
     def run(self, bench: Bench) -> Row:
-        """``repeats`` sessions; the very first one of the process, before anything is warm, stands apart."""
+        """``repeats`` sessions; the very first one of the process, before anything is warm, stands
+        apart.
+        """
         row = self.measure(bench, bench.chunk_length)
         return {**row, "short": {"first_chunk_length": 1, **self.measure(bench, 1)}}
 
@@ -215,7 +242,11 @@ class FirstFrame:
             assert len(session.push(samples[-1:]))
             first.append(1000 * (bench.now_s() - start_s))
         cold = {"open": round(opening[0], 3), "first_frame": round(first[0], 3)}
-        return {"first_frame_ms": spread(first[1:]), "open_ms": spread(opening[1:]), "cold_ms": cold}
+        return {
+            "first_frame_ms": spread(first[1:]),
+            "open_ms": spread(opening[1:]),
+            "cold_ms": cold,
+        }
 
 
 @dataclass(frozen=True)
@@ -231,14 +262,24 @@ class Dtypes:
         heads = {}
         for name in ("float32", "bfloat16"):
             dtype = getattr(torch, name)
-            heads[name] = bench.head if bench.head.dtype == dtype else load_head(bench.size, bench.device, dtype)[0]
+            heads[name] = (
+                bench.head
+                if bench.head.dtype == dtype
+                else load_head(bench.size, bench.device, dtype)[0]
+            )
         num_frames = round(self.seconds * FPS)
 
         def stream(head: TalkingHead) -> None:
             with head.open(bench.portrait()[0]) as session:
-                assert sum(len(frames) for frames in session.stream(speech(self.seconds))) == num_frames
+                assert (
+                    sum(len(frames) for frames in session.stream(speech(self.seconds)))
+                    == num_frames
+                )
 
-        row = bench.alternate({name: lambda h=head: stream(h) for name, head in heads.items()}, self.repeats)  # type: ignore[misc]
+        streams: dict[str, Callable[[], object]] = {
+            name: partial(stream, head) for name, head in heads.items()
+        }
+        row = bench.alternate(streams, self.repeats)
         fps = {name: round(1000 * num_frames / times["p50"], 2) for name, times in row.items()}
         return {"seconds": self.seconds, "stream_ms": row, "frames_per_second": fps}
 
@@ -252,11 +293,12 @@ class Writing:
     name: str = "writing"
 
     def run(self, bench: Bench) -> Row:
-        """Frames per second; ``rest talk`` takes the thread with three cores or more. Nothing without PyAV."""
+        """Frames per second; ``rest talk`` takes the thread with three cores or more. Nothing
+        without PyAV.
+        """
         if importlib.util.find_spec("av") is None:
             return {"not_measured": "no PyAV"}
-        from rest_lightning.streaming.background import BackgroundWriter
-        from rest_lightning.streaming.writer import Mp4Writer
+        from rest_lightning.media.writer import BackgroundWriter, Mp4Writer
 
         blocks = list(speech(self.seconds))
         with bench.head.open(bench.portrait()[0]) as session:
@@ -277,38 +319,48 @@ class Writing:
 
             def thread() -> None:
                 nothing = np.zeros(0, np.float32)
-                with BackgroundWriter(Mp4Writer(path, bench.head.size_px, overwrite=True), threaded=True) as writer:
+                with BackgroundWriter(
+                    Mp4Writer(path, bench.head.size_px, overwrite=True), threaded=True
+                ) as writer:
                     for frames in bench.head.open(bench.portrait()[0]).stream(blocks):
                         writer.write(frames, nothing)
 
-            row = bench.alternate({"alone": alone, "inline": inline, "thread": thread}, self.repeats)
+            row = bench.alternate(
+                {"alone": alone, "inline": inline, "thread": thread}, self.repeats
+            )
         fps = {name: round(1000 * num_frames / times["p50"], 2) for name, times in row.items()}
         return {"seconds": self.seconds, "ms": row, "frames_per_second": fps}
 
 
 @dataclass(frozen=True)
 class CacheOrRecompute:
-    """One chunk against the ID-Context Cache, and the same chunk by computing [ref, previous, current] every time."""
+    """One chunk against the ID-Context Cache, and the same chunk by computing
+    [ref, previous, current] every time.
+    """
 
     repeats: int
     name: str = "cache"
 
     @torch.inference_mode()
     def run(self, bench: Bench) -> Row:
-        """Same weights, guidance and steps; both project their speech once and know the noise levels' embeddings."""
+        """Same weights, guidance and steps; both project their speech once and know the noise
+        levels' embeddings.
+        """
         model, settings, length = bench.transformer, bench.head.sampling, bench.chunk_length
         rows, side = settings.branches.num_branches, bench.head.size_px // SPATIAL_RATIO
         sigmas = sampling_sigmas(settings.num_steps, settings.shift, (1 + 2 * length) * side * side)
         like = bench.like
         window = torch.randn(rows, model.in_channels, 1 + 2 * length, side, side, **like)
-        tokens = torch.randn(rows, 1 + 2 * length, bench.head.speech_ae.num_tokens, model.speech_dim or 1, **like)
+        tokens = torch.randn(
+            rows, 1 + 2 * length, bench.head.speech_ae.num_tokens, model.speech_dim or 1, **like
+        )
         tokens[:, 0] = 0.0
         text = model.project_prompt(rows, padded=False)
-        cache = IDContextCache.allocate(model, rows, side, side, num_steps=settings.num_steps)
+        cache = model.new_cache(rows, side, side, num_steps=settings.num_steps)
         if cache.options.reference_attends == "self":
             model.prefill(window[:, :, :1], cache, text_embeds=text)
 
-        # On the device: a number from the host would be copied there, and waited for, at every step.
+        # On the device: a number from the host would be copied, and waited for, at every step.
         levels = torch.tensor(sigmas, device=bench.head.device)
         embedded = [model.embed_sigma(levels[i : i + 1, None]) for i in range(len(sigmas) - 1)]
         whole = []
@@ -318,17 +370,26 @@ class CacheOrRecompute:
             whole.append(model.embed_sigma(frames))
 
         def cached() -> None:
-            sample, speech_keys = window[:, :, -length:], model.project_speech(tokens[:, -length:])
-            for step, (sigma, sigma_next) in enumerate(pairwise(levels)):
-                velocity = model(sample, embedded[step], speech_keys, text, cache=cache, step=step)
-                sample = euler_step(sample, velocity, sigma, sigma_next)
+            speech_keys = model.project_speech(tokens[:, -length:])
+
+            def velocity(sample: Tensor, step: int) -> Tensor:
+                found: Tensor = model(
+                    sample, embedded[step], speech_keys, text, cache=cache, step=step
+                )
+                return found
+
+            integrate(velocity, window[:, :, -length:], levels)
             cache.commit()
 
         def recomputed() -> None:
-            sample, speech_keys = window.clone(), model.project_speech(tokens)
-            for step, (sigma, sigma_next) in enumerate(pairwise(levels)):
-                velocity = model(sample, whole[step], speech_keys, text)[:, :, -length:]
-                sample[:, :, -length:] = euler_step(sample[:, :, -length:], velocity, sigma, sigma_next)
+            clip, speech_keys = window.clone(), model.project_speech(tokens)
+
+            def velocity(sample: Tensor, step: int) -> Tensor:
+                clip[:, :, -length:] = sample
+                found: Tensor = model(clip, whole[step], speech_keys, text)[:, :, -length:]
+                return found
+
+            integrate(velocity, window[:, :, -length:], levels)
 
         if not cache.reference_expected:
             cached()  # the first chunk has no previous one and is cheaper
@@ -338,7 +399,9 @@ class CacheOrRecompute:
 
 @dataclass(frozen=True)
 class AgainstDiffusers:
-    """Our forward without cache and diffusers' LTX transformer: the same tokens, equal weights, no speech."""
+    """Our forward without cache and diffusers' LTX transformer: the same tokens, equal weights, no
+    speech.
+    """
 
     repeats: int
     num_latents: int = 13
@@ -351,7 +414,10 @@ class AgainstDiffusers:
         side = bench.head.size_px // SPATIAL_RATIO
         like = bench.like
         latents = torch.randn(2, ours.in_channels, self.num_latents, side, side, **like)
-        sigma, text = torch.rand(2, self.num_latents, **like), torch.randn(2, 32, ours.caption_channels or 1, **like)
+        sigma, text = (
+            torch.rand(2, self.num_latents, **like),
+            torch.randn(2, 32, ours.caption_channels or 1, **like),
+        )
         calls = {
             "ours": lambda: ours(latents, sigma, None, text),
             "diffusers": lambda: run_ltx(ltx, latents, sigma, text, FPS),
@@ -359,7 +425,11 @@ class AgainstDiffusers:
         first, second = (call() for call in calls.values())
         row = bench.alternate(calls, self.repeats)
         difference = float((first - second).abs().max() / second.abs().max())
-        return {"forward_ms": row, "ratio": ratio(row, "ours", "diffusers"), "difference": difference}
+        return {
+            "forward_ms": row,
+            "ratio": ratio(row, "ours", "diffusers"),
+            "difference": difference,
+        }
 
 
 @dataclass(frozen=True)
@@ -384,8 +454,15 @@ class Batch:
             for row, engine in enumerate(engines):
                 engine.step(audio[row : row + 1], noise[row : row + 1]).cpu()
 
-        calls = {"batch": lambda: together.step(audio, noise).cpu(), "one_after_another": one_after_another}
+        calls = {
+            "batch": lambda: together.step(audio, noise).cpu(),
+            "one_after_another": one_after_another,
+        }
         for call in calls.values():
             call()
         row = bench.alternate(calls, self.repeats)
-        return {"num_streams": self.num_streams, "chunk_ms": row, "ratio": ratio(row, "batch", "one_after_another")}
+        return {
+            "num_streams": self.num_streams,
+            "chunk_ms": row,
+            "ratio": ratio(row, "batch", "one_after_another"),
+        }

@@ -1,4 +1,6 @@
-"""What a benchmark's figures should reach: the rows of a result's ``targets``, and the table that people read."""
+"""What a benchmark's figures should reach: the rows of a result's ``targets``, and the table that
+people read.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ def find(scenarios: Mapping[str, Any], path: str) -> float | None:
     return value
 
 
-def target_row(what: str, value: float | None, sign: str, limit: float | None, instead: str | None = None) -> Row:
+def target_row(
+    what: str, value: float | None, sign: str, limit: float | None, instead: str | None = None
+) -> Row:
     """One row of ``targets``.
 
     Args:
@@ -34,7 +38,12 @@ def target_row(what: str, value: float | None, sign: str, limit: float | None, i
     met: bool | str = "not measured"
     if value is not None:
         met = instead or ("no target here" if limit is None else bool(_SIGNS[sign](value, limit)))
-    return {"what": what, "value": value, "wanted": "printed" if limit is None else f"{sign} {limit:g}", "met": met}
+    return {
+        "what": what,
+        "value": value,
+        "wanted": "printed" if limit is None else f"{sign} {limit:g}",
+        "met": met,
+    }
 
 
 def target_lines(rows: Iterable[Row]) -> list[str]:
@@ -42,6 +51,15 @@ def target_lines(rows: Iterable[Row]) -> list[str]:
     lines = []
     for row in rows:
         value = row["value"]
-        told = "-" if value is None else value[:_VALUE_WIDTH] if isinstance(value, str) else f"{value:.4g}"
-        lines.append(f"  {row['what']:54}{told:>10}  {row['wanted']:>9}  {_WORDS.get(row['met'], row['met'])}")
+        told = (
+            "-"
+            if value is None
+            else value[:_VALUE_WIDTH]
+            if isinstance(value, str)
+            else f"{value:.4g}"
+        )
+        lines.append(
+            f"  {row['what']:54}{told:>10}  {row['wanted']:>9}  "
+            f"{_WORDS.get(row['met'], row['met'])}"
+        )
     return lines

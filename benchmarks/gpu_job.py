@@ -44,6 +44,8 @@ ROOT = Path(__file__).resolve().parent.parent
 BACK_ENDS = ("cudnn", "flash", "efficient", "math")
 TRAIN_VARIABLE = "GPU_JOB_TRAIN"  # a command for the time that is left
 Row = dict[str, Any]
+# a kernel, what it replaces, the arguments of that, and the bytes that the kernel reads and writes
+Case = tuple[Callable[[], "Tensor"], Callable[..., "Tensor"], tuple["Tensor", ...], int]
 
 
 @dataclass
@@ -101,7 +103,7 @@ class Job:
         temporary = self.out / ".results.tmp"
         text = json.dumps(_finite(result), indent=1, default=str, allow_nan=False)
         temporary.write_text(text + "\n", encoding="utf-8")
-        os.replace(temporary, self.out / "results.json")
+        temporary.replace(self.out / "results.json")
 
     def record(self, name: str, **entries: Any) -> None:
         """Add to a step's entry."""
@@ -440,7 +442,7 @@ def fused_kernels(job: Job) -> Row:
         return out
 
     size = x.element_size()
-    cases: dict[str, tuple[Callable[[], Tensor], Callable[..., Tensor], tuple[Tensor, ...], int]] = {
+    cases: dict[str, Case] = {
         "norm_modulate": (
             lambda: fused.norm_modulate(x, 1e-6, shift, scale, added, gate)[1][0],
             eager_norm, (x, added, shift, scale, gate), 4 * x.numel() * size,
@@ -482,7 +484,7 @@ def attention(job: Job) -> Row:
     import torch.nn.functional as F
     from torch.nn.attention import sdpa_kernel
 
-    from rest_lightning.streaming.options import ATTENTION
+    from rest_lightning.streaming.engine import ATTENTION
 
     heads, dim, n = (32, 64, 256) if job.on_gpu else (2, 16, 4)
     like = job.like
@@ -531,12 +533,13 @@ def mini_head(job: Job) -> TalkingHead:
     """The paper's kinds of parts, all of them tiny: rehearses what ``tiny`` has no part for."""
     import torch
 
+    from rest_lightning.diffusion.sampling import Sampling
     from rest_lightning.models.cache import CacheOptions
     from rest_lightning.models.ltx_vae import LTXVideoVAE
     from rest_lightning.models.speech import WhisperEncoder
     from rest_lightning.models.speech_ae import SpeechAE
     from rest_lightning.models.transformer import A2VDiT
-    from rest_lightning.talking_head import SamplingSettings, TalkingHead
+    from rest_lightning.talking_head import TalkingHead
 
     torch.manual_seed(0)
     widths = {
@@ -557,9 +560,7 @@ def mini_head(job: Job) -> TalkingHead:
     }
     speech = WhisperEncoder(None, whisper_config=small)
     speech_ae = SpeechAE(feature_dim=speech.feature_dim, num_tokens=2, latent_dim=8, width=8)
-    head = TalkingHead(
-        vae, speech, speech_ae, transformer, SamplingSettings(2, 3.0, 1.0), size_px=32
-    )
+    head = TalkingHead(vae, speech, speech_ae, transformer, Sampling(2, 3.0, 1.0), size_px=32)
     head.to(job.device).set_dtype(job.like["dtype"])
     return head
 
@@ -592,7 +593,6 @@ def plain_latents(job: Job, model: A2VDiT, num_chunks: int = 2) -> Tensor:
 
     from rest_lightning.diffusion.sampling import euler_step
     from rest_lightning.diffusion.schedule import sampling_sigmas
-    from rest_lightning.models.cache import IDContextCache
 
     head, sampling = job.head, job.head.sampling
     guidance, side, dtype = sampling.branches, head.size_px // 32, model.proj_in.weight.dtype
@@ -600,7 +600,7 @@ def plain_latents(job: Job, model: A2VDiT, num_chunks: int = 2) -> Tensor:
         portrait = job.portrait[:, :, None].to(job.device, head.dtype)
         reference = head.vae.encode(portrait).to(dtype)
         rows = guidance.num_branches
-        cache = IDContextCache.allocate(model, rows, side, side, num_steps=sampling.num_steps)
+        cache = model.new_cache(rows, side, side, num_steps=sampling.num_steps)
         text = model.project_prompt(rows)
         model.prefill(guidance.references(reference), cache, text_embeds=text)
         num_tokens = model.cache_options.num_slots * side**2
@@ -1428,8 +1428,8 @@ def main(arguments: list[str] | None = None) -> int:
         )
         return 2
     job = Job(
-        out, args.device, args.size, args.deadline or started_s + args.budget, started_s, only, skip,
-        args.least_s, args.break_at, args.hang_at,
+        out, args.device, args.size, args.deadline or started_s + args.budget, started_s, only,
+        skip, args.least_s, args.break_at, args.hang_at,
     )  # fmt: skip
     return work(job, args.worker) if args.worker else drive(job, args.again)
 

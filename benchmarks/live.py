@@ -1,9 +1,12 @@
-"""Live in a browser: latency, sound and picture in step, interruption, cost. Every row of the table in README.md.
+"""Live in a browser: latency, sound and picture in step, interruption, cost. Every row of the table
+in README.md.
 
-``python -m benchmarks.live --out benchmarks/results/live.json``; with ``--minutes 60`` also the hour.
+``python -m benchmarks.live --out benchmarks/results/live.json``; with ``--minutes 60`` also the
+hour.
 
-A real Chromium on this machine, a fake microphone that hears beeps, loopback, the server in a process of its own. The
-browser shares the processor with the server: let nothing else run. ``--model marked --seconds 6`` rehearses.
+A real Chromium on this machine, a fake microphone that hears beeps, loopback, the server in a
+process of its own. The browser shares the processor with the server: let nothing else run.
+``--model marked --seconds 6`` rehearses.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from benchmarks._live_scenarios import (
 from benchmarks._result import origin, write_result
 from benchmarks._targets import find, target_lines, target_row
 from rest_lightning.errors import UserError, exit_code
-from rest_lightning.streaming.output import check_output
+from rest_lightning.media.files import check_output
 from rest_lightning.talking_head import EMBEDDED_FOLDER
 
 SPEECH = EMBEDDED_FOLDER.parent / "speech.wav"
@@ -62,13 +65,23 @@ def main(arguments: list[str] | None = None) -> int:
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Arguments of the benchmark."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", choices=("embedded", MARKED), default="embedded", help="marked rehearses")
-    parser.add_argument("--seconds", type=float, default=60.0, help="of every measurement (default 60)")
-    parser.add_argument("--minutes", type=float, default=0.0, help="of the long session (default: not measured)")
+    parser.add_argument(
+        "--model", choices=("embedded", MARKED), default="embedded", help="marked rehearses"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=60.0, help=("of every measurement (default 60)")
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=0.0, help=("of the long session (default: not measured)")
+    )
     parser.add_argument("--interruptions", type=int, default=12, help="how many (default 12)")
     parser.add_argument("--only", nargs="+", help="names of scenarios (default: all)")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/live.json"))
-    parser.add_argument("--screenshot", type=Path, help="only take a picture (PNG) of the page with a session running")
+    parser.add_argument(
+        "--screenshot",
+        type=Path,
+        help=("only take a picture (PNG) of the page with a session running"),
+    )
     return parser.parse_args(arguments)
 
 
@@ -85,7 +98,10 @@ def scenarios(args: argparse.Namespace) -> list[Any]:
         wanted.append(LongSession(args.model, args.minutes))
     known = [scenario.name for scenario in wanted]
     if unknown := set(args.only or ()) - set(known):
-        text = f"expected scenarios of {', '.join(known)}, got {', '.join(sorted(unknown))}: choose some"
+        text = (
+            f"expected scenarios of {', '.join(known)}, got {', '.join(sorted(unknown))}: "
+            "choose some"
+        )
         raise UserError(f"{text} (`long` needs --minutes)")
     return [scenario for scenario in wanted if not args.only or scenario.name in args.only]
 
@@ -95,19 +111,32 @@ def run(args: argparse.Namespace) -> int:
     if args.screenshot is not None:
         return screenshot(args.screenshot, args.model)
     if not args.seconds >= 4 or args.minutes < 0 or args.interruptions < 1:
-        raise UserError("expected --seconds of at least 4, --minutes and --interruptions above 0: leave them out")
+        raise UserError(
+            "expected --seconds of at least 4, --minutes and --interruptions above 0: "
+            "leave them out"
+        )
     wanted = scenarios(args)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     check_output(args.out, True, ".json")
-    result: Row = {"model": args.model, "scenarios": {}, "targets": [], "failures": [], **origin(args)}
+    result: Row = {
+        "model": args.model,
+        "scenarios": {},
+        "targets": [],
+        "failures": [],
+        **origin(args),
+    }
     for scenario in wanted:
         start_s = time.perf_counter()
         try:
             result["scenarios"][scenario.name] = scenario.run()
         except Exception as error:  # a browser that crashed: told, never skipped
             line = next(iter(str(error).splitlines()), "")
-            result["failures"].append({"scenario": scenario.name, "reason": f"{type(error).__name__}: {line}"})
-        print(f"{scenario.name}: {time.perf_counter() - start_s:.1f} s", file=sys.stderr, flush=True)
+            result["failures"].append(
+                {"scenario": scenario.name, "reason": f"{type(error).__name__}: {line}"}
+            )
+        print(
+            (f"{scenario.name}: {time.perf_counter() - start_s:.1f} s"), file=sys.stderr, flush=True
+        )
         result["targets"] = targets(result)
         write_result(args.out, result)
     print(table(result))
@@ -125,7 +154,14 @@ def targets(result: Row) -> list[Row]:
         rows.append(target_row(what, find(found, path), sign, limit, instead))
     told = find_text(found.get("sessions_3"), "refused")
     is_told: bool | str = "sessions" in told if told is not None else "not measured"
-    rows.append({"what": "the fourth session is refused in words", "value": told, "wanted": "words", "met": is_told})
+    rows.append(
+        {
+            "what": ("the fourth session is refused in words"),
+            "value": told,
+            "wanted": "words",
+            "met": is_told,
+        }
+    )
     return rows
 
 
@@ -139,9 +175,14 @@ def table(result: Row) -> str:
     lines = [f"\n{result['model']} model, loopback", *target_lines(result["targets"])]
     pixels = result["scenarios"].get("pixels", {})
     if pixels:
-        share = f"{100 * pixels['numbers_agree']:.1f} % of frames, {100 * pixels['beeps_agree']:.1f} % of beeps"
+        share = (
+            f"{100 * pixels['numbers_agree']:.1f} % of frames, "
+            f"{100 * pixels['beeps_agree']:.1f} % of beeps"
+        )
         lines.append(f"  pixels of the marked model agree with the protocol: {share}")
-    lines += [f"  FAILED {failure['scenario']}: {failure['reason']}" for failure in result["failures"]]
+    lines += [
+        (f"  FAILED {failure['scenario']}: {failure['reason']}") for failure in result["failures"]
+    ]
     return "\n".join(lines)
 
 

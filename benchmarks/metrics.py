@@ -2,8 +2,9 @@
 
 ``python -m benchmarks.metrics --num-clips 100 1000 --out benchmarks/results/metrics.json``
 
-Every metric scores made-up clips (113 frames, 128x128) in a process of its own, with the embedded networks' sizes; and
-beside them, in one process on the same random weights, the features of ours and of the reference implementation.
+Every metric scores made-up clips (113 frames, 128x128) in a process of its own, with the embedded
+networks' sizes; and beside them, in one process on the same random weights, the features of ours
+and of the reference implementation.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,28 +26,30 @@ from benchmarks._result import origin, write_result
 from rest_lightning.constants import SAMPLES_PER_FRAME
 from rest_lightning.errors import UserError, exit_code
 from rest_lightning.machine import peak_memory_mb
-from rest_lightning.metrics.embedded import (
+from rest_lightning.metrics.extractors import (
     EmbeddedImage,
     EmbeddedSync,
     EmbeddedVideo,
     ImageFeatures,
+    Inception,
     SyncFeatures,
     VideoFeatures,
 )
-from rest_lightning.metrics.extractors import Inception
 from rest_lightning.metrics.frechet import EFID, FID, FVD
 from rest_lightning.metrics.identity import IdentitySimilarity
 from rest_lightning.metrics.reconstruction import ReconstructionScores
 from rest_lightning.metrics.sums import RowMetric
 from rest_lightning.metrics.sync import SyncScore
-from rest_lightning.metrics.talking import TalkingScores
-from rest_lightning.models.syncnet import FACE_PX, SyncNet
+from rest_lightning.metrics.syncnet import FACE_PX, SyncNet
+from rest_lightning.metrics.video import TalkingScores
 
 FRAMES, SIDE = 113, 128
 
 
 def build(name: str) -> tuple[RowMetric, Callable[[RowMetric, Tensor, Tensor], None]]:
-    """A metric with random networks of the shipped sizes, and how it takes in a clip (both sides of a distance)."""
+    """A metric with random networks of the shipped sizes, and how it takes in a clip (both sides of
+    a distance).
+    """
 
     def image(output: str) -> ImageFeatures:
         return ImageFeatures(EmbeddedImage(), output).eval()
@@ -58,8 +62,14 @@ def build(name: str) -> tuple[RowMetric, Callable[[RowMetric, Tensor, Tensor], N
         "fid": (lambda: FID(image("features")), both),
         "fvd": (lambda: FVD(VideoFeatures(EmbeddedVideo()).eval()), both),
         "e_fid": (lambda: EFID(image("expression")), both),
-        "sync": (lambda: SyncScore(SyncFeatures(EmbeddedSync()).eval()), lambda m, f, a: m.update(f, a)),
-        "identity": (lambda: IdentitySimilarity(image("identity")), lambda m, f, a: m.update(f, f[0])),
+        "sync": (
+            lambda: SyncScore(SyncFeatures(EmbeddedSync()).eval()),
+            lambda m, f, a: m.update(f, a),
+        ),
+        "identity": (
+            lambda: IdentitySimilarity(image("identity")),
+            lambda m, f, a: m.update(f, f[0]),
+        ),
         "talking": (TalkingScores, lambda m, f, a: m.update(f, a, torch.rand(len(f)))),
         "reconstruction": (ReconstructionScores, lambda m, f, a: m.update(f, f.flip(1))),
     }
@@ -73,7 +83,9 @@ METRICS = ("fid", "fvd", "e_fid", "sync", "identity", "talking", "reconstruction
 def made_up_clips(num: int, num_frames: int = FRAMES) -> Iterator[tuple[Tensor, Tensor]]:
     """Clips of noise, each another one, at no cost worth measuring."""
     generator = torch.Generator().manual_seed(0)
-    frames = torch.randint(0, 256, (num_frames, SIDE, SIDE, 3), dtype=torch.uint8, generator=generator)
+    frames = torch.randint(
+        0, 256, (num_frames, SIDE, SIDE, 3), dtype=torch.uint8, generator=generator
+    )
     audio = 0.1 * torch.randn(num_frames * SAMPLES_PER_FRAME, generator=generator)
     for i in range(num):
         yield frames.roll(i, dims=1), audio.roll(i * 100)
@@ -100,8 +112,12 @@ def measure(name: str, num_clips: int, num_frames: int = FRAMES) -> dict[str, fl
     }
 
 
-def against_reference(ours: Callable[[], Tensor], theirs: Callable[[], Tensor], repeats: int) -> dict[str, float]:
-    """Seconds of both, in turns and in alternating order, the best of each; and by how much their features differ."""
+def against_reference(
+    ours: Callable[[], Tensor], theirs: Callable[[], Tensor], repeats: int
+) -> dict[str, float]:
+    """Seconds of both, in turns and in alternating order, the best of each; and by how much their
+    features differ.
+    """
     best: dict[str, float] = {"ours_s": float("inf"), "reference_s": float("inf")}
     features: dict[str, Tensor] = {}
     calls = [("ours_s", ours), ("reference_s", theirs)]
@@ -110,13 +126,21 @@ def against_reference(ours: Callable[[], Tensor], theirs: Callable[[], Tensor], 
             started_s = time.perf_counter()
             features[key] = call()
             best[key] = min(best[key], time.perf_counter() - started_s)
-    difference = (features["ours_s"] - features["reference_s"]).abs().max() / features["reference_s"].abs().max()
-    return {**best, "speed_up": best["reference_s"] / best["ours_s"], "largest_difference": float(difference)}
+    difference = (features["ours_s"] - features["reference_s"]).abs().max() / features[
+        "reference_s"
+    ].abs().max()
+    return {
+        **best,
+        "speed_up": best["reference_s"] / best["ours_s"],
+        "largest_difference": float(difference),
+    }
 
 
 @torch.inference_mode()
 def compare_sync(num_frames: int = 30, width: float = 1.0, repeats: int = 9) -> dict[str, float]:
-    """SyncNet's lip tower: a whole clip at once against the reference's windows in batches of 20."""
+    """SyncNet's lip tower: a whole clip at once against the reference's windows in batches of
+    20.
+    """
     torch.manual_seed(0)
     net = SyncNet(width=width).eval()
     video = torch.rand(3, num_frames, FACE_PX, FACE_PX) * 255
@@ -131,7 +155,9 @@ def compare_sync(num_frames: int = 30, width: float = 1.0, repeats: int = 9) -> 
 
 @torch.inference_mode()
 def compare_fid(num_frames: int = 32, repeats: int = 9) -> dict[str, float] | None:
-    """Inception's features of frames, ours against torch-fidelity's; None without torch-fidelity."""
+    """Inception's features of frames, ours against torch-fidelity's; None without
+    torch-fidelity.
+    """
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except ModuleNotFoundError:
@@ -158,7 +184,9 @@ def compare_fid(num_frames: int = 32, repeats: int = 9) -> dict[str, float] | No
 
 
 class StandIn(nn.Module):
-    """Where I3D's file is not: 400 logits of 3D convolutions with random weights, called as I3D is."""
+    """Where I3D's file is not: 400 logits of 3D convolutions with random weights, called as I3D
+    is.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -166,13 +194,16 @@ class StandIn(nn.Module):
         self.late = nn.Conv3d(16, 64, 3, 2, 1)
         self.logits = nn.Linear(64, 400)
 
-    def forward(self, x: Tensor, rescale: bool = True, resize: bool = True, return_features: bool = False) -> Tensor:
+    def forward(
+        self, x: Tensor, rescale: bool = True, resize: bool = True, return_features: bool = False
+    ) -> Tensor:
         """(1, 3, n, 224, 224) in [-1, 1] to (1, 400)."""
         return self.logits(self.late(self.early(x).relu()).relu().mean(dim=(2, 3, 4)))
 
 
 def compare_fvd(file: Path | None, num_frames: int = FRAMES, repeats: int = 19) -> dict[str, Any]:
-    """Features of a clip, see :func:`_compare_fvd`; without I3D's file on random weights: what is compared is the same.
+    """Features of a clip, see :func:`_compare_fvd`; without I3D's file on random weights: what is
+    compared is the same.
 
     Both sides call the same torchscript network once; they differ in the way to it.
     """
@@ -181,7 +212,10 @@ def compare_fvd(file: Path | None, num_frames: int = FRAMES, repeats: int = 19) 
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
         torch.jit.script(StandIn().eval()).save(f"{folder}/i3d_torchscript.pt")
-        return {"network": "stand-in", **_compare_fvd(Path(folder) / "i3d_torchscript.pt", num_frames, repeats)}
+        return {
+            "network": "stand-in",
+            **_compare_fvd(Path(folder) / "i3d_torchscript.pt", num_frames, repeats),
+        }
 
 
 @torch.inference_mode()
@@ -193,9 +227,10 @@ def _compare_fvd(file: Path, num_frames: int, repeats: int) -> dict[str, float]:
     frames = next(made_up_clips(1, num_frames))[0]
 
     def theirs() -> Tensor:
-        resized = []
-        for frame in frames.permute(0, 3, 1, 2).float() / 255.0:
-            resized.append(nn.functional.interpolate(frame[None], (224, 224), mode="bilinear", align_corners=False)[0])
+        resize = partial(
+            nn.functional.interpolate, size=(224, 224), mode="bilinear", align_corners=False
+        )
+        resized = [resize(frame[None])[0] for frame in frames.permute(0, 3, 1, 2).float() / 255.0]
         video = torch.stack(resized, dim=1)[None].sub(0.5).mul(2)
         features: Tensor = net(video, rescale=False, resize=False, return_features=True)
         return features
@@ -213,8 +248,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 rows.setdefault(name, []).append(pool.apply(measure, (name, num_clips)))
             last = rows[name][-1]
             speed, memory = last["clips_per_s"], last["peak_memory_mib"]
-            print(f"{name:15} {num_clips:5} clips {speed:8.2f} clips/s {memory:8.0f} MiB", flush=True)
-    references: dict[str, Any] = {"sync": compare_sync(), "fid": compare_fid(), "fvd": compare_fvd(args.i3d)}
+            print(
+                (f"{name:15} {num_clips:5} clips {speed:8.2f} clips/s {memory:8.0f} MiB"),
+                flush=True,
+            )
+    references: dict[str, Any] = {
+        "sync": compare_sync(),
+        "fid": compare_fid(),
+        "fvd": compare_fvd(args.i3d),
+    }
     for name, row in references.items():
         print(f"{name}: {'not compared' if row is None else row}", flush=True)
     return {
@@ -233,9 +275,17 @@ def main(arguments: list[str] | None = None) -> int:
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Arguments of the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--metrics", nargs="*", choices=METRICS, default=list(METRICS), help="none: references alone")
+    parser.add_argument(
+        "--metrics",
+        nargs="*",
+        choices=METRICS,
+        default=list(METRICS),
+        help="none: references alone",
+    )
     parser.add_argument("--num-clips", nargs="+", type=int, default=[100, 1000])
-    parser.add_argument("--i3d", type=Path, default=None, help="i3d_torchscript.pt (default: a stand-in)")
+    parser.add_argument(
+        "--i3d", type=Path, default=None, help=("i3d_torchscript.pt (default: a stand-in)")
+    )
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/metrics.json"))
     return parser.parse_args(arguments)
 

@@ -1,9 +1,11 @@
-"""What does a model cost before it is trained? Parameters, FLOPs, memory, and time at a given TFLOP/s, of every size.
+"""What does a model cost before it is trained? Parameters, FLOPs, memory, and time at a given
+TFLOP/s, of every size.
 
 ``python -m benchmarks.model_cost --tflops 125 --out benchmarks/results/model_cost.json``
 
-Nothing is computed: FLOPs are counted on the meta device, and memory is what the same calls would allocate, on fake CPU
-tensors. Both run the project's own networks from configs/<size>/. README.md explains every number.
+Nothing is computed: FLOPs are counted on the meta device, and memory is what the same calls would
+allocate, on fake CPU tensors. Both run the project's own networks from configs/<size>/. README.md
+explains every number.
 """
 
 from __future__ import annotations
@@ -30,7 +32,6 @@ from benchmarks._result import origin, write_result
 from rest_lightning.constants import FPS, SAMPLES_PER_FRAME, TEMPORAL_RATIO, num_latent_frames
 from rest_lightning.diffusion.losses import asd_loss, flow_matching_loss, speech_ae_loss
 from rest_lightning.errors import UserError, exit_code
-from rest_lightning.models.cache import IDContextCache
 from rest_lightning.models.causal import Stream, num_bytes
 from rest_lightning.models.transformer import A2VDiT
 
@@ -56,12 +57,16 @@ def frozen_parts(size: Size, stage: str) -> dict[str, nn.Module]:
 
 @torch.no_grad()
 def read_batch(size: Size, stage: str) -> Tensor | tuple[Tensor, Tensor]:
-    """What the frozen parts make of one batch: frames (VAE), speech features, or latents and speech features."""
+    """What the frozen parts make of one batch: frames (VAE), speech features, or latents and speech
+    features.
+    """
     if stage == "vae":
         return torch.empty(size.vae_batch, 3, size.vae_frames, size.size_px, size.size_px)
     encoder = size.parts["speech_encoder"]
     num_frames = encoder.left_context_frames + size.num_frames + encoder.lookahead_frames
-    features: Tensor = encoder.features(torch.empty(size.batch_size, num_frames * SAMPLES_PER_FRAME))
+    features: Tensor = encoder.features(
+        torch.empty(size.batch_size, num_frames * SAMPLES_PER_FRAME)
+    )
     if stage == "speech_ae":
         return features
     frames = torch.empty(size.batch_size, 3, size.num_frames, size.size_px, size.size_px)
@@ -69,7 +74,9 @@ def read_batch(size: Size, stage: str) -> Tensor | tuple[Tensor, Tensor]:
 
 
 def train_autoencoder(size: Size, stage: str, batch: Tensor) -> Tensor:
-    """Loss of the first two stages; the VAE's without LPIPS, whose network is not this project's."""
+    """Loss of the first two stages; the VAE's without LPIPS, whose network is not this
+    project's.
+    """
     part = size.parts[stage]
     if stage == "speech_ae":
         return speech_ae_loss(part.decode(part.encode(batch)), batch).loss
@@ -81,11 +88,15 @@ def train_autoencoder(size: Size, stage: str, batch: Tensor) -> Tensor:
 def velocity_of(size: Size, stage: str, latents: Tensor, speech_latents: Tensor) -> Tensor:
     """The trained network's velocity of noisy ``latents``."""
     model: A2VDiT = trained_parts(size, stage)["transformer"]  # type: ignore[assignment]
-    velocity: Tensor = model(latents, latents.new_zeros(latents.shape[0], latents.shape[2]), speech_latents)
+    velocity: Tensor = model(
+        latents, latents.new_zeros(latents.shape[0], latents.shape[2]), speech_latents
+    )
     return velocity
 
 
-def transformer_loss(size: Size, stage: str, velocity: Tensor, latents: Tensor, speech_latents: Tensor) -> Tensor:
+def transformer_loss(
+    size: Size, stage: str, velocity: Tensor, latents: Tensor, speech_latents: Tensor
+) -> Tensor:
     """Flow matching, or ASD with the teacher's velocity."""
     if stage != "asd":
         return flow_matching_loss(velocity, latents)
@@ -123,7 +134,9 @@ def training_flops(size: Size, stage: str) -> dict[str, int]:
 
     counts["speech_ae"] = count_flops(read_speech)
     counts["transformer"] = count_flops(predict)
-    counts["loss_and_teacher"] = count_flops(lambda: transformer_loss(size, stage, cut, latents, leaf).backward())
+    counts["loss_and_teacher"] = count_flops(
+        lambda: transformer_loss(size, stage, cut, latents, leaf).backward()
+    )
     counts["transformer"] += count_flops(lambda: velocity.backward(cut.grad))
     counts["speech_ae"] += count_flops(lambda: speech.backward(leaf.grad))
     return {**counts, "total": sum(counts.values())}
@@ -133,15 +146,26 @@ def training_memory(size: Size, stage: str) -> dict[str, int]:
     """Bytes of one training step in bf16-mixed: sizes with fake tensors.
 
     Returns:
-        ``weights`` of all parts, ``gradients``, ``optimizer`` (AdamW) and ``average`` (EMA copies the whole stage), all
-        float32; ``encoders_peak`` while the frozen parts read the batch; ``activations_held`` from the forward for the
-        backward pass; ``activations_peak`` of both passes; ``total``.
+        ``weights`` of all parts, ``gradients``, ``optimizer`` (AdamW) and ``average`` (EMA copies
+        the whole stage), all float32; ``encoders_peak`` while the frozen parts read the batch;
+        ``activations_held`` from the forward for the backward pass; ``activations_peak`` of both
+        passes; ``total``.
     """
     trained, frozen = trained_parts(size, stage), frozen_parts(size, stage)
-    parameters = [parameter for part in trained.values() for parameter in part.parameters() if parameter.requires_grad]
+    parameters = [
+        parameter
+        for part in trained.values()
+        for parameter in part.parameters()
+        if parameter.requires_grad
+    ]
     for parameter in parameters:
-        parameter.grad = torch.zeros_like(parameter)  # as in every forward of an accumulation but the first
-    everything = [x for part in (*trained.values(), *frozen.values()) for x in (*part.parameters(), *part.buffers())]
+        # as in every forward of an accumulation but the first
+        parameter.grad = torch.zeros_like(parameter)
+    everything = [
+        x
+        for part in (*trained.values(), *frozen.values())
+        for x in (*part.parameters(), *part.buffers())
+    ]
     weights = sum(tensor.numel() * tensor.element_size() for tensor in everything)
     gradients = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
     with LiveBytes([*everything, *(p.grad for p in parameters if p.grad is not None)]) as live:
@@ -173,17 +197,21 @@ def training_memory(size: Size, stage: str) -> dict[str, int]:
     }
 
 
-# -- streaming ---------------------------------------------------------------------------------------------------------
+# -- streaming -------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def streaming_flops(size: Size) -> dict[str, Any]:
-    """FLOPs and cached bytes of one stream in its steady state: reference, previous and current chunk in the window."""
+    """FLOPs and cached bytes of one stream in its steady state: reference, previous and current
+    chunk in the window.
+    """
     model: A2VDiT = size.parts["transformer"]
     vae, encoder, speech_ae = (size.parts[name] for name in ("vae", "speech_encoder", "speech_ae"))
     side, length, rows = size.cells, size.chunk_length, 2 if size.guided else 1
     num_frames = TEMPORAL_RATIO * length
-    window = (encoder.left_context_frames + num_frames + encoder.lookahead_frames) * SAMPLES_PER_FRAME
+    window = (
+        encoder.left_context_frames + num_frames + encoder.lookahead_frames
+    ) * SAMPLES_PER_FRAME
     features = torch.empty(1, num_frames, encoder.window_steps, encoder.feature_dim)
     past = Stream()
     silence = speech_ae.encode(features[:, :1], past)
@@ -198,11 +226,15 @@ def streaming_flops(size: Size) -> dict[str, Any]:
     start = {"vae_encode": count_flops(lambda: vae.encode(reference))}
     counts["vae_decode"] = count_flops(lambda: vae.decode_chunk(chunk, frames_past))
 
-    cache = IDContextCache.allocate(model, rows, side, side)
+    cache = model.new_cache(rows, side, side)
     text, sigma = model.project_prompt(rows), model.embed_sigma(torch.empty(1, 1))
     start["text"] = count_flops(lambda: model.project_prompt(rows))
-    start["noise_levels"] = (size.num_steps + 1) * count_flops(lambda: model.embed_sigma(torch.empty(1, 1)))
-    start["id_sink"] = count_flops(lambda: model.prefill(latent.expand(rows, -1, -1, -1, -1), cache, text_embeds=text))
+    start["noise_levels"] = (size.num_steps + 1) * count_flops(
+        lambda: model.embed_sigma(torch.empty(1, 1))
+    )
+    start["id_sink"] = count_flops(
+        lambda: model.prefill(latent.expand(rows, -1, -1, -1, -1), cache, text_embeds=text)
+    )
     speech_latents = torch.empty(rows, length, *silence.shape[2:])
     speech = model.project_speech(speech_latents)
     counts["speech_keys"] = count_flops(lambda: model.project_speech(speech_latents))
@@ -228,7 +260,7 @@ def streaming_flops(size: Size) -> dict[str, Any]:
         "chunk": {**counts, "total": sum(counts.values())},
         "cache_bytes": {
             name: {
-                "id_context": IDContextCache.allocate(model, rows, side, side, dtype=dtype).nbytes,
+                "id_context": model.new_cache(rows, side, side, dtype=dtype).nbytes,
                 "vae_decoder": num_bytes(frames_past) * dtype.itemsize // 4,
                 "speech_ae": num_bytes(past) * dtype.itemsize // 4,
             }
@@ -237,7 +269,7 @@ def streaming_flops(size: Size) -> dict[str, Any]:
     }
 
 
-# -- the command -------------------------------------------------------------------------------------------------------
+# -- the command -----------------------------------------------------------------------------------
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -248,8 +280,15 @@ def main(arguments: list[str] | None = None) -> int:
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Arguments of the benchmark."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--size", nargs="+", default=["embedded", "paper"], help="folders of configs/ (default: both)")
-    parser.add_argument("--tflops", type=float, default=125.0, help="sustained (default: 40 %% of an A100's 312)")
+    parser.add_argument(
+        "--size",
+        nargs="+",
+        default=["embedded", "paper"],
+        help=("folders of configs/ (default: both)"),
+    )
+    parser.add_argument(
+        "--tflops", type=float, default=125.0, help=("sustained (default: 40 %% of an A100's 312)")
+    )
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/model_cost.json"))
     return parser.parse_args(arguments)
 
@@ -257,7 +296,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> int:
     """Count every size, write, print."""
     if not args.tflops > 0:
-        raise UserError(f"expected --tflops above 0, got {args.tflops}: an A100 sustains 100 to 150 in bf16")
+        raise UserError(
+            f"expected --tflops above 0, got {args.tflops}: an A100 sustains 100 to 150 in bf16"
+        )
     args.out.parent.mkdir(parents=True, exist_ok=True)
     result = {
         "sizes": {name: cost_of(name, args.tflops) for name in args.size},
@@ -276,12 +317,19 @@ def cost_of(name: str, tflops: float) -> dict[str, Any]:
     with torch.device("meta"):
         size = read_size(name)
         streaming = streaming_flops(size)
-        training: dict[str, Any] = {stage: {"flops": training_flops(size, stage)} for stage in STAGES}
+        training: dict[str, Any] = {
+            stage: {"flops": training_flops(size, stage)} for stage in STAGES
+        }
         tokens = size.parts["speech_ae"].num_tokens
     for stage in ("teacher", "student", "asd"):
         model: A2VDiT = trained_parts(size, stage)["transformer"]  # type: ignore[assignment]
         training[stage]["flops"]["transformer_formula"] = training_formula(
-            model, size.batch_size, num_latent_frames(size.num_frames), size.cells**2, tokens, prompt_length(model)
+            model,
+            size.batch_size,
+            num_latent_frames(size.num_frames),
+            size.cells**2,
+            tokens,
+            prompt_length(model),
         )
     parameters = parameters_of(size)
     with fake_tensors(*size.parts.values(), size.teacher):
@@ -290,7 +338,10 @@ def cost_of(name: str, tflops: float) -> dict[str, Any]:
     for cost in training.values():
         cost["forwards_per_optimizer_step"] = size.accumulate
         cost["optimizer_step_s"] = size.accumulate * cost["flops"]["total"] / tflops / 1e12
-    chunk_s, video_s = streaming["chunk"]["total"] / tflops / 1e12, TEMPORAL_RATIO * size.chunk_length / FPS
+    chunk_s, video_s = (
+        streaming["chunk"]["total"] / tflops / 1e12,
+        TEMPORAL_RATIO * size.chunk_length / FPS,
+    )
     return {
         "size_px": size.size_px,
         "num_frames": size.num_frames,
@@ -299,7 +350,12 @@ def cost_of(name: str, tflops: float) -> dict[str, Any]:
         "vae_batch": size.vae_batch,
         "sampler": {"num_steps": size.num_steps, "guided": size.guided},
         "parameters": parameters,
-        "streaming": {**streaming, "chunk_s": chunk_s, "video_s": video_s, "real_time_factor": video_s / chunk_s},
+        "streaming": {
+            **streaming,
+            "chunk_s": chunk_s,
+            "video_s": video_s,
+            "real_time_factor": video_s / chunk_s,
+        },
         "training": training,
     }
 
@@ -311,7 +367,9 @@ def parameters_of(size: Size) -> dict[str, int]:
     kinds[".ff."] = "feed_forward"
     inside = dict.fromkeys((*kinds.values(), "rest"), 0)
     for name, parameter in size.parts["transformer"].named_parameters():
-        inside[next((kind for key, kind in kinds.items() if key in name), "rest")] += parameter.numel()
+        inside[next((kind for key, kind in kinds.items() if key in name), "rest")] += (
+            parameter.numel()
+        )
     return {**counts, **{f"transformer.{kind}": number for kind, number in inside.items()}}
 
 
@@ -319,17 +377,27 @@ def table(name: str, cost: dict[str, Any], tflops: float) -> str:
     """One size for people."""
     streaming = cost["streaming"]
     lines = [f"\n{name}: {cost['size_px']}x{cost['size_px']}, {cost['num_frames']} frames"]
-    lines += [f"  {part:32}{number / 1e6:>12,.2f} M parameters" for part, number in cost["parameters"].items()]
+    lines += [
+        (f"  {part:32}{number / 1e6:>12,.2f} M parameters")
+        for part, number in cost["parameters"].items()
+    ]
     lines.append("  one stream (guided, 8 steps)")
-    lines += [f"    {part:30}{flops / 1e9:>12,.2f} GFLOP per chunk" for part, flops in streaming["chunk"].items()]
+    lines += [
+        (f"    {part:30}{flops / 1e9:>12,.2f} GFLOP per chunk")
+        for part, flops in streaming["chunk"].items()
+    ]
     lines.append(f"    {'denoising step':30}{streaming['denoising_step'] / 1e9:>12,.2f} GFLOP")
-    lines += [f"    {part:30}{flops / 1e9:>12,.2f} GFLOP once" for part, flops in streaming["session_start"].items()]
+    lines += [
+        (f"    {part:30}{flops / 1e9:>12,.2f} GFLOP once")
+        for part, flops in streaming["session_start"].items()
+    ]
     lines += [
         f"    {f'{cached}, bfloat16':30}{number / 1e6:>12,.2f} MB cached"
         for cached, number in streaming["cache_bytes"]["bfloat16"].items()
     ]
     lines.append(
-        f"    at {tflops:g} TFLOP/s a chunk of {streaming['video_s']:.2f} s takes {1e3 * streaming['chunk_s']:.3g} ms "
+        f"    at {tflops:g} TFLOP/s a chunk of {streaming['video_s']:.2f} s takes "
+        f"{1e3 * streaming['chunk_s']:.3g} ms "
         f"({streaming['real_time_factor']:.3g} x real time)"
     )
     heads = ("TFLOP/forward+backward", "s/optimiser step", "activations", "in all")

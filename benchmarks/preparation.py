@@ -1,10 +1,12 @@
 """How fast are raw videos prepared, and does memory depend on their length or their resolution?
 
-``python -m benchmarks.preparation --out benchmarks/results/preparation.json``; ``--minutes 120 --heights 2160 --fps 2``
-is two hours of 4K, in half an hour: its length after preparation is that of any other fps.
+``python -m benchmarks.preparation --out benchmarks/results/preparation.json``; ``--minutes 120
+--heights 2160 --fps 2`` is two hours of 4K, in half an hour: its length after preparation is that
+of any other fps.
 
-A synthetic talker stands in a larger frame. A few seconds are encoded once, and their packets are written again and
-again with later time stamps: any length at no cost. Every file is prepared in a process of its own.
+A synthetic talker stands in a larger frame. A few seconds are encoded once, and their packets are
+written again and again with later time stamps: any length at no cost. Every file is prepared in a
+process of its own.
 """
 
 from __future__ import annotations
@@ -45,9 +47,18 @@ def main(arguments: list[str] | None = None) -> int:
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Arguments of the benchmark."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--minutes", type=float, nargs="+", default=[0.5, 2.0], help="lengths (default 0.5 2)")
-    parser.add_argument("--heights", type=int, nargs="+", default=[360, 2160], help="of 16:9 (default 360 2160)")
-    parser.add_argument("--fps", type=int, default=FPS, help="of the videos (default 25); fewer are decoded faster")
+    parser.add_argument(
+        "--minutes", type=float, nargs="+", default=[0.5, 2.0], help="lengths (default 0.5 2)"
+    )
+    parser.add_argument(
+        "--heights", type=int, nargs="+", default=[360, 2160], help=("of 16:9 (default 360 2160)")
+    )
+    parser.add_argument(
+        "--fps",
+        type=int,
+        default=FPS,
+        help=("of the videos (default 25); fewer are decoded faster"),
+    )
     parser.add_argument("--size-px", type=int, default=256, help="of the clips (default 256)")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/preparation.json"))
     return parser.parse_args(arguments)
@@ -56,7 +67,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> int:
     """Measure, write after every file, print."""
     if min(args.minutes) * 60 < GROUP_S or min(args.heights) < 180 or not 1 <= args.fps <= 60:
-        text = f"expected --minutes of at least {GROUP_S / 60:.2f}, --heights of at least 180, --fps of 1 to 60"
+        text = (
+            f"expected --minutes of at least {GROUP_S / 60:.2f}, --heights of at least 180, "
+            "--fps of 1 to 60"
+        )
         raise UserError(f"{text}, got {args.minutes}, {args.heights}, {args.fps}: leave them out")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = {"files": [], **origin(args)}
@@ -71,7 +85,10 @@ def run(args: argparse.Namespace) -> int:
             result["files"].append(row)
             write_result(args.out, result)
             file.unlink()
-            told = f"{row['frames_per_s']:.1f} frames/s, peak {row['peak_memory_mb']:.0f} MB, {row['num_kept']} clips"
+            told = (
+                f"{row['frames_per_s']:.1f} frames/s, peak {row['peak_memory_mb']:.0f} MB, "
+                f"{row['num_kept']} clips"
+            )
             print(f"{height:5}p {minutes:7g} min: {told}", flush=True)
     print(f"wrote {args.out}")
     return 0
@@ -86,27 +103,39 @@ def make_video(path: Path, height: int, minutes: float, fps: int) -> None:
         for turn in range(round(60 * minutes / GROUP_S)):
             for kind, pts, data, is_key, time_base in packets:
                 packet = av.Packet(data)
-                packet.stream, packet.time_base, packet.is_keyframe = streams[kind], time_base, is_key
+                packet.stream, packet.time_base, packet.is_keyframe = (
+                    streams[kind],
+                    time_base,
+                    is_key,
+                )
                 packet.pts = packet.dts = pts + round(turn * GROUP_S / time_base)
                 target.mux(packet)
     Path(template).unlink()
 
 
-def _group(path: Path, height: int, fps: int) -> tuple[list[tuple[int, int, bytes, bool, Fraction]], str]:
-    """Encodes a few seconds; gives their packets (stream, pts, bytes, key frame, time base) and the file's name."""
+def _group(
+    path: Path, height: int, fps: int
+) -> tuple[list[tuple[int, int, bytes, bool, Fraction]], str]:
+    """Encodes a few seconds; gives their packets (stream, pts, bytes, key frame, time base) and the
+    file's name.
+    """
     from rest_lightning.data.synthetic.synthesize import synthesize_clip
 
     clip = synthesize_clip(0, seed=0, size_px=256, num_frames=GROUP_S * FPS)
     width, side = 2 * round(height * 8 / 9), round(FACE_SHARE * height)
     with av.open(str(path), "w") as container:
-        video: Any = container.add_stream("libx264", fps, options={"preset": "veryfast", "g": "1000", "bf": "0"})
+        video: Any = container.add_stream(
+            "libx264", fps, options={"preset": "veryfast", "g": "1000", "bf": "0"}
+        )
         video.width, video.height, video.pix_fmt = width, height, "yuv420p"
         sound: Any = container.add_stream("pcm_s16le", SAMPLE_RATE, layout="mono")
         still = _still(width, height)
         for number in range(GROUP_S * fps):
             face = Image.fromarray(clip.frames[number * FPS // fps]).resize((side, side))
             scene = still.copy()
-            scene[height // 4 : height // 4 + side, width // 3 : width // 3 + side] = np.asarray(face)
+            scene[height // 4 : height // 4 + side, width // 3 : width // 3 + side] = np.asarray(
+                face
+            )
             frame = av.VideoFrame.from_ndarray(scene, "rgb24")
             frame.pts, frame.time_base = number, Fraction(1, fps)
             container.mux(video.encode(frame))

@@ -1,9 +1,12 @@
-"""How good is a model? Streams unseen synthetic talkers, and real recordings, and measures what comes out.
+"""How good is a model? Streams unseen synthetic talkers, and real recordings, and measures what
+comes out.
 
-``python -m benchmarks.quality --model rest_lightning/assets/embedded --out benchmarks/results/quality.json``
+``python -m benchmarks.quality --model rest_lightning/assets/embedded --out
+benchmarks/results/quality.json``
 
-Every video is streamed through :meth:`TalkingHead.open`, as a user would, and compared with what the renderer knows.
-The same numbers of the true renders and of the VAE's reconstructions stand beside. README.md explains every number.
+Every video is streamed through :meth:`TalkingHead.open`, as a user would, and compared with what
+the renderer knows. The same numbers of the true renders and of the VAE's reconstructions stand
+beside. README.md explains every number.
 """
 
 from __future__ import annotations
@@ -25,15 +28,15 @@ from numpy.typing import NDArray
 from benchmarks._result import origin, write_result
 from benchmarks._targets import target_lines, target_row
 from rest_lightning.constants import FPS, SAMPLE_RATE
-from rest_lightning.data.audio import open_speech
-from rest_lightning.data.portrait import read_portrait
 from rest_lightning.data.synthetic.synthesize import SyntheticClip, synthesize_clip
 from rest_lightning.errors import UserError, exit_code
+from rest_lightning.media.audio import open_speech
+from rest_lightning.media.files import whole_file
+from rest_lightning.media.portrait import read_portrait
 from rest_lightning.metrics.image import mouth_psnr_db, video_psnr_db
 from rest_lightning.metrics.lips import pearson, summary
 from rest_lightning.metrics.mouth import extractor
 from rest_lightning.metrics.video import VideoScores
-from rest_lightning.streaming.output import whole_file
 from rest_lightning.talking_head import EMBEDDED_FOLDER, TalkingHead
 
 PROTOCOL, PROTOCOL_VERSION = "synthetic-talkers", 1
@@ -46,7 +49,9 @@ Scores = dict[str, float]
 
 @dataclass
 class Sampler:
-    """One way to sample the model, and what it gave: numbers and background drift of every second, per talker."""
+    """One way to sample the model, and what it gave: numbers and background drift of every second,
+    per talker.
+    """
 
     num_steps: int
     guidance: float
@@ -60,12 +65,16 @@ class Sampler:
         """Steps and guidance, for :meth:`TalkingHead.open` and for JSON."""
         return {"num_steps": self.num_steps, "guidance": self.guidance}
 
-    def stream(self, model: TalkingHead, portrait: Frames, speech: NDArray[np.float32], seed: int) -> Iterator[Frames]:
+    def stream(
+        self, model: TalkingHead, portrait: Frames, speech: NDArray[np.float32], seed: int
+    ) -> Iterator[Frames]:
         """Frames as the session emits them, fed with blocks of 0.25 s."""
         block = SAMPLE_RATE // 4
         started_s = time.perf_counter()
         with model.open(portrait, seed=seed, **self.settings) as session:
-            for frames in session.stream(speech[i : i + block] for i in range(0, len(speech), block)):
+            for frames in session.stream(
+                speech[i : i + block] for i in range(0, len(speech), block)
+            ):
                 self.seconds += time.perf_counter() - started_s
                 self.num_frames += len(frames)
                 yield frames
@@ -78,7 +87,11 @@ class Sampler:
         return {
             "sampler": self.settings,
             "metrics": summarise(self.rows),
-            "speed": {"frames_per_second": round(self.num_frames / self.seconds, 1) if self.seconds else None},
+            "speed": {
+                "frames_per_second": round(self.num_frames / self.seconds, 1)
+                if self.seconds
+                else None
+            },
             "background_drift_by_second": [round(float(value), 3) for value in mean_curve],
         }
 
@@ -91,17 +104,34 @@ def main(arguments: list[str] | None = None) -> int:
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Arguments of the benchmark."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", type=Path, default=EMBEDDED_FOLDER, help="model folder (default: the embedded one)")
+    parser.add_argument(
+        "--model",
+        type=Path,
+        default=EMBEDDED_FOLDER,
+        help=("model folder (default: the embedded one)"),
+    )
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/quality.json"))
-    parser.add_argument("--num-talkers", type=int, default=24, help="unseen identities; 0: only --real")
+    parser.add_argument(
+        "--num-talkers", type=int, default=24, help=("unseen identities; 0: only --real")
+    )
     parser.add_argument("--seconds", type=float, default=28.0, help="of video for each")
-    parser.add_argument("--seed", type=int, default=1000, help="of the talkers: one that no training used")
+    parser.add_argument(
+        "--seed", type=int, default=1000, help=("of the talkers: one that no training used")
+    )
     parser.add_argument("--noise-seed", type=int, default=0, help="of the sampler's noise")
     parser.add_argument("--guidance", type=float, nargs="+", help="to sweep (default: the model's)")
     parser.add_argument("--steps", type=int, nargs="+", help="to sweep (default: the model's)")
-    parser.add_argument("--no-mismatched", action="store_true", help="leave out the control with another's speech")
+    parser.add_argument(
+        "--no-mismatched", action="store_true", help=("leave out the control with another's speech")
+    )
     parser.add_argument("--real", type=Path, help="folder with real speech, and portraits if any")
-    parser.add_argument("--portrait", type=Path, action="append", default=[], help="one more for --real; repeatable")
+    parser.add_argument(
+        "--portrait",
+        type=Path,
+        action="append",
+        default=[],
+        help=("one more for --real; repeatable"),
+    )
     parser.add_argument("--sheet", type=Path, help="also draw a contact sheet (PNG)")
     parser.add_argument("--sheet-talkers", type=int, default=6, help="talkers on the sheet")
     parser.add_argument("--threads", type=int, help="of torch (default: its choice)")
@@ -139,7 +169,9 @@ def run(args: argparse.Namespace) -> int:
 class Benchmark:
     """What was measured so far; holds one clip at a time."""
 
-    def __init__(self, model: TalkingHead, samplers: list[Sampler], args: argparse.Namespace) -> None:
+    def __init__(
+        self, model: TalkingHead, samplers: list[Sampler], args: argparse.Namespace
+    ) -> None:
         self.model, self.samplers, self.args = model, samplers, args
         self.truth: list[Scores] = []
         self.vae: list[Scores] = []
@@ -169,7 +201,10 @@ class Benchmark:
         clip = self.clip(number)
         if self.other_speech is None and not self.args.no_mismatched:
             self.other_speech = self.clip(self.args.num_talkers).audio
-        opening, mouth = np.asarray(clip.sidecar.mouth_opening), np.asarray((clip.sidecar.landmarks or {})["mouth"])
+        opening, mouth = (
+            np.asarray(clip.sidecar.mouth_opening),
+            np.asarray((clip.sidecar.landmarks or {})["mouth"]),
+        )
         shown = sheet_frames(opening)
         truth = VideoScores(first_frame=0)
         truth.update(clip.frames)
@@ -201,17 +236,26 @@ class Benchmark:
             sampler.rows.append(row)
         self.other_speech = clip.audio
         if len(self.pictures) < self.args.sheet_talkers:
-            label = f"talker {number}   lip correlation {rows[0]['lip_correlation']:.2f}   rows: truth, VAE, streamed"
+            label = (
+                f"talker {number}   lip correlation {rows[0]['lip_correlation']:.2f}   rows: "
+                "truth, VAE, streamed"
+            )
             self.pictures.append((label, strips))
 
     def generate(
-        self, sampler: Sampler, clip: SyntheticClip, speech: NDArray[np.float32], shown: NDArray[np.int64]
+        self,
+        sampler: Sampler,
+        clip: SyntheticClip,
+        speech: NDArray[np.float32],
+        shown: NDArray[np.int64],
     ) -> tuple[VideoScores, Frames]:
         """Stream one video; keeps its numbers and the frames for the sheet."""
         scores, kept, position = VideoScores(chunk_frames=self.chunk_frames), [], 0
         for frames in sampler.stream(self.model, clip.frames[0], speech, self.args.noise_seed):
             scores.update(frames)
-            kept += [frames[i - position].copy() for i in shown if position <= i < position + len(frames)]
+            kept += [
+                frames[i - position].copy() for i in shown if position <= i < position + len(frames)
+            ]
             position += len(frames)
         return scores, np.stack(kept)
 
@@ -223,9 +267,13 @@ class Benchmark:
             scores = VideoScores(chunk_frames=self.chunk_frames)
             every = max(1, -(-len(speech) // (SAMPLE_RATE // FPS)) // (SHEET_COLUMNS - 1))
             pictures, position = [portrait], 0
-            for frames in Sampler(**sampler.settings).stream(self.model, portrait, speech, self.args.noise_seed):
+            for frames in Sampler(**sampler.settings).stream(
+                self.model, portrait, speech, self.args.noise_seed
+            ):
                 scores.update(frames)
-                pictures += [f.copy() for i, f in enumerate(frames, position) if i % every == every // 2]
+                pictures += [
+                    f.copy() for i, f in enumerate(frames, position) if i % every == every // 2
+                ]
                 position += len(frames)
             row = scores.compute(speech)
             self.real.append(
@@ -235,7 +283,9 @@ class Benchmark:
                     "seconds": round(len(speech) / SAMPLE_RATE, 2),
                     "sampler": sampler.settings,
                     "metrics": {key: rounded(value) for key, value in row.items()},
-                    "background_drift_by_second": [round(value, 3) for value in scores.background_by_second],
+                    "background_drift_by_second": [
+                        round(value, 3) for value in scores.background_by_second
+                    ],
                 }
             )
             label = f"{portrait_file.name} + {speech_file.name}   guidance {sampler.guidance:g}"
@@ -243,13 +293,21 @@ class Benchmark:
 
     @torch.inference_mode()
     def reconstruct(self, frames: Frames) -> Frames:
-        """The VAE's reconstruction of the first 8n + 1 frames, decoded as a stream: chunk by chunk."""
+        """The VAE's reconstruction of the first 8n + 1 frames, decoded as a stream: chunk by
+        chunk.
+        """
         vae, step = self.model.vae, self.chunk_frames // 8
         video = torch.from_numpy(frames[: (len(frames) - 1) // 8 * 8 + 1]).permute(3, 0, 1, 2)[None]
         latents = vae.encode(video.to(self.model.device, self.model.dtype) / 127.5 - 1.0)
         first, stream = vae.start_decode(latents[:, :, :1])
-        chunks = [first, *(vae.decode_chunk(part, stream) for part in latents[:, :, 1:].split(step, dim=2))]
-        pieces = [((x[0].float() + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu() for x in chunks]
+        chunks = [
+            first,
+            *(vae.decode_chunk(part, stream) for part in latents[:, :, 1:].split(step, dim=2)),
+        ]
+        pieces = [
+            ((x[0].float() + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
+            for x in chunks
+        ]
         return torch.cat(pieces, dim=1).permute(1, 2, 3, 0).numpy()
 
     def result(self) -> dict[str, Any]:
@@ -284,12 +342,18 @@ class Benchmark:
     def print(self) -> None:
         """The same for people."""
         result = self.result()
-        print(f"\n{'':30}{'truth':>18}{'VAE':>18}{'streamed':>18}   (mean and sd of {result['num_clips']})")
+        print(
+            f"\n{'':30}{'truth':>18}{'VAE':>18}{'streamed':>18}   (mean and sd of "
+            f"{result['num_clips']})"
+        )
         for name in dict.fromkeys([*result["metrics"], *result["vae"]]):
             cells = [result[column].get(name) for column in ("ground_truth", "vae", "metrics")]
             print(f"{name:30}" + "".join(f"{_cell(cell):>18}" for cell in cells))
         for row in result["real"]:
-            print(f"\n{row['portrait']} + {row['speech']}: " + ", ".join(f"{k} {v}" for k, v in row["metrics"].items()))
+            print(
+                f"\n{row['portrait']} + {row['speech']}: "
+                + ", ".join(f"{k} {v}" for k, v in row["metrics"].items())
+            )
         print("\n".join(["", *target_lines(result["targets"])]))
         print(f"wrote {self.args.out}")
 
@@ -310,7 +374,12 @@ def targets(result: dict[str, Any]) -> list[dict[str, Any]]:
     seam = mean("metrics", "jump_ratio_chunk") / (mean("vae", "jump_ratio_chunk") or math.nan)
     rules = [
         ("lip correlation", mean("metrics", "lip_correlation"), ">=", 0.70),
-        ("lip correlation, mismatched speech", mean("metrics", "lip_correlation_mismatched"), "<=", 0.15),
+        (
+            ("lip correlation, mismatched speech"),
+            mean("metrics", "lip_correlation_mismatched"),
+            "<=",
+            0.15,
+        ),
         ("VAE PSNR, dB", mean("vae", "psnr_db"), ">=", 29.5),
         ("VAE mouth PSNR, dB", mean("vae", "mouth_psnr_db"), ">=", 26.5),
         ("chunk borders, streamed over VAE", seam, "<=", 1.15),
@@ -327,23 +396,35 @@ def targets(result: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def real_pairs(folder: Path, portraits: list[Path]) -> list[tuple[Path, Path]]:
-    """Every speech file of a folder with every portrait: the bundled one, the folder's images, the given ones."""
+    """Every speech file of a folder with every portrait: the bundled one, the folder's images, the
+    given ones.
+    """
     if not folder.is_dir():
-        raise UserError(f"expected a folder with speech for --real, got {folder}: give one that holds a wav file")
+        raise UserError(
+            f"expected a folder with speech for --real, got {folder}: give one that "
+            "holds a wav file"
+        )
     files = sorted(folder.iterdir())
     sounds = [path for path in files if path.suffix.lower() in SOUNDS]
     images = [path for path in files if path.suffix.lower() in IMAGES] + portraits
     images = ([BUNDLED_PORTRAIT] if BUNDLED_PORTRAIT.is_file() else []) + images
     if not sounds or not images:
-        raise UserError(f"expected speech and a portrait for --real {folder}, got {len(sounds)} and {len(images)}")
+        raise UserError(
+            f"expected speech and a portrait for --real {folder}, got {len(sounds)} "
+            f"and {len(images)}"
+        )
     return list(product(sounds, images))
 
 
 def sheet_frames(opening: NDArray[np.floating[Any]]) -> NDArray[np.int64]:
-    """Frame numbers for a strip, evenly spread: the widest and the most closed mouth of windows in turn."""
+    """Frame numbers for a strip, evenly spread: the widest and the most closed mouth of windows in
+    turn.
+    """
     windows = np.array_split(np.arange(len(opening)), SHEET_COLUMNS)
     pick = (np.argmin, np.argmax)
-    return np.array([window[pick[i % 2](opening[window])] for i, window in enumerate(windows) if len(window)])
+    return np.array(
+        [window[pick[i % 2](opening[window])] for i, window in enumerate(windows) if len(window)]
+    )
 
 
 def draw_sheet(path: Path, pictures: list[tuple[str, list[Frames]]]) -> None:

@@ -2,8 +2,9 @@
 
 ``python -m benchmarks.reading --data data/talkers --out benchmarks/results/reading.json``
 
-Random windows per second from clips as `rest prepare` writes them, by library, loader processes, size and distance of
-key frames; then the stages of `rest train-embedded` for some steps each: how much of a step is waiting for its batch.
+Random windows per second from clips as `rest prepare` writes them, by library, loader processes,
+size and distance of key frames; then the stages of `rest train-embedded` for some steps each: how
+much of a step is waiting for its batch.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ from benchmarks._data_wait import STAGE_NAMES, TARGET_WAIT_SHARE, measure_waits
 from benchmarks._result import origin, write_result
 from rest_lightning.data.layout import clip_path, read_manifest
 from rest_lightning.data.preparation.options import PrepareOptions
-from rest_lightning.data.video import Frames, VideoFile, has_decord
 from rest_lightning.errors import UserError, exit_code
-from rest_lightning.streaming.writer import Encoder
+from rest_lightning.media.video import Frames, VideoFile, has_decord
+from rest_lightning.media.writer import Encoder
 
 READERS = ("decord", "pyav", "torchcodec")
 
@@ -44,22 +45,58 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Arguments of the benchmark."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
-        "--data", type=Path, default=Path("data/talkers"), help="prepared clips to make the test's from"
+        "--data",
+        type=Path,
+        default=Path("data/talkers"),
+        help=("prepared clips to make the test's from"),
     )
-    parser.add_argument("--sizes", type=int, nargs="+", default=[128, 256], help="sides in pixels (default 128 256)")
-    parser.add_argument("--key-frames", type=int, nargs="+", default=[25, 250], help="distances (default 25 250)")
-    parser.add_argument("--readers", nargs="+", choices=READERS, default=list(READERS), help="(default: all)")
-    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help="loader processes (default 0 1 2)")
-    parser.add_argument("--num-clips", type=int, default=8, help="clips of each kind (default 8)")
-    parser.add_argument("--clip-frames", type=int, default=750, help="their length (default 750, as rest prepare's)")
-    parser.add_argument("--window", type=int, default=97, help="frames of a window (default 97)")
-    parser.add_argument("--seconds", type=float, default=10.0, help="of each measurement (default 10)")
     parser.add_argument(
-        "--stages", nargs="*", choices=STAGE_NAMES, default=list(STAGE_NAMES), help="to time; none leaves them out"
+        "--sizes",
+        type=int,
+        nargs="+",
+        default=[128, 256],
+        help=("sides in pixels (default 128 256)"),
     )
-    parser.add_argument("--size", choices=("embedded", "tiny"), default="embedded", help="of the stages' networks")
-    parser.add_argument("--steps", type=int, default=20, help="timed steps of each stage (default 20)")
-    parser.add_argument("--training-clips", type=int, default=64, help="clips of --data to train on (default 64)")
+    parser.add_argument(
+        "--key-frames", type=int, nargs="+", default=[25, 250], help=("distances (default 25 250)")
+    )
+    parser.add_argument(
+        "--readers", nargs="+", choices=READERS, default=list(READERS), help="(default: all)"
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        nargs="+",
+        default=[0, 1, 2],
+        help=("loader processes (default 0 1 2)"),
+    )
+    parser.add_argument("--num-clips", type=int, default=8, help="clips of each kind (default 8)")
+    parser.add_argument(
+        "--clip-frames",
+        type=int,
+        default=750,
+        help=("their length (default 750, as rest prepare's)"),
+    )
+    parser.add_argument("--window", type=int, default=97, help="frames of a window (default 97)")
+    parser.add_argument(
+        "--seconds", type=float, default=10.0, help=("of each measurement (default 10)")
+    )
+    parser.add_argument(
+        "--stages",
+        nargs="*",
+        choices=STAGE_NAMES,
+        default=list(STAGE_NAMES),
+        help=("to time; none leaves them out"),
+    )
+    parser.add_argument(
+        "--size", choices=("embedded", "tiny"), default="embedded", help="of the stages' networks"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=20, help=("timed steps of each stage (default 20)")
+    )
+    parser.add_argument(
+        "--training-clips", type=int, default=64, help=("clips of --data to train on (default 64)")
+    )
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/reading.json"))
     return parser.parse_args(arguments)
 
@@ -68,9 +105,15 @@ def run(args: argparse.Namespace) -> int:
     """Measure, write, print."""
     for name in ("num_clips", "window", "steps", "training_clips"):
         if getattr(args, name) < 1:
-            raise UserError(f"expected --{name.replace('_', '-')} of at least 1, got {getattr(args, name)}: raise it")
+            raise UserError(
+                f"expected --{name.replace('_', '-')} of at least 1, got "
+                f"{getattr(args, name)}: raise it"
+            )
     if args.clip_frames < args.window:
-        raise UserError(f"expected --clip-frames of at least --window {args.window}, got {args.clip_frames}: raise it")
+        raise UserError(
+            f"expected --clip-frames of at least --window {args.window}, got "
+            f"{args.clip_frames}: raise it"
+        )
     args.out.parent.mkdir(parents=True, exist_ok=True)
     available = [name for name in args.readers if is_installed(name)]
     result: dict[str, Any] = {
@@ -86,22 +129,31 @@ def run(args: argparse.Namespace) -> int:
             paths = make_clips(Path(folder), args, size_px, distance)
             kind = {"size_px": size_px, "key_frame_every": distance}
             num_bytes = sum(path.stat().st_size for path in paths) / len(paths)
-            result["clips"].append({**kind, "mb_per_minute": num_bytes / 1e6 / (args.clip_frames / 25 / 60)})
+            result["clips"].append(
+                {**kind, "mb_per_minute": num_bytes / 1e6 / (args.clip_frames / 25 / 60)}
+            )
             for reader, workers in itertools.product(available, args.workers):
                 speed = windows_per_second(paths, reader, workers, args)
-                result["reading"].append({**kind, "reader": reader, "num_workers": workers, "windows_per_s": speed})
+                result["reading"].append(
+                    {**kind, "reader": reader, "num_workers": workers, "windows_per_s": speed}
+                )
                 about = f"{size_px:4} px, key frame every {distance:3}"
                 print(f"{about}: {reader:10} {workers} workers {speed:7.2f} windows/s", flush=True)
                 write_result(args.out, result | origin(args))
-        for row in measure_waits(args.stages, args.size, args.data, Path(folder), args.steps, args.training_clips):
+        for row in measure_waits(
+            args.stages, args.size, args.data, Path(folder), args.steps, args.training_clips
+        ):
             result["data_wait"].append(row)
             print(
-                f"{row['stage']:12} waits {row['wait_ms']:.1f} of {row['step_ms']:.1f} ms: {row['wait_share']:.1%}",
+                f"{row['stage']:12} waits {row['wait_ms']:.1f} of {row['step_ms']:.1f} ms: "
+                f"{row['wait_share']:.1%}",
                 flush=True,
             )
             write_result(args.out, result | origin(args))
     result["fastest"] = fastest(result["reading"])
-    result["targets"]["met"] = {row["stage"]: row["wait_share"] < TARGET_WAIT_SHARE for row in result["data_wait"]}
+    result["targets"]["met"] = {
+        row["stage"]: row["wait_share"] < TARGET_WAIT_SHARE for row in result["data_wait"]
+    }
     write_result(args.out, result | origin(args))
     print(f"wrote {args.out}")
     return 0
@@ -112,13 +164,19 @@ def is_installed(reader: str) -> bool:
     return has_decord() if reader == "decord" else reader == "pyav" or find_spec(reader) is not None
 
 
-def make_clips(folder: Path, args: argparse.Namespace, size_px: int, key_frame_every: int) -> list[Path]:
+def make_clips(
+    folder: Path, args: argparse.Namespace, size_px: int, key_frame_every: int
+) -> list[Path]:
     """Clips from the frames of ``--data``, one after the other, encoded as `rest prepare` does."""
     frames = talkers(args.data, size_px)
     paths = []
     for number in range(args.num_clips):
         path = folder / f"{size_px}-{key_frame_every}-{number}.mp4"
-        options = {"crf": str(PrepareOptions().crf), "preset": "veryfast", "g": str(key_frame_every)}
+        options = {
+            "crf": str(PrepareOptions().crf),
+            "preset": "veryfast",
+            "g": str(key_frame_every),
+        }
         encoder = Encoder(str(path), size_px, "+faststart", options, audio=False)
         encoder.write(np.stack(list(itertools.islice(frames, args.clip_frames))))
         encoder.finish()
@@ -135,7 +193,9 @@ def talkers(data: Path, size_px: int) -> Iterator[Frames]:
 
 
 class RandomWindows(Dataset[torch.Tensor]):
-    """Endless windows, a clip and a start drawn for each; a file is opened for every window, as the data set does."""
+    """Endless windows, a clip and a start drawn for each; a file is opened for every window, as the
+    data set does.
+    """
 
     def __init__(self, paths: list[Path], reader: str, num_frames: int, window: int) -> None:
         self.paths, self.reader, self.num_frames, self.window = paths, reader, num_frames, window
@@ -155,14 +215,18 @@ def read(path: Path, reader: str, start: int, count: int) -> Frames:
     if reader == "torchcodec":
         from torchcodec.decoders import VideoDecoder  # type: ignore[import-not-found]
 
-        decoder = VideoDecoder(os.fspath(path), dimension_order="NHWC", num_ffmpeg_threads=1, seek_mode="exact")
+        decoder = VideoDecoder(
+            os.fspath(path), dimension_order="NHWC", num_ffmpeg_threads=1, seek_mode="exact"
+        )
         frames: Frames = decoder.get_frames_in_range(start, start + count).data.numpy()
         return frames
     with VideoFile(path, "decord" if reader == "decord" else "pyav") as video:
         return video.read(start, count)
 
 
-def windows_per_second(paths: list[Path], reader: str, num_workers: int, args: argparse.Namespace) -> float:
+def windows_per_second(
+    paths: list[Path], reader: str, num_workers: int, args: argparse.Namespace
+) -> float:
     """Windows that arrive per second, after one from every worker."""
     windows = RandomWindows(paths, reader, args.clip_frames, args.window)
     loader = DataLoader(

@@ -1,9 +1,11 @@
-"""How fast does it stream, for how long, and against what? Every row of the table in README.md, in one run.
+"""How fast does it stream, for how long, and against what? Every row of the table in README.md, in
+one run.
 
 ``python -m benchmarks.streaming --size embedded --out benchmarks/results/streaming_embedded.json``
 
-Ratios are taken side by side, alternating, with the same weights. What needs a GPU is "not measured" without one, and
-never estimated. README.md explains every key; ``--size tiny`` rehearses everything in a minute.
+Ratios are taken side by side, alternating, with the same weights. What needs a GPU is "not
+measured" without one, and never estimated. README.md explains every key; ``--size tiny`` rehearses
+everything in a minute.
 """
 
 from __future__ import annotations
@@ -34,21 +36,46 @@ from benchmarks._scenarios import (
 )
 from benchmarks._targets import find, target_lines, target_row
 from rest_lightning.constants import FPS, TEMPORAL_RATIO
-from rest_lightning.dtypes import dtype_on
 from rest_lightning.errors import UserError, exit_code
 from rest_lightning.machine import peak_memory_mb
-from rest_lightning.streaming.output import check_output, whole_file
-from rest_lightning.streaming.profile import ChunkProfiler
+from rest_lightning.media.files import check_output, whole_file
+from rest_lightning.parts import dtype_on
+from rest_lightning.streaming.report import ChunkProfiler
 
-# (where it counts, what, path in the JSON, sign, target). Elsewhere the value is shown without a target.
+# (where it counts, what, path in the JSON, sign, target). Elsewhere the value is shown without a
+# target.
 CPU, ANY, GPU = ("embedded", "cpu"), ("", ""), ("paper", "cuda")
 TARGETS = (
     (CPU, "frames per second, end to end", "long_stream.frames_per_second", ">=", 100.0),
-    (CPU, "first frame after the last needed sample, ms", "first_frame.first_frame_ms.p50", "<=", 200.0),
+    (
+        CPU,
+        ("first frame after the last needed sample, ms"),
+        "first_frame.first_frame_ms.p50",
+        "<=",
+        200.0,
+    ),
     (CPU, "chunk p99 / p50 over 10 minutes", "long_stream.p99_over_p50", "<=", 1.5),
-    (CPU, "time per chunk, last minute / second minute", "long_stream.last_over_second_minute", "<=", 1.03),
-    (CPU, "time per chunk after that / in another's second minute", "long_stream.against_young.ratio", "<=", 1.03),
-    (CPU, "resident memory, last minute - minute 2, MB", "long_stream.resident_growth_mb", "<=", 5.0),
+    (
+        CPU,
+        ("time per chunk, last minute / second minute"),
+        "long_stream.last_over_second_minute",
+        "<=",
+        1.03,
+    ),
+    (
+        CPU,
+        ("time per chunk after that / in another's second minute"),
+        "long_stream.against_young.ratio",
+        "<=",
+        1.03,
+    ),
+    (
+        CPU,
+        ("resident memory, last minute - minute 2, MB"),
+        "long_stream.resident_growth_mb",
+        "<=",
+        5.0,
+    ),
     (ANY, "cached chunk / recomputing without a cache", "cache.ratio", "<=", 0.55),
     (ANY, "our forward without cache / diffusers' LTX forward", "diffusers.ratio", "<=", 1.0),
     (ANY, "streamed decode / whole-clip decode", "decode.ratio", "<=", 1.15),
@@ -63,7 +90,9 @@ TARGETS = (
 
 
 def scenarios(size: str, minutes: float) -> list[Any]:
-    """What is measured, in this order; the long stream comes last, when everything else has been allocated."""
+    """What is measured, in this order; the long stream comes last, when everything else has been
+    allocated.
+    """
     tiny = size == "tiny"
     repeats, seconds = (3, 4.0) if tiny else (20, 40.0)
     return [
@@ -73,7 +102,10 @@ def scenarios(size: str, minutes: float) -> list[Any]:
         StreamedDecode(repeats),
         Batch(repeats),
         Halo(width=8 if tiny else 32),
-        Backbone(repeats=2 if tiny else 5, matmul_size=256 if tiny else 2048 if size == "embedded" else 8192),
+        Backbone(
+            repeats=2 if tiny else 5,
+            matmul_size=256 if tiny else 2048 if size == "embedded" else 8192,
+        ),
         Graphs(repeats),
         DeviceMemory(seconds),
         Dtypes(seconds, repeats=2 if tiny else 3),
@@ -90,15 +122,23 @@ def main(arguments: list[str] | None = None) -> int:
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Arguments of the benchmark."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--size", choices=SIZES, default="embedded", help="tiny and paper have random weights")
-    parser.add_argument("--out", type=Path, help="JSON (default: benchmarks/results/streaming_SIZE.json)")
+    parser.add_argument(
+        "--size", choices=SIZES, default="embedded", help=("tiny and paper have random weights")
+    )
+    parser.add_argument(
+        "--out", type=Path, help=("JSON (default: benchmarks/results/streaming_SIZE.json)")
+    )
     parser.add_argument("--plot", type=Path, help="PNG (default: beside the JSON)")
     parser.add_argument("--minutes", type=float, help="of the long stream (default: 30; tiny: 3)")
     parser.add_argument("--only", nargs="+", help="names of scenarios (default: all)")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--threads", type=int, help="of torch (default: its choice)")
-    parser.add_argument("--profile", type=Path, help="also write a Chrome trace (JSON) of three chunks, and print it")
+    parser.add_argument(
+        "--profile",
+        type=Path,
+        help=("also write a Chrome trace (JSON) of three chunks, and print it"),
+    )
     return parser.parse_args(arguments)
 
 
@@ -111,7 +151,9 @@ def run(args: argparse.Namespace) -> int:
         unknown = set(args.only) - {scenario.name for scenario in wanted}
         if unknown:
             known = ", ".join(scenario.name for scenario in wanted)
-            raise UserError(f"expected scenarios of {known}, got {', '.join(sorted(unknown))}: choose some")
+            raise UserError(
+                f"expected scenarios of {known}, got {', '.join(sorted(unknown))}: choose some"
+            )
         wanted = [scenario for scenario in wanted if scenario.name in args.only]
     if args.profile is not None:
         profile(bench, args.profile)
@@ -119,9 +161,14 @@ def run(args: argparse.Namespace) -> int:
         start_s = time.perf_counter()
         try:
             result["scenarios"][scenario.name] = scenario.run(bench)
-        except (UserError, RuntimeError, ImportError) as error:  # out of memory, no diffusers: told, never skipped
-            result["failures"].append({"scenario": scenario.name, "reason": f"{type(error).__name__}: {error}"})
-        print(f"{scenario.name}: {time.perf_counter() - start_s:.1f} s", file=sys.stderr, flush=True)
+        except (UserError, RuntimeError, ImportError) as error:
+            # out of memory, no diffusers: told, never skipped
+            result["failures"].append(
+                {"scenario": scenario.name, "reason": f"{type(error).__name__}: {error}"}
+            )
+        print(
+            (f"{scenario.name}: {time.perf_counter() - start_s:.1f} s"), file=sys.stderr, flush=True
+        )
         write(args.out, result)
     if "long_stream" in result["scenarios"]:
         plot(args.plot, result)
@@ -136,8 +183,12 @@ def prepare(args: argparse.Namespace) -> tuple[Bench, Row]:
         torch.set_num_threads(args.threads)
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if args.device not in ("cpu", "cuda") or (args.device == "cuda" and not torch.cuda.is_available()):
-        raise UserError(f"expected device auto, cpu or an available cuda, got {args.device}: try --device cpu")
+    if args.device not in ("cpu", "cuda") or (
+        args.device == "cuda" and not torch.cuda.is_available()
+    ):
+        raise UserError(
+            f"expected device auto, cpu or an available cuda, got {args.device}: try --device cpu"
+        )
     if args.minutes is not None and not args.minutes > 0:
         raise UserError(f"expected --minutes above 0, got {args.minutes}: leave it out for 30")
     args.out = args.out or Path(f"benchmarks/results/streaming_{args.size}.json")
@@ -154,7 +205,11 @@ def prepare(args: argparse.Namespace) -> tuple[Bench, Row]:
         "size_px": head.size_px,
         "device": args.device,
         "dtype": str(head.dtype).removeprefix("torch."),
-        "sampler": {"num_steps": sampling.num_steps, "guidance": sampling.guidance, "shift": sampling.shift},
+        "sampler": {
+            "num_steps": sampling.num_steps,
+            "guidance": sampling.guidance,
+            "shift": sampling.shift,
+        },
         "chunk_frames": TEMPORAL_RATIO * int(head.transformer.cache_options.chunk_length),
         "fps": FPS,
         "scenarios": {},
@@ -174,13 +229,16 @@ def write(path: Path, result: Row) -> None:
 
 
 def targets(result: Row) -> list[Row]:
-    """Every row of the table: its value, and whether it meets what is wanted at this size and on this device."""
+    """Every row of the table: its value, and whether it meets what is wanted at this size and on
+    this device.
+    """
     rows = []
     for where, what, path, sign, limit in TARGETS:
         if where == CPU and result["device"] == "cuda":
             continue
         is_elsewhere = where == GPU and result["device"] != "cuda"
-        counts = where in (ANY, (result["size"], result["device"])) and result["size"] != "tiny"  # which only rehearses
+        # which only rehearses
+        counts = where in (ANY, (result["size"], result["device"])) and result["size"] != "tiny"
         value = None if is_elsewhere else find(result["scenarios"], path)
         row = target_row(what, value, sign, limit, None if counts else "no target here")
         rows.append(row | {"for": "any" if where == ANY else " on ".join(where)})
@@ -196,8 +254,13 @@ def table(result: Row) -> str:
             lines.append(f"  {name}, {kind}: {fps:.1f} frames per second")
     for row in result["scenarios"].get("halo", {}).get("rows", []):
         error = f"max error {row['max_error']:.4f}, mean {row['mean_error']:.5f}"
-        lines.append(f"  {row['decoder']} (random weights), halo {row['halo']}: {error} of the frames' deviation")
-    lines += [f"  FAILED {failure['scenario']}: {failure['reason']}" for failure in result["failures"]]
+        lines.append(
+            f"  {row['decoder']} (random weights), halo {row['halo']}: {error} of the "
+            "frames' deviation"
+        )
+    lines += [
+        (f"  FAILED {failure['scenario']}: {failure['reason']}") for failure in result["failures"]
+    ]
     return "\n".join(lines)
 
 
@@ -225,13 +288,22 @@ def plot(path: Path, result: Row) -> None:
     figure = Figure(figsize=(10, 5.5), layout="constrained")
     FigureCanvasAgg(figure)
     upper, lower = figure.subplots(2, 1, sharex=True)
-    upper.plot(minutes, [entry["chunk_ms_p50"] for entry in row["by_minute"]], marker="o", label="median")
-    upper.plot(minutes, [entry["chunk_ms_mean"] for entry in row["by_minute"]], linestyle=":", label="mean")
+    upper.plot(
+        minutes, [entry["chunk_ms_p50"] for entry in row["by_minute"]], marker="o", label="median"
+    )
+    upper.plot(
+        minutes, [entry["chunk_ms_mean"] for entry in row["by_minute"]], linestyle=":", label="mean"
+    )
     upper.set(ylabel="per chunk, ms", ylim=(0, None))
     upper.legend(frameon=False)
-    lower.plot(minutes, [entry["resident_mb"] for entry in row["by_minute"]], marker="o", color="tab:red")
+    lower.plot(
+        minutes, [entry["resident_mb"] for entry in row["by_minute"]], marker="o", color="tab:red"
+    )
     lower.set(xlabel="minute of the stream", ylabel="resident memory, MB", ylim=(0, None))
-    title = f"{result['size']}, {result['device']}, {result['dtype']}: {row['frames_per_second']:.0f} frames per second"
+    title = (
+        f"{result['size']}, {result['device']}, {result['dtype']}: "
+        f"{row['frames_per_second']:.0f} frames per second"
+    )
     upper.set_title(title, loc="left")
     with whole_file(path) as temporary:
         figure.savefig(temporary, dpi=100, metadata={"Software": "rest_lightning"})

@@ -1,11 +1,31 @@
 """Lightning callbacks, imported as ``rest_lightning.callbacks``: evaluation, previews, sinks.
 
-The folder lies at the top level of the repository; setuptools' ``package-dir`` maps it into the package. Modules in
-here import the rest of the package relatively (``from ..streaming.writer import Mp4Writer``), so that a stray
-``import callbacks`` from the repository's root fails loudly instead of making every class a second time.
+The folder lies at the top level of the repository; setuptools' ``package-dir`` maps it into the
+package. Modules in here import the rest of the package relatively (``from ..streaming.writer import
+Mp4Writer``), so that a stray ``import callbacks`` from the repository's root fails loudly instead
+of making every class a second time.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..names import lazy
 from ..torchvision_compat import ensure_torchvision
 
-# Before anything in here imports lightning: its torchmetrics imports torchvision.
+if TYPE_CHECKING:
+    from .evaluation import Evaluation as Evaluation
+    from .previews import SampleVideos as SampleVideos
+    from .sink import VideoSink as VideoSink
+
+# Before anything in here imports lightning or torchmetrics: both import torchvision.
 ensure_torchvision()
+
+__all__, __getattr__ = lazy(
+    __name__,
+    {
+        "evaluation": ["Evaluation"],
+        "previews": ["SampleVideos"],
+        "sink": ["VideoSink"],
+    },
+)

@@ -1,4 +1,6 @@
-"""Evaluation inside Lightning: generates clips, scores them under a protocol, writes a result row."""
+"""Evaluation inside Lightning: generates clips, scores them under a protocol, writes a result
+row.
+"""
 
 from __future__ import annotations
 
@@ -16,17 +18,17 @@ from numpy.typing import NDArray
 
 from ..constants import SAMPLES_PER_FRAME, TEMPORAL_RATIO
 from ..data.clips import load_frames
-from ..data.layout import manifest_path, read_manifest, read_sidecar, sha256_of
+from ..data.layout import manifest_path, read_manifest, read_sidecar
+from ..diffusion.sampling import Sampling, SamplingChanges
 from ..errors import UserError
 from ..evaluation.faces import FaceFinder, MediapipeFaces, SidecarFaces
-from ..evaluation.generate import Generator, Streamed, Whole
 from ..evaluation.protocol import Protocol
 from ..evaluation.row import ResultRow, write_row
 from ..evaluation.scorer import ClipPair, Scorer
-from ..streaming.output import whole_file
-from ..talking_head import SamplingChanges, SamplingSettings
+from ..generation import Generator, Streamed, Whole
+from ..media.files import sha256_of, whole_file
 from ..tasks.a2v import A2VModule
-from ..tasks.evaluate import EvaluateModule
+from ..tasks.predict import EvaluateModule
 from ..tasks.student import StudentModule
 from .previews import NO_VAE, borrowed_head, show_sample
 
@@ -35,12 +37,15 @@ Frames = NDArray[np.uint8]
 
 
 class Evaluation(Callback):
-    """FID, FVD, Sync-C and the rest of a protocol on generated clips, one at a time, the true clips beside.
+    """FID, FVD, Sync-C and the rest of a protocol on generated clips, one at a time, the true clips
+    beside.
 
-    ``rest test`` of an `EvaluateModule` writes the row, and beside it the first clip (true | generated). With a teacher
-    or student stage it runs at every n-th validation of ``rest fit`` and at ``rest validate`` on the validation clips,
-    logs ``eval/<metric>`` and writes ``evaluation/step-<step>.json``; there an evaluation that fails is a warning. A
-    clip shows its first frame speaking from there on: frame k of the generated one belongs to frame k of the true one.
+    ``rest test`` of an `EvaluateModule` writes the row, and beside it the first clip (true |
+    generated). With a teacher or student stage it runs at every n-th validation of ``rest fit`` and
+    at ``rest validate`` on the validation clips, logs ``eval/<metric>`` and writes
+    ``evaluation/step-<step>.json``; there an evaluation that fails is a warning. A clip shows its
+    first frame speaking from there on: frame k of the generated one belongs to frame k of the true
+    one.
 
     Args:
         protocol: what to measure; its clips are the first ones of the split.
@@ -67,11 +72,17 @@ class Evaluation(Callback):
         sampling: SamplingChanges | None = None,
     ) -> None:
         if min(every_n_validations, num_grid_frames, 1 if num_clips is None else num_clips) < 1:
-            raise UserError("expected every_n_validations, num_grid_frames and num_clips of at least 1")
+            raise UserError(
+                "expected every_n_validations, num_grid_frames and num_clips of at least 1"
+            )
         self.protocol, self.out, self.method = protocol, out, method
         self.every_n_validations, self.num_videos = every_n_validations, num_videos
         self.num_clips = min(protocol.num_clips, num_clips or protocol.num_clips)
-        self.num_grid_frames, self.seed, self.sampling = num_grid_frames, seed, sampling or SamplingChanges()
+        self.num_grid_frames, self.seed, self.sampling = (
+            num_grid_frames,
+            seed,
+            sampling or SamplingChanges(),
+        )
         self.row: ResultRow | None = None
         self._scorer: Scorer | None = None
         self._resumed: dict[str, Any] | None = None
@@ -88,10 +99,13 @@ class Evaluation(Callback):
         return self._generate_state_key(protocol=self.protocol.name, version=self.protocol.version)
 
     def state_dict(self) -> dict[str, Any]:
-        """How many validations there were, and an evaluation that has begun: of process 0, whose state is kept."""
+        """How many validations there were, and an evaluation that has begun: of process 0, whose
+        state is kept.
+        """
         begun = self._scorer is not None and bool(self._seen)
         return {
-            "num_validations": max(0, self._num_validations - begun),  # one that has begun will begin again
+            # one that has begun will begin again
+            "num_validations": max(0, self._num_validations - begun),
             "scorer": self._scorer.state_dict() if self._scorer is not None and begun else None,
             "seen": list(self._seen),
             "step": self._step,
@@ -101,9 +115,9 @@ class Evaluation(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the count; an evaluation that was cut short goes on when its scorer is made.
 
-        The loop starts at the first clip again: what was scored before is skipped. The other processes kept nothing and
-        score their clips again. Where the clips are shared out among another number of processes, or the weights have
-        moved on, all of them do.
+        The loop starts at the first clip again: what was scored before is skipped. The other
+        processes kept nothing and score their clips again. Where the clips are shared out among
+        another number of processes, or the weights have moved on, all of them do.
         """
         self._num_validations = state_dict["num_validations"]
         self._resumed = state_dict if state_dict["scorer"] is not None else None
@@ -112,22 +126,24 @@ class Evaluation(Callback):
         """Refuse what cannot be scored before anything is computed.
 
         Raises:
-            UserError: windows shorter than the protocol's clips, weights that are not there, a stage that makes no
-                clips.
+            UserError: windows shorter than the protocol's clips, weights that are not there, a
+                stage that makes no clips.
         """
         if stage not in SPLITS:
             return
         if not isinstance(pl_module, EvaluateModule | A2VModule):
             name = type(pl_module).__name__
             raise UserError(
-                f"expected Evaluation with a teacher, a student or EvaluateModule, got {name}: leave it out"
+                f"expected Evaluation with a teacher, a student or EvaluateModule, got {name}: "
+                "leave it out"
             )
         if isinstance(pl_module, A2VModule) and pl_module.vae is None:
             raise UserError(NO_VAE.replace("SampleVideos", "Evaluation"))
         datamodule = trainer.datamodule  # type: ignore[attr-defined]
         if datamodule.num_frames < self.protocol.num_frames:
             raise UserError(
-                f"expected data.num_frames of at least {self.protocol.num_frames} for {self.protocol.name}, "
+                f"expected data.num_frames of at least {self.protocol.num_frames} for "
+                f"{self.protocol.name}, "
                 f"got {datamodule.num_frames}: set it to 8n + 1"
             )
         self._folder = Path(trainer.log_dir or trainer.default_root_dir)
@@ -138,7 +154,9 @@ class Evaluation(Callback):
         if trainer.sanity_checking or not isinstance(pl_module, A2VModule):
             return
         self._num_validations += 1
-        due = trainer.state.fn != "fit" or (self._num_validations - 1) % self.every_n_validations == 0
+        due = (
+            trainer.state.fn != "fit" or (self._num_validations - 1) % self.every_n_validations == 0
+        )
         self._begin(pl_module) if due else self._drop()
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -146,14 +164,28 @@ class Evaluation(Callback):
         self._begin(pl_module)
 
     def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, loader: int = 0
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        loader: int = 0,
     ) -> None:
-        """Generate and score the clips of a batch; here, weights that are averaged are those of the module."""
+        """Generate and score the clips of a batch; here, weights that are averaged are those of the
+        module.
+        """
         if self._scorer is not None and not trainer.sanity_checking:
             self._batch(trainer, pl_module, batch)
 
     def on_test_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, loader: int = 0
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        loader: int = 0,
     ) -> None:
         """The same."""
         self._batch(trainer, pl_module, batch)
@@ -180,7 +212,8 @@ class Evaluation(Callback):
         default = Path(trainer.default_root_dir) / "row.json"
         path = default if self.out is None else Path(self.out)
         self._finish(trainer, pl_module, path)
-        if self._video is not None:  # beside the row, where `rest leaderboard` looks for one to show
+        # beside the row, where `rest leaderboard` looks for one to show
+        if self._video is not None:
             with whole_file(path.with_suffix(self._video.suffix)) as temporary:
                 shutil.copyfile(self._video, temporary)
         self._drop()
@@ -203,7 +236,8 @@ class Evaluation(Callback):
             else:
                 assert isinstance(module, A2VModule)
                 chunk_frames = TEMPORAL_RATIO * module.transformer.cache_options.chunk_length
-            with torch.random.fork_rng(devices=[]):  # networks are born with random weights: not the training's numbers
+            # networks are born with random weights: not the training's numbers
+            with torch.random.fork_rng(devices=[]):
                 self._scorer = Scorer(self.protocol, chunk_frames, module.device)
 
     def _drop(self) -> None:
@@ -221,23 +255,33 @@ class Evaluation(Callback):
     @staticmethod
     def _num_processes() -> int:
         distributed = torch.distributed
-        return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+        return (
+            distributed.get_world_size()
+            if distributed.is_available() and distributed.is_initialized()
+            else 1
+        )
 
     def _share(self, trainer: Trainer) -> int:
-        """Clips of this process: the processes take turns, and the last ones may be given a clip a second time."""
+        """Clips of this process: the processes take turns, and the last ones may be given a clip a
+        second time.
+        """
         datamodule = trainer.datamodule  # type: ignore[attr-defined]
         split = SPLITS[str(getattr(trainer.state.fn, "value", trainer.state.fn))]
         num_clips = min(self.num_clips, len(read_manifest(datamodule.data_dir, split)))
         return len(range(trainer.global_rank, num_clips, trainer.world_size))
 
-    def _clip(self, trainer: Trainer, module: LightningModule, batch: dict[str, Any], row: int) -> None:
+    def _clip(
+        self, trainer: Trainer, module: LightningModule, batch: dict[str, Any], row: int
+    ) -> None:
         assert self._scorer is not None
         clip_id, num_frames = batch["clip_id"][row], self.protocol.num_frames
         datamodule = trainer.datamodule  # type: ignore[attr-defined]
         try:
             truth = true_frames(datamodule.data_dir, batch, row, num_frames)
             start = datamodule.audio_left_frames * SAMPLES_PER_FRAME
-            audio = batch["audio"][row, start:][: num_frames * SAMPLES_PER_FRAME].float().cpu().numpy()
+            audio = (
+                batch["audio"][row, start:][: num_frames * SAMPLES_PER_FRAME].float().cpu().numpy()
+            )
             portrait = torch.from_numpy(truth[0]).permute(2, 0, 1).float().div(127.5).sub(1.0)
             with self._generating(module, portrait.shape[-1]) as generator:
                 frames = generator.generate(portrait.to(module.device), audio)
@@ -245,7 +289,9 @@ class Evaluation(Callback):
             if self.protocol.faces == "mediapipe":
                 faces = MediapipeFaces()
             elif self.protocol.faces == "sidecar":
-                faces = SidecarFaces(_landmarks(datamodule.data_dir, clip_id, int(batch["start"][row])))
+                faces = SidecarFaces(
+                    _landmarks(datamodule.data_dir, clip_id, int(batch["start"][row]))
+                )
             opening = batch["mouth_opening"][row].cpu().numpy()
             pair = ClipPair(
                 name=clip_id,
@@ -260,20 +306,28 @@ class Evaluation(Callback):
             self._scorer.fail(clip_id, str(error).replace(f"{datamodule.data_dir}/", ""))
             return
         self._scorer.add(pair)
-        if len(self._seen) <= self.num_videos and trainer.is_global_zero and frames.shape == truth.shape:
+        if (
+            len(self._seen) <= self.num_videos
+            and trainer.is_global_zero
+            and frames.shape == truth.shape
+        ):
             folder = self._folder / "samples"
-            video = show_sample(trainer, folder, clip_id, truth, frames, audio, self.num_grid_frames, True)
+            video = show_sample(
+                trainer, folder, clip_id, truth, frames, audio, self.num_grid_frames, True
+            )
             self._video = self._video or video
 
     @contextmanager
     def _generating(self, module: LightningModule, size_px: int) -> Iterator[Generator]:
-        """What generates: the evaluated model, or the parts of a stage, which train on afterwards as before."""
+        """What generates: the evaluated model, or the parts of a stage, which train on afterwards
+        as before.
+        """
         if isinstance(module, EvaluateModule):
             self._generator = module.generator
             yield module.generator
             return
         assert isinstance(module, A2VModule)
-        settings = self.sampling.of(SamplingSettings())
+        settings = self.sampling.of(Sampling())
         before = self._generator
         if isinstance(module, StudentModule):
             with borrowed_head(module, settings, size_px) as head:
@@ -290,7 +344,11 @@ class Evaluation(Callback):
     def _finish(self, trainer: Trainer, module: LightningModule, path: Path) -> None:
         assert self._scorer is not None
         datamodule = trainer.datamodule  # type: ignore[attr-defined]
-        own = module.configuration if isinstance(module, EvaluateModule) else {"model": type(module).__name__}
+        own = (
+            module.configuration
+            if isinstance(module, EvaluateModule)
+            else {"model": type(module).__name__}
+        )
         generator = self._generator
         command = str(getattr(trainer.state.fn, "value", trainer.state.fn))
         config = {
@@ -308,8 +366,16 @@ class Evaluation(Callback):
             {} if generator is None else generator.speed(),
             config,
         )
-        numbers = {f"eval/{key}": value for key, value in self.row.metrics.items() if isinstance(value, float)}
-        truths = {f"eval_truth/{key}": v for key, v in self.row.ground_truth.items() if isinstance(v, float)}
+        numbers = {
+            f"eval/{key}": value
+            for key, value in self.row.metrics.items()
+            if isinstance(value, float)
+        }
+        truths = {
+            f"eval_truth/{key}": v
+            for key, v in self.row.ground_truth.items()
+            if isinstance(v, float)
+        }
         for name, value in (numbers | truths).items():
             module.log(name, value, rank_zero_only=True)
         if trainer.is_global_zero:
@@ -318,10 +384,19 @@ class Evaluation(Callback):
 
 
 def true_frames(root: str, batch: dict[str, Any], row: int, num_frames: int) -> Frames:
-    """The first frames of a batch's window, uint8 (num_frames, H, W, 3): from the file where the batch has none."""
+    """The first frames of a batch's window, uint8 (num_frames, H, W, 3): from the file where the
+    batch has none.
+    """
     if "frames" in batch:
         floats = batch["frames"][row, :, :num_frames]
-        return ((floats.float() + 1.0) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy()
+        return (
+            ((floats.float() + 1.0) * 127.5)
+            .round()
+            .to(torch.uint8)
+            .permute(1, 2, 3, 0)
+            .cpu()
+            .numpy()
+        )
     (found,) = (r for r in read_manifest(root) if r.clip_id == batch["clip_id"][row])
     return load_frames(root, found, [(int(batch["start"][row]), num_frames)])[0]
 
@@ -333,4 +408,8 @@ def _landmarks(root: str, clip_id: str, start: int) -> dict[str, Any] | None:
 
 def _keep_times(before: Generator | None, now: Generator) -> None:
     if before is not None:
-        now.seconds, now.num_frames, now.first_frame_ms = before.seconds, before.num_frames, before.first_frame_ms
+        now.seconds, now.num_frames, now.first_frame_ms = (
+            before.seconds,
+            before.num_frames,
+            before.first_frame_ms,
+        )

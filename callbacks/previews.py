@@ -16,34 +16,41 @@ from torch import Tensor
 
 from ..constants import FPS, SAMPLES_PER_FRAME
 from ..data.clips import cut_audio
+from ..diffusion.sampling import Sampling, SamplingChanges
 from ..diffusion.schedule import sampling_sigmas
 from ..errors import UserError
-from ..evaluation.generate import generate_clip
+from ..generation import generate_clip
+from ..media.writer import Mp4Writer
 from ..streaming.engine import ChunkEngine, to_uint8
-from ..streaming.writer import Mp4Writer
-from ..talking_head import SamplingChanges, SamplingSettings, TalkingHead
+from ..talking_head import TalkingHead
 from ..tasks.a2v import A2VModule
 from ..tasks.speech_ae import SpeechAEModule
 from ..tasks.student import StudentModule
 from ..tasks.vae import VAEModule
 
-NO_VAE = "expected a stage with a vae, got none: set model.vae and model.initial.vae, or leave SampleVideos out"
+NO_VAE = (
+    "expected a stage with a vae, got none: set model.vae and model.initial.vae, or leave "
+    "SampleVideos out"
+)
 
 
 class SampleVideos(Callback):
-    """Writes ``samples/step-<step>-<clip_id>.mp4`` (truth | sample, with the speech) and a grid of frames to the log.
+    """Writes ``samples/step-<step>-<clip_id>.mp4`` (truth | sample, with the speech) and a grid of
+    frames to the log.
 
-    VAE stage: the reconstruction. Teacher: the whole clip from noise, full attention. Student: the stream, chunk by
-    chunk through the ID-Context Cache, from the clip's reference and speech. Teacher and student need a ``vae``.
-    SpeechAE has nothing to show. Samples come from the averaged weights where weights are averaged, do not touch the
-    random numbers of the training, and a sample that fails is a warning, never the end of the training.
+    VAE stage: the reconstruction. Teacher: the whole clip from noise, full attention. Student: the
+    stream, chunk by chunk through the ID-Context Cache, from the clip's reference and speech.
+    Teacher and student need a ``vae``. SpeechAE has nothing to show. Samples come from the averaged
+    weights where weights are averaged, do not touch the random numbers of the training, and a
+    sample that fails is a warning, never the end of the training.
 
     Args:
         every_n_validations: sample at the first validation of a run and at every n-th after it.
         num_clips: clips of the first validation batch.
         num_grid_frames: columns of the grid.
         seed: of the noise, the same at every validation.
-        sampling: changes of the paper's; ``rest fit`` takes them from the top-level key ``sampling``.
+        sampling: changes of the paper's; ``rest fit`` takes them from the top-level key
+            ``sampling``.
     """
 
     def __init__(
@@ -55,9 +62,15 @@ class SampleVideos(Callback):
         sampling: SamplingChanges | None = None,
     ) -> None:
         if min(every_n_validations, num_clips, num_grid_frames) < 1:
-            raise UserError("expected every_n_validations, num_clips and num_grid_frames of at least 1")
-        self.every_n_validations, self.num_clips, self.num_grid_frames = every_n_validations, num_clips, num_grid_frames
-        self.sampling = (sampling or SamplingChanges()).of(SamplingSettings())
+            raise UserError(
+                "expected every_n_validations, num_clips and num_grid_frames of at least 1"
+            )
+        self.every_n_validations, self.num_clips, self.num_grid_frames = (
+            every_n_validations,
+            num_clips,
+            num_grid_frames,
+        )
+        self.sampling = (sampling or SamplingChanges()).of(Sampling())
         self.seed = seed
         self._num_validations = 0
         self._folder: Path | None = None
@@ -76,10 +89,17 @@ class SampleVideos(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Sample the first batch; here, weights that are averaged are those of the module."""
-        if batch_idx or dataloader_idx or trainer.sanity_checking or isinstance(pl_module, SpeechAEModule):
+        if (
+            batch_idx
+            or dataloader_idx
+            or trainer.sanity_checking
+            or isinstance(pl_module, SpeechAEModule)
+        ):
             return
         self._num_validations += 1
-        due = trainer.state.fn != "fit" or (self._num_validations - 1) % self.every_n_validations == 0
+        due = (
+            trainer.state.fn != "fit" or (self._num_validations - 1) % self.every_n_validations == 0
+        )
         if not due or not trainer.is_global_zero:
             return
         try:
@@ -106,7 +126,9 @@ class SampleVideos(Callback):
                 self.num_grid_frames,
             )
 
-    def sample(self, module: LightningModule, batch: dict[str, Any], datamodule: Any) -> tuple[Tensor, Tensor]:
+    def sample(
+        self, module: LightningModule, batch: dict[str, Any], datamodule: Any
+    ) -> tuple[Tensor, Tensor]:
         """Truth and sample of a validation batch, both uint8 (B, F, H, W, 3).
 
         Raises:
@@ -126,23 +148,44 @@ class SampleVideos(Callback):
         generator = torch.Generator().manual_seed(self.seed)
         noise = torch.randn(latents.shape, generator=generator).to(latents)
         if isinstance(module, StudentModule):
-            reference = batch["reference"] if "reference" in batch else module.vae.decode(latents[:, :, :1])[:, :, 0]
-            return to_uint8(truth), self._stream(module, reference, batch["audio"], noise, datamodule)
-        sigmas = sampling_sigmas(self.sampling.num_steps, self.sampling.shift, latents[0, 0].numel())
+            reference = (
+                batch["reference"]
+                if "reference" in batch
+                else module.vae.decode(latents[:, :, :1])[:, :, 0]
+            )
+            return to_uint8(truth), self._stream(
+                module, reference, batch["audio"], noise, datamodule
+            )
+        sigmas = sampling_sigmas(
+            self.sampling.num_steps, self.sampling.shift, latents[0, 0].numel()
+        )
         clip = generate_clip(
-            module.transformer, latents[:, :, :1], conditions.speech_latents, noise, sigmas, self.sampling.branches
+            module.transformer,
+            latents[:, :, :1],
+            conditions.speech_latents,
+            noise,
+            sigmas,
+            self.sampling.branches,
         )
         return to_uint8(truth), to_uint8(module.vae.decode(clip))
 
-    def _stream(self, module: A2VModule, reference: Tensor, audio: Tensor, noise: Tensor, datamodule: Any) -> Tensor:
-        """What a session gives for the clip's reference and speech, the reference first: uint8 (B, F, H, W, 3)."""
+    def _stream(
+        self, module: A2VModule, reference: Tensor, audio: Tensor, noise: Tensor, datamodule: Any
+    ) -> Tensor:
+        """What a session gives for the clip's reference and speech, the reference first: uint8
+        (B, F, H, W, 3).
+        """
         with borrowed_head(module, self.sampling, reference.shape[-1]) as head:
             engine = ChunkEngine(head, len(reference), self.sampling)
             engine.start(reference)
             videos = [to_uint8(reference[:, :, None])]
             for chunk, piece in enumerate(noise[:, :, 1:].split(engine.chunk_length, dim=2)):
                 first_frame = 1 + chunk * engine.chunk_frames  # frame 0 is the reference
-                start = datamodule.audio_left_frames + first_frame - head.speech_encoder.left_context_frames
+                start = (
+                    datamodule.audio_left_frames
+                    + first_frame
+                    - head.speech_encoder.left_context_frames
+                )
                 window = audio[:, start * SAMPLES_PER_FRAME :][:, : engine.window_samples]
                 videos.append(engine.step(window, piece))
         return torch.cat(videos, dim=1)
@@ -158,7 +201,8 @@ def show_sample(
     num_grid_frames: int,
     with_video: bool = False,
 ) -> Path:
-    """Write ``<folder>/step-<step>-<clip_id>.mp4`` (truth | sample), and a grid of frames to TensorBoard.
+    """Write ``<folder>/step-<step>-<clip_id>.mp4`` (truth | sample), and a grid of frames to
+    TensorBoard.
 
     Args:
         trainer: gives step and loggers.
@@ -179,19 +223,25 @@ def show_sample(
         writer.write(pair)
         writer.write_audio(audio)
     columns = np.linspace(0, len(pair) - 1, min(num_grid_frames, len(pair))).round().astype(int)
-    grid = np.concatenate([np.concatenate(list(video[columns]), axis=1) for video in (truth, sample)])
+    grid = np.concatenate(
+        [np.concatenate(list(video[columns]), axis=1) for video in (truth, sample)]
+    )
     for logger in trainer.loggers:
         experiment = getattr(logger, "experiment", None)
         if experiment is None or not hasattr(experiment, "add_image"):  # not TensorBoard
             continue
         experiment.add_image(f"samples/{clip_id}", grid, trainer.global_step, dataformats="HWC")
         if with_video:
-            experiment._get_file_writer().add_summary(_animation(f"videos/{clip_id}", pair), trainer.global_step)
+            experiment._get_file_writer().add_summary(
+                _animation(f"videos/{clip_id}", pair), trainer.global_step
+            )
     return path
 
 
 def _animation(tag: str, video: NDArray[np.uint8]) -> Any:
-    """What TensorBoard's add_video makes, without moviepy: an image summary that holds a GIF, here at half the rate."""
+    """What TensorBoard's add_video makes, without moviepy: an image summary that holds a GIF, here
+    at half the rate.
+    """
     from io import BytesIO
 
     from PIL import Image
@@ -201,12 +251,14 @@ def _animation(tag: str, video: NDArray[np.uint8]) -> Any:
     content = BytesIO()
     first.save(content, "GIF", save_all=True, append_images=others, duration=2000 // FPS, loop=0)
     height, width = video.shape[1:3]
-    image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=content.getvalue())
+    image = Summary.Image(
+        height=height, width=width, colorspace=3, encoded_image_string=content.getvalue()
+    )
     return Summary(value=[Summary.Value(tag=tag, image=image)])
 
 
 @contextmanager
-def borrowed_head(module: A2VModule, sampling: SamplingSettings, size_px: int) -> Iterator[TalkingHead]:
+def borrowed_head(module: A2VModule, sampling: Sampling, size_px: int) -> Iterator[TalkingHead]:
     """A talking head of the module's own parts; they train on afterwards as they did before.
 
     Raises:
@@ -217,7 +269,14 @@ def borrowed_head(module: A2VModule, sampling: SamplingSettings, size_px: int) -
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     modes = [(part, part.training) for part in module.modules()]
     try:
-        yield TalkingHead(module.vae, module.speech_encoder, module.speech_ae, module.transformer, sampling, size_px)
+        yield TalkingHead(
+            module.vae,
+            module.speech_encoder,
+            module.speech_ae,
+            module.transformer,
+            sampling,
+            size_px,
+        )
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)

@@ -12,18 +12,19 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from ..data.streams import PredictPair, SpeechBlock
 from ..errors import UserError
-from ..streaming.background import BackgroundWriter
-from ..streaming.output import remove_leftovers
-from ..streaming.writer import Mp4Writer
+from ..media.files import remove_leftovers
+from ..media.writer import BackgroundWriter, Mp4Writer
 from ..tasks.predict import PredictModule
 
 
 class VideoSink(Callback):
-    """Writes ``<name>.mp4`` and ``<name>.json`` per pair as the frames come, in a thread and in bounded memory.
+    """Writes ``<name>.mp4`` and ``<name>.json`` per pair as the frames come, in a thread and in
+    bounded memory.
 
-    A run that was interrupted leaves what it has as ``<name>.partial.mp4``, which plays. The next run skips the
-    finished pairs: those with both files, made from the same portrait and speech with the same settings. So a run that
-    was killed, with no time to leave anything, does one pair again at most.
+    A run that was interrupted leaves what it has as ``<name>.partial.mp4``, which plays. The next
+    run skips the finished pairs: those with both files, made from the same portrait and speech with
+    the same settings. So a run that was killed, with no time to leave anything, does one pair again
+    at most.
 
     Args:
         out_dir: folder of the videos; made when absent.
@@ -41,23 +42,32 @@ class VideoSink(Callback):
         """Take the finished pairs out of the data module's list.
 
         Raises:
-            UserError: a folder that cannot be made, or a file of another origin under a name that is needed.
+            UserError: a folder that cannot be made, or a file of another origin under a name that
+                is needed.
         """
         if stage != "predict":
             return
         if not isinstance(pl_module, PredictModule):
             name = type(pl_module).__name__
-            raise UserError(f"expected VideoSink with PredictModule, got {name}: see configs/predict.yaml")
+            raise UserError(
+                f"expected VideoSink with PredictModule, got {name}: see configs/predict.yaml"
+            )
         try:
             self.out_dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             reason = f"{self.out_dir} ({error.strerror})"
-            raise UserError(f"expected a folder for videos, got {reason}: choose another out_dir") from None
+            raise UserError(
+                f"expected a folder for videos, got {reason}: choose another out_dir"
+            ) from None
         datamodule = trainer.datamodule  # type: ignore[attr-defined]
         pairs = list(datamodule.pairs)
-        datamodule.pairs = [pair for pair in pairs if not self._is_finished(pair, pl_module.configuration)]
+        datamodule.pairs = [
+            pair for pair in pairs if not self._is_finished(pair, pl_module.configuration)
+        ]
         if len(datamodule.pairs) < len(pairs):
-            rank_zero_info(f"{len(pairs) - len(datamodule.pairs)} of {len(pairs)} videos are done before")
+            rank_zero_info(
+                f"{len(pairs) - len(datamodule.pairs)} of {len(pairs)} videos are done before"
+            )
 
     def on_predict_batch_end(
         self,
@@ -93,10 +103,14 @@ class VideoSink(Callback):
     def _open(self, pair: PredictPair, size_px: int) -> None:
         for suffix in (".mp4", ".json"):
             remove_leftovers(self._path(pair, suffix))
-        self._file = Mp4Writer(self._path(pair, ".mp4"), size_px, crf=self.crf, overwrite=self.overwrite)
+        self._file = Mp4Writer(
+            self._path(pair, ".mp4"), size_px, crf=self.crf, overwrite=self.overwrite
+        )
         self._writer, self._pair = BackgroundWriter(self._file), pair
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
         """Keep what was done of the present video, under a name that says so."""
         file, writer, pair = self._file, self._writer, self._pair
         self._file = self._writer = self._pair = None
@@ -109,7 +123,8 @@ class VideoSink(Callback):
                 return
             file.path = self._path(pair, ".partial.mp4")
             writer.close()
-        except UserError as error:  # the disk is full, say; the exception under way is the one to be told
+        except UserError as error:
+            # the disk is full, say; the exception under way is the one to be told
             rank_zero_info(f"nothing is left of {pair.name}: {error}")
             return
         rank_zero_info(f"{file.duration_s:.1f} s of {pair.name} are in {file.path}")
@@ -128,7 +143,8 @@ class VideoSink(Callback):
         for key, value in _expected(pair, configuration).items():
             if made_from.get(key) != value:
                 raise UserError(
-                    f"expected {video} to be made with {key} {value}, got {made_from.get(key, 'no report')}: "
+                    f"expected {video} to be made with {key} {value}, got "
+                    f"{made_from.get(key, 'no report')}: "
                     "choose another out_dir, or set overwrite"
                 )
         return True

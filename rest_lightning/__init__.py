@@ -2,43 +2,29 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
-__all__ = [
-    "A2VDiT",
-    "BatchSession",
-    "EngineOptions",
-    "SamplingSettings",
-    "StreamingSession",
-    "TalkingHead",
-    "UserError",
-    "__version__",
-]
+from rest_lightning.constants import VERSION as __version__  # noqa: F401
+from rest_lightning.names import lazy
 
 if TYPE_CHECKING:
-    from rest_lightning.errors import UserError
-    from rest_lightning.models.transformer import A2VDiT
-    from rest_lightning.streaming.batch import BatchSession
-    from rest_lightning.streaming.options import EngineOptions
-    from rest_lightning.streaming.session import StreamingSession
-    from rest_lightning.talking_head import SamplingSettings, TalkingHead
+    from rest_lightning.diffusion.sampling import Sampling as Sampling
+    from rest_lightning.errors import UserError as UserError
+    from rest_lightning.models.transformer import A2VDiT as A2VDiT
+    from rest_lightning.streaming.batch import BatchSession as BatchSession
+    from rest_lightning.streaming.engine import EngineOptions as EngineOptions
+    from rest_lightning.streaming.session import StreamingSession as StreamingSession
+    from rest_lightning.talking_head import TalkingHead as TalkingHead
 
-_HOMES = {
-    "A2VDiT": "rest_lightning.models.transformer",
-    "BatchSession": "rest_lightning.streaming.batch",
-    "EngineOptions": "rest_lightning.streaming.options",
-    "SamplingSettings": "rest_lightning.talking_head",
-    "StreamingSession": "rest_lightning.streaming.session",
-    "TalkingHead": "rest_lightning.talking_head",
-    "UserError": "rest_lightning.errors",
-}
-
-
-def __getattr__(name: str) -> Any:
-    # Loaded on first use: commands that need no model do not wait for torch.
-    if name not in _HOMES:
-        raise AttributeError(f"module 'rest_lightning' has no attribute {name!r}")
-    import importlib
-
-    return getattr(importlib.import_module(_HOMES[name]), name)
+__all__, __getattr__ = lazy(
+    __name__,
+    {
+        "diffusion.sampling": ["Sampling"],
+        "errors": ["UserError"],
+        "models.transformer": ["A2VDiT"],
+        "streaming.batch": ["BatchSession"],
+        "streaming.engine": ["EngineOptions"],
+        "streaming.session": ["StreamingSession"],
+        "talking_head": ["TalkingHead"],
+    },
+)

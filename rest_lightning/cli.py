@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import inspect
 import os
 import signal
 import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+from rest_lightning.constants import VERSION
 from rest_lightning.errors import UserError
 
-# Modules are imported when their command is called: `rest --help` and a wrong file name do not wait for torch.
+# Modules are imported when their command is called: `rest --help` and a wrong file name do not wait
+# for torch. A module of `rest_lightning.commands` has `add_arguments(parser)` and `run(args) ->
+# exit code`. Where it has several commands, the others are named in SECOND_COMMANDS: "demo" is
+# `add_demo_arguments` and `run_demo` of talk.py.
 COMMANDS = {
     "talk": "a portrait and speech become a talking video",
     "demo": "the bundled portrait and speech become outputs/demo.mp4, with a report",
     "serve": "a page in the browser: speak, and the portrait speaks",
     "synthesize": "render synthetic talkers to train on",
     "prepare": "raw videos become prepared clips, with a reason for each that does not",
+    "animate": "photographs and a speaking driver become training talkers",
     "encode": "latents of all clips, once, for the stages that need them",
     "encode-prompt": "the text embedding of the fixed prompt, once, for models that read text",
     "export": "a checkpoint becomes a model folder for talk --model",
@@ -26,6 +32,11 @@ COMMANDS = {
     "leaderboard": "result rows become Markdown, a self-contained HTML page and JSON",
     "ablate": "train and score a base and its ablations within the same budget",
     "train-embedded": "all stages of the embedded model within a time budget",
+}
+SECOND_COMMANDS = {
+    "demo": ("talk", "demo"),
+    "encode-prompt": ("encode", "prompt"),
+    "synthesize": ("prepare", "synthesize"),
 }
 STAGE_COMMANDS = {
     "fit": "train a stage: --config FILE, any number of times, later ones win",
@@ -45,7 +56,8 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(args: list[str] | None = None) -> int:
-    """Runs a command and returns its exit code: 0 done, 2 a user's mistake (one line on stderr), 130 interrupted.
+    """Runs a command and returns its exit code: 0 done, 2 a user's mistake (one line on stderr),
+    130 interrupted.
 
     Args:
         args: the command and its arguments; None takes those of the process.
@@ -62,7 +74,8 @@ def main(args: list[str] | None = None) -> int:
     except BrokenPipeError:  # `rest ... | head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
-    except SystemExit as exit_request:  # argparse after --help, jsonargparse after a mistake that it has told already
+    except SystemExit as exit_request:
+        # argparse after --help, jsonargparse after a mistake that it has told already
         code = exit_request.code
         if isinstance(code, str):
             _say(code)
@@ -75,9 +88,7 @@ def _run(words: list[str]) -> int:
         print(usage())
         return 0
     if name in ("-V", "--version", "version"):
-        from rest_lightning import __version__
-
-        print(f"rest_lightning {__version__}")
+        print(f"rest_lightning {VERSION}")
         return 0
     if name in STAGE_COMMANDS:
         from rest_lightning.lightning_cli import run
@@ -88,11 +99,18 @@ def _run(words: list[str]) -> int:
     if name not in COMMANDS:
         known = ", ".join([*COMMANDS, *STAGE_COMMANDS])
         raise UserError(f"expected a command ({known}), got {words[0]!r}: see rest --help")
-    module = importlib.import_module(f"rest_lightning.commands.{name.replace('-', '_')}")
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = _Parser(prog=f"rest {name}", description=module.__doc__, formatter_class=raw)
-    module.add_arguments(parser)
-    command: Callable[[argparse.Namespace], int] = module.run
+    home, variant = SECOND_COMMANDS.get(name, (name.replace("-", "_"), ""))
+    module = importlib.import_module(f"rest_lightning.commands.{home}")
+    add_arguments = getattr(module, f"add_{variant}_arguments" if variant else "add_arguments")
+    command: Callable[[argparse.Namespace], int] = getattr(
+        module, f"run_{variant}" if variant else "run"
+    )
+    parser = _Parser(
+        prog=f"rest {name}",
+        description=inspect.getdoc(command if variant else module),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_arguments(parser)
     return command(parser.parse_args([_with_dashes(word) for word in words[1:]]))
 
 
@@ -111,7 +129,9 @@ def usage() -> str:
 
 
 def _with_dashes(word: str) -> str:
-    """``--num_clips=5`` as ``--num-clips=5``: both spellings are taken, as in configuration files."""
+    """``--num_clips=5`` as ``--num-clips=5``: both spellings are taken, as in configuration
+    files.
+    """
     if not word.startswith("--"):
         return word
     option, equals, value = word.partition("=")

@@ -1,8 +1,9 @@
-"""``rest fit | validate | test | predict``: LightningCLI over the stages and the one data module."""
+"""``rest fit | validate | test | predict``: LightningCLI over the stages and the one data
+module.
+"""
 
 from __future__ import annotations
 
-import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,31 +13,38 @@ from rest_lightning.torchvision_compat import ensure_torchvision
 ensure_torchvision()  # lightning imports torchvision
 from lightning.fabric.plugins import TorchCheckpointIO  # noqa: E402
 from lightning.pytorch import LightningModule, Trainer  # noqa: E402
-from lightning.pytorch.callbacks import WeightAveraging  # noqa: E402
+from lightning.pytorch.callbacks import Callback, WeightAveraging  # noqa: E402
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI  # noqa: E402
 from lightning.pytorch.utilities.exceptions import MisconfigurationException  # noqa: E402
 
+from rest_lightning import callbacks, models, tasks  # noqa: E402
 from rest_lightning.data.module import TalkingHeadDataModule  # noqa: E402
+from rest_lightning.diffusion.sampling import SamplingChanges  # noqa: E402
 from rest_lightning.errors import UserError  # noqa: E402
-from rest_lightning.talking_head import SamplingChanges  # noqa: E402
-from rest_lightning.tasks.checkpoints import AtomicCheckpointIO  # noqa: E402
+from rest_lightning.names import accept_old_names  # noqa: E402
+from rest_lightning.tasks.base import AtomicCheckpointIO  # noqa: E402
 
 FINAL_CHECKPOINT = "final.ckpt"
 EXPECTED_WARNINGS = (
     "LightningCLI's args parameter",  # our own command line hands its words on
     r"Found \d+ module\(s\) in eval mode",  # frozen parts are
-    "You're using the WeightAveraging callback with a model that overrides",  # sharded networks refuse the callback
+    # sharded networks refuse the callback
+    "You're using the WeightAveraging callback with a model that overrides",
 )
 
 
 class RestCLI(LightningCLI):
-    """LightningCLI whose model is any stage; after ``fit`` it validates once and writes ``final.ckpt``."""
+    """LightningCLI whose model is any stage; after ``fit`` it validates once and writes
+    ``final.ckpt``.
+    """
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """A stage and its data are configured side by side; what generates videos shares one key, ``sampling``.
+        """A stage and its data are configured side by side; what generates videos shares one key,
+        ``sampling``.
 
-        So one file of sampling choices serves `rest predict` and the previews of a training run, whose callback stands
-        in a list that a configuration file can only replace as a whole. Where nothing generates, nothing is linked.
+        So one file of sampling choices serves `rest predict` and the previews of a training run,
+        whose callback stands in a list that a configuration file can only replace as a whole. Where
+        nothing generates, nothing is linked.
         """
         parser.add_class_arguments(SamplingChanges, "sampling")
         for user in ("model", "trainer.callbacks"):
@@ -51,33 +59,41 @@ class RestCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer of the configuration; its checkpoints are whole or absent."""
         trainer = super().instantiate_trainer(**kwargs)
-        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # else the user has chosen another
+        # else the user has chosen another
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         return trainer
 
     def after_fit(self) -> None:
-        """Validate the final weights, and write them where the next stage looks for them, whole or not at all."""
+        """Validate the final weights, and write them where the next stage looks for them, whole or
+        not at all.
+        """
         if not self.config["fit"]["final_checkpoint"] or self.trainer.interrupted:
             return
-        # The current weights are the averaged ones by now; without the callback the checkpoint holds them, together
-        # with the statistics that this validation measures.
-        self.trainer.callbacks = [c for c in self.trainer.callbacks if not isinstance(c, WeightAveraging)]  # type: ignore[attr-defined]
+        # The current weights are the averaged ones by now; without the callback the checkpoint
+        # holds them, together with the statistics that this validation measures.
+        present: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        kept = [each for each in present if not isinstance(each, WeightAveraging)]
+        self.trainer.callbacks = kept  # type: ignore[attr-defined]
         self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
         target = Path(self.trainer.default_root_dir) / FINAL_CHECKPOINT
         temporary = target.with_name(f".{FINAL_CHECKPOINT}.part")
         self.trainer.save_checkpoint(temporary)
         if self.trainer.is_global_zero:
-            os.replace(temporary, target)
+            temporary.replace(target)
 
 
 def run(args: list[str]) -> Any:
-    """Run LightningCLI with ``args``, subcommand first; returns it, with ``trainer``, ``model`` and ``config``.
+    """Run LightningCLI with ``args``, subcommand first; returns it, with ``trainer``, ``model`` and
+    ``config``.
 
     Raises:
         UserError: a user's mistake, also where a stage's constructor found it.
     """
     for message in EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message)
+    _know_short_names()
+    accept_old_names()
     try:
         return RestCLI(
             LightningModule,
@@ -90,10 +106,12 @@ def run(args: list[str]) -> Any:
         )
     except Exception as error:
         mistake = find_user_error(error)
-        if mistake is None and isinstance(error, MisconfigurationException):  # no GPU, too few devices, ...
+        # no GPU, too few devices, ...
+        if mistake is None and isinstance(error, MisconfigurationException):
             reason = " ".join(str(error).split()).rstrip(".!")
             raise UserError(
-                f"expected a `trainer` that this machine can run, got: {reason}; change trainer.accelerator, devices, "
+                f"expected a `trainer` that this machine can run, got: {reason}; change "
+                "trainer.accelerator, devices, "
                 "strategy or precision"
             ) from error
         if mistake is None:
@@ -101,8 +119,19 @@ def run(args: list[str]) -> Any:
         raise mistake from None
 
 
+def _know_short_names() -> None:
+    """Import what packages export: jsonargparse takes ``class_path: StudentModule`` for any class
+    that is loaded.
+    """
+    for package in (callbacks, models, tasks):
+        for name in package.__all__:
+            getattr(package, name)
+
+
 def find_user_error(error: BaseException | None) -> UserError | None:
-    """The user's mistake behind an exception: jsonargparse wraps what a constructor raises into errors of its own."""
+    """The user's mistake behind an exception: jsonargparse wraps what a constructor raises into
+    errors of its own.
+    """
     while error is not None and not isinstance(error, UserError):
         error = error.__cause__ or error.__context__
     return error

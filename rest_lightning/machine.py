@@ -18,7 +18,8 @@ _PACKAGES = ("rest_lightning", "torch", "lightning", "diffusers", "transformers"
 
 def peak_memory_mb() -> float:
     """Largest resident memory of this process so far, in MB (10^6 bytes)."""
-    # Linux hands getrusage's figure on from a process to the program that it starts: it may be the parent's.
+    # Linux hands getrusage's figure on from a process to the program that it starts: it may be the
+    # parent's.
     with suppress(OSError):
         for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
             if line.startswith("VmHWM:"):
@@ -29,12 +30,16 @@ def peak_memory_mb() -> float:
 
 def resident_memory_mb(process: int | None = None) -> float:
     """Resident memory of a process (default: this one) now, in MB (10^6 bytes). Linux only."""
-    pages = int(Path(f"/proc/{process or os.getpid()}/statm").read_text(encoding="utf-8").split()[1])
+    pages = int(
+        Path(f"/proc/{process or os.getpid()}/statm").read_text(encoding="utf-8").split()[1]
+    )
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
 def num_usable_cores() -> int:
-    """Cores that this process may run on: fewer than the machine's in a container or under ``taskset``."""
+    """Cores that this process may run on: fewer than the machine's in a container or under
+    ``taskset``.
+    """
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -43,9 +48,15 @@ def num_usable_cores() -> int:
 @cache
 def hardware() -> dict[str, Any]:
     """Processor, cores, memory, and the accelerator when torch is loaded and has one."""
-    found: dict[str, Any] = {"processor": _processor(), "num_cores": os.cpu_count(), "system": platform.platform()}
+    found: dict[str, Any] = {
+        "processor": _processor(),
+        "num_cores": os.cpu_count(),
+        "system": platform.platform(),
+    }
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        found["memory_gb"] = round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9, 1)
+        found["memory_gb"] = round(
+            os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9, 1
+        )
     if (torch := sys.modules.get("torch")) is not None:
         found["num_threads"] = torch.get_num_threads()
         if torch.cuda.is_available():
@@ -77,14 +88,20 @@ def versions() -> dict[str, str]:
 
 @cache
 def commit() -> str | None:
-    """Commit of the checkout that this package runs from, with ``+`` when files were changed; None elsewhere."""
+    """Commit of the checkout that this package runs from, with ``+`` when files were changed; None
+    elsewhere.
+    """
     root = Path(__file__).resolve().parents[1]
     if not (root / ".git").exists():
         return None
     try:
         git = ["git", "-C", str(root)]
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True)
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=5)
+        head = subprocess.run(
+            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True
+        )
+        changed = subprocess.run(
+            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=5
+        )
     except (OSError, subprocess.SubprocessError):
         return None
     return head.stdout.strip() + ("+" if changed.stdout.strip() else "")

@@ -1,7 +1,9 @@
-"""The parts of a talking head: built from a configuration, found in checkpoints and in exported folders.
+"""The parts of a talking head: built from a configuration, found in checkpoints and in exported
+folders.
 
-A part is a network whose ``config`` property holds its constructor's arguments. A Lightning checkpoint of any stage
-carries the configuration of its parts under :data:`PARTS_KEY`, so that it can be read without the run's config file.
+A part is a network whose ``config`` property holds its constructor's arguments. A Lightning
+checkpoint of any stage carries the configuration of its parts under :data:`PARTS_KEY`, so that it
+can be read without the run's config file.
 """
 
 from __future__ import annotations
@@ -9,39 +11,94 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 import torch
 from torch import nn
 
 from rest_lightning.errors import UserError
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import torch
+
+    from rest_lightning.diffusion.sampling import Sampling
+    from rest_lightning.models.detail import DetailTransfer
+    from rest_lightning.models.speech import SpeechEncoder
+    from rest_lightning.models.speech_ae import SpeechAE
+    from rest_lightning.models.transformer import A2VDiT
+    from rest_lightning.models.vae import VideoAutoencoder
+
 PARTS_KEY = "rest_parts"
 FROZEN_PARTS_KEY = "rest_frozen_parts"  # descriptions alone: the weights are in other checkpoints
 PART_NAMES = ("vae", "speech_encoder", "speech_ae", "transformer")
+OPTIONAL_PART_NAMES = ("detail",)
 PART_CLASSES = {
-    "CompactVAE": "rest_lightning.models.autoencoder",
+    "CompactVAE": "rest_lightning.models.vae",
     "LTXVideoVAE": "rest_lightning.models.ltx_vae",
     "LogMelEncoder": "rest_lightning.models.speech",
     "WhisperEncoder": "rest_lightning.models.speech",
     "SpeechAE": "rest_lightning.models.speech_ae",
     "SpeechPooling": "rest_lightning.models.speech_ae",
     "A2VDiT": "rest_lightning.models.transformer",
+    "AgreementDetail": "rest_lightning.models.detail",
+    "LearnedDetail": "rest_lightning.models.detail",
 }
+
+
+class TalkingParts(Protocol):
+    """What streaming needs of a talking head: its parts, how it wants to be sampled, and where it
+    is.
+
+    Attributes:
+        vae, speech_encoder, speech_ae, transformer: the parts; the transformer is a student.
+        detail: puts the portrait's detail into decoded frames; None: nothing does.
+        sampling: steps, guidance and shift that the model was made for.
+        size_px: side of the square frames.
+    """
+
+    vae: VideoAutoencoder
+    speech_encoder: SpeechEncoder
+    speech_ae: SpeechAE
+    transformer: A2VDiT
+    detail: DetailTransfer | None
+    sampling: Sampling
+    size_px: int
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the transformer's weights."""
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """All weights."""
 
 
 def describe_part(part: nn.Module) -> dict[str, Any]:
     """Class name and configuration of a part, ready for JSON."""
-    names = [cls.__name__ for cls in type(part).__mro__]  # a sharded part has a class of its own, derived from its own
-    return {"class": next((name for name in names if name in PART_CLASSES), names[0]), "config": part.config}
+    names = [
+        cls.__name__ for cls in type(part).__mro__
+    ]  # a sharded part has a class of its own, derived from its own
+    return {
+        "class": next((name for name in names if name in PART_CLASSES), names[0]),
+        "config": part.config,
+    }
 
 
 def build_part(description: dict[str, Any]) -> nn.Module:
     """The untrained network of :func:`describe_part`."""
     name = description.get("class")
     if name not in PART_CLASSES:
-        raise UserError(f"expected a part of class {', '.join(PART_CLASSES)}, got {name!r}: update rest-lightning")
+        raise UserError(
+            f"expected a part of class {', '.join(PART_CLASSES)}, got {name!r}: update "
+            "rest-lightning"
+        )
     cls = getattr(importlib.import_module(PART_CLASSES[name]), name)
     return cls.from_config(description["config"])
 
@@ -49,8 +106,8 @@ def build_part(description: dict[str, Any]) -> nn.Module:
 def fingerprint_of(part: nn.Module, with_config: bool = False) -> str:
     """Class name and a hash of all weights: latents fit a VAE only when it is exactly theirs.
 
-    ``with_config`` takes the configuration in: the same weights of a speech encoder make other features with another
-    look-ahead.
+    ``with_config`` takes the configuration in: the same weights of a speech encoder make other
+    features with another look-ahead.
     """
     digest = hashlib.sha256()
     if with_config:
@@ -62,15 +119,19 @@ def fingerprint_of(part: nn.Module, with_config: bool = False) -> str:
 
 
 def load_part(part: nn.Module | None, name: str, source: str | Path) -> None:
-    """Fill ``part`` with the weights of part ``name`` from a stage's checkpoint or an exported folder.
+    """Fill ``part`` with the weights of part ``name`` from a stage's checkpoint or an exported
+    folder.
 
-    A transformer also starts from LTX-Video's, a diffusers folder or a single file of it (REST sec. 4.1).
+    A transformer also starts from LTX-Video's, a diffusers folder or a single file of it (REST sec.
+    4.1).
 
     Raises:
         UserError: a missing file, a source without that part, or a part of another shape.
     """
     if part is None:
-        raise UserError(f"expected a part of this stage to initialise, got {name!r}: remove it from `initial`")
+        raise UserError(
+            f"expected a part of this stage to initialise, got {name!r}: remove it from `initial`"
+        )
     if name == "transformer":
         from rest_lightning.models.ltx import is_ltx, load_ltx
         from rest_lightning.models.transformer import A2VDiT
@@ -80,7 +141,10 @@ def load_part(part: nn.Module | None, name: str, source: str | Path) -> None:
             return
     description, state = read_part(name, source)
     if description["class"] != type(part).__name__:
-        raise UserError(f"expected {name} of class {type(part).__name__}, got {description['class']} in {source}")
+        raise UserError(
+            f"expected {name} of class {type(part).__name__}, got {description['class']} in "
+            f"{source}"
+        )
     own = part.state_dict()
     missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     wrong = [key for key in own.keys() & state.keys() if own[key].shape != state[key].shape]
@@ -95,7 +159,9 @@ def load_part(part: nn.Module | None, name: str, source: str | Path) -> None:
 
 
 def read_part(name: str, source: str | Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Description and weights of one part, from a stage's checkpoint (.ckpt) or an exported folder."""
+    """Description and weights of one part, from a stage's checkpoint (.ckpt) or an exported
+    folder.
+    """
     path = Path(source)
     if path.is_dir():
         return _read_folder_part(name, path)
@@ -105,14 +171,22 @@ def read_part(name: str, source: str | Path) -> tuple[dict[str, Any], dict[str, 
             from rest_lightning.models.ltx import HOW_TO_GET
 
             way_out += f", or start from LTX-Video's weights: {HOW_TO_GET}"
-        raise UserError(f"expected a checkpoint or a model folder for {name}, got no such file: {path}; {way_out}")
+        raise UserError(
+            f"expected a checkpoint or a model folder for {name}, got no such file: {path}; "
+            f"{way_out}"
+        )
     checkpoint = torch.load(path, map_location="cpu", weights_only=False)
     parts = checkpoint.get(PARTS_KEY, {}) if isinstance(checkpoint, dict) else {}
     if name not in parts:
-        raise UserError(f"expected a checkpoint that holds {name}, got {path} with {sorted(parts) or 'none of ours'}")
+        raise UserError(
+            f"expected a checkpoint that holds {name}, got {path} with "
+            f"{sorted(parts) or 'none of ours'}"
+        )
     prefix = name + "."
     state = {
-        key.removeprefix(prefix): value for key, value in checkpoint["state_dict"].items() if key.startswith(prefix)
+        key.removeprefix(prefix): value
+        for key, value in checkpoint["state_dict"].items()
+        if key.startswith(prefix)
     }
     return parts[name], state
 
@@ -122,7 +196,10 @@ def _read_folder_part(name: str, folder: Path) -> tuple[dict[str, Any], dict[str
 
     config_file = folder / name / "config.json"
     if not config_file.is_file():
-        raise UserError(f"expected a model folder with {name}/config.json, got {folder}: make one with `rest export`")
+        raise UserError(
+            f"expected a model folder with {name}/config.json, got {folder}: make one with `rest "
+            "export`"
+        )
     state: dict[str, torch.Tensor] = {}
     for shard in sorted((folder / name).glob("*.safetensors")):
         state.update(load_file(shard))
@@ -132,7 +209,9 @@ def _read_folder_part(name: str, folder: Path) -> tuple[dict[str, Any], dict[str
 
 
 def open_part(name: str, source: str | Path) -> nn.Module:
-    """A part with its weights, from a stage's checkpoint or an exported folder; errors as :func:`read_part`'s."""
+    """A part with its weights, from a stage's checkpoint or an exported folder; errors as
+    :func:`read_part`'s.
+    """
     description, state = read_part(name, source)
     part = build_part(description)
     part.load_state_dict(state)
@@ -142,8 +221,8 @@ def open_part(name: str, source: str | Path) -> nn.Module:
 def open_speech_encoder(source: str | Path) -> nn.Module:
     """The speech encoder of a model folder, of a stage's configuration file, or of its checkpoint.
 
-    A checkpoint describes frozen parts without their weights: log-mel has none, and the path of Whisper's stands in the
-    config.yaml of the run.
+    A checkpoint describes frozen parts without their weights: log-mel has none, and the path of
+    Whisper's stands in the config.yaml of the run.
 
     Raises:
         UserError: no speech encoder that can be built from the source.
@@ -152,20 +231,27 @@ def open_speech_encoder(source: str | Path) -> nn.Module:
     if source.suffix in (".yaml", ".yml") and source.is_file():
         found = _described_in(source)
         if found is None:
-            raise UserError(f"expected a stage's configuration with model.init_args.speech_encoder, got {source}")
+            raise UserError(
+                "expected a stage's configuration with model.init_args.speech_encoder, got "
+                f"{source}"
+            )
         return build_part(found)
     if source.is_dir() or not source.is_file():
         return open_part("speech_encoder", source)
     checkpoint = torch.load(source, map_location="cpu", weights_only=False)
     if "speech_encoder" in checkpoint.get(PARTS_KEY, {}):
         return open_part("speech_encoder", source)
-    for description in (checkpoint.get(FROZEN_PARTS_KEY, {}).get("speech_encoder"), _described_by_run(source)):
+    for description in (
+        checkpoint.get(FROZEN_PARTS_KEY, {}).get("speech_encoder"),
+        _described_by_run(source),
+    ):
         if description is not None:
             part = build_part(description)
             if description["config"].get("weights") or not any(True for _ in part.parameters()):
                 return part
     raise UserError(
-        f"expected a speech encoder described in {source} or in a config.yaml beside it, got none with weights: "
+        f"expected a speech encoder described in {source} or in a config.yaml beside it, got none "
+        "with weights: "
         "name a model folder with --speech-encoder"
     )
 
@@ -185,3 +271,43 @@ def _described_in(file: Path) -> dict[str, Any] | None:
     if not found:
         return None
     return {"class": found["class_path"].rsplit(".", 1)[-1], "config": found.get("init_args") or {}}
+
+
+# -- number types ----------------------------------------------------------------------------------
+
+DtypeName = Literal["auto", "float32", "bfloat16"]
+
+
+def natural_dtype(capabilities: Mapping[str, Any]) -> str:
+    """``bfloat16`` where a processor multiplies it natively (torch's names of capabilities), else
+    ``float32``.
+
+    Elsewhere bfloat16 is converted for every operation, which costs more than it saves.
+    """
+    return (
+        "bfloat16"
+        if any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
+        else "float32"
+    )
+
+
+def dtype_on(name: str, device: str) -> torch.dtype:
+    """The type of that name; ``auto`` is what the device (``cpu``, ``cuda``, ...) multiplies
+    natively.
+
+    Raises:
+        UserError: another name.
+    """
+    import torch
+
+    if name not in get_args(DtypeName):
+        raise UserError(
+            f"expected a dtype of {', '.join(get_args(DtypeName))}, got {name!r}: choose one"
+        )
+    if name == "auto" and device == "cuda":
+        name = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    elif name == "auto":
+        known = device == "cpu" and hasattr(torch.cpu, "get_capabilities")
+        name = natural_dtype(torch.cpu.get_capabilities() if known else {})
+    found: torch.dtype = getattr(torch, name)
+    return found

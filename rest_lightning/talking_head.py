@@ -2,94 +2,57 @@
 
 from __future__ import annotations
 
+import copy
 import json
-import math
 import os
 import shutil
 import tempfile
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from rest_lightning.constants import SPATIAL_RATIO
-from rest_lightning.diffusion.sampling import Guidance
+from rest_lightning.constants import SPATIAL_RATIO, VERSION
+from rest_lightning.diffusion.sampling import Sampling, SamplingChanges
 from rest_lightning.errors import UserError
-from rest_lightning.parts import PART_NAMES, describe_part, open_part
+from rest_lightning.media.portrait import load_portrait
+from rest_lightning.parts import (
+    OPTIONAL_PART_NAMES,
+    PART_NAMES,
+    describe_part,
+    dtype_on,
+    open_part,
+)
+from rest_lightning.streaming.batch import BatchSession
+from rest_lightning.streaming.session import StreamingSession
 
 if TYPE_CHECKING:
-    from rest_lightning.models.autoencoder import VideoAutoencoder
+    from rest_lightning.media.portrait import Crop
+    from rest_lightning.models.detail import DetailTransfer
     from rest_lightning.models.speech import SpeechEncoder
     from rest_lightning.models.speech_ae import SpeechAE
     from rest_lightning.models.transformer import A2VDiT
-    from rest_lightning.streaming.batch import BatchSession
-    from rest_lightning.streaming.options import EngineOptions
-    from rest_lightning.streaming.session import StreamingSession
+    from rest_lightning.models.vae import VideoAutoencoder
+    from rest_lightning.streaming.engine import EngineOptions
 
 INDEX_FILE = "model_index.json"
 EMBEDDED_FOLDER = Path(__file__).parent / "assets" / "embedded"
 MAX_SHARD_BYTES = 11_500_000
 
 
-@dataclass
-class SamplingSettings:
-    """How a model wants to be sampled; the defaults of ``open``.
-
-    Attributes:
-        num_steps: Euler steps per chunk (REST: 8).
-        guidance: weight of the branch with reference and speech: ``a`` of joint guidance (REST: 6), ``b`` of split
-            guidance (READ: 6); 1 without reference_guidance runs that branch alone.
-        shift: shift of the sigma table (SD3's form); None takes LTX's, which follows the number of tokens.
-        reference_guidance: weight ``a`` of the branch with the reference alone in split guidance (READ: 2); at 0 split
-            guidance is joint guidance, and that branch does not run.
-
-    Raises:
-        UserError: no step, a weight that is not finite, or a shift that is not positive.
-    """
-
-    num_steps: int = 8
-    guidance: float = 6.0
-    shift: float | None = None
-    reference_guidance: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.num_steps < 1:
-            raise UserError(f"expected at least 1 denoising step, got {self.num_steps}: 8 is the paper's choice")
-        for name in ("guidance", "reference_guidance"):
-            if not math.isfinite(getattr(self, name)):
-                raise UserError(f"expected a finite {name}, got {getattr(self, name)}: READ's are 6 and 2")
-        if self.shift is not None and not 0.0 < self.shift < math.inf:
-            raise UserError(f"expected a positive shift of the sigma table, got {self.shift}: 1 leaves it straight")
-
-    @property
-    def branches(self) -> Guidance:
-        """The weights of guidance, with what is done with them."""
-        return Guidance(self.guidance, self.reference_guidance)
-
-
-@dataclass
-class SamplingChanges:
-    """What is to differ from a model's own :class:`SamplingSettings`; None keeps a value as it is."""
-
-    num_steps: int | None = None
-    guidance: float | None = None
-    shift: float | None = None
-    reference_guidance: float | None = None
-
-    def of(self, settings: SamplingSettings) -> SamplingSettings:
-        """``settings`` with the changes."""
-        return replace(settings, **{name: value for name, value in asdict(self).items() if value is not None})
-
-
 class TalkingHead(nn.Module):
     """VAE, speech encoder, SpeechAE and A2V-DiT of one streaming talking head.
 
     Args:
-        vae, speech_encoder, speech_ae, transformer: the parts; the transformer has chunked attention (a student).
+        vae, speech_encoder, speech_ae, transformer: the parts; the transformer has chunked
+            attention (a student).
+        detail: puts the portrait's detail into decoded frames (beyond the paper); None: nothing
+            does.
         sampling: defaults of :meth:`open`.
-        size_px: side of the square frames; None: what the transformer has a place for, or 512 where any size will do.
+        size_px: side of the square frames; None: what the transformer has a place for, or 512 where
+            any size will do.
     """
 
     def __init__(
@@ -98,21 +61,29 @@ class TalkingHead(nn.Module):
         speech_encoder: SpeechEncoder,
         speech_ae: SpeechAE,
         transformer: A2VDiT,
-        sampling: SamplingSettings | None = None,
+        sampling: Sampling | None = None,
         size_px: int | None = None,
+        detail: DetailTransfer | None = None,
     ) -> None:
         super().__init__()
         if transformer.config["attention"] != "chunked":
             raise UserError(
-                "expected a streaming student (attention 'chunked'), got a teacher: train the student stage first"
+                "expected a streaming student (attention 'chunked'), got a teacher: train the "
+                "student stage first"
             )
         if transformer.config["in_channels"] != vae.latent_channels:
             raise UserError(
                 f"expected a transformer for the VAE's {vae.latent_channels} channels, "
                 f"got {transformer.config['in_channels']}: use one number for both"
             )
-        self.vae, self.speech_encoder, self.speech_ae, self.transformer = vae, speech_encoder, speech_ae, transformer
-        self.sampling = sampling or SamplingSettings()
+        self.vae, self.speech_encoder, self.speech_ae, self.transformer = (
+            vae,
+            speech_encoder,
+            speech_ae,
+            transformer,
+        )
+        self.detail = detail
+        self.sampling = sampling or Sampling()
         self.size_px: int = size_px or _size_of(transformer)
         self.requires_grad_(False).eval()
 
@@ -126,32 +97,65 @@ class TalkingHead(nn.Module):
         """Type of the transformer's weights."""
         return next(self.transformer.parameters()).dtype
 
+    @property
+    def part_names(self) -> tuple[str, ...]:
+        """Names of the parts that this head has."""
+        optional = (name for name in OPTIONAL_PART_NAMES if getattr(self, name) is not None)
+        return (*PART_NAMES, *optional)
+
+    def with_chunk_length(self, chunk_length: int) -> Self:
+        """Returns this head for chunks of another length, in latents of 0.32 s: the same weights,
+        in the same memory.
+
+        Short chunks answer sooner, long ones cost less.
+
+        Raises:
+            UserError: a length that the model was not trained with.
+        """
+        transformer = self.transformer.with_chunk_length(chunk_length)
+        if transformer is self.transformer:
+            return self
+        other = copy.copy(self)
+        other._modules = {**self._modules, "transformer": transformer}
+        return other
+
     def open(
         self,
         portrait: Any,
         *,
+        crop: Crop = "auto",
         seed: int = 0,
         num_steps: int | None = None,
         guidance: float | None = None,
         shift: float | None = None,
         reference_guidance: float | None = None,
+        chunk_length: int | None = None,
         options: EngineOptions | None = None,
     ) -> StreamingSession:
         """A session for one portrait; its ID-Sink is filled before any speech arrives.
 
         Args:
-            portrait: path of an image, PIL image, uint8 array (H, W, 3), or float tensor (3, H, W) in [-1, 1].
+            portrait: path of an image, PIL image, uint8 array (H, W, 3), or float tensor (3, H, W)
+                in [-1, 1].
+            crop: of a portrait that is no tensor: ``auto`` (the head that is found), ``centre``,
+                (x, y, size) or (x, y, width, height); see
+                :func:`rest_lightning.media.portrait.find_portrait`.
             seed: of the noise; the same seed, portrait and speech give the same frames.
             num_steps, guidance, shift, reference_guidance: override :attr:`sampling`.
-            options: switches of the engine: graphs, compilation, overlap, warm-up, a short first chunk.
+            chunk_length: latents per chunk, see :meth:`with_chunk_length`; None takes the model's.
+            options: switches of the engine: graphs, compilation, overlap, warm-up, a short first
+                chunk.
 
         Raises:
             UserError: a portrait or a value that is no good, or not enough memory.
         """
-        from rest_lightning.streaming.session import StreamingSession
-
+        if not isinstance(portrait, torch.Tensor):
+            portrait = load_portrait(portrait, self.size_px, crop)
         changes = SamplingChanges(num_steps, guidance, shift, reference_guidance)
-        return StreamingSession(self, portrait, seed=seed, sampling=changes.of(self.sampling), options=options)
+        head = self if chunk_length is None else self.with_chunk_length(chunk_length)
+        return StreamingSession(
+            head, portrait, seed=seed, sampling=changes.of(self.sampling), options=options
+        )
 
     def open_batch(
         self,
@@ -161,96 +165,151 @@ class TalkingHead(nn.Module):
         guidance: float | None = None,
         shift: float | None = None,
         reference_guidance: float | None = None,
+        chunk_length: int | None = None,
         options: EngineOptions | None = None,
         max_waiting_s: float = 60.0,
     ) -> BatchSession:
-        """Up to ``num_rows`` streams that are computed together; rows come and go independently, chunk by chunk.
+        """Up to ``num_rows`` streams that are computed together; rows come and go independently,
+        chunk by chunk.
 
         Args:
             num_rows: rows n; memory for all of them is taken now.
-            num_steps, guidance, shift, reference_guidance, options: see :meth:`open`.
+            num_steps, guidance, shift, reference_guidance, chunk_length, options: see :meth:`open`.
             max_waiting_s: speech that a row may hold before it is computed.
 
         Raises:
             UserError: no row, a value that is no good, or not enough memory.
         """
-        from rest_lightning.streaming.batch import BatchSession
-
         sampling = SamplingChanges(num_steps, guidance, shift, reference_guidance).of(self.sampling)
-        return BatchSession(self, num_rows, sampling=sampling, options=options, max_waiting_s=max_waiting_s)
+        head = self if chunk_length is None else self.with_chunk_length(chunk_length)
+        return BatchSession(
+            head, num_rows, sampling=sampling, options=options, max_waiting_s=max_waiting_s
+        )
 
     @classmethod
     def from_pretrained(
-        cls, path: str | os.PathLike[str] | None = None, *, device: str = "cpu", dtype: torch.dtype = torch.float32
+        cls,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
     ) -> TalkingHead:
         """Load a model folder, or the embedded model when ``path`` is None.
 
         Raises:
-            UserError: no such folder, or one without ``model_index.json``; no CUDA, or too little memory.
+            UserError: no such folder, or one without ``model_index.json``; no CUDA, or too little
+                memory.
         """
         folder = EMBEDDED_FOLDER if path is None else Path(path)
         index_file = folder / INDEX_FILE
         if not index_file.is_file():
             raise UserError(
-                f"expected a model folder with {INDEX_FILE}, got {folder}: make one with `rest export`, "
+                f"expected a model folder with {INDEX_FILE}, got {folder}: make one with `rest "
+                "export`, "
                 "or leave the path out for the embedded model"
             )
         index = json.loads(index_file.read_text())
-        parts = {name: open_part(name, folder) for name in PART_NAMES}
-        head = cls(**parts, sampling=SamplingSettings(**index["sampling"]), size_px=index["size_px"])  # type: ignore[arg-type]
+        optional = (name for name in OPTIONAL_PART_NAMES if name in index.get("parts", {}))
+        parts = {name: open_part(name, folder) for name in (*PART_NAMES, *optional)}
+        head = cls(**parts, sampling=Sampling(**index["sampling"]), size_px=index["size_px"])  # type: ignore[arg-type]
         _move(head, device)
         head.set_dtype(dtype)
         return head
 
     def set_dtype(self, dtype: torch.dtype) -> None:
-        """Bring the weights to a type; the speech encoder computes in float32 whatever it is, as in training."""
-        for name in PART_NAMES:
+        """Bring the weights to a type; the speech encoder computes in float32 whatever it is, as in
+        training.
+        """
+        for name in self.part_names:
             if name != "speech_encoder":
                 getattr(self, name).to(dtype=dtype)
 
-    def save_pretrained(self, path: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> None:
-        """Write the folder: ``model_index.json`` and one folder per part with ``config.json`` and safetensors shards.
+    def save_pretrained(
+        self, path: str | os.PathLike[str], dtype: torch.dtype = torch.float32
+    ) -> None:
+        """Write the folder: ``model_index.json`` and one folder per part with ``config.json`` and
+        safetensors shards.
 
-        The folder appears whole or not at all; one that exists is replaced, and stays when writing fails.
+        The folder appears whole or not at all; one that exists is replaced, and stays when writing
+        fails.
 
         Args:
             path: the folder.
             dtype: of the stored weights; statistics of the latents stay float32.
         """
-        from rest_lightning import __version__
-
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
         try:
-            for name in PART_NAMES:
+            for name in self.part_names:
                 _save_part(getattr(self, name), temporary / name, dtype)
             index = {
                 "_class_name": "TalkingHead",
-                "version": __version__,
+                "version": VERSION,
                 "size_px": self.size_px,
                 "sampling": asdict(self.sampling),
-                "parts": {name: type(getattr(self, name)).__name__ for name in PART_NAMES},
+                "parts": {name: type(getattr(self, name)).__name__ for name in self.part_names},
             }
             (temporary / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
             temporary.chmod(0o755)
             replaced = temporary.with_name(f"{temporary.name}.old")
             if target.exists():
-                os.replace(target, replaced)
+                target.replace(replaced)
             try:
-                os.replace(temporary, target)
+                temporary.replace(target)
             except OSError:
                 if replaced.exists():
-                    os.replace(replaced, target)
+                    replaced.replace(target)
                 raise
             shutil.rmtree(replaced, ignore_errors=True)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which model a command loads, and how it computes.
+
+    Attributes:
+        model: model folder; None takes the embedded model.
+        chunk_length: latents (of 0.32 s) per chunk, where the model was trained for several; None
+            takes its default.
+        num_threads: of torch; None leaves its choice.
+        dtype: ``auto`` takes bfloat16 on processors that compute it natively, else float32.
+        device: ``auto`` takes a CUDA device where there is one.
+    """
+
+    model: Path | None = None
+    chunk_length: int | None = None
+    num_threads: int | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+
+    def load(self) -> TalkingHead:
+        """Returns the model on its device, with torch's threads set.
+
+        Raises:
+            UserError: no such model, device or type, or too little memory.
+        """
+        if self.num_threads is not None:
+            torch.set_num_threads(self.num_threads)
+        device = self.device
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        elif device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
+            raise UserError(
+                f"expected device auto, cpu or an available cuda, got {device}: try --device cpu"
+            )
+        dtype = dtype_on(self.dtype, device.partition(":")[0])
+        head = TalkingHead.from_pretrained(self.model, device=device, dtype=dtype)
+        return head if self.chunk_length is None else head.with_chunk_length(self.chunk_length)
+
+
 def _move(head: TalkingHead, device: str) -> None:
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"expected an available device, got {device}, but torch finds no CUDA device: use cpu")
+        raise UserError(
+            f"expected an available device, got {device}, but torch finds no CUDA device: use cpu"
+        )
     try:
         head.to(device=device)
     except torch.OutOfMemoryError as error:
@@ -262,7 +321,9 @@ def _move(head: TalkingHead, device: str) -> None:
 
 
 def _size_of(transformer: A2VDiT) -> int:
-    return SPATIAL_RATIO * transformer.spatial_size[0] if transformer.spatial_size is not None else 512
+    return (
+        SPATIAL_RATIO * transformer.spatial_size[0] if transformer.spatial_size is not None else 512
+    )
 
 
 def _save_part(part: nn.Module, folder: Path, dtype: torch.dtype) -> None:

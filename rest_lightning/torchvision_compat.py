@@ -1,10 +1,11 @@
 """Make ``import torchvision`` work beside a build of torch that its compiled operators do not fit.
 
-The package index holds torchvision only as a CUDA build. Beside the CPU build of torch its shared library cannot
-be loaded, torchvision goes on without it, and then dies registering fake kernels for two operators that nobody
-declared: ``operator torchvision::nms does not exist``. lpips and large parts of diffusers and transformers import
-torchvision, though this package never calls an operator of it. Declaring the two schemas is enough for the import;
-calling one of the operators still fails, as it should.
+The package index holds torchvision only as a CUDA build. Beside the CPU build of torch its shared
+library cannot be loaded, torchvision goes on without it, and then dies registering fake kernels for
+two operators that nobody declared: ``operator torchvision::nms does not exist``. lpips and large
+parts of diffusers and transformers import torchvision, though this package never calls an operator
+of it. Declaring the two schemas is enough for the import; calling one of the operators still fails,
+as it should.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import importlib.util
 from functools import cache
 from typing import Any
 
-# The operators whose fake kernels torchvision registers without asking whether its library was loaded.
+# The operators whose fake kernels torchvision registers without asking whether its library was
+# loaded.
 _SCHEMAS = {
     "nms": "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms": "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
@@ -29,10 +31,12 @@ def ensure_torchvision() -> bool:
     Call it before importing lpips, diffusers or transformers.
 
     Returns:
-        True when torchvision is imported, False when it is not installed (diffusers and transformers do without).
+        True when torchvision is imported, False when it is not installed (diffusers and
+        transformers do without).
 
     Raises:
-        RuntimeError: torchvision fails for another reason than an undeclared operator; the error is its own.
+        RuntimeError: torchvision fails for another reason than an undeclared operator; the error is
+            its own.
     """
     if importlib.util.find_spec("torchvision") is None:
         return False

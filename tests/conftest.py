@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
-# Before anything imports torch or a hub client. One thread: tiny tensors gain nothing from two, and one is repeatable.
+# Before anything imports torch or a hub client. One thread: tiny tensors gain nothing from two, and
+# one is repeatable.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", MPLBACKEND="Agg")
+os.environ.update(
+    HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", MPLBACKEND="Agg"
+)
 
-# Triton's kernels run in its interpreter where there is no GPU; it looks at this when it is first imported.
-if not any(os.path.exists(device) for device in ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")):
+# Triton's kernels run in its interpreter where there is no GPU; it looks when it is first imported.
+if not any(map(Path.exists, map(Path, ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")))):
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import argparse
@@ -18,7 +22,6 @@ import random
 import socket
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -42,7 +45,8 @@ def _is_local(host: Any) -> bool:
 def offline_guard() -> Iterator[None]:
     """Fail the test that looks up or connects to anything but this machine.
 
-    ``pytest.fail`` raises a BaseException, so a library that swallows connection errors cannot hide the attempt.
+    ``pytest.fail`` raises a BaseException, so a library that swallows connection errors cannot hide
+    the attempt.
     """
     patch = pytest.MonkeyPatch()
 
@@ -69,7 +73,7 @@ def offline_guard() -> Iterator[None]:
 def fixed_seeds() -> None:
     """Seed the global generators; torch only where the test module imported it.
 
-    float32 is float32 there: convolutions on CUDA would round to the 10 bits of TF32 unless told otherwise.
+    float32 is float32: convolutions on CUDA round to the 10 bits of TF32 unless told otherwise.
     """
     random.seed(0)
     np.random.seed(0)
@@ -90,9 +94,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     weights = os.environ.get(WEIGHTS_VARIABLE)
     for item in items:
         if marker := item.get_closest_marker("real_weights"):
-            missing = [name for name in marker.args if not (weights and any(Path(weights).glob(name)))]
+            missing = [
+                name for name in marker.args if not (weights and any(Path(weights).glob(name)))
+            ]
             if missing:
-                reason = f"expected {' and '.join(missing)} in the folder that {WEIGHTS_VARIABLE} names, got none"
+                reason = (
+                    f"expected {' and '.join(missing)} in the folder that {WEIGHTS_VARIABLE} "
+                    "names, got none"
+                )
                 item.add_marker(pytest.mark.skip(reason=reason))
         if item.get_closest_marker("gpu") and not _has_cuda():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
@@ -108,7 +117,9 @@ def _has_cuda() -> bool:
 def talkers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six synthetic talkers of 57 frames, 64x64: four train, one val, one test. Read only."""
     for name in ("espeakng_loader", "skia"):
-        pytest.importorskip(name, reason=f"{name} (extra `synthetic`) renders the clips that stages are tested on")
+        pytest.importorskip(
+            name, reason=f"{name} (extra `synthetic`) renders the clips that stages are tested on"
+        )
     from rest_lightning.data.synthetic.synthesize import synthesize
 
     root = tmp_path_factory.mktemp("talkers") / "data"
@@ -116,9 +127,11 @@ def talkers(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Recipe:
-    """Runs the stages of `rest train-embedded` at tiny size, in this process, from the real configuration files.
+    """Runs the stages of `rest train-embedded` at tiny size, in this process, from the real
+    configuration files.
 
-    Two stages more, which that command leaves out, start from its last one: ``rollout`` and ``distill``.
+    Two stages more, which that command leaves out, start from its last one: ``rollout`` and
+    ``distill``.
 
     Args:
         out: folder of the stages, ``out / <stage>`` each.
@@ -144,19 +157,32 @@ class Recipe:
         """Final checkpoint of a stage."""
         return self.out / stage / "final.ckpt"
 
-    def run(self, stage: str, out: Path, *args: str, overlays: tuple[Path, ...] = (), command: str = "fit") -> Any:
+    def run(
+        self,
+        stage: str,
+        out: Path,
+        *args: str,
+        overlays: tuple[Path, ...] = (),
+        command: str = "fit",
+    ) -> Any:
         """`rest fit` of one stage into ``out``; returns the CLI with its trainer and model."""
         from rest_lightning import lightning_cli
 
         return lightning_cli.run(self.words(stage, out, *args, overlays=overlays, command=command))
 
     def words(
-        self, stage: str, out: Path, *args: str, overlays: tuple[Path, ...] = (), command: str = "fit"
+        self,
+        stage: str,
+        out: Path,
+        *args: str,
+        overlays: tuple[Path, ...] = (),
+        command: str = "fit",
     ) -> list[str]:
         """The command line of `run`.
 
-        The stage starts where the recipe says, from ``self.final`` of the stages before. ``overlays`` are further
-        configuration files, behind what the recipe says; ``args`` come last on the command line.
+        The stage starts where the recipe says, from ``self.final`` of the stages before.
+        ``overlays`` are further configuration files, behind what the recipe says; ``args`` come
+        last on the command line.
         """
         is_dit = self.stages[stage].uses_latents
         size = "dit" if is_dit else "speech_ae" if stage == "speech_ae" else "vae"
@@ -170,7 +196,9 @@ class Recipe:
             self.used.add(frozen_vae)
             words += ["--model.vae", str(frozen_vae)]
             initial["vae"] = self.vae_stage
-        words += [f"--model.initial.{part}={self.final(source)}" for part, source in initial.items()]
+        words += [
+            f"--model.initial.{part}={self.final(source)}" for part, source in initial.items()
+        ]
         if (teacher := self.stages[stage].teacher) is not None:
             words += [f"--model.asd.teacher={self.final(teacher)}"]
         if stage == "distill":
@@ -197,14 +225,33 @@ def recipe(tmp_path_factory: pytest.TempPathFactory, talkers: Path, repository: 
 
 @pytest.fixture(scope="session")
 def model_folder(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The recipe's student as an exported model folder: 64x64, two Euler steps, no guidance. Read only."""
+    """The recipe's student as an exported model folder: 64x64, two Euler steps, no guidance. Read
+    only.
+    """
     from rest_lightning.commands import export
 
     folder = tmp_path_factory.mktemp("model") / "tiny"
     parser = argparse.ArgumentParser()
     export.add_arguments(parser)
-    words = [str(recipe.final("asd")), "--vae", str(recipe.final(recipe.vae_stage)), "--out", str(folder)]
-    words += ["--size-px", "64", "--num-steps", "2", "--guidance", "1", "--shift", "1", "--dtype", "float32"]
+    words = [
+        str(recipe.final("asd")),
+        "--vae",
+        str(recipe.final(recipe.vae_stage)),
+        "--out",
+        str(folder),
+    ]
+    words += [
+        "--size-px",
+        "64",
+        "--num-steps",
+        "2",
+        "--guidance",
+        "1",
+        "--shift",
+        "1",
+        "--dtype",
+        "float32",
+    ]
     assert export.run(parser.parse_args(words)) == 0
     return folder
 
@@ -214,16 +261,18 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     """Three portraits and speeches of 1.5, 1.3 and 0.9 s."""
     import wave
 
-    from PIL import Image
+    from stills import face
 
     folder = tmp_path_factory.mktemp("pairs")
     rng = np.random.default_rng(0)
     pairs = []
     for i, duration_s in enumerate((1.5, 1.3, 0.9)):
         portrait, speech = folder / f"portrait-{i}.png", folder / f"speech-{i}.wav"
-        Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(portrait)
+        face(index=i).save(portrait)
         with wave.open(str(speech), "wb") as file:
             file.setparams((1, 2, 16_000, 0, "NONE", ""))
-            file.writeframes(rng.normal(scale=3000, size=round(16_000 * duration_s)).astype("<i2").tobytes())
+            file.writeframes(
+                rng.normal(scale=3000, size=round(16_000 * duration_s)).astype("<i2").tobytes()
+            )
         pairs.append({"portrait": str(portrait), "speech": str(speech)})
     return pairs

@@ -32,20 +32,39 @@ def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["tlak", "a.png"]) == 2
     printed = capsys.readouterr()
     assert printed.out == "" and len(printed.err.splitlines()) == 1
-    assert "got 'tlak'" in printed.err and all(name in printed.err for name in [*COMMANDS, *STAGE_COMMANDS])
+    assert "got 'tlak'" in printed.err and all(
+        name in printed.err for name in [*COMMANDS, *STAGE_COMMANDS]
+    )
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["talk"], "the following arguments are required: portrait, speech, -o/--out: see rest talk --help"),
-        (["talk", "a.png", "a.wav", "-o", "a.mp4", "--steps", "0"], "expected a number of at least 1, got '0'"),
-        (["talk", "a.png", "a.wav", "-o", "a.mp4", "--crop", "1,2"], "expected centre, face or x,y,width,height"),
+        (
+            ["talk"],
+            (
+                "the following arguments are required: portrait, speech, -o/--out: see rest talk "
+                "--help"
+            ),
+        ),
+        (
+            ["talk", "a.png", "a.wav", "-o", "a.mp4", "--steps", "0"],
+            "expected a number of at least 1, got '0'",
+        ),
+        (
+            ["talk", "a.png", "a.wav", "-o", "a.mp4", "--crop", "1,2"],
+            "expected auto, centre, x,y,size",
+        ),
         (["talk", "a.png", "a.wav", "-o", "a.mp4", "--nope"], "unrecognized arguments: --nope"),
-        (["synthesize", "--out", "x", "--num_clips", "many"], "argument --num-clips: invalid int value: 'many'"),
+        (
+            ["synthesize", "--out", "x", "--num_clips", "many"],
+            "argument --num-clips: invalid int value: 'many'",
+        ),
     ],
 )
-def test_wrong_arguments(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_arguments(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(words) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and len(error.splitlines()) == 1
@@ -65,9 +84,11 @@ def test_quick_commands_do_not_load_torch() -> None:
     program = (
         "import sys\n"
         "from rest_lightning.cli import main\n"
-        "for words in (['--help'], ['frob'], ['talk', 'no.png', 'no.wav', '-o', 'no.mp4'], ['talk', '--help']):\n"
+        "for words in (['--help'], ['frob'], ['talk', 'no.png', 'no.wav', '-o', 'no.mp4'], "
+        "['talk', '--help']):\n"
         "    main(words)\n"
-        "loaded = {'torch', 'lightning', 'diffusers', 'transformers', 'matplotlib'} & set(sys.modules)\n"
+        "loaded = {'torch', 'lightning', 'diffusers', 'transformers', 'matplotlib'} & "
+        "set(sys.modules)\n"
         "assert not loaded, loaded\n"
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
@@ -75,7 +96,19 @@ def test_quick_commands_do_not_load_torch() -> None:
 
 
 def test_module_is_the_command(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "rest_lightning", "talk", str(tmp_path / "no.png"), "no.wav", "-o", "no.mp4"]
+    command = [
+        sys.executable,
+        "-m",
+        "rest_lightning",
+        "talk",
+        str(tmp_path / "no.png"),
+        "no.wav",
+        "-o",
+        "no.mp4",
+    ]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 2 and result.stdout == ""
-    assert result.stderr.startswith("error: expected a portrait image") and len(result.stderr.splitlines()) == 1
+    assert (
+        result.stderr.startswith("error: expected a portrait image")
+        and len(result.stderr.splitlines()) == 1
+    )

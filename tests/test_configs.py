@@ -21,9 +21,11 @@ FILES = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*
 ABLATIONS = [file for file in FILES if file.startswith("ablation/")]
 PREPARE = "data/prepare.yaml"  # tests/data/preparation/test_options.py
 DATA = [file for file in FILES if file.startswith("data/") and file != PREPARE]
-PAPER = [file for file in FILES if file.startswith("paper/") or file == "trainer/paper.yaml"]  # test_paper_configs.py
+# test_paper_configs.py
+PAPER = [file for file in FILES if file.startswith("paper/") or file == "trainer/paper.yaml"]
 EVAL = [file for file in FILES if file.startswith("eval/")]  # tests/evaluation/test_rest_test.py
-STRATEGIES = ["trainer/ddp.yaml", "trainer/fsdp.yaml"]  # tests/tasks/test_strategies.py runs them in two processes
+# tests/tasks/test_strategies.py runs them in two processes
+STRATEGIES = ["trainer/ddp.yaml", "trainer/fsdp.yaml"]
 # How to generate, not how to train: one file for `rest predict` and for the previews of `rest fit`.
 SAMPLED = [file for file in ABLATIONS if "\nsampling:" in (CONFIGS / file).read_text()]
 # Those that have a test of their own; no_asd.yaml has one besides.
@@ -55,7 +57,12 @@ def test_data_file_feeds_a_stage(recipe: Any, tmp_path: Path, file: str) -> None
     tiny = {"size_px": 64, "num_frames": 25, "batch_size": 2, "num_workers": 0, "progress": "false"}
     words = [f"--data.{name}={value}" for name, value in tiny.items()]
     cli = recipe.run(
-        "vae", tmp_path, "--trainer.max_steps=1", "--final_checkpoint=false", *words, overlays=(CONFIGS / file,)
+        "vae",
+        tmp_path,
+        "--trainer.max_steps=1",
+        "--final_checkpoint=false",
+        *words,
+        overlays=(CONFIGS / file,),
     )
     assert cli.trainer.global_step == 1
     given = yaml.safe_load((CONFIGS / file).read_text())["data"]
@@ -77,26 +84,31 @@ def values(file: str) -> dict[str, Any]:
 
 
 def check_values(recipe: Any, config: Any, stage: str, file: str) -> None:
-    """All values of an ablation arrived, and differ from the recipe's, unless it is the recipe's point of a series."""
+    """All values of an ablation arrived, and differ from the recipe's, unless it is the recipe's
+    point of a series.
+    """
     for key, value in values(file).items():
         assert config[key] == value
         same = recipe.clis[stage].config.fit.get(key) == value
-        assert same == (file in RECIPES_OWN), f"{key} is {'' if same else 'not '}what the recipe has"
+        assert same == (file in RECIPES_OWN), (
+            f"{key} is {'' if same else 'not '}what the recipe has"
+        )
 
 
 def stream(module: Any) -> np.ndarray:
     """One and a half seconds of a student's stream."""
     from rest_lightning.callbacks.previews import borrowed_head
-    from rest_lightning.talking_head import SamplingSettings
+    from rest_lightning.diffusion.sampling import Sampling
 
-    with borrowed_head(module, SamplingSettings(num_steps=2, shift=1.0), 64) as head:
+    with borrowed_head(module, Sampling(num_steps=2, shift=1.0), 64) as head:
         session = head.open(torch.zeros(3, 64, 64))
         return np.concatenate([session.push(np.zeros(40_000, np.float32)), session.flush()])
 
 
 @pytest.mark.parametrize("file", TRAINED)
 def test_ablation_trains_and_streams(recipe: Any, tmp_path: Path, file: str) -> None:
-    # Another number of speech tokens does not fit the stages after SpeechAE; its ablation begins there.
+    # Another number of speech tokens does not fit the stages after SpeechAE; its ablation begins
+    # there.
     stage = "speech_ae" if file == "ablation/one_speech_token.yaml" else "asd"
     cli = recipe.run(stage, tmp_path, *ONE_STEP, overlays=(CONFIGS / file,))
     assert cli.trainer.global_step == 1
@@ -113,17 +125,23 @@ def test_without_asd_is_the_flow_loss_alone(recipe: Any, tmp_path: Path) -> None
     assert recipe.clis["asd"].model.asd is not None
 
 
-def test_without_pretraining_the_teacher_starts_with_a_random_speech_ae(recipe: Any, tmp_path: Path) -> None:
+def test_without_pretraining_the_teacher_starts_with_a_random_speech_ae(
+    recipe: Any, tmp_path: Path
+) -> None:
     file = "ablation/no_speech_ae_pretraining.yaml"
     cli = recipe.run("speech_ae", tmp_path, overlays=(CONFIGS / file,))
     check_values(recipe, cli.config.fit, "speech_ae", file)
     assert cli.trainer.global_step == 0
     start = tmp_path / "final.ckpt"
-    untrained, trained = (read_part("speech_ae", path)[1] for path in (start, recipe.final("speech_ae")))
+    untrained, trained = (
+        read_part("speech_ae", path)[1] for path in (start, recipe.final("speech_ae"))
+    )
     # A residual branch ends in a zero that the first step of training moves.
     ends = [key for key in untrained if key.endswith("conv2.conv.weight")]
     assert ends and all(not untrained[key].any() and trained[key].any() for key in ends)
-    teacher = recipe.run("teacher", tmp_path / "teacher", *ONE_STEP, f"--model.initial.speech_ae={start}")
+    teacher = recipe.run(
+        "teacher", tmp_path / "teacher", *ONE_STEP, f"--model.initial.speech_ae={start}"
+    )
     assert teacher.trainer.global_step == 1
 
 
@@ -136,7 +154,9 @@ def test_without_speech_ae_stages_follow_each_other(recipe: Any, tmp_path: Path)
     start = tmp_path / "speech_ae" / "final.ckpt"
     for stage in ("teacher", "asd"):
         initial = f"--model.initial.speech_ae={start}"
-        cli = recipe.run(stage, tmp_path / stage, "--trainer.max_steps=1", initial, overlays=overlays[:1])
+        cli = recipe.run(
+            stage, tmp_path / stage, "--trainer.max_steps=1", initial, overlays=overlays[:1]
+        )
         assert isinstance(cli.model.speech_ae, SpeechPooling)
         assert cli.trainer.global_step == 1
         check_values(recipe, cli.config.fit, stage, file)
@@ -162,7 +182,9 @@ def test_sampling_ablation_serves_previews(recipe: Any, tmp_path: Path, file: st
 
 
 @pytest.mark.parametrize("file", [None, *SAMPLED])
-def test_predict(tmp_path: Path, model_folder: Path, pairs: list[dict[str, str]], file: str | None) -> None:
+def test_predict(
+    tmp_path: Path, model_folder: Path, pairs: list[dict[str, str]], file: str | None
+) -> None:
     from rest_lightning import lightning_cli
     from rest_lightning.talking_head import TalkingHead
 
@@ -179,6 +201,10 @@ def test_predict(tmp_path: Path, model_folder: Path, pairs: list[dict[str, str]]
     assert cli.config.predict.return_predictions is False
     assert {path.suffix for path in tmp_path.iterdir()} == {".mp4", ".json", ".yaml"}
     (report,) = (json.loads(path.read_text())["configuration"] for path in tmp_path.glob("*.json"))
-    given = {key.removeprefix("sampling."): value for key, value in values(file).items()} if file else {}
+    given = (
+        {key.removeprefix("sampling."): value for key, value in values(file).items()}
+        if file
+        else {}
+    )
     expected = asdict(TalkingHead.from_pretrained(model_folder).sampling) | given
     assert {key: report[key] for key in expected} == expected

@@ -1,4 +1,6 @@
-"""The guard that keeps tests offline must not be possible to swallow, and must let this machine through."""
+"""The guard that keeps tests offline must not be possible to swallow, and must let this machine
+through.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,8 @@ import pytest
 import torch
 
 
-@pytest.mark.parametrize("address", [("192.0.2.1", 80), ("example.invalid", 443)])  # reserved for documentation
+# reserved for documentation
+@pytest.mark.parametrize("address", [("192.0.2.1", 80), ("example.invalid", 443)])
 def test_connections_to_other_machines_fail_the_test(address: tuple[str, int]) -> None:
     with pytest.raises(pytest.fail.Exception, match="stay offline"), socket.socket() as sock:
         sock.connect(address)

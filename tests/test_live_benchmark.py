@@ -21,13 +21,18 @@ def modules() -> Iterator[tuple[ModuleType, ...]]:
     patch = pytest.MonkeyPatch()
     patch.syspath_prepend(str(ROOT))
     yield tuple(
-        map(importlib.import_module, ("benchmarks.live", "benchmarks._live_scenarios", "benchmarks._marked_model"))
+        map(
+            importlib.import_module,
+            ("benchmarks.live", "benchmarks._live_scenarios", "benchmarks._marked_model"),
+        )
     )
     patch.undo()
 
 
 def measurements(late_ms: float, latency_s: float, missing: tuple[int, ...] = ()) -> dict[str, Any]:
-    """200 frames from 10 s on; a beep every 47 frames, 100 samples inside; the page's clock is 3 s behind `time`."""
+    """200 frames from 10 s on; a beep every 47 frames, 100 samples inside; the page's clock is 3 s
+    behind `time`.
+    """
     frames = [
         {
             "index": k,
@@ -45,7 +50,9 @@ def measurements(late_ms: float, latency_s: float, missing: tuple[int, ...] = ()
         "ended": 18_000,
         "sent": [{"index": k, "onset": 100} for k in beeps],
         "heard": [{"leaves": 1000 * (10 + k / 25 + 100 / 16_000)} for k in beeps],
-        "spoken": [{"time": 13 + k / 25 + late_ms / 1000 - latency_s + 100 / 16_000} for k in beeps],
+        "spoken": [
+            {"time": 13 + k / 25 + late_ms / 1000 - latency_s + 100 / 16_000} for k in beeps
+        ],
     }
 
 
@@ -55,7 +62,9 @@ def test_beeps_give_offset_and_latency(modules: tuple[ModuleType, ...]) -> None:
         found = measurements(late_ms, latency_s)
         pairs = scenarios.heard_and_seen(found)
         assert [pair["offset_ms"] for pair in pairs] == pytest.approx([late_ms] * 5)
-        assert [pair["latency_s"] for pair in pairs] == pytest.approx([latency_s - 100 / 16_000] * 5)
+        assert [pair["latency_s"] for pair in pairs] == pytest.approx(
+            [latency_s - 100 / 16_000] * 5
+        )
         assert scenarios.offsets(found)["mean_abs"] == pytest.approx(abs(late_ms))
         assert scenarios.offsets(found)["sd"] == pytest.approx(0, abs=1e-6)
 
@@ -64,7 +73,8 @@ def test_lost_frames_and_gaps(modules: tuple[ModuleType, ...]) -> None:
     found = measurements(0, 1.3, missing=(50, 51, 120))
     assert modules[1].num_lost(found) == 3
     assert max(modules[1].gaps_ms(found)) == pytest.approx(120)
-    assert max(modules[1].gaps_ms(found | {"ended": 18_960})) == pytest.approx(1000)  # it stood still
+    # it stood still
+    assert max(modules[1].gaps_ms(found | {"ended": 18_960})) == pytest.approx(1000)
     assert modules[1].gaps_ms(found | {"frames": []}) == [8010]
     assert len(modules[1].heard_and_seen(measurements(0, 1.3, missing=(5,)))) == 4
 
@@ -75,7 +85,10 @@ def test_targets_tell_what_was_measured(modules: tuple[ModuleType, ...]) -> None
         "model": "embedded",
         "scenarios": {
             "sessions_1": {"latency_p95_ms": 1300.0, "largest_gap_ms": 130.0},
-            "sessions_3": {"refused": "this address has 3 of 3 sessions: end one", "num_in_real_time": 2},
+            "sessions_3": {
+                "refused": ("this address has 3 of 3 sessions: end one"),
+                "num_in_real_time": 2,
+            },
             "long": {"minutes": 3.0, "drift_ms": 1.0, "growth_mb": 0.0},
         },
     }
@@ -86,13 +99,21 @@ def test_targets_tell_what_was_measured(modules: tuple[ModuleType, ...]) -> None
     assert met["the fourth session is refused in words"] is True
     assert met["60 minutes: drift of the offset, ms"] == "not measured"  # three minutes are no hour
     assert met["interruption: sound gone, slowest, ms"] == "not measured"
-    assert {row["met"] for row in live.targets(result | {"model": "marked"})} <= {"rehearsal", "not measured", True}
+    assert {row["met"] for row in live.targets(result | {"model": "marked"})} <= {
+        "rehearsal",
+        "not measured",
+        True,
+    }
     result["scenarios"]["long"]["minutes"] = 60.0
-    assert {row["what"]: row["met"] for row in live.targets(result)}["60 minutes: drift of the offset, ms"] is True
+    assert {row["what"]: row["met"] for row in live.targets(result)}[
+        ("60 minutes: drift of the offset, ms")
+    ] is True
 
 
 @pytest.mark.parametrize("size_px", [32, 64, 256])
-def test_marked_frames_say_where_a_beep_begins(modules: tuple[ModuleType, ...], size_px: int) -> None:
+def test_marked_frames_say_where_a_beep_begins(
+    modules: tuple[ModuleType, ...], size_px: int
+) -> None:
     marked = modules[2]
     batch = marked.MarkedModel(size_px, lookahead_frames=2).open_batch(1)
     batch.start(0, -np.ones((3, 8, 8)))
@@ -108,6 +129,9 @@ def test_marked_frames_say_where_a_beep_begins(modules: tuple[ModuleType, ...], 
     frames.extend(batch.step()[0])
     said = [marked.read(frame) for frame in frames]
     assert [one["number"] for one in said] == list(range(48))
-    assert {one["number"]: one["onset"] for one in said if one["onset"] is not None} == {3: 250, 30: 630}
+    assert {one["number"]: one["onset"] for one in said if one["onset"] is not None} == {
+        3: 250,
+        30: 630,
+    }
     assert not any(one["is_bright"] for one in said)
     assert marked.read(np.full((size_px, size_px, 3), 128, np.uint8)) is None

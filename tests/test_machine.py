@@ -12,7 +12,9 @@ import pytest
 from rest_lightning.machine import peak_memory_mb, resident_memory_mb
 
 CODE = "from rest_lightning.machine import peak_memory_mb; print(peak_memory_mb())"
-needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux has /proc")
+needs_proc = pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="only Linux has /proc"
+)
 
 
 @needs_proc

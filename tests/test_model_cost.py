@@ -1,4 +1,6 @@
-"""benchmarks/model_cost: counted FLOPs against formulas and layers, fake bytes against those of real tensors."""
+"""benchmarks/model_cost: counted FLOPs against formulas and layers, fake bytes against those of
+real tensors.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +17,11 @@ import torch
 from tiny_ltx import make_vae
 from torch import Tensor, nn
 
-from rest_lightning.models.autoencoder import CompactVAE
-from rest_lightning.models.cache import CacheOptions, IDContextCache
+from rest_lightning.models.cache import CacheOptions
 from rest_lightning.models.speech import LogMelEncoder, WhisperEncoder
 from rest_lightning.models.speech_ae import SpeechAE
 from rest_lightning.models.transformer import A2VDiT
+from rest_lightning.models.vae import CompactVAE
 
 ROOT = Path(__file__).resolve().parent.parent
 SPEECH_DIM, SPEECH_TOKENS = 10, 2
@@ -49,15 +51,36 @@ GRID: list[tuple[dict[str, Any], int, int, int]] = [
     ({"attention": "chunked"}, 1, 4, 6),
     ({"attention": "chunked"}, 2, 13, 6),
     ({"gradient_checkpointing": True}, 2, 7, 4),
-    ({"attention": "chunked", "gradient_checkpointing": True, "caption_channels": 12, "prompt_length": 5}, 2, 10, 6),
+    (
+        {
+            "attention": "chunked",
+            "gradient_checkpointing": True,
+            "caption_channels": 12,
+            "prompt_length": 5,
+        },
+        2,
+        10,
+        6,
+    ),
     ({"caption_channels": 12, "prompt_length": 9, "num_layers": 3}, 3, 4, 2),
-    ({"attention": "chunked", "cache_options": CacheOptions(chunk_length=2), "attention_head_dim": 6}, 1, 9, 6),
+    (
+        {
+            "attention": "chunked",
+            "cache_options": CacheOptions(chunk_length=2),
+            "attention_head_dim": 6,
+        },
+        1,
+        9,
+        6,
+    ),
     ({"num_attention_heads": 5, "in_channels": 3, "out_channels": 4}, 1, 7, 6),
 ]
 
 
 @pytest.mark.parametrize(("changes", "batch", "num_frames", "cells"), GRID)
-def test_training_formula(tools: ModuleType, changes: dict[str, Any], batch: int, num_frames: int, cells: int) -> None:
+def test_training_formula(
+    tools: ModuleType, changes: dict[str, Any], batch: int, num_frames: int, cells: int
+) -> None:
     with torch.device("meta"):
         model = make_model(**changes)
         latents = torch.empty(batch, model.in_channels, num_frames, 2, cells // 2)
@@ -73,8 +96,10 @@ def test_training_formula(tools: ModuleType, changes: dict[str, Any], batch: int
 def test_step_formula(tools: ModuleType, rows: int, length: int, cells: int, text: bool) -> None:
     prompt = {"caption_channels": 12, "prompt_length": 5} if text else {}
     with torch.device("meta"), torch.no_grad():
-        model = make_model(attention="chunked", cache_options=CacheOptions(chunk_length=length), **prompt)
-        cache = IDContextCache.allocate(model, rows, 2, cells // 2)
+        model = make_model(
+            attention="chunked", cache_options=CacheOptions(chunk_length=length), **prompt
+        )
+        cache = model.new_cache(rows, 2, cells // 2)
         own, sigma = model.project_prompt(rows), model.embed_sigma(torch.empty(1, 1))
         model.prefill(torch.empty(rows, 6, 1, 2, cells // 2), cache, text_embeds=own)
         speech = model.project_speech(torch.empty(rows, length, SPEECH_TOKENS, SPEECH_DIM))
@@ -83,7 +108,9 @@ def test_step_formula(tools: ModuleType, rows: int, length: int, cells: int, tex
             counted = tools.count_flops(lambda: model(chunk, sigma, speech, own, cache=cache))
             cache.commit()
             windows = [(length * cells, (1 + (1 + num_chunks) * length) * cells)]
-            terms = tools.transformer_flops(model, rows, length, cells, windows, SPEECH_TOKENS, 5 if text else 0)
+            terms = tools.transformer_flops(
+                model, rows, length, cells, windows, SPEECH_TOKENS, 5 if text else 0
+            )
             assert counted == terms["blocks"] + terms["ends"]
 
 
@@ -123,13 +150,23 @@ def test_other_parts_layer_by_layer(tools: ModuleType) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("num_frames", [1, 9, 24])
 def test_speech_encoders(tools: ModuleType, num_frames: int) -> None:
-    shape = {"d_model": 12, "encoder_layers": 2, "encoder_attention_heads": 3, "encoder_ffn_dim": 16, "num_mel_bins": 8}
-    with torch.device("meta"):  # on the CPU attention is a fused kernel that the counter does not know
+    shape = {
+        "d_model": 12,
+        "encoder_layers": 2,
+        "encoder_attention_heads": 3,
+        "encoder_ffn_dim": 16,
+        "num_mel_bins": 8,
+    }
+    # on the CPU attention is a fused kernel that the counter does not know
+    with torch.device("meta"):
         whisper = WhisperEncoder(None, left_context_frames=6, whisper_config=shape)
         audio = torch.empty(1, 640 * (6 + num_frames + 2))
     pieces = [1] * (num_frames % 8) + [8] * (num_frames // 8)  # frame 0 is a block of its own
     steps = [2 * (6 + piece + 2) for piece in pieces]
-    attended, mels = sum(2 * 4 * n**2 * 12 for n in steps), sum(2 * (2 * n) * 201 * 8 for n in steps)
+    attended, mels = (
+        sum(2 * 4 * n**2 * 12 for n in steps),
+        sum(2 * (2 * n) * 201 * 8 for n in steps),
+    )
     counted = tools.count_flops(lambda: whisper.features(audio))
     assert counted == layer_flops(lambda: whisper.features(audio)) + attended + mels
     log_mel = LogMelEncoder(lookahead_frames=2)
@@ -140,14 +177,26 @@ def test_speech_encoders(tools: ModuleType, num_frames: int) -> None:
 def make_size(model_cost: ModuleType, checkpointing: bool) -> Any:
     """A size of a few thousand parameters, as `read_size` makes them."""
     student = make_model(
-        attention="chunked", gradient_checkpointing=checkpointing, in_channels=4, caption_channels=12, prompt_length=5
+        attention="chunked",
+        gradient_checkpointing=checkpointing,
+        in_channels=4,
+        caption_channels=12,
+        prompt_length=5,
     )
-    whisper = {"d_model": 4, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 8, "num_mel_bins": 8}
+    whisper = {
+        "d_model": 4,
+        "encoder_layers": 1,
+        "encoder_attention_heads": 2,
+        "encoder_ffn_dim": 8,
+        "num_mel_bins": 8,
+    }
     encoder = WhisperEncoder(None, left_context_frames=4, whisper_config=whisper)
     parts = {
         "vae": make_vae("0.9.0").requires_grad_(True),
         "speech_encoder": encoder,
-        "speech_ae": SpeechAE(feature_dim=encoder.feature_dim, num_tokens=2, latent_dim=SPEECH_DIM, width=6),
+        "speech_ae": SpeechAE(
+            feature_dim=encoder.feature_dim, num_tokens=2, latent_dim=SPEECH_DIM, width=6
+        ),
         "transformer": student,
     }
     teacher = A2VDiT.from_config({**student.config, "attention": "full"})
@@ -160,22 +209,38 @@ def test_fake_bytes_are_real_bytes(model_cost: ModuleType, tools: ModuleType, st
     size = make_size(model_cost, True)
     with tools.fake_tensors(*size.parts.values(), size.teacher):
         assert model_cost.training_memory(size, stage) == pytest.approx(expected, rel=0.005)
-    names = {"vae": ["vae"], "speech_ae": ["speech_ae", "speech_encoder"]}.get(stage, list(size.parts))
-    stored = sum(tensor.nbytes for name in names for tensor in size.parts[name].state_dict().values())
-    stored += sum(tensor.nbytes for tensor in size.teacher.state_dict().values()) if stage == "asd" else 0
-    windows_and_filters = 4 * (400 + 201 * 8) if "speech_encoder" in names else 0  # Whisper's, in no checkpoint
+    names = {"vae": ["vae"], "speech_ae": ["speech_ae", "speech_encoder"]}.get(
+        stage, list(size.parts)
+    )
+    stored = sum(
+        tensor.nbytes for name in names for tensor in size.parts[name].state_dict().values()
+    )
+    stored += (
+        sum(tensor.nbytes for tensor in size.teacher.state_dict().values()) if stage == "asd" else 0
+    )
+    # Whisper's, in no checkpoint
+    windows_and_filters = 4 * (400 + 201 * 8) if "speech_encoder" in names else 0
     assert expected["weights"] == stored + windows_and_filters
     assert expected["gradients"] == 4 * sum(
-        p.numel() for part in model_cost.trained_parts(size, stage).values() for p in part.parameters()
+        p.numel()
+        for part in model_cost.trained_parts(size, stage).values()
+        for p in part.parameters()
     )
 
 
 @pytest.mark.parametrize("attention", ["full", "chunked"])
 def test_held_bytes_are_what_autograd_saves(tools: ModuleType, attention: str) -> None:
     model = make_model(attention=attention)
-    latents, sigma, speech = torch.randn(2, 6, 7, 2, 3), torch.rand(2, 7), torch.randn(2, 7, 2, SPEECH_DIM)
+    latents, sigma, speech = (
+        torch.randn(2, 6, 7, 2, 3),
+        torch.rand(2, 7),
+        torch.randn(2, 7, 2, SPEECH_DIM),
+    )
     model(latents, sigma, speech)  # makes the tables of rotations, which stay
-    tables = [model.rope.table(0, count, 2, 3, torch.device("cpu")) for count in (7, model.cache_options.num_slots)]
+    tables = [
+        model.rope.table(0, count, 2, 3, torch.device("cpu"))
+        for count in (7, model.cache_options.num_slots)
+    ]
     given = [latents, sigma, speech, *tables, *model.parameters()]
     known = {tensor.untyped_storage()._cdata for tensor in given}
     saved: dict[int, Any] = {}
@@ -189,7 +254,9 @@ def test_held_bytes_are_what_autograd_saves(tools: ModuleType, attention: str) -
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         velocity = model(latents, sigma, speech)
     own = velocity.untyped_storage()
-    expected = sum(storage.nbytes() for key, storage in saved.items() if key != own._cdata) + own.nbytes()
+    expected = (
+        sum(storage.nbytes() for key, storage in saved.items() if key != own._cdata) + own.nbytes()
+    )
     with tools.LiveBytes(given) as live:
         velocity = model(latents, sigma, speech)
         held = live.now
@@ -201,13 +268,20 @@ def test_held_bytes_are_what_autograd_saves(tools: ModuleType, attention: str) -
 def test_checkpointing_holds_less_and_computes_more(model_cost: ModuleType) -> None:
     plain, checkpointed = (make_size(model_cost, value) for value in (False, True))
     for stage in ("teacher", "student"):
-        held = [model_cost.training_memory(size, stage)["activations_held"] for size in (plain, checkpointed)]
+        held = [
+            model_cost.training_memory(size, stage)["activations_held"]
+            for size in (plain, checkpointed)
+        ]
         assert held[1] < 0.5 * held[0]
-        flops = [model_cost.training_flops(size, stage)["transformer"] for size in (plain, checkpointed)]
+        flops = [
+            model_cost.training_flops(size, stage)["transformer"] for size in (plain, checkpointed)
+        ]
         assert 1.2 < flops[1] / flops[0] < 1.34
 
 
-def test_command_writes_every_size(model_cost: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_writes_every_size(
+    model_cost: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "results/cost.json"
     assert model_cost.main(["--size", "embedded", "--tflops", "2", "--out", str(out)]) == 0
     result = json.loads(out.read_text())
@@ -223,7 +297,9 @@ def test_command_writes_every_size(model_cost: ModuleType, tmp_path: Path, capsy
         parts = ("frozen_encoders", "speech_ae", "transformer", "loss_and_teacher")
         assert flops["total"] == sum(flops[part] for part in parts)
     parameters = cost["parameters"]
-    assert parameters["transformer"] == sum(n for name, n in parameters.items() if name.startswith("transformer."))
+    assert parameters["transformer"] == sum(
+        n for name, n in parameters.items() if name.startswith("transformer.")
+    )
     assert "denoising step" in capsys.readouterr().out
     assert torch.equal(torch.ones(2) + 1, torch.full((2,), 2.0))  # no fake tensor is left behind
 
@@ -231,12 +307,22 @@ def test_command_writes_every_size(model_cost: ModuleType, tmp_path: Path, capsy
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--size", "huge"], r"^expected a size of embedded, .*paper \(folders of configs/\), got 'huge'"),
+        (
+            ["--size", "huge"],
+            (
+                r"^expected a size of embedded, .*paper \(folders of configs/\), got "
+                r"'huge'"
+            ),
+        ),
         (["--tflops", "0"], "^expected --tflops above 0, got 0.0: an A100"),
     ],
 )
 def test_bad_input(
-    model_cost: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+    model_cost: ModuleType,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+    message: str,
 ) -> None:
     assert model_cost.main([*words, "--out", str(tmp_path / "cost.json")]) == 2
     (line,) = capsys.readouterr().err.splitlines()

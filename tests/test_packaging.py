@@ -24,21 +24,38 @@ ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
 EXTRAS = PROJECT["project"]["optional-dependencies"]
 # Import names that differ from the names on the package index.
-DISTRIBUTION = {"PIL": "pillow", "skia": "skia-python", "cv2": "opencv-contrib-python", "yaml": "pyyaml"}
+DISTRIBUTION = {
+    "PIL": "pillow",
+    "skia": "skia-python",
+    "cv2": "opencv-contrib-python",
+    "yaml": "pyyaml",
+}
 # Imported, but certain to be there: what a declared requirement cannot be installed without.
-IMPLIED = {"torchvision": "lpips", "yaml": "jsonargparse", "huggingface_hub": "transformers", "packaging": "lightning"}
+IMPLIED = {
+    "torchvision": "lpips",
+    "yaml": "jsonargparse",
+    "huggingface_hub": "transformers",
+    "packaging": "lightning",
+}
 # Only these files may import what an extra installs.
 EXTRA_FILES = {
     "synthetic": "rest_lightning/data/synthetic/",
     "prepare": "rest_lightning/data/preparation/",
-    "ray": ("rest_lightning/data/preparation/", "rest_lightning/serve/", "rest_lightning/ray_cluster.py"),
+    "ray": (
+        "rest_lightning/data/preparation/",
+        "rest_lightning/serve/",
+        "rest_lightning/ray_cluster.py",
+    ),
     "serve": "rest_lightning/serve/",
 }
 OURSELVES = "rest-lightning"  # an extra may ask for others
 
 
 def requirements(extra: str | None = None) -> list[Requirement]:
-    return [Requirement(line) for line in (EXTRAS[extra] if extra else PROJECT["project"]["dependencies"])]
+    return [
+        Requirement(line)
+        for line in (EXTRAS[extra] if extra else PROJECT["project"]["dependencies"])
+    ]
 
 
 def constraints() -> dict[str, Requirement]:
@@ -64,25 +81,34 @@ def test_callbacks_are_mapped_from_the_top_level() -> None:
     assert Path(str(package.__file__)).resolve() == ROOT / "callbacks" / "__init__.py"
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "callbacks").glob("[!_]*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "callbacks").glob("[!_]*.py")), ids=lambda path: path.stem
+)
 def test_callback_classes_exist_once(path: Path) -> None:
     module = importlib.import_module(f"rest_lightning.callbacks.{path.stem}")
     assert Path(str(module.__file__)).resolve() == path
     assert sys.modules[module.__name__] is module
     for cls in vars(module).values():
         if inspect.isclass(cls) and cls.__module__.split(".")[0] in ("callbacks", "rest_lightning"):
-            assert cls.__module__.startswith("rest_lightning."), f"{cls} was imported under a second name"
+            assert cls.__module__.startswith("rest_lightning."), (
+                f"{cls} was imported under a second name"
+            )
     assert f"callbacks.{path.stem}" not in sys.modules
 
 
 def test_version_is_told_once() -> None:
     assert importlib.metadata.version("rest_lightning") == PROJECT["project"]["version"]
     package = importlib.import_module("rest_lightning")
-    assert getattr(package, "__version__", PROJECT["project"]["version"]) == PROJECT["project"]["version"]
+    assert (
+        getattr(package, "__version__", PROJECT["project"]["version"])
+        == PROJECT["project"]["version"]
+    )
 
 
 def test_command_is_installed() -> None:
-    (command,) = (e for e in importlib.metadata.entry_points(group="console_scripts") if e.name == "rest")
+    (command,) = (
+        e for e in importlib.metadata.entry_points(group="console_scripts") if e.name == "rest"
+    )
     assert command.value == "rest_lightning.cli:main"
 
 
@@ -93,8 +119,18 @@ def test_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> None:
         shutil.copy(ROOT / name, tree)
     for name in ("rest_lightning", "callbacks"):
         shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "--no-deps", "--no-build-isolation"]
-    done = subprocess.run([*pip, "--no-index", "-w", str(tmp_path), str(tree)], capture_output=True, text=True)
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--disable-pip-version-check",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+    ]
+    done = subprocess.run(
+        [*pip, "--no-index", "-w", str(tmp_path), str(tree)], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     (wheel,) = tmp_path.glob("*.whl")
     files = set(zipfile.ZipFile(wheel).namelist())
@@ -108,7 +144,7 @@ def test_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> None:
         for path in (ROOT / "rest_lightning" / "assets").rglob("*")
         if path.suffix in {".safetensors", ".json", ".png", ".wav"}
     }
-    assert files >= modules | assets | {"rest_lightning/py.typed", "rest_lightning/evaluation/page.html"}
+    assert files >= modules | assets | {"rest_lightning/py.typed", "rest_lightning/media/page.html"}
     assert {name.split("/")[0].split("-")[0] for name in files} == {"rest_lightning"}
     assert not any(name.startswith("callbacks/") for name in files)
 
@@ -125,29 +161,39 @@ def test_every_bound_has_its_reason() -> None:
     lines = (ROOT / "pyproject.toml").read_text("utf-8").splitlines()
     for number, line in enumerate(lines):
         if line.strip().startswith('"') and any(mark in line for mark in (">=", "==")):
-            assert "#" in line or lines[number - 1].strip().startswith("#"), f"no reason beside {line.strip()}"
+            assert "#" in line or lines[number - 1].strip().startswith("#"), (
+                f"no reason beside {line.strip()}"
+            )
 
 
 def test_constraints_are_exact_and_satisfy_every_bound() -> None:
     pins = constraints()
     for pin in pins.values():
-        assert [part.operator for part in pin.specifier] == ["=="], f"expected an exact pin, got {pin}"
+        assert [part.operator for part in pin.specifier] == ["=="], (
+            f"expected an exact pin, got {pin}"
+        )
         assert pin.url is None
     asked = [*requirements(), *(r for extra in EXTRAS for r in requirements(extra))]
     for requirement in (r for r in asked if canonicalize_name(r.name) != OURSELVES):
         (exact,) = pins[canonicalize_name(requirement.name)].specifier
-        assert exact.version in requirement.specifier, f"{requirement} excludes the pin {exact.version}"
+        assert exact.version in requirement.specifier, (
+            f"{requirement} excludes the pin {exact.version}"
+        )
 
 
 def closure(roots: list[Requirement]) -> set[str]:
-    """Names of all installed distributions that the requirements bring along, torch's own left out."""
+    """Names of all installed distributions that the requirements bring along, torch's own left
+    out.
+    """
     names: set[str] = set()
     todo = [(r, extra) for r in roots for extra in (r.extras or {""})]
     seen = set()
     while todo:
         requirement, extra = todo.pop()
         name = canonicalize_name(requirement.name)
-        if (name, extra) in seen or (requirement.marker and not requirement.marker.evaluate({"extra": ""})):
+        if (name, extra) in seen or (
+            requirement.marker and not requirement.marker.evaluate({"extra": ""})
+        ):
             continue
         seen.add((name, extra))
         names.add(name)
@@ -164,11 +210,15 @@ def closure(roots: list[Requirement]) -> set[str]:
 
 def test_constraints_cover_what_is_installed() -> None:
     needed = closure([*requirements(), *requirements("test")]) - {OURSELVES}
-    assert not needed - set(constraints()), "add the versions that `pip freeze` shows to constraints.txt"
+    assert not needed - set(constraints()), (
+        "add the versions that `pip freeze` shows to constraints.txt"
+    )
 
 
 def imported_names(path: Path) -> dict[str, bool]:
-    """Third-party names that a file imports, each with whether every import of it stands in a ``try`` block."""
+    """Third-party names that a file imports, each with whether every import of it stands in a
+    ``try`` block.
+    """
     tree = ast.parse(path.read_text("utf-8"))
     lines = [line for block in ast.walk(tree) if isinstance(block, ast.Try) for line in block.body]
     tried = {node for line in lines for node in ast.walk(line)}
@@ -185,16 +235,27 @@ def imported_names(path: Path) -> dict[str, bool]:
 
 
 def test_every_import_is_a_declared_requirement() -> None:
-    """An extra's packages may be imported in that extra's files, elsewhere only where their absence is caught."""
+    """An extra's packages may be imported in that extra's files, elsewhere only where their absence
+    is caught.
+    """
     required = {canonicalize_name(r.name) for r in requirements()}
-    of_extra = {extra: {canonicalize_name(r.name) for r in requirements(extra)} for extra in EXTRA_FILES}
+    of_extra = {
+        extra: {canonicalize_name(r.name) for r in requirements(extra)} for extra in EXTRA_FILES
+    }
     undeclared = []
     for path in [*(ROOT / "rest_lightning").rglob("*.py"), *(ROOT / "callbacks").rglob("*.py")]:
         where = path.relative_to(ROOT).as_posix()
         for name, optional in imported_names(path).items():
-            extras = [extra for extra, prefix in EXTRA_FILES.items() if optional or where.startswith(prefix)]
+            extras = [
+                extra
+                for extra, prefix in EXTRA_FILES.items()
+                if optional or where.startswith(prefix)
+            ]
             allowed = required.union(*(of_extra[extra] for extra in extras))
             distribution = canonicalize_name(DISTRIBUTION.get(name, name))
-            if distribution not in allowed and canonicalize_name(IMPLIED.get(name, "")) not in allowed:
+            if (
+                distribution not in allowed
+                and canonicalize_name(IMPLIED.get(name, "")) not in allowed
+            ):
                 undeclared.append(f"{where} imports {name}")
     assert not undeclared, "\n".join(undeclared)

@@ -21,20 +21,30 @@ STAGES = ("vae", "speech_ae", "teacher", "student", "asd")
 
 
 def count(module: nn.Module, *without: str) -> int:
-    return sum(p.numel() for name, p in module.named_parameters() if not any(part in name for part in without))
+    return sum(
+        p.numel()
+        for name, p in module.named_parameters()
+        if not any(part in name for part in without)
+    )
 
 
 class MetaChain:
-    """The five stages one after the other, each from the checkpoints of those before; not a number is computed."""
+    """The five stages one after the other, each from the checkpoints of those before; not a number
+    is computed.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.prompt = folder / "prompt.safetensors"
-        save_file({"prompt_embeds": torch.zeros(128, 4096), "prompt_mask": torch.ones(128)}, self.prompt)
+        save_file(
+            {"prompt_embeds": torch.zeros(128, 4096), "prompt_mask": torch.ones(128)}, self.prompt
+        )
         self.clis = {stage: self.run(stage) for stage in STAGES}
 
     def run(self, stage: str) -> Any:
-        """Instantiate a stage as `rest fit` would, without published weights, and write its checkpoint."""
+        """Instantiate a stage as `rest fit` would, without published weights, and write its
+        checkpoint.
+        """
         model: dict[str, Any] = {}
         if stage == "vae":
             model = {"vae": {"init_args": {"weights": None}}, "loss_weights": {"lpips": 0.0}}
@@ -44,7 +54,8 @@ class MetaChain:
         if before is not None:
             model["transformer"] = {"init_args": {"prompt": str(self.prompt)}}
             model["initial"] = {"vae": self.final("vae"), "speech_ae": self.final(before)}
-            if before != "speech_ae":  # the teacher starts from LTX-Video, which has a test of its own
+            # the teacher starts from LTX-Video, which has a test of its own
+            if before != "speech_ae":
                 model["initial"]["transformer"] = self.final(before)
         if stage == "asd":
             model["asd"] = {"teacher": self.final("teacher")}
@@ -101,14 +112,23 @@ def test_transformer_holds_ltx_and_the_speech_attention(chain: MetaChain) -> Non
         ltx = LTXVideoTransformer3DModel()  # diffusers' defaults are LTX-Video 0.9
     for stage in ("teacher", "student", "asd"):
         model = chain.clis[stage].model.transformer
-        shared = {name: value.shape for name, value in model.named_parameters() if "speech" not in name}
+        shared = {
+            name: value.shape for name, value in model.named_parameters() if "speech" not in name
+        }
         assert shared == {name: value.shape for name, value in ltx.named_parameters()}
-        # Queries and output 2048 x 2048, keys and values 2048 (speech) x 2048, their biases, two RMS norms.
+        # Queries and output 2048 x 2048, keys and values 2048 (speech) x 2048, their biases, two
+        # RMS norms.
         assert count(model) - count(ltx) == 28 * (4 * (2048 * 2048 + 2048) + 2 * 2048)
     load_ltx(chain.clis["teacher"].model.transformer, ltx)  # every tensor finds its place
     with torch.device("meta"):
         narrow = LTXVideoTransformer3DModel(num_layers=27)
-    with pytest.raises(ValueError, match=r"^expected LTX weights for num_layers 28, got 27: set num_layers.*$"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            r"^expected LTX weights for num_layers 28, got 27: set "
+            r"num_layers.*$"
+        ),
+    ):
         load_ltx(chain.clis["teacher"].model.transformer, narrow)
 
 
@@ -118,7 +138,9 @@ def test_other_parts_have_the_published_sizes(chain: MetaChain) -> None:
 
     with torch.device("meta"):
         ltx_vae = AutoencoderKLLTXVideo()
-        whisper = WhisperModel(WhisperConfig(d_model=384, encoder_layers=4, encoder_attention_heads=6))
+        whisper = WhisperModel(
+            WhisperConfig(d_model=384, encoder_layers=4, encoder_attention_heads=6)
+        )
     module = chain.clis["teacher"].model
     assert count(module.vae) == count(ltx_vae)
     assert count(module.speech_encoder) == count(whisper.encoder)
@@ -131,7 +153,8 @@ def test_speech_ae_has_the_parameters_of_its_layers(chain: MetaChain) -> None:
     def linear(inputs: int, outputs: int) -> int:
         return inputs * outputs + outputs
 
-    block = 2 * (linear(3 * width, width) + width)  # two causal convolutions of kernel 3, each with a norm
+    # two causal convolutions of kernel 3, each with a norm
+    block = 2 * (linear(3 * width, width) + width)
     halving = linear(2 * width, width)
     doubling = linear(width, 2 * width)
     window = linear(5 * width, width)
@@ -152,7 +175,11 @@ def test_values_of_the_paper(chain: MetaChain) -> None:
     for stage in ("teacher", "student", "asd"):
         cli = chain.clis[stage]
         module, data, trainer = cli.model, cli.datamodule, cli.trainer
-        assert (trainer.accumulate_grad_batches, trainer.gradient_clip_val, trainer.precision) == (4, 1.0, "bf16-mixed")
+        assert (trainer.accumulate_grad_batches, trainer.gradient_clip_val, trainer.precision) == (
+            4,
+            1.0,
+            "bf16-mixed",
+        )
         assert (data.size_px, data.num_frames, data.batch_size) == (512, 97, 1)
         assert data.audio_left_frames >= module.speech_encoder.left_context_frames
         assert data.audio_right_frames >= module.speech_encoder.lookahead_frames == 2
@@ -169,7 +196,12 @@ def test_values_of_the_paper(chain: MetaChain) -> None:
             "joint_dropout": 0.0,
         }
         model = module.transformer
-        assert (model.num_layers, model.num_heads, model.dim, model.in_channels) == (28, 32, 2048, 128)
+        assert (model.num_layers, model.num_heads, model.dim, model.in_channels) == (
+            28,
+            32,
+            2048,
+            128,
+        )
         assert model.gradient_checkpointing
         assert model.attention == ("full" if stage == "teacher" else "chunked")
         assert (model.rope.frame_s, model.rope.cell_px) == (8 / 25, 32)
@@ -177,8 +209,15 @@ def test_values_of_the_paper(chain: MetaChain) -> None:
         assert (module.speech_ae.num_tokens, module.speech_ae.latent_dim) == (2, 2048)
         assert module.vae.decoder_causal
         (samples,) = [c for c in trainer.callbacks if type(c).__name__ == "SampleVideos"]
-        assert (samples.sampling.num_steps, samples.sampling.guidance, samples.sampling.shift) == (8, 6.0, None)
-        assert {type(c).__name__ for c in trainer.callbacks} >= {"EMAWeightAveraging", "ModelCheckpoint"}
+        assert (samples.sampling.num_steps, samples.sampling.guidance, samples.sampling.shift) == (
+            8,
+            6.0,
+            None,
+        )
+        assert {type(c).__name__ for c in trainer.callbacks} >= {
+            "EMAWeightAveraging",
+            "ModelCheckpoint",
+        }
     asd = chain.clis["asd"].model
     assert (asd.asd.alpha, asd.asd.beta, asd.asd.temperature) == (0.2, 0.2, 0.1)
     assert asd.teacher.attention == "full"
@@ -186,14 +225,19 @@ def test_values_of_the_paper(chain: MetaChain) -> None:
 
 
 def test_files_of_the_stages_agree() -> None:
-    files = {stage: yaml.safe_load((CONFIGS / f"paper/{stage}.yaml").read_text()) for stage in STAGES}
+    files = {
+        stage: yaml.safe_load((CONFIGS / f"paper/{stage}.yaml").read_text()) for stage in STAGES
+    }
     parts = {stage: file["model"]["init_args"] for stage, file in files.items()}
     for name in ("speech_encoder", "speech_ae", "noise", "vae"):
         given = [parts[stage][name] for stage in ("teacher", "student", "asd")]
         assert all(each == given[0] for each in given)
     for name in ("speech_encoder", "speech_ae"):
         assert parts["speech_ae"][name] == parts["teacher"][name]
-    assert parts["vae"]["vae"]["init_args"]["ltx_config"] == parts["teacher"]["vae"]["init_args"]["ltx_config"]
+    assert (
+        parts["vae"]["vae"]["init_args"]["ltx_config"]
+        == parts["teacher"]["vae"]["init_args"]["ltx_config"]
+    )
     finals = {f"{file['trainer']['default_root_dir']}/final.ckpt" for file in files.values()}
     sources = [source for each in parts.values() for source in (each.get("initial") or {}).values()]
     sources.append(parts["asd"]["asd"]["teacher"])

@@ -1,7 +1,9 @@
-"""The README is run: blocks under ``<!-- test: NAME -->`` are executed, the others checked against the tree.
+"""The README is run: blocks under ``<!-- test: NAME -->`` are executed, the others checked against
+the tree.
 
-Shell blocks run command by command, in process, in a temporary folder that holds ``portrait.png``, ``speech.wav`` and a
-link to ``configs/``; ``TINY`` appends what makes a command small. Python blocks run as they stand.
+Shell blocks run command by command, in process, in a temporary folder that holds ``portrait.png``,
+``speech.wav`` and a link to ``configs/``; ``TINY`` appends what makes a command small. Python
+blocks run as they stand.
 """
 
 from __future__ import annotations
@@ -19,17 +21,30 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 ASSETS = ROOT / "rest_lightning" / "assets"
-# Blocks whose parts are not in the tree yet: name -> what is missing. Delete an entry to have its block executed.
+# Blocks whose parts are not in the tree yet: name -> what is missing. Delete an entry to have its
+# block executed.
 PENDING: dict[str, str] = {}
 # What is appended to every command that holds the words on the left, so that it takes seconds.
 TINY = (
-    ("rest synthesize", "--num_clips 6 --size_px 64 --num_frames 57 --val_fraction 0.17 --test_fraction 0.17"),
+    (
+        "rest synthesize",
+        ("--num_clips 6 --size_px 64 --num_frames 57 --val_fraction 0.17 --test_fraction 0.17"),
+    ),
     ("rest fit", "--config configs/trainer/tiny.yaml"),
     ("embedded/vae.yaml", "--config configs/size/tiny/vae.yaml"),
     ("embedded/speech_ae.yaml", "--config configs/size/tiny/speech_ae.yaml"),
-    ("embedded/teacher.yaml", "--config configs/size/tiny/dit.yaml --model.vae configs/size/tiny/frozen_vae.yaml"),
-    ("embedded/student.yaml", "--config configs/size/tiny/dit.yaml --model.vae configs/size/tiny/frozen_vae.yaml"),
-    ("embedded/asd.yaml", "--config configs/size/tiny/dit.yaml --model.vae configs/size/tiny/frozen_vae.yaml"),
+    (
+        "embedded/teacher.yaml",
+        ("--config configs/size/tiny/dit.yaml --model.vae configs/size/tiny/frozen_vae.yaml"),
+    ),
+    (
+        "embedded/student.yaml",
+        ("--config configs/size/tiny/dit.yaml --model.vae configs/size/tiny/frozen_vae.yaml"),
+    ),
+    (
+        "embedded/asd.yaml",
+        ("--config configs/size/tiny/dit.yaml --model.vae configs/size/tiny/frozen_vae.yaml"),
+    ),
 )
 # Local files that the README links to and that are made later.
 PENDING_FILES: set[str] = set()
@@ -37,7 +52,9 @@ PENDING_FILES: set[str] = set()
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block: its test name or None, its language, its text and the line of its opening fence."""
+    """A fenced block: its test name or None, its language, its text and the line of its opening
+    fence.
+    """
 
     name: str | None
     language: str
@@ -84,25 +101,37 @@ def run_shell(block: Block) -> None:
     from rest_lightning.cli import main
 
     for words in commands(block.text):
-        assert words[0] == "rest", f"README line {block.line}: only `rest` commands are executed, got {words[0]}"
-        assert main([*words[1:], *tiny_arguments(words)]) == 0, f"README line {block.line}: {' '.join(words)}"
+        assert words[0] == "rest", (
+            f"README line {block.line}: only `rest` commands are executed, got {words[0]}"
+        )
+        assert main([*words[1:], *tiny_arguments(words)]) == 0, (
+            f"README line {block.line}: {' '.join(words)}"
+        )
 
 
 def run_python(block: Block) -> None:
     with wave.open("speech.wav") as file:
-        samples = np.frombuffer(file.readframes(file.getnframes()), np.int16).astype(np.float32) / 32768
+        samples = (
+            np.frombuffer(file.readframes(file.getnframes()), np.int16).astype(np.float32) / 32768
+        )
     shown: list[np.ndarray] = []
-    names: dict[str, Any] = {"audio_blocks": np.array_split(samples[: 16_000 * 3], 7), "show": shown.append}
+    names: dict[str, Any] = {
+        "audio_blocks": np.array_split(samples[: 16_000 * 3], 7),
+        "show": shown.append,
+    }
     exec(compile(block.text, f"README.md line {block.line}", "exec"), names)
     assert sum(len(frames) for frames in shown) == 75, "three seconds of speech are 75 frames"
-    assert all(frames.dtype == np.uint8 and frames.ndim == 4 and frames.shape[3] == 3 for frames in shown)
+    assert all(
+        frames.dtype == np.uint8 and frames.ndim == 4 and frames.shape[3] == 3 for frames in shown
+    )
 
 
 RUNNERS: dict[str, Callable[[Block], None]] = {"sh": run_shell, "python": run_python}
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.slow] if n == "train" else []) for n in sorted(MARKED)]
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] if n == "train" else []) for n in sorted(MARKED)],
 )
 def test_block_runs(name: str, request: pytest.FixtureRequest) -> None:
     if name in PENDING:
@@ -122,8 +151,12 @@ def test_unmarked_blocks_only_run_make() -> None:
     for block in BLOCKS:
         if block.name is None and block.language in RUNNERS:
             for words in commands(block.text):
-                assert words[0] == "make", f"README line {block.line}: put <!-- test: NAME --> above the block"
-                assert words[1] in targets, f"README line {block.line}: the Makefile has no target {words[1]}"
+                assert words[0] == "make", (
+                    f"README line {block.line}: put <!-- test: NAME --> above the block"
+                )
+                assert words[1] in targets, (
+                    f"README line {block.line}: the Makefile has no target {words[1]}"
+                )
     for target in re.findall(r"`make ([a-z-]+)", README):
         assert target in targets, f"the README names make {target}, which the Makefile lacks"
 
@@ -132,7 +165,11 @@ def test_links_and_folders_exist() -> None:
     links = re.findall(r"\]\((?!https?:|#|mailto:)([^)#]+)", README)
     folders = re.findall(r"^\| `([\w/]+/)`", README, re.M)
     assert folders, "the layout table is gone"
-    missing = [path for path in [*links, *folders] if path not in PENDING_FILES and not (ROOT / path).exists()]
+    missing = [
+        path
+        for path in [*links, *folders]
+        if path not in PENDING_FILES and not (ROOT / path).exists()
+    ]
     assert not missing, f"the README points to what is not there: {missing}"
     there = sorted(path for path in PENDING_FILES if (ROOT / path).exists())
     assert not there, f"take {there} out of PENDING_FILES"
@@ -144,7 +181,11 @@ def test_named_configs_exist() -> None:
 
 
 def test_blocks_are_parsed() -> None:
-    text = "a\n<!-- test: one -->\n```sh\nrest talk a b \\\n  -o c  # out\n\n```\n\n```python\nx = 1\n```\n"
+    text = (
+        "a\n<!-- test: one -->\n```sh\nrest talk a b \\\n  -o c  # out\n\n```\n\n```python\nx "
+        "= "
+        "1\n```\n"
+    )
     first, second = blocks_of(text)
     assert (first.name, first.language, first.line) == ("one", "sh", 3)
     assert commands(first.text) == [["rest", "talk", "a", "b", "-o", "c"]]

@@ -1,4 +1,6 @@
-"""benchmarks/streaming: rehearsed at tiny size; its ratios compare what they say, and targets tell the truth."""
+"""benchmarks/streaming: rehearsed at tiny size; its ratios compare what they say, and targets tell
+the truth.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ def streaming() -> Iterator[ModuleType]:
     patch.undo()
 
 
-def test_tiny_rehearsal(streaming: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tiny_rehearsal(
+    streaming: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "results" / "a.json"
     names = [
         "first_frame",
@@ -38,10 +42,25 @@ def test_tiny_rehearsal(streaming: ModuleType, tmp_path: Path, capsys: pytest.Ca
         "device_memory",
         "long_stream",
     ]
-    words = ["--size", "tiny", "--minutes", "0.2", "--out", str(out), "--device", "cpu", "--dtype", "float32"]
+    words = [
+        "--size",
+        "tiny",
+        "--minutes",
+        "0.2",
+        "--out",
+        str(out),
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
+    ]
     assert streaming.main([*words, "--only", *names]) == 0
     result = json.loads(out.read_text())
-    assert list(result["scenarios"]) == names and not result["failures"] and result["weights"] == "random"
+    assert (
+        list(result["scenarios"]) == names
+        and not result["failures"]
+        and result["weights"] == "random"
+    )
     rows = result["scenarios"]
     assert rows["diffusers"]["difference"] < 1e-4  # the same function was timed
     assert rows["long_stream"]["num_frames"] == 288 and rows["long_stream"]["chunk_ms"]["num"] == 12
@@ -56,14 +75,17 @@ def test_tiny_rehearsal(streaming: ModuleType, tmp_path: Path, capsys: pytest.Ca
         ("batch", "batch", "one_after_another", "chunk_ms"),
     ):
         taken = rows[name][times]
-        assert rows[name]["ratio"] == pytest.approx(taken[first]["p50"] / taken[second]["p50"], rel=1e-3)
+        assert rows[name]["ratio"] == pytest.approx(
+            taken[first]["p50"] / taken[second]["p50"], rel=1e-3
+        )
     for decoder in {row["decoder"] for row in rows["halo"]["rows"]}:
         errors = [row["mean_error"] for row in rows["halo"]["rows"] if row["decoder"] == decoder]
         assert len(errors) == 4 and errors[0] > errors[1] > errors[3] > 0
     met = {row["what"]: row["met"] for row in result["targets"]}
     assert met["backbone for 121 frames, s"] == met["peak device memory, GB"] == "not measured"
     assert met["captured graph / eager"] == "not measured"
-    assert met["time per chunk, last minute / second minute"] == "not measured"  # too short a stream
+    # too short a stream
+    assert met["time per chunk, last minute / second minute"] == "not measured"
     assert met["cached chunk / recomputing without a cache"] == "no target here"
     assert Image.open(tmp_path / "results" / "a.png").width == 1000
     assert "4 rows as a batch" in capsys.readouterr().out
@@ -97,8 +119,14 @@ def test_targets_are_met_only_where_they_count(streaming: ModuleType) -> None:
     fast = {"cache": {"ratio": 0.5}, "long_stream": {"frames_per_second": 120.0}}
     slow = {"cache": {"ratio": 0.6}, "long_stream": {"frames_per_second": 60.0}}
     cached, fps = "cached chunk / recomputing without a cache", "frames per second, end to end"
-    assert (met("embedded", "cpu", **fast)[cached], met("embedded", "cpu", **fast)[fps]) == (True, True)
-    assert (met("embedded", "cpu", **slow)[cached], met("embedded", "cpu", **slow)[fps]) == (False, False)
+    assert (met("embedded", "cpu", **fast)[cached], met("embedded", "cpu", **fast)[fps]) == (
+        True,
+        True,
+    )
+    assert (met("embedded", "cpu", **slow)[cached], met("embedded", "cpu", **slow)[fps]) == (
+        False,
+        False,
+    )
     on_gpu = met("paper", "cuda", **slow)
     assert on_gpu["frames per second with VAE and copies"] is False and fps not in on_gpu
     assert on_gpu["captured graph / eager"] == "not measured"
@@ -107,7 +135,7 @@ def test_targets_are_met_only_where_they_count(streaming: ModuleType) -> None:
 
 def test_speech_repeats_without_gaps(streaming: ModuleType) -> None:
     scenarios = importlib.import_module("benchmarks._scenarios")
-    from rest_lightning.data.audio import open_speech
+    from rest_lightning.media.audio import open_speech
 
     recording = open_speech(scenarios.SPEECH).read_all()
     joined = np.concatenate(list(scenarios.speech(45.3)))
@@ -125,7 +153,11 @@ def test_speech_repeats_without_gaps(streaming: ModuleType) -> None:
     ],
 )
 def test_bad_input(
-    streaming: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+    streaming: ModuleType,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+    message: str,
 ) -> None:
     assert streaming.main(["--size", "tiny", "--out", str(tmp_path / "a.json"), *words]) == 2
     (line,) = capsys.readouterr().err.splitlines()

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("torchvision") is None, reason="torchvision is not installed")
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("torchvision") is None, reason=("torchvision is not installed")
+)
 
 
 def run(code: str) -> str:
@@ -48,7 +50,9 @@ def test_nothing_is_declared_where_the_plain_import_works() -> None:
 
 def test_another_failure_is_not_hidden(tmp_path: Path) -> None:
     (tmp_path / "torchvision").mkdir()
-    (tmp_path / "torchvision" / "__init__.py").write_text("raise RuntimeError('something else is broken')\n")
+    (tmp_path / "torchvision" / "__init__.py").write_text(
+        "raise RuntimeError('something else is broken')\n"
+    )
     run(
         f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
         "from rest_lightning.torchvision_compat import ensure_torchvision\n"

@@ -1,4 +1,6 @@
-"""benchmarks/asd.py, reading.py, training_curves.py and training_step.py from end to end at tiny size."""
+"""benchmarks/asd.py, reading.py, training_curves.py and training_step.py from end to end at tiny
+size.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,8 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from rest_lightning.cli import main as rest
-from rest_lightning.data.clips import PreparedClips
-from rest_lightning.data.latents import LatentsCache
+from rest_lightning.data.dataset import PreparedClips
+from rest_lightning.data.window_cache import LatentsCache
 from rest_lightning.errors import UserError
 from rest_lightning.models.speech import LogMelEncoder
 from rest_lightning.parts import build_part, read_part
@@ -72,7 +74,8 @@ def test_both_arms_differ_in_the_loss_alone(asd_run: Any) -> None:
     assert len({row["teacher_error"] for row in (*runs.values(), result["start"])}) == 5
     for seed in (0, 5):  # the first step: the same weights, clips, noise and levels
         first = [
-            runs[arm, seed]["training"][key]["start"] for arm, key in (("asd", "train/flow"), ("no_asd", "train/loss"))
+            runs[arm, seed]["training"][key]["start"]
+            for arm, key in (("asd", "train/flow"), ("no_asd", "train/loss"))
         ]
         assert first[0] == pytest.approx(first[1], rel=1e-5)
     teacher = {row["teacher_flow_loss"] for row in (*runs.values(), result["start"])}
@@ -86,7 +89,9 @@ def test_both_arms_differ_in_the_loss_alone(asd_run: Any) -> None:
 
 
 def test_errors_are_those_of_the_definition(asd_run: Any, recipe: Any) -> None:
-    """Clip by clip from the checkpoints and the clip's own latents and audio, without the benchmark's code."""
+    """Clip by clip from the checkpoints and the clip's own latents and audio, without the
+    benchmark's code.
+    """
     _, folder, _ = asd_run
     final = folder / "runs/no_asd-seed5/final.ckpt"
 
@@ -101,7 +106,11 @@ def test_errors_are_those_of_the_definition(asd_run: Any, recipe: Any) -> None:
     errors, flows = [], []
     noise = NoiseSettings(mean=1.0, std=1.0, identity_dropout=0.0, audio_dropout=0.0)
     stage = StudentModule(
-        student, load("speech_ae", final), LogMelEncoder(2), noise=noise, asd=ASDSettings(str(recipe.final("teacher")))
+        student,
+        load("speech_ae", final),
+        LogMelEncoder(2),
+        noise=noise,
+        asd=ASDSettings(str(recipe.final("teacher"))),
     )
     assert len(clips) == 1
     latents, audio = clips[0]["latents"][None], clips[0]["audio"]
@@ -112,26 +121,37 @@ def test_errors_are_those_of_the_definition(asd_run: Any, recipe: Any) -> None:
             path = stage.draw(conditions, torch.Generator().manual_seed(draw)).path
             own = student(path.noisy_latents, path.sigma, conditions.speech_latents)[:, :, 1:]
             theirs = teacher(
-                path.noisy_latents, path.sigma, load("speech_ae", recipe.final("teacher")).encode(features)
+                path.noisy_latents,
+                path.sigma,
+                load("speech_ae", recipe.final("teacher")).encode(features),
             )
             errors.append(float((own - theirs[:, :, 1:]).square().mean()))
             flows.append(float((own - path.velocity[:, :, 1:]).square().mean()))
     (row,) = (
-        r for r in json.loads((folder / "asd.json").read_text())["runs"] if (r["arm"], r["seed"]) == ("no_asd", 5)
+        r
+        for r in json.loads((folder / "asd.json").read_text())["runs"]
+        if (r["arm"], r["seed"]) == ("no_asd", 5)
     )
     assert row["teacher_error"] == pytest.approx(sum(errors) / 3, rel=1e-4)
     assert row["flow_loss"] == pytest.approx(sum(flows) / 3, rel=1e-4)
 
 
-def test_done_runs_are_kept_and_other_settings_refused(asd_run: Any, tmp_path: Path, capsys: Any) -> None:
+def test_done_runs_are_kept_and_other_settings_refused(
+    asd_run: Any, tmp_path: Path, capsys: Any
+) -> None:
     module, folder, words = asd_run
     finals = {path: path.stat().st_mtime_ns for path in (folder / "runs").rglob("*.ckpt")}
     assert module.main([*words, "--out", str(tmp_path / "again.json")]) == 0
     assert finals == {path: path.stat().st_mtime_ns for path in (folder / "runs").rglob("*.ckpt")}
-    first, again = (json.loads(path.read_text())["runs"] for path in (folder / "asd.json", tmp_path / "again.json"))
+    first, again = (
+        json.loads(path.read_text())["runs"]
+        for path in (folder / "asd.json", tmp_path / "again.json")
+    )
     assert first == again
     assert module.main([*words, "--steps", "3"]) == 2
-    assert "expected a run of the same steps, got another: name a new folder with --runs" in capsys.readouterr().err
+    assert (
+        "expected a run of the same steps, got another: name a new folder with --runs"
+    ) in capsys.readouterr().err
     assert module.main([*words, "--teacher", str(tmp_path / "none.ckpt")]) == 2
     assert "expected a file, got no such one" in capsys.readouterr().err
 
@@ -140,7 +160,8 @@ def test_curves_tell_start_and_end(benchmark: Any, tmp_path: Path, capsys: Any) 
     module = benchmark("training_curves")
     losses = {"falls": [5.0, 4.0, 3.0, 2.0, 1.0, 0.5], "rises": [1.0, 1.0, 2.0, 3.0]}
     for stage, values in losses.items():
-        for first, part in ((0, values[:3]), (2, values[2:])):  # a resumed run: its file repeats one step
+        # a resumed run: its file repeats one step
+        for first, part in ((0, values[:3]), (2, values[2:])):
             with SummaryWriter(str(tmp_path / stage), filename_suffix=f".{first}") as writer:
                 for step, value in enumerate(part, first):
                     writer.add_scalar("train/loss", value, step)
@@ -166,7 +187,11 @@ def test_a_training_step_that_fails_keeps_the_rows_before(
     measured: list[int] = []
 
     def measure(student: Any, batch_size: int, *rest: Any) -> dict[str, Any]:
-        assert len(json.loads(out.read_text())["rows"]) == len(measured) if measured else not out.exists()
+        assert (
+            len(json.loads(out.read_text())["rows"]) == len(measured)
+            if measured
+            else not out.exists()
+        )
         if measured:
             raise torch.OutOfMemoryError("CUDA out of memory")
         measured.append(batch_size)
@@ -188,13 +213,19 @@ def test_gradients_of_one_form_alone_are_kept(benchmark: Any) -> None:
         sum(factor * weight.square().sum() for weight in weights).backward()
 
     with module.LiveBytes([*weights]) as live:
-        found = module.gradient_difference(weights, [lambda f=f: step(f) for f in (*[1.0] * 6, 1.5, 1.0)])  # type: ignore[misc]
+        found = module.gradient_difference(
+            weights, [lambda f=f: step(f) for f in (*[1.0] * 6, 1.5, 1.0)]
+        )  # type: ignore[misc]
     assert found == pytest.approx(1 / 3)
-    assert live.peak < 6 * 4 * 1000 * 2  # the copy, the gradients, and what computes them: not one copy a form
+    assert (
+        live.peak < 6 * 4 * 1000 * 2
+    )  # the copy, the gradients, and what computes them: not one copy a form
 
 
 @pytest.mark.parametrize("compiles", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_training_step_compares_equal_gradients(benchmark: Any, tmp_path: Path, compiles: bool) -> None:
+def test_training_step_compares_equal_gradients(
+    benchmark: Any, tmp_path: Path, compiles: bool
+) -> None:
     module = benchmark("training_step")
     words = ["--batch", "1", "--num-chunks", "2", "--repeats", "1", "--precision", "float32"]
     words += ["--compile"] if compiles else []
@@ -202,10 +233,14 @@ def test_training_step_compares_equal_gradients(benchmark: Any, tmp_path: Path, 
     (row,) = json.loads((tmp_path / "step.json").read_text())["rows"]
     assert 0 < row["gradient_difference"] < 1e-4
     for form in ("parallel", "sequential"):
-        # More than the saved input of each layer's feed-forward (4 x 256 wide, 16 tokens, 7 frames), of six layers.
+        # More than the saved input of each layer's feed-forward (4 x 256 wide, 16 tokens, 7
+        # frames), of six layers.
         assert row[form]["peak_bytes"] > 6 * 7 * 16 * 1024 * 4
-        assert 0 < row[form]["products_ms"] < 3 * row[form]["step_ms"]  # timed in other steps, on a shared machine
-    assert row["time_ratio"] == pytest.approx(row["parallel"]["step_ms"] / row["sequential"]["step_ms"], rel=1e-3)
+        # timed in other steps, on a shared machine
+        assert 0 < row[form]["products_ms"] < 3 * row[form]["step_ms"]
+    assert row["time_ratio"] == pytest.approx(
+        row["parallel"]["step_ms"] / row["sequential"]["step_ms"], rel=1e-3
+    )
     assert ("time_ratio_compiled" in row) == ("compiled" in row) == compiles
     assert row["time_ratio_floor"] == pytest.approx(
         row["parallel"]["products_ms"] / row["sequential"]["step_ms"], rel=1e-3
@@ -230,7 +265,18 @@ def test_reading_compares_equal_windows(benchmark: Any, talkers: Path, tmp_path:
         "0",
         "1",
     ]
-    words += ["--clip-frames", "60", "--window", "17", "--seconds", "0.05", "--readers", "decord", "pyav", "--stages"]
+    words += [
+        "--clip-frames",
+        "60",
+        "--window",
+        "17",
+        "--seconds",
+        "0.05",
+        "--readers",
+        "decord",
+        "pyav",
+        "--stages",
+    ]
     assert module.main([*words, "--out", str(tmp_path / "reading.json")]) == 0
     result = json.loads((tmp_path / "reading.json").read_text())
     readers = [name for name in ("decord", "pyav") if result["readers"][name] is True]
@@ -242,7 +288,11 @@ def test_reading_compares_equal_windows(benchmark: Any, talkers: Path, tmp_path:
 
     (path,) = module.make_clips(tmp_path, module.parse([*words, "--num-clips", "1"]), 64, 5)
     with av.open(str(path)) as container:
-        keys = [i for i, packet in enumerate(container.demux(video=0)) if packet.size and packet.is_keyframe]
+        keys = [
+            i
+            for i, packet in enumerate(container.demux(video=0))
+            if packet.size and packet.is_keyframe
+        ]
     assert max(b - a for a, b in itertools.pairwise(keys)) <= 5
     windows = [module.read(path, name, 31, 17) for name in readers]
     assert all(np.array_equal(windows[0], other) for other in windows)
@@ -254,8 +304,29 @@ def test_reading_compares_equal_windows(benchmark: Any, talkers: Path, tmp_path:
 @pytest.mark.slow
 def test_reading_times_the_stages_that_train(benchmark: Any, talkers: Path, tmp_path: Path) -> None:
     module = benchmark("reading")
-    words = ["--data", str(talkers), "--size", "tiny", "--steps", "3", "--stages", "vae_start", "teacher"]
-    words += ["--sizes", "64", "--key-frames", "9", "--readers", "pyav", "--workers", "0", "--num-clips", "1"]
+    words = [
+        "--data",
+        str(talkers),
+        "--size",
+        "tiny",
+        "--steps",
+        "3",
+        "--stages",
+        "vae_start",
+        "teacher",
+    ]
+    words += [
+        "--sizes",
+        "64",
+        "--key-frames",
+        "9",
+        "--readers",
+        "pyav",
+        "--workers",
+        "0",
+        "--num-clips",
+        "1",
+    ]
     words += ["--clip-frames", "20", "--window", "9", "--seconds", "0.01"]
     assert module.main([*words, "--out", str(tmp_path / "reading.json")]) == 0
     result = json.loads((tmp_path / "reading.json").read_text())
@@ -267,21 +338,38 @@ def test_reading_times_the_stages_that_train(benchmark: Any, talkers: Path, tmp_
 
 
 @pytest.mark.slow
-def test_preparation_measures_files_of_any_length(benchmark: Any, tmp_path: Path, capsys: Any) -> None:
+def test_preparation_measures_files_of_any_length(
+    benchmark: Any, tmp_path: Path, capsys: Any
+) -> None:
     for package in ("mediapipe", "skia", "espeakng_loader"):
         pytest.importorskip(package)
     module = benchmark("preparation")
     out = tmp_path / "preparation.json"
-    words = ["--heights", "360", "--minutes", "0.14", "0.4", "--fps", "10", "--size-px", "128", "--out", str(out)]
+    words = [
+        "--heights",
+        "360",
+        "--minutes",
+        "0.14",
+        "0.4",
+        "--fps",
+        "10",
+        "--size-px",
+        "128",
+        "--out",
+        str(out),
+    ]
     assert module.main(words) == 0
     short, long = json.loads(out.read_text())["files"]
-    assert (short["num_frames"], long["num_frames"]) == (200, 600)  # one and three groups of 8 s, at 25 fps
+    # one and three groups of 8 s, at 25 fps
+    assert (short["num_frames"], long["num_frames"]) == (200, 600)
     assert short["num_kept"] == long["num_kept"] == 1 and not long["reasons"]
     assert 0 < max(long["memory_mb_over_time"]) <= long["peak_memory_mb"]
     assert "360p" in capsys.readouterr().out
     assert module.main(["--minutes", "0.1"]) == 2
     assert "expected --minutes of at least 0.13" in capsys.readouterr().err
-    assert len(module.thinned([float(value) for value in range(999)])) == module.NUM_SAMPLES_OF_MEMORY
+    assert (
+        len(module.thinned([float(value) for value in range(999)])) == module.NUM_SAMPLES_OF_MEMORY
+    )
 
 
 def test_a_group_is_repeated_without_a_gap(benchmark: Any, tmp_path: Path) -> None:
@@ -296,4 +384,6 @@ def test_a_group_is_repeated_without_a_gap(benchmark: Any, tmp_path: Path) -> No
     assert not np.array_equal(pictures[0], pictures[40])
     with av.open(str(path)) as container:
         sound = np.concatenate([frame.to_ndarray()[0] for frame in container.decode(audio=0)])
-    assert len(sound) == 256_000 and np.array_equal(sound[:128_000], sound[128_000:]) and sound.any()
+    assert (
+        len(sound) == 256_000 and np.array_equal(sound[:128_000], sound[128_000:]) and sound.any()
+    )

@@ -1,1 +1,3 @@
-"""The small commands of ``rest``: one module each, with ``add_arguments(parser)`` and ``run(args) -> exit code``."""
+"""The small commands of ``rest``: one module each, with ``add_arguments(parser)`` and ``run(args)
+-> exit code``.
+"""

@@ -1,4 +1,6 @@
-"""What the commands that train several runs share: a command in a process of its own, a stage's fit that resumes."""
+"""What the commands that train several runs share: a command in a process of its own, a stage's fit
+that resumes.
+"""
 
 from __future__ import annotations
 
@@ -15,15 +17,22 @@ LAST = Path("checkpoints") / "last.ckpt"
 
 
 def rest(*arguments: str) -> None:
-    """Run a command of this package in a process of its own; a failure ends the recipe with its exit code."""
-    environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}  # spinning threads halve the speed of two processes
-    result = subprocess.run([sys.executable, "-m", "rest_lightning", *arguments], env=environment, check=False)
+    """Run a command of this package in a process of its own; a failure ends the recipe with its
+    exit code.
+    """
+    # spinning threads halve the speed of two processes
+    environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+    result = subprocess.run(
+        [sys.executable, "-m", "rest_lightning", *arguments], env=environment, check=False
+    )
     if result.returncode:
         raise SystemExit(result.returncode)
 
 
 def fit(folder: Path, configs: Sequence[str | Path]) -> None:
-    """``rest fit`` with the configuration files, from the last checkpoint in the run's folder where there is one."""
+    """``rest fit`` with the configuration files, from the last checkpoint in the run's folder where
+    there is one.
+    """
     resume = ["--ckpt_path", str(folder / LAST)] if (folder / LAST).is_file() else []
     if resume:
         print(f"{folder}: resumed", flush=True)
@@ -38,8 +47,12 @@ def write_overlay(folder: Path, content: dict[str, Any], name: str = "overlay.ya
     return path
 
 
-def trainer_overlay(folder: Path, minutes: float | None = None, max_steps: int | None = None) -> dict[str, Any]:
-    """The trainer of a run: its folder with a TensorBoard log, and its budget in time or in steps."""
+def trainer_overlay(
+    folder: Path, minutes: float | None = None, max_steps: int | None = None
+) -> dict[str, Any]:
+    """The trainer of a run: its folder with a TensorBoard log, and its budget in time or in
+    steps.
+    """
     trainer: dict[str, Any] = {
         "default_root_dir": str(folder),
         "logger": {
@@ -49,7 +62,9 @@ def trainer_overlay(folder: Path, minutes: float | None = None, max_steps: int |
     }
     if minutes is not None:
         seconds = round(minutes * 60)
-        trainer["max_time"] = f"00:{seconds // 3600:02d}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+        trainer["max_time"] = (
+            f"00:{seconds // 3600:02d}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+        )
     if max_steps is not None:
         trainer["max_steps"] = max_steps
     return trainer

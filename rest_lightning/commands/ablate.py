@@ -1,11 +1,14 @@
-"""Train a base and its ablations within the same budget, score each, and put mean and spread into one table.
+r"""Train a base and its ablations within the same budget, score each, and put mean and spread into
+one table.
 
-  rest ablate --base configs/trainer/embedded.yaml configs/embedded/asd.yaml --runs runs/embedded \\
-    --overlays configs/ablation/no_asd.yaml configs/ablation/no_context_cache.yaml --budget-min 10 --seeds 3
+  rest ablate --base configs/trainer/embedded.yaml configs/embedded/asd.yaml --runs runs/embedded \
+    --overlays configs/ablation/no_asd.yaml configs/ablation/no_context_cache.yaml \
+    --budget-min 10 --seeds 3
 
-Every run has a folder OUT/<name>/seed-<n> with its checkpoint and its result row. A second call does only what is
-missing. An overlay with `sampling` alone is not trained: it samples the base's checkpoints. A run that fails is told at
-the end, and the others go on. `rest leaderboard OUT` shows the rows.
+Every run has a folder OUT/<name>/seed-<n> with its checkpoint and its result row. A second call
+does only what is missing. An overlay with `sampling` alone is not trained: it samples the base's
+checkpoints. A run that fails is told at the end, and the others go on. `rest leaderboard OUT` shows
+the rows.
 """
 
 from __future__ import annotations
@@ -46,24 +49,46 @@ class Variant:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
-    parser.add_argument("--base", type=Path, nargs="+", required=True, help="configuration files of the base run")
-    parser.add_argument("--overlays", type=Path, nargs="*", default=[], help="configuration files of the ablations")
+    parser.add_argument(
+        "--base", type=Path, nargs="+", required=True, help=("configuration files of the base run")
+    )
+    parser.add_argument(
+        "--overlays",
+        type=Path,
+        nargs="*",
+        default=[],
+        help=("configuration files of the ablations"),
+    )
     budget = parser.add_mutually_exclusive_group(required=True)
     budget.add_argument("--budget-min", type=float, help="minutes of training of every run")
     budget.add_argument("--budget-steps", type=int, help="optimiser steps of every run")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each (default 3)")
-    parser.add_argument("--out", type=Path, default=Path("runs/ablate"), help="folder of the runs and the table")
     parser.add_argument(
-        "--runs", type=Path, help="runs of `rest train-embedded` to start from: its VAE, teacher, latents"
+        "--out", type=Path, default=Path("runs/ablate"), help=("folder of the runs and the table")
     )
-    parser.add_argument("--stage", default=STAGES[-1].name, help="stage of these runs that the base is (default asd)")
+    parser.add_argument(
+        "--runs",
+        type=Path,
+        help=("runs of `rest train-embedded` to start from: its VAE, teacher, latents"),
+    )
+    parser.add_argument(
+        "--stage",
+        default=STAGES[-1].name,
+        help=("stage of these runs that the base is (default asd)"),
+    )
     parser.add_argument("--data", type=Path, default=Path("data/talkers"), help="clips to train on")
     parser.add_argument(
-        "--vae", type=Path, help="checkpoint or folder of the VAE to score with (default: that of --runs)"
+        "--vae",
+        type=Path,
+        help=("checkpoint or folder of the VAE to score with (default: that of --runs)"),
     )
-    parser.add_argument("--protocol", default="synthetic", help="name of a file in configs/eval, or a path")
     parser.add_argument(
-        "--eval-data", type=Path, help="true clips of the protocol (default: those that its file names)"
+        "--protocol", default="synthetic", help=("name of a file in configs/eval, or a path")
+    )
+    parser.add_argument(
+        "--eval-data",
+        type=Path,
+        help=("true clips of the protocol (default: those that its file names)"),
     )
     parser.add_argument("--num-clips", type=int, help="score fewer clips than the protocol's")
 
@@ -94,13 +119,22 @@ def plan(args: argparse.Namespace) -> list[Variant]:
     """
     for path in [*args.base, *args.overlays]:
         if not path.is_file():
-            raise UserError(f"expected a configuration file, but {path} does not exist: check the name")
+            raise UserError(
+                f"expected a configuration file, but {path} does not exist: check the name"
+            )
     if args.seeds < 1 or (args.budget_min or args.budget_steps or 0) <= 0:
         raise UserError("expected a budget and a number of seeds above 0: raise them")
     if args.runs is None and args.vae is None:
-        raise UserError("expected a VAE to score with, got neither --vae nor --runs: name one of them")
-    if args.runs is not None and args.stage not in {stage.name for stage in STAGES if stage.uses_latents}:
-        raise UserError(f"expected a stage of the A2V-DiT (teacher, student, asd), got {args.stage!r}: choose one")
+        raise UserError(
+            "expected a VAE to score with, got neither --vae nor --runs: name one of them"
+        )
+    if args.runs is not None and args.stage not in {
+        stage.name for stage in STAGES if stage.uses_latents
+    }:
+        raise UserError(
+            "expected a stage of the A2V-DiT (teacher, student, asd), got "
+            f"{args.stage!r}: choose one"
+        )
     variants = [Variant(BASE), *(Variant(path.stem, path) for path in args.overlays)]
     names = [variant.name for variant in variants]
     if twice := [name for name in names if names.count(name) > 1]:
@@ -110,23 +144,32 @@ def plan(args: argparse.Namespace) -> list[Variant]:
 
 def tabulate(args: argparse.Namespace, variants: list[Variant], failed: list[str]) -> None:
     """Write OUT/ablation.md and OUT/ablation.json from the rows so far."""
-    from rest_lightning.evaluation.board import make_board
-    from rest_lightning.evaluation.board_text import to_json, to_markdown
+    from rest_lightning.evaluation.board import make_board, to_json, to_markdown
     from rest_lightning.evaluation.row import read_rows
-    from rest_lightning.streaming.output import whole_file
+    from rest_lightning.media.files import whole_file
 
-    files = [_folder(args, variant, seed) / "row.json" for variant in variants for seed in range(args.seeds)]
+    files = [
+        _folder(args, variant, seed) / "row.json"
+        for variant in variants
+        for seed in range(args.seeds)
+    ]
     rows = [row for file in files if file.is_file() for row in read_rows(file)]
     if not rows:
         return
     groups = make_board(rows)
     budget = f"{args.budget_min:g} minutes" if args.budget_min else f"{args.budget_steps} steps"
-    text = to_markdown(groups, f"Ablations: {budget} of training each, mean ± spread of up to {args.seeds} seeds")
+    text = to_markdown(
+        groups, (f"Ablations: {budget} of training each, mean ± spread of up to {args.seeds} seeds")
+    )
     text += "\n" + "".join(f"- **{variant.name}**: {variant.question}\n" for variant in variants)
     text += "".join(f"- failed run: {name}\n" for name in failed)
     for name, content in (
         ("ablation.md", text),
-        ("ablation.json", json.dumps({**to_json(groups), "failed_runs": failed}, indent=2, ensure_ascii=False) + "\n"),
+        (
+            "ablation.json",
+            json.dumps({**to_json(groups), "failed_runs": failed}, indent=2, ensure_ascii=False)
+            + "\n",
+        ),
     ):
         with whole_file(args.out / name) as temporary:
             temporary.write_text(content, encoding="utf-8")
@@ -209,12 +252,17 @@ def _check_recipe(args: argparse.Namespace) -> None:
         before = json.loads(path.read_text(encoding="utf-8"))
         overlays = before.get("overlays", {})
         recipe["overlays"] = overlays | recipe["overlays"]  # more of them may come
-        different = [key for key, value in recipe.items() if key != "overlays" and before.get(key, value) != value]
+        different = [
+            key
+            for key, value in recipe.items()
+            if key != "overlays" and before.get(key, value) != value
+        ]
         changed = [name for name, text in overlays.items() if recipe["overlays"][name] != text]
         different += [f"overlay {name}" for name in changed if _has_begun(args.out / name)]
         if different:
             raise UserError(
-                f"expected the recipe that {args.out} was begun with, got another {different[0]}: repeat it, or choose "
+                f"expected the recipe that {args.out} was begun with, got another {different[0]}: "
+                "repeat it, or choose "
                 "another --out"
             )
     write_overlay(args.out, recipe, RECIPE)
@@ -230,5 +278,7 @@ def _read(path: Path) -> dict[str, Any]:
 
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
     if not isinstance(content, dict):
-        raise UserError(f"expected a configuration in {path}, got {type(content).__name__}: correct it")
+        raise UserError(
+            f"expected a configuration in {path}, got {type(content).__name__}: correct it"
+        )
     return content

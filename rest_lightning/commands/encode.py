@@ -1,4 +1,5 @@
-"""Encode every clip of a dataset, once: its frames with a trained VAE, or its speech with the frozen speech encoder.
+"""Encode every clip of a dataset, once: its frames with a trained VAE, or its speech with the
+frozen speech encoder.
 
 A second run continues where the first one stopped.
 """
@@ -13,19 +14,36 @@ from typing import Any
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--model", type=Path, help="frames: checkpoint of the VAE stage, or a model folder")
     what.add_argument(
-        "--speech-encoder", type=Path, help="speech: a stage's configuration or checkpoint, or a model folder"
+        "--model", type=Path, help=("frames: checkpoint of the VAE stage, or a model folder")
+    )
+    what.add_argument(
+        "--speech-encoder",
+        type=Path,
+        help=("speech: a stage's configuration or checkpoint, or a model folder"),
     )
     parser.add_argument("--data", type=Path, required=True, help="prepared clips")
     parser.add_argument("--out", type=Path, required=True, help="folder of the latents or features")
-    parser.add_argument("--num-frames", type=int, default=97, help="window length, 8n + 1 (default 97)")
-    parser.add_argument("--windows-per-clip", type=int, default=1, help="windows spread over each clip (default 1)")
-    parser.add_argument("--references-per-clip", type=int, default=0, help="single frames for random references")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the stored latents")
+    parser.add_argument(
+        "--num-frames", type=int, default=97, help=("window length, 8n + 1 (default 97)")
+    )
+    parser.add_argument(
+        "--windows-per-clip",
+        type=int,
+        default=1,
+        help=("windows spread over each clip (default 1)"),
+    )
+    parser.add_argument(
+        "--references-per-clip", type=int, default=0, help=("single frames for random references")
+    )
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the stored latents"
+    )
     parser.add_argument("--batch-size", type=int, default=4, help="windows at once (default 4)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
-    parser.add_argument("--overwrite", action="store_true", help="drop latents that were made in another way")
+    parser.add_argument(
+        "--overwrite", action="store_true", help=("drop latents that were made in another way")
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -34,25 +52,65 @@ def run(args: argparse.Namespace) -> int:
     options = {name: getattr(args, name) for name in shared}
     if args.speech_encoder is not None:
         return _run_speech(args, options)
-    from rest_lightning.data.latents import encode_dataset
+    from rest_lightning.data.window_cache import encode_dataset
     from rest_lightning.parts import build_part, fingerprint_of, read_part
 
     description, state = read_part("vae", args.model)
     vae = build_part(description)
     vae.load_state_dict(state)
     vae.requires_grad_(False).eval().to(args.device)
-    options |= {name: getattr(args, name) for name in ("references_per_clip", "dtype", "batch_size")}
+    options |= {
+        name: getattr(args, name) for name in ("references_per_clip", "dtype", "batch_size")
+    }
     cache = encode_dataset(vae, args.data, args.out, fingerprint=fingerprint_of(vae), **options)  # type: ignore[arg-type]
     print(f"{args.out}: latents of {len(cache.index['clips'])} clips")
     return 0
 
 
 def _run_speech(args: argparse.Namespace, options: dict[str, Any]) -> int:
-    from rest_lightning.data.speech_cache import encode_speech
+    from rest_lightning.data.window_cache import encode_speech
     from rest_lightning.parts import fingerprint_of, open_speech_encoder
 
     encoder = open_speech_encoder(args.speech_encoder).requires_grad_(False).eval().to(args.device)
     fingerprint = fingerprint_of(encoder, with_config=True)
     cache = encode_speech(encoder, args.data, args.out, fingerprint=fingerprint, **options)  # type: ignore[arg-type]
     print(f"{args.out}: speech features of {len(cache.index['clips'])} clips")
+    return 0
+
+
+def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    parser.add_argument(
+        "--ltx",
+        type=Path,
+        required=True,
+        help=("LTX-Video folder with text_encoder/ and tokenizer/"),
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("weights/prompt.safetensors"), help="file to write"
+    )
+    parser.add_argument("--text", help="another prompt (default: REST's)")
+    parser.add_argument("--overwrite", action="store_true", help="replace the file")
+    parser.add_argument(
+        "--length", type=int, default=128, help=("tokens with padding (default 128, as LTX-Video)")
+    )
+
+
+def run_prompt(args: argparse.Namespace) -> int:
+    """Encode the fixed prompt with LTX-Video's T5, once: the file for `prompt` of models that read
+    text.
+    """
+    from safetensors.torch import save_file
+
+    from rest_lightning.media.files import check_output, whole_file
+    from rest_lightning.models.ltx import PROMPT, encode_prompt
+
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    check_output(args.out, args.overwrite, ".safetensors")
+    embeds, mask = encode_prompt(args.ltx, args.text or PROMPT, args.length)
+    with whole_file(args.out) as temporary:
+        save_file(
+            {"prompt_embeds": embeds.contiguous(), "prompt_mask": mask.contiguous()}, temporary
+        )
+    print(f"{args.out}: {int(mask.sum())} tokens of {len(mask)}, {embeds.shape[1]} channels")
     return 0

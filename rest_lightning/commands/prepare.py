@@ -1,7 +1,9 @@
-"""Raw videos become prepared clips: 25 fps, 16 kHz, one static square around each face, filtered and split.
+"""Raw videos become prepared clips: 25 fps, 16 kHz, one static square around each face, filtered
+and split.
 
-Needs the extra: pip install 'rest_lightning[prepare]'; not with --box or --already-cropped. Run it again after an
-interruption, or when videos were added: what is done stays. All thresholds: configs/data/prepare.yaml, docs/prepare.md.
+Needs the extra: pip install 'rest_lightning[prepare]'; not with --box or --already-cropped. Run it
+again after an interruption, or when videos were added: what is done stays. All thresholds:
+configs/data/prepare.yaml, docs/prepare.md.
 """
 
 from __future__ import annotations
@@ -18,28 +20,56 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     parser.add_argument("videos", type=Path, nargs="?", help="folder of videos, or one video")
     parser.add_argument("--out", type=Path, help="folder of the dataset")
-    parser.add_argument("--inspect", type=Path, metavar="OUT", help="print what a prepared folder holds, and stop")
-    parser.add_argument("--config", type=Path, help="YAML file of options, see configs/data/prepare.yaml")
-    parser.add_argument("--size-px", type=int, help="side of the clips: 128, 256 (default) or 512")
-    parser.add_argument("--box", type=_numbers, metavar="X,Y,W,H", help="this square of every video; finds no faces")
     parser.add_argument(
-        "--already-cropped", action="store_true", default=None, help="the centred square of every video; finds no faces"
+        "--inspect", type=Path, metavar="OUT", help=("print what a prepared folder holds, and stop")
+    )
+    parser.add_argument(
+        "--config", type=Path, help=("YAML file of options, see configs/data/prepare.yaml")
+    )
+    parser.add_argument("--size-px", type=int, help="side of the clips: 128, 256 (default) or 512")
+    parser.add_argument(
+        "--box",
+        type=_numbers,
+        metavar="X,Y,W,H",
+        help=("this square of every video; finds no faces"),
+    )
+    parser.add_argument(
+        "--already-cropped",
+        action="store_true",
+        default=None,
+        help=("the centred square of every video; finds no faces"),
     )
     parser.add_argument("--detector", help="mediapipe (default) or package.module:Class")
     parser.add_argument("--min-frames", type=int, help="shorter clips are dropped (default 97)")
-    parser.add_argument("--max-frames", type=int, help="longer clips are cut into parts (default 750)")
-    parser.add_argument("--margin", type=float, help="around the face, as a share of it (default 0.2)")
+    parser.add_argument(
+        "--max-frames", type=int, help=("longer clips are cut into parts (default 750)")
+    )
+    parser.add_argument(
+        "--margin", type=float, help=("around the face, as a share of it (default 0.2)")
+    )
     parser.add_argument("--identity-rule", help="auto (default), hdtf, mead or file")
     parser.add_argument("--identity-map", help="JSON or CSV of videos or folders -> identities")
-    parser.add_argument("--val-fraction", type=float, help="share of the validation split (default 0.05)")
-    parser.add_argument("--test-fraction", type=float, help="share of the test split (default 0)")
-    parser.add_argument("--sync-weights", help="SyncNet for the filter of offsets: a file, published, or embedded")
-    parser.add_argument("--keep-dropped", action="store_true", default=None, help="write filtered clips too")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="NAME=VALUE", help="any other option, e.g. --set max_text=null"
+        "--val-fraction", type=float, help=("share of the validation split (default 0.05)")
+    )
+    parser.add_argument("--test-fraction", type=float, help="share of the test split (default 0)")
+    parser.add_argument(
+        "--sync-weights", help=("SyncNet for the filter of offsets: a file, published, or embedded")
+    )
+    parser.add_argument(
+        "--keep-dropped", action="store_true", default=None, help=("write filtered clips too")
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help=("any other option, e.g. --set max_text=null"),
     )
     parser.add_argument("--num-workers", type=int, default=2, help="processes (default 2)")
-    parser.add_argument("--engine", choices=("local", "ray"), default="local", help="where the work runs")
+    parser.add_argument(
+        "--engine", choices=("local", "ray"), default="local", help="where the work runs"
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
@@ -57,7 +87,11 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("expected VIDEOS and --out FOLDER, got less: see rest prepare --help")
     from rest_lightning.data.preparation.options import load_options
 
-    given = {name: value for name, value in vars(args).items() if name not in _NO_OPTIONS and value is not None}
+    given = {
+        name: value
+        for name, value in vars(args).items()
+        if name not in _NO_OPTIONS and value is not None
+    }
     options = load_options(args.config, given | _settings(args.set))
     from rest_lightning.data.preparation.engine_local import find_videos, locked
     from rest_lightning.data.preparation.finish import finish
@@ -67,9 +101,13 @@ def run(args: argparse.Namespace) -> int:
     _check_packages(options)
     with locked(args.out):
         try:
-            rows = _engine(args.engine)(sources, root, args.out, options, args.num_workers, not args.quiet)
+            rows = _engine(args.engine)(
+                sources, root, args.out, options, args.num_workers, not args.quiet
+            )
         except KeyboardInterrupt:
-            raise KeyboardInterrupt(f"interrupted: the same command goes on where {args.out} stopped") from None
+            raise KeyboardInterrupt(
+                f"interrupted: the same command goes on where {args.out} stopped"
+            ) from None
         rows = finish(args.out, rows, options)
     _summarise(args.out, len(sources), rows)
     return 0
@@ -96,7 +134,9 @@ def _settings(pairs: list[str]) -> dict[str, Any]:
         try:
             settings[name.replace("-", "_")] = yaml.safe_load(value)
         except yaml.YAMLError:
-            raise UserError(f"expected a value in --set {pair}, got no YAML: write --set min_face_px=80") from None
+            raise UserError(
+                f"expected a value in --set {pair}, got no YAML: write --set min_face_px=80"
+            ) from None
     return settings
 
 
@@ -110,7 +150,7 @@ def _numbers(text: str) -> list[float]:
 def _check_packages(options: Any) -> None:
     """What no video could be prepared without is told before the first one."""
     if options.finds_faces:
-        from rest_lightning.data.preparation.faces import check_detector
+        from rest_lightning.media.faces import check_detector
 
         check_detector(options.detector)
     if options.sync_weights is not None:
@@ -133,3 +173,47 @@ def _summarise(out: Path, num_videos: int, rows: list[Any]) -> None:
         print(f"dropped {status['dropped']}: {why}")
     if status["failed"]:
         print(f"failed {status['failed']}: the reasons are in {out / 'prepare.jsonl'}")
+
+
+def add_synthesize_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    parser.add_argument("--out", type=Path, required=True, help="folder of the dataset")
+    parser.add_argument(
+        "--num-clips",
+        type=int,
+        required=True,
+        help=("clips in all splits together; may grow later"),
+    )
+    parser.add_argument("--size-px", type=int, default=128, help="side of the frames (default 128)")
+    parser.add_argument(
+        "--num-frames", type=int, default=113, help=("frames per clip at 25 fps (default 113)")
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help=("the same seed gives the same clips (default 0)")
+    )
+    parser.add_argument("--num-workers", type=int, default=2, help="processes (default 2)")
+    parser.add_argument(
+        "--val-fraction",
+        type=float,
+        default=0.05,
+        help=("share of validation clips (default 0.05)"),
+    )
+    parser.add_argument(
+        "--test-fraction", type=float, default=0.05, help=("share of test clips (default 0.05)")
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help=("delete the synthetic dataset in OUT first")
+    )
+
+
+def run_synthesize(args: argparse.Namespace) -> int:
+    """Render synthetic talkers in the prepared-clip layout, with their speech and true mouth
+    opening.
+
+    Needs the extra: pip install 'rest_lightning[synthetic]'
+    """
+    from rest_lightning.data.synthetic.synthesize import synthesize
+
+    folder = synthesize(**vars(args))
+    print(f"{folder}: {args.num_clips} clips")
+    return 0

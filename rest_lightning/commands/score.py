@@ -1,8 +1,8 @@
 """Score any folder of videos, whoever made them, under a protocol of configs/eval: one result row.
 
-Videos are paired with the true clips by file name. A video shows the first frame of its true clip speaking that clip's
-sound, frame k of the one belongs to frame k of the other, and it carries its own sound. What cannot be scored is named
-in the row's `failures`, and counts nowhere.
+Videos are paired with the true clips by file name. A video shows the first frame of its true clip
+speaking that clip's sound, frame k of the one belongs to frame k of the other, and it carries its
+own sound. What cannot be scored is named in the row's `failures`, and counts nowhere.
 """
 
 from __future__ import annotations
@@ -16,15 +16,28 @@ from rest_lightning.errors import UserError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
-    parser.add_argument("--protocol", required=True, help="name of a file in configs/eval, or a path")
+    parser.add_argument(
+        "--protocol", required=True, help=("name of a file in configs/eval, or a path")
+    )
     parser.add_argument("--generated", type=Path, required=True, help="folder of videos")
-    parser.add_argument("--truth", type=Path, required=True, help="prepared clips, or a folder of videos")
+    parser.add_argument(
+        "--truth", type=Path, required=True, help=("prepared clips, or a folder of videos")
+    )
     parser.add_argument("--out", type=Path, required=True, help="row to write, .json")
     parser.add_argument("--method", help="name in the row (default: the folder's)")
-    parser.add_argument("--num-clips", type=int, help="fewer than the protocol's: the row is ranked apart")
-    parser.add_argument("--num-frames", type=int, help="other frames per clip than the protocol's: ranked apart, too")
     parser.add_argument(
-        "--chunk-frames", type=int, default=24, help="frames per chunk, for the seam ratio (default 24)"
+        "--num-clips", type=int, help=("fewer than the protocol's: the row is ranked apart")
+    )
+    parser.add_argument(
+        "--num-frames",
+        type=int,
+        help=("other frames per clip than the protocol's: ranked apart, too"),
+    )
+    parser.add_argument(
+        "--chunk-frames",
+        type=int,
+        default=24,
+        help=("frames per chunk, for the seam ratio (default 24)"),
     )
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
     parser.add_argument("--overwrite", action="store_true", help="replace the row")
@@ -33,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Score all pairs and write the row. Exit code 1 when a clip failed."""
     from rest_lightning.evaluation.protocol import read_protocol
-    from rest_lightning.streaming.output import check_output
+    from rest_lightning.media.files import check_output
 
     protocol = read_protocol(args.protocol)
     if args.num_frames is not None:
@@ -41,23 +54,32 @@ def run(args: argparse.Namespace) -> int:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     check_output(args.out, args.overwrite, ".json")
     if args.num_clips is not None and args.num_clips < 1:
-        raise UserError(f"expected --num-clips of at least 1, got {args.num_clips}: leave it out for the protocol's")
+        raise UserError(
+            f"expected --num-clips of at least 1, got {args.num_clips}: leave it out "
+            "for the protocol's"
+        )
 
     from rest_lightning.evaluation.row import write_row
     from rest_lightning.evaluation.scorer import Scorer
     from rest_lightning.evaluation.videos import pair_folders, score_folders
 
-    files = pair_folders(args.generated, args.truth, min(protocol.num_clips, args.num_clips or protocol.num_clips))
+    files = pair_folders(
+        args.generated, args.truth, min(protocol.num_clips, args.num_clips or protocol.num_clips)
+    )
     for path in files.unpaired:
         print(f"{path}: no true clip of this name, left out", flush=True)
     scorer = Scorer(protocol, args.chunk_frames, args.device)
     from tqdm import tqdm
 
-    with tqdm(score_folders(scorer, files), "scoring", len(files.pairs), unit="clip", disable=None) as bar:
+    with tqdm(
+        score_folders(scorer, files), "scoring", len(files.pairs), unit="clip", disable=None
+    ) as bar:
         for name, counts in bar:
             if not counts:
                 bar.write(f"{name} failed: {scorer.failures[-1]['reason']}")
-    scorer.remarks += [f"left out: {path.name}, no true clip of this name" for path in files.unpaired]
+    scorer.remarks += [
+        (f"left out: {path.name}, no true clip of this name") for path in files.unpaired
+    ]
     config = {
         "command": "score",
         "chunk_frames": args.chunk_frames,

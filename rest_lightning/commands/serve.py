@@ -1,7 +1,8 @@
 """Serve the live page: choose a portrait, speak, and it speaks.
 
-Open the printed address in a browser. The microphone needs localhost or TLS (--cert, --key). Ctrl-C takes no new
-sessions and lets those that are there go on for --grace seconds; a second Ctrl-C ends them at once.
+Open the printed address in a browser. The microphone needs localhost or TLS (--cert, --key). Ctrl-C
+takes no new sessions and lets those that are there go on for --grace seconds; a second Ctrl-C ends
+them at once.
 """
 
 from __future__ import annotations
@@ -16,37 +17,74 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rest_lightning.commands.talk import TalkOptions, load_model, positive
+from rest_lightning.commands.talk import positive
 from rest_lightning.constants import FPS
 from rest_lightning.errors import UserError
 
 if TYPE_CHECKING:
     from rest_lightning.serve.limits import Limits
     from rest_lightning.serve.server import PageServer, ServerOptions
+    from rest_lightning.talking_head import ModelOptions
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine)")
-    parser.add_argument("--port", type=int, default=8765, help="port (default 8765; 0 takes any free one)")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine)"
+    )
+    parser.add_argument(
+        "--port", type=int, default=8765, help="port (default 8765; 0 takes any free one)"
+    )
     parser.add_argument("--cert", type=Path, help="TLS certificate, PEM")
     parser.add_argument("--key", type=Path, help="its key, PEM")
-    origin = "a further origin whose page may open sessions, such as https://example.org; may be repeated"
+    origin = (
+        "a further origin whose page may open sessions, such as https://example.org; may be "
+        "repeated"
+    )
     parser.add_argument("--origin", action="append", type=_origin, default=[], help=origin)
-    parser.add_argument("--max-sessions", type=positive, default=3, help="sessions at once, of a replica (default 3)")
+    parser.add_argument(
+        "--max-sessions",
+        type=positive,
+        default=3,
+        help="sessions at once, of a replica (default 3)",
+    )
     parser.add_argument("--max-per-address", type=positive, help="of one address (default: all)")
     parser.add_argument(
-        "--session-min", type=_minutes, default=120.0, help="length of a session in minutes (default 120)"
+        "--session-min",
+        type=_minutes,
+        default=120.0,
+        help="length of a session in minutes (default 120)",
     )
-    parser.add_argument("--idle-min", type=_minutes, default=5.0, help="minutes without a message (default 5)")
-    parser.add_argument("--grace", type=float, default=30.0, help="seconds for sessions at the end (default 30)")
+    parser.add_argument(
+        "--idle-min", type=_minutes, default=5.0, help="minutes without a message (default 5)"
+    )
+    parser.add_argument(
+        "--grace", type=float, default=30.0, help="seconds for sessions at the end (default 30)"
+    )
     parser.add_argument("--model", type=Path, help="model folder (default: the embedded model)")
-    parser.add_argument("--threads", dest="num_threads", type=positive, help="threads of torch (default: its choice)")
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the model")
+    chunk = (
+        "latents of 0.32 s per chunk, where the model was trained for several: short ones "
+        "answer sooner"
+    )
+    parser.add_argument("--chunk-length", type=positive, help=chunk)
+    parser.add_argument(
+        "--threads",
+        dest="num_threads",
+        type=positive,
+        help="threads of torch (default: its choice)",
+    )
+    parser.add_argument(
+        "--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the model"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default auto)")
-    engine = "local: this process; ray: replicas in the Ray cluster of RAY_ADDRESS, or in one on this machine"
+    engine = (
+        "local: this process; ray: replicas in the Ray cluster of RAY_ADDRESS, or in one on "
+        "this machine"
+    )
     parser.add_argument("--engine", choices=("local", "ray"), default="local", help=engine)
-    parser.add_argument("--replicas", type=positive, help="of the model, with --engine ray (default: one per GPU)")
+    parser.add_argument(
+        "--replicas", type=positive, help="of the model, with --engine ray (default: one per GPU)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -54,18 +92,20 @@ def run(args: argparse.Namespace) -> int:
     spin_briefly()
     try:
         from rest_lightning.serve.limits import Limits
-        from rest_lightning.serve.logs import LOG, log_as_json
+        from rest_lightning.serve.metrics import LOG, log_as_json
         from rest_lightning.serve.server import ServerOptions
     except ModuleNotFoundError as error:
-        raise UserError(f"expected the package {error.name}, found none: pip install 'rest-lightning[serve]'") from None
+        raise UserError(
+            f"expected the package {error.name}, found none: pip install 'rest-lightning[serve]'"
+        ) from None
 
     options = ServerOptions(args.host, args.port, tuple(args.origin), args.cert, args.key)
     options.tls()  # before the model is loaded
     if not 0 <= args.port <= 65535:
         raise UserError(f"expected a port from 0 to 65535, got {args.port}: 8765 is the default")
-    model = TalkOptions(
-        Path(), "", Path(), args.model, num_threads=args.num_threads, dtype=args.dtype, device=args.device
-    )
+    from rest_lightning.talking_head import ModelOptions
+
+    model = ModelOptions(args.model, args.chunk_length, args.num_threads, args.dtype, args.device)
     limits = Limits(
         max_sessions=args.max_sessions,
         max_per_address=args.max_per_address or args.max_sessions,
@@ -82,21 +122,25 @@ def run(args: argparse.Namespace) -> int:
 
 
 def spin_briefly() -> None:
-    """Let a thread of the model that waits for the others give its core up soon; to be called before torch is imported.
+    """Let a thread of the model that waits for the others give its core up soon; to be called
+    before torch is imported.
 
-    Encoders, the network and other programs need the cores too, and whoever spins on one of them takes the time of the
-    very thread that is waited for. 10,000 turns cost a session alone 2 %; three sessions beside three browser pages on
-    two cores were late with libgomp's 300,000 and are not with these (docs/serve.md).
+    Encoders, the network and other programs need the cores too, and whoever spins on one of them
+    takes the time of the very thread that is waited for. 10,000 turns cost a session alone 2 %;
+    three sessions beside three browser pages on two cores were late with libgomp's 300,000 and are
+    not with these (docs/serve.md).
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
-def _run_here(args: argparse.Namespace, model: TalkOptions, options: ServerOptions, limits: Limits) -> None:
+def _run_here(
+    args: argparse.Namespace, model: ModelOptions, options: ServerOptions, limits: Limits
+) -> None:
     from rest_lightning.serve.scheduler import Scheduler
     from rest_lightning.serve.server import LiveServer
 
-    head = load_model(model)
+    head = model.load()
     print("warming up the model", flush=True)
     scheduler = Scheduler(head, limits.max_sessions)
     scheduler.start()
@@ -108,15 +152,21 @@ def _run_here(args: argparse.Namespace, model: TalkOptions, options: ServerOptio
         server.service.close()
 
 
-def _run_on_ray(args: argparse.Namespace, model: TalkOptions, options: ServerOptions, limits: Limits) -> None:
+def _run_on_ray(
+    args: argparse.Namespace, model: ModelOptions, options: ServerOptions, limits: Limits
+) -> None:
     """The same with replicas of the model; ``limits.max_sessions`` is that of each."""
     try:
         from rest_lightning.serve import ray_engine
     except ModuleNotFoundError as error:
-        raise UserError(f"expected the package {error.name}, got none: pip install 'rest-lightning[ray]'") from None
+        raise UserError(
+            f"expected the package {error.name}, got none: pip install 'rest-lightning[ray]'"
+        ) from None
     replicas = ray_engine.ReplicaOptions(model, args.replicas, ray_engine.default_name(args.port))
     print("starting the replicas and warming up their models", flush=True)
-    with ray_engine.running(replicas, replace(limits, max_per_address=limits.max_sessions)) as cluster:
+    with ray_engine.running(
+        replicas, replace(limits, max_per_address=limits.max_sessions)
+    ) as cluster:
         _tell_speed(cluster.facts.warm_up_ms, cluster.facts.chunk_frames)
         most = limits.max_sessions * cluster.num_replicas
         limits = replace(limits, max_sessions=most, max_per_address=args.max_per_address or most)

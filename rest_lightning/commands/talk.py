@@ -1,34 +1,32 @@
 """Make a talking video of a portrait and speech, streamed chunk by chunk.
 
-The speech may be any sound file or the sound of a video; "-" reads raw 16 kHz mono s16le samples from a pipe, block by
-block as they arrive. "-o -" sends the video to a pipe as it is made. Ctrl-C keeps the video of what was done so far.
+The speech may be any sound file or the sound of a video; "-" reads raw 16 kHz mono s16le samples
+from a pipe, block by block as they arrive. "-o -" sends the video to a pipe as it is made. Ctrl-C
+keeps the video of what was done so far.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 import numpy as np
 
-from rest_lightning.constants import FPS, TEMPORAL_RATIO
-from rest_lightning.dtypes import dtype_on
+from rest_lightning.constants import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME, TEMPORAL_RATIO
 from rest_lightning.errors import UserError
-from rest_lightning.streaming.output import check_output
+from rest_lightning.media.files import check_output
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from rest_lightning.data.audio import SpeechSource
-    from rest_lightning.data.portrait import Crop
-    from rest_lightning.streaming.pipe import PipeFormat
+    from rest_lightning.media.audio import SpeechSource
+    from rest_lightning.media.portrait import Crop
+    from rest_lightning.media.writer import PipeFormat, VideoWriter
     from rest_lightning.streaming.report import StreamReport
-    from rest_lightning.streaming.writer import VideoWriter
     from rest_lightning.talking_head import TalkingHead
 
 
@@ -40,30 +38,39 @@ class TalkOptions:
         portrait, speech: files; speech ``-`` is a pipe.
         out: the mp4; ``-`` is a pipe.
         model: model folder; None takes the embedded model.
-        crop: of the portrait, see :func:`rest_lightning.data.portrait.read_portrait`.
+        crop: of the portrait, see :func:`rest_lightning.media.portrait.read_portrait`.
         overwrite: whether existing outputs may be replaced.
-        seed, num_steps, guidance, reference_guidance: see :meth:`rest_lightning.talking_head.TalkingHead.open`.
+        seed, num_steps, guidance, reference_guidance: see
+            :meth:`rest_lightning.talking_head.TalkingHead.open`.
+        chunk_length: latents per chunk, where the model was trained for several; None takes its
+            default.
+        detail: of the portrait, see :class:`rest_lightning.streaming.engine.EngineOptions`.
         report, sheet: JSON and PNG to write beside the video; None writes none.
         num_threads: of torch; None leaves its choice.
-        dtype: of the model; ``auto`` takes bfloat16 on processors that compute it natively, else float32.
+        dtype: of the model; ``auto`` takes bfloat16 on processors that compute it natively, else
+            float32.
         device: of the model; ``auto`` takes a CUDA device where there is one.
         stdin, stdout: the pipes; None takes the process's own.
         quiet: without progress bar and table.
-        live: put silence where the pipe pauses, see :class:`rest_lightning.streaming.live.LiveSpeech`.
+        live: put silence where the pipe pauses, see
+            :class:`rest_lightning.streaming.live.LiveSpeech`.
         format: of the video in a pipe: ``mp4`` (fragmented, with sound; the default) or ``rgb24``.
-        profile: JSON for a Chrome trace of three chunks, see :class:`rest_lightning.streaming.profile.ChunkProfiler`.
+        profile: JSON for a Chrome trace of three chunks, see
+            :class:`rest_lightning.streaming.report.ChunkProfiler`.
     """
 
     portrait: Path
     speech: str
     out: Path
     model: Path | None = None
-    crop: Crop = "centre"
+    crop: Crop = "auto"
     overwrite: bool = False
     seed: int = 0
     num_steps: int | None = None
     guidance: float | None = None
     reference_guidance: float | None = None
+    chunk_length: int | None = None
+    detail: Literal["model", "agreement", "none"] = "model"
     report: Path | None = None
     sheet: Path | None = None
     num_threads: int | None = None
@@ -86,10 +93,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     parser.add_argument("portrait", type=Path, help="image of a face, the head filling most of it")
     parser.add_argument("speech", help='sound file, video, or "-" for a pipe')
-    parser.add_argument("-o", "--out", type=Path, required=True, help='the mp4 to write, or "-" for a pipe')
-    parser.add_argument("--format", choices=("mp4", "rgb24"), help="in a pipe: fragmented mp4 (default), or raw frames")
-    parser.add_argument("--live", action="store_true", help="put silence where the speech in the pipe pauses")
-    parser.add_argument("--crop", type=_crop, default="centre", help="centre (default), face, or x,y,width,height")
+    parser.add_argument(
+        "-o", "--out", type=Path, required=True, help='the mp4 to write, or "-" for a pipe'
+    )
+    parser.add_argument(
+        "--format",
+        choices=("mp4", "rgb24"),
+        help="in a pipe: fragmented mp4 (default), or raw frames",
+    )
+    parser.add_argument(
+        "--live", action="store_true", help="put silence where the speech in the pipe pauses"
+    )
+    crops = "auto (default: the head that is found), centre, x,y,size or x,y,width,height"
+    parser.add_argument("--crop", type=_crop, default="auto", help=crops)
     parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
     parser.add_argument("--report", type=Path, help="also write the report as JSON")
     parser.add_argument("--sheet", type=Path, help="also write a contact sheet as PNG")
@@ -103,13 +119,46 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments about the model, shared with ``rest demo``."""
     parser.add_argument("--model", type=Path, help="model folder (default: the embedded model)")
     parser.add_argument("--seed", type=int, default=0, help="of the noise (default 0)")
-    parser.add_argument("--steps", dest="num_steps", type=positive, help="Euler steps a chunk (default: the model's)")
-    parser.add_argument("--guidance", type=float, help="weight of guidance, 1 for none (default: the model's)")
-    split = "weight of the reference alone (split guidance), 0 for joint guidance (default: the model's)"
+    parser.add_argument(
+        "--steps",
+        dest="num_steps",
+        type=positive,
+        help="Euler steps a chunk (default: the model's)",
+    )
+    parser.add_argument(
+        "--guidance", type=float, help="weight of guidance, 1 for none (default: the model's)"
+    )
+    split = (
+        "weight of the reference alone (split guidance), 0 for joint guidance (default: the "
+        "model's)"
+    )
     parser.add_argument("--reference-guidance", type=float, help=split)
-    parser.add_argument("--threads", dest="num_threads", type=positive, help="threads of torch (default: its choice)")
-    types = "of the model: auto (default) is bfloat16 on processors that compute it natively, else float32"
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help=types)
+    chunk = (
+        "latents of 0.32 s per chunk, where the model was trained for several: short ones "
+        "answer sooner"
+    )
+    parser.add_argument("--chunk-length", type=positive, help=chunk)
+    detail = (
+        "of the portrait, in every frame: model (default: as it was trained), agreement "
+        "(closed form) or none"
+    )
+    parser.add_argument(
+        "--detail", choices=("model", "agreement", "none"), default="model", help=detail
+    )
+    parser.add_argument(
+        "--threads",
+        dest="num_threads",
+        type=positive,
+        help="threads of torch (default: its choice)",
+    )
+    types = (
+        "of the model: auto (default) is bfloat16 on processors that compute it natively, "
+        "else "
+        "float32"
+    )
+    parser.add_argument(
+        "--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help=types
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default auto)")
 
 
@@ -120,20 +169,28 @@ def run(args: argparse.Namespace) -> int:
 
 
 def talk(options: TalkOptions) -> StreamReport:
-    """Streams the speech through the model into the mp4. Everything that can be wrong is looked at before torch loads.
+    """Streams the speech through the model into the mp4. Everything that can be wrong is looked at
+    before torch loads.
 
     Raises:
         UserError: portrait, speech, model or an output is not usable.
         KeyboardInterrupt: after Ctrl-C, with a message that says what was kept.
     """
-    from rest_lightning.data.audio import open_speech
-    from rest_lightning.data.portrait import MIN_SIDE_PX, read_portrait
+    from rest_lightning.media.audio import open_speech
+    from rest_lightning.media.portrait import find_portrait
 
     _check_outputs(options)
-    read_portrait(options.portrait, MIN_SIDE_PX, options.crop)
+    found = find_portrait(options.portrait, options.crop, option="--crop")
+    if not options.quiet:
+        for note in found.notes:
+            print(f"note: {note}", file=sys.stderr)
     speech = open_speech(options.speech, stdin=options.stdin)
-    model = load_model(options)
-    portrait = read_portrait(options.portrait, model.size_px, options.crop)
+    from rest_lightning.talking_head import ModelOptions
+
+    model = ModelOptions(
+        options.model, options.chunk_length, options.num_threads, options.dtype, options.device
+    ).load()
+    portrait = found.square(model.size_px)
     report = _stream(model, portrait, speech, options)
     report.configuration |= {
         "portrait": str(options.portrait),
@@ -149,38 +206,29 @@ def talk(options: TalkOptions) -> StreamReport:
     return report
 
 
-def load_model(options: TalkOptions) -> TalkingHead:
-    """The model on its device, with torch's threads set."""
-    import torch
-
-    from rest_lightning.talking_head import TalkingHead
-
-    if options.num_threads is not None:
-        torch.set_num_threads(options.num_threads)
-    device = options.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    elif device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
-        raise UserError(f"expected device auto, cpu or an available cuda, got {device}: try --device cpu")
-    dtype = dtype_on(options.dtype, device.partition(":")[0])
-    return TalkingHead.from_pretrained(options.model, device=device, dtype=dtype)
-
-
-def _stream(model: TalkingHead, portrait: np.ndarray, speech: SpeechSource, options: TalkOptions) -> StreamReport:
-    from rest_lightning.commands._progress import TalkProgress
-    from rest_lightning.streaming.background import BackgroundWriter, write_stream
+def _stream(
+    model: TalkingHead, portrait: np.ndarray, speech: SpeechSource, options: TalkOptions
+) -> StreamReport:
+    from rest_lightning.media.writer import BackgroundWriter
+    from rest_lightning.streaming.engine import EngineOptions
     from rest_lightning.streaming.live import LiveSpeech
-    from rest_lightning.streaming.profile import ChunkProfiler
+    from rest_lightning.streaming.report import ChunkProfiler
+    from rest_lightning.streaming.session import write_stream
 
     writer = _open_writer(model, options)
-    sampling = {name: getattr(options, name) for name in ("num_steps", "guidance", "reference_guidance")}
+    sampling = {
+        name: getattr(options, name) for name in ("num_steps", "guidance", "reference_guidance")
+    }
     try:
         # The reader of a pipe may be slow: that must not stop the model, whatever the cores.
         with BackgroundWriter(writer, threaded=options.to_pipe or None) as background:
-            session = model.open(portrait, seed=options.seed, **sampling)
+            engine = EngineOptions(detail=options.detail)
+            session = model.open(portrait, seed=options.seed, options=engine, **sampling)
             blocks: Iterable[np.ndarray] = speech
             if options.live:
-                blocks = LiveSpeech(speech, model.transformer.cache_options.chunk_length * TEMPORAL_RATIO / FPS)
+                blocks = LiveSpeech(
+                    speech, model.transformer.cache_options.chunk_length * TEMPORAL_RATIO / FPS
+                )
             with (
                 session,
                 TalkProgress(speech.duration_s, options.quiet) as progress,
@@ -200,10 +248,15 @@ def _stream(model: TalkingHead, portrait: np.ndarray, speech: SpeechSource, opti
             raise
         kept = "sent" if options.to_pipe else "kept"
         where = "to stdout" if options.to_pipe else f"in {options.out}"
-        raise KeyboardInterrupt(f"interrupted: {kept} {writer.duration_s:.2f} s of video {where}") from None
+        raise KeyboardInterrupt(
+            f"interrupted: {kept} {writer.duration_s:.2f} s of video {where}"
+        ) from None
     except BrokenPipeError:
         if not options.quiet:
-            print(f"the reader of stdout has gone after {writer.duration_s:.2f} s of video", file=sys.stderr)
+            print(
+                f"the reader of stdout has gone after {writer.duration_s:.2f} s of video",
+                file=sys.stderr,
+            )
         raise
     if options.profile is not None and not options.quiet:
         _console(options).print(profiler.table())
@@ -212,10 +265,12 @@ def _stream(model: TalkingHead, portrait: np.ndarray, speech: SpeechSource, opti
 
 def _open_writer(model: TalkingHead, options: TalkOptions) -> VideoWriter:
     if options.to_pipe:
-        from rest_lightning.streaming.pipe import open_pipe
+        from rest_lightning.media.writer import open_pipe
 
-        return open_pipe(options.stdout or sys.stdout.buffer, model.size_px, options.format or "mp4")
-    from rest_lightning.streaming.writer import Mp4Writer
+        return open_pipe(
+            options.stdout or sys.stdout.buffer, model.size_px, options.format or "mp4"
+        )
+    from rest_lightning.media.writer import Mp4Writer
 
     return Mp4Writer(options.out, model.size_px, overwrite=options.overwrite)
 
@@ -228,8 +283,8 @@ def _console(options: TalkOptions) -> Console:
 
 
 def _draw_sheet(portrait: np.ndarray, report: StreamReport, options: TalkOptions) -> None:
+    from rest_lightning.media.sheet import draw_contact_sheet
     from rest_lightning.metrics.mouth import mouth_opening, shipped_estimator
-    from rest_lightning.streaming.sheet import draw_contact_sheet
 
     assert options.sheet is not None
     try:
@@ -243,7 +298,11 @@ def _draw_sheet(portrait: np.ndarray, report: StreamReport, options: TalkOptions
 
 def sheet_figures(report: StreamReport) -> dict[str, str]:
     """Key figures for the title of a contact sheet."""
-    first_ms, p50, p95 = report.time_to_first_frame_ms, report.chunk_ms["p50"], report.chunk_ms["p95"]
+    first_ms, p50, p95 = (
+        report.time_to_first_frame_ms,
+        report.chunk_ms["p50"],
+        report.chunk_ms["p95"],
+    )
     return {
         "frames": f"{report.num_frames:,}",
         "video": f"{report.video_s:.1f} s",
@@ -259,15 +318,26 @@ def _check_outputs(options: TalkOptions) -> None:
     """Everything about the outputs that can be known before the work begins."""
     if options.to_pipe:
         if (options.stdout or sys.stdout).isatty():
-            raise UserError('expected a pipe or a file for "-o -", got a terminal: add `| ffplay -` or `> out.mp4`')
+            raise UserError(
+                'expected a pipe or a file for "-o -", got a terminal: add `| ffplay -` or `> '
+                "out.mp4`"
+            )
         if options.sheet is not None:
-            raise UserError("expected a video file for --sheet, got a pipe: write to a file, or leave --sheet out")
+            raise UserError(
+                "expected a video file for --sheet, got a pipe: write to a file, or leave --sheet "
+                "out"
+            )
     elif options.format == "rgb24":
         raise UserError(f"expected a pipe for --format rgb24, got {options.out}: use -o - > FILE")
     if options.live and options.speech != "-":
         raise UserError(f'expected a pipe ("-") for --live, got {options.speech}: leave --live out')
     video = None if options.to_pipe else options.out
-    outputs = ((video, ".mp4"), (options.report, ".json"), (options.sheet, ".png"), (options.profile, ".json"))
+    outputs = (
+        (video, ".mp4"),
+        (options.report, ".json"),
+        (options.sheet, ".png"),
+        (options.profile, ".json"),
+    )
     for path, suffix in outputs:
         if path is not None:
             check_output(path, options.overwrite, suffix)
@@ -276,23 +346,100 @@ def _check_outputs(options: TalkOptions) -> None:
 
 def _check_not_input(path: Path, options: TalkOptions) -> None:
     for given in (options.portrait, Path(options.speech)):
-        if path.exists() and given.exists() and os.path.samefile(path, given):
-            raise UserError(f"expected an output that is not an input, got {path} for both: choose another name")
+        if path.exists() and given.exists() and path.samefile(given):
+            raise UserError(
+                f"expected an output that is not an input, got {path} for both: choose another name"
+            )
 
 
 def _crop(text: str) -> Any:
-    if text in ("centre", "face"):
-        return text
+    from rest_lightning.media.portrait import parse_crop
+
     try:
-        values = tuple(float(value) for value in text.split(","))
-    except ValueError:
-        values = ()
-    if len(values) != 4:
-        raise argparse.ArgumentTypeError(f"expected centre, face or x,y,width,height, got {text!r}")
-    return values
+        return parse_crop(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def positive(text: str) -> int:
+    """Returns a number of at least 1, as argparse reads it."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text!r}")
     return int(text)
+
+
+class TalkProgress:
+    """A bar on stderr: frames, frames per second, times real time; without a total for pipes."""
+
+    def __init__(self, duration_s: float | None, quiet: bool) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
+        from rich.progress import TimeRemainingColumn as Remaining
+
+        total = (
+            None if duration_s is None else -(-round(duration_s * SAMPLE_RATE) // SAMPLES_PER_FRAME)
+        )
+        self._bar = Progress(
+            SpinnerColumn(),
+            TextColumn("talking"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("frames  {task.fields[speed]}"),
+            Remaining(),
+            console=Console(stderr=True),
+            disable=quiet,
+        )
+        self._task = self._bar.add_task("talking", total=total, speed="")
+
+    def advance(self, num_frames: int) -> None:
+        """Counts frames that are written."""
+        self._bar.update(self._task, advance=num_frames)
+        task = self._bar.tasks[self._task]
+        if task.elapsed:
+            speed = task.completed / task.elapsed
+            self._bar.update(self._task, speed=f"{speed:.1f} fps  {speed / FPS:.2f} x real time")
+
+    def __enter__(self) -> TalkProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+
+ASSETS = Path(__file__).resolve().parent.parent / "assets"
+PORTRAIT, SPEECH = ASSETS / "portrait.png", ASSETS / "speech.wav"
+
+
+def add_demo_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    parser.add_argument(
+        "--out", type=Path, default=Path("outputs"), help="folder (default outputs)"
+    )
+    add_model_arguments(parser)
+
+
+def run_demo(args: argparse.Namespace) -> int:
+    """Stream the bundled portrait and speech to OUT/demo.mp4, with demo.json (a report) and
+    demo.png (a sheet).
+    """
+    options = vars(args)
+    folder: Path = options.pop("out")
+    if folder.exists() and not folder.is_dir():
+        raise UserError(
+            f"expected a folder for the demo, got the file {folder}: choose another name with --out"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"expected to make {folder}, got '{error.strerror}': choose another --out"
+        ) from error
+    video, report, sheet = (folder / f"demo{suffix}" for suffix in (".mp4", ".json", ".png"))
+    talk(
+        TalkOptions(
+            PORTRAIT, str(SPEECH), video, overwrite=True, report=report, sheet=sheet, **options
+        )
+    )
+    print("\n".join(f"wrote {path}" for path in (video, report, sheet)))
+    return 0

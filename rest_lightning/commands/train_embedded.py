@@ -1,4 +1,6 @@
-"""``rest train-embedded``: every stage of the embedded model, unattended, within a time budget, resumable."""
+"""``rest train-embedded``: every stage of the embedded model, unattended, within a time budget,
+resumable.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ from rest_lightning.errors import UserError
 
 CONFIGS = ("configs/trainer/embedded.yaml",)
 RESERVE_MIN = 4.0  # starts of the processes, last validations, export
-SAMPLING = {"num-steps": 8, "guidance": 2.0, "shift": 1.0}  # of guidance 1, 2, 3 the best lips and the least drift
+# of guidance 1, 2, 3 the best lips and the least drift
+SAMPLING = {"num-steps": 8, "guidance": 2.0, "shift": 1.0}
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,13 @@ STAGES = (
     Stage("speech_ae", 0.03),
     Stage("teacher", 0.31, {"speech_ae": "speech_ae"}, uses_latents=True),
     Stage("student", 0.10, {"transformer": "teacher", "speech_ae": "teacher"}, uses_latents=True),
-    Stage("asd", 0.08, {"transformer": "student", "speech_ae": "student"}, "teacher", uses_latents=True),
+    Stage(
+        "asd",
+        0.08,
+        {"transformer": "student", "speech_ae": "student"},
+        "teacher",
+        uses_latents=True,
+    ),
 )
 
 VAE_STAGE = "vae_decoder"  # whose VAE makes the latents and is exported
@@ -50,27 +59,45 @@ VAE_STAGE = "vae_decoder"  # whose VAE makes the latents and is exported
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
-    parser.add_argument("--budget-min", type=float, default=100.0, help="minutes of training in all (default 100)")
-    parser.add_argument("--out", type=Path, default=Path("runs/embedded"), help="folder of checkpoints and logs")
     parser.add_argument(
-        "--data", type=Path, default=Path("data/talkers"), help="synthetic talkers; rendered when absent"
+        "--budget-min", type=float, default=100.0, help=("minutes of training in all (default 100)")
     )
-    parser.add_argument("--num-clips", type=int, default=1320, help="clips to render when the data are absent")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/embedded"), help=("folder of checkpoints and logs")
+    )
+    parser.add_argument(
+        "--data",
+        type=Path,
+        default=Path("data/talkers"),
+        help=("synthetic talkers; rendered when absent"),
+    )
+    parser.add_argument(
+        "--num-clips", type=int, default=1320, help=("clips to render when the data are absent")
+    )
     parser.add_argument(
         "--export",
         type=Path,
         default=Path("rest_lightning/assets/embedded"),
         help="model folder to write (default: the embedded model itself)",
     )
-    parser.add_argument("--config", type=Path, action="append", default=[], help="overlay for every stage; repeatable")
+    parser.add_argument(
+        "--config",
+        type=Path,
+        action="append",
+        default=[],
+        help=("overlay for every stage; repeatable"),
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Render, train stage after stage, export. A second run continues where the first one stopped."""
+    """Render, train stage after stage, export. A second run continues where the first one
+    stopped.
+    """
     started_s = time.monotonic()
     if not Path("configs/embedded").is_dir():
         raise UserError(
-            "expected to run in a checkout of rest-lightning with configs/embedded, got another folder: cd there"
+            "expected to run in a checkout of rest-lightning with configs/embedded, got another "
+            "folder: cd there"
         )
     out: Path = args.out
     out.mkdir(parents=True, exist_ok=True)
@@ -97,7 +124,15 @@ def synthesise(data: Path, num_clips: int) -> None:
 def encode(out: Path, data: Path) -> None:
     """Latents of all clips, once, with the trained VAE."""
     target = out / "latents"
-    rest("encode", "--model", str(out / VAE_STAGE / "final.ckpt"), "--data", str(data), "--out", str(target))
+    rest(
+        "encode",
+        "--model",
+        str(out / VAE_STAGE / "final.ckpt"),
+        "--data",
+        str(data),
+        "--out",
+        str(target),
+    )
 
 
 def export(out: Path, model: Path) -> None:
@@ -116,11 +151,15 @@ def train(stage: Stage, out: Path, data: Path, minutes: float, overlays: list[Pa
 
 
 def stage_overlay(stage: Stage, out: Path, data: Path, minutes: float) -> dict[str, object]:
-    """What a stage's configuration file cannot know: folders, time and where its parts start. YAML reads JSON."""
+    """What a stage's configuration file cannot know: folders, time and where its parts start. YAML
+    reads JSON.
+    """
     init_args: dict[str, object] = {}
     sources = {**stage.initial, **({"vae": VAE_STAGE} if stage.uses_latents else {})}
     if sources:
-        init_args["initial"] = {part: str(out / source / "final.ckpt") for part, source in sources.items()}
+        init_args["initial"] = {
+            part: str(out / source / "final.ckpt") for part, source in sources.items()
+        }
     if stage.teacher:
         init_args["asd"] = {"teacher": str(out / stage.teacher / "final.ckpt")}
     overlay: dict[str, object] = {

@@ -15,28 +15,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-import os
 import re
-import uuid
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from rest_lightning.constants import FPS, SAMPLE_RATE
 from rest_lightning.errors import UserError
+from rest_lightning.media.files import PathLike, rounded, sha256_of, write_text_atomic
 
 LAYOUT_VERSION = 1
 SPLITS = ("train", "val", "test")
 LANDMARKS = ("mouth", "left_eye", "right_eye")
-WAY_OUT = "make one with `rest synthesize --out FOLDER`, or bring clips of your own into this layout"
-DECIMALS = 4  # of every number in a JSON array: 1e-4 of the image side is far below a pixel
+WAY_OUT = (
+    "make one with `rest synthesize --out FOLDER`, or bring clips of your own into this layout"
+)
 
 _CLIP_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-
-PathLike = str | os.PathLike[str]
 
 
 @dataclass(frozen=True)
@@ -55,8 +51,8 @@ class Sidecar:
         sample_rate_hz: of the audio, 16000.
         quality: scores by name.
         mouth_opening: F values in [0, 1] (0 = lips touch), or None where unknown.
-        landmarks: None, or centre points of ``mouth``, ``left_eye`` and ``right_eye``, each F x [x, y] in fractions
-            of the image side (x right, y down).
+        landmarks: None, or centre points of ``mouth``, ``left_eye`` and ``right_eye``, each F x
+            [x, y] in fractions of the image side (x right, y down).
         speech: optional: text, language, voice, words_per_minute, pitch.
     """
 
@@ -78,24 +74,33 @@ class Sidecar:
         _check_row(self, f"sidecar of {self.clip_id}")
         if self.mouth_opening is not None and len(self.mouth_opening) != self.num_frames:
             raise UserError(
-                f"sidecar of {self.clip_id}: expected mouth_opening of {self.num_frames} values (num_frames), "
+                f"sidecar of {self.clip_id}: expected mouth_opening of {self.num_frames} values "
+                "(num_frames), "
                 f"got {len(self.mouth_opening)}: remake the clip"
             )
         if self.landmarks is not None:
             lengths = {name: len(self.landmarks.get(name, ())) for name in LANDMARKS}
             if set(lengths.values()) != {self.num_frames}:
                 raise UserError(
-                    f"sidecar of {self.clip_id}: expected landmarks {', '.join(LANDMARKS)} of {self.num_frames} points "
+                    f"sidecar of {self.clip_id}: expected landmarks {', '.join(LANDMARKS)} of "
+                    f"{self.num_frames} points "
                     f"each, got {lengths}: remake the clip"
                 )
 
     def to_json(self) -> str:
         """One line of JSON; arrays (numpy's too) as lists, numbers rounded to 4 decimals."""
-        return json.dumps({f.name: rounded(getattr(self, f.name)) for f in fields(self)}, ensure_ascii=False) + "\n"
+        return (
+            json.dumps(
+                {f.name: rounded(getattr(self, f.name)) for f in fields(self)}, ensure_ascii=False
+            )
+            + "\n"
+        )
 
     @classmethod
     def from_json(cls, text: str, name: str = "sidecar") -> Sidecar:
-        """Parse `to_json`'s text; ``name`` is used in errors. Unknown keys are ignored. Raises UserError."""
+        """Parse `to_json`'s text; ``name`` is used in errors. Unknown keys are ignored. Raises
+        UserError.
+        """
         return cls(**_parse(cls, text, name))
 
 
@@ -129,47 +134,10 @@ def manifest_path(root: PathLike) -> Path:
     return Path(root) / "manifest.jsonl"
 
 
-def temporary_path(path: PathLike) -> Path:
-    """A hidden unused name in ``path``'s folder with its suffix: write there, then ``os.replace`` to ``path``."""
-    path = Path(path)
-    return path.with_name(f".{path.stem}.{os.getpid()}-{uuid.uuid4().hex[:8]}.part{path.suffix}")
-
-
-def write_text_atomic(path: PathLike, text: str) -> None:
-    """Write ``text`` (UTF-8) so that ``path`` is either the old file or the whole new one; makes the folder."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_path(path)
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink()
-        raise
-
-
-def sha256_of(path: PathLike) -> str:
-    """Hex SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def rounded(value: Any, decimals: int = DECIMALS) -> Any:
-    """``value`` as plain JSON types: arrays become lists, floats are rounded, NaN and infinity become None."""
-    if hasattr(value, "tolist"):  # numpy arrays and scalars, torch tensors
-        value = value.tolist()
-    if isinstance(value, float):
-        return round(value, decimals) if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): rounded(item, decimals) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [rounded(item, decimals) for item in value]
-    return value
-
-
 def write_sidecar(root: PathLike, sidecar: Sidecar) -> Path:
-    """Write ``<root>/clips/<clip_id>.json``. Write the mp4 first: a clip with a sidecar counts as complete."""
+    """Write ``<root>/clips/<clip_id>.json``. Write the mp4 first: a clip with a sidecar counts as
+    complete.
+    """
     path = sidecar_path(root, sidecar.clip_id)
     write_text_atomic(path, sidecar.to_json())
     return path
@@ -189,7 +157,11 @@ def is_complete(root: PathLike, clip_id: str) -> bool:
 def complete_clip_ids(root: PathLike) -> list[str]:
     """Sorted ids of the clips whose two files exist."""
     folder = Path(root) / "clips"
-    return sorted(p.stem for p in folder.glob("*.json") if not p.name.startswith(".") and is_complete(root, p.stem))
+    return sorted(
+        p.stem
+        for p in folder.glob("*.json")
+        if not p.name.startswith(".") and is_complete(root, p.stem)
+    )
 
 
 def manifest_row(root: PathLike, sidecar: Sidecar) -> ManifestRow:
@@ -205,11 +177,15 @@ def manifest_row(root: PathLike, sidecar: Sidecar) -> ManifestRow:
 
 
 def write_manifest(root: PathLike, rows: Iterable[ManifestRow]) -> Path:
-    """Write manifest.jsonl, sorted by clip id; UserError when an identity is in two splits or an id comes twice."""
+    """Write manifest.jsonl, sorted by clip id; UserError when an identity is in two splits or an id
+    comes twice.
+    """
     rows = sorted(rows, key=lambda row: row.clip_id)
     check_rows(rows, str(manifest_path(root)))
     path = manifest_path(root)
-    write_text_atomic(path, "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows))
+    write_text_atomic(
+        path, "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows)
+    )
     return path
 
 
@@ -217,7 +193,8 @@ def read_manifest(root: PathLike, split: str | None = None) -> list[ManifestRow]
     """Rows of ``<root>/manifest.jsonl``, those of one ``split`` if given.
 
     Raises:
-        UserError: no such folder or manifest, unknown layout version, malformed row, identity in two splits.
+        UserError: no such folder or manifest, unknown layout version, malformed row, identity in
+            two splits.
     """
     path = manifest_path(root)
     if not path.is_file():
@@ -240,37 +217,55 @@ def check_rows(rows: Iterable[ManifestRow], name: str = "manifest") -> None:
     seen: set[str] = set()
     for row in rows:
         if row.clip_id in seen:
-            raise UserError(f"{name}: expected every clip once, got {row.clip_id} twice: remake the manifest")
+            raise UserError(
+                f"{name}: expected every clip once, got {row.clip_id} twice: remake the manifest"
+            )
         seen.add(row.clip_id)
         if split_of.setdefault(row.identity, row.split) != row.split:
             raise UserError(
-                f"{name}: expected identity-disjoint splits, got {row.identity} in {split_of[row.identity]} and "
+                f"{name}: expected identity-disjoint splits, got {row.identity} in "
+                f"{split_of[row.identity]} and "
                 f"{row.split}: move its clips to one split"
             )
 
 
 def write_dataset_json(root: PathLike, info: Mapping[str, Any]) -> Path:
-    """Write dataset.json: ``info`` (how the set was made: command, seed, counts) plus the layout version."""
+    """Write dataset.json: ``info`` (how the set was made: command, seed, counts) plus the layout
+    version.
+    """
     path = Path(root) / "dataset.json"
-    content = {**rounded(dict(info)), "layout_version": LAYOUT_VERSION, "fps": FPS, "sample_rate_hz": SAMPLE_RATE}
+    content = {
+        **rounded(dict(info)),
+        "layout_version": LAYOUT_VERSION,
+        "fps": FPS,
+        "sample_rate_hz": SAMPLE_RATE,
+    }
     write_text_atomic(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     return path
 
 
 def read_dataset_json(root: PathLike) -> dict[str, Any]:
-    """Content of dataset.json; UserError when it is absent, malformed or of another layout version."""
+    """Content of dataset.json; UserError when it is absent, malformed or of another layout
+    version.
+    """
     path = Path(root) / "dataset.json"
     if not path.is_file():
         raise UserError(f"expected {path} beside the manifest, got none: {WAY_OUT}")
     content = _parse_object(_read_text(path, str(path)), str(path))
     version = content.get("layout_version")
     if version != LAYOUT_VERSION:
-        raise UserError(f"{path}: expected layout version {LAYOUT_VERSION}, got {version!r}: {WAY_OUT}")
+        raise UserError(
+            f"{path}: expected layout version {LAYOUT_VERSION}, got {version!r}: {WAY_OUT}"
+        )
     return content
 
 
-def finish_dataset(root: PathLike, info: Mapping[str, Any], clip_ids: Iterable[str] | None = None) -> list[ManifestRow]:
-    """Write manifest.jsonl and dataset.json from the complete clips of ``root`` (or from ``clip_ids``)."""
+def finish_dataset(
+    root: PathLike, info: Mapping[str, Any], clip_ids: Iterable[str] | None = None
+) -> list[ManifestRow]:
+    """Write manifest.jsonl and dataset.json from the complete clips of ``root`` (or from
+    ``clip_ids``).
+    """
     ids = complete_clip_ids(root) if clip_ids is None else list(clip_ids)
     rows = [manifest_row(root, read_sidecar(root, clip_id)) for clip_id in ids]
     counts = {split: sum(row.split == split for row in rows) for split in SPLITS}
@@ -279,8 +274,12 @@ def finish_dataset(root: PathLike, info: Mapping[str, Any], clip_ids: Iterable[s
     return rows
 
 
-def split_of_identity(identity: str, val_fraction: float, test_fraction: float, seed: int = 0) -> str:
-    """A split drawn from a hash of the identity's name: stable when clips are added, disjoint by construction."""
+def split_of_identity(
+    identity: str, val_fraction: float, test_fraction: float, seed: int = 0
+) -> str:
+    """A split drawn from a hash of the identity's name: stable when clips are added, disjoint by
+    construction.
+    """
     digest = hashlib.sha256(f"{seed}/{identity}".encode()).digest()
     draw = int.from_bytes(digest[:8], "big") / 2**64
     if draw < test_fraction:
@@ -291,13 +290,18 @@ def split_of_identity(identity: str, val_fraction: float, test_fraction: float, 
 def _check_row(row: Sidecar | ManifestRow, name: str) -> None:
     if not isinstance(row.clip_id, str) or not _CLIP_ID.fullmatch(row.clip_id):
         raise UserError(
-            f"{name}: expected a clip_id of letters, digits, '.', '_' and '-', got {row.clip_id!r}: rename the clip"
+            f"{name}: expected a clip_id of letters, digits, '.', '_' and '-', got "
+            f"{row.clip_id!r}: rename the clip"
         )
     if row.split not in SPLITS:
-        raise UserError(f"{name}: expected split {', '.join(SPLITS)}, got {row.split!r}: correct it")
+        raise UserError(
+            f"{name}: expected split {', '.join(SPLITS)}, got {row.split!r}: correct it"
+        )
     for key, value in (("num_frames", row.num_frames), ("size_px", row.size_px)):
         if not isinstance(value, int) or value < 1:
-            raise UserError(f"{name}: expected {key} as a whole number above 0, got {value!r}: remake the clip")
+            raise UserError(
+                f"{name}: expected {key} as a whole number above 0, got {value!r}: remake the clip"
+            )
 
 
 def _read_text(path: Path, name: str) -> str:
@@ -320,10 +324,15 @@ def _parse_object(text: str, name: str) -> dict[str, Any]:
 
 
 def _parse(cls: type[Sidecar] | type[ManifestRow], text: str, name: str) -> dict[str, Any]:
-    """The fields of ``cls`` in a JSON object; every field must be there but Sidecar's ``speech``."""
+    """The fields of ``cls`` in a JSON object; every field must be there but Sidecar's
+    ``speech``.
+    """
     content = _parse_object(text, name)
     known = [f.name for f in fields(cls)]
     missing = [key for key in known if key not in content and key != "speech"]
     if missing:
-        raise UserError(f"{name}: expected the keys {', '.join(known)}, got none for {', '.join(missing)}: {WAY_OUT}")
+        raise UserError(
+            f"{name}: expected the keys {', '.join(known)}, got none for "
+            f"{', '.join(missing)}: {WAY_OUT}"
+        )
     return {key: content[key] for key in known if key in content}

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from rest_lightning.data.augment import SpeechAugmentation
-from rest_lightning.data.clips import PreparedClips, Reference, WindowKey
-from rest_lightning.data.latents import LatentsCache
+from rest_lightning.data.clips import Reference
+from rest_lightning.data.dataset import PreparedClips, WindowKey
 from rest_lightning.data.layout import read_manifest
-from rest_lightning.data.speech_cache import SpeechCache
 from rest_lightning.data.streams import BLOCK_SAMPLES, PredictPair, SpeechStream, read_pairs
+from rest_lightning.data.window_cache import LatentsCache, SpeechCache
 from rest_lightning.errors import UserError
 from rest_lightning.torchvision_compat import ensure_torchvision
 
@@ -32,15 +32,16 @@ _CAN_FORK = sys.platform.startswith("linux")
 class TalkingHeadDataModule(lightning.LightningDataModule):
     """Windows of prepared clips with their speech (layout: `rest_lightning.data.layout`).
 
-    Batches, as a task gets them: ``frames`` (B, 3, F, H, W) and ``reference`` (B, 3, H, W) float32 in [-1, 1] (uint8
-    until they are on the device), ``audio`` (B, 640 * (left + F + right)) float32, ``mouth_opening`` (B, F) and
-    ``landmarks`` (B, F, 3, 2) in the order mouth, left eye, right eye, float32 with NaN where unknown, ``clip_id``
-    list of B, ``start`` (B,) first frame of the window. With ``latents_dir``: ``latents`` (B, C, f, h, w) float32
-    instead of frames and reference. With ``speech_dir``: also ``speech_steps`` (B, n, D_A) float32.
+    Batches, as a task gets them: ``frames`` (B, 3, F, H, W) and ``reference`` (B, 3, H, W) float32
+    in [-1, 1] (uint8 until they are on the device), ``audio`` (B, 640 * (left + F + right))
+    float32, ``mouth_opening`` (B, F) and ``landmarks`` (B, F, 3, 2) in the order mouth, left eye,
+    right eye, float32 with NaN where unknown, ``clip_id`` list of B, ``start`` (B,) first frame of
+    the window. With ``latents_dir``: ``latents`` (B, C, f, h, w) float32 instead of frames and
+    reference. With ``speech_dir``: also ``speech_steps`` (B, n, D_A) float32.
 
-    Training draws from one endless sequence of seeded permutations: a batch depends on its number alone, not on
-    workers or epochs, so a resumed run goes on with exactly the batch that comes next (`state_dict`). Validation and
-    test take the middle window of every clip.
+    Training draws from one endless sequence of seeded permutations: a batch depends on its number
+    alone, not on workers or epochs, so a resumed run goes on with exactly the batch that comes next
+    (`state_dict`). Validation and test take the middle window of every clip.
 
     Args:
         data_dir: folder of prepared clips, as `rest synthesize` makes it; predicting needs none.
@@ -49,21 +50,24 @@ class TalkingHeadDataModule(lightning.LightningDataModule):
         num_frames_train: shorter windows for training only (the VAE); None takes ``num_frames``.
         num_workers: loader processes; 0 loads in the training process.
         size_px: expected side of the frames; None takes what is there.
-        reference: ``first_frame`` of the window or a ``random_frame`` of the clip.
+        reference: ``first_frame`` of the window, a ``random_frame`` of the clip, or ``clip_start``,
+            the clip's first.
         audio_left_frames, audio_right_frames: audio margins in video frames.
         augment: change the level, noise, colour and room of the training speech.
         augmentation: how; None takes the defaults of `SpeechAugmentation`.
         cache_in_memory: decode all clips once before training.
         latents_dir: cache of `rest encode`.
         latents_fingerprint: the VAE whose latents are expected; None does not ask.
-        speech_dir: cache of `rest encode --speech-encoder`; not with ``augment``, which changes the sound every time.
+        speech_dir: cache of `rest encode --speech-encoder`; not with ``augment``, which changes the
+            sound every time.
         with_frames: False leaves out frames and reference (SpeechAE needs none).
         windows_per_clip: windows of each clip per epoch.
-        max_corrupt: unreadable clips that are left out: below 1 a fraction of a split, else a number.
+        max_corrupt: unreadable clips that are left out: below 1 a fraction of a split, else a
+            number.
         progress: show a bar while decoding into memory.
         seed: of order, windows, references and augmentation.
-        predict_pairs: portraits and speech to predict from: a list of {portrait, speech, name}, or a JSON, YAML or CSV
-            file of them.
+        predict_pairs: portraits and speech to predict from: a list of {portrait, speech, name}, or
+            a JSON, YAML or CSV file of them.
         predict_block_samples: samples that one step of predicting pushes.
     """
 
@@ -89,7 +93,8 @@ class TalkingHeadDataModule(lightning.LightningDataModule):
         max_corrupt: float = 0.02,
         progress: bool = True,
         seed: int = 0,
-        # Dictionaries, not PredictPair: of a list of those jsonargparse reads the file itself, and forgets its folder.
+        # Dictionaries, not PredictPair: of a list of those jsonargparse reads the file itself, and
+        # forgets its folder.
         predict_pairs: str | list[dict[str, str]] | None = None,
         predict_block_samples: int = BLOCK_SAMPLES,
     ) -> None:
@@ -99,7 +104,8 @@ class TalkingHeadDataModule(lightning.LightningDataModule):
                 raise UserError(f"expected {name} of at least 1, got {value}: raise it")
         if speech_dir is not None and augment:
             raise UserError(
-                "expected augment false with speech_dir, whose features are those of the speech as recorded, got true: "
+                "expected augment false with speech_dir, whose features are those of the speech as "
+                "recorded, got true: "
                 "set data.augment to false, or leave data.speech_dir out"
             )
         self.data_dir, self.batch_size, self.num_workers = data_dir, batch_size, num_workers
@@ -108,7 +114,11 @@ class TalkingHeadDataModule(lightning.LightningDataModule):
         self.audio_left_frames, self.audio_right_frames = audio_left_frames, audio_right_frames
         self.augmentation = (augmentation or SpeechAugmentation()) if augment else None
         self.cache_in_memory, self.progress = cache_in_memory, progress
-        self.latents_dir, self.latents_fingerprint, self.speech_dir = latents_dir, latents_fingerprint, speech_dir
+        self.latents_dir, self.latents_fingerprint, self.speech_dir = (
+            latents_dir,
+            latents_fingerprint,
+            speech_dir,
+        )
         self.windows_per_clip, self.max_corrupt, self.seed = windows_per_clip, max_corrupt, seed
         self.predict_pairs, self.predict_block_samples = predict_pairs, predict_block_samples
         self.pairs: list[PredictPair] = []
@@ -119,10 +129,15 @@ class TalkingHeadDataModule(lightning.LightningDataModule):
         self._loaders: list[ClipLoader] = []
 
     def setup(self, stage: str | None = None) -> None:
-        """Open the splits of a stage (fit, validate, test) and decode them if asked to; predict reads its pairs."""
+        """Open the splits of a stage (fit, validate, test) and decode them if asked to; predict
+        reads its pairs.
+        """
         if stage == "predict":
             if self.predict_pairs is None:
-                raise UserError("expected portraits and speech to predict from, got none: set data.predict_pairs")
+                raise UserError(
+                    "expected portraits and speech to predict from, got none: set "
+                    "data.predict_pairs"
+                )
             self.pairs = read_pairs(self.predict_pairs)
         splits = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ()}
         rows = read_manifest(self.data_dir) if stage != "predict" else []
@@ -132,7 +147,9 @@ class TalkingHeadDataModule(lightning.LightningDataModule):
                 self._datasets[split] = self._open(split) if known else None
 
     def teardown(self, stage: str | None = None) -> None:
-        """End the worker processes of the stage's loaders; decoded clips stay for the next stage."""
+        """End the worker processes of the stage's loaders; decoded clips stay for the next
+        stage.
+        """
         for loader in self._loaders:
             loader.close()
         self._loaders.clear()
@@ -146,12 +163,16 @@ class TalkingHeadDataModule(lightning.LightningDataModule):
         return dataset
 
     def check_latents(self, fingerprint: str) -> None:
-        """UserError when batches hold latents of another VAE; a task calls it once it knows its own."""
+        """UserError when batches hold latents of another VAE; a task calls it once it knows its
+        own.
+        """
         if self.latents_dir is not None:
             (self._latents or LatentsCache(self.latents_dir)).check_fingerprint(fingerprint)
 
     def check_speech(self, fingerprint: str) -> None:
-        """UserError when batches hold features of another speech encoder; a task calls it once it knows its own."""
+        """UserError when batches hold features of another speech encoder; a task calls it once it
+        knows its own.
+        """
         if self.speech_dir is not None:
             (self._speech or SpeechCache(self.speech_dir)).check_fingerprint(fingerprint)
 
@@ -160,14 +181,24 @@ class TalkingHeadDataModule(lightning.LightningDataModule):
         dataset = self.dataset("train")
         rank, world_size = self._rank()
         sampler = _TrainSampler(
-            len(dataset), self.windows_per_clip, self.batch_size, self.seed, rank, world_size, self._position
+            len(dataset),
+            self.windows_per_clip,
+            self.batch_size,
+            self.seed,
+            rank,
+            world_size,
+            self._position,
         )
         return self._loader(dataset, sampler, self._position)
 
     def sample_batches(self, num_frames: int) -> Iterator[Batch]:
-        """One epoch of shuffled training windows of ``num_frames``, on the CPU; the training's own order goes on."""
+        """One epoch of shuffled training windows of ``num_frames``, on the CPU; the training's own
+        order goes on.
+        """
         dataset = self.dataset("train").with_window(num_frames)
-        sampler = _TrainSampler(len(dataset), self.windows_per_clip, self.batch_size, self.seed, *self._rank())
+        sampler = _TrainSampler(
+            len(dataset), self.windows_per_clip, self.batch_size, self.seed, *self._rank()
+        )
         loader = self._loader(dataset, sampler)
         try:
             for batch in loader:
@@ -194,16 +225,22 @@ class TalkingHeadDataModule(lightning.LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """How many training samples were handed out, over all devices."""
-        return {"num_samples": self._position.num_batches * self.batch_size * self._rank()[1], "seed": self.seed}
+        return {
+            "num_samples": self._position.num_batches * self.batch_size * self._rank()[1],
+            "seed": self.seed,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue after ``state_dict["num_samples"]`` samples."""
         if state_dict["seed"] != self.seed:
             raise UserError(
-                f"expected the checkpoint's data seed {state_dict['seed']}, got {self.seed}: set data.seed to it, or "
+                f"expected the checkpoint's data seed {state_dict['seed']}, got {self.seed}: set "
+                "data.seed to it, or "
                 "the resumed run would repeat and leave out clips"
             )
-        self._position.num_batches = state_dict["num_samples"] // (self.batch_size * self._rank()[1])
+        self._position.num_batches = state_dict["num_samples"] // (
+            self.batch_size * self._rank()[1]
+        )
 
     def _open(self, split: str) -> PreparedClips:
         training = split == "train"
@@ -215,7 +252,9 @@ class TalkingHeadDataModule(lightning.LightningDataModule):
                 )
             self._latents.check_num_frames(num_frames)
         if self.speech_dir is not None:
-            self._speech = self._speech or SpeechCache(self.speech_dir, in_memory=self.cache_in_memory)
+            self._speech = self._speech or SpeechCache(
+                self.speech_dir, in_memory=self.cache_in_memory
+            )
             self._speech.check_num_frames(num_frames)
         log_dir = self.trainer.log_dir if self.trainer is not None else None
         dataset = PreparedClips(
@@ -233,7 +272,7 @@ class TalkingHeadDataModule(lightning.LightningDataModule):
             with_frames=self.with_frames,
             seed=self.seed,
             max_corrupt=self.max_corrupt,
-            report_path=os.path.join(log_dir, "corrupt_clips.jsonl") if log_dir else None,
+            report_path=str(Path(log_dir) / "corrupt_clips.jsonl") if log_dir else None,
         )
         if self.cache_in_memory:
             dataset.load_into_memory(max(1, self.num_workers), self.progress)
@@ -247,19 +286,29 @@ class TalkingHeadDataModule(lightning.LightningDataModule):
     def _ordered_loader(self, split: str) -> ClipLoader:
         dataset = self.dataset(split)
         rank, world_size = self._rank()
-        return self._loader(dataset, _OrderedSampler(len(dataset), self.batch_size, rank, world_size))
+        return self._loader(
+            dataset, _OrderedSampler(len(dataset), self.batch_size, rank, world_size)
+        )
 
     def _loader(
-        self, dataset: PreparedClips, sampler: _TrainSampler | _OrderedSampler, position: _Position | None = None
+        self,
+        dataset: PreparedClips,
+        sampler: _TrainSampler | _OrderedSampler,
+        position: _Position | None = None,
     ) -> ClipLoader:
-        # Decoded clips reach the workers by forking alone; where that is not safe, they need no workers either.
+        # Decoded clips reach the workers by forking alone; where that is not safe, they need no
+        # workers either.
         num_workers = self.num_workers if _CAN_FORK or not self.cache_in_memory else 0
         loader = ClipLoader(dataset, sampler, num_workers, position)
         self._loaders.append(loader)
         return loader
 
     def _rank(self) -> tuple[int, int]:
-        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
+        return (
+            (self.trainer.global_rank, self.trainer.world_size)
+            if self.trainer is not None
+            else (0, 1)
+        )
 
 
 class ClipLoader:
@@ -284,7 +333,8 @@ class ClipLoader:
             persistent_workers=num_workers > 0,
             pin_memory=torch.cuda.is_available(),
             multiprocessing_context="fork" if num_workers and _CAN_FORK else None,
-            generator=torch.Generator(),  # else every epoch takes a number from the training's random state
+            # else every epoch takes a number from the training's random state
+            generator=torch.Generator(),
         )
 
     def __len__(self) -> int:
@@ -293,7 +343,9 @@ class ClipLoader:
     def __iter__(self) -> Iterator[Batch]:
         for batch in self._loader:
             if self._position is not None:
-                self._position.num_batches += 1  # when it is taken: batches that workers prefetched do not count
+                self._position.num_batches += (
+                    1  # when it is taken: batches that workers prefetched do not count
+                )
             yield batch
 
     def close(self) -> None:
@@ -304,7 +356,9 @@ class ClipLoader:
             iterator._shutdown_workers()  # type: ignore[attr-defined]
 
     def state_dict(self) -> dict[str, Any]:
-        """Lightning takes a loader with these two methods for resumable; the data module's state is the same."""
+        """Lightning takes a loader with these two methods for resumable; the data module's state is
+        the same.
+        """
         return {} if self._position is None else {"num_batches": self._position.num_batches}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -353,10 +407,14 @@ class _TrainSampler:
 
 
 class _OrderedSampler:
-    """Every clip once, in order; ranks take turns, and the last ones repeat a clip so that all have equally many."""
+    """Every clip once, in order; ranks take turns, and the last ones repeat a clip so that all have
+    equally many.
+    """
 
     def __init__(self, num_clips: int, batch_size: int, rank: int, world_size: int) -> None:
-        self.indices = [i % num_clips for i in range(rank, -(-num_clips // world_size) * world_size, world_size)]
+        self.indices = [
+            i % num_clips for i in range(rank, -(-num_clips // world_size) * world_size, world_size)
+        ]
         self.batch_size = batch_size
 
     def __len__(self) -> int:
@@ -368,10 +426,12 @@ class _OrderedSampler:
 
 
 def to_model_batch(batch: Batch) -> Batch:
-    """A collated batch with uint8 ``frames`` (B, F, H, W, 3) and ``reference`` (B, H, W, 3) as the models take it.
+    """A collated batch with uint8 ``frames`` (B, F, H, W, 3) and ``reference`` (B, H, W, 3) as the
+    models take it.
 
     Returns:
-        A new dict: frames (B, 3, F, H, W) and reference (B, 3, H, W) float32 in [-1, 1]; the rest unchanged.
+        A new dict: frames (B, 3, F, H, W) and reference (B, 3, H, W) float32 in [-1, 1]; the rest
+            unchanged.
     """
     out = dict(batch)
     for name in ("frames", "reference"):

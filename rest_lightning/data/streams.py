@@ -13,8 +13,9 @@ from typing import Any, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
-from rest_lightning.data.audio import SpeechSource, open_speech
 from rest_lightning.errors import UserError
+from rest_lightning.media.audio import SpeechSource, open_speech
+from rest_lightning.media.portrait import parse_crop
 
 BLOCK_SAMPLES = 16_000
 _FORM = '{"portrait": "a.png", "speech": "a.wav", "name": "optional"}'
@@ -28,23 +29,35 @@ class PredictPair:
         portrait: path of an image.
         speech: path of a speech file.
         name: stem of the output; ``<portrait>-<speech>`` unless given.
+        crop: of the portrait: ``auto`` (the head that is found), ``centre``, ``x,y,size`` or
+            ``x,y,width,height``.
     """
 
     portrait: str
     speech: str
     name: str = ""
+    crop: str = "auto"
 
     def __post_init__(self) -> None:
         if not self.name:
             self.name = f"{Path(self.portrait).stem}-{Path(self.speech).stem}"
         if Path(self.name).name != self.name:
-            raise UserError(f"expected a file name without folders as the name of a pair, got {self.name!r}: rename it")
+            raise UserError(
+                f"expected a file name without folders as the name of a pair, got {self.name!r}: "
+                "rename it"
+            )
+        self.crop = self.crop or "auto"  # an empty cell
+        try:
+            parse_crop(self.crop)
+        except UserError as error:
+            raise UserError(f"{error} for the pair {self.name}: correct its crop") from None
 
 
 class SpeechBlock(TypedDict):
     """A batch of the predict loader: a piece of one pair's speech, or its end.
 
-    ``pair``; ``samples`` float32 (n,), 16 kHz, empty at the end; ``is_first``; ``is_end``: no more speech of this pair.
+    ``pair``; ``samples`` float32 (n,), 16 kHz, empty at the end; ``is_first``; ``is_end``: no more
+    speech of this pair.
     """
 
     pair: PredictPair
@@ -53,13 +66,17 @@ class SpeechBlock(TypedDict):
     is_end: bool
 
 
-def read_pairs(source: str | os.PathLike[str] | Sequence[PredictPair | dict[str, str]]) -> list[PredictPair]:
-    """The pairs of an inline list, or of a file: .json, .yaml (a list of objects), .csv (portrait,speech[,name]).
+def read_pairs(
+    source: str | os.PathLike[str] | Sequence[PredictPair | dict[str, str]],
+) -> list[PredictPair]:
+    """The pairs of an inline list, or of a file: .json, .yaml (a list of objects), .csv with the
+    columns portrait, speech and, where wanted, name and crop.
 
     Relative paths in a file are relative to the file.
 
     Raises:
-        UserError: no such file or another form, a portrait or speech that is missing, two pairs of one name.
+        UserError: no such file or another form, a portrait or speech that is missing, two pairs of
+            one name.
     """
     rows: list[Any]
     if isinstance(source, str | os.PathLike):
@@ -74,9 +91,14 @@ def read_pairs(source: str | os.PathLike[str] | Sequence[PredictPair | dict[str,
     for pair in pairs:
         for what, file in (("portrait", pair.portrait), ("speech", pair.speech)):
             if not Path(file).is_file():
-                raise UserError(f"expected the {what} {file} of the pair {pair.name}, got no such file: check the name")
+                raise UserError(
+                    f"expected the {what} {file} of the pair {pair.name}, got no such file: check "
+                    "the name"
+                )
         if pair.name in seen:
-            raise UserError(f"expected one name per pair, got {pair.name} twice: give the pairs names")
+            raise UserError(
+                f"expected one name per pair, got {pair.name} twice: give the pairs names"
+            )
         seen.add(pair.name)
     return pairs
 
@@ -84,8 +106,8 @@ def read_pairs(source: str | os.PathLike[str] | Sequence[PredictPair | dict[str,
 class SpeechStream:
     """The speech of all pairs, one after another, in blocks; every pair closes with an empty block.
 
-    It knows its length: Lightning fetches one batch ahead of a loader that does not, which would be a block of hidden
-    latency.
+    It knows its length: Lightning fetches one batch ahead of a loader that does not, which would be
+    a block of hidden latency.
 
     Args:
         pairs: what to make.
@@ -97,9 +119,13 @@ class SpeechStream:
 
     def __init__(self, pairs: Sequence[PredictPair], block_samples: int = BLOCK_SAMPLES) -> None:
         if block_samples < 1:
-            raise UserError(f"expected block_samples of at least 1, got {block_samples}: 16000 are one second")
+            raise UserError(
+                f"expected block_samples of at least 1, got {block_samples}: 16000 are one second"
+            )
         self.pairs = list(pairs)
-        self._sources = [open_speech(pair.speech, block_samples=block_samples) for pair in self.pairs]
+        self._sources = [
+            open_speech(pair.speech, block_samples=block_samples) for pair in self.pairs
+        ]
         self._length = sum(_num_blocks(source) + 1 for source in self._sources)
 
     def __len__(self) -> int:
@@ -111,12 +137,16 @@ class SpeechStream:
             for samples in source:
                 yield SpeechBlock(pair=pair, samples=samples, is_first=first, is_end=False)
                 first = False
-            yield SpeechBlock(pair=pair, samples=np.zeros(0, np.float32), is_first=first, is_end=True)
+            yield SpeechBlock(
+                pair=pair, samples=np.zeros(0, np.float32), is_first=first, is_end=True
+            )
 
 
 def _num_blocks(source: SpeechSource) -> int:
     if source.num_samples is None:
-        raise UserError(f"expected a speech file of known length, got {source.name}: use `rest talk` for pipes")
+        raise UserError(
+            f"expected a speech file of known length, got {source.name}: use `rest talk` for pipes"
+        )
     return -(-source.num_samples // source.block_samples)
 
 
@@ -124,7 +154,9 @@ def _read_rows(path: Path) -> list[Any]:
     try:
         text = path.read_text(encoding="utf-8")
         if path.suffix == ".csv":
-            return [{k: v for k, v in row.items() if v} for row in csv.DictReader(text.splitlines())]
+            return [
+                {k: v for k, v in row.items() if v} for row in csv.DictReader(text.splitlines())
+            ]
         if path.suffix == ".json":
             rows = json.loads(text)
         elif path.suffix in (".yaml", ".yml"):
@@ -132,17 +164,27 @@ def _read_rows(path: Path) -> list[Any]:
 
             rows = yaml.safe_load(text)
         else:
-            raise UserError(f"expected a list of pairs in .json, .yaml or .csv, got {path}: convert it")
+            raise UserError(
+                f"expected a list of pairs in .json, .yaml or .csv, got {path}: convert it"
+            )
     except FileNotFoundError:
-        raise UserError(f"expected a list of pairs, got no such file: {path}; check data.predict_pairs") from None
+        raise UserError(
+            f"expected a list of pairs, got no such file: {path}; check data.predict_pairs"
+        ) from None
     except UserError:
         raise
     except (OSError, ValueError, csv.Error) as error:  # JSON errors are ValueErrors
-        raise UserError(f"expected to read pairs from {path}, got {str(error).splitlines()[0]}: repair it") from None
+        raise UserError(
+            f"expected to read pairs from {path}, got {str(error).splitlines()[0]}: repair it"
+        ) from None
     except Exception as error:  # YAML's errors share no base with anything
-        raise UserError(f"expected YAML in {path}, got {' '.join(str(error).split())}: repair it") from None
+        raise UserError(
+            f"expected YAML in {path}, got {' '.join(str(error).split())}: repair it"
+        ) from None
     if not isinstance(rows, list):
-        raise UserError(f"expected a list of pairs in {path}, got {type(rows).__name__}: write [{_FORM}]")
+        raise UserError(
+            f"expected a list of pairs in {path}, got {type(rows).__name__}: write [{_FORM}]"
+        )
     return rows
 
 

@@ -1,14 +1,15 @@
-"""Guidance and step distillation, for a stage beyond REST: one branch and fewer steps imitate the guided stream.
+"""Guidance and step distillation, for a stage beyond REST: one branch and fewer steps imitate the
+guided stream.
 
-The frozen model takes several steps with guidance where the student takes one without: guidance distillation (Meng et
-al., "On Distillation of Guided Diffusion Models", arXiv 2210.03142) and progressive distillation (Salimans and Ho,
-arXiv 2202.00512) in one target. On the straight path the latter's target is an average velocity.
+The frozen model takes several steps with guidance where the student takes one without: guidance
+distillation (Meng et al., "On Distillation of Guided Diffusion Models", arXiv 2210.03142) and
+progressive distillation (Salimans and Ho, arXiv 2202.00512) in one target. On the straight path the
+latter's target is an average velocity.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from rest_lightning.diffusion.noise import drop_reference, per_frame
 from rest_lightning.diffusion.rollout import Context
-from rest_lightning.diffusion.sampling import euler_step, joint_guidance
+from rest_lightning.diffusion.sampling import integrate, joint_guidance
 
 if TYPE_CHECKING:
     from rest_lightning.models.transformer import A2VDiT
@@ -25,15 +26,20 @@ if TYPE_CHECKING:
 def sample_sigmas_of_steps(
     batch: int, num_chunks: int, chunk_length: int, table: Tensor, *, generator: torch.Generator
 ) -> Tensor:
-    """Noise levels at which a sampler's steps begin: uniform over the steps, drawn for every chunk on its own.
+    """Noise levels at which a sampler's steps begin: uniform over the steps, drawn for every chunk
+    on its own.
 
     Args:
-        table: descending levels of the sampler from 1 to 0 (num_steps + 1,); the last one begins no step.
+        table: descending levels of the sampler from 1 to 0 (num_steps + 1,); the last one begins no
+            step.
 
     Returns:
-        sigma (B, 1 + K * l) on the table's device, 0 for the reference; all frames of a chunk share one.
+        sigma (B, 1 + K * l) on the table's device, 0 for the reference; all frames of a chunk share
+        one.
     """
-    steps = torch.randint(len(table) - 1, (batch, num_chunks), generator=generator, device=generator.device)
+    steps = torch.randint(
+        len(table) - 1, (batch, num_chunks), generator=generator, device=generator.device
+    )
     sigma = table[steps.to(table.device)].repeat_interleave(chunk_length, dim=1)
     return torch.cat([sigma.new_zeros(batch, 1), sigma], dim=1)
 
@@ -44,57 +50,81 @@ def next_level(sigma: Tensor, table: Tensor) -> Tensor:
 
 
 def refine_steps(sigma: Tensor, sigma_next: Tensor, num_substeps: int, shift: float) -> Tensor:
-    """Levels of ``num_substeps`` steps from ``sigma`` to ``sigma_next`` (B, f): (num_substeps + 1, B, f), ends exact.
+    """Levels of ``num_substeps`` steps from ``sigma`` to ``sigma_next`` (B, f): (num_substeps + 1,
+    B, f), ends exact.
 
-    Equal steps of the unshifted time, so that the table of n steps becomes that of ``num_substeps * n`` steps of
-    :func:`~rest_lightning.diffusion.schedule.sigma_table` with this shift (and no terminal level).
+    Equal steps of the unshifted time, so that the table of n steps becomes that of ``num_substeps *
+    n`` steps of :func:`~rest_lightning.diffusion.schedule.sigma_table` with this shift (and no
+    terminal level).
     """
 
     def unshift(level: Tensor) -> Tensor:
         return level / (shift - (shift - 1) * level)
 
-    part = torch.linspace(0, 1, num_substeps + 1, device=sigma.device, dtype=sigma.dtype).view(-1, *[1] * sigma.ndim)
+    part = torch.linspace(0, 1, num_substeps + 1, device=sigma.device, dtype=sigma.dtype).view(
+        -1, *[1] * sigma.ndim
+    )
     time = torch.lerp(unshift(sigma), unshift(sigma_next), part)
     levels = shift * time / (1 + (shift - 1) * time)
     return torch.cat([sigma[None], levels[1:-1], sigma_next[None]])
 
 
-def average_velocity(velocity: Callable[[Tensor, Tensor], Tensor], sample: Tensor, levels: Tensor) -> Tensor:
+def average_velocity(
+    velocity: Callable[[Tensor, Tensor], Tensor], sample: Tensor, levels: Tensor
+) -> Tensor:
     """The velocity whose one Euler step ends where Euler steps over all ``levels`` end.
 
     Args:
         velocity: of a sample (B, C, f, h, w) and its levels (B, f).
         sample: at ``levels[0]``.
-        levels: (num_substeps + 1, B, f), descending; frames whose levels are all equal (the reference) get 0.
+        levels: (num_substeps + 1, B, f), descending; frames whose levels are all equal (the
+            reference) get 0.
 
     Returns:
-        ``sum_j (sigma_j - sigma_(j+1)) * v_j / (sigma_0 - sigma_m)``, shape of ``sample``: the target of Salimans and
-        Ho on the straight path, where ``x = sample - sigma * v``.
+        ``sum_j (sigma_j - sigma_(j+1)) * v_j / (sigma_0 - sigma_m)``, shape of ``sample``: the
+        target of Salimans and Ho on the straight path, where ``x = sample - sigma * v``.
     """
     length = levels[0] - levels[-1]
     average = torch.zeros_like(sample)
-    for sigma, sigma_next in pairwise(levels):
-        v = velocity(sample, sigma)
-        share = torch.where(length > 0, (sigma - sigma_next) / length, 0.0)
+
+    def weighted(sample: Tensor, step: int) -> Tensor:
+        nonlocal average
+        v = velocity(sample, levels[step])
+        share = torch.where(length > 0, (levels[step] - levels[step + 1]) / length, 0.0)
         average = average + per_frame(share, sample) * v
-        sample = euler_step(sample, v, sigma, sigma_next)
+        return v
+
+    integrate(weighted, sample, levels)
     return average
 
 
 def guided_velocity(
-    model: A2VDiT, latents: Tensor, sigma: Tensor, speech_latents: Tensor, context: Context, guidance: float
+    model: A2VDiT,
+    latents: Tensor,
+    sigma: Tensor,
+    speech_latents: Tensor,
+    context: Context,
+    guidance: float,
 ) -> Tensor:
-    """Joint guidance of a student's two branches, each with a context of its own, as in a guided stream.
+    """Joint guidance of a student's two branches, each with a context of its own, as in a guided
+    stream.
 
     Args:
         model: a student.
         latents: (B, C, f, h, w) at ``sigma`` (B, f), slot 0 the reference.
         speech_latents: (B, f, n, d_A).
-        context: what both caches are fed with; the unconditional branch reads it without reference and speech.
+        context: what both caches are fed with; the unconditional branch reads it without reference
+            and speech.
         guidance: weight a of the conditional branch; 1 runs that one alone.
     """
     if guidance == 1.0:
-        return model(latents, sigma, speech_latents, context_latents=context.latents, context_sigma=context.sigma)
+        return model(
+            latents,
+            sigma,
+            speech_latents,
+            context_latents=context.latents,
+            context_sigma=context.sigma,
+        )
     every = torch.ones(len(latents), dtype=torch.bool, device=latents.device)
     velocity = model(
         torch.cat([latents, drop_reference(latents, every)]),

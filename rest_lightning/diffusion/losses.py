@@ -1,7 +1,8 @@
-"""Training losses: flow matching, asynchronous streaming distillation (ASD), SpeechAE pre-training. Pure functions.
+"""Training losses: flow matching, asynchronous streaming distillation (ASD), SpeechAE pre-training.
+Pure functions.
 
-Velocities are (B, C, f, h, w) with the reference in slot 0; every loss leaves that slot out. Losses are computed in at
-least float32 and are 0-d.
+Velocities are (B, C, f, h, w) with the reference in slot 0; every loss leaves that slot out. Losses
+are computed in at least float32 and are 0-d.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ def _generated(velocity: Tensor) -> Tensor:
 
 
 def _frame_vectors(frames: Tensor) -> Tensor:
-    """(B, f, D) unit vectors of flattened frames (B, f, ...); eps keeps the gradient bounded at a zero start."""
+    """(B, f, D) unit vectors of flattened frames (B, f, ...); eps keeps the gradient bounded at a
+    zero start.
+    """
     return F.normalize(frames.flatten(2), dim=-1, eps=1e-3)
 
 
@@ -48,8 +51,8 @@ def flow_matching_loss(velocity: Tensor, target: Tensor, mask: Tensor | None = N
     Args:
         velocity: the network's output (B, C, f, h, w).
         target: noise - latents, same shape.
-        mask: optional weights of frames (B, f) or of places (B, 1, f, h, w) (bool or float; slot 0 is ignored): a
-            weighted mean, 0 where nothing is selected.
+        mask: optional weights of frames (B, f) or of places (B, 1, f, h, w) (bool or float; slot 0
+            is ignored): a weighted mean, 0 where nothing is selected.
     """
     error = (_generated(velocity) - _generated(target)).square()
     if mask is None:
@@ -61,22 +64,27 @@ def flow_matching_loss(velocity: Tensor, target: Tensor, mask: Tensor | None = N
 
 
 def contrastive_loss(student: Tensor, teacher: Tensor, temperature: float = 0.1) -> Tensor:
-    """ASD's L_CON (REST): InfoNCE over the generated frames of each clip, mean over frames and clips.
+    """ASD's L_CON (REST): InfoNCE over the generated frames of each clip, mean over frames and
+    clips.
 
-    For frame i: ``-log(exp(s_ii / tau) / sum_j exp(s_ij / tau))`` with s_ij the cosine similarity of the student's
-    flattened velocity of frame i and the teacher's of frame j. At least 0; log f for frames that are all alike.
+    For frame i: ``-log(exp(s_ii / tau) / sum_j exp(s_ij / tau))`` with s_ij the cosine similarity
+    of the student's flattened velocity of frame i and the teacher's of frame j. At least 0; log f
+    for frames that are all alike.
     """
-    anchors, candidates = (_frame_vectors(_generated(velocity).transpose(1, 2)) for velocity in (student, teacher))
+    anchors, candidates = (
+        _frame_vectors(_generated(velocity).transpose(1, 2)) for velocity in (student, teacher)
+    )
     logits = anchors @ candidates.transpose(1, 2) / temperature
     return -torch.log_softmax(logits, dim=-1).diagonal(dim1=1, dim2=2).mean()
 
 
 def smoothness_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """ASD's L_SMO (REST): squared difference of the second temporal differences of student and teacher.
+    """ASD's L_SMO (REST): squared difference of the second temporal differences of student and
+    teacher.
 
-    ``mean((D v_S - D v_T)^2)`` with ``D v_i = v_(i+1) - 2 v_i + v_(i-1)`` over the generated frames; the mean over
-    frames and elements is decided here. A constant or linear-in-time offset costs nothing; fewer than 3 generated
-    frames give 0.
+    ``mean((D v_S - D v_T)^2)`` with ``D v_i = v_(i+1) - 2 v_i + v_(i-1)`` over the generated
+    frames; the mean over frames and elements is decided here. A constant or linear-in-time offset
+    costs nothing; fewer than 3 generated frames give 0.
     """
     offset = _generated(student) - _generated(teacher)
     if offset.shape[2] < 3:
@@ -93,10 +101,12 @@ def asd_loss(
     temperature: float = 0.1,
     mask: Tensor | None = None,
 ) -> ASDLoss:
-    """Asynchronous streaming distillation ``L_FM + alpha * L_CON + beta * L_SMO`` (REST, alpha = beta = 0.2).
+    """Asynchronous streaming distillation ``L_FM + alpha * L_CON + beta * L_SMO`` (REST, alpha =
+    beta = 0.2).
 
-    L_FM regresses to the ground truth ``target``, as the paper's equations say (one sentence of its appendix says the
-    teacher's output). ``teacher`` comes from the same noise, sigmas and dropout masks, without gradients.
+    L_FM regresses to the ground truth ``target``, as the paper's equations say (one sentence of its
+    appendix says the teacher's output). ``teacher`` comes from the same noise, sigmas and dropout
+    masks, without gradients.
     """
     flow = flow_matching_loss(student, target, mask)
     contrastive = contrastive_loss(student, teacher, temperature)
@@ -104,11 +114,15 @@ def asd_loss(
     return ASDLoss(flow + alpha * contrastive + beta * smoothness, flow, contrastive, smoothness)
 
 
-def speech_contrastive_loss(reconstruction: Tensor, features: Tensor, temperature: float = 0.1) -> Tensor:
-    """SpeechAE's frame InfoNCE (READ): mean over i of ``-log(exp(s_ii / tau) / sum_(j != i) exp(s_ij / tau))``.
+def speech_contrastive_loss(
+    reconstruction: Tensor, features: Tensor, temperature: float = 0.1
+) -> Tensor:
+    """SpeechAE's frame InfoNCE (READ): mean over i of ``-log(exp(s_ii / tau) / sum_(j != i)
+    exp(s_ij / tau))``.
 
-    s_ij is the cosine similarity of reconstructed frame i and true frame j of the same clip, windows flattened. READ's
-    denominator leaves out j = i, so the loss can be negative; temperature 0.1 is decided here. One frame alone gives 0.
+    s_ij is the cosine similarity of reconstructed frame i and true frame j of the same clip,
+    windows flattened. READ's denominator leaves out j = i, so the loss can be negative; temperature
+    0.1 is decided here. One frame alone gives 0.
 
     Args:
         reconstruction: (B, F, ...), ``features``: same shape; F video frames.
@@ -118,7 +132,11 @@ def speech_contrastive_loss(reconstruction: Tensor, features: Tensor, temperatur
     if features.shape[1] < 2:
         return (reconstruction * 0).sum()
     dtype = torch.promote_types(features.dtype, torch.float32)
-    logits = _frame_vectors(reconstruction.to(dtype)) @ _frame_vectors(features.to(dtype)).transpose(1, 2) / temperature
+    logits = (
+        _frame_vectors(reconstruction.to(dtype))
+        @ _frame_vectors(features.to(dtype)).transpose(1, 2)
+        / temperature
+    )
     positive = logits.diagonal(dim1=1, dim2=2)
     own = torch.eye(features.shape[1], dtype=torch.bool, device=features.device)
     return (logits.masked_fill(own, -torch.inf).logsumexp(dim=-1) - positive).mean()
@@ -131,7 +149,9 @@ def speech_ae_loss(
     contrastive_weight: float = 1.0,
     temperature: float = 0.1,
 ) -> SpeechAELoss:
-    """SpeechAE pre-training: ``10 * MSE + 1 * frame InfoNCE`` (READ); shapes as in :func:`speech_contrastive_loss`."""
+    """SpeechAE pre-training: ``10 * MSE + 1 * frame InfoNCE`` (READ); shapes as in
+    :func:`speech_contrastive_loss`.
+    """
     dtype = torch.promote_types(features.dtype, torch.float32)
     mse = F.mse_loss(reconstruction.to(dtype), features.to(dtype))
     contrastive = speech_contrastive_loss(reconstruction, features, temperature)

@@ -1,7 +1,9 @@
-"""The forward process of training: which noise level each latent frame gets, what is dropped, and the noising itself.
+"""The forward process of training: which noise level each latent frame gets, what is dropped, and
+the noising itself.
 
-Every random number comes from the generator that the caller passes, on the generator's device: the same seed gives the
-same noise levels and masks to teacher and student, whatever the device of the model.
+Every random number comes from the generator that the caller passes, on the generator's device: the
+same seed gives the same noise levels and masks to teacher and student, whatever the device of the
+model.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ class Drops:
 
 @dataclass(frozen=True)
 class NoisyPath:
-    """A point on the straight path from data to noise: noisy_latents and velocity (B, C, f, h, w), sigma (B, f)."""
+    """A point on the straight path from data to noise: noisy_latents and velocity (B, C, f, h, w),
+    sigma (B, f).
+    """
 
     noisy_latents: Tensor
     velocity: Tensor
@@ -32,8 +36,12 @@ class NoisyPath:
 
 
 def _random_indices(low: Tensor, high: Tensor, generator: torch.Generator) -> Tensor:
-    """Uniform integers in [low, high), elementwise; float64 draws, so that every index is equally likely."""
-    uniform = torch.rand(low.shape, generator=generator, device=generator.device, dtype=torch.float64)
+    """Uniform integers in [low, high), elementwise; float64 draws, so that every index is equally
+    likely.
+    """
+    uniform = torch.rand(
+        low.shape, generator=generator, device=generator.device, dtype=torch.float64
+    )
     return torch.minimum(low + (uniform * (high - low)).long(), high - 1)
 
 
@@ -48,15 +56,17 @@ def sample_sigmas_cans(
 ) -> Tensor:
     """Chunk-wise asynchronous noise levels (CANS, REST; K chunks instead of 4 decided here).
 
-    The table is cut into ``num_chunks`` equal bins; chunk i draws uniformly from bin i, so earlier chunks are strictly
-    cleaner, and all frames of a chunk share the level. With probability ``motion_dropout`` all chunks of a sample share
-    one level of the whole table. Slot 0, the reference, is always clean.
+    The table is cut into ``num_chunks`` equal bins; chunk i draws uniformly from bin i, so earlier
+    chunks are strictly cleaner, and all frames of a chunk share the level. With probability
+    ``motion_dropout`` all chunks of a sample share one level of the whole table. Slot 0, the
+    reference, is always clean.
 
     Args:
         batch: B.
         num_chunks: K chunks.
         chunk_length: latent frames per chunk, l.
-        table: ascending noise levels, from :func:`~rest_lightning.diffusion.schedule.training_table`.
+        table: ascending noise levels, from
+            :func:`~rest_lightning.diffusion.schedule.training_table`.
         motion_dropout: probability in [0, 1].
         generator: source of every draw.
 
@@ -66,7 +76,8 @@ def sample_sigmas_cans(
     num_levels = len(table)
     if num_chunks < 1 or num_chunks > num_levels:
         raise UserError(
-            f"expected 1 to {num_levels} chunks (one per training noise level), got {num_chunks}: change the clip"
+            f"expected 1 to {num_levels} chunks (one per training noise level), got {num_chunks}: "
+            "change the clip"
         )
     device = generator.device
     edges = torch.arange(num_chunks + 1, device=device) * num_levels // num_chunks
@@ -87,19 +98,25 @@ def sample_sigmas_ans(
     *,
     generator: torch.Generator,
 ) -> Tensor:
-    """READ's asynchronous noise levels [0, t1, t2, ..., t2] with t1 < t2: one cleaner motion frame after the reference.
+    """READ's asynchronous noise levels [0, t1, t2, ..., t2] with t1 < t2: one cleaner motion frame
+    after the reference.
 
-    (t1, t2) are two different levels of the table, sorted (the draw is decided here). With probability
-    ``motion_dropout`` all frames share t2. Arguments: those of :func:`sample_sigmas_cans`, on purpose.
+    (t1, t2) are two different levels of the table, sorted (the draw is decided here). With
+    probability ``motion_dropout`` all frames share t2. Arguments: those of
+    :func:`sample_sigmas_cans`, on purpose.
     """
     num_levels, num_frames = len(table), num_chunks * chunk_length
     if num_levels < 2:
-        raise UserError(f"expected at least 2 training noise levels for ANS, got {num_levels}: use 1000 (REST)")
+        raise UserError(
+            f"expected at least 2 training noise levels for ANS, got {num_levels}: use 1000 (REST)"
+        )
     zeros = torch.zeros((batch, 1), dtype=torch.long, device=generator.device)
     first = _random_indices(zeros, zeros + num_levels, generator)
     second = (first + _random_indices(zeros + 1, zeros + num_levels, generator)) % num_levels
     low, high = torch.minimum(first, second), torch.maximum(first, second)
-    is_shared = torch.rand((batch, 1), generator=generator, device=generator.device) < motion_dropout
+    is_shared = (
+        torch.rand((batch, 1), generator=generator, device=generator.device) < motion_dropout
+    )
     low = torch.where(is_shared, high, low)
     indices = torch.cat([low, high.expand(-1, num_frames - 1)], dim=1)
     return _with_reference(table[indices.to(table.device)])
@@ -119,8 +136,9 @@ def sample_drops(
 ) -> Drops:
     """Condition dropout (REST: 0.1 and 0.1, independent).
 
-    ``joint`` drops both at once with this further probability: it trains the unconditional branch of joint guidance
-    directly, which independent dropout reaches in one sample of a hundred only (decided here).
+    ``joint`` drops both at once with this further probability: it trains the unconditional branch
+    of joint guidance directly, which independent dropout reaches in one sample of a hundred only
+    (decided here).
     """
     uniform = torch.rand((3, batch), generator=generator, device=generator.device)
     both = uniform[2] < joint
@@ -134,33 +152,47 @@ def drop_reference(latents: Tensor, dropped: Tensor) -> Tensor:
 
 
 def drop_speech(speech_latents: Tensor, dropped: Tensor) -> Tensor:
-    """Zero the speech condition (B, ...) of the samples where ``dropped`` (B,) is True; a new tensor."""
+    """Zero the speech condition (B, ...) of the samples where ``dropped`` (B,) is True; a new
+    tensor.
+    """
     keep = (~dropped).to(device=speech_latents.device, dtype=speech_latents.dtype)
     return speech_latents * keep.view(-1, *[1] * (speech_latents.ndim - 1))
 
 
 def per_frame(sigma: Tensor | float, like: Tensor) -> Tensor:
-    """Noise levels shaped to broadcast over ``like`` (B, C, f, h, w): a number, or one level per frame (B, f)."""
-    sigma = torch.as_tensor(sigma, device=like.device, dtype=torch.promote_types(like.dtype, torch.float32))
+    """Noise levels shaped to broadcast over ``like`` (B, C, f, h, w): a number, or one level per
+    frame (B, f).
+    """
+    sigma = torch.as_tensor(
+        sigma, device=like.device, dtype=torch.promote_types(like.dtype, torch.float32)
+    )
     if sigma.ndim == 0:
         return sigma
-    assert sigma.shape == (like.shape[0], like.shape[2]), f"sigma {tuple(sigma.shape)} for latents {tuple(like.shape)}"
+    assert sigma.shape == (like.shape[0], like.shape[2]), (
+        f"sigma {tuple(sigma.shape)} for latents {tuple(like.shape)}"
+    )
     return sigma[:, None, :, None, None]
 
 
 def add_noise(latents: Tensor, noise: Tensor, sigma: Tensor | float) -> Tensor:
-    """``(1 - sigma) * latents + sigma * noise``: latents (B, C, f, h, w), sigma (B, f) or a number; exact at 0, 1."""
+    """``(1 - sigma) * latents + sigma * noise``: latents (B, C, f, h, w), sigma (B, f) or a number;
+    exact at 0, 1.
+    """
     level = per_frame(sigma, latents)
     return ((1 - level) * latents + level * noise).to(latents.dtype)
 
 
 def velocity_target(latents: Tensor, noise: Tensor) -> Tensor:
-    """What the network regresses to: ``noise - latents``, the time derivative of the straight path."""
+    """What the network regresses to: ``noise - latents``, the time derivative of the straight
+    path.
+    """
     return noise - latents
 
 
 def denoised(noisy_latents: Tensor, velocity: Tensor, sigma: Tensor | float) -> Tensor:
-    """The clean latents that a velocity implies: ``noisy_latents - sigma * velocity``; shapes of :func:`add_noise`."""
+    """The clean latents that a velocity implies: ``noisy_latents - sigma * velocity``; shapes of
+    :func:`add_noise`.
+    """
     return (noisy_latents - per_frame(sigma, noisy_latents) * velocity).to(noisy_latents.dtype)
 
 

@@ -1,21 +1,20 @@
 """Self-rollout: contexts that the student generates itself, for a stage beyond REST.
 
-REST's distillation shows the student nothing but noised ground truth, so it never sees its own errors. Here the context
-of a chunk is the student's own previous chunk, sampled chunk by chunk through its own cache: the training of Self
-Forcing (arXiv 2506.08009) with REST's losses.
+REST's distillation shows the student nothing but noised ground truth, so it never sees its own
+errors. Here the context of a chunk is the student's own previous chunk, sampled chunk by chunk
+through its own cache: the training of Self Forcing (arXiv 2506.08009) with REST's losses.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from rest_lightning.diffusion.sampling import euler_step
+from rest_lightning.diffusion.sampling import integrate
 from rest_lightning.models.cache import IDContextCache
 
 if TYPE_CHECKING:
@@ -37,52 +36,81 @@ class Context:
 
 @torch.no_grad()
 def roll_out(
-    model: A2VDiT, reference: Tensor, noise: Tensor, speech_latents: Tensor | None, sigmas: Sequence[float]
+    model: A2VDiT,
+    reference: Tensor,
+    noise: Tensor,
+    speech_latents: Tensor | None,
+    sigmas: Sequence[float],
 ) -> Context:
-    """Sample chunk after chunk through an ID-Context Cache, without guidance, and keep what the cache was fed with.
+    """Sample chunk after chunk through an ID-Context Cache, without guidance, and keep what the
+    cache was fed with.
 
-    A forward of the model with this context reads the very keys and values that a stream leaves in its cache, but with
-    a gradient towards the weights that made them (none with ``cache_gradient: detached``). The latents themselves carry
-    no gradient.
+    A forward of the model with this context reads the very keys and values that a stream leaves in
+    its cache, but with a gradient towards the weights that made them (none with ``cache_gradient:
+    detached``). The latents themselves carry no gradient.
 
     Args:
         model: a student.
         reference: (B, C, 1, h, w), zero where it is dropped.
         noise: (B, C, K * l, h, w), unit Gaussian, where the K chunks start from.
-        speech_latents: (B, 1 + K * l, n, d_A), slot 0 of the reference (it reads zeros whatever is there).
+        speech_latents: (B, 1 + K * l, n, d_A), slot 0 of the reference (it reads zeros whatever is
+            there).
         sigmas: descending levels from 1 to 0, one more than there are steps.
 
     Returns:
-        With ``last_step`` the samples that entered the last step, at its level; with ``clean_pass`` the finished
-        samples at level 0. No chunk reads the last one: it stays noise at level 1.
+        With ``last_step`` the samples that entered the last step, at its level; with ``clean_pass``
+        the finished samples at level 0. No chunk reads the last one: it stays noise at level 1.
     """
     options = model.cache_options
-    assert options.cache_noise != "per_step", "the levels of a training chunk are not those of a sampler"
+    assert options.cache_noise != "per_step", (
+        "the levels of a training chunk are not those of a sampler"
+    )
     rows, _, num_frames, height, width = noise.shape
     latents = torch.cat([reference, noise], dim=2)
     levels = torch.ones(rows, 1 + num_frames, device=noise.device)
     levels[:, 0] = 0.0
-    cache = IDContextCache.allocate(model, rows, height, width)
+    cache = model.new_cache(rows, height, width)
     if options.reference_attends == "self":
         model.prefill(reference, cache)
     for start in range(1, 1 + num_frames - options.chunk_length, options.chunk_length):
         frames = slice(start, start + options.chunk_length)
         is_joined = cache.reference_expected
         joined = reference if is_joined else None
-        speech = None if speech_latents is None else speech_latents[:, 0 if is_joined else start : frames.stop]
-        sample = fed = latents[:, :, frames]
-        level = sigmas[0]
-        for sigma, sigma_next in pairwise(sigmas):
-            fed, level = sample, sigma
-            sample = euler_step(sample, _velocity(model, joined, sample, sigma, speech, cache), sigma, sigma_next)
+        speech = (
+            None
+            if speech_latents is None
+            else speech_latents[:, 0 if is_joined else start : frames.stop]
+        )
+        sample, fed = _generate_chunk(model, joined, latents[:, :, frames], speech, sigmas, cache)
+        level = sigmas[-2]
         if options.cache_noise == "clean_pass":
             fed, level = sample, 0.0
             _velocity(model, joined, sample, level, speech, cache)
         cache.commit()
         latents[:, :, frames], levels[:, frames] = fed, level
-    # Autocast may keep casts of the weights that it made without gradients: the training forward needs its own.
+    # Autocast may keep casts of the weights that it made without gradients: the training forward
+    # needs its own.
     torch.clear_autocast_cache()
     return Context(latents, levels)
+
+
+def _generate_chunk(
+    model: A2VDiT,
+    reference: Tensor | None,
+    noise: Tensor,
+    speech_latents: Tensor | None,
+    sigmas: Sequence[float],
+    cache: IDContextCache,
+) -> tuple[Tensor, Tensor]:
+    """Returns a finished chunk (B, C, l, h, w), and the sample that entered its last step."""
+    entered = noise
+
+    def velocity(sample: Tensor, step: int) -> Tensor:
+        nonlocal entered
+        entered = sample
+        return _velocity(model, reference, sample, sigmas[step], speech_latents, cache)
+
+    return integrate(velocity, noise, sigmas), entered
 
 
 def _velocity(
@@ -93,9 +121,13 @@ def _velocity(
     speech_latents: Tensor | None,
     cache: IDContextCache,
 ) -> Tensor:
-    """Velocity of one chunk at one level; ``reference`` comes in front where the first chunk is computed with it."""
+    """Velocity of one chunk at one level; ``reference`` comes in front where the first chunk is
+    computed with it.
+    """
     level = torch.full((sample.shape[0], sample.shape[2]), sigma, device=sample.device)
     if reference is None:
         return model(sample, level, speech_latents, cache=cache)
     level = torch.cat([torch.zeros_like(level[:, :1]), level], dim=1)
-    return model(torch.cat([reference, sample], dim=2), level, speech_latents, cache=cache)[:, :, 1:]
+    return model(torch.cat([reference, sample], dim=2), level, speech_latents, cache=cache)[
+        :, :, 1:
+    ]

@@ -1,40 +1,65 @@
-"""From noise to data: one Euler step, the plain loop over a table, and classifier-free guidance."""
+"""From noise to data: the Euler loop, classifier-free guidance, and how a model wants to be
+sampled.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from itertools import pairwise
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from rest_lightning.diffusion.noise import per_frame
+from rest_lightning.errors import UserError
+
+if TYPE_CHECKING:
+    pass
 
 
-def euler_step(sample: Tensor, velocity: Tensor, sigma: Tensor | float, sigma_next: Tensor | float) -> Tensor:
+def euler_step(
+    sample: Tensor, velocity: Tensor, sigma: Tensor | float, sigma_next: Tensor | float
+) -> Tensor:
     """``sample + (sigma_next - sigma) * velocity`` in the dtype of ``sample``.
 
     Args:
         sample: noisy latents (B, C, f, h, w) at ``sigma``.
         velocity: noise - latents, as the network gives it.
         sigma: present level, a number or (B, f).
-        sigma_next: next level, a number or (B, f). Frames with sigma_next == sigma stay as they are, exactly.
+        sigma_next: next level, a number or (B, f). Frames with sigma_next == sigma stay as they
+            are, exactly.
     """
     step = per_frame(sigma_next, sample) - per_frame(sigma, sample)
     return (sample + step * velocity).to(sample.dtype)
 
 
-def integrate(velocity: Callable[[Tensor, Tensor], Tensor], noise: Tensor, table: Tensor) -> Tensor:
-    """Walk ``table`` (num_steps + 1,) from ``noise`` down: ``velocity(sample, sigma)`` with sigma a 0-d tensor."""
+def integrate(
+    velocity: Callable[[Tensor, int], Tensor], noise: Tensor, sigmas: Sequence[float] | Tensor
+) -> Tensor:
+    """Returns data from noise: one Euler step from each level to the next (REST sec. 3.3).
+
+    The streaming engine, whole clips, self-rollout, step distillation and the benchmarks all run
+    this loop.
+
+    Args:
+        velocity: ``velocity(sample, step)`` is noise - latents of ``sample`` at ``sigmas[step]``,
+            in its shape.
+        noise: where to start, at ``sigmas[0]``: (B, C, f, h, w).
+        sigmas: descending levels, one more than there are steps: numbers, or a tensor (num_steps +
+            1, ...) whose entries are numbers or (B, f).
+    """
     sample = noise
-    for sigma, sigma_next in pairwise(table):
-        sample = euler_step(sample, velocity(sample, sigma), sigma, sigma_next)
+    for step in range(len(sigmas) - 1):
+        sample = euler_step(sample, velocity(sample, step), sigmas[step], sigmas[step + 1])
     return sample
 
 
 def joint_guidance(v_uncond: Tensor, v_cond: Tensor, a: float) -> Tensor:
-    """``(1 - a) * v(no speech, no reference) + a * v(speech, reference)`` (REST, a = 6; a = 1: no guidance)."""
+    """``(1 - a) * v(no speech, no reference) + a * v(speech, reference)`` (REST, a = 6; a = 1: no
+    guidance).
+    """
     return torch.lerp(v_uncond, v_cond, a)
 
 
@@ -50,11 +75,14 @@ def split_guidance(v_none: Tensor, v_ref: Tensor, v_full: Tensor, a: float, b: f
 class Guidance:
     """The branches of a guided velocity, run as one batch: (reference, speech) first, (none) last.
 
-    READ's third branch, (reference), stands between them and runs only where it has a weight of its own.
+    READ's third branch, (reference), stands between them and runs only where it has a weight of its
+    own.
 
     Args:
-        weight: of (reference, speech): ``a`` of joint, ``b`` of split guidance. 1 alone is no guidance, one branch.
-        reference_weight: of (reference), ``a`` of split guidance; at 0 that formula is joint guidance, two branches.
+        weight: of (reference, speech): ``a`` of joint, ``b`` of split guidance. 1 alone is no
+            guidance, one branch.
+        reference_weight: of (reference), ``a`` of split guidance; at 0 that formula is joint
+            guidance, two branches.
     """
 
     weight: float = 1.0
@@ -75,13 +103,17 @@ class Guidance:
         """(B, ...) -> (num_branches * B, ...): zeroed in the last branch."""
         if self.num_branches == 1:
             return reference_latent
-        return torch.cat([reference_latent] * (self.num_branches - 1) + [torch.zeros_like(reference_latent)])
+        return torch.cat(
+            [reference_latent] * (self.num_branches - 1) + [torch.zeros_like(reference_latent)]
+        )
 
     def speech(self, speech_latents: Tensor) -> Tensor:
         """(B, ...) -> (num_branches * B, ...): zeroed in all branches but the first."""
         if self.num_branches == 1:
             return speech_latents
-        return torch.cat([speech_latents] + [torch.zeros_like(speech_latents)] * (self.num_branches - 1))
+        return torch.cat(
+            [speech_latents] + [torch.zeros_like(speech_latents)] * (self.num_branches - 1)
+        )
 
     def combine(self, velocity: Tensor) -> Tensor:
         """Velocities of all branches (num_branches * B, ...) to the guided velocity (B, ...)."""
@@ -91,3 +123,63 @@ class Guidance:
         if not v_ref:
             return joint_guidance(v_none, v_full, self.weight)
         return split_guidance(v_none, v_ref[0], v_full, self.reference_weight, self.weight)
+
+
+@dataclass
+class Sampling:
+    """How a model wants to be sampled; the defaults of ``open``.
+
+    Attributes:
+        num_steps: Euler steps per chunk (REST: 8).
+        guidance: weight of the branch with reference and speech: ``a`` of joint guidance (REST: 6),
+            ``b`` of split guidance (READ: 6); 1 without reference_guidance runs that branch alone.
+        shift: shift of the sigma table (SD3's form); None takes LTX's, which follows the number of
+            tokens.
+        reference_guidance: weight ``a`` of the branch with the reference alone in split guidance
+            (READ: 2); at 0 split guidance is joint guidance, and that branch does not run.
+
+    Raises:
+        UserError: no step, a weight that is not finite, or a shift that is not positive.
+    """
+
+    num_steps: int = 8
+    guidance: float = 6.0
+    shift: float | None = None
+    reference_guidance: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.num_steps < 1:
+            raise UserError(
+                f"expected at least 1 denoising step, got {self.num_steps}: 8 is the paper's choice"
+            )
+        for name in ("guidance", "reference_guidance"):
+            if not math.isfinite(getattr(self, name)):
+                raise UserError(
+                    f"expected a finite {name}, got {getattr(self, name)}: READ's are 6 and 2"
+                )
+        if self.shift is not None and not 0.0 < self.shift < math.inf:
+            raise UserError(
+                f"expected a positive shift of the sigma table, got {self.shift}: 1 "
+                "leaves it straight"
+            )
+
+    @property
+    def branches(self) -> Guidance:
+        """The weights of guidance, with what is done with them."""
+        return Guidance(self.guidance, self.reference_guidance)
+
+
+@dataclass
+class SamplingChanges:
+    """What is to differ from a model's own :class:`Sampling`; None keeps a value as it is."""
+
+    num_steps: int | None = None
+    guidance: float | None = None
+    shift: float | None = None
+    reference_guidance: float | None = None
+
+    def of(self, settings: Sampling) -> Sampling:
+        """``settings`` with the changes."""
+        return replace(
+            settings, **{name: value for name, value in asdict(self).items() if value is not None}
+        )

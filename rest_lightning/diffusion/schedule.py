@@ -1,4 +1,5 @@
-"""Noise levels: the descending tables that sampling walks and the ascending table that training draws from.
+"""Noise levels: the descending tables that sampling walks and the ascending table that training
+draws from.
 
 sigma = 1 is pure noise, sigma = 0 is clean data (the convention of LTX and diffusers, and the
 only one in this package).
@@ -25,39 +26,51 @@ def ltx_shift(
     base_tokens: int = LTX_BASE_TOKENS,
     max_tokens: int = LTX_MAX_TOKENS,
 ) -> float:
-    """LTX's shift factor for a sequence of ``num_tokens`` latent tokens: longer ones spend more steps in the noise.
+    """LTX's shift factor for a sequence of ``num_tokens`` latent tokens: longer ones spend more
+    steps in the noise.
 
-    ``exp(mu)`` with ``mu`` on the line through (base_tokens, base_shift) and (max_tokens, max_shift), not clamped
-    (diffusers ``calculate_shift``). The defaults are the scheduler configuration published with LTX-Video 0.9.
+    ``exp(mu)`` with ``mu`` on the line through (base_tokens, base_shift) and (max_tokens,
+    max_shift), not clamped (diffusers ``calculate_shift``). The defaults are the scheduler
+    configuration published with LTX-Video 0.9.
     """
     slope = (max_shift - base_shift) / (max_tokens - base_tokens)
     return math.exp(base_shift + slope * (num_tokens - base_tokens))
 
 
 def sigma_table(
-    num_steps: int, shift: float = 1.0, terminal: float | None = None, device: torch.device | str | None = None
+    num_steps: int,
+    shift: float = 1.0,
+    terminal: float | None = None,
+    device: torch.device | str | None = None,
 ) -> Tensor:
-    """Noise levels that ``num_steps`` Euler steps visit: float32 (num_steps + 1,), strictly descending from 1 to 0.
+    """Noise levels that ``num_steps`` Euler steps visit: float32 (num_steps + 1,), strictly
+    descending from 1 to 0.
 
-    Uniform times ``t`` moved by ``shift * t / (1 + (shift - 1) * t)`` (SD3's shift; with ``shift = exp(mu)`` this is
-    diffusers' "exponential" dynamic shift, ``sigmoid(mu + logit(t))``).
+    Uniform times ``t`` moved by ``shift * t / (1 + (shift - 1) * t)`` (SD3's shift; with ``shift =
+    exp(mu)`` this is diffusers' "exponential" dynamic shift, ``sigmoid(mu + logit(t))``).
 
     Args:
         num_steps: Euler steps, at least 1.
         shift: 1 = uniform; above 1 more steps near the noise.
-        terminal: if given, the levels are stretched so that the last one before 0 equals it (LTX: 0.1; no effect
-            on a single step).
+        terminal: if given, the levels are stretched so that the last one before 0 equals it (LTX:
+            0.1; no effect on a single step).
         device: where the table is made.
 
     Raises:
         UserError: for no steps, a shift that is not positive, a terminal outside (0, 1).
     """
     if num_steps < 1:
-        raise UserError(f"expected at least 1 denoising step, got {num_steps}: use 8 (REST) or 2 to 8")
+        raise UserError(
+            f"expected at least 1 denoising step, got {num_steps}: use 8 (REST) or 2 to 8"
+        )
     if not shift > 0:
-        raise UserError(f"expected a sigma shift above 0, got {shift}: 1 is uniform, 2 to 8 are usual")
+        raise UserError(
+            f"expected a sigma shift above 0, got {shift}: 1 is uniform, 2 to 8 are usual"
+        )
     if terminal is not None and not 0 < terminal < 1:
-        raise UserError(f"expected a terminal sigma between 0 and 1, got {terminal}: use 0.1 (LTX) or none")
+        raise UserError(
+            f"expected a terminal sigma between 0 and 1, got {terminal}: use 0.1 (LTX) or none"
+        )
     times = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
     sigmas = shift * times / (1 + (shift - 1) * times)
     if terminal is not None and num_steps > 1:
@@ -67,16 +80,22 @@ def sigma_table(
 
 
 def ltx_sigma_table(
-    num_steps: int, num_tokens: int, terminal: float | None = LTX_TERMINAL, device: torch.device | str | None = None
+    num_steps: int,
+    num_tokens: int,
+    terminal: float | None = LTX_TERMINAL,
+    device: torch.device | str | None = None,
 ) -> Tensor:
-    """LTX's shifted schedule (REST: "the schedule of LTX-Video"): :func:`sigma_table` with :func:`ltx_shift`.
+    """LTX's shifted schedule (REST: "the schedule of LTX-Video"): :func:`sigma_table` with
+    :func:`ltx_shift`.
 
-    Equals the sigmas of diffusers' ``FlowMatchEulerDiscreteScheduler`` with LTX-Video's published configuration.
+    Equals the sigmas of diffusers' ``FlowMatchEulerDiscreteScheduler`` with LTX-Video's published
+    configuration.
 
     Args:
         num_steps: Euler steps.
-        num_tokens: f * h * w latent tokens. LTX counts the whole sequence; for a stream the context window
-            (reference, previous and current chunk: 7 * h * w) is the sequence (decided here).
+        num_tokens: f * h * w latent tokens. LTX counts the whole sequence; for a stream the context
+            window (reference, previous and current chunk: 7 * h * w) is the sequence (decided
+            here).
         terminal: the last level before 0.
         device: where the table is made.
     """
@@ -84,25 +103,40 @@ def ltx_sigma_table(
 
 
 def sampling_sigmas(num_steps: int, shift: float | None, num_tokens: int) -> list[float]:
-    """The levels of a sampler as plain numbers: nothing in its loop waits for a device to tell a noise level.
+    """The levels of a sampler as plain numbers: nothing in its loop waits for a device to tell a
+    noise level.
 
-    ``shift`` None takes LTX's schedule for ``num_tokens`` latent tokens, a number :func:`sigma_table`'s.
+    ``shift`` None takes LTX's schedule for ``num_tokens`` latent tokens, a number
+    :func:`sigma_table`'s.
     """
-    table = ltx_sigma_table(num_steps, num_tokens) if shift is None else sigma_table(num_steps, shift)
+    table = (
+        ltx_sigma_table(num_steps, num_tokens) if shift is None else sigma_table(num_steps, shift)
+    )
     return [float(sigma) for sigma in table]
 
 
 def training_table(
-    num_levels: int = 1000, mean: float = 2.05, std: float = 1.0, device: torch.device | str | None = None
+    num_levels: int = 1000,
+    mean: float = 2.05,
+    std: float = 1.0,
+    device: torch.device | str | None = None,
 ) -> Tensor:
     """Noise levels of training: float32 (num_levels,), strictly ascending, in (0, 1).
 
-    The quantiles at (i + 0.5) / num_levels of ``sigmoid(Normal(mean, std))``, the shifted logit-normal of READ (mean
-    2.05, std 1): a uniform index draws from that distribution.
+    The quantiles at (i + 0.5) / num_levels of ``sigmoid(Normal(mean, std))``, the shifted
+    logit-normal of READ (mean 2.05, std 1): a uniform index draws from that distribution.
     """
     if num_levels < 1:
-        raise UserError(f"expected at least 1 training noise level, got {num_levels}: use 1000 (REST)")
+        raise UserError(
+            f"expected at least 1 training noise level, got {num_levels}: use 1000 (REST)"
+        )
     if not std > 0:
-        raise UserError(f"expected a standard deviation above 0 for the training noise, got {std}: use 1.0 (READ)")
+        raise UserError(
+            "expected a standard deviation above 0 for the training noise, got "
+            f"{std}: "
+            "use 1.0 (READ)"
+        )
     quantiles = (torch.arange(num_levels, dtype=torch.float64) + 0.5) / num_levels
-    return torch.sigmoid(mean + std * torch.special.ndtri(quantiles)).to(dtype=torch.float32, device=device)
+    return torch.sigmoid(mean + std * torch.special.ndtri(quantiles)).to(
+        dtype=torch.float32, device=device
+    )

@@ -19,7 +19,9 @@ GROUND_TRUTH_TOLERANCE = 0.01  # relative; beyond it two rows did not score the 
 
 @dataclass(frozen=True)
 class Metric:
-    """How a number is shown. ``goal``: ``low``, ``high``, or the value that is perfect; None has no better side."""
+    """How a number is shown. ``goal``: ``low``, ``high``, or the value that is perfect; None has no
+    better side.
+    """
 
     label: str
     goal: str | float | None
@@ -36,10 +38,13 @@ class Metric:
         """The better side, for a heading."""
         if self.goal is None:
             return ""
-        return {"low": "↓", "high": "↑"}.get(str(self.goal), f"→{self.goal:g}" if isinstance(self.goal, float) else "")
+        return {"low": "↓", "high": "↑"}.get(
+            str(self.goal), f"→{self.goal:g}" if isinstance(self.goal, float) else ""
+        )
 
 
-# In the order of the columns. A key that is not here is shown under its own name, without a better side.
+# In the order of the columns. A key that is not here is shown under its own name, without a better
+# side.
 METRICS = {
     "fvd": Metric("FVD", "low", 1),
     "fvd_videomae": Metric("FVD VideoMAE", "low", 1),
@@ -80,7 +85,9 @@ class Cell:
     @classmethod
     def of(cls, values: Sequence[Any]) -> Cell | None:
         """None where no value is a number."""
-        numbers = [float(v) for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
+        numbers = [
+            float(v) for v in values if isinstance(v, int | float) and not isinstance(v, bool)
+        ]
         if not numbers:
             return None
         return cls(fmean(numbers), stdev(numbers) if len(numbers) > 1 else None)
@@ -101,7 +108,9 @@ class Entry:
 
     def cell(self, key: str) -> Cell | None:
         """A metric, or ``frames_per_second``."""
-        return Cell.of([row.speed.get(key) if key == SPEED else row.metrics.get(key) for row in self.rows])
+        return Cell.of(
+            [row.speed.get(key) if key == SPEED else row.metrics.get(key) for row in self.rows]
+        )
 
     def curve(self, key: str) -> list[float]:
         """A curve, averaged over runs; cut to the shortest."""
@@ -121,7 +130,9 @@ class Entry:
 
 @dataclass
 class Group:
-    """Rows that may be compared: one protocol, version, setting; the same extractors, numbers of clips and frames."""
+    """Rows that may be compared: one protocol, version, setting; the same extractors, numbers of
+    clips and frames.
+    """
 
     protocol: str
     version: int
@@ -151,7 +162,9 @@ class Group:
     @property
     def ground_truth(self) -> dict[str, Cell]:
         """The true clips through the same code, averaged over rows (equal but for rounding)."""
-        cells = {key: Cell.of([row.ground_truth.get(key) for row in self.rows]) for key in self.columns}
+        cells = {
+            key: Cell.of([row.ground_truth.get(key) for row in self.rows]) for key in self.columns
+        }
         return {key: Cell(cell.mean) for key, cell in cells.items() if cell is not None}
 
     @property
@@ -167,35 +180,49 @@ class Group:
     @property
     def curves(self) -> list[str]:
         """Keys of curves."""
-        return sorted({key for row in self.rows for key, value in row.metrics.items() if _is_curve(value)})
+        return sorted(
+            {key for row in self.rows for key, value in row.metrics.items() if _is_curve(value)}
+        )
 
     def ground_truth_curve(self, key: str) -> list[float]:
         """A curve of the true clips."""
         return mean_curve([row.ground_truth.get(key) for row in self.rows])
 
     def decimals(self, key: str) -> int:
-        """Decimals of a column: a metric's usual ones, or three significant digits of the column's largest value.
+        """Decimals of a column: a metric's usual ones, or three significant digits of the column's
+        largest value.
 
-        Distances in small feature spaces are a thousand times smaller than those that the usual ones are made for.
+        Distances in small feature spaces are a thousand times smaller than those that the usual
+        ones are made for.
         """
         cells = (entry.cell(key) for entry in self.entries)
         largest = max((abs(cell.mean) for cell in cells if cell is not None), default=0.0)
         usual = metric_of(key).decimals
-        return usual if largest == 0 else max(usual, min(2 - math.floor(math.log10(largest)), MAX_DECIMALS))
+        return (
+            usual
+            if largest == 0
+            else max(usual, min(2 - math.floor(math.log10(largest)), MAX_DECIMALS))
+        )
 
     def best(self, key: str) -> Entry | None:
         """The entry with the best value of a metric; None where none is better."""
         metric = metric_of(key)
         if metric.goal is None:
             return None
-        having = [(metric.badness(cell.mean), entry) for entry in self.entries if (cell := entry.cell(key)) is not None]
+        having = [
+            (metric.badness(cell.mean), entry)
+            for entry in self.entries
+            if (cell := entry.cell(key)) is not None
+        ]
         levels = {badness for badness, _ in having}
         return min(having, key=lambda pair: pair[0])[1] if len(levels) > 1 else None
 
 
 def metric_of(key: str) -> Metric:
     """How a key is shown."""
-    return _SPEED_METRIC if key == SPEED else METRICS.get(key, Metric(key.replace("_", " "), None, 3))
+    return (
+        _SPEED_METRIC if key == SPEED else METRICS.get(key, Metric(key.replace("_", " "), None, 3))
+    )
 
 
 def fingerprint(extractors: Mapping[str, Mapping[str, Any]]) -> str:
@@ -205,22 +232,27 @@ def fingerprint(extractors: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def make_board(rows: Sequence[ResultRow], sort_by: str | None = None) -> list[Group]:
-    """Groups of comparable rows, each sorted; published figures stand beside every group of their protocol.
+    """Groups of comparable rows, each sorted; published figures stand beside every group of their
+    protocol.
 
     Args:
         rows: measured and published ones.
-        sort_by: metric to sort by; None takes the first of FVD, FID, Sync-C and lip correlation that a group has.
+        sort_by: metric to sort by; None takes the first of FVD, FID, Sync-C and lip correlation
+            that a group has.
 
     Raises:
         UserError: no row, or a ``sort_by`` that no row has.
     """
     rows = _without_repeats(rows)
     if not rows:
-        raise UserError("expected at least one result row, got none: make one with `rest score` or `rest test`")
+        raise UserError(
+            "expected at least one result row, got none: make one with `rest score` or `rest test`"
+        )
     groups: dict[tuple[Any, ...], Group] = {}
     by_group: dict[tuple[Any, ...], list[ResultRow]] = {}
     for row in (row for row in rows if row.measured):
-        # What is left of two tables once their biases are taken off is not known (FID falls with the number of clips).
+        # What is left of two tables once their biases are taken off is not known (FID falls with
+        # the number of clips).
         key = (
             *_protocol(row),
             fingerprint(row.extractors),
@@ -229,11 +261,20 @@ def make_board(rows: Sequence[ResultRow], sort_by: str | None = None) -> list[Gr
             *_setting(row),
         )
         groups.setdefault(
-            key, Group(row.protocol, row.protocol_version, row.extractors, row.num_attempted, row.num_frames)
+            key,
+            Group(
+                row.protocol,
+                row.protocol_version,
+                row.extractors,
+                row.num_attempted,
+                row.num_frames,
+            ),
         )
         by_group.setdefault(key, []).append(row)
     for row in (row for row in rows if not row.measured):
-        beside = [group for group in groups.values() if (group.protocol, group.version) == _protocol(row)]
+        beside = [
+            group for group in groups.values() if (group.protocol, group.version) == _protocol(row)
+        ]
         if not beside:
             key = (*_protocol(row), "", 0, 0)
             beside = [groups.setdefault(key, Group(*_protocol(row), {}, 0, 0))]
@@ -243,25 +284,39 @@ def make_board(rows: Sequence[ResultRow], sort_by: str | None = None) -> list[Gr
         group.entries = _entries(by_group.get(key, []))
         group.warnings = _warnings(group)
         _sort(group, sort_by)
-    known_keys = list(dict.fromkeys(key for group in groups.values() for key in (*group.columns, SPEED)))
+    known_keys = list(
+        dict.fromkeys(key for group in groups.values() for key in (*group.columns, SPEED))
+    )
     if sort_by is not None and sort_by not in known_keys:
         known = ", ".join(known_keys)
-        raise UserError(f"expected a metric to sort by ({known}), got {sort_by!r}: choose one of them")
+        raise UserError(
+            f"expected a metric to sort by ({known}), got {sort_by!r}: choose one of them"
+        )
     return sorted(
-        groups.values(), key=lambda group: (not group.entries, group.protocol, group.version, -len(group.rows))
+        groups.values(),
+        key=lambda group: (not group.entries, group.protocol, group.version, -len(group.rows)),
     )
 
 
 def mean_curve(curves: Sequence[Value | None]) -> list[float]:
     """Mean of curves, cut to the shortest and to the first value that is not defined."""
-    lists = [[math.nan if v is None else v for v in curve] for curve in curves if isinstance(curve, list) and curve]
+    lists = [
+        [math.nan if v is None else v for v in curve]
+        for curve in curves
+        if isinstance(curve, list) and curve
+    ]
     mean = [fmean(values) for values in zip(*lists, strict=False)]
     end = next((i for i, value in enumerate(mean) if math.isnan(value)), len(mean))
     return mean[:end]
 
 
 def _columns(rows: Sequence[ResultRow]) -> list[str]:
-    found = {key for row in rows for key, value in row.metrics.items() if value is not None and not _is_curve(value)}
+    found = {
+        key
+        for row in rows
+        for key, value in row.metrics.items()
+        if value is not None and not _is_curve(value)
+    }
     return [key for key in METRICS if key in found] + sorted(found - set(METRICS))
 
 
@@ -290,7 +345,9 @@ def _sampler(row: ResultRow) -> dict[str, Any]:
 
 
 def _entries(rows: list[ResultRow]) -> list[Entry]:
-    """One entry per method; a method that was sampled in several ways is told apart by what differs."""
+    """One entry per method; a method that was sampled in several ways is told apart by what
+    differs.
+    """
     entries: dict[str, list[ResultRow]] = {}
     for row in rows:
         samplers = [_sampler(other) for other in rows if other.method == row.method]
@@ -303,20 +360,37 @@ def _entries(rows: list[ResultRow]) -> list[Entry]:
 
 def _warnings(group: Group) -> list[str]:
     warnings = []
-    sources = {json.dumps(source, sort_keys=True): source for row in group.rows if (source := _frame_source(row))}
+    sources = {
+        json.dumps(source, sort_keys=True): source
+        for row in group.rows
+        if (source := _frame_source(row))
+    }
     if len(sources) > 1:
         warnings.append(
-            f"Frames come from {' and '.join(' / '.join(source.values()) for source in sources.values())} (generated / "
-            "true): compression alone moves FID, FVD and sharpness; score all of them from files of one kind"
+            "Frames come from "
+            f"{' and '.join(' / '.join(source.values()) for source in sources.values())} "
+            "(generated / "
+            "true): compression alone moves FID, FVD and sharpness; score all of them from files "
+            "of one kind"
         )
     for key, cell in group.ground_truth.items():
-        # Frechet distances of the truth to itself are zero up to rounding: relative to what they measure.
-        scale = max(abs(cell.mean), *(abs(c.mean) for e in group.entries if (c := e.cell(key)) is not None), 1e-9)
-        values = [value for row in group.rows if isinstance(value := row.ground_truth.get(key), int | float)]
+        # Frechet distances of the truth to itself are zero up to rounding: relative to what they
+        # measure.
+        scale = max(
+            abs(cell.mean),
+            *(abs(c.mean) for e in group.entries if (c := e.cell(key)) is not None),
+            1e-9,
+        )
+        values = [
+            value
+            for row in group.rows
+            if isinstance(value := row.ground_truth.get(key), int | float)
+        ]
         if len(values) > 1 and max(values) - min(values) > GROUND_TRUTH_TOLERANCE * scale:
             label = metric_of(key).label
             warnings.append(
-                f"{label} of the ground truth lies between {min(values):.4g} and {max(values):.4g}: "
+                f"{label} of the ground truth lies between {min(values):.4g} and "
+                f"{max(values):.4g}: "
                 "these rows did not score the same true clips, do not compare them"
             )
     return warnings
@@ -324,12 +398,20 @@ def _warnings(group: Group) -> list[str]:
 
 def _frame_source(row: ResultRow) -> dict[str, str] | None:
     source = row.config.get("frame_source")
-    return {key: str(value) for key, value in sorted(source.items())} if isinstance(source, Mapping) else None
+    return (
+        {key: str(value) for key, value in sorted(source.items())}
+        if isinstance(source, Mapping)
+        else None
+    )
 
 
 def _sort(group: Group, sort_by: str | None) -> None:
     order = (sort_by,) if sort_by is not None else SORT_ORDER
-    keys = [key for key in order if key is not None and any(entry.cell(key) is not None for entry in group.entries)]
+    keys = [
+        key
+        for key in order
+        if key is not None and any(entry.cell(key) is not None for entry in group.entries)
+    ]
     group.entries.sort(key=lambda entry: entry.name)
     if not keys:
         return
@@ -343,3 +425,148 @@ def _sort(group: Group, sort_by: str | None) -> None:
     group.entries.sort(key=place)
     for rank, entry in enumerate(group.entries, 1):
         entry.rank = None if entry.cell(key) is None else rank
+
+
+# -- as text ---------------------------------------------------------------------------------------
+# The leaderboard as Markdown and as JSON. Needs no torch.
+
+CLAIMED = "claimed, not measured"
+APART = (
+    "Tables are never to be compared with one another: protocol, extractors, clips asked for and "
+    "frames per clip "
+    "each move every number."
+)
+
+
+def to_markdown(groups: Sequence[Group], heading: str = "Leaderboard") -> str:
+    """Tables of all groups, with the ground truth first, the failures, and the published figures
+    apart.
+    """
+    parts = [f"# {heading}", "", APART]
+    for group in groups:
+        parts += ["", f"## {group.title}", "", *_group(group)]
+    return "\n".join(parts) + "\n"
+
+
+def to_json(groups: Sequence[Group]) -> dict[str, Any]:
+    """Everything as plain values: groups, their entries in order with mean and spread, all rows."""
+    return {
+        "groups": [
+            {
+                "protocol": group.protocol,
+                "protocol_version": group.version,
+                "extractors": dict(group.extractors),
+                "extractors_fingerprint": group.fingerprint,
+                "num_clips_asked_for": group.num_attempted,
+                "num_frames": group.num_frames,
+                "sorted_by": group.sort_by,
+                "ground_truth": {key: cell.mean for key, cell in group.ground_truth.items()},
+                "entries": [
+                    {
+                        "rank": entry.rank,
+                        "method": entry.name,
+                        "num_runs": len(entry.rows),
+                        "num_failures": entry.num_failures,
+                        "metrics": {
+                            key: {"mean": cell.mean, "spread": cell.spread}
+                            for key in (*group.columns, SPEED)
+                            if (cell := entry.cell(key)) is not None
+                        },
+                        "rows": [row.to_dict() for row in entry.rows],
+                    }
+                    for entry in group.entries
+                ],
+                "claimed": [row.to_dict() for row in group.claimed],
+                "warnings": group.warnings,
+            }
+            for group in groups
+        ]
+    }
+
+
+def about(group: Group) -> str:
+    """One line on what all rows of a group share."""
+    if not group.entries:
+        return "Published figures alone: nothing was measured under this protocol."
+    sizes = sorted({f"{row.config['size_px']} px, {row.config['fps']} fps" for row in group.rows})
+    return (
+        f"{group.num_attempted} clips asked for, {group.num_frames} frames each, "
+        f"{' / '.join(sizes)}; "
+        f"extractors {group.fingerprint}: {extractor_names(group)}."
+    )
+
+
+def extractor_names(group: Group) -> str:
+    """``fid embedded-image 1a2b3c4d, ...``."""
+    names = (
+        (f"{metric} {entry['name']} {entry['sha256'][:8]}")
+        for metric, entry in group.extractors.items()
+    )
+    return ", ".join(names) or "none"
+
+
+def notes(group: Group) -> list[str]:
+    """What the rows say that a reader must know, each once."""
+    found = [str(note) for row in group.rows for note in row.config.get("notes", ())]
+    return [*group.warnings, *dict.fromkeys(found)]
+
+
+def claimed_text(row: ResultRow, key: str) -> str:
+    """A published figure, or a dash."""
+    value = row.speed.get(key) if key == SPEED else row.metrics.get(key)
+    return f"{value:g}" if isinstance(value, int | float) else "–"
+
+
+def _group(group: Group) -> list[str]:
+    columns = group.columns
+    lines = [about(group), ""]
+    lines += [f"> **Note:** {note}" for note in notes(group)]
+    if notes(group):
+        lines.append("")
+    keys = [SPEED, *columns]
+    headings = ["#", "method", "runs", "clips", "failed"]
+    headings += [f"{metric_of(key).label} {metric_of(key).arrow}".strip() for key in keys]
+    if group.entries:
+        truth = group.ground_truth
+        lines += [_row(headings), _row(["--:", "---", *["--:"] * (len(headings) - 2)])]
+        cells = [truth[key].text(group.decimals(key)) if key in truth else "–" for key in columns]
+        lines.append(_row(["", "*ground truth*", *[""] * 4, *(f"*{cell}*" for cell in cells)]))
+    for entry in group.entries:
+        shown = []
+        for key in keys:
+            cell = entry.cell(key)
+            text = "–" if cell is None else cell.text(group.decimals(key))
+            shown.append(f"**{text}**" if group.best(key) is entry else text)
+        counts = [str(len(entry.rows)), entry.num_clips, str(entry.num_failures)]
+        lines.append(_row([str(entry.rank or "–"), _escape(entry.name), *counts, *shown]))
+    reasons = _failures(group)
+    if reasons:
+        lines += ["", *reasons]
+    if group.claimed:
+        claimed = group.claimed_columns
+        names = [metric_of(key).label for key in claimed]
+        lines += ["", f"Published figures ({CLAIMED}; other extractors, clips and code):", ""]
+        lines += [_row(["method", *names, "source"]), _row(["---", *["--:"] * len(claimed), "---"])]
+        for row in group.claimed:
+            values = [claimed_text(row, key) for key in claimed]
+            lines.append(
+                _row([(f"{_escape(row.method)} ({CLAIMED})"), *values, _escape(str(row.source))])
+            )
+    return lines
+
+
+def _failures(group: Group) -> list[str]:
+    return [
+        f"- failed: {_escape(entry.name)}, {_escape(failure['clip'])}: {_escape(failure['reason'])}"
+        for entry in group.entries
+        for row in entry.rows
+        for failure in row.failures
+    ]
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _escape(text: str) -> str:
+    return " ".join(text.replace("|", "\\|").replace("<", "&lt;").split())

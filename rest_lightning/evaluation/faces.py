@@ -8,11 +8,12 @@ from typing import Protocol as Interface
 import numpy as np
 from numpy.typing import NDArray
 
-from rest_lightning.data.preparation.faces import FaceBoxes
 from rest_lightning.errors import UserError
+from rest_lightning.media.faces import FaceBoxes
 
 MAX_GAP_FRAMES = 25  # a face that is lost for longer ends a track there
-MIN_OVERLAP = 0.5  # intersection over union with the last box: less is another face, as in SyncNet's pipeline
+# intersection over union with the last box: less is another face, as in SyncNet's pipeline
+MIN_OVERLAP = 0.5
 EYES_TO_MOUTH_PER_SIDE = 0.36  # of a detector's box on an upright face (decided here)
 
 Frames = NDArray[np.uint8]
@@ -35,21 +36,29 @@ class SidecarFaces:
     """Boxes from a true clip's landmarks, which the renderer knows.
 
     Args:
-        landmarks: ``mouth``, ``left_eye`` and ``right_eye``, each F x [x, y] in fractions of the side.
+        landmarks: ``mouth``, ``left_eye`` and ``right_eye``, each F x [x, y] in fractions of the
+            side.
     """
 
     def __init__(self, landmarks: Mapping[str, Sequence[Sequence[float]]] | None) -> None:
         if landmarks is None:
             raise UserError(
-                "expected landmarks in the true clip's sidecar, got none: use a protocol with faces: mediapipe"
+                "expected landmarks in the true clip's sidecar, got none: use a protocol with "
+                "faces: mediapipe"
             )
-        self.points = {name: np.asarray(points, dtype=np.float64) for name, points in landmarks.items()}
+        self.points = {
+            name: np.asarray(points, dtype=np.float64) for name, points in landmarks.items()
+        }
 
     def boxes(self, frames: Frames) -> Boxes:
         """See :class:`FaceFinder`; the first landmarks belong to the first frame."""
         mouth, eyes = self.points["mouth"], (self.points["left_eye"] + self.points["right_eye"]) / 2
         if len(mouth) < len(frames):
-            raise UserError(f"expected landmarks of {len(frames)} frames, got {len(mouth)}: give a shorter video")
+            raise UserError(
+                f"expected landmarks of {len(frames)} frames, got {len(mouth)}: give "
+                "a "
+                "shorter video"
+            )
         mouth, eyes = mouth[: len(frames)], eyes[: len(frames)]
         height, width = frames.shape[1:3]
         half = np.linalg.norm(mouth - eyes, axis=1, keepdims=True) / EYES_TO_MOUTH_PER_SIDE / 2
@@ -58,7 +67,8 @@ class SidecarFaces:
 
 
 class MediapipeFaces:
-    """Boxes from mediapipe's detector (the ``prepare`` extra), see :func:`follow`; gaps are bridged.
+    """Boxes from mediapipe's detector (the ``prepare`` extra), see :func:`follow`; gaps are
+    bridged.
 
     Args:
         min_confidence: of a detection.
@@ -80,14 +90,16 @@ class MediapipeFaces:
 
 
 def follow(boxes: Sequence[Boxes], last: Boxes | None) -> Boxes | None:
-    """The box, of those found in a frame, that goes on with a track: the largest first, then the one that moved least.
+    """The box, of those found in a frame, that goes on with a track: the largest first, then the
+    one that moved least.
 
     Args:
         boxes: left, top, right and bottom, each (4,).
         last: the track's last box, None where it begins.
 
     Returns:
-        None when there is none, or none that overlaps the last one enough: other people are left alone.
+        None when there is none, or none that overlaps the last one enough: other people are left
+        alone.
     """
     if last is None:
         return max(boxes, key=lambda box: box[2] - box[0], default=None)
@@ -96,19 +108,25 @@ def follow(boxes: Sequence[Boxes], last: Boxes | None) -> Boxes | None:
 
 
 def bridge(boxes: Boxes) -> Boxes:
-    """Boxes (n, 4) with the rows of NaN filled: linearly between their neighbours, with the nearest at the ends.
+    """Boxes (n, 4) with the rows of NaN filled: linearly between their neighbours, with the nearest
+    at the ends.
 
     Raises:
         UserError: no box at all, or none for more than 25 frames.
     """
     known = np.isfinite(boxes).all(axis=1)
     if not known.any():
-        raise UserError(f"expected a face, found none in {len(boxes)} frames: crop the video to the face")
+        raise UserError(
+            f"expected a face, found none in {len(boxes)} frames: crop the video to the face"
+        )
     indices = np.flatnonzero(known)
     gaps = np.diff(np.concatenate([[-1], indices, [len(boxes)]])) - 1
     if gaps.max() > MAX_GAP_FRAMES:
         start = int(np.concatenate([[-1], indices])[gaps.argmax()]) + 1
-        raise UserError(f"expected a face, found none for {gaps.max()} frames from frame {start}: cut the video there")
+        raise UserError(
+            f"expected a face, found none for {gaps.max()} frames from frame {start}: "
+            "cut the video there"
+        )
     frames = np.arange(len(boxes))
     return np.column_stack([np.interp(frames, indices, column[known]) for column in boxes.T])
 

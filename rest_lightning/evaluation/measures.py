@@ -1,4 +1,6 @@
-"""One measure of a protocol each: takes a clip in pieces, for the generated frames and for the true ones alike."""
+"""One measure of a protocol each: takes a clip in pieces, for the generated frames and for the true
+ones alike.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +17,13 @@ from rest_lightning.errors import UserError
 from rest_lightning.evaluation.faces import FaceFinder
 from rest_lightning.evaluation.protocol import Protocol
 from rest_lightning.metrics.extractors import FeatureExtractor, load_extractor
-from rest_lightning.metrics.face_crop import face_crops
 from rest_lightning.metrics.frechet import FrechetDistance
 from rest_lightning.metrics.mouth import extractor as mouth_extractor
 from rest_lightning.metrics.sums import MeanMetric, RowMetric, check_clip
 from rest_lightning.metrics.sync import SyncScore
-from rest_lightning.metrics.talking import KEYS as TALKING_KEYS
-from rest_lightning.metrics.talking import row_scores
-from rest_lightning.metrics.video import VideoScores
+from rest_lightning.metrics.syncnet import face_crops
+from rest_lightning.metrics.video import KEYS as TALKING_KEYS
+from rest_lightning.metrics.video import VideoScores, row_scores
 
 Frames = NDArray[np.uint8]
 Load = Callable[[str, str], FeatureExtractor]
@@ -31,13 +32,16 @@ SECONDS_PER_MINUTE = 60
 
 
 class Measure:
-    """Base. A clip is ``start``, any number of ``push``, ``finish``; whoever calls takes a failed clip back.
+    """Base. A clip is ``start``, any number of ``push``, ``finish``; whoever calls takes a failed
+    clip back.
 
     Attributes:
         metrics: of the generated clips and of the true ones.
     """
 
-    def __init__(self, generated: RowMetric, truth: RowMetric, extractors: Mapping[str, Any]) -> None:
+    def __init__(
+        self, generated: RowMetric, truth: RowMetric, extractors: Mapping[str, Any]
+    ) -> None:
         self.metrics = {"generated": generated, "truth": truth}
         self.extractors = extractors
 
@@ -53,16 +57,21 @@ class Measure:
 
     def notes(self) -> list[str]:
         """What readers must know, of the clips of all processes: call it on every one."""
-        with self.metrics["generated"].sync_context():  # `compute` has given the states back to their processes
+        # `compute` has given the states back to their processes
+        with self.metrics["generated"].sync_context():
             return self.metrics["generated"].notes()
 
 
 class Frechet(Measure):
-    """FID, FVD and E-FID; the true clips against themselves are the ground truth: 0, through the same code."""
+    """FID, FVD and E-FID; the true clips against themselves are the ground truth: 0, through the
+    same code.
+    """
 
     def __init__(self, key: str, extractor: FeatureExtractor, whole: bool) -> None:
         num = extractor.num_features
-        super().__init__(FrechetDistance(num, key, extractor), FrechetDistance(num, key), {key: extractor.row()})
+        super().__init__(
+            FrechetDistance(num, key, extractor), FrechetDistance(num, key), {key: extractor.row()}
+        )
         self.extractor, self.whole = extractor, whole
         self.waiting: list[tuple[Frames, Frames]] = []
 
@@ -86,7 +95,10 @@ class Frechet(Measure):
     def _add(self, generated: Frames, truth: Frames) -> None:
         device = self.metrics["generated"].device
         self.extractor.to(device)
-        made, real = (self.extractor(check_clip(each, self.extractor.min_frames)) for each in (generated, truth))
+        made, real = (
+            self.extractor(check_clip(each, self.extractor.min_frames))
+            for each in (generated, truth)
+        )
         self.metrics["generated"].update(made, real=False)
         self.metrics["generated"].update(real, real=True)
         self.metrics["truth"].update(real, real=False)
@@ -94,12 +106,16 @@ class Frechet(Measure):
 
 
 class Identity(Measure):
-    """Cosine of every frame's identity with that of the reference, averaged over frames, then over clips."""
+    """Cosine of every frame's identity with that of the reference, averaged over frames, then over
+    clips.
+    """
 
     key = "identity_similarity"
 
     def __init__(self, extractor: FeatureExtractor) -> None:
-        super().__init__(MeanMetric([self.key]), MeanMetric([self.key]), {self.key: extractor.row()})
+        super().__init__(
+            MeanMetric([self.key]), MeanMetric([self.key]), {self.key: extractor.row()}
+        )
         self.extractor = extractor
         self.cosines: dict[str, list[float]] = {}
 
@@ -119,7 +135,10 @@ class Identity(Measure):
     def finish(self, clip: Any) -> None:
         """See :class:`Measure`."""
         if not np.isfinite([*self.cosines["generated"], *self.cosines["truth"]]).all():
-            raise UserError("expected numbers as identities, got NaN or infinity: look at the extractor's weights")
+            raise UserError(
+                "expected numbers as identities, got NaN or infinity: look at the "
+                "extractor's weights"
+            )
         for side, values in self.cosines.items():
             self.metrics[side].update({self.key: float(np.mean(values))})
 
@@ -157,14 +176,18 @@ class Talking(Measure):
         self.chunk_frames = chunk_frames
         self.by_minute = num_frames >= 2 * SECONDS_PER_MINUTE * FPS
         names = [*TALKING_KEYS, *self._curve_names(num_frames)]
-        super().__init__(MeanMetric(names), MeanMetric(names), {"lip_correlation": mouth_extractor()})
+        super().__init__(
+            MeanMetric(names), MeanMetric(names), {"lip_correlation": mouth_extractor()}
+        )
         self.scores: dict[str, VideoScores] = {}
 
     def _curve_names(self, num_frames: int) -> Iterator[str]:
         step = FPS * (SECONDS_PER_MINUTE if self.by_minute else 1)
         count = num_frames // step + (num_frames % step >= step / 2)
         keys = (
-            ("colour_drift_lab_by_minute", "sharpness_by_minute") if self.by_minute else ("background_drift_by_second",)
+            ("colour_drift_lab_by_minute", "sharpness_by_minute")
+            if self.by_minute
+            else ("background_drift_by_second",)
         )
         return (f"{key}{CURVE}{i}" for key in keys for i in range(count))
 
@@ -190,7 +213,11 @@ class Talking(Measure):
                 }
             else:
                 curves = {"background_drift_by_second": scores.background_by_second}
-            numbers |= {f"{key}{CURVE}{i}": v for key, values in curves.items() for i, v in enumerate(values)}
+            numbers |= {
+                f"{key}{CURVE}{i}": v
+                for key, values in curves.items()
+                for i, v in enumerate(values)
+            }
             self.metrics[side].update(numbers)
 
     def notes(self) -> list[str]:
@@ -198,7 +225,9 @@ class Talking(Measure):
         return [note for note in super().notes() if CURVE not in note]
 
 
-def make_measures(protocol: Protocol, chunk_frames: int, load: Load = load_extractor) -> dict[str, Measure]:
+def make_measures(
+    protocol: Protocol, chunk_frames: int, load: Load = load_extractor
+) -> dict[str, Measure]:
     """The measures of a protocol by name.
 
     Args:
@@ -225,7 +254,9 @@ def make_measures(protocol: Protocol, chunk_frames: int, load: Load = load_extra
 
 
 def assemble(values: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Scalars as floats, NaN as None; ``key/0``, ``key/1``, ... as one list, cut at its first NaN."""
+    """Scalars as floats, NaN as None; ``key/0``, ``key/1``, ... as one list, cut at its first
+    NaN.
+    """
     out: dict[str, Any] = {}
     ended: set[str] = set()
     for name, value in values.items():

@@ -1,35 +1,46 @@
-"""The leaderboard as one self-contained HTML page: no script, font, image or clip from elsewhere. Needs no torch."""
+"""The leaderboard as one self-contained HTML page: no script, font, image or clip from elsewhere.
+Needs no torch.
+"""
 
 from __future__ import annotations
 
-import base64
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
-from string import Template
 
-from rest_lightning.errors import UserError
-from rest_lightning.evaluation.board import SPEED, Entry, Group, metric_of
-from rest_lightning.evaluation.board_text import APART, CLAIMED, claimed_text, notes
-from rest_lightning.evaluation.plots import NUM_COLOURS, Point, Series, lines, scatter
+from rest_lightning.evaluation.board import (
+    APART,
+    CLAIMED,
+    SPEED,
+    Entry,
+    Group,
+    claimed_text,
+    metric_of,
+    notes,
+)
 from rest_lightning.evaluation.row import ResultRow
+from rest_lightning.media.html import (
+    MEDIA_TYPES,
+    NUM_COLOURS,
+    Point,
+    Series,
+    data_uri,
+    fill_page,
+    lines,
+    scatter,
+)
 
-TEMPLATE = Path(__file__).with_name("page.html")
-MEDIA_TYPES = {
-    ".png": "image/png",
-    ".jpg": "image/jpeg",
-    ".jpeg": "image/jpeg",
-    ".webp": "image/webp",
-    ".gif": "image/gif",
-    ".mp4": "video/mp4",
-    ".webm": "video/webm",
-}
 MAX_CURVES = NUM_COLOURS
 TRUTH = "ground truth"
 Media = Mapping[str, Sequence[Path]]
 
 
-def to_html(groups: Sequence[Group], media: Media | None = None, title: str = "Leaderboard", footer: str = "") -> str:
+def to_html(
+    groups: Sequence[Group],
+    media: Media | None = None,
+    title: str = "Leaderboard",
+    footer: str = "",
+) -> str:
     """The page.
 
     Args:
@@ -47,35 +58,9 @@ def to_html(groups: Sequence[Group], media: Media | None = None, title: str = "L
         for i in range(NUM_COLOURS)
     )
     lead = escape(APART) + " Click a heading to sort; green is the best of a column."
-    return fill_page(title, lead, (_section(group, media or {}) for group in groups), footer, colours)
-
-
-def fill_page(title: str, lead: str, sections: Iterable[str], footer: str = "", style: str = "") -> str:
-    """A page of the house's look.
-
-    Args:
-        title: heading, plain text.
-        lead: HTML below it.
-        sections: HTML.
-        footer: last line, plain text.
-        style: further CSS.
-    """
-    return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
-        title=escape(title), lead=lead, sections="\n".join(sections), footer=escape(footer), colours=style
+    return fill_page(
+        title, lead, (_section(group, media or {}) for group in groups), footer, colours
     )
-
-
-def data_uri(path: Path) -> str:
-    """A file as ``data:<type>;base64,...``."""
-    kind = MEDIA_TYPES.get(path.suffix.lower())
-    if kind is None:
-        known = ", ".join(MEDIA_TYPES)
-        raise UserError(f"expected a picture or clip ({known}), got {path}: convert it")
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"expected a picture or clip {path}, got '{error.strerror}': check the name") from None
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def _section(group: Group, media: Media) -> str:
@@ -83,7 +68,13 @@ def _section(group: Group, media: Media) -> str:
     parts += [f'<p class="note">{escape(note)}</p>' for note in notes(group)]
     if group.entries:
         parts += [_table(group), _plots(group)]
-    parts += [_claims(group), _media(group, media), _failures(group), _extractors(group), "</section>"]
+    parts += [
+        _claims(group),
+        _media(group, media),
+        _failures(group),
+        _extractors(group),
+        "</section>",
+    ]
     return "\n".join(part for part in parts if part)
 
 
@@ -102,8 +93,16 @@ def _chips(group: Group) -> str:
 
 def _table(group: Group) -> str:
     keys = [SPEED, *group.columns]
-    heads = [_head("method", None), _head("runs", "high"), _head("clips", "high"), _head("failed", "low")]
-    heads += [_head(f"{metric_of(key).label} {metric_of(key).arrow}", metric_of(key).goal) for key in keys]
+    heads = [
+        _head("method", None),
+        _head("runs", "high"),
+        _head("clips", "high"),
+        _head("failed", "low"),
+    ]
+    heads += [
+        _head((f"{metric_of(key).label} {metric_of(key).arrow}"), metric_of(key).goal)
+        for key in keys
+    ]
     best = {key: group.best(key) for key in keys}
     rows = [_truth_row(group)]
     for number, entry in enumerate(group.entries):
@@ -134,7 +133,10 @@ def _head(text: str, goal: str | float | None) -> str:
 
 def _truth_row(group: Group) -> str:
     truth = group.ground_truth
-    cells = [f"<td>{truth[key].text(group.decimals(key)) if key in truth else '–'}</td>" for key in group.columns]
+    cells = [
+        f"<td>{truth[key].text(group.decimals(key)) if key in truth else '–'}</td>"
+        for key in group.columns
+    ]
     label = f'<th scope="row"><span class="rank"></span>{TRUTH}</th>'
     return f'<tr class="truth">{label}{"<td></td>" * 4}{"".join(cells)}</tr>'
 
@@ -166,11 +168,17 @@ def _quality_and_speed(group: Group) -> str:
     if not points:
         return ""
     metric, truth = metric_of(key), group.ground_truth.get(key)
-    svg = scatter(points, "frames per second, end to end", metric.label, None if truth is None else truth.mean)
+    svg = scatter(
+        points,
+        ("frames per second, end to end"),
+        metric.label,
+        None if truth is None else truth.mean,
+    )
     better = {"low": "lower", "high": "higher"}.get(str(metric.goal), "nearer to the truth")
     return (
         f"<figure><h3>Quality against speed</h3>{svg}"
-        f"<figcaption>{escape(metric.label)}: {better} is better; further right is faster.</figcaption></figure>"
+        f"<figcaption>{escape(metric.label)}: {better} is better; further right is "
+        "faster.</figcaption></figure>"
     )
 
 
@@ -189,7 +197,11 @@ def _drift(group: Group, key: str) -> str:
         for one in series
     ]
     left_out = len(shown) - MAX_CURVES
-    caption = f"<figcaption>The first {MAX_CURVES} of {len(shown)} methods.</figcaption>" if left_out > 0 else ""
+    caption = (
+        (f"<figcaption>The first {MAX_CURVES} of {len(shown)} methods.</figcaption>")
+        if left_out > 0
+        else ""
+    )
     heading = label[:1].upper() + label[1:]
     return (
         f"<figure><h3>{escape(heading)} over time</h3>{lines(series, step or 'step', label)}"
@@ -207,7 +219,8 @@ def _claims(group: Group) -> str:
     ]
     rows = "".join(_claim(row, keys) for row in group.claimed)
     return (
-        f'<div class="claims"><h3>Published figures</h3><p>{CLAIMED.capitalize()} here: other extractors, clips and '
+        f'<div class="claims"><h3>Published figures</h3><p>{CLAIMED.capitalize()} here: other '
+        "extractors, clips and "
         "code. Read them beside the table, not in it.</p>"
         f'<div class="scroll"><table class="sortable"><thead><tr>{"".join(heads)}'
         '<th scope="col" class="text">source</th></tr></thead>'
@@ -218,8 +231,8 @@ def _claims(group: Group) -> str:
 def _claim(row: ResultRow, keys: Sequence[str]) -> str:
     name = escape(row.method)
     cells = "".join(
-        f'<td data-value="{"" if row.metrics.get(key) is None else row.metrics[key]}">{claimed_text(row, key)}</td>'
-        for key in keys
+        f'<td data-value="{"" if value is None else value}">{claimed_text(row, key)}</td>'
+        for key, value in ((key, row.metrics.get(key)) for key in keys)
     )
     head = f'<th scope="row" data-value="{name}">{name}<span class="claim">claimed</span></th>'
     return f"<tr>{head}{cells}<td>{escape(str(row.source))}</td></tr>"
@@ -231,7 +244,9 @@ def _media(group: Group, media: Media) -> str:
         for path in dict.fromkeys(path for row in entry.rows for path in media.get(row.method, ())):
             source, name = data_uri(path), escape(entry.name)
             if MEDIA_TYPES[path.suffix.lower()].startswith("video/"):
-                shown = f'<video controls loop playsinline preload="metadata" src="{source}"></video>'
+                shown = (
+                    f'<video controls loop playsinline preload="metadata" src="{source}"></video>'
+                )
             else:
                 shown = f'<img src="{source}" alt="{name}">'
             figures.append(f"<figure>{shown}<figcaption>{name}</figcaption></figure>")
@@ -240,19 +255,30 @@ def _media(group: Group, media: Media) -> str:
 
 def _failures(group: Group) -> str:
     items = [
-        f"<li><b>{escape(entry.name)}</b>, {escape(failure['clip'])}: {escape(failure['reason'])}</li>"
+        (
+            f"<li><b>{escape(entry.name)}</b>, {escape(failure['clip'])}: "
+            f"{escape(failure['reason'])}</li>"
+        )
         for entry in group.entries
         for row in entry.rows
         for failure in row.failures
     ]
-    return f"<details><summary>{len(items)} failed clips</summary><ul>{''.join(items)}</ul></details>" if items else ""
+    return (
+        (
+            f"<details><summary>{len(items)} failed "
+            f"clips</summary><ul>{''.join(items)}</ul></details>"
+        )
+        if items
+        else ""
+    )
 
 
 def _extractors(group: Group) -> str:
     if not group.extractors:
         return ""
     rows = "".join(
-        f"<li>{escape(metric)}: {escape(str(entry['name']))} <code>{escape(entry['sha256'])}</code></li>"
+        f"<li>{escape(metric)}: {escape(str(entry['name']))} "
+        f"<code>{escape(entry['sha256'])}</code></li>"
         for metric, entry in group.extractors.items()
     )
     return f"<details><summary>Extractors and their SHA-256</summary><ul>{rows}</ul></details>"

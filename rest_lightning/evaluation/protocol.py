@@ -1,4 +1,6 @@
-"""Protocols: what is measured on how many clips of which length, and through which networks. Needs no torch."""
+"""Protocols: what is measured on how many clips of which length, and through which networks. Needs
+no torch.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ PIECEWISE = ("fid", "e_fid", "identity", "talking")  # a video of any length in 
 FACES = ("prepared", "sidecar", "mediapipe")
 MAX_WHOLE_FRAMES = 3000  # two minutes: what the measures that need a whole clip may hold
 FOLDER = Path("configs") / "eval"
-_CALLBACK = "rest_lightning.callbacks.evaluation.Evaluation"
+_CALLBACK = "Evaluation"
 
 
 @dataclass(frozen=True)
@@ -27,12 +29,14 @@ class Protocol:
         num_clips: so many of the true clips, in the order of their names.
         num_frames: frames of each, from the first one that a method generates.
         size_px: frames of another size are resized to it.
-        measures: of ``fid``, ``fvd``, ``fvd_videomae``, ``sync``, ``e_fid``, ``identity`` and ``talking``.
-        extractors: ``embedded``, ``published``, or a folder that the embedded networks' training wrote; a measure may
-            have its own in ``extractors_of``.
+        measures: of ``fid``, ``fvd``, ``fvd_videomae``, ``sync``, ``e_fid``, ``identity`` and
+            ``talking``.
+        extractors: ``embedded``, ``published``, or a folder that the embedded networks' training
+            wrote; a measure may have its own in ``extractors_of``.
         extractors_of: measure -> the same, or a file of published weights.
-        faces: where the face of SyncNet's crops is: ``prepared`` (the clips are prepared ones, whose extractors know
-            the mouth's place), ``sidecar`` (landmarks of the true clip) or ``mediapipe`` (found in every frame).
+        faces: where the face of SyncNet's crops is: ``prepared`` (the clips are prepared ones,
+            whose extractors know the mouth's place), ``sidecar`` (landmarks of the true clip) or
+            ``mediapipe`` (found in every frame).
         min_clips: fewer usable clips are an error, not a row.
     """
 
@@ -41,7 +45,9 @@ class Protocol:
     num_clips: int
     num_frames: int
     size_px: int
-    measures: list[str] = field(default_factory=lambda: ["fid", "fvd", "sync", "e_fid", "identity", "talking"])
+    measures: list[str] = field(
+        default_factory=lambda: ["fid", "fvd", "sync", "e_fid", "identity", "talking"]
+    )
     extractors: str = "embedded"
     extractors_of: dict[str, str] = field(default_factory=dict)
     faces: str = "prepared"
@@ -51,21 +57,28 @@ class Protocol:
         for key in ("version", "num_clips", "num_frames", "size_px", "min_clips"):
             value = getattr(self, key)
             if not isinstance(value, int) or value < 1:
-                raise UserError(f"protocol {self.name}: expected {key} of at least 1, got {value!r}: correct it")
-        wrong = [measure for measure in (*self.measures, *self.extractors_of) if measure not in MEASURES]
+                raise UserError(
+                    f"protocol {self.name}: expected {key} of at least 1, got {value!r}: correct it"
+                )
+        wrong = [
+            measure for measure in (*self.measures, *self.extractors_of) if measure not in MEASURES
+        ]
         if wrong or not self.measures:
             raise UserError(
-                f"protocol {self.name}: expected measures of {', '.join(MEASURES)}, got {(wrong or ['none'])[0]!r}: "
+                f"protocol {self.name}: expected measures of {', '.join(MEASURES)}, got "
+                f"{(wrong or ['none'])[0]!r}: "
                 "correct it"
             )
         if self.faces not in FACES:
             raise UserError(
-                f"protocol {self.name}: expected faces of {', '.join(FACES)}, got {self.faces!r}: correct it"
+                f"protocol {self.name}: expected faces of {', '.join(FACES)}, got {self.faces!r}: "
+                "correct it"
             )
         whole = [measure for measure in self.measures if measure not in PIECEWISE]
         if whole and self.num_frames > MAX_WHOLE_FRAMES:
             raise UserError(
-                f"protocol {self.name}: expected at most {MAX_WHOLE_FRAMES} frames with {', '.join(whole)}, which hold "
+                f"protocol {self.name}: expected at most {MAX_WHOLE_FRAMES} frames with "
+                f"{', '.join(whole)}, which hold "
                 f"a whole clip, got {self.num_frames}: leave them out"
             )
 
@@ -80,7 +93,8 @@ class Protocol:
 
 
 def read_protocol(name: str | os.PathLike[str]) -> Protocol:
-    """The protocol of a file under ``configs/eval``, by its stem or its path: what its evaluation callback is given.
+    """The protocol of a file under ``configs/eval``, by its stem or its path: what its evaluation
+    callback is given.
 
     Raises:
         UserError: no such file, or one without a protocol.
@@ -91,13 +105,17 @@ def read_protocol(name: str | os.PathLike[str]) -> Protocol:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"expected a protocol in {path}, got {' '.join(str(error).split())}: correct it") from None
+        raise UserError(
+            f"expected a protocol in {path}, got {' '.join(str(error).split())}: correct it"
+        ) from None
     try:
         callbacks = content["trainer"]["callbacks"]
-        (found,) = (each["init_args"]["protocol"] for each in callbacks if each["class_path"] == _CALLBACK)
+        named = (each for each in callbacks if each["class_path"].rsplit(".", 1)[-1] == _CALLBACK)
+        (found,) = (each["init_args"]["protocol"] for each in named)
     except (KeyError, TypeError, ValueError):
         raise UserError(
-            f"expected trainer.callbacks with one {_CALLBACK} and its protocol in {path}, got none: see {FOLDER}"
+            f"expected trainer.callbacks with one {_CALLBACK} and its protocol in {path}, got "
+            f"none: see {FOLDER}"
         ) from None
     return make_protocol(found, str(path))
 
@@ -106,7 +124,9 @@ def make_protocol(content: dict[str, Any], name: str) -> Protocol:
     """A protocol from parsed YAML; ``name`` is used in errors."""
     known = {f.name for f in fields(Protocol)}
     if unknown := sorted(set(content) - known):
-        raise UserError(f"{name}: expected the keys {', '.join(sorted(known))}, got {unknown[0]!r}: correct it")
+        raise UserError(
+            f"{name}: expected the keys {', '.join(sorted(known))}, got {unknown[0]!r}: correct it"
+        )
     needed = ("name", "version", "num_clips", "num_frames", "size_px")
     if missing := [key for key in needed if key not in content]:
         raise UserError(f"{name}: expected the key {missing[0]!r} of a protocol, got none: add it")
@@ -114,7 +134,9 @@ def make_protocol(content: dict[str, Any], name: str) -> Protocol:
 
 
 def find_protocol(name: str | os.PathLike[str]) -> Path:
-    """The file of a protocol, by its stem (in configs/eval) or its path; UserError when there is none."""
+    """The file of a protocol, by its stem (in configs/eval) or its path; UserError when there is
+    none.
+    """
     name = os.fspath(name)
     if name.endswith((".yaml", ".yml")) or os.sep in name:
         if Path(name).is_file():
@@ -127,5 +149,6 @@ def find_protocol(name: str | os.PathLike[str]) -> Path:
             return folder / f"{name}.yaml"
     known = sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
     raise UserError(
-        f"expected a protocol ({', '.join(known) or 'none here'}), got {name!r}: name one, or give its file"
+        f"expected a protocol ({', '.join(known) or 'none here'}), got {name!r}: name one, or give "
+        "its file"
     )

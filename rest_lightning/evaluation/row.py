@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from rest_lightning.errors import UserError
-from rest_lightning.streaming.output import whole_file
+from rest_lightning.media.files import whole_file
 
 DECIMALS = 6
-NOT_ROWS = ("ablation.json", "recipe.json", "leaderboard.json")  # lie beside rows: `rest ablate`, `rest leaderboard`
+# lie beside rows: `rest ablate`, `rest leaderboard`
+NOT_ROWS = ("ablation.json", "recipe.json", "leaderboard.json")
 _HEX = set("0123456789abcdef")
 _NEEDED_WHEN_CLAIMED = ("protocol", "protocol_version", "method", "measured", "metrics", "source")
 
@@ -26,11 +27,15 @@ class ResultRow:
     """One method under one protocol.
 
     Attributes:
-        protocol, protocol_version: what was measured, and how; rows of two protocols are never compared.
+        protocol, protocol_version: what was measured, and how; rows of two protocols are never
+            compared.
         method: name of what was scored.
-        measured: False for figures that somebody published; these need ``source``, and only the keys up to ``metrics``.
-        metrics: key -> number; None where a metric is not defined; a list is a curve (``..._by_second``).
-        ground_truth: the same keys for the true clips in place of the generated ones, through the same code.
+        measured: False for figures that somebody published; these need ``source``, and only the
+            keys up to ``metrics``.
+        metrics: key -> number; None where a metric is not defined; a list is a curve
+            (``..._by_second``).
+        ground_truth: the same keys for the true clips in place of the generated ones, through the
+            same code.
         num_clips: clips that count in every metric.
         num_frames: frames per clip.
         failures: ``{"clip", "reason"}`` of every clip that counts nowhere.
@@ -39,7 +44,8 @@ class ResultRow:
         speed: ``frames_per_second`` and so on; empty where it was not measured.
         hardware: where it ran.
         commit: of this package.
-        config: resolved configuration, with ``size_px``, ``fps`` and what readers must know (``notes``).
+        config: resolved configuration, with ``size_px``, ``fps`` and what readers must know
+            (``notes``).
         date: ISO 8601.
         source: of published figures.
     """
@@ -68,7 +74,9 @@ class ResultRow:
         return self.num_clips + len({failure["clip"] for failure in self.failures})
 
     def to_dict(self) -> dict[str, Any]:
-        """The keys of EVALUATION sec. 1; ``source`` only where there is one; NaN and infinity are null."""
+        """The keys of EVALUATION sec. 1; ``source`` only where there is one; NaN and infinity are
+        null.
+        """
         content = {key: _plain(value) for key, value in asdict(self).items()}
         if self.source is None:
             del content["source"]
@@ -82,7 +90,10 @@ class ResultRow:
             UserError: a key that is missing, unknown or of the wrong type.
         """
         if not isinstance(content, dict):
-            raise UserError(f"{name}: expected a JSON object with a result row, got {_kind(content)}: remake the row")
+            raise UserError(
+                f"{name}: expected a JSON object with a result row, got "
+                f"{_kind(content)}: remake the row"
+            )
         claimed = content.get("measured") is False
         known = [f.name for f in fields(cls)]
         if unknown := [key for key in content if key not in known]:
@@ -92,7 +103,9 @@ class ResultRow:
             )
         needed = _NEEDED_WHEN_CLAIMED if claimed else [key for key in known if key != "source"]
         if missing := [key for key in needed if key not in content]:
-            raise UserError(f"{name}: expected the key {missing[0]!r} in a result row, got none: remake the row")
+            raise UserError(
+                f"{name}: expected the key {missing[0]!r} in a result row, got none: remake the row"
+            )
         for key, value in content.items():
             if problem := _problem(key, value):
                 raise UserError(f"{name}: expected {problem}, got {_kind(value)}: remake the row")
@@ -110,7 +123,9 @@ def read_rows(path: str | os.PathLike[str]) -> list[ResultRow]:
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"expected a result row in {path}, got '{error.strerror}': check the name") from None
+        raise UserError(
+            f"expected a result row in {path}, got '{error.strerror}': check the name"
+        ) from None
     except ValueError as error:
         raise UserError(f"{path}: expected JSON, got {error}: remake the row") from None
     entries = content if isinstance(content, list) else [content]
@@ -134,7 +149,8 @@ def write_row(row: ResultRow, path: str | os.PathLike[str]) -> None:
 
 
 def row_files(paths: Sequence[Path]) -> Iterator[Path]:
-    """JSON files among ``paths``; of a folder all below it that may be rows, in the order of their names.
+    """JSON files among ``paths``; of a folder all below it that may be rows, in the order of their
+    names.
 
     Raises:
         UserError: a path that is neither.
@@ -146,16 +162,25 @@ def row_files(paths: Sequence[Path]) -> Iterator[Path]:
         elif path.is_file():
             yield path
         else:
-            raise UserError(f"expected a folder of result rows or a JSON file, but {path} does not exist: check it")
+            raise UserError(
+                f"expected a folder of result rows or a JSON file, but {path} does "
+                "not "
+                "exist: check it"
+            )
 
 
 def _check_measured(content: dict[str, Any], name: str) -> None:
     for key in ("size_px", "fps"):
         if key not in content["config"]:
-            raise UserError(f"{name}: expected the key 'config.{key}' in a measured row, got none: remake the row")
+            raise UserError(
+                f"{name}: expected the key 'config.{key}' in a measured row, got "
+                "none: "
+                "remake the row"
+            )
     if missing := sorted(set(content["metrics"]) ^ set(content["ground_truth"])):
         raise UserError(
-            f"{name}: expected 'ground_truth' with the keys of 'metrics', got {missing[0]!r} in one alone: "
+            f"{name}: expected 'ground_truth' with the keys of 'metrics', got {missing[0]!r} in "
+            "one alone: "
             "score the true clips, too"
         )
 
@@ -165,7 +190,9 @@ def _problem(key: str, value: Any) -> str | None:
     mapping = isinstance(value, dict)
     match key:
         case "protocol" | "method":
-            return None if isinstance(value, str) and value.strip() else f"the key {key!r} as a name"
+            return (
+                None if isinstance(value, str) and value.strip() else (f"the key {key!r} as a name")
+            )
         case "date":
             return None if isinstance(value, str) else "the key 'date' as text"
         case "commit" | "source":
@@ -187,7 +214,9 @@ def _problem(key: str, value: Any) -> str | None:
             )
             return None if good else "the key 'failures' as a list of {'clip', 'reason'}"
         case "extractors":
-            if mapping and (wrong := [name for name, item in value.items() if not _is_extractor(item)]):
+            if mapping and (
+                wrong := [name for name, item in value.items() if not _is_extractor(item)]
+            ):
                 return f"the key 'extractors.{wrong[0]}' with a name and a SHA-256 of 64 hex digits"
     return None if mapping else f"the key {key!r} as an object"
 
@@ -195,7 +224,9 @@ def _problem(key: str, value: Any) -> str | None:
 def _is_value(value: Any) -> bool:
     if isinstance(value, list):
         return all(not isinstance(item, list) and _is_value(item) for item in value)
-    return value is None or (isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value))
+    return value is None or (
+        isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    )
 
 
 def _is_extractor(value: Any) -> bool:

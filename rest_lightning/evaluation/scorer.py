@@ -1,4 +1,6 @@
-"""Scores clips under a protocol, one at a time: every fault is named and counted, a failed clip counts nowhere."""
+"""Scores clips under a protocol, one at a time: every fault is named and counted, a failed clip
+counts nowhere.
+"""
 
 from __future__ import annotations
 
@@ -79,7 +81,9 @@ class Scorer:
 
     @torch.no_grad()
     def add(self, clip: ClipPair) -> bool:
-        """Score one clip; returns whether it counts. A user's error on the way is a failure of this clip."""
+        """Score one clip; returns whether it counts. A user's error on the way is a failure of this
+        clip.
+        """
         before = self._states()
         try:
             self._check(clip)
@@ -88,11 +92,16 @@ class Scorer:
             num_frames = 0
             for generated, truth in clip.pieces:
                 num_frames += len(generated)
-                pair = [self._fit(frames, what) for frames, what in ((generated, "generated"), (truth, "true"))]
+                pair = [
+                    self._fit(frames, what)
+                    for frames, what in ((generated, "generated"), (truth, "true"))
+                ]
                 for measure in self.measures.values():
                     measure.push(*pair)
             if num_frames != self.protocol.num_frames:
-                raise UserError(f"expected {self.protocol.num_frames} frames, got {num_frames}: too short")
+                raise UserError(
+                    f"expected {self.protocol.num_frames} frames, got {num_frames}: too short"
+                )
             for name, measure in self.measures.items():
                 self._finish(name, measure, clip)
         except UserError as error:
@@ -123,7 +132,8 @@ class Scorer:
         if num_clips < self.protocol.min_clips:
             first = f" ({failures[0]['clip']}: {failures[0]['reason']})" if failures else ""
             raise UserError(
-                f"expected at least {self.protocol.min_clips} usable clips under {self.protocol.name}, got {num_clips}"
+                f"expected at least {self.protocol.min_clips} usable clips under "
+                f"{self.protocol.name}, got {num_clips}"
                 f"; {len(failures)} failed{first}: mend them or give more clips"
             )
         sides: dict[str, dict[str, Any]] = {}
@@ -145,7 +155,9 @@ class Scorer:
             num_clips=num_clips,
             num_frames=self.protocol.num_frames,
             failures=failures,
-            extractors={key: dict(row) for m in self.measures.values() for key, row in m.extractors.items()},
+            extractors={
+                key: dict(row) for m in self.measures.values() for key, row in m.extractors.items()
+            },
             sampler=dict(sampler or {}),
             speed=dict(speed or {}),
             hardware=hardware(),
@@ -168,9 +180,14 @@ class Scorer:
         sizes = sorted({size for part in _gathered(sorted(self.resized)) for size in part})
         notes += [f"frames of {size} px were resized to {self.protocol.size_px}" for size in sizes]
         unknown = {
-            row["name"] for m in self.measures.values() for row in m.extractors.values() if row.get("known") is False
+            row["name"]
+            for m in self.measures.values()
+            for row in m.extractors.values()
+            if row.get("known") is False
         }
-        return notes + [f"the weights of {name} are none of the known files" for name in sorted(unknown)]
+        return notes + [
+            (f"the weights of {name} are none of the known files") for name in sorted(unknown)
+        ]
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that :meth:`row` depends on."""
@@ -200,10 +217,16 @@ class Scorer:
         needed = self.protocol.num_frames * SAMPLES_PER_FRAME
         for what, samples in (("generated", clip.audio), ("true", clip.true_audio)):
             if len(samples) < needed - SAMPLES_PER_FRAME:
-                seconds = f"{needed / 16_000:.2f} s of sound in the {what} clip, got {len(samples) / 16_000:.2f} s"
+                seconds = (
+                    f"{needed / 16_000:.2f} s of sound in the {what} clip, got "
+                    f"{len(samples) / 16_000:.2f} s"
+                )
                 raise UserError(f"expected {seconds}: too short")
             if not np.isfinite(samples).all():
-                raise UserError(f"expected numbers as samples of the {what} clip, got NaN or infinity: export it again")
+                raise UserError(
+                    f"expected numbers as samples of the {what} clip, got NaN or "
+                    "infinity: export it again"
+                )
         clip.audio, clip.true_audio = clip.audio[:needed], clip.true_audio[:needed]
 
     def _fit(self, frames: Frames, what: str) -> Frames:
@@ -213,10 +236,14 @@ class Scorer:
         if (height, width) == (size, size):
             return frames
         if height != width:
-            raise UserError(f"expected square frames, got {width}x{height} in the {what} clip: crop it")
+            raise UserError(
+                f"expected square frames, got {width}x{height} in the {what} clip: crop it"
+            )
         self.resized.add(width)
         pixels = torch.from_numpy(frames).permute(0, 3, 1, 2).float()
-        fitted = functional.interpolate(pixels, (size, size), mode="bilinear", antialias=True, align_corners=False)
+        fitted = functional.interpolate(
+            pixels, (size, size), mode="bilinear", antialias=True, align_corners=False
+        )
         return fitted.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
 
     @staticmethod
@@ -227,15 +254,23 @@ class Scorer:
             raise UserError(f"{name}: {error}") from None
 
     def _states(self) -> list[tuple[Any, int, dict[str, Any]]]:
-        metrics = [metric for measure in self.measures.values() for metric in measure.metrics.values()]
+        metrics = [
+            metric for measure in self.measures.values() for metric in measure.metrics.values()
+        ]
         return [
-            (m, m._update_count, {k: v.clone() for k, v in m.metric_state.items() if isinstance(v, torch.Tensor)})
+            (
+                m,
+                m._update_count,
+                {k: v.clone() for k, v in m.metric_state.items() if isinstance(v, torch.Tensor)},
+            )
             for m in metrics
         ]
 
     @staticmethod
     def _restore(states: list[tuple[Any, int, dict[str, Any]]]) -> None:
-        """Take back what a clip that failed half-way has left: it counts in all metrics or in none."""
+        """Take back what a clip that failed half-way has left: it counts in all metrics or in
+        none.
+        """
         for metric, num_updates, values in states:
             metric._update_count = num_updates
             for name, value in values.items():

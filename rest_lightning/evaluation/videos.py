@@ -1,4 +1,6 @@
-"""Folders of videos as pairs of a generated and a true clip, read piece by piece; every fault names its file."""
+"""Folders of videos as pairs of a generated and a true clip, read piece by piece; every fault names
+its file.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rest_lightning.constants import FPS, SAMPLE_RATE
-from rest_lightning.data.audio import open_speech
 from rest_lightning.data.layout import Sidecar, manifest_path, read_manifest
-from rest_lightning.data.video import VideoFile, read_clip_audio
 from rest_lightning.errors import UserError
 from rest_lightning.evaluation.faces import FaceFinder, MediapipeFaces, SidecarFaces
 from rest_lightning.evaluation.protocol import Protocol
 from rest_lightning.evaluation.scorer import ClipPair, Scorer
+from rest_lightning.media.audio import open_speech
+from rest_lightning.media.video import VideoFile, read_clip_audio
 
 SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
 PIECE_FRAMES = 128
@@ -29,7 +31,8 @@ class PairedFiles:
     """What two folders hold.
 
     Attributes:
-        pairs: name, generated file (None where there is none) and true file, in the order of the names.
+        pairs: name, generated file (None where there is none) and true file, in the order of the
+            names.
         unpaired: generated files without a true one.
     """
 
@@ -37,13 +40,22 @@ class PairedFiles:
     unpaired: list[Path]
 
     def frame_source(self) -> dict[str, str]:
-        """Kinds of files that the frames of both sides come from, for result rows: codecs move FID."""
-        sides = {"generated": [made for _, made, _ in self.pairs if made], "truth": [true for _, _, true in self.pairs]}
-        return {side: ", ".join(sorted({p.suffix[1:].lower() for p in paths})) for side, paths in sides.items()}
+        """Kinds of files that the frames of both sides come from, for result rows: codecs move
+        FID.
+        """
+        sides = {
+            "generated": [made for _, made, _ in self.pairs if made],
+            "truth": [true for _, _, true in self.pairs],
+        }
+        return {
+            side: ", ".join(sorted({p.suffix[1:].lower() for p in paths}))
+            for side, paths in sides.items()
+        }
 
 
 def pair_folders(generated: Path, truth: Path, num_clips: int) -> PairedFiles:
-    """Pairs of two folders by file name without its ending: the first ``num_clips`` true clips, each with its file.
+    """Pairs of two folders by file name without its ending: the first ``num_clips`` true clips,
+    each with its file.
 
     Args:
         generated: folder of a method's videos.
@@ -58,7 +70,8 @@ def pair_folders(generated: Path, truth: Path, num_clips: int) -> PairedFiles:
     pairs = [(name, made.get(name), true[name]) for name in names]
     if not any(path for _, path, _ in pairs):
         raise UserError(
-            f"expected videos in {generated} with the names of those in {truth} ({names[0]}, ...), got "
+            f"expected videos in {generated} with the names of those in {truth} ({names[0]}, ...), "
+            "got "
             f"{min(made)}, ...: name each video after its true clip"
         )
     return PairedFiles(pairs, [made[name] for name in sorted(set(made) - set(true))])
@@ -84,8 +97,8 @@ def open_pair(name: str, made: Path, true: Path, protocol: Protocol) -> ClipPair
     """Check both files and read their sound; the frames are read when they are scored.
 
     Raises:
-        UserError: a file that does not decode, of another frame rate, too short, without sound, or with more of it
-            than pictures.
+        UserError: a file that does not decode, of another frame rate, too short, without sound, or
+            with more of it than pictures.
     """
     for path in (made, true):
         _check_video(path, protocol)
@@ -110,7 +123,9 @@ def _sidecar(path: Path) -> Sidecar | None:
     try:
         return Sidecar.from_json(path.read_text(encoding="utf-8"), path.name)
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path.name}: expected the true clip's sidecar, got {error}: make it again") from None
+        raise UserError(
+            f"{path.name}: expected the true clip's sidecar, got {error}: make it again"
+        ) from None
 
 
 def _without_folders(reason: str, *paths: Path) -> str:
@@ -124,19 +139,26 @@ def _check_video(path: Path, protocol: Protocol) -> None:
     with VideoFile(path) as video:
         num_frames, fps = video.num_frames, video.fps
     if abs(fps - FPS) > 0.01:
-        raise UserError(f"{path}: expected {FPS} frames per second, got {fps:g}: encode it at {FPS} fps")
+        raise UserError(
+            f"{path}: expected {FPS} frames per second, got {fps:g}: encode it at {FPS} fps"
+        )
     if num_frames < protocol.num_frames:
-        raise UserError(f"{path}: expected {protocol.num_frames} frames, got {num_frames}: too short for the protocol")
+        raise UserError(
+            f"{path}: expected {protocol.num_frames} frames, got {num_frames}: too "
+            "short for the protocol"
+        )
     duration_s = open_speech(path).duration_s
     assert duration_s is not None
     video_s, needed_s = num_frames / FPS, protocol.num_frames / FPS
     if duration_s > video_s + AUDIO_TOLERANCE_S:
         raise UserError(
-            f"{path}: expected sound as long as the video's {video_s:.2f} s, got {duration_s:.2f} s: frames are missing"
+            f"{path}: expected sound as long as the video's {video_s:.2f} s, got {duration_s:.2f} "
+            "s: frames are missing"
         )
     if duration_s < needed_s - AUDIO_TOLERANCE_S:
         raise UserError(
-            f"{path}: expected {needed_s:.2f} s of sound, got {duration_s:.2f} s: too short for the protocol"
+            f"{path}: expected {needed_s:.2f} s of sound, got {duration_s:.2f} s: too short for "
+            "the protocol"
         )
 
 
@@ -149,14 +171,20 @@ def _sound(path: Path, num_frames: int) -> NDArray[np.float32]:
 
 
 def _first_sample(path: Path) -> int:
-    """Where the first decoded sample belongs, at 16 kHz from the first frame: negative for a codec's priming."""
+    """Where the first decoded sample belongs, at 16 kHz from the first frame: negative for a
+    codec's priming.
+    """
     import av
 
     with av.open(str(path)) as container:
         video = container.streams.video[0].start_time if container.streams.video else None
         origin_s = float(video * container.streams.video[0].time_base) if video is not None else 0.0  # type: ignore[operator]
         frame = next(container.decode(container.streams.audio[0]))
-        start_s = 0.0 if frame.pts is None or frame.time_base is None else float(frame.pts * frame.time_base)
+        start_s = (
+            0.0
+            if frame.pts is None or frame.time_base is None
+            else float(frame.pts * frame.time_base)
+        )
     return round((start_s - origin_s) * SAMPLE_RATE)
 
 
@@ -194,9 +222,12 @@ def _videos(folder: Path) -> dict[str, Path]:
             continue
         if path.stem in found:
             raise UserError(
-                f"expected one video of the name {path.stem}, got {found[path.stem]} and {path}: remove one"
+                f"expected one video of the name {path.stem}, got {found[path.stem]} and {path}: "
+                "remove one"
             )
         found[path.stem] = path
     if not found:
-        raise UserError(f"expected videos ({', '.join(SUFFIXES)}) in {folder}, got none: check the name")
+        raise UserError(
+            f"expected videos ({', '.join(SUFFIXES)}) in {folder}, got none: check the name"
+        )
     return found

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from rest_lightning.constants import FPS
 
 Frames = NDArray[np.uint8]
-# (distance from the left or right edge, lowest row), in fractions of the image: no head or hair there (decided here).
+# (distance from the left or right edge, lowest row), in fractions of the image: no head or hair
+# there (decided here).
 _SIDES = ((0.08, 0.50), (0.16, 0.16))
 COLOUR_WINDOW_S = 10.0
 _LINEAR_TO_XYZ = (
@@ -21,7 +22,9 @@ _LINEAR_TO_XYZ = (
 
 
 def background_mask(height: int, width: int) -> NDArray[np.bool_]:
-    """Pixels (H, W) that show background in every prepared clip: upper halves of both sides, both top corners."""
+    """Pixels (H, W) that show background in every prepared clip: upper halves of both sides, both
+    top corners.
+    """
     y = ((np.arange(height) + 0.5) / height)[:, None]
     x = ((np.arange(width) + 0.5) / width)[None, :]
     mask = np.zeros((height, width), dtype=bool)
@@ -35,7 +38,8 @@ def background_drift(start: Frames, now: Frames) -> float:
 
     Args:
         start: one frame, uint8 (H, W, 3).
-        now: frames, uint8 (n, H, W, 3); each is compared with the start, so that flicker counts as well as drift.
+        now: frames, uint8 (n, H, W, 3); each is compared with the start, so that flicker counts as
+            well as drift.
     """
     mask = background_mask(*start.shape[:2])
     return float(np.abs(now[:, mask].astype(np.int16) - start[mask].astype(np.int16)).mean())
@@ -53,7 +57,11 @@ def srgb_to_lab(frame: Frames) -> NDArray[np.float64]:
     to_xyz = np.array(_LINEAR_TO_XYZ)
     xyz = linear @ (to_xyz / to_xyz.sum(axis=1, keepdims=True)).T
     f = np.where(xyz > (6 / 29) ** 3, np.cbrt(xyz), xyz / (3 * (6 / 29) ** 2) + 4 / 29)
-    lab = [116.0 * f[..., 1] - 16.0, 500.0 * (f[..., 0] - f[..., 1]), 200.0 * (f[..., 1] - f[..., 2])]
+    lab = [
+        116.0 * f[..., 1] - 16.0,
+        500.0 * (f[..., 0] - f[..., 1]),
+        200.0 * (f[..., 1] - f[..., 2]),
+    ]
     return np.stack(lab, axis=-1)
 
 
@@ -64,8 +72,9 @@ class Drift:
     Attributes:
         background: drift of the last second against the first frame, see :func:`background_drift`.
         background_by_second: the same for every second.
-        colour_lab_per_minute: distance of the mean L*a*b* colours of the first and the last ten seconds (of the first
-            and last half of a video below 20 s), by the minutes between their middles; NaN below two seconds.
+        colour_lab_per_minute: distance of the mean L*a*b* colours of the first and the last ten
+            seconds (of the first and last half of a video below 20 s), by the minutes between their
+            middles; NaN below two seconds.
     """
 
     background: float
@@ -77,7 +86,8 @@ class DriftTracker:
     """Drift of one video that arrives piece by piece, in bounded memory.
 
     Args:
-        start: what background is compared with, uint8 (H, W, 3); None takes the first frame that comes.
+        start: what background is compared with, uint8 (H, W, 3); None takes the first frame that
+            comes.
         fps: frames per second.
     """
 
@@ -101,10 +111,14 @@ class DriftTracker:
         if self._tail and (2 * len(self._tail) >= self.fps or not self._seconds):
             self._close_second()
         nan = float("nan")
-        return Drift(self._seconds[-1] if self._seconds else nan, list(self._seconds), self._colour_drift())
+        return Drift(
+            self._seconds[-1] if self._seconds else nan, list(self._seconds), self._colour_drift()
+        )
 
     def colour_lab_by_minute(self) -> list[float]:
-        """Distance of each second's mean L*a*b* to that of the first ten seconds, averaged by minute; once complete."""
+        """Distance of each second's mean L*a*b* to that of the first ten seconds, averaged by
+        minute; once complete.
+        """
         if not self._lab:
             return []
         lab = np.stack(self._lab)
@@ -115,7 +129,8 @@ class DriftTracker:
         frames = np.stack(self._tail)
         assert self.start is not None
         self._seconds.append(background_drift(self.start, frames))
-        self._lab.append(mean_lab(frames[:: max(1, self.fps // 5)]))  # five frames a second tell a mean colour
+        # five frames a second tell a mean colour
+        self._lab.append(mean_lab(frames[:: max(1, self.fps // 5)]))
         self._tail.clear()
 
     def _colour_drift(self) -> float:

@@ -1,4 +1,6 @@
-"""Frechet distances between two sets of features: FID, FVD, E-FID. One computation, three extractors."""
+"""Frechet distances between two sets of features: FID, FVD, E-FID. One computation, three
+extractors.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ def feature_sums(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def moments(num: Tensor, total: Tensor, outer: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean (D,) and covariance (D, D) of :func:`feature_sums`; the covariance has n - 1 below, as numpy's."""
+    """Mean (D,) and covariance (D, D) of :func:`feature_sums`; the covariance has n - 1 below, as
+    numpy's.
+    """
     mean = total / num
     covariance = (outer - num * torch.outer(mean, mean)) / (num - 1)
     return mean, (covariance + covariance.T) / 2
@@ -30,8 +34,9 @@ def moments(num: Tensor, total: Tensor, outer: Tensor) -> tuple[Tensor, Tensor]:
 def trace_of_root(a: Tensor, b: Tensor) -> Tensor:
     """Tr (A B)^(1/2) of two covariances (D, D), singular ones too.
 
-    A B has the eigenvalues of the symmetric R' B R with A = R R', so symmetric solvers do, and rounding that turns an
-    eigenvalue of zero negative is cut off instead of becoming an imaginary root.
+    A B has the eigenvalues of the symmetric R' B R with A = R R', so symmetric solvers do, and
+    rounding that turns an eigenvalue of zero negative is cut off instead of becoming an imaginary
+    root.
     """
     values, vectors = torch.linalg.eigh(a)
     root = vectors * values.clamp(min=0).sqrt()
@@ -39,9 +44,15 @@ def trace_of_root(a: Tensor, b: Tensor) -> Tensor:
     return torch.linalg.eigvalsh((product + product.T) / 2).clamp(min=0).sqrt().sum()
 
 
-def frechet_distance(mean_a: Tensor, covariance_a: Tensor, mean_b: Tensor, covariance_b: Tensor) -> Tensor:
-    """Squared Frechet distance of two Gaussians (Dowson and Landau 1982), as FID and FVD report it; never negative."""
-    traces = covariance_a.trace() + covariance_b.trace() - 2 * trace_of_root(covariance_a, covariance_b)
+def frechet_distance(
+    mean_a: Tensor, covariance_a: Tensor, mean_b: Tensor, covariance_b: Tensor
+) -> Tensor:
+    """Squared Frechet distance of two Gaussians (Dowson and Landau 1982), as FID and FVD report it;
+    never negative.
+    """
+    traces = (
+        covariance_a.trace() + covariance_b.trace() - 2 * trace_of_root(covariance_a, covariance_b)
+    )
     return ((mean_a - mean_b).square().sum() + traces).clamp(min=0)
 
 
@@ -62,7 +73,9 @@ class FrechetDistance(RowMetric):
     sum_generated: Tensor
     outer_generated: Tensor
 
-    def __init__(self, num_features: int, key: str = "frechet", extractor: Any = None, **kwargs: Any) -> None:
+    def __init__(
+        self, num_features: int, key: str = "frechet", extractor: Any = None, **kwargs: Any
+    ) -> None:
         super().__init__(extractor, **kwargs)
         self.num_features, self.key = num_features, key
         for side in _SIDES.values():
@@ -74,20 +87,26 @@ class FrechetDistance(RowMetric):
         """Take in features (m, D).
 
         Raises:
-            UserError: another shape, or features that are not numbers; the states stay as they were.
+            UserError: another shape, or features that are not numbers; the states stay as they
+                were.
         """
         if features.ndim != 2 or features.shape[1] != self.num_features:
             raise UserError(
-                f"expected features (m, {self.num_features}), got {tuple(features.shape)}: is it this extractor's?"
+                f"expected features (m, {self.num_features}), got {tuple(features.shape)}: is it "
+                "this extractor's?"
             )
         bad = ~features.isfinite().all(dim=1)
         if bad.any():
             raise UserError(
-                f"expected numbers as {self.key} features, got NaN or infinity in {int(bad.sum())} of {len(features)}, "
-                f"first in number {int(bad.nonzero()[0])}: look at the clip and at the extractor's weights"
+                f"expected numbers as {self.key} features, got NaN or infinity in {int(bad.sum())} "
+                f"of {len(features)}, "
+                f"first in number {int(bad.nonzero()[0])}: look at the clip and at the extractor's "
+                "weights"
             )
         side = _SIDES[real]
-        for name, value in zip(("num", "sum", "outer"), feature_sums(features.to(self.device)), strict=True):
+        for name, value in zip(
+            ("num", "sum", "outer"), feature_sums(features.to(self.device)), strict=True
+        ):
             getattr(self, f"{name}_{side}").add_(value)
 
     def compute(self) -> dict[str, Tensor]:
@@ -100,17 +119,24 @@ class FrechetDistance(RowMetric):
             count = int(getattr(self, f"num_{side}"))
             if count < MIN_SAMPLES:
                 raise UserError(
-                    f"expected at least {MIN_SAMPLES} {side} samples for {self.key}, got {count}: give more clips"
+                    f"expected at least {MIN_SAMPLES} {side} samples for {self.key}, got {count}: "
+                    "give more clips"
                 )
         real = moments(self.num_real, self.sum_real, self.outer_real)
         generated = moments(self.num_generated, self.sum_generated, self.outer_generated)
         return {self.key: frechet_distance(*real, *generated)}
 
     def notes(self) -> list[str]:
-        """A set of no more samples than features has a singular covariance: the distance is biased upwards."""
+        """A set of no more samples than features has a singular covariance: the distance is biased
+        upwards.
+        """
         counts = {side: int(getattr(self, f"num_{side}")) for side in _SIDES.values()}
         few = [f"{count} {side}" for side, count in counts.items() if count <= self.num_features]
-        return [f"{self.key}: {' and '.join(few)} samples for {self.num_features} features, biased"] if few else []
+        return (
+            [(f"{self.key}: {' and '.join(few)} samples for {self.num_features} features, biased")]
+            if few
+            else []
+        )
 
 
 class ClipFrechetDistance(FrechetDistance):
@@ -142,21 +168,27 @@ def _default(metric: str, extractor: Any) -> Any:
 
 
 class FID(ClipFrechetDistance):
-    """Frechet inception distance: every frame is a sample. ``None`` takes the embedded image network."""
+    """Frechet inception distance: every frame is a sample. ``None`` takes the embedded image
+    network.
+    """
 
     def __init__(self, extractor: Any = None, key: str = "fid", **kwargs: Any) -> None:
         super().__init__(_default("fid", extractor), key, **kwargs)
 
 
 class FVD(ClipFrechetDistance):
-    """Frechet video distance: clips, or their windows, are samples. ``None`` takes the embedded video network."""
+    """Frechet video distance: clips, or their windows, are samples. ``None`` takes the embedded
+    video network.
+    """
 
     def __init__(self, extractor: Any = None, key: str = "fvd", **kwargs: Any) -> None:
         super().__init__(_default("fvd", extractor), key, **kwargs)
 
 
 class EFID(ClipFrechetDistance):
-    """Frechet distance of expression coefficients; the extractor's name labels them (implementations differ)."""
+    """Frechet distance of expression coefficients; the extractor's name labels them
+    (implementations differ).
+    """
 
     def __init__(self, extractor: Any = None, key: str = "e_fid", **kwargs: Any) -> None:
         super().__init__(_default("e_fid", extractor), key, **kwargs)

@@ -27,7 +27,9 @@ def identity_similarity(frames: Frames, reference: Frames, extractor: Any) -> fl
     first: Tensor = extractor(check_clip(torch.as_tensor(reference)[None]))
     identities: Tensor = extractor(clip)
     if not (first.isfinite().all() and identities.isfinite().all()):
-        raise UserError("expected numbers as identities, got NaN or infinity: look at the extractor's weights")
+        raise UserError(
+            "expected numbers as identities, got NaN or infinity: look at the extractor's weights"
+        )
     return float(functional.cosine_similarity(identities, first, dim=1).mean())
 
 
@@ -39,7 +41,9 @@ class IdentitySimilarity(MeanMetric):
     def __init__(self, extractor: Any = None, **kwargs: Any) -> None:
         from rest_lightning.metrics.extractors import load_extractor
 
-        super().__init__(("identity_similarity",), extractor or load_extractor("identity"), **kwargs)
+        super().__init__(
+            ("identity_similarity",), extractor or load_extractor("identity"), **kwargs
+        )
 
     def update(self, frames: Frames, reference: Frames) -> None:  # type: ignore[override]
         """One clip and its reference image."""

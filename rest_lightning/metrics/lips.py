@@ -1,6 +1,7 @@
 """Do the lips follow the speech? Correlations of mouth opening with its truth and with loudness.
 
-Pure functions over numpy arrays; :class:`rest_lightning.metrics.talking.TalkingScores` is the torchmetrics class.
+Pure functions over numpy arrays; :class:`rest_lightning.metrics.video.TalkingScores` is the
+torchmetrics class.
 """
 
 from __future__ import annotations
@@ -36,14 +37,18 @@ class LaggedCorrelation:
 
 
 def pearson(a: ArrayLike, b: ArrayLike) -> float:
-    """Pearson correlation of two curves (n,); NaN when one of them is constant or has fewer than two values.
+    """Pearson correlation of two curves (n,); NaN when one of them is constant or has fewer than
+    two values.
 
     Raises:
         ValueError: curves of different lengths.
     """
     x, y = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if x.shape != y.shape or x.ndim != 1:
-        raise ValueError(f"expected two curves of one length, got shapes {x.shape} and {y.shape}: cut the longer one")
+        raise ValueError(
+            f"expected two curves of one length, got shapes {x.shape} and {y.shape}: "
+            "cut the longer one"
+        )
     if len(x) < 2:
         return float("nan")
     x, y = x - x.mean(), y - y.mean()
@@ -52,7 +57,9 @@ def pearson(a: ArrayLike, b: ArrayLike) -> float:
 
 
 def spearman(a: ArrayLike, b: ArrayLike) -> float:
-    """Rank correlation of two curves (n,), equal values sharing their mean rank; NaN as :func:`pearson`."""
+    """Rank correlation of two curves (n,), equal values sharing their mean rank; NaN as
+    :func:`pearson`.
+    """
     from scipy.stats import rankdata
 
     return pearson(rankdata(np.asarray(a)), rankdata(np.asarray(b)))
@@ -61,7 +68,8 @@ def spearman(a: ArrayLike, b: ArrayLike) -> float:
 def lip_correlation(
     estimated: ArrayLike, true: ArrayLike, max_lag_frames: int = MAX_LAG_FRAMES, rank: bool = False
 ) -> LaggedCorrelation:
-    """Correlation of two curves (n,) of one clip at lag zero, and the best over lags of ``-max`` to ``max`` frames.
+    """Correlation of two curves (n,) of one clip at lag zero, and the best over lags of ``-max`` to
+    ``max`` frames.
 
     Args:
         estimated: for example the mouth opening read from generated frames.
@@ -94,7 +102,8 @@ def loudness_db(samples: ArrayLike, num_frames: int | None = None) -> NDArray[np
 
     Args:
         samples: (n,) 16 kHz mono in [-1, 1]; frame k hears samples [640k, 640(k+1)).
-        num_frames: length of the result; None takes every frame that has begun. Missing speech is silence.
+        num_frames: length of the result; None takes every frame that has begun. Missing speech is
+            silence.
     """
     speech = np.asarray(samples, dtype=np.float64)
     count = -(-len(speech) // SAMPLES_PER_FRAME) if num_frames is None else num_frames
@@ -112,7 +121,8 @@ def silent_frames(
 
     Args:
         loudness: (n,) dB per frame, see :func:`loudness_db`.
-        threshold_db: quieter is silent; None takes 35 dB below the loud frames (their 95th percentile).
+        threshold_db: quieter is silent; None takes 35 dB below the loud frames (their 95th
+            percentile).
         min_s: shorter pauses, such as those before a plosive, are no silences.
     """
     level = np.asarray(loudness, dtype=np.float64)
@@ -131,7 +141,10 @@ def silent_frames(
 
 
 def opening_in_silence(
-    opening: ArrayLike, loudness: ArrayLike, threshold_db: float | None = None, min_s: float = MIN_SILENCE_S
+    opening: ArrayLike,
+    loudness: ArrayLike,
+    threshold_db: float | None = None,
+    min_s: float = MIN_SILENCE_S,
 ) -> float:
     """Mean mouth opening within silences (see :func:`silent_frames`); NaN when there is none."""
     mask = silent_frames(loudness, threshold_db, min_s)
@@ -139,9 +152,13 @@ def opening_in_silence(
 
 
 def motion_in_silence_per_s(
-    opening: ArrayLike, loudness: ArrayLike, threshold_db: float | None = None, min_s: float = MIN_SILENCE_S
+    opening: ArrayLike,
+    loudness: ArrayLike,
+    threshold_db: float | None = None,
+    min_s: float = MIN_SILENCE_S,
 ) -> float:
-    """How far the lips travel in a second of silence (see :func:`silent_frames`): 0 is still; NaN when there is none.
+    """How far the lips travel in a second of silence (see :func:`silent_frames`): 0 is still; NaN
+    when there is none.
 
     Args:
         opening: (n,) in [0, 1]; a step counts when both of its frames are silent.
@@ -153,12 +170,19 @@ def motion_in_silence_per_s(
 
 
 def summary(values: Iterable[float]) -> dict[str, float | int | None]:
-    """Mean, sd (n - 1), min and max over clips, ``num`` of them; NaN values are left out and counted."""
+    """Mean, sd (n - 1), min and max over clips, ``num`` of them; NaN values are left out and
+    counted.
+    """
     given = np.array(list(values), dtype=np.float64)
     known = given[~np.isnan(given)]
     result: dict[str, float | int | None] = dict.fromkeys(("mean", "sd", "min", "max"))
     if len(known):
         sd = float(known.std(ddof=1)) if len(known) > 1 else 0.0
-        result = {"mean": float(known.mean()), "sd": sd, "min": float(known.min()), "max": float(known.max())}
+        result = {
+            "mean": float(known.mean()),
+            "sd": sd,
+            "min": float(known.min()),
+            "max": float(known.max()),
+        }
         result = {key: round(float(value), 4) for key, value in result.items() if value is not None}
     return {**result, "num": len(known), "num_undefined": len(given) - len(known)}

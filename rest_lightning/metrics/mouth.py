@@ -1,8 +1,8 @@
 """How far a mouth is open, read from pixels: the embedded estimator behind the lip metrics.
 
-Trained by ``python -m rest_lightning.commands.train_mouth`` on synthetic talkers, where the renderer knows the truth,
-and on a VAE's reconstructions of them. In result rows it is called ``embedded-mouth`` (EVALUATION sec. 3); on faces
-that no renderer made it is out of its domain.
+Trained by ``python -m tools.mouth`` on synthetic talkers, where the renderer knows the truth,
+and on a VAE's reconstructions of them. In result rows it is called ``embedded-mouth`` (EVALUATION
+sec. 3); on faces that no renderer made it is out of its domain.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rest_lightning.errors import UserError
-from rest_lightning.metrics.shipped import WEIGHTS_FILE, ShippedNetwork
-from rest_lightning.metrics.weights import sha256_of_weights
+from rest_lightning.metrics.weights import WEIGHTS_FILE, ShippedNetwork, sha256_of_weights
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets" / "mouth"
 EXTRACTOR_NAME = "embedded-mouth"
-# The mouth's place in a prepared clip, in pixels of a 128x128 frame: nose tip to chin, cheek to cheek (decided here).
+# The mouth's place in a prepared clip, in pixels of a 128x128 frame: nose tip to chin, cheek to
+# cheek (decided here).
 FRAME_PX = 128
 CROP_PX = (28, 58, 100, 122)  # left, top, right, bottom
 CROP_SIZE = (CROP_PX[3] - CROP_PX[1], CROP_PX[2] - CROP_PX[0])
@@ -33,32 +33,43 @@ Frames = NDArray[np.uint8] | Tensor
 class MouthOpeningEstimator(ShippedNetwork):
     """Frames to mouth opening, 0 = lips touch, 1 = as wide as the renderer opens a mouth.
 
-    Five strided convolutions over the mouth's crop and two linear layers. Brightness and contrast of the crop are
-    normalised away first.
+    Five strided convolutions over the mouth's crop and two linear layers. Brightness and contrast
+    of the crop are normalised away first.
 
     Args:
         widths: channels of the five convolutions.
         hidden: width of the linear layer.
     """
 
-    title, command, assets = "mouth estimator", "python -m rest_lightning.commands.train_mouth", ASSETS
+    title, command, assets = "mouth estimator", "python -m tools.mouth", ASSETS
 
     def __init__(self, widths: tuple[int, ...] = (16, 32, 64, 128, 128), hidden: int = 128) -> None:
         super().__init__()
         if len(widths) != 5:
-            raise ValueError(f"expected 5 widths (the crop is halved five times), got {len(widths)}: change `widths`")
+            raise ValueError(
+                "expected 5 widths (the crop is halved five times), got "
+                f"{len(widths)}: change `widths`"
+            )
         self.config = {"widths": tuple(widths), "hidden": hidden}
         layers: list[nn.Module] = []
         channels, height, width = 3, *CROP_SIZE
         for i, out in enumerate(widths):
             kernel = 5 if i == 0 else 3
-            layers += [nn.Conv2d(channels, out, kernel, 2, kernel // 2, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
+            layers += [
+                nn.Conv2d(channels, out, kernel, 2, kernel // 2, bias=False),
+                nn.BatchNorm2d(out),
+                nn.ReLU(),
+            ]
             channels, height, width = out, -(-height // 2), -(-width // 2)
         self.features = nn.Sequential(*layers)
-        self.head = nn.Sequential(nn.Linear(channels * height * width, hidden), nn.ReLU(), nn.Linear(hidden, 1))
+        self.head = nn.Sequential(
+            nn.Linear(channels * height * width, hidden), nn.ReLU(), nn.Linear(hidden, 1)
+        )
 
     def forward(self, frames: Frames) -> Tensor:
-        """Openings (n,) in [0, 1] of frames: uint8 (n, H, W, 3), or float (n, 3, H, W) in [-1, 1]."""
+        """Openings (n,) in [0, 1] of frames: uint8 (n, H, W, 3), or float (n, 3, H, W) in
+        [-1, 1].
+        """
         return self.from_crops(crop_mouth(frames))
 
     def from_crops(self, crops: Tensor) -> Tensor:
@@ -70,7 +81,8 @@ class MouthOpeningEstimator(ShippedNetwork):
 
 
 def crop_mouth(frames: Frames, margin_px: int = 0) -> Tensor:
-    """The mouth's region as float (n, 3, 64 + 2m, 72 + 2m) in [-1, 1], at the scale of a 128x128 frame.
+    """The mouth's region as float (n, 3, 64 + 2m, 72 + 2m) in [-1, 1], at the scale of a 128x128
+    frame.
 
     Frames of another size are cropped in the same fractions and resized.
 
@@ -103,7 +115,9 @@ def crop_mouth(frames: Frames, margin_px: int = 0) -> Tensor:
         crops = data[:, :, rows, columns].float()
     size = (high[0] - low[0], high[1] - low[1])
     if (height, width) != (FRAME_PX, FRAME_PX):
-        crops = functional.interpolate(crops, size, mode="bilinear", antialias=True, align_corners=False)
+        crops = functional.interpolate(
+            crops, size, mode="bilinear", antialias=True, align_corners=False
+        )
     return crops
 
 
@@ -132,5 +146,7 @@ def mouth_opening(
         batch_size: frames per forward pass; 64 keeps the crops in a processor's cache.
     """
     estimator = shipped_estimator() if estimator is None else estimator
-    parts = [estimator(frames[i : i + batch_size]).numpy() for i in range(0, len(frames), batch_size)]
+    parts = [
+        estimator(frames[i : i + batch_size]).numpy() for i in range(0, len(frames), batch_size)
+    ]
     return np.concatenate(parts) if parts else np.zeros(0, np.float32)

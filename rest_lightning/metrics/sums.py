@@ -1,4 +1,6 @@
-"""What the metric classes of result rows share: sums as states, an extractor that is not a state."""
+"""What the metric classes of result rows share: sums as states, an extractor that is not a
+state.
+"""
 
 from __future__ import annotations
 
@@ -31,16 +33,19 @@ def check_clip(frames: Frames, min_frames: int = 1) -> Tensor:
         got = f"{str(clip.dtype).removeprefix('torch.')} {tuple(clip.shape)}"
         raise UserError(f"expected frames as uint8 (n, H, W, 3), got {got}: convert them")
     if len(clip) < min_frames:
-        raise UserError(f"expected at least {min_frames} frames, got {len(clip)}: give a longer clip")
+        raise UserError(
+            f"expected at least {min_frames} frames, got {len(clip)}: give a longer clip"
+        )
     return clip
 
 
 class RowMetric(Metric):
-    """Base: float64 sums that processes add up; ``compute`` gives scalars by their key in a result row.
+    """Base: float64 sums that processes add up; ``compute`` gives scalars by their key in a result
+    row.
 
     Args:
-        extractor: network that the metric looks through, or None. Its weights are no state: they are not in
-            ``state_dict`` and are not reduced over processes.
+        extractor: network that the metric looks through, or None. Its weights are no state: they
+            are not in ``state_dict`` and are not reduced over processes.
     """
 
     full_state_update = False
@@ -65,7 +70,8 @@ class RowMetric(Metric):
 
 
 class MeanMetric(RowMetric):
-    """Means over clips of numbers by name; a clip where a number is not defined (NaN) does not count for it.
+    """Means over clips of numbers by name; a clip where a number is not defined (NaN) does not
+    count for it.
 
     Args:
         names: of the numbers, the keys of a result row.
@@ -84,8 +90,12 @@ class MeanMetric(RowMetric):
         self.add_sum("num_clips")
 
     def add(self, scores: Mapping[str, float]) -> None:
-        """Take in the numbers of one clip; names that are missing are not defined, other names are left out."""
-        values = torch.tensor([float(scores.get(name, float("nan"))) for name in self.names], dtype=torch.float64)
+        """Take in the numbers of one clip; names that are missing are not defined, other names are
+        left out.
+        """
+        values = torch.tensor(
+            [float(scores.get(name, float("nan"))) for name in self.names], dtype=torch.float64
+        )
         values = values.to(self.device)
         known = values.isfinite()
         self.total += torch.where(known, values, 0.0)
@@ -103,7 +113,10 @@ class MeanMetric(RowMetric):
             UserError: no clip so far.
         """
         if not self.num_clips:
-            raise UserError(f"expected at least 1 clip for {self.names[0]}, got none: every clip may have failed")
+            raise UserError(
+                f"expected at least 1 clip for {self.names[0]}, got none: every clip "
+                "may have failed"
+            )
         means = self.total / self.num_defined  # 0 / 0 is NaN
         return dict(zip(self.names, means.unbind(), strict=True))
 
@@ -111,4 +124,6 @@ class MeanMetric(RowMetric):
         """Numbers that some clips, but not all, had no value for."""
         counts = zip(self.names, self.num_defined.tolist(), strict=True)
         partial = [(name, int(count)) for name, count in counts if 0 < count < self.num_clips]
-        return [f"{name}: mean over {count} of {int(self.num_clips)} clips" for name, count in partial]
+        return [
+            (f"{name}: mean over {count} of {int(self.num_clips)} clips") for name, count in partial
+        ]

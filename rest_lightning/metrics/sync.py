@@ -1,4 +1,6 @@
-"""Sync-C, Sync-D and the offset between lips and speech, as joonson/syncnet_python computes them."""
+"""Sync-C, Sync-D and the offset between lips and speech, as joonson/syncnet_python computes
+them.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ from torch.nn import functional
 from rest_lightning.constants import SAMPLES_PER_FRAME
 from rest_lightning.errors import UserError
 from rest_lightning.metrics.sums import Frames, MeanMetric, check_clip
-from rest_lightning.models.syncnet import WINDOW_FRAMES
+from rest_lightning.metrics.syncnet import WINDOW_FRAMES
 
 MAX_OFFSET_FRAMES = 15
 KEYS = ("sync_c", "sync_d", "offset_frames", "offset_abs_frames")
@@ -24,7 +26,8 @@ class Sync:
     """How well one clip's lips fit its speech.
 
     Attributes:
-        confidence: Sync-C, median over offsets of the mean distance minus its minimum: higher is better.
+        confidence: Sync-C, median over offsets of the mean distance minus its minimum: higher is
+            better.
         distance: Sync-D, the minimum: lower is better.
         offset_frames: where it is; positive when the lips come late.
         by_offset: the mean distance of every offset, from +15 down to -15.
@@ -36,11 +39,13 @@ class Sync:
     by_offset: Tensor
 
 
-def sync_of_embeddings(faces: Tensor, speech: Tensor, max_offset_frames: int = MAX_OFFSET_FRAMES) -> Sync:
+def sync_of_embeddings(
+    faces: Tensor, speech: Tensor, max_offset_frames: int = MAX_OFFSET_FRAMES
+) -> Sync:
     """Compare every window of frames with the speech of up to 15 frames earlier and later.
 
-    Speech before the first and after the last window is a zero embedding, as in the reference implementation: it keeps
-    far offsets of short clips from winning.
+    Speech before the first and after the last window is a zero embedding, as in the reference
+    implementation: it keeps far offsets of short clips from winning.
 
     Args:
         faces, speech: embeddings (n, D) of the same n windows.
@@ -51,13 +56,21 @@ def sync_of_embeddings(faces: Tensor, speech: Tensor, max_offset_frames: int = M
     """
     if not len(faces) or faces.shape != speech.shape:
         shapes = f"{tuple(faces.shape)} and {tuple(speech.shape)}"
-        raise UserError(f"expected embeddings of the same windows, at least one, got {shapes}: give a longer clip")
+        raise UserError(
+            f"expected embeddings of the same windows, at least one, got {shapes}: "
+            "give a longer clip"
+        )
     if not (faces.isfinite().all() and speech.isfinite().all()):
-        raise UserError("expected numbers as embeddings, got NaN or infinity: look at the clip and at the weights")
+        raise UserError(
+            "expected numbers as embeddings, got NaN or infinity: look at the clip "
+            "and "
+            "at the weights"
+        )
     reach = max_offset_frames
     padded = functional.pad(speech, (0, 0, reach, reach))
     means = [
-        functional.pairwise_distance(faces, padded[shift : shift + len(faces)]).mean() for shift in range(2 * reach + 1)
+        functional.pairwise_distance(faces, padded[shift : shift + len(faces)]).mean()
+        for shift in range(2 * reach + 1)
     ]
     by_offset = torch.stack(means)
     smallest = int(by_offset.argmin())
@@ -66,7 +79,8 @@ def sync_of_embeddings(faces: Tensor, speech: Tensor, max_offset_frames: int = M
 
 
 def sync_of_clip(frames: Frames, audio: ArrayLike, extractor: Any) -> Sync:
-    """Sync of one clip through an extractor of :func:`rest_lightning.metrics.extractors.load_extractor`.
+    """Sync of one clip through an extractor of
+    :func:`rest_lightning.metrics.extractors.load_extractor`.
 
     Args:
         frames: face crops, uint8 (n, H, W, 3) at 25 fps.
@@ -78,7 +92,10 @@ def sync_of_clip(frames: Frames, audio: ArrayLike, extractor: Any) -> Sync:
     clip = check_clip(frames)
     samples = torch.as_tensor(audio)
     if samples.ndim != 1:
-        raise UserError(f"expected mono audio (samples,), got shape {tuple(samples.shape)}: mix the channels down")
+        raise UserError(
+            f"expected mono audio (samples,), got shape {tuple(samples.shape)}: mix "
+            "the channels down"
+        )
     num_frames = min(len(clip), len(samples) // SAMPLES_PER_FRAME)
     num_windows = num_frames - WINDOW_FRAMES  # the reference leaves the last possible window out
     if num_windows < 1:
@@ -107,4 +124,12 @@ class SyncScore(MeanMetric):
         self.extractor.to(self.device)
         sync = sync_of_clip(frames, audio, self.extractor)
         offset = sync.offset_frames
-        self.add(dict(zip(KEYS, (sync.confidence, sync.distance, float(offset), float(abs(offset))), strict=True)))
+        self.add(
+            dict(
+                zip(
+                    KEYS,
+                    (sync.confidence, sync.distance, float(offset), float(abs(offset))),
+                    strict=True,
+                )
+            )
+        )

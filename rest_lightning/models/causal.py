@@ -1,9 +1,10 @@
 """Causal building blocks that run whole clips and streams with one ``forward``.
 
-Everything works on channels-last video, (B, F, ..., C), so that a linear layer, a norm or a reshape never transposes
-memory. Offline (``stream=None``) the past of the first frame is that frame repeated. With a :class:`Stream` the same
-``forward`` takes a clip piece by piece: three things happen on the first piece only (the repetition, the downsampler's
-prepended frames, the upsampler's dropped frames); later pieces read the stored past instead.
+Everything works on channels-last video, (B, F, ..., C), so that a linear layer, a norm or a reshape
+never transposes memory. Offline (``stream=None``) the past of the first frame is that frame
+repeated. With a :class:`Stream` the same ``forward`` takes a clip piece by piece: three things
+happen on the first piece only (the repetition, the downsampler's prepended frames, the upsampler's
+dropped frames); later pieces read the stored past instead.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from torch import Tensor, nn
 
 
 class Stream(dict[str, Tensor]):
-    """The past of every causal convolution of one network, by module name; owned by a session, never by a module.
+    """The past of every causal convolution of one network, by module name; owned by a session,
+    never by a module.
 
     Attributes:
         started: False until the first piece has gone through the whole network.
@@ -46,7 +48,10 @@ class Stream(dict[str, Tensor]):
 
     def for_batch(self, batch: int) -> Stream:
         """An empty stream of the same network for another number of rows."""
-        return Stream(((name, past.new_zeros(batch, *past.shape[1:])) for name, past in self.items()), self.started)
+        return Stream(
+            ((name, past.new_zeros(batch, *past.shape[1:])) for name, past in self.items()),
+            self.started,
+        )
 
     def narrow(self, batch: int) -> Stream:
         """The first rows, in the same memory."""
@@ -70,7 +75,9 @@ class StreamedModule(nn.Module):
 
 
 def name_streams(network: nn.Module) -> None:
-    """Tell every streamed module of ``network`` its own name; call at the end of the network's ``__init__``."""
+    """Tell every streamed module of ``network`` its own name; call at the end of the network's
+    ``__init__``.
+    """
     for name, module in network.named_modules():
         if isinstance(module, StreamedModule):
             module.stream_name = name
@@ -101,7 +108,8 @@ class SpatialConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, F, H, W, C_in) -> (B, F, H, W, C_out)."""
         batch = x.shape[:2]
-        # A permuted view of channels-last memory is what the channels-last convolution wants: nothing is copied.
+        # A permuted view of channels-last memory is what the channels-last convolution wants:
+        # nothing is copied.
         y = self.conv(x.flatten(0, 1).permute(0, 3, 1, 2))
         return y.permute(0, 2, 3, 1).unflatten(0, batch)
 
@@ -120,7 +128,10 @@ class TemporalConv(StreamedModule):
         places = x.shape[2:-1]
         x = x.reshape(x.shape[0], x.shape[1], -1, x.shape[-1])
         if num_past:
-            past = x[:, :1].expand(-1, num_past, -1, -1) if is_first_piece(stream) else stream[self.stream_name]  # type: ignore[index]
+            if is_first_piece(stream):
+                past = x[:, :1].expand(-1, num_past, -1, -1)
+            else:
+                past = stream[self.stream_name]  # type: ignore[index]
             x = torch.cat([past.to(x.dtype), x], dim=1)
             if stream is not None:
                 stream.remember(self.stream_name, x[:, -num_past:])
@@ -129,7 +140,9 @@ class TemporalConv(StreamedModule):
 
 
 class ResBlock(nn.Module):
-    """Norm, SiLU, spatial convolution, norm, SiLU, causal temporal convolution (zero at the start), plus the input."""
+    """Norm, SiLU, spatial convolution, norm, SiLU, causal temporal convolution (zero at the start),
+    plus the input.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -148,7 +161,9 @@ class ResBlock(nn.Module):
 
 
 class TemporalResBlock(nn.Module):
-    """Two causal temporal convolutions (the second zero at the start) plus the input; for (B, F, ..., C)."""
+    """Two causal temporal convolutions (the second zero at the start) plus the input; for
+    (B, F, ..., C).
+    """
 
     def __init__(self, channels: int, kernel_size: int = 3) -> None:
         super().__init__()
@@ -168,8 +183,8 @@ class TemporalResBlock(nn.Module):
 class Downsample(nn.Module):
     """Fold ``time`` frames and ``space`` x ``space`` places into channels, then a linear layer.
 
-    The first frame is kept on its own: ``time - 1`` copies of it are prepended, so 1 + k * time frames become 1 + k.
-    ``space`` must be 1 for inputs without two spatial dimensions.
+    The first frame is kept on its own: ``time - 1`` copies of it are prepended, so 1 + k * time
+    frames become 1 + k. ``space`` must be 1 for inputs without two spatial dimensions.
     """
 
     def __init__(self, in_channels: int, out_channels: int, time: int = 2, space: int = 1) -> None:
@@ -184,13 +199,18 @@ class Downsample(nn.Module):
             x = torch.cat([x[:, :1]] * (t - 1) + [x], dim=1)
         if x.shape[1] % t:
             raise ValueError(
-                f"expected a first piece of {t}n+1 frames, later ones of {t}n, got a rest of {x.shape[1] % t}"
+                f"expected a first piece of {t}n+1 frames, later ones of {t}n, got a rest of "
+                f"{x.shape[1] % t}"
             )
         if s == 1:
             x = x.unflatten(1, (-1, t)).movedim(2, -2).flatten(-2)
         else:
             b, f, h, w, c = x.shape
-            x = x.reshape(b, f // t, t, h // s, s, w // s, s, c).permute(0, 1, 3, 5, 2, 4, 6, 7).flatten(4)
+            x = (
+                x.reshape(b, f // t, t, h // s, s, w // s, s, c)
+                .permute(0, 1, 3, 5, 2, 4, 6, 7)
+                .flatten(4)
+            )
         y: Tensor = self.proj(x)
         return y
 
@@ -198,7 +218,8 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     """A linear layer, then unfold channels into ``time`` frames and ``space`` x ``space`` places.
 
-    The counterpart of :class:`Downsample`: on the first piece the first ``time - 1`` frames are dropped.
+    The counterpart of :class:`Downsample`: on the first piece the first ``time - 1`` frames are
+    dropped.
     """
 
     def __init__(self, in_channels: int, out_channels: int, time: int = 2, space: int = 1) -> None:

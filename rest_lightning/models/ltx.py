@@ -1,4 +1,5 @@
-"""LTX-Video weights into the A2V-DiT: every tensor by name, nothing left over, nothing missing (REST sec. 4.1).
+"""LTX-Video weights into the A2V-DiT: every tensor by name, nothing left over, nothing missing
+(REST sec. 4.1).
 
 Only the speech attention and the spatial embedding are new; they keep their own start.
 """
@@ -9,45 +10,62 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from rest_lightning.errors import UserError
-from rest_lightning.models.transformer import A2VDiT
 
 NEW_PARTS = ("speech_attn.", "speech_norm.", "spatial_embedding", "prompt_embeds", "prompt_mask")
 ORIGINAL_PREFIX = "model.diffusion_model."
 HOW_TO_GET = (
-    "get them with `hf download Lightricks/LTX-Video --include 'transformer/*' --local-dir FOLDER` and name FOLDER"
+    "get them with `hf download Lightricks/LTX-Video --include 'transformer/*' --local-dir FOLDER` "
+    "and name FOLDER"
+)
+# REST sec. 4.1
+PROMPT = (
+    "A person is speaking, and his head moves rhythmically in a small range to follow the sound"
+)
+PROMPT_LENGTH = 128  # tokens with padding, as in LTX-Video's pipeline
+HOW_TO_GET_T5 = (
+    "get it with `hf download Lightricks/LTX-Video --include 'text_encoder/*' 'tokenizer/*' "
+    "--local-dir FOLDER` "
+    "and name FOLDER"
 )
 
 
-def from_ltx(source: str | Path | nn.Module, **overrides: Any) -> A2VDiT:
-    """A teacher whose output equals LTX's own until the speech attention is trained.
+def read_ltx(source: str | Path | nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Returns arguments of `A2VDiT` and all tensors of LTX weights.
 
     Args:
-        source: an ``LTXVideoTransformer3DModel``; a folder in diffusers format (the transformer's, or a pipeline's with
-            ``transformer/`` in it); a single file in the original format; or a hub id.
-        overrides: arguments of `A2VDiT` that LTX has no word for (``speech_dim``, ``fps``, ``attention``, ...).
+        source: an ``LTXVideoTransformer3DModel``; a folder in diffusers format (the transformer's,
+            or a pipeline's with ``transformer/`` in it); a single file in the original format; or a
+            hub id.
 
     Raises:
-        UserError: no such weights, an architecture that A2VDiT does not cover, or a tensor left over or missing.
+        UserError: no such weights, or an architecture that A2VDiT does not cover.
     """
     config, state = _read(source)
-    model = A2VDiT(**{**_arguments(config), **overrides}).to(state["proj_in.weight"])
-    _fill(model, state, "change the overrides")
-    return model
+    return _arguments(config), state
 
 
-def load_ltx(model: A2VDiT, source: str | Path | nn.Module) -> None:
-    """Fill ``model`` with LTX weights, in place; its new parts keep their start. ``source`` and errors: `from_ltx`."""
-    config, state = _read(source)
-    for name, value in _arguments(config).items():
-        if model.config[name] != value and not (name == "out_channels" and value is None):
+def load_ltx(model: nn.Module, source: str | Path | nn.Module) -> None:
+    """Fill ``model`` with LTX weights, in place; its new parts keep their start. ``source``: see
+    `read_ltx`.
+
+    Raises:
+        UserError: no such weights, another architecture than the model's, or a tensor left over or
+            missing.
+    """
+    arguments, state = read_ltx(source)
+    own: dict[str, Any] = model.config  # type: ignore[assignment]
+    for name, value in arguments.items():
+        if own[name] != value and not (name == "out_channels" and value is None):
             raise UserError(
-                f"expected LTX weights for {name} {model.config[name]}, got {value}: "
-                f"set {name} of the transformer to {value}, or use other weights than {_name(source)}"
+                f"expected LTX weights for {name} {own[name]}, got {value}: "
+                f"set {name} of the transformer to {value}, or use other weights than "
+                f"{_name(source)}"
             )
-    _fill(model, state, "change the transformer's configuration")
+    fill_from_ltx(model, state, "change the transformer's configuration")
 
 
 def _name(source: str | Path | nn.Module) -> str:
@@ -55,39 +73,60 @@ def _name(source: str | Path | nn.Module) -> str:
 
 
 def is_ltx(source: str | Path) -> bool:
-    """Whether ``source`` holds an LTX transformer: a diffusers folder, or a single file in the original format."""
+    """Whether ``source`` holds an LTX transformer: a diffusers folder, or a single file in the
+    original format.
+    """
     path = Path(source)
     if path.is_file():
         return path.suffix == ".safetensors"
     for config_file in (path / "transformer" / "config.json", path / "config.json"):
         if config_file.is_file():
-            return json.loads(config_file.read_text()).get("_class_name") == "LTXVideoTransformer3DModel"
+            return (
+                json.loads(config_file.read_text()).get("_class_name")
+                == "LTXVideoTransformer3DModel"
+            )
     return False
 
 
-def _fill(model: A2VDiT, state: dict[str, Tensor], way_out: str) -> None:
+def fill_from_ltx(model: nn.Module, state: dict[str, Tensor], way_out: str) -> None:
+    """Load the tensors of :func:`read_ltx`; parameters that LTX has no word for keep their start.
+
+    Raises:
+        UserError: a tensor left over, missing or of another shape; ``way_out`` ends its message.
+    """
     own = model.state_dict()
     new = {name for name in own if any(part in name for part in NEW_PARTS)}
     problems = {
         "missing": sorted(own.keys() - new - state.keys()),
         "left over": sorted(state.keys() - own.keys()),
-        "of another shape": sorted(name for name in own.keys() & state.keys() if own[name].shape != state[name].shape),
+        "of another shape": sorted(
+            name for name in own.keys() & state.keys() if own[name].shape != state[name].shape
+        ),
     }
     for what, names in problems.items():
         if names:
             raise UserError(
-                f"expected the tensors of an LTX transformer, got {len(names)} {what}: {', '.join(names[:5])}"
-                f"{', ...' if len(names) > 5 else ''}; use weights of the same architecture, or {way_out}"
+                f"expected the tensors of an LTX transformer, got {len(names)} {what}: "
+                f"{', '.join(names[:5])}"
+                f"{', ...' if len(names) > 5 else ''}; use weights of the same architecture, or "
+                f"{way_out}"
             )
     model.load_state_dict({**{name: own[name] for name in new}, **state})
 
 
 def _arguments(config: dict[str, Any]) -> dict[str, Any]:
     """A2VDiT's arguments from a diffusers configuration; an unknown architecture is an error."""
-    only = {"patch_size": 1, "patch_size_t": 1, "activation_fn": "gelu-approximate", "qk_norm": "rms_norm_across_heads"}
+    only = {
+        "patch_size": 1,
+        "patch_size_t": 1,
+        "activation_fn": "gelu-approximate",
+        "qk_norm": "rms_norm_across_heads",
+    }
     for name, value in only.items():
         if config.get(name, value) != value:
-            raise UserError(f"expected an LTX transformer with {name}={value}, got {config[name]}: not covered")
+            raise UserError(
+                f"expected an LTX transformer with {name}={value}, got {config[name]}: not covered"
+            )
     names = (
         "in_channels",
         "out_channels",
@@ -108,7 +147,8 @@ def _read(source: str | Path | nn.Module) -> tuple[dict[str, Any], dict[str, Ten
         config = getattr(source, "config", None)
         if type(source).__name__ != "LTXVideoTransformer3DModel" or config is None:
             raise UserError(
-                f"expected an LTXVideoTransformer3DModel, got {type(source).__name__}: pass diffusers' model"
+                f"expected an LTXVideoTransformer3DModel, got {type(source).__name__}: pass "
+                "diffusers' model"
             )
         return dict(config), source.state_dict()
     path = Path(source)
@@ -117,35 +157,53 @@ def _read(source: str | Path | nn.Module) -> tuple[dict[str, Any], dict[str, Ten
     if path.is_dir():
         folder = path / "transformer" if (path / "transformer" / "config.json").is_file() else path
         if not (folder / "config.json").is_file():
-            raise UserError(f"expected a folder with config.json or transformer/config.json, got {path}")
+            raise UserError(
+                f"expected a folder with config.json or transformer/config.json, got {path}"
+            )
         return _read_pretrained(folder)
     if path.suffix or path.is_absolute() or str(source).count("/") != 1:
         raise UserError(
-            f"expected LTX weights (a diffusers folder, a single file or a hub id), got no such path: {path}; "
+            "expected LTX weights (a diffusers folder, a single file or a hub id), got no such "
+            f"path: {path}; "
             f"{HOW_TO_GET}"
         )
     return _read_pretrained(str(source), subfolder="transformer")
 
 
-def _read_pretrained(source: str | Path, **arguments: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _read_pretrained(
+    source: str | Path, **arguments: Any
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     from rest_lightning.torchvision_compat import ensure_torchvision
 
     ensure_torchvision()
     from diffusers.models.transformers.transformer_ltx import LTXVideoTransformer3DModel
 
     try:
-        model, report = LTXVideoTransformer3DModel.from_pretrained(source, output_loading_info=True, **arguments)
+        model, report = LTXVideoTransformer3DModel.from_pretrained(
+            source, output_loading_info=True, **arguments
+        )
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"expected LTX weights in diffusers format, got {source}: {reason}") from error
-    for what, key in (("missing", "missing_keys"), ("left over", "unexpected_keys"), ("wrong", "mismatched_keys")):
+        raise UserError(
+            f"expected LTX weights in diffusers format, got {source}: {reason}"
+        ) from error
+    for what, key in (
+        ("missing", "missing_keys"),
+        ("left over", "unexpected_keys"),
+        ("wrong", "mismatched_keys"),
+    ):
         if report[key]:
-            raise UserError(f"expected the tensors of an LTX transformer in {source}, got {what}: {report[key][0]}")
+            raise UserError(
+                f"expected the tensors of an LTX transformer in {source}, got {what}: "
+                f"{report[key][0]}"
+            )
     return dict(model.config), model.state_dict()
 
 
 def _read_single_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The original format: diffusers' own conversion of the names, and the sizes from the tensors."""
+    """The original format: diffusers' own conversion of the names, and the sizes from the
+    tensors.
+    """
     from safetensors import SafetensorError, safe_open
 
     from rest_lightning.torchvision_compat import ensure_torchvision
@@ -156,17 +214,26 @@ def _read_single_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         with safe_open(path, framework="pt") as file:
             names, metadata = list(file.keys()), file.metadata() or {}
-            prefix = ORIGINAL_PREFIX if any(name.startswith(ORIGINAL_PREFIX) for name in names) else ""
-            original = {name: file.get_tensor(name) for name in names if name.startswith(prefix) and "vae" not in name}
+            prefix = (
+                ORIGINAL_PREFIX if any(name.startswith(ORIGINAL_PREFIX) for name in names) else ""
+            )
+            original = {
+                name: file.get_tensor(name)
+                for name in names
+                if name.startswith(prefix) and "vae" not in name
+            }
     except SafetensorError as error:
         raise UserError(f"expected LTX weights as safetensors, got {path}: {error}") from error
     state = convert_ltx_transformer_checkpoint_to_diffusers(original)
     layers = {int(name.split(".")[1]) for name in state if name.startswith("transformer_blocks.")}
     for name in ("proj_in.weight", "proj_out.weight", "caption_projection.linear_1.weight"):
         if name not in state or not layers:
-            raise UserError(f"expected an LTX transformer in {path}, got no {name}: use LTX-Video's own weights")
+            raise UserError(
+                f"expected an LTX transformer in {path}, got no {name}: use LTX-Video's own weights"
+            )
     dim, in_channels = state["proj_in.weight"].shape
-    # The number of heads leaves no trace in the shapes: newer files say it, all published sizes have 32.
+    # The number of heads leaves no trace in the shapes: newer files say it, all published sizes
+    # have 32.
     stated = json.loads(metadata.get("config", "{}")).get("transformer", {})
     num_heads = stated.get("num_attention_heads", 32)
     config = {
@@ -181,3 +248,58 @@ def _read_single_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "norm_elementwise_affine": "transformer_blocks.0.norm1.weight" in state,
     }
     return config, state
+
+
+# -- the fixed text --------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def encode_prompt(
+    folder: str | Path, text: str = PROMPT, length: int = PROMPT_LENGTH
+) -> tuple[Tensor, Tensor]:
+    """What LTX-Video's pipeline computes for ``text``: T5 over the padded tokens, without a mask
+    inside T5.
+
+    Args:
+        folder: of an LTX-Video pipeline in diffusers format (``text_encoder/`` and ``tokenizer/``).
+        text: the prompt.
+        length: tokens with padding; longer texts are refused, not cut.
+
+    Returns:
+        Embeddings ``(length, C)``, float32, and mask ``(length,)``.
+
+    Raises:
+        UserError: no such folder, or a text that is too long.
+    """
+    tokenizer, model = _load_t5(Path(folder).expanduser())
+    num_tokens = len(tokenizer(text).input_ids)
+    if num_tokens > length:
+        raise UserError(
+            f"expected a prompt of at most {length} tokens, got {num_tokens}: shorten "
+            "it or raise --length"
+        )
+    tokens = tokenizer(text, padding="max_length", max_length=length, return_tensors="pt")
+    return model(tokens.input_ids)[0][0].float(), tokens.attention_mask[0].float()
+
+
+def _load_t5(folder: Path) -> tuple[Any, Any]:
+    from rest_lightning.torchvision_compat import ensure_torchvision
+
+    ensure_torchvision()
+    from transformers import AutoTokenizer, T5EncoderModel
+
+    for name in ("text_encoder", "tokenizer"):
+        if not (folder / name).is_dir():
+            raise UserError(
+                f"expected LTX-Video's T5 with {name}/, looked in {folder.resolve()}: "
+                f"{HOW_TO_GET_T5}"
+            )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+        model = T5EncoderModel.from_pretrained(folder / "text_encoder", local_files_only=True)
+    except (OSError, ValueError, ImportError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"expected a T5 that transformers can load in {folder.resolve()}: {reason}"
+        ) from error
+    return tokenizer, model.eval()

@@ -1,62 +1,74 @@
-"""The LTX-Video VAE with streamed decoding: published weights, whole clips bit-identical to diffusers (REST sec. 3.1).
+"""The LTX-Video VAE with streamed decoding: published weights, whole clips bit-identical to
+diffusers (REST sec. 3.1).
 
-Encoder and decoder are diffusers' own. Two of the decoder's layers, the causal convolution and the upsampler, are
-exchanged for layers of the same parameters that can also continue a stream.
+Encoder and decoder are diffusers' own. Two of the decoder's layers, the causal convolution and the
+upsampler, are exchanged for layers of the same parameters that can also continue a stream.
 """
 
 from __future__ import annotations
 
 import copy
+import difflib
+import inspect
+import json
 import math
 import threading
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from rest_lightning.constants import TEMPORAL_RATIO
+from rest_lightning.constants import SPATIAL_RATIO, TEMPORAL_RATIO
 from rest_lightning.errors import UserError
-from rest_lightning.models.autoencoder import VideoAutoencoder
 from rest_lightning.models.causal import Stream, StreamedModule, is_first_piece, name_streams
-from rest_lightning.models.ltx_vae_weights import build, check_compression, load
+from rest_lightning.models.vae import VideoAutoencoder
 
 # Keys of a stream beside the pasts of the convolutions.
-NUM_LATENTS = "num_latents"  # latents seen so far, (B,), on the CPU: reading it never waits for a device
+# latents seen so far, (B,), on the CPU: reading it never waits for a device
+NUM_LATENTS = "num_latents"
 CONTEXT = "context"  # the last `halo` latents, (B, C, halo, h, w)
 
 
 class LTXVideoVAE(VideoAutoencoder):
     """Diffusers' ``AutoencoderKLLTXVideo`` behind this project's interface.
 
-    Streamed decoding of a causal decoder (``decoder_causal: true``) is exact. Stock LTX decoders look ahead: there a
-    piece is decoded together with the last ``halo`` latents before it, whose frames are thrown away, and with its own
-    last frame repeated in place of what follows. So every piece of l latents gives 8 l frames at once; what that
-    costs in exactness, :func:`streaming_error` measures. A halo of zero decodes pieces without any context.
+    Streamed decoding of a causal decoder (``decoder_causal: true``) is exact. Stock LTX decoders
+    look ahead: there a piece is decoded together with the last ``halo`` latents before it, whose
+    frames are thrown away, and with its own last frame repeated in place of what follows. So every
+    piece of l latents gives 8 l frames at once; what that costs in exactness,
+    :func:`streaming_error` measures. A halo of zero decodes pieces without any context.
 
-    With timestep conditioning latents are mixed with noise before they are decoded, as in diffusers' LTX pipeline. The
-    noise is a fixed function of the latent's index in its clip, the same for every row (decided here), so that streamed
-    and whole decoding, and a row alone or in a batch, see the same noise. Layers that inject noise of their own
-    (``decoder_inject_noise``) draw the same picture at every call (decided here), for the same reason.
+    With timestep conditioning latents are mixed with noise before they are decoded, as in
+    diffusers' LTX pipeline. The noise is a fixed function of the latent's index in its clip, the
+    same for every row (decided here), so that streamed and whole decoding, and a row alone or in a
+    batch, see the same noise. Layers that inject noise of their own (``decoder_inject_noise``) draw
+    the same picture at every call (decided here), for the same reason.
 
     Args:
-        weights: a folder in diffusers format (the VAE's, or a pipeline's with ``vae/`` in it); a single safetensors
-            file in the original format; or a hub id that lies in the hub's cache on this machine. Nothing is
-            downloaded. None leaves the network untrained.
-        ltx_config: arguments of ``AutoencoderKLLTXVideo``. Beside a folder they replace single entries of its
-            configuration, as in ``{decoder_causal: true}``, which turns a stock decoder into a causal one to
-            fine-tune. A single file has no configuration: what is not given is diffusers' default, LTX-Video 0.9.0.
-        decode_timestep: decode timestep in [0, 1]; read by networks with timestep conditioning alone.
+        weights: a folder in diffusers format (the VAE's, or a pipeline's with ``vae/`` in it); a
+            single safetensors file in the original format; or a hub id that lies in the hub's cache
+            on this machine. Nothing is downloaded. None leaves the network untrained.
+        ltx_config: arguments of ``AutoencoderKLLTXVideo``. Beside a folder they replace single
+            entries of its configuration, as in ``{decoder_causal: true}``, which turns a stock
+            decoder into a causal one to fine-tune. A single file has no configuration: what is not
+            given is diffusers' default, LTX-Video 0.9.0.
+        decode_timestep: decode timestep in [0, 1]; read by networks with timestep conditioning
+            alone.
         decode_noise_scale: share of noise in the decoded latents, in [0, 1]; likewise.
-        halo: latents before a piece that are decoded again; read by decoders that are not causal alone.
+        halo: latents before a piece that are decoded again; read by decoders that are not causal
+            alone.
 
     Attributes:
-        ltx: the diffusers model. Its own statistics are only where :attr:`latents_mean` and :attr:`latents_std` start.
+        ltx: the diffusers model. Its own statistics are only where :attr:`latents_mean` and
+            :attr:`latents_std` start.
 
     Raises:
-        UserError: no such weights, weights of another architecture, or a compression other than 32x32x8.
+        UserError: no such weights, weights of another architecture, or a compression other than
+            32x32x8.
     """
 
     measures_statistics = False
@@ -69,29 +81,50 @@ class LTXVideoVAE(VideoAutoencoder):
         decode_noise_scale: float = 0.025,
         halo: int = 1,
     ) -> None:
-        for name, value in (("decode_timestep", decode_timestep), ("decode_noise_scale", decode_noise_scale)):
+        for name, value in (
+            ("decode_timestep", decode_timestep),
+            ("decode_noise_scale", decode_noise_scale),
+        ):
             if not 0.0 <= value <= 1.0:
-                raise UserError(f"expected {name} in [0, 1], got {value}: LTX-Video uses 0.05 and 0.025")
+                raise UserError(
+                    f"expected {name} in [0, 1], got {value}: LTX-Video uses 0.05 and 0.025"
+                )
         if halo < 0:
             raise UserError(f"expected a halo of at least 0 latents, got {halo}")
-        ltx = build(ltx_config or {}) if weights is None else load(weights, ltx_config or {})
+        ltx = (
+            build_ltx(ltx_config or {})
+            if weights is None
+            else load_ltx_vae(weights, ltx_config or {})
+        )
         check_compression(ltx)
         super().__init__(ltx.config.latent_channels)
         self.ltx = ltx
-        self.decode_timestep, self.decode_noise_scale, self.halo = decode_timestep, decode_noise_scale, halo
+        self.decode_timestep, self.decode_noise_scale, self.halo = (
+            decode_timestep,
+            decode_noise_scale,
+            halo,
+        )
         self._call = _Call()
         _exchange_layers(ltx.decoder, self._call)
         name_streams(self)
-        # normalised = (z - mean) * scaling_factor / std (diffusers' LTX pipeline); both slots have LTX's statistics.
+        # normalised = (z - mean) * scaling_factor / std (diffusers' LTX pipeline); both slots have
+        # LTX's statistics.
         self.latents_mean.copy_(ltx.latents_mean)
         self.latents_std.copy_(ltx.latents_std / ltx.config.scaling_factor)
 
     @property
     def config(self) -> dict[str, Any]:
-        """Everything that :meth:`from_config` needs for the same untrained network, ready for JSON."""
-        entries = {name: value for name, value in self.ltx.config.items() if not name.startswith("_")}
+        """Everything that :meth:`from_config` needs for the same untrained network, ready for
+        JSON.
+        """
+        entries = {
+            name: value for name, value in self.ltx.config.items() if not name.startswith("_")
+        }
         return {
-            "ltx_config": {name: list(value) if isinstance(value, tuple) else value for name, value in entries.items()},
+            "ltx_config": {
+                name: list(value) if isinstance(value, tuple) else value
+                for name, value in entries.items()
+            },
             "decode_timestep": self.decode_timestep,
             "decode_noise_scale": self.decode_noise_scale,
             "halo": self.halo,
@@ -115,7 +148,11 @@ class LTXVideoVAE(VideoAutoencoder):
     def decode_raw(self, latents: Tensor, stream: Stream | None = None) -> Tensor:
         """See :meth:`VideoAutoencoder.decode_raw`."""
         first = is_first_piece(stream)
-        start = torch.zeros(len(latents), dtype=torch.long) if stream is None or first else stream[NUM_LATENTS]
+        start = (
+            torch.zeros(len(latents), dtype=torch.long)
+            if stream is None or first
+            else stream[NUM_LATENTS]
+        )
         if self.ltx.config.timestep_conditioning and self.decode_noise_scale:
             noise = frame_noise(start, latents)
             latents = (1 - self.decode_noise_scale) * latents + self.decode_noise_scale * noise
@@ -131,9 +168,13 @@ class LTXVideoVAE(VideoAutoencoder):
         return frames
 
     def decode_variant(self, stream: Stream) -> Hashable | None:
-        """See :meth:`VideoAutoencoder.decode_variant`: None where noise is mixed in, or rows have unequal context."""
+        """See :meth:`VideoAutoencoder.decode_variant`: None where noise is mixed in, or rows have
+        unequal context.
+        """
         config = self.ltx.config
-        if (config.timestep_conditioning and self.decode_noise_scale) or any(config.decoder_inject_noise):
+        if (config.timestep_conditioning and self.decode_noise_scale) or any(
+            config.decoder_inject_noise
+        ):
             return None
         if self.decoder_causal or not stream.started:
             return stream.started
@@ -151,7 +192,9 @@ class LTXVideoVAE(VideoAutoencoder):
         return self.ltx.decode(latents, timestep).sample
 
     def _decode_with_context(self, latents: Tensor, start: Tensor, stream: Stream) -> Tensor:
-        """A piece of a decoder that looks ahead, with the latents before it as far as the halo and the clip reach."""
+        """A piece of a decoder that looks ahead, with the latents before it as far as the halo and
+        the clip reach.
+        """
         num_new = latents.shape[2]
         nothing = latents.new_zeros(*latents.shape[:2], self.halo, *latents.shape[3:])
         context = stream[CONTEXT] if stream.started else nothing
@@ -176,8 +219,11 @@ class LTXVideoVAE(VideoAutoencoder):
 
 
 @torch.no_grad()
-def streaming_error(vae: LTXVideoVAE, latents: Tensor, chunk_length: int = 3, halo: int | None = None) -> float:
-    """Largest absolute difference between the frames of a streamed and of a whole-clip decode, in [-1, 1] units.
+def streaming_error(
+    vae: LTXVideoVAE, latents: Tensor, chunk_length: int = 3, halo: int | None = None
+) -> float:
+    """Largest absolute difference between the frames of a streamed and of a whole-clip decode, in
+    [-1, 1] units.
 
     Args:
         vae: the network.
@@ -192,15 +238,17 @@ def streaming_error(vae: LTXVideoVAE, latents: Tensor, chunk_length: int = 3, ha
 def halo_errors(
     vae: LTXVideoVAE, latents: Tensor, chunk_length: int = 3, halos: Sequence[int] = (0, 1, 2, 3)
 ) -> dict[int, dict[str, float]]:
-    """What every halo costs in exactness: streamed against whole-clip decoding, for the table of the benchmark.
+    """What every halo costs in exactness: streamed against whole-clip decoding, for the table of
+    the benchmark.
 
     Args:
         vae, latents, chunk_length: see :func:`streaming_error`.
         halos: the halos to measure; a causal decoder reads none of them and errs by rounding alone.
 
     Returns:
-        For each halo ``max_abs`` and ``mean_abs``, differences of frames in [-1, 1], and ``psnr_db`` for a range of 2
-        (infinite for equal frames). The reference's own frame is left out.
+        For each halo ``max_abs`` and ``mean_abs``, differences of frames in [-1, 1], and
+        ``psnr_db`` for a range of 2 (infinite for equal frames). The reference's own frame is left
+        out.
     """
     with torch.no_grad():
         whole = vae.decode(latents)[:, :, 1:]
@@ -216,8 +264,12 @@ def halo_errors(
     return errors
 
 
-def streamed_decode(vae: LTXVideoVAE, latents: Tensor, chunk_length: int = 3, halo: int | None = None) -> Tensor:
-    """Decode a whole clip piece by piece; arguments as in :func:`streaming_error`, frames (B, 3, F, H, W)."""
+def streamed_decode(
+    vae: LTXVideoVAE, latents: Tensor, chunk_length: int = 3, halo: int | None = None
+) -> Tensor:
+    """Decode a whole clip piece by piece; arguments as in :func:`streaming_error`, frames
+    (B, 3, F, H, W).
+    """
     if halo is not None:
         vae = copy.copy(vae)  # the same weights, another halo
         vae.halo = halo
@@ -227,9 +279,11 @@ def streamed_decode(vae: LTXVideoVAE, latents: Tensor, chunk_length: int = 3, ha
 
 
 def frame_noise(start: Tensor, latents: Tensor) -> Tensor:
-    """Unit Gaussian noise like ``latents`` (B, C, l, h, w), a fixed function of latent index, channel and place.
+    """Unit Gaussian noise like ``latents`` (B, C, l, h, w), a fixed function of latent index,
+    channel and place.
 
-    A counter-based generator (decided here): 32-bit mixing steps of MurmurHash3, then the Box-Muller transform.
+    A counter-based generator (decided here): 32-bit mixing steps of MurmurHash3, then the
+    Box-Muller transform.
 
     Args:
         start: index of each row's first latent in its clip, (B,).
@@ -239,10 +293,14 @@ def frame_noise(start: Tensor, latents: Tensor) -> Tensor:
     device = latents.device
     index = start.to(device)[:, None] + torch.arange(num_frames, device=device)
     key = _mix(index + 0x9E3779B9)[:, None, :, None, None]
-    place = torch.arange(channels * height * width, device=device).view(1, channels, 1, height, width)
+    place = torch.arange(channels * height * width, device=device).view(
+        1, channels, 1, height, width
+    )
     # 24 bits are what a float32 holds; the half keeps the logarithm away from zero.
     radius, angle = (((_mix(_mix(2 * place + i) ^ key) >> 8).float() + 0.5) / 2**24 for i in (0, 1))
-    return (torch.sqrt(-2.0 * torch.log(radius)) * torch.cos(2.0 * math.pi * angle)).to(latents.dtype)
+    return (torch.sqrt(-2.0 * torch.log(radius)) * torch.cos(2.0 * math.pi * angle)).to(
+        latents.dtype
+    )
 
 
 def _mix(x: Tensor) -> Tensor:
@@ -254,7 +312,8 @@ def _mix(x: Tensor) -> Tensor:
 
 
 class _Call(threading.local):
-    """What the exchanged layers of one network have to know of the running call, for each thread apart.
+    """What the exchanged layers of one network have to know of the running call, for each thread
+    apart.
 
     Diffusers' blocks hand no further argument down to their convolutions.
     """
@@ -276,7 +335,9 @@ class _Call(threading.local):
 
 
 class _Conv(StreamedModule):
-    """``LTXVideoCausalConv3d`` with the same parameters, able to continue a stream: (B, C, F, H, W)."""
+    """``LTXVideoCausalConv3d`` with the same parameters, able to continue a stream:
+    (B, C, F, H, W).
+    """
 
     def __init__(self, original: Any, call: _Call) -> None:
         super().__init__()
@@ -293,7 +354,11 @@ class _Conv(StreamedModule):
         if not num_past:
             return self.conv(x)
         stream, first = self._call.stream, self._call.first
-        past = x[:, :, :1].expand(-1, -1, num_past, -1, -1) if stream is None or first else stream[self.stream_name]
+        past = (
+            x[:, :, :1].expand(-1, -1, num_past, -1, -1)
+            if stream is None or first
+            else stream[self.stream_name]
+        )
         x = torch.cat([past.to(x.dtype), x], dim=2)
         if stream is not None:
             stream.remember(self.stream_name, x[:, :, -num_past:])
@@ -301,7 +366,9 @@ class _Conv(StreamedModule):
 
 
 class _Upsampler(nn.Module):
-    """``LTXVideoUpsampler3d`` with the same parameters; drops its first frames only at a clip's start."""
+    """``LTXVideoUpsampler3d`` with the same parameters; drops its first frames only at a clip's
+    start.
+    """
 
     def __init__(self, original: Any, call: _Call) -> None:
         super().__init__()
@@ -334,12 +401,206 @@ def _exchange_layers(decoder: nn.Module, call: _Call) -> None:
             if isinstance(module, old):
                 parent, _, child = name.rpartition(".")
                 setattr(decoder.get_submodule(parent), child, new(module, call))
-    blocks = [block for block in decoder.modules() if getattr(block, "per_channel_scale1", None) is not None]
+    blocks = [
+        block
+        for block in decoder.modules()
+        if getattr(block, "per_channel_scale1", None) is not None
+    ]
     for seed, block in enumerate(blocks):
         block.register_forward_pre_hook(partial(_fix_noise, seed=seed))
 
 
 def _fix_noise(module: nn.Module, args: tuple[Any, ...], seed: int) -> tuple[Any, ...]:
-    """Give a noise-injecting block, called with (hidden_states, temb, generator), a generator that starts anew."""
+    """Give a noise-injecting block, called with (hidden_states, temb, generator), a generator that
+    starts anew.
+    """
     x, temb = args[:2]
     return x, temb, torch.Generator(x.device).manual_seed(seed)
+
+
+# -- weights ---------------------------------------------------------------------------------------
+# Where the LTX-Video VAE's weights come from: diffusers folders, the hub's local cache, original
+# single files.
+
+HOW_TO_GET = (
+    "get them with `hf download Lightricks/LTX-Video --include 'vae/*' --local-dir FOLDER` and "
+    "name FOLDER as `weights`"
+)
+
+
+def _model_class() -> Any:
+    from rest_lightning.torchvision_compat import ensure_torchvision
+
+    ensure_torchvision()
+    from diffusers.models.autoencoders.autoencoder_kl_ltx import AutoencoderKLLTXVideo
+
+    return AutoencoderKLLTXVideo
+
+
+def build_ltx(config: dict[str, Any]) -> Any:
+    """An untrained ``AutoencoderKLLTXVideo`` from its arguments."""
+    _check_names(config)
+    try:
+        return _model_class()(**config)
+    except (TypeError, ValueError, IndexError) as error:
+        raise UserError(
+            f"expected an `ltx_config` that AutoencoderKLLTXVideo can build_ltx: {_line(error)}"
+        ) from error
+
+
+def check_compression(ltx: Any) -> None:
+    """Raise a UserError unless encoder and decoder both compress 32x32x8."""
+    encoder = [layer for block in ltx.encoder.down_blocks for layer in block.downsamplers or ()]
+    decoder = [layer for block in ltx.decoder.up_blocks for layer in block.upsamplers or ()]
+    patch = (ltx.config.patch_size_t, ltx.config.patch_size)
+    for name, layers in (("encoder", encoder), ("decoder", decoder)):
+        # A strided convolution keeps its stride inside, LTX's own samplers on themselves.
+        strides = [getattr(layer, "stride", None) or layer.conv.stride for layer in layers]
+        time, space = (patch[i] * math.prod(stride[i] for stride in strides) for i in (0, 1))
+        if (time, space) != (TEMPORAL_RATIO, SPATIAL_RATIO) or patch[0] != 1:
+            raise UserError(
+                f"expected an LTX {name} of {TEMPORAL_RATIO}x in time and {SPATIAL_RATIO}x in "
+                "space, patch_size_t 1, "
+                f"got {time}x, {space}x and {patch[0]}: change `ltx_config`"
+            )
+
+
+def load_ltx_vae(weights: str, config: dict[str, Any]) -> Any:
+    """The ``AutoencoderKLLTXVideo`` of a folder, a single file or the hub's cache, in float32.
+
+    Raises:
+        UserError: no such weights, or weights of another architecture.
+    """
+    _check_names(config)  # diffusers ignores names that it does not know
+    path = Path(weights).expanduser()
+    if path.is_file():
+        return _load_single_file(path, config)
+    if path.is_dir():
+        folder = path / "vae" if (path / "vae" / "config.json").is_file() else path
+        _check_folder(folder)
+        return _load_pretrained(str(folder), f"{folder.resolve()}", config)
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    where = str(path.absolute())
+    if path.suffix == ".safetensors" or path.is_absolute() or weights.count("/") != 1:
+        raise UserError(
+            "expected LTX VAE weights (a diffusers folder or a safetensors file), looked in "
+            f"{where}: {HOW_TO_GET}"
+        )
+    return _load_pretrained(
+        weights, (f"{where} and the hub cache {HF_HUB_CACHE}"), config, subfolder="vae"
+    )
+
+
+def _check_names(config: dict[str, Any]) -> None:
+    known = inspect.signature(_model_class().__init__).parameters
+    unknown = sorted(config.keys() - known.keys())
+    if unknown:
+        close = difflib.get_close_matches(unknown[0], known, 1)
+        way_out = f"did you mean {close[0]}?" if close else "see its documentation"
+        raise UserError(
+            f"expected `ltx_config` to hold arguments of AutoencoderKLLTXVideo, got {unknown[0]}: "
+            f"{way_out}"
+        )
+
+
+def _check_folder(folder: Path) -> None:
+    name = "diffusion_pytorch_model"
+    for names in (
+        ("config.json",),
+        (f"{name}.safetensors", f"{name}.safetensors.index.json", f"{name}.bin"),
+    ):
+        if not any((folder / each).is_file() for each in names):
+            raise UserError(
+                f"expected an LTX VAE with {names[0]}, looked in {folder.resolve()}: {HOW_TO_GET}"
+            )
+    found = json.loads((folder / "config.json").read_text()).get("_class_name")
+    if found != "AutoencoderKLLTXVideo":
+        raise UserError(
+            f"expected an AutoencoderKLLTXVideo in {folder.resolve()}, got {found}: {HOW_TO_GET}"
+        )
+
+
+def _load_pretrained(source: str, where: str, config: dict[str, Any], **arguments: Any) -> Any:
+    try:
+        model, report = _model_class().from_pretrained(
+            source,
+            output_loading_info=True,
+            local_files_only=True,
+            low_cpu_mem_usage=False,
+            **arguments,
+            **config,
+        )
+    except OSError as error:
+        wanted = "config.json and diffusion_pytorch_model.safetensors"
+        raise UserError(
+            f"expected LTX VAE weights {source} ({wanted}), looked in {where}: {HOW_TO_GET}"
+        ) from error
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"expected weights of an AutoencoderKLLTXVideo in {where}: {_line(error)}"
+        ) from error
+    for what, key in (
+        ("missing", "missing_keys"),
+        ("left over", "unexpected_keys"),
+        ("misshapen", "mismatched_keys"),
+    ):
+        if report[key]:
+            raise UserError(
+                f"expected the tensors of an LTX VAE in {where}, got {what}: "
+                f"{sorted(report[key])[0]}"
+            )
+    return model
+
+
+def _load_single_file(path: Path, config: dict[str, Any]) -> Any:
+    """The original format: diffusers' own conversion of the names, into the network of
+    ``config``.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = list(file.keys())
+            # A whole model's file holds its transformer too; a file of the VAE alone has no prefix.
+            prefix = "vae." if any(name.startswith("vae.") for name in names) else ""
+            original = {
+                f"vae.{name.removeprefix(prefix)}": file.get_tensor(name)
+                for name in names
+                if prefix in name
+            }
+    except SafetensorError as error:
+        raise UserError(
+            f"expected an LTX VAE as safetensors in {path}: {_line(error)}; {HOW_TO_GET}"
+        ) from error
+    if "vae.encoder.conv_out.conv.weight" not in original:
+        raise UserError(
+            f"expected an LTX VAE in {path}, got no vae.encoder.conv_out.conv.weight: {HOW_TO_GET}"
+        )
+    model = build_ltx(config)
+    own = model.state_dict()
+    state = {name.removeprefix("vae."): value for name, value in original.items()}
+    if state.keys() != own.keys():
+        from diffusers.loaders.single_file_utils import convert_ltx_vae_checkpoint_to_diffusers
+
+        state = convert_ltx_vae_checkpoint_to_diffusers(original)
+    for what, wrong in (
+        ("missing", own.keys() - state.keys()),
+        ("left over", state.keys() - own.keys()),
+        (
+            "of another shape",
+            {name for name in own.keys() & state.keys() if own[name].shape != state[name].shape},
+        ),
+    ):
+        if wrong:
+            raise UserError(
+                f"expected the tensors of this `ltx_config` in {path}, got {len(wrong)} {what}: "
+                f"{min(wrong)}; "
+                "give the `ltx_config` of these weights (vae/config.json of their version)"
+            )
+    model.load_state_dict(state)
+    return model
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -1,9 +1,11 @@
-"""Speech encoders: 16 kHz samples to a window of 10 feature steps (50 Hz) for every video frame (REST).
+"""Speech encoders: 16 kHz samples to a window of 10 feature steps (50 Hz) for every video frame
+(REST).
 
-Frame j of the video is the samples [640 j, 640 (j + 1)). Its window spans five frames, j + L - 4 ... j + L, where L is
-``lookahead_frames``: 2 is the centred window of the paper, 0 needs no speech after the frame. Each encoder reads a
-bounded past and a bounded future, in training and in streaming alike: the features of frames [a, b) come from exactly
-the samples [640 (a - left_context_frames), 640 (b + lookahead_frames)), so a stream gives what the whole file gives.
+Frame j of the video is the samples [640 j, 640 (j + 1)). Its window spans five frames, j + L - 4
+... j + L, where L is ``lookahead_frames``: 2 is the centred window of the paper, 0 needs no speech
+after the frame. Each encoder reads a bounded past and a bounded future, in training and in
+streaming alike: the features of frames [a, b) come from exactly the samples [640 (a -
+left_context_frames), 640 (b + lookahead_frames)), so a stream gives what the whole file gives.
 """
 
 from __future__ import annotations
@@ -37,20 +39,26 @@ WHISPER_TINY = {
 }
 
 
-def mel_filters(num_mels: int, num_bins: int, min_hz: float, max_hz: float, slaney_norm: bool) -> Tensor:
-    """Triangular filters on the Slaney mel scale: float32 (num_bins, num_mels) for bins from 0 Hz to 8 kHz.
+def mel_filters(
+    num_mels: int, num_bins: int, min_hz: float, max_hz: float, slaney_norm: bool
+) -> Tensor:
+    """Triangular filters on the Slaney mel scale: float32 (num_bins, num_mels) for bins from 0 Hz
+    to 8 kHz.
 
-    Linear below 1 kHz (200/3 Hz a mel), logarithmic above (6.4-fold in 27 mels). Peaks are 1, or with ``slaney_norm``
-    2 / width (Whisper's filters, librosa's default).
+    Linear below 1 kHz (200/3 Hz a mel), logarithmic above (6.4-fold in 27 mels). Peaks are 1, or
+    with ``slaney_norm`` 2 / width (Whisper's filters, librosa's default).
     """
     step = math.log(6.4) / 27
 
     def to_mel(hz: float) -> float:
         return hz * 3 / 200 if hz < 1000 else 15 + math.log(hz / 1000) / step
 
-    # Not torch.linspace: torch.device("meta") can miss it (seen after transformers, which swaps it, loaded weights).
+    # Not torch.linspace: torch.device("meta") can miss it (seen after transformers, which swaps it,
+    # loaded weights).
     lowest, highest = to_mel(min_hz), to_mel(max_hz)
-    mels = lowest + (highest - lowest) / (num_mels + 1) * torch.arange(num_mels + 2, dtype=torch.float64)
+    mels = lowest + (highest - lowest) / (num_mels + 1) * torch.arange(
+        num_mels + 2, dtype=torch.float64
+    )
     edges = torch.where(mels < 15, mels * 200 / 3, 1000 * torch.exp(step * (mels - 15)))
     low, peak, high = edges[:-2], edges[1:-1], edges[2:]
     hz = SAMPLE_RATE / 2 / (num_bins - 1) * torch.arange(num_bins, dtype=torch.float64)[:, None]
@@ -64,7 +72,9 @@ def power_spectrum(windows: Tensor, num_fft: int) -> Tensor:
 
 
 def slide_windows(steps: Tensor) -> Tensor:
-    """The 10-step windows of successive frames, two steps apart: (B, 2 (F + 4), D) -> (B, F, 10, D)."""
+    """The 10-step windows of successive frames, two steps apart: (B, 2 (F + 4), D) -> (B, F, 10,
+    D).
+    """
     return steps.unfold(1, WINDOW_STEPS, STEPS_PER_FRAME).transpose(2, 3)
 
 
@@ -76,8 +86,9 @@ class SpeechEncoder(nn.Module):
         window_steps: feature steps per video frame, 10.
         left_context_frames: video frames of audio read before the first frame.
         lookahead_frames: video frames of audio read after the last frame.
-        block_frames: frames come in blocks of this many, aligned to frame 1 + n * block_frames (frame 0 is a block of
-            its own); the features of a frame depend on audio up to the end of its block + lookahead. 1: no blocks.
+        block_frames: frames come in blocks of this many, aligned to frame 1 + n * block_frames
+            (frame 0 is a block of its own); the features of a frame depend on audio up to the end
+            of its block + lookahead. 1: no blocks.
     """
 
     window_steps = WINDOW_STEPS
@@ -97,10 +108,11 @@ class SpeechEncoder(nn.Module):
         return cls(**config)
 
     def forward(self, audio: Tensor) -> Tensor:
-        """Samples (B, 640 * (left_context + F + lookahead)) in [-1, 1] to features (B, F, 10, feature_dim), float32.
+        """Samples (B, 640 * (left_context + F + lookahead)) in [-1, 1] to features (B, F, 10,
+        feature_dim), float32.
 
-        Without gradients, and in float32 under autocast too: half precision would blur quiet speech, and features in
-        training would differ from those in streaming.
+        Without gradients, and in float32 under autocast too: half precision would blur quiet
+        speech, and features in training would differ from those in streaming.
         """
         self.num_frames(audio)
         with torch.no_grad(), torch.autocast(audio.device.type, enabled=False):
@@ -111,15 +123,24 @@ class SpeechEncoder(nn.Module):
         raise NotImplementedError
 
     def pack(self, features: Tensor) -> Tensor:
-        """Features (B, F, 10, D_A) without what overlapping windows repeat: (B, n, D_A), n = 2 (length + 4) a block."""
+        """Features (B, F, 10, D_A) without what overlapping windows repeat: (B, n, D_A), n = 2
+        (length + 4) a block.
+        """
         blocks = features.split(self._blocks(features.shape[1]), dim=1)
-        steps = [part for block in blocks for part in (block[:, 0], block[:, 1:, -STEPS_PER_FRAME:].flatten(1, 2))]
+        steps = [
+            part
+            for block in blocks
+            for part in (block[:, 0], block[:, 1:, -STEPS_PER_FRAME:].flatten(1, 2))
+        ]
         return torch.cat(steps, dim=1)
 
     def unpack(self, steps: Tensor, num_frames: int) -> Tensor:
         """The features (B, F, 10, D_A) of `pack`, bit by bit."""
         blocks = self._blocks(num_frames)
-        windows = [slide_windows(x) for x in steps.split([2 * (n + WINDOW_FRAMES - 1) for n in blocks], dim=1)]
+        windows = [
+            slide_windows(x)
+            for x in steps.split([2 * (n + WINDOW_FRAMES - 1) for n in blocks], dim=1)
+        ]
         return windows[0] if len(windows) == 1 else torch.cat(windows, dim=1)
 
     def _blocks(self, num_frames: int) -> list[int]:
@@ -129,8 +150,16 @@ class SpeechEncoder(nn.Module):
         return [first] * (first > 0) + [self.block_frames] * (num_frames // self.block_frames)
 
     def pad(self, audio: Tensor) -> Tensor:
-        """Surround a whole file (B, 640 * F) with the silence that :meth:`forward` reads before and after it."""
-        return F.pad(audio, (self.left_context_frames * SAMPLES_PER_FRAME, self.lookahead_frames * SAMPLES_PER_FRAME))
+        """Surround a whole file (B, 640 * F) with the silence that :meth:`forward` reads before and
+        after it.
+        """
+        return F.pad(
+            audio,
+            (
+                self.left_context_frames * SAMPLES_PER_FRAME,
+                self.lookahead_frames * SAMPLES_PER_FRAME,
+            ),
+        )
 
     def num_frames(self, audio: Tensor) -> int:
         """F of an input of :meth:`forward`.
@@ -140,10 +169,16 @@ class SpeechEncoder(nn.Module):
         """
         extra = self.left_context_frames + self.lookahead_frames
         num_samples = audio.shape[-1]
-        if audio.ndim != 2 or num_samples % SAMPLES_PER_FRAME or num_samples < (extra + 1) * SAMPLES_PER_FRAME:
+        if (
+            audio.ndim != 2
+            or num_samples % SAMPLES_PER_FRAME
+            or num_samples < (extra + 1) * SAMPLES_PER_FRAME
+        ):
             raise UserError(
-                f"expected audio of shape (batch, {SAMPLES_PER_FRAME} * (frames + {extra})), with {extra} frames of "
-                f"context, got {tuple(audio.shape)}: cut it to whole frames and pad it with encoder.pad"
+                f"expected audio of shape (batch, {SAMPLES_PER_FRAME} * (frames + {extra})), with "
+                f"{extra} frames of "
+                f"context, got {tuple(audio.shape)}: cut it to whole frames and pad it with "
+                "encoder.pad"
             )
         return num_samples // SAMPLES_PER_FRAME - extra
 
@@ -151,31 +186,36 @@ class SpeechEncoder(nn.Module):
 def _check_lookahead(lookahead_frames: int) -> None:
     if not 0 <= lookahead_frames < WINDOW_FRAMES:
         raise UserError(
-            f"expected a look-ahead of 0 to {WINDOW_FRAMES - 1} frames (40 ms each), got {lookahead_frames}"
+            f"expected a look-ahead of 0 to {WINDOW_FRAMES - 1} frames (40 ms each), got "
+            f"{lookahead_frames}"
         )
 
 
 class LogMelEncoder(SpeechEncoder):
     """Weight-free log-mel features, the embedded default (decided here).
 
-    25 ms Hann windows every 10 ms, right-aligned: mel step k ends with sample 160 (k + 1). A feature step joins two mel
-    steps, so D_A = 2 * num_mels. Everything is fixed, so that it is causal: the filters carry a pre-emphasis of
-    1 - 0.97 / z as a gain (speech falls off towards high frequencies; this levels it), start at 60 Hz (mains hum and
-    offset stay out), and power is floored at ``10 ** floor``. Output ``(log10(power + 10 ** floor) - floor) / 2 - 1``:
-    digital silence is exactly -1, room noise close to it, and a voice at usual level lies mostly in [-0.8, 1.3]. One
-    dB of level moves voiced features by 0.05: nothing normalises over time, so train with speech of varied level.
+    25 ms Hann windows every 10 ms, right-aligned: mel step k ends with sample 160 (k + 1). A
+    feature step joins two mel steps, so D_A = 2 * num_mels. Everything is fixed, so that it is
+    causal: the filters carry a pre-emphasis of 1 - 0.97 / z as a gain (speech falls off towards
+    high frequencies; this levels it), start at 60 Hz (mains hum and offset stay out), and power is
+    floored at ``10 ** floor``. Output ``(log10(power + 10 ** floor) - floor) / 2 - 1``: digital
+    silence is exactly -1, room noise close to it, and a voice at usual level lies mostly in [-0.8,
+    1.3]. One dB of level moves voiced features by 0.05: nothing normalises over time, so train with
+    speech of varied level.
 
     Args:
         lookahead_frames: L, 0 to 4.
         num_mels: mel channels.
-        floor: log10 of the power (1 = full-scale squared) below which nothing is told apart from silence.
+        floor: log10 of the power (1 = full-scale squared) below which nothing is told apart from
+            silence.
     """
 
     def __init__(self, lookahead_frames: int = 2, num_mels: int = 80, floor: float = -8.0) -> None:
         super().__init__()
         _check_lookahead(lookahead_frames)
         self.lookahead_frames, self.num_mels, self.floor = lookahead_frames, num_mels, floor
-        # The window reaches back 4 - L frames, and its first spectrum starts 240 samples earlier: one frame more.
+        # The window reaches back 4 - L frames, and its first spectrum starts 240 samples earlier:
+        # one frame more.
         self.left_context_frames = WINDOW_FRAMES - lookahead_frames
         self.feature_dim = STEPS_PER_FRAME * num_mels
         num_fft = 512
@@ -192,34 +232,45 @@ class LogMelEncoder(SpeechEncoder):
     @property
     def config(self) -> dict[str, Any]:
         """The constructor's arguments."""
-        return {"lookahead_frames": self.lookahead_frames, "num_mels": self.num_mels, "floor": self.floor}
+        return {
+            "lookahead_frames": self.lookahead_frames,
+            "num_mels": self.num_mels,
+            "floor": self.floor,
+        }
 
     def features(self, audio: Tensor) -> Tensor:
         """(B, 640 * (left_context + F + lookahead)) -> (B, F, 10, 2 * num_mels)."""
         first = SAMPLES_PER_FRAME - (WINDOW_SAMPLES - HOP)
-        power = power_spectrum(audio[:, first:].unfold(1, WINDOW_SAMPLES, HOP) * self.window, self.num_fft)
+        power = power_spectrum(
+            audio[:, first:].unfold(1, WINDOW_SAMPLES, HOP) * self.window, self.num_fft
+        )
         log_mel = torch.log10(power @ self.filters + 10**self.floor)
         steps = (log_mel - self.floor) / 2 - 1
         return slide_windows(steps.unflatten(1, (-1, STEPS_PER_FRAME)).flatten(2))
 
 
 class WhisperEncoder(SpeechEncoder):
-    """Frozen Whisper encoder: embedding output and every block's output on the channels (REST: tiny, 5 x 384 = 1920).
+    """Frozen Whisper encoder: embedding output and every block's output on the channels (REST:
+    tiny, 5 x 384 = 1920).
 
-    Bounded mode (decided here): Whisper attends over all it is given, so it is run on blocks of 8 frames (one latent
-    frame) with ``left_context_frames`` before and ``lookahead_frames`` after, positions cut to that length, its log-mel
-    floored 8 below a fixed maximum instead of the recording's own. Inputs hold 1 + 8n frames (starting with frame 0)
-    or 8n frames (later ones). ``whole_file`` mode, offline, is the paper's: transformers' own features and encoder on
-    30 s of the file at a time, no context beside it, windows of frames j - 2 ... j + 2 with zeros beyond the ends.
+    Bounded mode (decided here): Whisper attends over all it is given, so it is run on blocks of 8
+    frames (one latent frame) with ``left_context_frames`` before and ``lookahead_frames`` after,
+    positions cut to that length, its log-mel floored 8 below a fixed maximum instead of the
+    recording's own. Inputs hold 1 + 8n frames (starting with frame 0) or 8n frames (later ones).
+    ``whole_file`` mode, offline, is the paper's: transformers' own features and encoder on 30 s of
+    the file at a time, no context beside it, windows of frames j - 2 ... j + 2 with zeros beyond
+    the ends.
 
     Args:
-        weights: folder of a Whisper model in transformers' format (or a name in the hub's local cache); None leaves
-            random weights, to be filled by ``load_state_dict``.
+        weights: folder of a Whisper model in transformers' format (or a name in the hub's local
+            cache); None leaves random weights, to be filled by ``load_state_dict``.
         left_context_frames: at least 4 - lookahead_frames.
         lookahead_frames: L, 0 to 4; 2 in ``whole_file`` mode, where the attribute is 0.
         whole_file: the offline mode.
-        max_log_mel: the fixed maximum of log10 mel power (speech that peaks near full scale: 1.0 to 1.6).
-        whisper_config: changes to the configuration of Whisper-tiny; with ``weights`` the folder's own rules.
+        max_log_mel: the fixed maximum of log10 mel power (speech that peaks near full scale: 1.0 to
+            1.6).
+        whisper_config: changes to the configuration of Whisper-tiny; with ``weights`` the folder's
+            own rules.
 
     Raises:
         UserError: weights that are not there, or a context that is too short.
@@ -238,7 +289,8 @@ class WhisperEncoder(SpeechEncoder):
         _check_lookahead(lookahead_frames)
         if not whole_file and left_context_frames < WINDOW_FRAMES - 1 - lookahead_frames:
             raise UserError(
-                f"expected at least {WINDOW_FRAMES - 1 - lookahead_frames} frames of left context for a look-ahead of "
+                f"expected at least {WINDOW_FRAMES - 1 - lookahead_frames} frames of left context "
+                "for a look-ahead of "
                 f"{lookahead_frames} frames, got {left_context_frames}"
             )
         self.whole_file, self.max_log_mel = whole_file, max_log_mel
@@ -248,10 +300,13 @@ class WhisperEncoder(SpeechEncoder):
         self.encoder = _load_whisper(weights) if weights else _random_whisper(whisper_config or {})
         self.encoder.requires_grad_(False).eval()
         model = self.encoder.config
-        num_steps = (self.left_context_frames + self.block_frames + self.lookahead_frames) * STEPS_PER_FRAME
+        num_steps = (
+            self.left_context_frames + self.block_frames + self.lookahead_frames
+        ) * STEPS_PER_FRAME
         if num_steps > model.max_source_positions:
             raise UserError(
-                f"expected blocks of at most {model.max_source_positions} Whisper steps (2 a frame), got {num_steps}: "
+                f"expected blocks of at most {model.max_source_positions} Whisper steps (2 a "
+                f"frame), got {num_steps}: "
                 f"lower left_context_frames from {left_context_frames}"
             )
         self._config = {
@@ -265,7 +320,9 @@ class WhisperEncoder(SpeechEncoder):
         self.feature_dim = (model.encoder_layers + 1) * model.d_model
         self.window: Tensor
         self.filters: Tensor
-        filters = mel_filters(model.num_mel_bins, WINDOW_SAMPLES // 2 + 1, 0.0, SAMPLE_RATE / 2, slaney_norm=True)
+        filters = mel_filters(
+            model.num_mel_bins, WINDOW_SAMPLES // 2 + 1, 0.0, SAMPLE_RATE / 2, slaney_norm=True
+        )
         self.register_buffer("window", torch.hann_window(WINDOW_SAMPLES), persistent=False)
         self.register_buffer("filters", filters, persistent=False)
 
@@ -284,14 +341,17 @@ class WhisperEncoder(SpeechEncoder):
         return super().train(False)
 
     def features(self, audio: Tensor) -> Tensor:
-        """(B, 640 * (left_context + F + lookahead)) -> (B, F, 10, feature_dim); F = 1 + 8n or 8n when bounded."""
+        """(B, 640 * (left_context + F + lookahead)) -> (B, F, 10, feature_dim); F = 1 + 8n or 8n
+        when bounded.
+        """
         num_frames = self.num_frames(audio)
         if self.whole_file:
             return self._whole_file(audio, num_frames)
         block, extra = self.block_frames, self.left_context_frames + self.lookahead_frames
         if num_frames % block not in (0, 1):
             raise UserError(
-                f"expected {block}n or 1 + {block}n frames of speech, got {num_frames}: cut at latent frames"
+                f"expected {block}n or 1 + {block}n frames of speech, got {num_frames}: cut at "
+                "latent frames"
             )
         features = []
         if num_frames % block:
@@ -299,11 +359,15 @@ class WhisperEncoder(SpeechEncoder):
             audio = audio[:, SAMPLES_PER_FRAME:]
         if num_frames >= block:
             blocks = audio.unfold(1, (block + extra) * SAMPLES_PER_FRAME, block * SAMPLES_PER_FRAME)
-            features.append(self._bounded(blocks.flatten(0, 1)).unflatten(0, blocks.shape[:2]).flatten(1, 2))
+            features.append(
+                self._bounded(blocks.flatten(0, 1)).unflatten(0, blocks.shape[:2]).flatten(1, 2)
+            )
         return torch.cat(features, dim=1)
 
     def _bounded(self, audio: Tensor) -> Tensor:
-        """Blocks with their context (N, 640 * (left + n + lookahead)) -> (N, n, 10, feature_dim)."""
+        """Blocks with their context (N, 640 * (left + n + lookahead)) -> (N, n, 10,
+        feature_dim).
+        """
         log_mel = self._log_mel(audio)
         states = self._hidden_states(torch.clamp_min(log_mel, self.max_log_mel - 8))
         # The window of the first frame starts 4 - L frames before it.
@@ -315,22 +379,30 @@ class WhisperEncoder(SpeechEncoder):
         segments = []
         for segment in audio.split(limit * STEPS_PER_FRAME * HOP, dim=1):
             num_steps = segment.shape[1] // (STEPS_PER_FRAME * HOP)
-            log_mel = self._log_mel(F.pad(segment, (0, limit * STEPS_PER_FRAME * HOP - segment.shape[1])))
+            log_mel = self._log_mel(
+                F.pad(segment, (0, limit * STEPS_PER_FRAME * HOP - segment.shape[1]))
+            )
             log_mel = torch.maximum(log_mel, log_mel.amax(dim=(1, 2), keepdim=True) - 8)
             segments.append(self._hidden_states(log_mel)[:, :num_steps])
         side = (WINDOW_FRAMES // 2) * STEPS_PER_FRAME
         return slide_windows(F.pad(torch.cat(segments, dim=1), (0, 0, side, side)))
 
     def _log_mel(self, audio: Tensor) -> Tensor:
-        """Whisper's log10 mel power (N, num_mels, samples / 160), centred windows, without its normalisation."""
+        """Whisper's log10 mel power (N, num_mels, samples / 160), centred windows, without its
+        normalisation.
+        """
         side = WINDOW_SAMPLES // 2
         padded = F.pad(audio[:, None], (side, side), mode="reflect")[:, 0]
-        windows = padded[:, :-1].unfold(1, WINDOW_SAMPLES, HOP) * self.window  # drops the last one, as Whisper does
+        windows = (
+            padded[:, :-1].unfold(1, WINDOW_SAMPLES, HOP) * self.window
+        )  # drops the last one, as Whisper does
         power = power_spectrum(windows, WINDOW_SAMPLES)
         return torch.clamp_min(power @ self.filters, 1e-10).log10().transpose(1, 2)
 
     def _hidden_states(self, log_mel: Tensor) -> Tensor:
-        """Floored log10 mel power (N, num_mels, 2n) to all hidden states on the channels (N, n, feature_dim)."""
+        """Floored log10 mel power (N, num_mels, 2n) to all hidden states on the channels (N, n,
+        feature_dim).
+        """
         encoder = self.encoder
         hidden = F.gelu(encoder.conv1((log_mel + 4) / 4))
         hidden = F.gelu(encoder.conv2(hidden)).transpose(1, 2)
@@ -353,23 +425,37 @@ def _random_whisper(changes: dict[str, Any]) -> Any:
 
 
 def _load_whisper(weights: str) -> Any:
-    """The encoder of a Whisper model in a local folder or in the hub's cache on this machine; nothing is downloaded."""
+    """The encoder of a Whisper model in a local folder or in the hub's cache on this machine;
+    nothing is downloaded.
+    """
     ensure_torchvision()
     from transformers import WhisperModel
 
     how = "get it with `hf download openai/whisper-tiny --local-dir FOLDER` and name FOLDER"
     folder = Path(weights).expanduser()
     if folder.is_dir():
-        for names in (("config.json",), ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")):
+        for names in (
+            ("config.json",),
+            ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"),
+        ):
             if not any((folder / name).is_file() for name in names):
-                raise UserError(f"expected a Whisper model with {names[0]}, looked in {folder.resolve()}: {how}")
+                raise UserError(
+                    f"expected a Whisper model with {names[0]}, looked in {folder.resolve()}: {how}"
+                )
     try:
-        model = WhisperModel.from_pretrained(str(folder) if folder.is_dir() else weights, local_files_only=True)
+        model = WhisperModel.from_pretrained(
+            str(folder) if folder.is_dir() else weights, local_files_only=True
+        )
     except (OSError, ValueError) as error:
         from huggingface_hub.constants import HF_HUB_CACHE
 
-        where = folder.resolve() if folder.is_dir() else f"{folder.absolute()} and the hub cache {HF_HUB_CACHE}"
+        where = (
+            folder.resolve()
+            if folder.is_dir()
+            else f"{folder.absolute()} and the hub cache {HF_HUB_CACHE}"
+        )
         raise UserError(
-            f"expected a Whisper model ({weights}: config.json, model.safetensors), looked in {where}: {how}"
+            f"expected a Whisper model ({weights}: config.json, model.safetensors), looked in "
+            f"{where}: {how}"
         ) from error
-    return model.get_encoder()
+    return model.get_encoder().float()  # stored in half precision or not: features are float32

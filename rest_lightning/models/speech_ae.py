@@ -1,4 +1,6 @@
-"""SpeechAE: windows of speech features at video rate to a few tokens per latent frame, and back (REST, READ)."""
+"""SpeechAE: windows of speech features at video rate to a few tokens per latent frame, and back
+(REST, READ).
+"""
 
 from __future__ import annotations
 
@@ -25,13 +27,14 @@ NUM_LEVELS = 3  # halvings of the frame rate: 2 ** 3 = TEMPORAL_RATIO
 
 
 class SpeechAE(nn.Module):
-    """Convolutional autoencoder of speech features, causal in both directions, so that it streams (REST, READ).
+    """Convolutional autoencoder of speech features, causal in both directions, so that it streams
+    (REST, READ).
 
-    Encoder: a linear projection of every feature step; a strided convolution over the window that leaves
-    ``num_tokens`` of its 10 steps, with a learned place for each; causal temporal residual blocks, halving the frame
-    rate three times, frame 0 on its own as in the VAE; an output projection and a layer norm without weights, so that
-    speech latents have unit scale whatever the training does (widths, places and norm decided here). The decoder is the
-    mirror image.
+    Encoder: a linear projection of every feature step; a strided convolution over the window that
+    leaves ``num_tokens`` of its 10 steps, with a learned place for each; causal temporal residual
+    blocks, halving the frame rate three times, frame 0 on its own as in the VAE; an output
+    projection and a layer norm without weights, so that speech latents have unit scale whatever the
+    training does (widths, places and norm decided here). The decoder is the mirror image.
 
     Args:
         feature_dim: D_A of the speech encoder (Whisper-tiny: 1920; log-mel: 160).
@@ -65,7 +68,8 @@ class SpeechAE(nn.Module):
             "num_blocks": num_blocks,
             "kernel_size": kernel_size,
         }
-        # The widest stride that fits, and the kernel that then reaches the last step: 2 tokens 5/5, 4 tokens 4/2.
+        # The widest stride that fits, and the kernel that then reaches the last step: 2 tokens 5/5,
+        # 4 tokens 4/2.
         stride = WINDOW_STEPS // num_tokens
         reach = WINDOW_STEPS - (num_tokens - 1) * stride
 
@@ -114,11 +118,12 @@ class SpeechAE(nn.Module):
 
         Args:
             features: (B, F, 10, feature_dim) with F = 8n + 1; later pieces of a stream have F = 8n.
-            stream: the past of this encoder. A clip in pieces, the first of 1 or 8n + 1 frames, gives what the whole
-                clip gives.
+            stream: the past of this encoder. A clip in pieces, the first of 1 or 8n + 1 frames,
+                gives what the whole clip gives.
 
         Returns:
-            (B, f, num_tokens, latent_dim), f = (F - 1) / 8 + 1, or F / 8 for later pieces; unit variance per token.
+            (B, f, num_tokens, latent_dim), f = (F - 1) / 8 + 1, or F / 8 for later pieces; unit
+            variance per token.
 
         Raises:
             UserError: another number of frames, window steps or channels.
@@ -133,7 +138,8 @@ class SpeechAE(nn.Module):
         return self.latent_norm(self.encoder_out(F.silu(self.encoder_norm(tokens))))
 
     def decode(self, latents: Tensor, stream: Stream | None = None) -> Tensor:
-        """Speech latents (B, f, num_tokens, latent_dim) to features (B, 8 (f - 1) + 1, 10, feature_dim).
+        """Speech latents (B, f, num_tokens, latent_dim) to features (B, 8 (f - 1) + 1, 10,
+        feature_dim).
 
         ``stream`` is the past of this decoder (not the encoder's); later pieces give 8 f frames.
         """
@@ -148,13 +154,17 @@ class SpeechAE(nn.Module):
     def _check(self, features: Tensor, stream: Stream | None) -> None:
         if features.ndim != 4 or features.shape[2:] != (WINDOW_STEPS, self.feature_dim):
             raise UserError(
-                f"expected speech features of shape (B, F, {WINDOW_STEPS}, {self.feature_dim}), got "
+                f"expected speech features of shape (B, F, {WINDOW_STEPS}, {self.feature_dim}), "
+                "got "
                 f"{tuple(features.shape)}: set feature_dim of SpeechAE to the speech encoder's"
             )
         num_frames = features.shape[1]
         if not is_first_piece(stream):
             if num_frames < 1 or num_frames % TEMPORAL_RATIO:
-                raise UserError(f"expected {TEMPORAL_RATIO}n frames of speech after the first piece, got {num_frames}")
+                raise UserError(
+                    f"expected {TEMPORAL_RATIO}n frames of speech after the first "
+                    f"piece, got {num_frames}"
+                )
             return
         try:
             num_latent_frames(num_frames)
@@ -163,24 +173,32 @@ class SpeechAE(nn.Module):
 
 
 class SpeechPooling(SpeechAE):
-    """The ablation *w/o SpeechAE* (READ): means instead of a learned compression, in SpeechAE's place in every stage.
+    """The ablation *w/o SpeechAE* (READ): means instead of a learned compression, in SpeechAE's
+    place in every stage.
 
-    The windows of a latent frame's 8 video frames are averaged, each over its 10 steps and then over ``num_tokens``
-    shares of time; every mean goes through one linear layer and the same norm as SpeechAE's latents. No latent frame
-    reads another, so it streams. The decoder, one linear layer too, repeats tokens. What takes SpeechAE's place READ
-    does not say (decided here).
+    The windows of a latent frame's 8 video frames are averaged, each over its 10 steps and then
+    over ``num_tokens`` shares of time; every mean goes through one linear layer and the same norm
+    as SpeechAE's latents. No latent frame reads another, so it streams. The decoder, one linear
+    layer too, repeats tokens. What takes SpeechAE's place READ does not say (decided here).
 
     Args:
         feature_dim, num_tokens, latent_dim: see :class:`SpeechAE`.
     """
 
-    def __init__(self, feature_dim: int = 1920, num_tokens: int = 2, latent_dim: int = 2048) -> None:
+    def __init__(
+        self, feature_dim: int = 1920, num_tokens: int = 2, latent_dim: int = 2048
+    ) -> None:
         nn.Module.__init__(self)  # none of SpeechAE's layers
         _check_num_tokens(num_tokens)
         self.feature_dim, self.num_tokens, self.latent_dim = feature_dim, num_tokens, latent_dim
-        self._config = {"feature_dim": feature_dim, "num_tokens": num_tokens, "latent_dim": latent_dim}
+        self._config = {
+            "feature_dim": feature_dim,
+            "num_tokens": num_tokens,
+            "latent_dim": latent_dim,
+        }
         self.encoder_out = nn.Linear(feature_dim, latent_dim)
-        # Attention to speech has no positions: without a place of its own a token could not tell when it is.
+        # Attention to speech has no positions: without a place of its own a token could not tell
+        # when it is.
         self.encoder_places = nn.Parameter(0.02 * torch.randn(num_tokens, latent_dim))
         self.latent_norm = nn.LayerNorm(latent_dim, elementwise_affine=False)
         self.decoder_out = nn.Linear(latent_dim, feature_dim)
@@ -209,11 +227,16 @@ class SpeechPooling(SpeechAE):
 
 def _check_num_tokens(num_tokens: int) -> None:
     if not 1 <= num_tokens <= WINDOW_STEPS:
-        raise UserError(f"expected 1 to {WINDOW_STEPS} speech tokens per latent frame, got {num_tokens}: use 2 (REST)")
+        raise UserError(
+            f"expected 1 to {WINDOW_STEPS} speech tokens per latent frame, got "
+            f"{num_tokens}: use 2 (REST)"
+        )
 
 
 def _pool(x: Tensor, num_means: int) -> Tensor:
-    """Means over ``num_means`` equal shares of the third axis of (B, f, n, C); repeats where n is smaller."""
+    """Means over ``num_means`` equal shares of the third axis of (B, f, n, C); repeats where n is
+    smaller.
+    """
     y = F.adaptive_avg_pool1d(x.flatten(0, 1).transpose(1, 2), num_means)
     return y.transpose(1, 2).unflatten(0, x.shape[:2])
 

@@ -1,15 +1,20 @@
-"""A2V-DiT: the audio-to-video diffusion transformer; one class serves teacher and student (REST sec. 3.2 to 3.4).
+"""A2V-DiT: the audio-to-video diffusion transformer; one class serves teacher and student (REST
+sec. 3.2 to 3.4).
 
-A superset of diffusers' ``LTXVideoTransformer3DModel`` with the same parameter names: each block has self-attention,
-attention to text (optional), attention of every latent frame to its own speech tokens, and a feed-forward layer. The
-output of the speech attention starts at zero, so that LTX weights give LTX's own output.
+A superset of diffusers' ``LTXVideoTransformer3DModel`` with the same parameter names: each block
+has self-attention, attention to text (optional), attention of every latent frame to its own speech
+tokens, and a feed-forward layer. The output of the speech attention starts at zero, so that LTX
+weights give LTX's own output.
 """
 
 from __future__ import annotations
 
+import copy
+import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
@@ -19,22 +24,342 @@ from torch.utils.checkpoint import checkpoint
 
 from rest_lightning.constants import FPS, SPATIAL_RATIO, TEMPORAL_RATIO
 from rest_lightning.errors import UserError
-from rest_lightning.models.attention import AttentionContext, ChunkedContext, FullContext, Rope, SinkContext
-from rest_lightning.models.cache import IDContextCache
-from rest_lightning.models.cache_options import CacheOptions
-from rest_lightning.models.input_checks import check_cache, check_chunks, check_latents, check_sigma
-from rest_lightning.models.layers import (
-    AdaLayerNormSingle,
-    Block,
-    CaptionProjection,
-    Condition,
-    SigmaEmbedding,
-    run_block,
+from rest_lightning.models.attention import KeyValue, Rope, attend_heads, split_heads
+from rest_lightning.models.cache import (
+    AttentionContext,
+    CacheOptions,
+    ChunkedContext,
+    FullContext,
+    IDContextCache,
+    SinkContext,
 )
-from rest_lightning.models.prompt import start_of_prompt
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+
+def start_of_prompt(
+    file: str | None, length: int | None, channels: int | None
+) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """Embeddings ``(L, channels)`` and mask ``(L,)`` of a file, zeros of ``length`` to be filled,
+    or nothing.
+
+    Raises:
+        UserError: a text for a model that reads none, no such file, or embeddings of another width
+            or length.
+    """
+    if file is None and length is None:
+        return None, None
+    if channels is None:
+        raise UserError(
+            "expected no prompt with caption_channels=None, got one: set caption_channels (LTX: "
+            "4096)"
+        )
+    if length is not None and length < 1:
+        raise UserError(f"expected a prompt_length of at least 1, got {length}: LTX-Video's is 128")
+    if file is None:
+        return torch.zeros(length or 0, channels), torch.ones(length or 0)
+    embeds, mask = read_prompt(file)
+    if embeds.shape[1] != channels or length not in (None, len(embeds)):
+        raise UserError(
+            f"expected a prompt of shape ({length or 'L'}, {channels}), got {tuple(embeds.shape)} "
+            f"in {file}: "
+            "encode it with the T5 of these LTX weights, or set caption_channels and prompt_length "
+            "to its shape"
+        )
+    return embeds, mask
+
+
+def read_prompt(file: str | Path) -> tuple[Tensor, Tensor]:
+    """Embeddings ``(L, C)`` and mask ``(L,)``, 1 = token and 0 = padding, of a file of `rest
+    encode-prompt`.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = Path(file).expanduser()
+    if not path.is_file():
+        raise UserError(
+            f"expected the text embedding of the prompt, got no such file: {path}; make it once "
+            "with "
+            f"`rest encode-prompt --ltx FOLDER --out {path}`"
+        )
+    try:
+        state = load_file(path)
+        return state["prompt_embeds"].float(), state["prompt_mask"].float()
+    except (SafetensorError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"expected prompt_embeds and prompt_mask in {path}, got {reason}: make it with `rest "
+            "encode-prompt`"
+        ) from error
+
+
+Modulation = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class SigmaEmbedding:
+    """`A2VDiT.embed_sigma`: shift, 1 + scale and gate of every block, and shift, 1 + scale of the
+    output.
+
+    All are ``(B, f, 1, D)``; with B = f = 1 they serve any batch and any number of frames.
+    """
+
+    blocks: list[Modulation]
+    out: tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Condition:
+    """`A2VDiT.project_speech` or `project_text`: keys and values of every block, once for all
+    denoising steps.
+    """
+
+    blocks: list[KeyValue]
+    mask: Tensor | None = None
+
+    def expand(self, batch: int) -> Condition:
+        """The condition of one row for ``batch`` rows, as views."""
+        blocks = [
+            (k.expand(batch, -1, -1, -1), v.expand(batch, -1, -1, -1)) for k, v in self.blocks
+        ]
+        return Condition(blocks, None if self.mask is None else self.mask.expand(batch, -1, -1, -1))
+
+    def repeat(self, batch: int) -> Condition:
+        """The condition of one row for ``batch`` rows, each in memory of its own."""
+        blocks = [(k.repeat(batch, 1, 1, 1), v.repeat(batch, 1, 1, 1)) for k, v in self.blocks]
+        return Condition(blocks, None if self.mask is None else self.mask.repeat(batch, 1, 1, 1))
+
+    def first(self, batch: int) -> Condition:
+        """The first ``batch`` rows, as views."""
+        blocks = [(k[:batch], v[:batch]) for k, v in self.blocks]
+        return Condition(blocks, None if self.mask is None else self.mask[:batch])
+
+    def twice(self) -> Condition:
+        """The condition of a batch that is repeated."""
+        blocks = [(torch.cat([k, k]), torch.cat([v, v])) for k, v in self.blocks]
+        return Condition(blocks, None if self.mask is None else torch.cat([self.mask, self.mask]))
+
+
+class RMSNorm(nn.Module):
+    """RMS norm over the last axis; the weight is absent where there is none (LTX blocks), and
+    follows autocast.
+    """
+
+    def __init__(self, dim: int, eps: float, elementwise_affine: bool = True) -> None:
+        super().__init__()
+        self.shape, self.eps = (dim,), eps
+        self.weight = nn.Parameter(torch.ones(dim)) if elementwise_affine else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns the layer's output for ``x (..., D)``."""
+        weight = self.weight.to(x.dtype) if self.weight is not None else None
+        return F.rms_norm(x, self.shape, weight, self.eps)
+
+
+class Attention(nn.Module):
+    """Projections of one attention: RMS norm of queries and keys across heads (LTX
+    ``rms_norm_across_heads``).
+    """
+
+    def __init__(
+        self, dim: int, num_heads: int, context_dim: int, bias: bool = True, out_bias: bool = True
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm_q = RMSNorm(dim, eps=1e-5)
+        self.norm_k = RMSNorm(dim, eps=1e-5)
+        self.to_q = nn.Linear(dim, dim, bias=bias)
+        self.to_k = nn.Linear(context_dim, dim, bias=bias)
+        self.to_v = nn.Linear(context_dim, dim, bias=bias)
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim, bias=out_bias)])
+
+    def self_attention(self, x: Tensor, layer: int, context: AttentionContext) -> Tensor:
+        """``x (B, f * n, D)`` attends inside ``context``."""
+        q, k, v = self.queries_keys_values(x)
+        out = context.attend(layer, q, k, v, self.num_heads)
+        if isinstance(out, Tensor):
+            return self.to_out[0](out)
+        # Joined behind the projection: the graph keeps each of the pieces, and would keep a copy of
+        # all of them.
+        return torch.cat([self.to_out[0](piece) for piece in out], 1)
+
+    def queries_keys_values(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``x (B, f * n, D)`` to normalised queries and keys, and values, all of that shape."""
+        return self.norm_q(self.to_q(x)), self.norm_k(self.to_k(x)), self.to_v(x)
+
+    def project(self, context: Tensor) -> KeyValue:
+        """Keys and values ``(N, heads, m, D / heads)`` of a condition ``(N, m, context_dim)``."""
+        k, v = self.norm_k(self.to_k(context)), self.to_v(context)
+        # So few keys are faster in float32 on a CPU, and they are brought there once for all
+        # denoising steps.
+        dtype = torch.float32 if v.dtype == torch.bfloat16 and v.device.type == "cpu" else v.dtype
+        return split_heads(k.to(dtype), self.num_heads), split_heads(v.to(dtype), self.num_heads)
+
+    def cross_attention(self, x: Tensor, key_value: KeyValue, mask: Tensor | None = None) -> Tensor:
+        """``x (N, T, D)`` attends to projected keys and values; no positions."""
+        k, v = key_value
+        q = self.norm_q(self.to_q(x))
+        out = attend_heads(split_heads(q.to(v.dtype), self.num_heads), k, v, mask)
+        return self.to_out[0](out.to(q.dtype))
+
+
+class SpeechAttention(Attention):
+    """Attention of a frame's tokens to its speech tokens; its output starts at zero (decided
+    here).
+    """
+
+    def __init__(self, dim: int, num_heads: int, speech_dim: int) -> None:
+        super().__init__(dim, num_heads, speech_dim)
+        output = nn.Linear(dim, dim)
+        nn.init.zeros_(output.weight)
+        nn.init.zeros_(output.bias)
+        self.to_out[0] = output
+
+
+class GELUProjection(nn.Module):
+    """Linear layer and tanh-approximated GELU (diffusers ``GELU``)."""
+
+    def __init__(self, dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(dim, out_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns the layer's output for ``x (..., D)``."""
+        return F.gelu(self.proj(x), approximate="tanh")
+
+
+class FeedForward(nn.Module):
+    """Two layers, four times as wide in between; names as in diffusers (``net.0.proj``,
+    ``net.2``).
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            GELUProjection(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns the layer's output for ``x (..., D)``."""
+        return self.net(x)
+
+
+class TimestepEmbedder(nn.Module):
+    """Sinusoids of 1000 * sigma through two linear layers (LTX, after PixArt-alpha)."""
+
+    def __init__(self, dim: int, num_frequencies: int = 128) -> None:
+        super().__init__()
+        self.num_frequencies = num_frequencies
+        self.linear_1 = nn.Linear(2 * num_frequencies, dim)
+        self.linear_2 = nn.Linear(dim, dim)
+
+    def forward(self, sigma: Tensor) -> Tensor:
+        """Returns the embedding ``(B, f, D)`` of noise levels ``sigma (B, f)``."""
+        exponents = torch.arange(self.num_frequencies, dtype=torch.float32, device=sigma.device)
+        frequencies = torch.exp(-math.log(10000.0) * exponents / self.num_frequencies)
+        phases = (1000.0 * sigma).float().unsqueeze(-1) * frequencies
+        waves = torch.cat([phases.cos(), phases.sin()], dim=-1).to(self.linear_1.weight.dtype)
+        return self.linear_2(F.silu(self.linear_1(waves)))
+
+
+class AdaLayerNormSingle(nn.Module):
+    """Shared AdaLN (PixArt-alpha): one embedding, and six modulation vectors that every block
+    offsets by its table.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.emb = nn.ModuleDict({"timestep_embedder": TimestepEmbedder(dim)})
+        self.linear = nn.Linear(dim, 6 * dim)
+
+    def forward(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """``sigma (B, f)`` -> modulation ``(B, f, 6 * D)`` and embedding ``(B, f, D)``."""
+        embedding = self.emb["timestep_embedder"](sigma)
+        return self.linear(F.silu(embedding)), embedding
+
+
+class CaptionProjection(nn.Module):
+    """Text embeddings to the width of the network (PixArt-alpha)."""
+
+    def __init__(self, caption_channels: int, dim: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(caption_channels, dim)
+        self.linear_2 = nn.Linear(dim, dim)
+
+    def forward(self, text: Tensor) -> Tensor:
+        """Returns ``text (B, L, caption_channels)`` as ``(B, L, D)``."""
+        return self.linear_2(F.gelu(self.linear_1(text), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """Self-attention, text attention (``attn2``), speech attention, feed-forward; tokens are ``(B,
+    f, n, D)``.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        has_text: bool,
+        speech_dim: int | None,
+        attention_bias: bool,
+        attention_out_bias: bool,
+        norm_eps: float,
+        norm_elementwise_affine: bool,
+    ) -> None:
+        super().__init__()
+        bias, out_bias = attention_bias, attention_out_bias
+        self.norm1 = RMSNorm(dim, norm_eps, norm_elementwise_affine)
+        self.attn1 = Attention(dim, num_heads, dim, bias, out_bias)
+        self.attn2 = Attention(dim, num_heads, dim, bias, out_bias) if has_text else None
+        self.speech_norm = RMSNorm(dim, norm_eps, norm_elementwise_affine)
+        self.speech_attn = (
+            SpeechAttention(dim, num_heads, speech_dim) if speech_dim is not None else None
+        )
+        self.norm2 = RMSNorm(dim, norm_eps, norm_elementwise_affine)
+        self.ff = FeedForward(dim)
+        self.scale_shift_table = nn.Parameter(torch.randn(6, dim) / dim**0.5)
+
+    def modulation(self, embedding: Tensor) -> Modulation:
+        """Shift, 1 + scale, gate of both halves, each ``(B, f, 1, D)``, from ``(B, f, 6, 1,
+        D)``.
+        """
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = (
+            self.scale_shift_table[:, None] + embedding
+        ).unbind(2)
+        return shift_1, 1 + scale_1, gate_1, shift_2, 1 + scale_2, gate_2
+
+    def forward(
+        self,
+        x: Tensor,
+        layer: int,
+        modulation: Modulation,
+        context: AttentionContext,
+        text: KeyValue | None,
+        text_mask: Tensor | None,
+        speech: KeyValue | None,
+    ) -> Tensor:
+        """Returns the tokens ``x (B, f, n, D)`` after this block."""
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = modulation
+        normed = torch.addcmul(shift_1, self.norm1(x), scale_1)
+        attended = self.attn1.self_attention(normed.flatten(1, 2), layer, context)
+        x = torch.addcmul(x, attended.view(x.shape), gate_1)
+        if self.attn2 is not None and text is not None:
+            x = x + self.attn2.cross_attention(x.flatten(1, 2), text, text_mask).view(x.shape)
+        if self.speech_attn is not None and speech is not None:
+            x = x + self.speech_attn.cross_attention(
+                self.speech_norm(x).flatten(0, 1), speech
+            ).view(x.shape)
+        normed = torch.addcmul(shift_2, self.norm2(x), scale_2)
+        return torch.addcmul(x, self.ff(normed), gate_2)
+
+
+def run_block(block: nn.Module, *arguments: Any) -> Tensor:
+    """A block's forward as a function: compiled once, it serves all blocks."""
+    out: Tensor = block(*arguments)
+    return out
 
 
 class A2VDiT(nn.Module):
@@ -44,17 +369,20 @@ class A2VDiT(nn.Module):
         in_channels, out_channels: latent channels C; out_channels defaults to in_channels.
         num_layers, num_attention_heads, attention_head_dim: the paper's 28 blocks of 32 heads x 64.
         caption_channels: width of the text embeddings; None = no text attention at all.
-        prompt: file of `rest encode-prompt`: a fixed text, kept with the weights and read where no text is passed.
-        prompt_length: tokens of that text where the weights bring it along; None = text comes with every call.
+        prompt: file of `rest encode-prompt`: a fixed text, kept with the weights and read where no
+            text is passed.
+        prompt_length: tokens of that text where the weights bring it along; None = text comes with
+            every call.
         speech_dim: width d_A of the speech latents; None = no speech attention at all.
-        fps: frames per second; positions in time are seconds, temporal_ratio / fps for a latent frame.
+        fps: frames per second; positions in time are seconds, temporal_ratio / fps for a latent
+            frame.
         temporal_ratio, spatial_ratio: pixel frames and pixels per latent.
-        rope_base_frames, rope_base_height, rope_base_width, rope_theta: positions are divided by these (LTX).
-        attention_bias, attention_out_bias, norm_eps, norm_elementwise_affine: as in diffusers.
-        spatial_embedding: (h, w) of a learned absolute embedding, zero at the start (decided here, for small models).
-        attention: ``full`` (teacher) or ``chunked`` (student).
-        cache_options: the student's window; see `CacheOptions`.
-        gradient_checkpointing: recompute each block in the backward pass.
+        rope_base_frames, rope_base_height, rope_base_width, rope_theta: positions are divided by
+        these (LTX). attention_bias, attention_out_bias, norm_eps, norm_elementwise_affine: as in
+        diffusers. spatial_embedding: (h, w) of a learned absolute embedding, zero at the start
+        (decided here, for small models). attention: ``full`` (teacher) or ``chunked`` (student).
+        cache_options: the student's window; see `CacheOptions`. gradient_checkpointing: recompute
+        each block in the backward pass.
     """
 
     def __init__(
@@ -87,13 +415,21 @@ class A2VDiT(nn.Module):
         config = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
         super().__init__()
         if attention not in ("full", "chunked"):
-            raise UserError(f"expected attention `full` (teacher) or `chunked` (student), got {attention!r}")
+            raise UserError(
+                f"expected attention `full` (teacher) or `chunked` (student), got {attention!r}"
+            )
         if attention_head_dim % 2 or min(num_layers, num_attention_heads, in_channels) < 1:
-            raise UserError("expected an even attention_head_dim and at least one layer, head and channel")
+            raise UserError(
+                "expected an even attention_head_dim and at least one layer, head and channel"
+            )
         self.attention = attention
         self.cache_options = cache_options or CacheOptions()
         self.num_layers, self.num_heads = num_layers, num_attention_heads
-        self.in_channels, self.speech_dim, self.caption_channels = in_channels, speech_dim, caption_channels
+        self.in_channels, self.speech_dim, self.caption_channels = (
+            in_channels,
+            speech_dim,
+            caption_channels,
+        )
         self.gradient_checkpointing = gradient_checkpointing
         self._run_block: Callable[..., Tensor] = run_block
         self._compiles_streams = False
@@ -103,18 +439,28 @@ class A2VDiT(nn.Module):
         self.register_buffer("prompt_embeds", embeds)
         self.register_buffer("prompt_mask", mask)
         config |= {"prompt": None, "prompt_length": None if embeds is None else len(embeds)}
-        self._config = {**config, "out_channels": out_channels or in_channels, "cache_options": self.cache_options}
+        self._config = {
+            **config,
+            "out_channels": out_channels or in_channels,
+            "cache_options": self.cache_options,
+        }
         self.dim = dim = num_attention_heads * attention_head_dim
         frame_s, cell_px = temporal_ratio / fps, float(spatial_ratio)
-        self.rope = Rope(dim, frame_s, cell_px, rope_base_frames, rope_base_height, rope_base_width, rope_theta)
+        self.rope = Rope(
+            dim, frame_s, cell_px, rope_base_frames, rope_base_height, rope_base_width, rope_theta
+        )
 
         self.proj_in = nn.Linear(in_channels, dim)
         self.spatial_size = tuple(spatial_embedding) if spatial_embedding is not None else None
         if spatial_embedding is not None:
-            self.spatial_embedding = nn.Parameter(torch.zeros(spatial_embedding[0] * spatial_embedding[1], dim))
+            self.spatial_embedding = nn.Parameter(
+                torch.zeros(spatial_embedding[0] * spatial_embedding[1], dim)
+            )
         self.scale_shift_table = nn.Parameter(torch.randn(2, dim) / dim**0.5)
         self.time_embed = AdaLayerNormSingle(dim)
-        self.caption_projection = CaptionProjection(caption_channels, dim) if caption_channels is not None else None
+        self.caption_projection = (
+            CaptionProjection(caption_channels, dim) if caption_channels is not None else None
+        )
         self.transformer_blocks = nn.ModuleList(
             Block(
                 dim,
@@ -130,7 +476,7 @@ class A2VDiT(nn.Module):
         )
         self.proj_out = nn.Linear(dim, out_channels or in_channels)
 
-    # -- configuration ------------------------------------------------------------------------------------------------
+    # -- configuration -----------------------------------------------------------------------------
 
     @property
     def config(self) -> dict[str, Any]:
@@ -139,7 +485,9 @@ class A2VDiT(nn.Module):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
-        """Build an untrained network from `config` (lists are accepted for tuples: JSON has none)."""
+        """Build an untrained network from `config` (lists are accepted for tuples: JSON has
+        none).
+        """
         config = dict(config)
         if isinstance(config.get("cache_options"), dict):
             config["cache_options"] = CacheOptions(**config["cache_options"])
@@ -149,49 +497,93 @@ class A2VDiT(nn.Module):
 
     def to_student(self, cache_options: CacheOptions | None = None) -> A2VDiT:
         """A chunked network with a copy of these weights, on the same device."""
-        config = {**self._config, "attention": "chunked", "cache_options": cache_options or self.cache_options}
+        config = {
+            **self._config,
+            "attention": "chunked",
+            "cache_options": cache_options or self.cache_options,
+        }
         student = type(self)(**config).to(self.proj_in.weight)
         student.load_state_dict(self.state_dict())
         return student
 
+    def with_chunk_length(self, chunk_length: int) -> Self:
+        """Returns this network for chunks of another length: the same weights, in the same memory.
+
+        Raises:
+            UserError: a length that training did not draw.
+        """
+        if chunk_length == self.cache_options.chunk_length:
+            return self
+        other = copy.copy(self)
+        other.cache_options = self.cache_options.with_chunk_length(chunk_length)
+        return other
+
     @classmethod
     def from_ltx(cls, source: str | Path | nn.Module, **overrides: Any) -> A2VDiT:
-        """A teacher with LTX weights; see `rest_lightning.models.ltx.from_ltx`."""
-        from rest_lightning.models.ltx import from_ltx
+        """Returns a teacher whose output equals LTX's own until the speech attention is trained.
 
-        return from_ltx(source, **overrides)
+        Args:
+            source: see `rest_lightning.models.ltx.read_ltx`.
+            overrides: arguments that LTX has no word for (``speech_dim``, ``fps``, ``attention``,
+                ...).
 
-    # -- what the denoising steps share -------------------------------------------------------------------------------
+        Raises:
+            UserError: no such weights, an architecture that A2VDiT does not cover, or a tensor left
+                over or missing.
+        """
+        from rest_lightning.models.ltx import fill_from_ltx, read_ltx
+
+        arguments, state = read_ltx(source)
+        model = cls(**{**arguments, **overrides}).to(state["proj_in.weight"])
+        fill_from_ltx(model, state, "change the overrides")
+        return model
+
+    # -- what the denoising steps share ------------------------------------------------------------
 
     def embed_sigma(self, sigma: Tensor) -> SigmaEmbedding:
-        """Modulations of ``sigma (B, f)`` in [0, 1]; pass them instead of sigma where it is used more than once."""
+        """Modulations of ``sigma (B, f)`` in [0, 1]; pass them instead of sigma where it is used
+        more than once.
+        """
         modulation, embedding = self.time_embed(sigma)
         modulation = modulation.unflatten(-1, (6, 1, -1))
         shift, scale = (self.scale_shift_table[:, None] + embedding[:, :, None, None]).unbind(2)
-        return SigmaEmbedding([block.modulation(modulation) for block in self._blocks()], (shift, 1 + scale))
+        return SigmaEmbedding(
+            [block.modulation(modulation) for block in self._blocks()], (shift, 1 + scale)
+        )
 
     def project_speech(self, speech_latents: Tensor) -> Condition:
-        """Keys and values of ``speech_latents (B, f, n, d_A)``, one set per frame; pass them instead of the latents.
+        """Keys and values of ``speech_latents (B, f, n, d_A)``, one set per frame; pass them
+        instead of the latents.
 
         They are used as they are: the reference slot of a whole clip has to be zero already.
         """
         if self.speech_dim is None:
-            raise UserError("expected no speech latents with speech_dim=None, got some: set speech_dim")
+            raise UserError(
+                "expected no speech latents with speech_dim=None, got some: set speech_dim"
+            )
         if speech_latents.ndim != 4 or speech_latents.shape[-1] != self.speech_dim:
             raise UserError(
-                f"expected speech_latents of shape (B, f, n, {self.speech_dim}), got {tuple(speech_latents.shape)}: "
+                f"expected speech_latents of shape (B, f, n, {self.speech_dim}), got "
+                f"{tuple(speech_latents.shape)}: "
                 "set speech_dim to the width of the SpeechAE"
             )
         tokens = speech_latents.flatten(0, 1)
-        return Condition([block.speech_attn.project(tokens) for block in self._blocks() if block.speech_attn])
+        return Condition(
+            [block.speech_attn.project(tokens) for block in self._blocks() if block.speech_attn]
+        )
 
     def project_text(self, text_embeds: Tensor, text_mask: Tensor | None = None) -> Condition:
-        """Keys and values of ``text_embeds (B, L, caption_channels)``; ``text_mask (B, L)``: 1 = token, 0 = padding."""
+        """Keys and values of ``text_embeds (B, L, caption_channels)``; ``text_mask (B, L)``: 1 =
+        token, 0 = padding.
+        """
         if self.caption_projection is None:
-            raise UserError("expected no text with caption_channels=None, got some: set caption_channels")
+            raise UserError(
+                "expected no text with caption_channels=None, got some: set caption_channels"
+            )
         if text_embeds.ndim != 3 or text_embeds.shape[-1] != self.caption_channels:
             raise UserError(
-                f"expected text_embeds of shape (B, L, {self.caption_channels}), got {tuple(text_embeds.shape)}"
+                f"expected text_embeds of shape (B, L, {self.caption_channels}), got "
+                f"{tuple(text_embeds.shape)}"
             )
         tokens = self.caption_projection(text_embeds)
         blocks = [block.attn2.project(tokens) for block in self._blocks() if block.attn2]
@@ -205,7 +597,8 @@ class A2VDiT(nn.Module):
 
         Args:
             batch: number of rows.
-            padded: False leaves the padding out, and with it the mask. That waits for the device: do it once.
+            padded: False leaves the padding out, and with it the mask. That waits for the device:
+                do it once.
         """
         if self.prompt_embeds is None or self.prompt_mask is None:
             return None
@@ -216,7 +609,7 @@ class A2VDiT(nn.Module):
     def _blocks(self) -> Iterable[Block]:
         yield from self.transformer_blocks  # type: ignore[misc]
 
-    # -- forward ------------------------------------------------------------------------------------------------------
+    # -- forward -----------------------------------------------------------------------------------
 
     def forward(
         self,
@@ -233,18 +626,20 @@ class A2VDiT(nn.Module):
         """Velocity ``(B, out_channels, f, h, w)``.
 
         Args:
-            noisy_latents: ``(B, C, f, h, w)``. Slot 0 is the reference, 1 + K * l frames for a student; with a cache
-                one chunk of at most l frames, without the reference (unless ``reference_attends`` is ``first_chunk``
-                and this is the first chunk).
+            noisy_latents: ``(B, C, f, h, w)``. Slot 0 is the reference, 1 + K * l frames for a
+                student; with a cache one chunk of at most l frames, without the reference (unless
+                ``reference_attends`` is ``first_chunk`` and this is the first chunk).
             sigma: noise levels ``(B, f)`` in [0, 1], 0 for the reference.
-            speech_latents: ``(B, f, n, d_A)``; None = zeros (dropped speech). The reference always reads zeros,
-                whatever its slot holds: its keys are prefilled before any speech arrives.
-            text_embeds, text_mask: ``(B, L, caption_channels)`` and ``(B, L)``; None = the model's own prompt.
+            speech_latents: ``(B, f, n, d_A)``; None = zeros (dropped speech). The reference always
+                reads zeros, whatever its slot holds: its keys are prefilled before any speech
+                arrives.
+            text_embeds, text_mask: ``(B, L, caption_channels)`` and ``(B, L)``; None = the model's
+                own prompt.
             cache: the streams' state; this call is one denoising step of one chunk.
             step: index of the denoising step (``cache_noise: per_step``).
-            context_latents, context_sigma: what the cache is fed with in the parallel form, ``(B, C, f, h, w)`` and
-                ``(B, f)`` (default 0). Required for ``cache_noise: clean_pass`` (the clean latents); else they may hold
-                contexts that the model made itself.
+            context_latents, context_sigma: what the cache is fed with in the parallel form, ``(B,
+                C, f, h, w)`` and ``(B, f)`` (default 0). Required for ``cache_noise: clean_pass``
+                (the clean latents); else they may hold contexts that the model made itself.
 
         Raises:
             UserError: shapes, or arguments, that do not fit the model.
@@ -263,7 +658,9 @@ class A2VDiT(nn.Module):
         elif self.attention == "chunked":
             check_chunks(self, noisy_latents, sigma, context_latents)
             two_streams = context_latents is not None
-            context = ChunkedContext(self.cache_options, self.rope, size, noisy_latents.device, two_streams)
+            context = ChunkedContext(
+                self.cache_options, self.rope, size, noisy_latents.device, two_streams
+            )
         else:
             context = FullContext(self.rope.table(0, *size, noisy_latents.device))
 
@@ -272,17 +669,70 @@ class A2VDiT(nn.Module):
         if context_latents is None:
             return self._run(noisy_latents, sigma, context, text, speech)
         if self.attention != "chunked" or cache is not None or isinstance(sigma, SigmaEmbedding):
-            raise UserError("expected context_latents in the student's parallel form only, got a cache or a teacher")
+            raise UserError(
+                "expected context_latents in the student's parallel form only, got a cache or a "
+                "teacher"
+            )
         if context_latents.shape != noisy_latents.shape:
             raise UserError(
-                f"expected context_latents of shape {tuple(noisy_latents.shape)}, got {tuple(context_latents.shape)}"
+                f"expected context_latents of shape {tuple(noisy_latents.shape)}, got "
+                f"{tuple(context_latents.shape)}"
             )
         if context_sigma is None:
             context_sigma = torch.zeros_like(sigma)
         check_sigma(self, context_sigma, noisy_latents, "context_sigma")
-        both, both_sigmas = torch.cat([noisy_latents, context_latents]), torch.cat([sigma, context_sigma])
+        both, both_sigmas = (
+            torch.cat([noisy_latents, context_latents]),
+            torch.cat([sigma, context_sigma]),
+        )
         text, speech = text and text.twice(), speech and speech.twice()
         return self._run(both, both_sigmas, context, text, speech)[:batch]
+
+    def new_cache(
+        self,
+        rows: int,
+        height: int,
+        width: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        num_steps: int = 1,
+        always_mask: bool = False,
+        kind: type[IDContextCache] = IDContextCache,
+    ) -> IDContextCache:
+        """Returns an empty cache for ``rows`` streams of ``height x width`` latents, writable also
+        outside inference.
+
+        Args:
+            rows: number of independent streams.
+            height, width: of the latents.
+            device, dtype: of the model unless given; dtype is that of the keys and values.
+            num_steps: denoising steps per chunk; used by ``cache_noise: per_step`` alone.
+            always_mask: keep one shape for all chunks (CUDA graphs). Else the mask is left out
+                where no row needs it.
+            kind: class of the cache.
+
+        Raises:
+            UserError: the model is a teacher.
+        """
+        if self.attention != "chunked":
+            raise UserError(
+                'expected a model with attention="chunked", got a teacher: use teacher.to_student()'
+            )
+        weight = self.proj_in.weight
+        per_step = self.cache_options.cache_noise == "per_step"
+        return kind(
+            self.cache_options,
+            self.rope,
+            self.num_layers,
+            self.num_heads,
+            rows,
+            height,
+            width,
+            torch.device(device) if device is not None else weight.device,
+            dtype or weight.dtype,
+            num_steps if per_step else 1,
+            always_mask,
+        )
 
     def prefill(
         self,
@@ -292,19 +742,24 @@ class A2VDiT(nn.Module):
         text_embeds: Tensor | Condition | None = None,
         text_mask: Tensor | None = None,
     ) -> None:
-        """Write the ID-Sink of ``rows`` (default: all) from ``reference_latent (rows, C, 1, h, w)``, before any speech.
+        """Write the ID-Sink of ``rows`` (default: all) from ``reference_latent (rows, C, 1, h,
+        w)``, before any speech.
 
         In mid-stream this switches the identity; `IDContextCache.reset_rows` starts a new stream.
         """
         if cache.options.reference_attends != "self":
             raise UserError(
-                "expected reference_attends=self for prefill, got first_chunk: put it before the first chunk"
+                "expected reference_attends=self for prefill, got first_chunk: put it before the "
+                "first chunk"
             )
         check_latents(self, reference_latent)
         num_rows = cache.rows if rows is None else len(rows)
         expected = (num_rows, self.in_channels, 1, cache.height, cache.width)
         if tuple(reference_latent.shape) != expected:
-            raise UserError(f"expected a reference_latent of shape {expected}, got {tuple(reference_latent.shape)}")
+            raise UserError(
+                f"expected a reference_latent of shape {expected}, got "
+                f"{tuple(reference_latent.shape)}"
+            )
         cache.check_rows(rows)
         table = self.rope.table(0, 1, cache.height, cache.width, reference_latent.device)
         speech = self._speech(None, num_rows, 1, 1, reference_latent)
@@ -327,7 +782,9 @@ class A2VDiT(nn.Module):
             x = x + self.spatial_embedding
         fills, streams = isinstance(context, SinkContext), isinstance(context, IDContextCache)
         run = run_block if fills or (streams and not self._compiles_streams) else self._run_block
-        recompute = self.gradient_checkpointing and torch.is_grad_enabled() and not (fills or streams)
+        recompute = (
+            self.gradient_checkpointing and torch.is_grad_enabled() and not (fills or streams)
+        )
         text_mask = text.mask if text is not None else None
         for layer, block in enumerate(self.transformer_blocks):
             arguments = (
@@ -342,30 +799,40 @@ class A2VDiT(nn.Module):
             )
             x = checkpoint(run, *arguments, use_reentrant=False) if recompute else run(*arguments)
         shift, scale = embedding.out
-        # In place, where addcmul would make two more tensors in its backward pass, at the peak of a training step.
+        # In place, where addcmul would make two more tensors in its backward pass, at the peak of a
+        # training step.
         x = self.proj_out((F.layer_norm(x, (self.dim,), eps=1e-6) * scale).add_(shift))
         return x.permute(0, 3, 1, 2).unflatten(-1, (height, width))
 
     def compile_blocks(self, streams: bool = False) -> None:
-        """Let ``torch.compile`` run the blocks for whole clips (training, teacher); weights stay as they are.
+        """Let ``torch.compile`` run the blocks for whole clips (training, teacher); weights stay as
+        they are.
 
         One compilation serves all blocks; it takes up to a minute at the first call.
 
         Args:
-            streams: against a cache, too. Its slots are no matter for the compiler: ``torch.compiler.disable`` has to
-                keep it from the cache's ``attend``.
+            streams: against a cache, too. Its slots are no matter for the compiler:
+                ``torch.compiler.disable`` has to keep it from the cache's ``attend``.
         """
-        # Student and teacher, training and validation, a whole and a last batch: each has code of its own, and beyond
-        # the limit (8 unless raised) blocks would run uncompiled.
+        # Student and teacher, training and validation, a whole and a last batch: each has code of
+        # its own, and beyond the limit (8 unless raised) blocks would run uncompiled.
         torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
-        # Rotations come in as complex numbers and are taken apart at once: a view, for which no code is needed.
-        warnings.filterwarnings("ignore", message="Torchinductor does not support code generation for complex")
+        # Rotations come in as complex numbers and are taken apart at once: a view, for which no
+        # code is needed.
+        warnings.filterwarnings(
+            "ignore", message="Torchinductor does not support code generation for complex"
+        )
         self._run_block, self._compiles_streams = torch.compile(run_block), streams
 
-    # -- conditions ----------------------------------------------------------------------------------------------------
+    # -- conditions --------------------------------------------------------------------------------
 
     def _speech(
-        self, speech: Tensor | Condition | None, batch: int, num_frames: int, num_references: int, like: Tensor
+        self,
+        speech: Tensor | Condition | None,
+        batch: int,
+        num_frames: int,
+        num_references: int,
+        like: Tensor,
     ) -> Condition | None:
         if isinstance(speech, Condition) or (speech is None and self.speech_dim is None):
             return speech
@@ -380,12 +847,90 @@ class A2VDiT(nn.Module):
             speech = torch.cat([torch.zeros_like(speech[:, :1]), speech[:, 1:]], dim=1)
         return self.project_speech(speech)
 
-    def _text(self, text: Tensor | Condition | None, mask: Tensor | None, batch: int) -> Condition | None:
+    def _text(
+        self, text: Tensor | Condition | None, mask: Tensor | None, batch: int
+    ) -> Condition | None:
         if isinstance(text, Condition):
             return text
         if text is not None:
             return self.project_text(text, mask)
         own = self.project_prompt(batch)
         if own is None and self.caption_projection is not None:
-            raise UserError("expected text_embeds, got None: pass them, give a prompt, or set caption_channels to null")
+            raise UserError(
+                "expected text_embeds, got None: pass them, give a prompt, or set caption_channels "
+                "to null"
+            )
         return own
+
+
+# -- what the network refuses ----------------------------------------------------------------------
+
+
+def check_latents(model: A2VDiT, latents: Tensor) -> None:
+    """Raise a UserError unless ``latents`` are (B, C, f, h, w) of the model's channels and, where
+    fixed, its size.
+    """
+    if latents.ndim != 5 or latents.shape[1] != model.in_channels:
+        raise UserError(
+            f"expected noisy_latents of shape (B, {model.in_channels}, f, h, w), got "
+            f"{tuple(latents.shape)}: "
+            "set in_channels to the channels of the VAE"
+        )
+    if model.spatial_size is not None and tuple(latents.shape[3:]) != model.spatial_size:
+        raise UserError(
+            f"expected latents of {model.spatial_size[0]}x{model.spatial_size[1]} "
+            "(spatial_embedding), "
+            f"got {latents.shape[3]}x{latents.shape[4]}: use the size that the model was trained at"
+        )
+
+
+def check_sigma(model: A2VDiT, sigma: Tensor, latents: Tensor, name: str) -> None:
+    """Raise a UserError unless ``sigma`` is (B, f)."""
+    expected = (latents.shape[0], latents.shape[2])
+    if tuple(sigma.shape) != expected:
+        raise UserError(
+            f"expected {name} of shape (B, f) = {expected}, got {tuple(sigma.shape)}: one per frame"
+        )
+
+
+def check_chunks(
+    model: A2VDiT, latents: Tensor, sigma: Tensor | SigmaEmbedding, context: Tensor | None
+) -> None:
+    """Raise a UserError unless a whole clip has 1 + K * l latents and what its kind of cache is fed
+    with.
+    """
+    length, num_frames = model.cache_options.chunk_length, latents.shape[2]
+    if num_frames <= 1 or (num_frames - 1) % length:
+        raise UserError(
+            f"expected 1 + K * {length} latent frames (reference and K chunks), got {num_frames}: "
+            f"cut the clip or change chunk_length"
+        )
+    noise = model.cache_options.cache_noise
+    if noise == "clean_pass" and context is None:
+        raise UserError(
+            "expected context_latents with cache_noise=clean_pass, got None: pass the clean latents"
+        )
+    if (
+        noise == "per_step"
+        and isinstance(sigma, Tensor)
+        and bool((sigma[:, 1:] != sigma[:, 1:2]).any())
+    ):
+        raise UserError(
+            "expected one sigma for all chunks of a clip with cache_noise=per_step, got several: "
+            "step s reads the keys of step s, so set the motion dropout to 1"
+        )
+
+
+def check_cache(model: A2VDiT, cache: IDContextCache, latents: Tensor) -> None:
+    """Raise a UserError unless ``cache`` is the model's, with rows and size of ``latents``."""
+    if model.attention != "chunked" or cache.options != model.cache_options:
+        raise UserError(
+            "expected a cache of this very model, got another: use model.new_cache(...)"
+        )
+    expected = (cache.rows, cache.height, cache.width)
+    got = (latents.shape[0], latents.shape[3], latents.shape[4])
+    if got != expected:
+        raise UserError(
+            f"expected latents of the cache's (rows, h, w) = {expected}, got {got}: allocate it "
+            "anew"
+        )

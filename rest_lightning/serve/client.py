@@ -1,10 +1,12 @@
-"""A client without a browser: pushes speech (of a TTS, an agent, a file) and gets pictures and sound.
+"""A client without a browser: pushes speech (of a TTS, an agent, a file) and gets pictures and
+sound.
 
     async with LiveClient("http://127.0.0.1:8765") as client:
         async for received in client.stream(blocks):  # blocks of int16 samples, 16 kHz mono
-            ...                                       # Picture, Sound, or a dict with the server's JSON
+            ...  # Picture, Sound, or a dict with the server's JSON
 
-``python -m rest_lightning.serve.client speech.wav out.mp4 --url ...`` records what a server answers.
+``python -m rest_lightning.serve.client speech.wav out.mp4 --url ...`` records what a server
+answers.
 """
 
 from __future__ import annotations
@@ -24,7 +26,17 @@ import numpy as np
 
 from rest_lightning.constants import SAMPLE_RATE
 from rest_lightning.errors import UserError, exit_code
-from rest_lightning.serve.protocol import H264, HEADER, IDLE, KEYFRAME, SOUND, VERSION, Pcm, message, pack_speech
+from rest_lightning.serve.protocol import (
+    H264,
+    HEADER,
+    IDLE,
+    KEYFRAME,
+    SOUND,
+    VERSION,
+    Pcm,
+    message,
+    pack_speech,
+)
 
 
 @dataclass(frozen=True)
@@ -65,10 +77,19 @@ class LiveClient:
     """
 
     def __init__(
-        self, url: str, portrait: str | None = None, codecs: tuple[str, ...] = ("h264", "jpeg"), seed: int = 0
+        self,
+        url: str,
+        portrait: str | None = None,
+        codecs: tuple[str, ...] = ("h264", "jpeg"),
+        seed: int = 0,
     ) -> None:
         self.url, self._headers = url.rstrip("/"), {"Origin": url.rstrip("/")}
-        self._hello = {"version": VERSION, "codecs": list(codecs), "portrait": portrait, "seed": seed}
+        self._hello = {
+            "version": VERSION,
+            "codecs": list(codecs),
+            "portrait": portrait,
+            "seed": seed,
+        }
         self.hello: dict[str, Any] = {}
         self.epoch = self._index = 0
         self._source_error: Exception | None = None
@@ -81,9 +102,14 @@ class LiveClient:
             async with self._http.post(f"{self.url}/api/session") as response:
                 answer = await response.json()
             if "token" not in answer:
-                raise UserError(f"expected a session at {self.url}, got: {answer.get('error', response.status)}")
-            # A server may send up to a chunk of JPEG frames at once, but every frame is a message of its own.
-            self.socket = await self._http.ws_connect(f"{self.url}/ws?token={answer['token']}", max_msg_size=2**22)
+                raise UserError(
+                    f"expected a session at {self.url}, got: {answer.get('error', response.status)}"
+                )
+            # A server may send up to a chunk of JPEG frames at once, but every frame is a message
+            # of its own.
+            self.socket = await self._http.ws_connect(
+                f"{self.url}/ws?token={answer['token']}", max_msg_size=2**22
+            )
             await self.socket.send_str(message("hello", **self._hello))
             received = await self.receive()
             if not isinstance(received, dict) or received["type"] != "hello":
@@ -131,7 +157,8 @@ class LiveClient:
         return Picture(epoch, index, payload, bool(flags & KEYFRAME), kind == H264)
 
     async def stream(self, blocks: Iterable[Pcm]) -> AsyncIterator[Received]:
-        """Sends blocks at the pace of their sound, then ends; meanwhile gives what the server sends.
+        """Sends blocks at the pace of their sound, then ends; meanwhile gives what the server
+        sends.
 
         Raises:
             Exception: whatever the blocks raise.
@@ -167,14 +194,16 @@ async def record(url: str, blocks: Iterable[Pcm], out: Path, portrait: str | Non
     Raises:
         UserError: the server refuses, or ends the session with an error.
     """
-    from rest_lightning.streaming.writer import Mp4Writer
+    from rest_lightning.media.writer import Mp4Writer
 
     async with LiveClient(url, portrait, codecs=("h264",)) as client:
         decoder = av.CodecContext.create("h264", "r")
         with Mp4Writer(out, client.hello["size_px"], overwrite=True) as writer:
             async for received in client.stream(blocks):
                 if isinstance(received, Sound):
-                    await asyncio.to_thread(writer.write_audio, received.samples.astype(np.float32) / 32768.0)
+                    await asyncio.to_thread(
+                        writer.write_audio, received.samples.astype(np.float32) / 32768.0
+                    )
                 elif isinstance(received, Picture):
                     for frame in decoder.decode(av.Packet(received.data)):  # type: ignore[attr-defined]
                         await asyncio.to_thread(writer.write, frame.to_ndarray(format="rgb24"))
@@ -184,10 +213,12 @@ async def record(url: str, blocks: Iterable[Pcm], out: Path, portrait: str | Non
 
 def main() -> int:
     """``python -m rest_lightning.serve.client``."""
-    from rest_lightning.data.audio import open_speech
+    from rest_lightning.media.audio import open_speech
 
     parser = argparse.ArgumentParser(description="Record what a live server answers to speech.")
-    parser.add_argument("speech", help='sound file, or "-" for raw 16 kHz mono s16le samples from a pipe')
+    parser.add_argument(
+        "speech", help=('sound file, or "-" for raw 16 kHz mono s16le samples from a pipe')
+    )
     parser.add_argument("out", type=Path, help="the mp4 to write")
     parser.add_argument("--url", default="http://127.0.0.1:8765", help="of the server")
     parser.add_argument("--portrait", help="id of a portrait (default: the server's first)")

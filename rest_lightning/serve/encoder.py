@@ -16,10 +16,11 @@ from av.video.reformatter import VideoReformatter
 from PIL import Image
 
 from rest_lightning.constants import FPS
+from rest_lightning.media.writer import tag_colours, video_frame
 from rest_lightning.serve.protocol import H264, JPEG, Codec
-from rest_lightning.streaming.writer import tag_colours, video_frame
 
-_GOP_FRAMES = 120  # 5 s: a decoder that lost its way finds it again; whoever needs a keyframe sooner asks for it
+# 5 s: a decoder that lost its way finds it again; whoever needs a keyframe sooner asks for it
+_GOP_FRAMES = 120
 _JPEG_QUALITY = 85
 _SPS_START = b"\x00\x00\x00\x01\x67"
 
@@ -104,7 +105,9 @@ def _open(size_px: int) -> VideoCodecContext:
 
 @cache
 def _codec_string(size_px: int) -> str:
-    """``avc1.`` and profile, constraints and level, as x264 writes them into the SPS of this size."""
+    """``avc1.`` and profile, constraints and level, as x264 writes them into the SPS of this
+    size.
+    """
     black = video_frame(np.zeros((size_px, size_px, 3), np.uint8), 0, FPS, VideoReformatter())
     packets = b"".join(map(bytes, _open(size_px).encode(black)))
     profile = packets[packets.index(_SPS_START) + len(_SPS_START) :][:3]

@@ -1,4 +1,6 @@
-"""Speech on its way into a session: in step with the clock, cut into chunks, silence where nothing comes."""
+"""Speech on its way into a session: in step with the clock, cut into chunks, silence where nothing
+comes.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +23,11 @@ class Piece:
 
     Attributes:
         sound: samples that are heard with the chunk's frames.
-        window: the same, with what the model reads ahead; its last ``num_new`` samples were not read before.
+        window: the same, with what the model reads ahead; its last ``num_new`` samples were not
+            read before.
         idle: whether the sound is the server's silence alone.
-        last_index: index of the last sample of the client's speech in ``sound``; None where there is none.
+        last_index: index of the last sample of the client's speech in ``sound``; None where there
+            is none.
         num_speech: samples of ``sound`` up to the last one that the client sent.
     """
 
@@ -44,27 +48,37 @@ class _Block:
 class Intake:
     """The queue between a client and its chunks.
 
-    There is one clock: ``due_s`` is when the next chunk should be complete, and a chunk later for every chunk taken. A
-    sample that arrives after a pause is placed where the clock is by then, with silence before it; a chunk that is not
-    complete when it is due is filled with silence. So sound that flows is never cut, a face never stands still for
-    want of speech, and speech is never further from its pictures than at the start.
+    There is one clock: ``due_s`` is when the next chunk should be complete, and a chunk later for
+    every chunk taken. A sample that arrives after a pause is placed where the clock is by then,
+    with silence before it; a chunk that is not complete when it is due is filled with silence. So
+    sound that flows is never cut, a face never stands still for want of speech, and speech is never
+    further from its pictures than at the start.
 
-    Speech that comes faster than it plays is ahead of the clock: pauses in it are left out until it is not.
+    Speech that comes faster than it plays is ahead of the clock: pauses in it are left out until it
+    is not.
 
     Args:
         chunk_samples, lookahead_samples: what a chunk shows, and what the model reads beyond it.
         now_s: the first chunk is due now.
-        max_chunks: chunks that may wait beyond the next one; of more, whole chunks are dropped, the oldest first.
-        slack_s: how far from the clock speech may be before anything is done about it; late packets are waited for
-            as long.
+        max_chunks: chunks that may wait beyond the next one; of more, whole chunks are dropped, the
+            oldest first.
+        slack_s: how far from the clock speech may be before anything is done about it; late packets
+            are waited for as long.
 
     Attributes:
         due_s: see above.
-        num_dropped: samples of speech dropped for want of time; ``num_trimmed``: of pauses left out.
+        num_dropped: samples of speech dropped for want of time; ``num_trimmed``: of pauses left
+            out.
     """
 
     def __init__(
-        self, chunk_samples: int, lookahead_samples: int, now_s: float, *, max_chunks: int = 2, slack_s: float = 0.06
+        self,
+        chunk_samples: int,
+        lookahead_samples: int,
+        now_s: float,
+        *,
+        max_chunks: int = 2,
+        slack_s: float = 0.06,
     ) -> None:
         self.chunk_samples, self.lookahead_samples = chunk_samples, lookahead_samples
         self.chunk_s = chunk_samples / SAMPLE_RATE
@@ -96,7 +110,10 @@ class Intake:
         ahead = self._ahead_of_clock(now_s) + len(samples)
         if ahead < (-slack if self._flows else margin):
             self._append(np.zeros(min(margin - ahead, self._whole), np.int16), None)
-        elif ahead > (margin if self._is_trimming else slack) and np.abs(samples.astype(np.int32)).max() < _QUIET:
+        elif (
+            ahead > (margin if self._is_trimming else slack)
+            and np.abs(samples.astype(np.int32)).max() < _QUIET
+        ):
             cut = min(ahead, len(samples))
             self.num_trimmed += cut
             samples, index, ahead = samples[cut:], index + cut, ahead - cut
@@ -157,7 +174,9 @@ class Intake:
         return Piece(sound, window, num_new, last_index is None, last_index, num_speech)
 
     def interrupt(self, now_s: float) -> int:
-        """Forget what waits; the next chunk is due now. Returns how many samples of speech it was."""
+        """Forget what waits; the next chunk is due now. Returns how many samples of speech it
+        was.
+        """
         forgotten = sum(len(block.samples) for block in self._blocks if block.index is not None)
         self._blocks.clear()
         self._num, self._flows = 0, False
@@ -186,10 +205,11 @@ class Intake:
             self._settled_s = math.inf
 
     def note_wait(self, seconds: float, now_s: float) -> None:
-        """A chunk waited for the model. What each of the last few did, it can as well wait for before it is taken.
+        """A chunk waited for the model. What each of the last few did, it can as well wait for
+        before it is taken.
 
-        Sessions whose chunks fall due together part in this way: the one that always comes second moves behind the
-        first one's chunk, and is nearer to its speech by as much.
+        Sessions whose chunks fall due together part in this way: the one that always comes second
+        moves behind the first one's chunk, and is nearer to its speech by as much.
 
         Args:
             seconds: from asking for the chunk to the start of its computation.
@@ -206,7 +226,9 @@ class Intake:
         self.due_s += min(max(behind_s, 0.0), self.chunk_s)  # what is left is no pause
 
     def _ahead_of_clock(self, now_s: float) -> int:
-        """Samples that are here beyond those that would be, had speech come in step with the clock."""
+        """Samples that are here beyond those that would be, had speech come in step with the
+        clock.
+        """
         return self._num - self._whole - round((now_s - self.due_s) * SAMPLE_RATE)
 
     @property

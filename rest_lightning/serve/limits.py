@@ -15,15 +15,17 @@ class Limits:
 
     Attributes:
         max_sessions: sessions at once; ``max_per_address``: of one address.
-        session_s: length of a session; idle_s: time without a message of the client; hello_s: time for the first one.
+        session_s: length of a session; idle_s: time without a message of the client; hello_s: time
+            for the first one.
         token_s: how long a token waits for its session.
         message_bytes: largest message.
-        input_rate: speech per second of clock, in the long run; input_burst_s: beyond it, at any time.
+        input_rate: speech per second of clock, in the long run; input_burst_s: beyond it, at any
+            time.
         messages_per_s: messages, in the long run; message_burst: beyond it.
         unread_s: how long a client may leave what it is sent unread.
         send_buffer_bytes: what the system keeps of it; then it counts as unread.
-        upload_bytes, sound_s, image_side_px: of uploads; num_uploads: decoded at once, of at most max_uploads that
-            come in; receive_s, upload_s: time for sending and for decoding one.
+        upload_bytes, sound_s, image_side_px: of uploads; num_uploads: decoded at once, of at most
+            max_uploads that come in; receive_s, upload_s: time for sending and for decoding one.
         max_portraits: uploaded portraits that are kept; portrait_s: how long an unused one is.
         grace_s: how long sessions may go on when the server is told to stop.
     """
@@ -54,7 +56,9 @@ class Limits:
 
 
 class Refused(Exception):
-    """No session for this client now; ``code`` is for metrics, the message is one line for people."""
+    """No session for this client now; ``code`` is for metrics, the message is one line for
+    people.
+    """
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
@@ -62,7 +66,9 @@ class Refused(Exception):
 
 
 class Admission:
-    """Counts sessions, and the tokens that let them begin: each is good once, for a short time, for one address."""
+    """Counts sessions, and the tokens that let them begin: each is good once, for a short time, for
+    one address.
+    """
 
     def __init__(self, limits: Limits, clock: Callable[[], float] = time.monotonic) -> None:
         self.limits, self._clock = limits, clock
@@ -87,10 +93,15 @@ class Admission:
         kept = Counter(owner for owner, _ in self._tokens.values())
         if self._active[address] + kept[address] >= self.limits.max_per_address:
             share = self.limits.max_per_address
-            raise Refused("address", f"this address has {share} of {share} sessions: end one, then try again")
+            raise Refused(
+                "address",
+                (f"this address has {share} of {share} sessions: end one, then try again"),
+            )
         if self.num_active + kept.total() >= self.limits.max_sessions:
             most = self.limits.max_sessions
-            raise Refused("full", f"the server is full ({most} of {most} sessions): try again later")
+            raise Refused(
+                "full", (f"the server is full ({most} of {most} sessions): try again later")
+            )
         token = secrets.token_urlsafe(24)
         self._tokens[token] = (address, self._clock() + self.limits.token_s)
         return token
@@ -104,7 +115,9 @@ class Admission:
         self._expire()
         owner, _ = self._tokens.pop(token, (None, 0.0))
         if owner != address:
-            raise Refused("token", "this session's token is unknown, used or too old: reload the page")
+            raise Refused(
+                "token", ("this session's token is unknown, used or too old: reload the page")
+            )
         self._active[address] += 1
 
     def revoke(self, token: str) -> None:

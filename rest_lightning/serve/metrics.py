@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import logging
 from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    generate_latest,
+)
 
 from rest_lightning.constants import FPS
 
@@ -22,18 +31,40 @@ class Metrics:
         self.registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
         self.sessions = Gauge("rest_sessions", "Sessions now", registry=registry)
-        self.ended = Counter("rest_sessions_ended", "Sessions that ended, by reason", ["reason"], registry=registry)
-        self.refused = Counter("rest_refused", "Requests refused, by reason", ["reason"], registry=registry)
-        self.compute_s = self._histogram("rest_chunk_compute_seconds", "Model time of a chunk", _SECONDS)
-        self.queued_s = self._histogram("rest_chunk_queued_seconds", "Time that a chunk waited for the model", _SECONDS)
-        self.encode_s = self._histogram("rest_chunk_encode_seconds", "Encoding time of a chunk", _SECONDS)
-        self.rows = self._histogram("rest_chunk_rows", "Sessions computed together", (1, 2, 3, 4, 6, 8, 12, 16))
-        self.offset_s = self._histogram("rest_offset_seconds", "Picture minus sound, told by clients", _OFFSETS)
+        self.ended = Counter(
+            "rest_sessions_ended", ("Sessions that ended, by reason"), ["reason"], registry=registry
+        )
+        self.refused = Counter(
+            "rest_refused", ("Requests refused, by reason"), ["reason"], registry=registry
+        )
+        self.compute_s = self._histogram(
+            "rest_chunk_compute_seconds", "Model time of a chunk", _SECONDS
+        )
+        self.queued_s = self._histogram(
+            "rest_chunk_queued_seconds", ("Time that a chunk waited for the model"), _SECONDS
+        )
+        self.encode_s = self._histogram(
+            "rest_chunk_encode_seconds", ("Encoding time of a chunk"), _SECONDS
+        )
+        self.rows = self._histogram(
+            "rest_chunk_rows", ("Sessions computed together"), (1, 2, 3, 4, 6, 8, 12, 16)
+        )
+        self.offset_s = self._histogram(
+            "rest_offset_seconds", ("Picture minus sound, told by clients"), _OFFSETS
+        )
         self.frames = Counter("rest_frames", "Frames sent", registry=registry)
-        self.dropped_s = Counter("rest_dropped_seconds", "Speech not shown, by reason", ["reason"], registry=registry)
-        self.idle_s = Counter("rest_idle_seconds", "Silence put in by the server", registry=registry)
-        self.model_errors = Counter("rest_model_errors", "Sessions in which the model failed", registry=registry)
-        self.uploads = Counter("rest_uploads", "Uploads, by kind and outcome", ["kind", "outcome"], registry=registry)
+        self.dropped_s = Counter(
+            "rest_dropped_seconds", ("Speech not shown, by reason"), ["reason"], registry=registry
+        )
+        self.idle_s = Counter(
+            "rest_idle_seconds", ("Silence put in by the server"), registry=registry
+        )
+        self.model_errors = Counter(
+            "rest_model_errors", ("Sessions in which the model failed"), registry=registry
+        )
+        self.uploads = Counter(
+            "rest_uploads", ("Uploads, by kind and outcome"), ["kind", "outcome"], registry=registry
+        )
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(name, text, buckets=buckets, registry=self.registry)
@@ -51,3 +82,41 @@ class Metrics:
     def exposition(self) -> bytes:
         """The text that Prometheus reads."""
         return generate_latest(self.registry)
+
+
+# -- logs ------------------------------------------------------------------------------------------
+
+LOG = logging.getLogger("rest_lightning.serve")
+
+
+def log_as_json() -> logging.Handler:
+    """Let everything that serves write to stderr from now on; remove the handler from ``LOG`` to
+    end that.
+    """
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonFormatter())
+    LOG.addHandler(handler)
+    LOG.setLevel(logging.INFO)
+    return handler
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line: time, level, message, and what the call names as ``extra``."""
+
+    _USUAL = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime"}
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line."""
+        line = {
+            "time": self.formatTime(record),
+            "level": record.levelname.lower(),
+            "message": record.getMessage(),
+        }
+        line |= {
+            name: value
+            for name, value in vars(record).items()
+            if name not in self._USUAL and name[0] != "_"
+        }
+        if record.exc_info:
+            line["error"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str)

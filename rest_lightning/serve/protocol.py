@@ -1,4 +1,6 @@
-"""Messages of the live page, version 1: a binary header of 16 bytes, and JSON. docs/protocol.md describes them."""
+"""Messages of the live page, version 1: a binary header of 16 bytes, and JSON. docs/protocol.md
+describes them.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import numpy as np
+from aiohttp import ClientWebSocketResponse, WSCloseCode, WSMsgType, web
 from numpy.typing import NDArray
 
 from rest_lightning.constants import SAMPLES_PER_FRAME
@@ -36,7 +39,9 @@ class ChannelClosed(Exception):
 
 
 class Channel(Protocol):
-    """A two-way connection that carries whole messages, such as a WebSocket. All methods raise ChannelClosed."""
+    """A two-way connection that carries whole messages, such as a WebSocket. All methods raise
+    ChannelClosed.
+    """
 
     async def receive(self) -> bytes | str:
         """The next message."""
@@ -90,8 +95,9 @@ class End:
 
 @dataclass(frozen=True)
 class Stats:
-    """What a client measures, in ms. ``slack_ms``: how long chunks lie there before they are played, its cushion
-    not counted; the server leaves out that much silence."""
+    """What a client measures, in ms. ``slack_ms``: how long chunks lie there before they are
+    played, its cushion not counted; the server leaves out that much silence.
+    """
 
     slack_ms: float | None = None
     offset_ms: float | None = None
@@ -105,17 +111,26 @@ def parse_speech(data: bytes) -> Speech:
     """A binary message of a client.
 
     Raises:
-        ProtocolError: half a header, another type, set flags, or a length that is not that of ``count`` samples.
+        ProtocolError: half a header, another type, set flags, or a length that is not that of
+            ``count`` samples.
     """
     if len(data) < HEADER.size:
-        raise ProtocolError("bad_message", f"expected a header of {HEADER.size} bytes, got {len(data)} bytes")
+        raise ProtocolError(
+            "bad_message", (f"expected a header of {HEADER.size} bytes, got {len(data)} bytes")
+        )
     kind, flags, zero, epoch, index, count = HEADER.unpack_from(data)
     if kind != SPEECH or flags or zero:
-        raise ProtocolError("bad_message", f"expected speech (type {SPEECH}, no flags), got type {kind}")
+        raise ProtocolError(
+            "bad_message", (f"expected speech (type {SPEECH}, no flags), got type {kind}")
+        )
     if len(data) != HEADER.size + 2 * count:
         got = len(data) - HEADER.size
-        raise ProtocolError("bad_message", f"expected {count} samples in {2 * count} bytes, got {got} bytes")
-    return Speech(epoch, index, np.frombuffer(data, "<i2", offset=HEADER.size).astype(np.int16, copy=False))
+        raise ProtocolError(
+            "bad_message", (f"expected {count} samples in {2 * count} bytes, got {got} bytes")
+        )
+    return Speech(
+        epoch, index, np.frombuffer(data, "<i2", offset=HEADER.size).astype(np.int16, copy=False)
+    )
 
 
 def pack(kind: int, flags: int, epoch: int, index: int, count: int, payload: bytes) -> bytes:
@@ -142,29 +157,40 @@ def parse_text(text: str) -> ClientMessage:
     """A text message of a client.
 
     Raises:
-        ProtocolError: too long, not a JSON object, an unknown type, or a field that is missing or of another kind.
+        ProtocolError: too long, not a JSON object, an unknown type, or a field that is missing or
+            of another kind.
     """
     if len(text) > MAX_TEXT_CHARS:
-        raise ProtocolError("too_long", f"expected at most {MAX_TEXT_CHARS} characters of text, got {len(text)}")
+        raise ProtocolError(
+            "too_long", (f"expected at most {MAX_TEXT_CHARS} characters of text, got {len(text)}")
+        )
     try:
         fields = json.loads(text)
     except (ValueError, RecursionError):
-        raise ProtocolError("bad_message", "expected JSON in a text message, got something else") from None
+        raise ProtocolError(
+            "bad_message", ("expected JSON in a text message, got something else")
+        ) from None
     kind = fields.get("type") if isinstance(fields, dict) else None
     reader = _READERS.get(kind) if isinstance(kind, str) else None
     if reader is None:
         known = ", ".join(_READERS)
-        raise ProtocolError("bad_message", f"expected a message of type {known}, got {_short(kind)}")
+        raise ProtocolError(
+            "bad_message", (f"expected a message of type {known}, got {_short(kind)}")
+        )
     return reader(fields)
 
 
 def _hello(fields: dict[str, Any]) -> Hello:
     version = fields.get("version")
     if version != VERSION or isinstance(version, bool):
-        raise ProtocolError("version", f"expected version {VERSION} of the protocol, got {_short(version)}")
+        raise ProtocolError(
+            "version", (f"expected version {VERSION} of the protocol, got {_short(version)}")
+        )
     codecs = fields.get("codecs", list(Hello.codecs))
     if not isinstance(codecs, list) or not all(isinstance(codec, str) for codec in codecs):
-        raise ProtocolError("bad_message", f"expected codecs as a list of names, got {_short(codecs)}")
+        raise ProtocolError(
+            "bad_message", (f"expected codecs as a list of names, got {_short(codecs)}")
+        )
     portrait = fields.get("portrait")
     if portrait is not None and not isinstance(portrait, str):
         raise ProtocolError("bad_message", f"expected the id of a portrait, got {_short(portrait)}")
@@ -191,7 +217,9 @@ def _number(value: Any) -> float | None:
 def _integer(fields: dict[str, Any], name: str, largest: int, default: int | None = None) -> int:
     value = fields.get(name, default)
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= largest:
-        raise ProtocolError("bad_message", f"expected {name} as an integer of at least 0, got {_short(value)}")
+        raise ProtocolError(
+            "bad_message", (f"expected {name} as an integer of at least 0, got {_short(value)}")
+        )
     return value
 
 
@@ -207,3 +235,39 @@ _READERS: dict[str, Callable[[dict[str, Any]], ClientMessage]] = {
     "end": lambda fields: End(),
     "stats": _stats,
 }
+
+
+HEARTBEAT_S = 15.0  # a side that does not answer for so long has gone
+
+
+class AioChannel:
+    """A WebSocket of aiohttp as a :class:`rest_lightning.serve.protocol.Channel`."""
+
+    def __init__(self, socket: web.WebSocketResponse | ClientWebSocketResponse) -> None:
+        self._socket = socket
+
+    async def receive(self) -> bytes | str:
+        """The next message."""
+        received = await self._socket.receive()
+        if received.type in (WSMsgType.BINARY, WSMsgType.TEXT):
+            data: bytes | str = received.data
+            return data
+        raise ChannelClosed
+
+    async def send_bytes(self, data: bytes) -> None:
+        """Sends a binary message."""
+        try:
+            await self._socket.send_bytes(data)
+        except (ConnectionError, RuntimeError):
+            raise ChannelClosed from None
+
+    async def send_text(self, text: str) -> None:
+        """Sends a text message."""
+        try:
+            await self._socket.send_str(text)
+        except (ConnectionError, RuntimeError):
+            raise ChannelClosed from None
+
+    async def close(self) -> None:
+        """Closes."""
+        await self._socket.close(code=WSCloseCode.OK)

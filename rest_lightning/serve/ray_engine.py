@@ -1,35 +1,39 @@
-"""``rest serve --engine ray``: the same sessions, served by replicas of the model that Ray Serve looks after.
+"""``rest serve --engine ray``: the same sessions, served by replicas of the model that Ray Serve
+looks after.
 
-The front is the process of ``rest serve``: it has the page, the limits, the tokens and the uploads, and one WebSocket
-for each client. The model and its sessions are in replicas, one per GPU. See docs/serve.md.
+The front is the process of ``rest serve``: it has the page, the limits, the tokens and the uploads,
+and one WebSocket for each client. The model and its sessions are in replicas, one per GPU. See
+docs/serve.md.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import os
 import socket
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Any, cast
 
 import aiohttp
+from aiohttp import web
 from prometheus_client import Gauge, Metric, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from rest_lightning import ray_cluster
-from rest_lightning.commands.talk import TalkOptions
 from rest_lightning.errors import UserError
 from rest_lightning.serve.limits import Limits, Refused
-from rest_lightning.serve.logs import LOG
-from rest_lightning.serve.metrics import Metrics
-from rest_lightning.serve.portraits import Portraits
-from rest_lightning.serve.protocol import Channel
-from rest_lightning.serve.relay import Relay
-from rest_lightning.serve.server import PageServer, ServerOptions
+from rest_lightning.serve.metrics import LOG, Metrics, log_as_json
+from rest_lightning.serve.protocol import HEARTBEAT_S, AioChannel, Channel, ChannelClosed, message
+from rest_lightning.serve.scheduler import Scheduler
+from rest_lightning.serve.server import LiveServer, PageServer, ServerOptions
+from rest_lightning.serve.session import SessionOver, say_goodbye
+from rest_lightning.serve.uploads import Portraits
+from rest_lightning.talking_head import ModelOptions
 
 os.environ.update(ray_cluster.environment())
 
@@ -37,14 +41,294 @@ import ray
 from ray import serve
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
-from rest_lightning.serve.ray_replica import ModelFacts, Place, Replica, SharedPortraits
-
 _DEPLOYMENT = "Replica"
-_QUIET = {"log_level": "WARNING", "enable_access_log": False}  # sessions have log lines of their own
+# sessions have log lines of their own
+_QUIET = {"log_level": "WARNING", "enable_access_log": False}
 _PLACE_S = 5.0  # for finding a replica that has a place
 _AGAIN_S = 0.2
 _SCRAPE_S = 2.0
 _OBJECT_STORE_BYTES = 100_000_000  # portraits pass through it, nothing else
+
+
+# -- replicas --------------------------------------------------------------------------------------
+
+
+class SharedPortraits(Portraits):
+    """Uploaded portraits are where all replicas find them: in one actor, made of
+    :class:`Portraits`.
+
+    Its calls wait for that actor; make them in threads that may wait.
+    """
+
+    def __init__(self, book: Any) -> None:
+        super().__init__()
+        self._book = book
+
+    def add(self, png: bytes) -> str:
+        """Keep an uploaded portrait; returns its id."""
+        name: str = ray.get(self._book.add.remote(png))
+        return name
+
+    def png(self, name: str) -> bytes:
+        """The image of an id."""
+        if name in self._bundled:
+            return self._bundled[name]
+        try:
+            png: bytes = ray.get(self._book.png.remote(name))
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from None
+        return png
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What the front must know of the model, which it does not load."""
+
+    size_px: int
+    chunk_frames: int
+    warm_up_ms: list[float]
+
+
+@dataclass(frozen=True)
+class Place:
+    """A session's place at a replica, which is the process ``pid`` of its machine; the token is
+    good once.
+    """
+
+    replica: str
+    pid: int
+    url: str
+    token: str
+
+
+class ReplicaServer(LiveServer):
+    """Sessions for the front, which alone gets tokens; without page, uploads and other people's
+    requests.
+    """
+
+    def __init__(
+        self, scheduler: Scheduler, options: ServerOptions, limits: Limits, portraits: Portraits
+    ) -> None:
+        super().__init__(scheduler, options, limits, portraits)
+        self._leases: dict[str, tuple[asyncio.Event, asyncio.Event]] = {}
+
+    def make_app(self) -> web.Application:
+        """The routes."""
+        app = web.Application(middlewares=[self._guard])
+        app.add_routes(self.inner_routes())
+        return app
+
+    def address_of(self, request: web.Request) -> str:
+        """The client's address, as the front tells it."""
+        return request.headers.get(ADDRESS_HEADER, "")
+
+    async def lease(self, address: str) -> AsyncIterator[str]:
+        """A token, and then nothing until its session has ended, or did not begin in time. Raises
+        Refused.
+        """
+        token = self.admission.grant(address)
+        begun, ended = self._leases[token] = asyncio.Event(), asyncio.Event()
+        try:
+            yield token
+            async with asyncio.timeout(self.limits.token_s):
+                await begun.wait()
+            await ended.wait()
+        except TimeoutError:
+            pass
+        finally:
+            self.admission.revoke(token)
+            del self._leases[token]
+
+    async def run_session(self, channel: Channel, token: str, address: str) -> None:
+        """Serve one client."""
+        begun, ended = self._leases.get(token, (asyncio.Event(), asyncio.Event()))
+        begun.set()
+        try:
+            await super().run_session(channel, token, address)
+        finally:
+            ended.set()
+
+
+class Replica:
+    """The deployment's class: one model on one GPU, or on some cores.
+
+    Args:
+        model: what to load, and how.
+        limits: ``max_sessions`` is this replica's.
+        book: actor of :class:`Portraits`.
+        host: address to listen on; None: that of this machine in the cluster.
+    """
+
+    def __init__(self, model: ModelOptions, limits: Limits, book: Any, host: str | None) -> None:
+        log_as_json()
+        scheduler = Scheduler(model.load(), limits.max_sessions)
+        scheduler.start()
+        options = ServerOptions(host or ray.util.get_node_ip_address(), port=0)
+        self._server = ReplicaServer(scheduler, options, limits, SharedPortraits(book))
+        self._starting = asyncio.Lock()
+        self._name = str(ray.get_runtime_context().get_actor_id())
+
+    async def facts(self) -> ModelFacts:
+        """See :class:`ModelFacts`."""
+        scheduler = self._server.service.scheduler
+        return ModelFacts(scheduler.model.size_px, scheduler.chunk_frames, scheduler.warm_up_ms)
+
+    async def lease(self, address: str) -> AsyncIterator[Place]:
+        """A place for a session of ``address``; this call lasts as long as the session.
+
+        So Ray Serve counts sessions where it counts requests: its router passes over a replica that
+        has ``max_ongoing_requests`` of them, prefers the one that has fewest, and an update waits
+        for them. Gives no place when this replica is full all the same, as it is for a moment after
+        sessions of a front that has died.
+        """
+        async with self._starting:  # the network belongs to the loop that runs these calls
+            if not self._server.url:
+                await self._server.start()
+        try:
+            async for token in self._server.lease(address):
+                yield Place(self._name, os.getpid(), self._server.url, token)
+        except Refused:
+            return
+
+    def check_health(self) -> None:
+        """Called by Ray Serve, which replaces a replica that raises."""
+        if not self._server.service.scheduler.is_alive:
+            raise RuntimeError("the model's thread has ended")
+
+    async def __del__(self) -> None:
+        """Called by Ray Serve when no call is left, or their time is over."""
+        if hasattr(self, "_server"):
+            await self._server.stop(0.0)
+            self._server.service.close()
+
+
+# -- the way to a replica --------------------------------------------------------------------------
+
+ADDRESS_HEADER = "X-Rest-Address"  # the client's, told to whoever holds the token
+LOST = "the machine of this session has failed: start a new one"
+_LARGEST_BYTES = 2**22  # a frame, whatever its size
+_CLOSE_S = 1.0
+
+
+@asynccontextmanager
+async def connected(url: str, token: str, address: str) -> AsyncIterator[Channel]:
+    """The socket of a session at a replica; raises OSError or aiohttp.ClientError when there is
+    none.
+    """
+    headers = {"Origin": url, ADDRESS_HEADER: address}
+    async with aiohttp.ClientSession(headers=headers) as http:
+        where = f"{url}/ws?token={token}"
+        socket = await http.ws_connect(where, max_msg_size=_LARGEST_BYTES, heartbeat=HEARTBEAT_S)
+        try:
+            yield AioChannel(socket)
+        finally:
+            with suppress(TimeoutError):  # what hangs is cut off, with its connection
+                async with asyncio.timeout(_CLOSE_S):
+                    await socket.close()
+
+
+class Relay:
+    """One client's messages to a replica, and the replica's to the client.
+
+    Nothing is read from a side before the other has taken what was read last, so that a client that
+    does not read holds up its session, and nothing piles up here.
+
+    Args:
+        client: the connection.
+        limits: ``unread_s`` holds here too.
+    """
+
+    def __init__(self, client: Channel, limits: Limits) -> None:
+        self._client, self._limits = client, limits
+        self._stop: asyncio.Future[SessionOver] = asyncio.get_running_loop().create_future()
+        self._said_bye = False
+
+    def stop(self, code: str, said: str) -> None:
+        """End the session."""
+        if not self._stop.done():
+            self._stop.set_result(SessionOver(code, said))
+
+    async def run(self, url: str, token: str, address: str) -> str:
+        """To the end; the client's channel is closed then.
+
+        Args:
+            url, token: of the replica and its session.
+            address: of the client, for the replica's log.
+
+        Returns:
+            ended (the replica has told the client why), gone (the client), lost (the replica), or
+            why the session was stopped here.
+        """
+        reason, said = "lost", LOST
+        try:
+            async with connected(url, token, address) as replica:
+                reason = await self._pass_on(replica)
+        except SessionOver as error:
+            reason, said = error.code, str(error)
+        except (OSError, aiohttp.ClientError) as error:
+            LOG.warning("a replica cannot be reached", extra={"replica": url, "error": str(error)})
+        if reason in ("ended", "gone"):
+            await self._client.close()
+        elif reason == "lost":
+            await self._tell_loss()
+        else:
+            await say_goodbye(self._client, reason, said)
+        return reason
+
+    async def _pass_on(self, replica: Channel) -> str:
+        up, down = asyncio.create_task(self._up(replica)), asyncio.create_task(self._down(replica))
+        try:
+            first: set[asyncio.Future[Any]] = {up, down, self._stop}
+            await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
+            if self._stop.done():
+                raise self._stop.result()
+            return down.result() if down.done() else up.result()
+        finally:
+            for task in (up, down):
+                task.cancel()
+            await asyncio.gather(up, down, return_exceptions=True)
+
+    async def _up(self, replica: Channel) -> str:
+        while True:
+            try:
+                data = await self._client.receive()
+            except ChannelClosed:
+                return "gone"
+            with suppress(ChannelClosed):  # the other direction still has the replica's last words
+                await _send(replica, data)
+
+    async def _down(self, replica: Channel) -> str:
+        while True:
+            try:
+                data = await replica.receive()
+            except ChannelClosed:
+                return "ended" if self._said_bye else "lost"
+            if isinstance(data, str):
+                self._said_bye = json.loads(data)["type"] == "bye"
+            try:
+                async with asyncio.timeout(self._limits.unread_s):
+                    await _send(self._client, data)
+            except ChannelClosed:
+                return "gone"
+            except TimeoutError:
+                text = (
+                    f"what was sent was not read for {self._limits.unread_s:g} s: reload the page"
+                )
+                raise SessionOver("unread", text) from None
+
+    async def _tell_loss(self) -> None:
+        """Without a bye: a client that connects anew where a connection was cut does so here."""
+        with suppress(ChannelClosed, TimeoutError):
+            async with asyncio.timeout(1.0):
+                await self._client.send_text(message("error", code="lost", message=LOST))
+        await self._client.close()
+
+
+async def _send(channel: Channel, data: bytes | str) -> None:
+    await (channel.send_text(data) if isinstance(data, str) else channel.send_bytes(data))
+
+
+# -- the front -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -57,7 +341,7 @@ class ReplicaOptions:
         name: of the application: a second one of this name replaces the first.
     """
 
-    model: TalkOptions
+    model: ModelOptions
     num_replicas: int | None = None
     name: str = "rest-serve"
 
@@ -81,7 +365,12 @@ class Cluster:
     """
 
     def __init__(
-        self, name: str, num_replicas: int, handle: DeploymentHandle, facts: ModelFacts, portraits: Portraits
+        self,
+        name: str,
+        num_replicas: int,
+        handle: DeploymentHandle,
+        facts: ModelFacts,
+        portraits: Portraits,
     ) -> None:
         self.num_replicas, self.facts, self.portraits = num_replicas, facts, portraits
         self._name, self._handle = name, handle.options(stream=True, method_name="lease")
@@ -89,8 +378,9 @@ class Cluster:
     async def lease(self, address: str, token_s: float) -> Lease | None:
         """A place at the replica that has most; None when none was found.
 
-        Ray Serve's router asks two replicas how many calls they have, and a replica that has as many as it may refuses;
-        then it asks others. Here is only tried again what fails because a replica has just died.
+        Ray Serve's router asks two replicas how many calls they have, and a replica that has as
+        many as it may refuses; then it asks others. Here is only tried again what fails because a
+        replica has just died.
         """
         loop = asyncio.get_running_loop()
         end_s = loop.time() + _PLACE_S
@@ -103,7 +393,11 @@ class Cluster:
                 call.cancel()
                 if isinstance(error, asyncio.CancelledError):
                     raise
-            except (StopAsyncIteration, ray.exceptions.RayError, ray.serve.exceptions.RayServeException) as error:
+            except (
+                StopAsyncIteration,
+                ray.exceptions.RayError,
+                ray.serve.exceptions.RayServeException,
+            ) as error:
                 LOG.warning("a replica gave no place", extra={"error": type(error).__name__})
                 await asyncio.sleep(_AGAIN_S)
         return None
@@ -111,12 +405,15 @@ class Cluster:
     async def num_running(self) -> int:
         """Replicas that Ray Serve takes for healthy."""
         status = (await asyncio.to_thread(serve.status)).applications.get(self._name)
-        states = status.deployments[_DEPLOYMENT].replica_states if status and status.deployments else {}
+        states = (
+            status.deployments[_DEPLOYMENT].replica_states if status and status.deployments else {}
+        )
         return sum(count for state, count in states.items() if state == "RUNNING")
 
 
 class RayServer(PageServer):
-    """The front: what :class:`rest_lightning.serve.server.LiveServer` is, with the sessions in replicas.
+    """The front: what :class:`rest_lightning.serve.server.LiveServer` is, with the sessions in
+    replicas.
 
     Args:
         cluster: the replicas.
@@ -126,16 +423,22 @@ class RayServer(PageServer):
 
     def __init__(self, cluster: Cluster, options: ServerOptions, limits: Limits) -> None:
         self._relays: set[Relay] = set()
-        super().__init__(options, limits, cluster.portraits, Metrics(), self._relays, cluster.facts.size_px)
+        super().__init__(
+            options, limits, cluster.portraits, Metrics(), self._relays, cluster.facts.size_px
+        )
         self._cluster = cluster
-        self._num_running = Gauge("rest_replicas", "Replicas that work", registry=self.metrics.registry)
+        self._num_running = Gauge(
+            "rest_replicas", "Replicas that work", registry=self.metrics.registry
+        )
         self._leases: dict[str, Lease] = {}
         self._replicas: dict[str, str] = {}
 
     async def admit(self, address: str) -> str:
         """A token, and a place at a replica that goes with it. Raises Refused."""
         token = self.admission.grant(address)
-        self._leases = {name: lease for name, lease in self._leases.items() if lease.until_s > time.monotonic()}
+        self._leases = {
+            name: lease for name, lease in self._leases.items() if lease.until_s > time.monotonic()
+        }
         lease = None
         try:
             lease = await self._cluster.lease(address, self.limits.token_s)
@@ -163,12 +466,15 @@ class RayServer(PageServer):
             if reason == "lost":  # the others are counted where they were served
                 self.metrics.ended.labels(reason).inc()
             LOG.info("session ended", extra=told | {"reason": reason})
-            del lease  # the call is over by now, or ends as soon as the replica learns that its client has gone
+            # the call is over by now, or ends as soon as the replica learns that its client has
+            # gone
+            del lease
 
     async def stop(self, grace_s: float | None = None) -> None:
         """Take no new sessions, let those that are there go on for ``grace_s``, then end them."""
         await super().stop(grace_s)
-        for lease in self._leases.values():  # places that nobody came for would hold up the replicas' end
+        # places that nobody came for would hold up the replicas' end
+        for lease in self._leases.values():
             lease.call.cancel()
 
     async def is_alive(self) -> bool:
@@ -176,7 +482,9 @@ class RayServer(PageServer):
         return await self._cluster.num_running() > 0
 
     async def exposition(self) -> bytes:
-        """The front's figures and those of the replicas that have had sessions, told apart by the label replica."""
+        """The front's figures and those of the replicas that have had sessions, told apart by the
+        label replica.
+        """
         self._num_running.set(await self._cluster.num_running())
         texts = {"front": self.metrics.exposition().decode()}
         timeout = aiohttp.ClientTimeout(total=_SCRAPE_S)
@@ -191,12 +499,18 @@ class RayServer(PageServer):
 
 
 def merged(texts: Mapping[str, str]) -> bytes:
-    """Expositions in Prometheus format as one, each sample with the label ``replica``, the key of its text."""
+    """Expositions in Prometheus format as one, each sample with the label ``replica``, the key of
+    its text.
+    """
     families: dict[str, Metric] = {}
     for name, text in texts.items():
         for family in text_string_to_metric_families(text):
-            kept = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
-            kept.samples += [each._replace(labels={**each.labels, "replica": name}) for each in family.samples]
+            kept = families.setdefault(
+                family.name, Metric(family.name, family.documentation, family.type)
+            )
+            kept.samples += [
+                each._replace(labels={**each.labels, "replica": name}) for each in family.samples
+            ]
     return generate_latest(_Families(list(families.values())))
 
 
@@ -212,7 +526,8 @@ class _Families:
 
 @contextmanager
 def running(options: ReplicaOptions, limits: Limits) -> Iterator[Cluster]:
-    """Replicas in the cluster that RAY_ADDRESS names, or in one on this machine, for as long as the block takes.
+    """Replicas in the cluster that RAY_ADDRESS names, or in one on this machine, for as long as the
+    block takes.
 
     Args:
         options: what is copied.
@@ -223,7 +538,9 @@ def running(options: ReplicaOptions, limits: Limits) -> Iterator[Cluster]:
     """
     with ExitStack() as stack:
         settings = {"logging_level": logging.WARNING, "namespace": "rest_lightning"}
-        is_local = stack.enter_context(ray_cluster.joined(settings, {"object_store_memory": _OBJECT_STORE_BYTES}))
+        is_local = stack.enter_context(
+            ray_cluster.joined(settings, {"object_store_memory": _OBJECT_STORE_BYTES})
+        )
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         model, num_replicas, resources = share(ray.cluster_resources(), options)
         book = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Portraits).remote(
@@ -243,7 +560,9 @@ def running(options: ReplicaOptions, limits: Limits) -> Iterator[Cluster]:
         )(Replica)
         application = deployment.bind(model, limits, book, "127.0.0.1" if is_local else None)
         try:
-            handle = serve.run(application, name=options.name, route_prefix=None, logging_config=_QUIET)
+            handle = serve.run(
+                application, name=options.name, route_prefix=None, logging_config=_QUIET
+            )
         except RuntimeError as error:
             raise why(_told_by_replicas(options.name) or str(error)) from None
         facts = handle.facts.remote().result(timeout_s=60.0)
@@ -252,18 +571,27 @@ def running(options: ReplicaOptions, limits: Limits) -> Iterator[Cluster]:
 
 def _told_by_replicas(name: str) -> str:
     application = serve.status().applications.get(name)
-    return "\n".join(each.message for each in application.deployments.values()) if application else ""
+    return (
+        "\n".join(each.message for each in application.deployments.values()) if application else ""
+    )
 
 
 def why(told: str) -> UserError:
     """The one line of a traceback that a user can do something about."""
-    lines = [line.partition("UserError: ")[2] for line in told.splitlines() if "UserError: " in line]
+    lines = [
+        line.partition("UserError: ")[2] for line in told.splitlines() if "UserError: " in line
+    ]
     text = " ".join(told.split())[-300:]
-    return UserError(lines[-1] if lines else f"expected replicas that start, got '{text}': see their log")
+    return UserError(
+        lines[-1] if lines else (f"expected replicas that start, got '{text}': see their log")
+    )
 
 
-def share(cluster: Mapping[str, float], options: ReplicaOptions) -> tuple[TalkOptions, int, dict[str, float]]:
-    """How a cluster is divided: what a replica loads, how many there are, and what Ray keeps free for each.
+def share(
+    cluster: Mapping[str, float], options: ReplicaOptions
+) -> tuple[ModelOptions, int, dict[str, float]]:
+    """How a cluster is divided: what a replica loads, how many there are, and what Ray keeps free
+    for each.
 
     Args:
         cluster: resources, in Ray's names: CPU, GPU.
@@ -274,19 +602,29 @@ def share(cluster: Mapping[str, float], options: ReplicaOptions) -> tuple[TalkOp
     """
     model, num_gpus = options.model, int(cluster.get("GPU", 0))
     if num_gpus == 0 and model.device.startswith("cuda"):
-        raise UserError(f"expected GPUs for --device {model.device}, got a cluster without: use --device cpu")
+        raise UserError(
+            f"expected GPUs for --device {model.device}, got a cluster without: use --device cpu"
+        )
     if num_gpus and model.device != "cpu":
         num_replicas = options.num_replicas or num_gpus
         if num_replicas > num_gpus:
-            raise UserError(f"expected at most {num_gpus} replicas, one per GPU, got {num_replicas}: use fewer")
+            raise UserError(
+                f"expected at most {num_gpus} replicas, one per GPU, got {num_replicas}: use fewer"
+            )
         return replace(model, device="cuda"), num_replicas, {"num_gpus": 1.0, "num_cpus": 1.0}
     num_replicas = options.num_replicas or 1
     share_of_cpus = cluster.get("CPU", 1.0) / num_replicas
     num_threads = model.num_threads or max(1, int(share_of_cpus))
     num_cpus = min(float(num_threads), share_of_cpus)
-    return replace(model, device="cpu", num_threads=num_threads), num_replicas, {"num_cpus": num_cpus}
+    return (
+        replace(model, device="cpu", num_threads=num_threads),
+        num_replicas,
+        {"num_cpus": num_cpus},
+    )
 
 
 def default_name(port: int) -> str:
-    """Of the application: the same at the next start, so that what a killed front has left behind is replaced."""
+    """Of the application: the same at the next start, so that what a killed front has left behind
+    is replaced.
+    """
     return f"rest-serve-{socket.gethostname()}-{port}"

@@ -1,4 +1,6 @@
-"""The model in a thread of its own: sessions hand in chunks, and those that wait are computed together."""
+"""The model in a thread of its own: sessions hand in chunks, and those that wait are computed
+together.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +18,10 @@ from torch import Tensor
 
 from rest_lightning.constants import SAMPLES_PER_FRAME, TEMPORAL_RATIO
 from rest_lightning.serve.protocol import Pcm
-from rest_lightning.streaming.overlap import Frames
+from rest_lightning.streaming.device import Frames
 
 if TYPE_CHECKING:
-    from rest_lightning.streaming.options import EngineOptions
+    from rest_lightning.streaming.engine import EngineOptions
     from rest_lightning.talking_head import TalkingHead
 
 
@@ -29,7 +31,9 @@ class ModelError(Exception):
 
 @dataclass(frozen=True)
 class Computed:
-    """A chunk: frames (n, H, W, 3), how long the model took, how long the chunk waited for it, with how many others."""
+    """A chunk: frames (n, H, W, 3), how long the model took, how long the chunk waited for it, with
+    how many others.
+    """
 
     frames: Frames
     compute_ms: float
@@ -46,7 +50,9 @@ class _Job:
 
 
 class Slot:
-    """One session's row of the batch; made by :meth:`Scheduler.acquire`. Calls take effect in their order."""
+    """One session's row of the batch; made by :meth:`Scheduler.acquire`. Calls take effect in their
+    order.
+    """
 
     def __init__(self, scheduler: Scheduler, row: int) -> None:
         self._scheduler, self.row = scheduler, row
@@ -60,7 +66,8 @@ class Slot:
         return self._scheduler.post(lambda: self._scheduler.show(self.row, portrait))
 
     def compute(self, window: Pcm, num_new: int) -> Future[Computed]:
-        """A chunk of what the model reads for it; all but the last ``num_new`` samples were read for the one before.
+        """A chunk of what the model reads for it; all but the last ``num_new`` samples were read
+        for the one before.
 
         The future raises ModelError when the model fails in this row.
         """
@@ -72,11 +79,13 @@ class Slot:
 
 
 class Scheduler:
-    """Rows of one :class:`rest_lightning.streaming.batch.BatchSession`, computed by a thread that nobody waits for.
+    """Rows of one :class:`rest_lightning.streaming.batch.BatchSession`, computed by a thread that
+    nobody waits for.
 
-    A session has one chunk in work at a time. All chunks that have come while the model was busy are computed together
-    in the next step, so every session gets its turn, and sessions that began at different times stay staggered. When a
-    step fails, its sessions are computed anew one by one, each from its portrait on: only those that fail again end.
+    A session has one chunk in work at a time. All chunks that have come while the model was busy
+    are computed together in the next step, so every session gets its turn, and sessions that began
+    at different times stay staggered. When a step fails, its sessions are computed anew one by one,
+    each from its portrait on: only those that fail again end.
 
     Args:
         model: the talking head.
@@ -88,7 +97,9 @@ class Scheduler:
         warm_up_ms: time of a chunk of 1, 2, ... rows together, measured by :meth:`warm_up`.
     """
 
-    def __init__(self, model: TalkingHead, num_rows: int, options: EngineOptions | None = None) -> None:
+    def __init__(
+        self, model: TalkingHead, num_rows: int, options: EngineOptions | None = None
+    ) -> None:
         self.model, self.num_rows = model, num_rows
         self.chunk_frames = TEMPORAL_RATIO * model.transformer.cache_options.chunk_length
         self.chunk_samples = SAMPLES_PER_FRAME * self.chunk_frames
@@ -108,12 +119,18 @@ class Scheduler:
         self._thread.start()
 
     def warm_up(self) -> None:
-        """Compute chunks of 1, 2, ... rows: a slow first chunk would set a session's latency for good."""
+        """Compute chunks of 1, 2, ... rows: a slow first chunk would set a session's latency for
+        good.
+        """
         portrait = torch.zeros(3, self.model.size_px, self.model.size_px)
         for num_rows in range(1, self.num_rows + 1):
             for row in range(num_rows):
                 self._batch.start(row, portrait)
-            for count in (self.chunk_samples + self.lookahead_samples, self.chunk_samples, self.chunk_samples):
+            for count in (
+                self.chunk_samples + self.lookahead_samples,
+                self.chunk_samples,
+                self.chunk_samples,
+            ):
                 for row in range(num_rows):
                     self._batch.push(row, np.zeros(count, np.float32))
                 start_s = time.perf_counter()
@@ -134,7 +151,7 @@ class Scheduler:
             self._thread.join()
         self._batch.close()
 
-    # -- called by the network's thread -------------------------------------------------------------------------------
+    # -- called by the network's thread ------------------------------------------------------------
 
     @property
     def is_alive(self) -> bool:
@@ -187,7 +204,7 @@ class Scheduler:
         self._inbox.put(lambda: self._take_in(row, job))
         return job.future
 
-    # -- the model's thread -------------------------------------------------------------------------------------------
+    # -- the model's thread ------------------------------------------------------------------------
 
     def _run(self) -> None:
         while (call := self._inbox.get()) is not None:
@@ -247,7 +264,9 @@ class Scheduler:
                 job.future.set_exception(ModelError("expected a whole chunk of speech, got less"))
 
     def _one_by_one(self, jobs: dict[int, _Job]) -> None:
-        """After a failure: nobody knows what the rows hold by now, so each begins anew with its own chunk."""
+        """After a failure: nobody knows what the rows hold by now, so each begins anew with its own
+        chunk.
+        """
         for row, job in jobs.items():
             start_s = time.perf_counter()
             try:

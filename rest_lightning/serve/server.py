@@ -14,15 +14,12 @@ from typing import Protocol, Self
 from aiohttp import BodyPartReader, web
 
 from rest_lightning.errors import UserError
-from rest_lightning.serve.channel import HEARTBEAT_S, AioChannel
 from rest_lightning.serve.limits import Admission, Limits, Refused
-from rest_lightning.serve.logs import LOG
-from rest_lightning.serve.metrics import Metrics
-from rest_lightning.serve.portraits import Portraits
-from rest_lightning.serve.protocol import Channel
+from rest_lightning.serve.metrics import LOG, Metrics
+from rest_lightning.serve.protocol import HEARTBEAT_S, AioChannel, Channel
 from rest_lightning.serve.scheduler import Scheduler
 from rest_lightning.serve.session import Service, run_session
-from rest_lightning.serve.uploads import Uploads
+from rest_lightning.serve.uploads import Portraits, Uploads
 
 PAGE_FOLDER = Path(__file__).parent / "page"
 _LARGEST_BYTES = 2**20  # of a message: beyond the limits' own, which are told in words
@@ -36,7 +33,8 @@ class ServerOptions:
 
     Attributes:
         host, port: port 0 takes any free one.
-        origins: further origins (``https://example.org``) whose pages may open sessions, such as that of a proxy.
+        origins: further origins (``https://example.org``) whose pages may open sessions, such as
+            that of a proxy.
         cert, key: files for TLS; both or none.
     """
 
@@ -51,7 +49,9 @@ class ServerOptions:
         if self.cert is None and self.key is None:
             return None
         if self.cert is None or self.key is None:
-            raise UserError("expected --cert and --key together, got one of them: give both, or none")
+            raise UserError(
+                "expected --cert and --key together, got one of them: give both, or none"
+            )
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         try:
             context.load_cert_chain(self.cert, self.key)
@@ -98,7 +98,9 @@ class PageServer(ABC):
         self.options, self.limits = options, limits
         self.portraits, self.metrics, self.sessions = portraits, metrics, sessions
         self.admission = Admission(limits)
-        self.uploads = Uploads(limits.num_uploads, limits.upload_s, limits.image_side_px, limits.sound_s)
+        self.uploads = Uploads(
+            limits.num_uploads, limits.upload_s, limits.image_side_px, limits.sound_s
+        )
         self.url, self._num_uploads, self._size_px = "", 0, size_px
         self._origins: frozenset[str] = frozenset()
         self._runner: web.AppRunner | None = None
@@ -133,7 +135,9 @@ class PageServer(ABC):
 
     def make_app(self) -> web.Application:
         """The routes."""
-        app = web.Application(middlewares=[self._guard], client_max_size=self.limits.upload_bytes + 65_536)
+        app = web.Application(
+            middlewares=[self._guard], client_max_size=self.limits.upload_bytes + 65_536
+        )
         app.add_routes(
             [
                 web.get("/", self._page),
@@ -153,10 +157,13 @@ class PageServer(ABC):
         """Listen.
 
         Raises:
-            UserError: the address is taken or is none of this machine, or the certificate is no good.
+            UserError: the address is taken or is none of this machine, or the certificate is no
+                good.
         """
         tls = self.options.tls()
-        self._runner = web.AppRunner(self.make_app(), access_log=None, handle_signals=False, shutdown_timeout=1.0)
+        self._runner = web.AppRunner(
+            self.make_app(), access_log=None, handle_signals=False, shutdown_timeout=1.0
+        )
         await self._runner.setup()
         site = web.TCPSite(self._runner, self.options.host, self.options.port, ssl_context=tls)
         try:
@@ -165,7 +172,9 @@ class PageServer(ABC):
             await self._runner.cleanup()
             where = f"{self.options.host}:{self.options.port}"
             reason = (error.strerror or "").lower()
-            raise UserError(f"expected to listen on {where}, got '{reason}': try another --port or --host") from None
+            raise UserError(
+                f"expected to listen on {where}, got '{reason}': try another --port or --host"
+            ) from None
         port = self._runner.addresses[0][1]
         scheme = "https" if tls else "http"
         self.url = f"{scheme}://{_in_url(_reachable(self.options.host))}:{port}"
@@ -180,7 +189,10 @@ class PageServer(ABC):
     async def stop(self, grace_s: float | None = None) -> None:
         """Take no new sessions, let those that are there go on for ``grace_s``, then end them."""
         self.admission.closing = True
-        loop, grace_s = asyncio.get_running_loop(), self.limits.grace_s if grace_s is None else grace_s
+        loop, grace_s = (
+            asyncio.get_running_loop(),
+            self.limits.grace_s if grace_s is None else grace_s,
+        )
         end_s = loop.time() + grace_s
         while self.sessions and loop.time() < end_s:
             await asyncio.sleep(0.05)
@@ -199,16 +211,24 @@ class PageServer(ABC):
     async def __aexit__(self, *_: object) -> None:
         await self.stop(0.0)
 
-    # -- who may ask --------------------------------------------------------------------------------------------------
+    # -- who may ask -------------------------------------------------------------------------------
 
     @web.middleware
     async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Refuses foreign pages, turns errors into one line, adds the headers that keep a page to itself."""
+        """Refuses foreign pages, turns errors into one line, adds the headers that keep a page to
+        itself.
+        """
         origin = request.headers.get("Origin")
         needs_origin = request.method != "GET" or request.path == "/ws"
         try:
             if (needs_origin or origin is not None) and origin not in self._origins:
-                raise Refused("origin", "expected a request of this server's own page: open its address in the browser")
+                raise Refused(
+                    "origin",
+                    (
+                        "expected a request of this server's own page: open its "
+                        "address in the browser"
+                    ),
+                )
             response = await handler(request)
         except Refused as error:
             self.metrics.refused.labels(error.code).inc()
@@ -227,10 +247,14 @@ class PageServer(ABC):
         return response
 
     def _headers(self) -> dict[str, str]:
-        sockets = " ".join(sorted(origin.replace("http", "ws", 1) for origin in self._origins if "[" not in origin))
+        sockets = " ".join(
+            sorted(origin.replace("http", "ws", 1) for origin in self._origins if "[" not in origin)
+        )
         policy = (
-            f"default-src 'self'; connect-src 'self' {sockets}; img-src 'self' blob: data:; media-src 'self' blob:; "
-            "worker-src 'self' blob:; object-src 'none'; base-uri 'none'; frame-ancestors 'none'; form-action 'none'"
+            f"default-src 'self'; connect-src 'self' {sockets}; img-src 'self' blob: data:; "
+            "media-src 'self' blob:; "
+            "worker-src 'self' blob:; object-src 'none'; base-uri 'none'; frame-ancestors 'none'; "
+            "form-action 'none'"
         )
         return {
             "Content-Security-Policy": policy,
@@ -242,7 +266,7 @@ class PageServer(ABC):
             "Cache-Control": "no-cache",
         }
 
-    # -- routes -------------------------------------------------------------------------------------------------------
+    # -- routes ------------------------------------------------------------------------------------
 
     async def _page(self, request: web.Request) -> web.StreamResponse:
         index = PAGE_FOLDER / "index.html"
@@ -251,8 +275,18 @@ class PageServer(ABC):
         return web.FileResponse(index)
 
     async def _health(self, request: web.Request) -> web.StreamResponse:
-        status = "stopping" if self.admission.closing else "ok" if await self.is_alive() else "model ended"
-        body = {"status": status, "sessions": self.admission.num_active, "max_sessions": self.limits.max_sessions}
+        status = (
+            "stopping"
+            if self.admission.closing
+            else "ok"
+            if await self.is_alive()
+            else "model ended"
+        )
+        body = {
+            "status": status,
+            "sessions": self.admission.num_active,
+            "max_sessions": self.limits.max_sessions,
+        }
         return web.json_response(body, status=200 if status == "ok" else 503)
 
     async def _metrics(self, request: web.Request) -> web.StreamResponse:
@@ -274,7 +308,9 @@ class PageServer(ABC):
             assert request.transport is not None
             connection = request.transport.get_extra_info("socket")
             if connection is not None:
-                connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self.limits.send_buffer_bytes)
+                connection.setsockopt(
+                    socket.SOL_SOCKET, socket.SO_SNDBUF, self.limits.send_buffer_bytes
+                )
             await self.run_session(AioChannel(response), token, address)
         finally:
             self.admission.leave(address)
@@ -292,14 +328,18 @@ class PageServer(ABC):
 
     async def _add_portrait(self, request: web.Request) -> web.StreamResponse:
         size_px = max(_SHOWN_SIDE_PX, self._size_px)
-        png = await self._decoded(request, "portrait", lambda data: self.uploads.portrait(data, size_px))
+        png = await self._decoded(
+            request, "portrait", lambda data: self.uploads.portrait(data, size_px)
+        )
         return web.json_response({"id": await asyncio.to_thread(self.portraits.add, png)})
 
     async def _speech(self, request: web.Request) -> web.StreamResponse:
         samples = await self._decoded(request, "sound", self.uploads.sound)
         return web.Response(body=samples, content_type="application/octet-stream")
 
-    async def _decoded(self, request: web.Request, kind: str, decode: Callable[[bytes], Awaitable[bytes]]) -> bytes:
+    async def _decoded(
+        self, request: web.Request, kind: str, decode: Callable[[bytes], Awaitable[bytes]]
+    ) -> bytes:
         outcome, limits = "refused", self.limits
         if self._num_uploads >= limits.max_uploads:
             raise Refused("uploads", "too many files are being sent at once: try again in a minute")
@@ -311,7 +351,9 @@ class PageServer(ABC):
             outcome = "taken"
             return decoded
         except TimeoutError:
-            raise UserError(f"expected a file within {limits.receive_s:g} s, got it slower: make it smaller") from None
+            raise UserError(
+                f"expected a file within {limits.receive_s:g} s, got it slower: make it smaller"
+            ) from None
         finally:
             self._num_uploads -= 1
             self.metrics.uploads.labels(kind, outcome).inc()
@@ -319,11 +361,15 @@ class PageServer(ABC):
     async def _uploaded(self, request: web.Request) -> bytes:
         """The one file of a form."""
         most = self.limits.upload_bytes
-        too_large = UserError(f"expected a file of at most {most / 1e6:g} MB, got a larger one: make it smaller")
+        too_large = UserError(
+            f"expected a file of at most {most / 1e6:g} MB, got a larger one: make it smaller"
+        )
         if (request.content_length or 0) > most + 65_536:
             raise too_large
         if not request.content_type.startswith("multipart/"):
-            raise UserError("expected a form with one file (multipart/form-data), got something else")
+            raise UserError(
+                "expected a form with one file (multipart/form-data), got something else"
+            )
         try:
             part = await (await request.multipart()).next()
             while part is not None and not (isinstance(part, BodyPartReader) and part.filename):
@@ -336,9 +382,13 @@ class PageServer(ABC):
         except ValueError as error:
             if isinstance(error, UserError):
                 raise
-            raise UserError("expected a form with one file (multipart/form-data), got a broken one") from None
+            raise UserError(
+                "expected a form with one file (multipart/form-data), got a broken one"
+            ) from None
         if not data:
-            raise UserError("expected a form with one file, got none or an empty one: choose a file")
+            raise UserError(
+                "expected a form with one file, got none or an empty one: choose a file"
+            )
         return bytes(data)
 
 
@@ -363,7 +413,14 @@ class LiveServer(PageServer):
         portraits = portraits or Portraits(limits.max_portraits, limits.portrait_s)
         self.service = service = Service(scheduler, portraits, limits)
         size_px = scheduler.model.size_px
-        super().__init__(options or ServerOptions(), limits, portraits, service.metrics, service.sessions, size_px)
+        super().__init__(
+            options or ServerOptions(),
+            limits,
+            portraits,
+            service.metrics,
+            service.sessions,
+            size_px,
+        )
 
     async def run_session(self, channel: Channel, token: str, address: str) -> None:
         """Serve one client."""

@@ -1,39 +1,146 @@
-"""One session: speech comes in through a channel, pictures and sound go out, chunk by chunk, in step with a clock."""
+"""One session: speech comes in through a channel, pictures and sound go out, chunk by chunk, in
+step with a clock.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count, pairwise
+from typing import TypeVar
 
 from rest_lightning.constants import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME
 from rest_lightning.errors import UserError
-from rest_lightning.serve.encoder import open_encoder
+from rest_lightning.serve.encoder import FrameEncoder, open_encoder
 from rest_lightning.serve.intake import Intake, Piece
 from rest_lightning.serve.limits import Bucket, Limits
-from rest_lightning.serve.logs import LOG
-from rest_lightning.serve.metrics import Metrics
-from rest_lightning.serve.outlet import Outlet, SessionOver
-from rest_lightning.serve.portraits import Portraits
+from rest_lightning.serve.metrics import LOG, Metrics
 from rest_lightning.serve.protocol import (
+    IDLE,
+    KEYFRAME,
     MAX_EPOCH,
+    SOUND,
     VERSION,
     Channel,
     ChannelClosed,
     Hello,
     Identity,
     Interrupt,
+    Pcm,
     ProtocolError,
     Speech,
     Stats,
     message,
     num_frames_of,
+    pack,
     parse_speech,
     parse_text,
 )
 from rest_lightning.serve.scheduler import Computed, ModelError, Scheduler, Slot
+from rest_lightning.serve.uploads import Portraits
+from rest_lightning.streaming.device import Frames
+
+# -- what a session sends --------------------------------------------------------------------------
+
+_FIRST_FRAMES = 4  # sent while the others are being encoded
+_Result = TypeVar("_Result")
+
+
+class SessionOver(Exception):
+    """The server ends a session; ``code`` is for programs, the message is one line for people."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class Outlet:
+    """The way to a client.
+
+    Args:
+        channel: the connection.
+        encoding: threads for what would keep the network waiting.
+        unread_s: a client that lets a message wait for longer is given up (SessionOver).
+
+    Attributes:
+        encoder: of the frames; to be set before the first chunk.
+    """
+
+    encoder: FrameEncoder
+
+    def __init__(self, channel: Channel, encoding: Executor, unread_s: float) -> None:
+        self._channel, self._encoding, self._unread_s = channel, encoding, unread_s
+
+    async def say(self, kind: str, **fields: object) -> None:
+        """Sends a text message."""
+        await self._patiently(self._channel.send_text(message(kind, **fields)))
+
+    async def send_chunk(
+        self,
+        sound: Pcm,
+        frames: Frames,
+        epoch: int,
+        first: int,
+        *,
+        idle: bool,
+        keyframe: bool,
+        wanted: Callable[[], bool],
+    ) -> float | None:
+        """Sends sound (640 n,) and frames (n, H, W, 3) that belong to it.
+
+        Args:
+            sound, frames, epoch: what is sent.
+            first: index of the first frame.
+            idle: whether the sound is the server's silence.
+            keyframe: whether the first frame must be one.
+            wanted: asked before every frame; the rest is kept back when it says no.
+
+        Returns:
+            Seconds spent encoding; None when not everything was sent.
+        """
+        flags = IDLE if idle else 0
+        if len(sound):
+            data = sound.astype("<i2", copy=False).tobytes()
+            await self._patiently(
+                self._channel.send_bytes(pack(SOUND, flags, epoch, first, len(sound), data))
+            )
+        encode_s = 0.0
+        for start, stop in ((0, _FIRST_FRAMES), (_FIRST_FRAMES, len(frames))):
+            begin_s = time.perf_counter()
+            encoded = await self.in_thread(partial(self._encode, frames[start:stop], keyframe))
+            keyframe = False
+            encode_s += time.perf_counter() - begin_s
+            for index, (data, is_key) in enumerate(encoded, first + start):
+                if not wanted():
+                    return None
+                kind, mark = self.encoder.kind, flags | (KEYFRAME if is_key else 0)
+                await self._patiently(
+                    self._channel.send_bytes(pack(kind, mark, epoch, index, 1, data))
+                )
+        return encode_s
+
+    def _encode(self, frames: Frames, keyframe: bool) -> list[tuple[bytes, bool]]:
+        return [
+            self.encoder.encode(pixels, keyframe and place == 0)
+            for place, pixels in enumerate(frames)
+        ]
+
+    async def in_thread(self, call: Callable[[], _Result]) -> _Result:
+        """Runs what would keep the network waiting."""
+        return await asyncio.get_running_loop().run_in_executor(self._encoding, call)
+
+    async def _patiently(self, sending: Coroutine[None, None, None]) -> None:
+        try:
+            async with asyncio.timeout(self._unread_s):
+                await sending
+        except TimeoutError:
+            text = f"what was sent was not read for {self._unread_s:g} s: reload the page"
+            raise SessionOver("unread", text) from None
+
 
 CUSHION_MS, MAX_CUSHION_MS = 80, 300
 _INTERRUPTS_PER_S, _INTERRUPT_BURST = 4.0, 20.0  # each lets the model begin a chunk at once
@@ -52,20 +159,29 @@ class Service:
     encoding: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, "encoder"))
 
     def begin_s(self, now_s: float, chunk_s: float) -> float:
-        """When a new session should begin, so that its chunks fall due where other sessions' chunks do not.
+        """When a new session should begin, so that its chunks fall due where other sessions' chunks
+        do not.
 
         In the middle of the largest gap between them, less than a chunk from now.
         """
-        phases = sorted((session.due_s - now_s) % chunk_s for session in self.sessions if session.due_s is not None)
+        phases = sorted(
+            (session.due_s - now_s) % chunk_s
+            for session in self.sessions
+            if session.due_s is not None
+        )
         if not phases:
             return now_s
-        gaps = [(after - before, before) for before, after in pairwise([*phases, phases[0] + chunk_s])]
+        gaps = [
+            (after - before, before) for before, after in pairwise([*phases, phases[0] + chunk_s])
+        ]
         length, begin_s = max(gaps)
         return now_s + (begin_s + length / 2) % chunk_s
 
     @property
     def cushion_ms(self) -> int:
-        """What a client should keep ready: beside other sessions, one of whose chunks may just be in work, more."""
+        """What a client should keep ready: beside other sessions, one of whose chunks may just be
+        in work, more.
+        """
         took_ms = self.scheduler.warm_up_ms[:1] if len(self.sessions) > 1 else []
         return min(MAX_CUSHION_MS, CUSHION_MS + round(sum(took_ms)))
 
@@ -84,7 +200,8 @@ async def run_session(channel: Channel, service: Service, address: str = "") -> 
         address: of the client, for the log.
 
     Returns:
-        Why it ended, in one word: ended, gone, idle, too_long, unread, model, stopping, full, or a protocol error's.
+        Why it ended, in one word: ended, gone, idle, too_long, unread, model, stopping, full, or a
+            protocol error's.
     """
     slot = service.scheduler.acquire()
     session = Session(channel, service, slot) if slot is not None else None
@@ -182,7 +299,8 @@ class Session:
         """To the end.
 
         Raises:
-            ChannelClosed: the client has gone; ProtocolError: it broke the rules; SessionOver: the server ends it.
+            ChannelClosed: the client has gone; ProtocolError: it broke the rules; SessionOver: the
+                server ends it.
         """
         await self._begin()
         tasks = {asyncio.create_task(self._read()), asyncio.create_task(self._produce())}
@@ -195,7 +313,7 @@ class Session:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    # -- from the client ----------------------------------------------------------------------------------------------
+    # -- from the client ---------------------------------------------------------------------------
 
     async def _begin(self) -> None:
         limits, scheduler = self.service.limits, self.service.scheduler
@@ -204,7 +322,9 @@ class Session:
             async with asyncio.timeout(limits.hello_s):
                 hello = self._parse(await self.channel.receive())
         except TimeoutError:
-            raise ProtocolError("hello", f"expected a hello within {limits.hello_s:g} s, got none") from None
+            raise ProtocolError(
+                "hello", (f"expected a hello within {limits.hello_s:g} s, got none")
+            ) from None
         if not isinstance(hello, Hello):
             raise ProtocolError("hello", "expected a hello first, got another message")
         encoder = await self.outlet.in_thread(lambda: open_encoder(hello.codecs, size_px))
@@ -212,7 +332,9 @@ class Session:
             raise ProtocolError("codec", "expected a codec of h264, jpeg, got none of them")
         self.outlet.encoder = encoder
         try:
-            portrait = await self.outlet.in_thread(lambda: self.service.portraits.load(hello.portrait, size_px))
+            portrait = await self.outlet.in_thread(
+                lambda: self.service.portraits.load(hello.portrait, size_px)
+            )
         except UserError as error:
             raise ProtocolError("portrait", str(error)) from None
         await asyncio.wrap_future(self.slot.start(portrait, hello.seed))
@@ -241,10 +363,14 @@ class Session:
     def _parse(self, data: bytes | str) -> object:
         now_s = time.monotonic()
         if not self._messages.take(1.0, now_s):
-            raise ProtocolError("flood", f"expected at most {self._messages.rate:g} messages a second, got more")
+            raise ProtocolError(
+                "flood", (f"expected at most {self._messages.rate:g} messages a second, got more")
+            )
         if len(data) > self.service.limits.message_bytes:
             most = self.service.limits.message_bytes
-            raise ProtocolError("too_long", f"expected messages of at most {most} bytes, got {len(data)}")
+            raise ProtocolError(
+                "too_long", (f"expected messages of at most {most} bytes, got {len(data)}")
+            )
         return parse_text(data) if isinstance(data, str) else parse_speech(data)
 
     async def _read(self) -> None:
@@ -271,14 +397,20 @@ class Session:
         now_s = time.monotonic()
         if not self._speech_s.take(len(speech.samples) / SAMPLE_RATE, now_s):
             rate = self.service.limits.input_rate
-            raise ProtocolError("input_rate", f"expected speech at {rate:g} x real time at most, got it faster")
+            raise ProtocolError(
+                "input_rate", (f"expected speech at {rate:g} x real time at most, got it faster")
+            )
         if speech.epoch < self.epoch:
             self.service.metrics.dropped_s.labels("epoch").inc(len(speech.samples) / SAMPLE_RATE)
             return
         self._raise_epoch(speech.epoch)
         if speech.index < self._next_index:
             raise ProtocolError(
-                "index", f"expected speech from sample {self._next_index} of the epoch on, got sample {speech.index}"
+                "index",
+                (
+                    f"expected speech from sample {self._next_index} of the epoch on, got "
+                    f"sample {speech.index}"
+                ),
             )
         self._next_index = speech.index + len(speech.samples)
         trimmed = self.intake.num_trimmed
@@ -297,9 +429,14 @@ class Session:
         if epoch == self.epoch:
             return
         if epoch > self.epoch + 1 or epoch == MAX_EPOCH:
-            raise ProtocolError("epoch", f"expected epoch {self.epoch} or {self.epoch + 1}, got {epoch}")
+            raise ProtocolError(
+                "epoch", (f"expected epoch {self.epoch} or {self.epoch + 1}, got {epoch}")
+            )
         if not self._interrupts.take(1.0, time.monotonic()):
-            raise ProtocolError("flood", f"expected at most {_INTERRUPTS_PER_S:g} interruptions a second, got more")
+            raise ProtocolError(
+                "flood",
+                (f"expected at most {_INTERRUPTS_PER_S:g} interruptions a second, got more"),
+            )
         self.epoch, self._next_index = epoch, 0
         forgotten = self.intake.interrupt(time.monotonic())
         self.service.metrics.dropped_s.labels("interrupt").inc(forgotten / SAMPLE_RATE)
@@ -311,7 +448,7 @@ class Session:
         if stats.slack_ms is not None:
             self.intake.trim(stats.slack_ms / 1e3, time.monotonic())
 
-    # -- to the client ------------------------------------------------------------------------------------------------
+    # -- to the client -----------------------------------------------------------------------------
 
     async def _produce(self) -> None:
         while not (self.intake.is_finished and not self.intake.has_speech):
@@ -324,7 +461,9 @@ class Session:
             except ModelError as error:
                 self.service.metrics.model_errors.inc()
                 LOG.warning("the model failed", exc_info=error.__cause__)
-                raise SessionOver("model", "the model failed in this session: start a new one") from error
+                raise SessionOver(
+                    "model", ("the model failed in this session: start a new one")
+                ) from error
             self.intake.note_wait(chunk.queued_ms / 1e3, time.monotonic())
             if epoch == self.epoch:
                 await self._send(piece, chunk, epoch)
@@ -338,9 +477,15 @@ class Session:
             if self._stop is not None:
                 raise self._stop
             if now_s - self._start_s > limits.session_s:
-                raise SessionOver("too_long", f"a session lasts {limits.session_s / 60:g} minutes: start a new one")
+                raise SessionOver(
+                    "too_long",
+                    (f"a session lasts {limits.session_s / 60:g} minutes: start a new one"),
+                )
             if now_s - self._heard_s > limits.idle_s:
-                raise SessionOver("idle", f"nothing was sent for {limits.idle_s / 60:g} minutes: start a new session")
+                raise SessionOver(
+                    "idle",
+                    (f"nothing was sent for {limits.idle_s / 60:g} minutes: start a new session"),
+                )
             if self.intake.advance(now_s):
                 return
             try:
@@ -353,7 +498,9 @@ class Session:
         self._portrait = None
         size_px = self.service.scheduler.model.size_px
         try:
-            portrait = await self.outlet.in_thread(lambda: self.service.portraits.load(name, size_px))
+            portrait = await self.outlet.in_thread(
+                lambda: self.service.portraits.load(name, size_px)
+            )
         except UserError as error:
             await self.outlet.say("error", code="portrait", message=str(error))
             return
@@ -370,7 +517,13 @@ class Session:
         self.num_frames += len(frames)
         keyframe, self._keyframe = self._keyframe, False
         encode_s = await self.outlet.send_chunk(
-            sound, frames, epoch, first, idle=piece.idle, keyframe=keyframe, wanted=lambda: epoch == self.epoch
+            sound,
+            frames,
+            epoch,
+            first,
+            idle=piece.idle,
+            keyframe=keyframe,
+            wanted=lambda: epoch == self.epoch,
         )
         if encode_s is None:
             return

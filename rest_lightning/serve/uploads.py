@@ -1,26 +1,129 @@
-"""Portraits and sound files of strangers: decoded by a process of their own, with little time and memory.
+"""Portraits and sound files of strangers: decoded by a process of their own, with little time and
+memory.
 
-``python -m rest_lightning.serve.uploads portrait|sound LIMIT SIZE`` is that process: it reads the file ``upload`` in
-its working folder and writes PNG or raw samples to stdout, or one line to stderr and exits with 2.
+``python -m rest_lightning.serve.uploads portrait|sound LIMIT SIZE`` is that process: it reads the
+file ``upload`` in its working folder and writes PNG or raw samples to stdout, or one line to stderr
+and exits with 2.
 """
 
 from __future__ import annotations
 
 import asyncio
+import io
 import os
+import secrets
 import sys
 import tempfile
+import threading
+import time
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from PIL import Image
 
 from rest_lightning.errors import UserError
+from rest_lightning.media.portrait import load_portrait
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+ASSETS = Path(__file__).resolve().parent.parent / "assets"
+
+
+@dataclass
+class _Portrait:
+    name: str
+    png: bytes
+    used_s: float
+
+
+class Portraits:
+    """Bundled portraits, and uploaded ones in memory: those have ids that cannot be guessed, and
+    are never listed.
+
+    Args:
+        max_uploaded: how many are kept; the one unused for longest goes first.
+        keep_s: an unused one goes after this time.
+    """
+
+    def __init__(self, max_uploaded: int = 64, keep_s: float = 3600.0) -> None:
+        self._max, self._keep_s = max_uploaded, keep_s
+        files = [ASSETS / "portrait.png", *sorted((ASSETS / "portraits").glob("*.png"))]
+        self._bundled = {file.stem: file.read_bytes() for file in files}
+        self._uploaded: dict[str, _Portrait] = {}
+        self._lock = threading.Lock()  # sessions load portraits in threads of their own
+
+    def listed(self) -> list[dict[str, str]]:
+        """Ids and names of the bundled portraits."""
+        return [{"id": name, "name": name.replace("_", " ").capitalize()} for name in self._bundled]
+
+    def add(self, png: bytes) -> str:
+        """Keep an uploaded portrait; returns its id."""
+        name = "u" + secrets.token_urlsafe(12)
+        with self._lock:
+            self._expire()
+            while len(self._uploaded) >= self._max:
+                del self._uploaded[
+                    min(self._uploaded, key=lambda name: self._uploaded[name].used_s)
+                ]
+            self._uploaded[name] = _Portrait(name, png, time.monotonic())
+        return name
+
+    def png(self, name: str) -> bytes:
+        """The image of an id.
+
+        Raises:
+            UserError: there is none.
+        """
+        if name in self._bundled:
+            return self._bundled[name]
+        with self._lock:
+            self._expire()
+            if name not in self._uploaded:
+                raise UserError(
+                    "expected the id of a portrait, got one that is unknown or was forgotten: drop "
+                    "it again"
+                )
+            portrait = self._uploaded[name]
+            portrait.used_s = time.monotonic()
+            return portrait.png
+
+    def load(self, name: str | None, size_px: int) -> Tensor:
+        """A portrait (3, size_px, size_px) in [-1, 1]; None takes the first bundled one. Raises as
+        :meth:`png`.
+        """
+        png = self.png(name if name is not None else next(iter(self._bundled)))
+        with Image.open(io.BytesIO(png)) as image:
+            return load_portrait(image, size_px, crop="centre")  # cut when it was uploaded
+
+    def _expire(self) -> None:
+        oldest_s = time.monotonic() - self._keep_s
+        self._uploaded = {
+            name: each for name, each in self._uploaded.items() if each.used_s >= oldest_s
+        }
+
 
 _NAME = "upload"
+_PICTURE_SIDE_PX = 1280  # looking for a face in it takes a second at most
 _MEMORY_BYTES = 2_000_000_000
 _DAMAGED = "it is damaged, too large, or something else; export it again"
 # What FFmpeg would guess from anything else includes playlists, which name other files.
-_MPEG_STARTS = tuple(bytes((0xFF, second)) for second in (0xFB, 0xFA, 0xF3, 0xF2, 0xF1, 0xF9))  # mp3 and raw aac
-_SOUND_STARTS = (b"RIFF", b"RF64", b"fLaC", b"OggS", b"ID3", b"FORM", b"caff", b"#!AMR", b"\x1a\x45\xdf\xa3")
+_MPEG_STARTS = tuple(
+    bytes((0xFF, second)) for second in (0xFB, 0xFA, 0xF3, 0xF2, 0xF1, 0xF9)
+)  # mp3 and raw aac
+_SOUND_STARTS = (
+    b"RIFF",
+    b"RF64",
+    b"fLaC",
+    b"OggS",
+    b"ID3",
+    b"FORM",
+    b"caff",
+    b"#!AMR",
+    b"\x1a\x45\xdf\xa3",
+)
 
 
 class Uploads:
@@ -33,17 +136,33 @@ class Uploads:
     """
 
     def __init__(
-        self, num_at_once: int = 2, timeout_s: float = 20.0, image_side_px: int = 8192, sound_s: float = 300.0
+        self,
+        num_at_once: int = 2,
+        timeout_s: float = 20.0,
+        image_side_px: int = 8192,
+        sound_s: float = 300.0,
     ) -> None:
         self._places = asyncio.Semaphore(num_at_once)
         self._timeout_s, self._image_side_px, self._sound_s = timeout_s, image_side_px, sound_s
 
     async def portrait(self, data: bytes, size_px: int) -> bytes:
-        """An image file as a square PNG of ``size_px``. Raises a UserError when it is none, or too large."""
-        return await self._decode(data, "portrait", str(self._image_side_px), str(size_px))
+        """The head in an image file, as a square PNG of ``size_px``.
+
+        The stranger's file is decoded in a process of its own; the face is found here, where the
+        networks are loaded, in the plain picture that comes back.
+
+        Raises:
+            UserError: it is no image, too large, or shows no face or several.
+        """
+        picture = await self._decode(
+            data, "portrait", str(self._image_side_px), str(_PICTURE_SIDE_PX)
+        )
+        return await asyncio.to_thread(_cut, picture, size_px)
 
     async def sound(self, data: bytes) -> bytes:
-        """A sound file as raw samples, s16le mono 16 kHz. Raises a UserError when it is none, or too long."""
+        """A sound file as raw samples, s16le mono 16 kHz. Raises a UserError when it is none, or
+        too long.
+        """
         return await self._decode(data, "sound", str(self._sound_s), "0")
 
     async def _decode(self, data: bytes, *arguments: str) -> bytes:
@@ -56,7 +175,11 @@ class Uploads:
         module = [sys.executable, "-P", "-m", "rest_lightning.serve.uploads", *arguments]
         package = str(Path(__file__).resolve().parents[2])
         search = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
-        kept = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH", "SYSTEMROOT") if name in os.environ}
+        kept = {
+            name: os.environ[name]
+            for name in ("PATH", "LD_LIBRARY_PATH", "SYSTEMROOT")
+            if name in os.environ
+        }
         process = await asyncio.create_subprocess_exec(
             *module,
             cwd=folder,
@@ -70,7 +193,8 @@ class Uploads:
                 out, said = await process.communicate()
         except TimeoutError:
             raise UserError(
-                f"expected a file that is decoded within {self._timeout_s:g} s, got a slower one: {_DAMAGED}"
+                f"expected a file that is decoded within {self._timeout_s:g} s, got a slower one: "
+                f"{_DAMAGED}"
             ) from None
         finally:
             if process.returncode is None:
@@ -78,8 +202,14 @@ class Uploads:
                 await process.wait()
         if process.returncode == 0:
             return out
-        lines = said.decode(errors="replace").strip().splitlines() if process.returncode == 2 else []
-        raise UserError(lines[-1] if lines else f"expected a file that can be decoded, got one that cannot: {_DAMAGED}")
+        lines = (
+            said.decode(errors="replace").strip().splitlines() if process.returncode == 2 else []
+        )
+        raise UserError(
+            lines[-1]
+            if lines
+            else f"expected a file that can be decoded, got one that cannot: {_DAMAGED}"
+        )
 
 
 def main(kind: str, limit: str, size: str) -> int:
@@ -103,29 +233,59 @@ def _limit_resources() -> None:
         import resource
     except ImportError:  # not on Windows: the parent's clock is the only limit there
         return
-    for kind, most in ((resource.RLIMIT_AS, _MEMORY_BYTES), (resource.RLIMIT_CORE, 0), (resource.RLIMIT_FSIZE, 0)):
+    for kind, most in (
+        (resource.RLIMIT_AS, _MEMORY_BYTES),
+        (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_FSIZE, 0),
+    ):
         with suppress(ValueError, OSError):  # a system that does not know one
             resource.setrlimit(kind, (most, most))
 
 
+def _cut(picture: bytes, size_px: int) -> bytes:
+    """The head in a PNG, as a square PNG."""
+    import io
+
+    from PIL import Image
+
+    from rest_lightning.media.portrait import find_portrait
+
+    with Image.open(io.BytesIO(picture)) as image:
+        try:
+            square = find_portrait(image, option=None).square(size_px)
+        except UserError as error:
+            raise UserError(
+                str(error).replace(f"the given {type(image).__name__}", "the file")
+            ) from None
+    file = io.BytesIO()
+    Image.fromarray(square).save(file, "PNG")
+    return file.getvalue()
+
+
 def _portrait(side_px: int, size_px: int) -> bytes:
+    """The whole picture as a PNG, its longer side at most ``size_px``."""
     import io
     import warnings
 
     from PIL import Image
 
-    from rest_lightning.data.portrait import read_portrait
+    from rest_lightning.media.portrait import find_portrait
 
     warnings.simplefilter("ignore")
     try:
         with Image.open(_NAME) as image:
             width, height = image.size
     except Exception:
-        width = height = 0  # read_portrait tells what is wrong
+        width = height = 0  # find_portrait tells what is wrong
     if max(width, height) > side_px:
-        raise UserError(f"expected an image of at most {side_px} x {side_px} pixels, got {width} x {height}: scale it")
+        raise UserError(
+            f"expected an image of at most {side_px} x {side_px} pixels, got {width} x {height}: "
+            "scale it"
+        )
+    picture = find_portrait(_NAME, "centre").picture
+    picture.thumbnail((size_px, size_px), Image.Resampling.LANCZOS)
     file = io.BytesIO()
-    Image.fromarray(read_portrait(_NAME, size_px)).save(file, "PNG")
+    picture.save(file, "PNG", compress_level=1)
     return file.getvalue()
 
 
@@ -133,18 +293,26 @@ def _sound(longest_s: float) -> bytes:
     import av
     import numpy as np
 
-    from rest_lightning.data.audio import open_speech
+    from rest_lightning.media.audio import open_speech
 
     head = Path(_NAME).read_bytes()[:16]
     if not head.startswith(_SOUND_STARTS + _MPEG_STARTS) and head[4:8] != b"ftyp":
-        raise UserError("expected a sound file (wav, mp3, flac, m4a, ogg, webm or mp4), got something else: export it")
+        raise UserError(
+            "expected a sound file (wav, mp3, flac, m4a, ogg, webm or mp4), got something else: "
+            "export it"
+        )
     claimed_s = 0.0
-    with suppress(av.FFmpegError, OSError, ValueError), av.open(_NAME) as container:  # open_speech tells what is wrong
+    with (
+        suppress(av.FFmpegError, OSError, ValueError),
+        av.open(_NAME) as container,
+    ):  # open_speech tells what is wrong
         claimed_s = (container.duration or 0) / av.time_base
     speech = open_speech(_NAME) if claimed_s <= longest_s else None
     duration_s = claimed_s if speech is None else speech.duration_s
     if speech is None or duration_s is None or duration_s > longest_s:
-        raise UserError(f"expected at most {longest_s:g} s of sound, got {duration_s:.0f} s: cut it")
+        raise UserError(
+            f"expected at most {longest_s:g} s of sound, got {duration_s:.0f} s: cut it"
+        )
     return (np.clip(speech.read_all(), -1.0, 1.0) * 32767.0).round().astype("<i2").tobytes()
 
 

@@ -1,4 +1,6 @@
-"""Many streams at once: rows that start, stop and change independently, computed together chunk by chunk."""
+"""Many streams at once: rows that start, stop and change independently, computed together chunk by
+chunk.
+"""
 
 from __future__ import annotations
 
@@ -13,16 +15,27 @@ import torch
 
 from rest_lightning.constants import SAMPLE_RATE
 from rest_lightning.errors import UserError
-from rest_lightning.streaming.engine import ChunkEngine
-from rest_lightning.streaming.options import EngineOptions, explain_out_of_memory
-from rest_lightning.streaming.overlap import Frames, Pending
+from rest_lightning.streaming.device import Frames, Pending
+from rest_lightning.streaming.engine import (
+    ChunkEngine,
+    EngineOptions,
+    StreamState,
+    Tables,
+    explain_out_of_memory,
+)
 from rest_lightning.streaming.report import StreamClock, StreamReport
-from rest_lightning.streaming.row import Row, RowState, Samples, as_reference, as_samples
-from rest_lightning.streaming.session import describe
-from rest_lightning.streaming.state import StreamState, Tables
+from rest_lightning.streaming.session import (
+    Row,
+    RowState,
+    Samples,
+    as_reference,
+    as_samples,
+    describe,
+)
 
 if TYPE_CHECKING:
-    from rest_lightning.talking_head import SamplingSettings, TalkingHead
+    from rest_lightning.diffusion.sampling import Sampling
+    from rest_lightning.parts import TalkingParts
 
 Idle = Literal["wait", "silence"]
 
@@ -64,13 +77,14 @@ class BatchState:
 class BatchSession:
     """Up to n streams of one model; made by :meth:`TalkingHead.open_batch`.
 
-    Speech is pushed to rows in any amounts, and :meth:`step` computes one chunk of every row that is ready. The frames
-    of a row are those of a session alone (1e-5 before rounding to uint8), whatever other rows do and whenever they come
-    and go.
+    Speech is pushed to rows in any amounts, and :meth:`step` computes one chunk of every row that
+    is ready. The frames of a row are those of a session alone (1e-5 before rounding to uint8),
+    whatever other rows do and whenever they come and go.
 
-    Every row owns the memory of a session alone. Rows that are computed together are copied into lanes that lie side by
-    side, and stay there as long as the same rows are computed together; so a stopped or silent row costs nothing, and a
-    row that starts or changes touches no other. Memory is that of 2 n sessions, without the weights.
+    Every row owns the memory of a session alone. Rows that are computed together are copied into
+    lanes that lie side by side, and stay there as long as the same rows are computed together; so a
+    stopped or silent row costs nothing, and a row that starts or changes touches no other. Memory
+    is that of 2 n sessions, without the weights.
 
     Args:
         model: the talking head.
@@ -85,23 +99,26 @@ class BatchSession:
 
     def __init__(
         self,
-        model: TalkingHead,
+        model: TalkingParts,
         num_rows: int,
         *,
-        sampling: SamplingSettings | None = None,
+        sampling: Sampling | None = None,
         options: EngineOptions | None = None,
         max_waiting_s: float = 60.0,
     ) -> None:
         if num_rows < 1:
             raise UserError(f"expected a batch of at least 1 row, got {num_rows}")
         if not max_waiting_s > 0:
-            raise UserError(f"expected max_waiting_s above 0, got {max_waiting_s}: 60 is the default")
+            raise UserError(
+                f"expected max_waiting_s above 0, got {max_waiting_s}: 60 is the default"
+            )
         self.model, self.max_waiting_s = model, max_waiting_s
         self._sampling, self._options = sampling or model.sampling, options or EngineOptions()
         self.clock = StreamClock()
         self.configuration = describe(model, self._sampling, self._options) | {"num_rows": num_rows}
         self._closed = False
-        self._in_lanes: tuple[int, ...] = ()  # the rows whose state is in the lanes, newer than their own
+        # the rows whose state is in the lanes, newer than their own
+        self._in_lanes: tuple[int, ...] = ()
         with explain_out_of_memory(model, num_rows, self._sampling), self.clock.paused():
             first = StreamState(Tables(model, self._sampling, self._options), 1)
             # Any portrait tells how much a decoder remembers.
@@ -109,7 +126,9 @@ class BatchSession:
             lanes = first.for_batch(num_rows)
             self._places = [first, *(first.for_batch(1) for _ in range(num_rows - 1))]
         self._members: list[_Member | None] = [None] * num_rows
-        self._widest = ChunkEngine(model, num_rows, self._sampling, self.clock, self._options, lanes)
+        self._widest = ChunkEngine(
+            model, num_rows, self._sampling, self.clock, self._options, lanes
+        )
         self._lanes = {num_rows: self._widest}
         if self._options.warms_up(model.device):
             for size in range(1, num_rows + 1):
@@ -138,10 +157,11 @@ class BatchSession:
         """Seconds of speech that a row holds beyond its next chunk."""
         return self._member(row).num_waiting / SAMPLE_RATE
 
-    # -- rows come, change and go ------------------------------------------------------------------------------------
+    # -- rows come, change and go ------------------------------------------------------------------
 
     def start(self, row: int, portrait: Any, *, seed: int = 0) -> None:
-        """Begin a stream in a row; one that is in use starts anew, and what it held is dropped. Costs one prefill.
+        """Begin a stream in a row; one that is in use starts anew, and what it held is dropped.
+        Costs one prefill.
 
         Args:
             row: 0 to n - 1.
@@ -158,24 +178,32 @@ class BatchSession:
         """Give speech to a row, as to :meth:`StreamingSession.push`; nothing is computed yet.
 
         Raises:
-            UserError: no such row, one that is not started or has finished, bad samples, or more than the row may hold;
-                nothing of the block is kept then.
+            UserError: no such row, one that is not started or has finished, bad samples, or more
+                than the row may hold; nothing of the block is kept then.
         """
         member = self._member(row)
         if member.row.is_finished:
-            raise UserError(f"expected speech before finish({row}), got a push after it: start the row anew")
+            raise UserError(
+                f"expected speech before finish({row}), got a push after it: start the row anew"
+            )
         block = as_samples(samples, member.row.num_samples + member.num_waiting)
-        if len(block) + member.num_waiting > member.row.num_missing + self.max_waiting_s * SAMPLE_RATE:
+        if (
+            len(block) + member.num_waiting
+            > member.row.num_missing + self.max_waiting_s * SAMPLE_RATE
+        ):
             got_s = (len(block) + member.num_waiting) / SAMPLE_RATE
             raise UserError(
-                f"expected at most {self.max_waiting_s:g} s of speech waiting in row {row}, got {got_s:.1f} s: "
+                f"expected at most {self.max_waiting_s:g} s of speech waiting in row {row}, got "
+                f"{got_s:.1f} s: "
                 "call step() between pushes, or open the batch with a larger max_waiting_s"
             )
         member.waiting.append(block.copy())
         member.top_up()
 
     def finish(self, row: int) -> None:
-        """End a row's speech: the next steps give what is left, and with its last frame the row is free again."""
+        """End a row's speech: the next steps give what is left, and with its last frame the row is
+        free again.
+        """
         member = self._member(row)
         member.row.is_finished = True
         self._release(row)
@@ -186,27 +214,31 @@ class BatchSession:
         self._members[row] = None
 
     def drop_waiting(self, row: int) -> float:
-        """Forget the speech that waits beyond a row's next chunk (an interruption); returns how many seconds it was."""
+        """Forget the speech that waits beyond a row's next chunk (an interruption); returns how
+        many seconds it was.
+        """
         dropped_s = self.waiting_s(row)
         self._member(row).waiting.clear()
         return dropped_s
 
     def switch_identity(self, row: int, portrait: Any) -> None:
-        """Continue a row with another portrait from its next chunk on; costs one prefill of this row."""
+        """Continue a row with another portrait from its next chunk on; costs one prefill of this
+        row.
+        """
         member = self._member(row)
         reference = as_reference(portrait, self.model.size_px)
         self._settle([row])
         with explain_out_of_memory(self.model, self.num_rows, self._sampling):
             member.row.show(reference)
 
-    # -- computing ----------------------------------------------------------------------------------------------------
+    # -- computing ---------------------------------------------------------------------------------
 
     def step(self, idle: Idle = "wait") -> dict[int, Frames]:
         """Compute one chunk of every row that is ready.
 
         Args:
-            idle: what becomes of rows in use whose speech does not fill a chunk: ``wait``, or ``silence`` in place of
-                what is missing, so that they go on moving.
+            idle: what becomes of rows in use whose speech does not fill a chunk: ``wait``, or
+                ``silence`` in place of what is missing, so that they go on moving.
 
         Returns:
             Frames (n, H, W, 3) of the rows that were computed; nothing when none was ready.
@@ -227,7 +259,10 @@ class BatchSession:
         for rows in groups.values():
             pending, counts = self._launch(rows)
             computed = pending.frames()
-            frames |= {row: computed[lane, :count] for lane, (row, count) in enumerate(zip(rows, counts, strict=True))}
+            frames |= {
+                row: computed[lane, :count]
+                for lane, (row, count) in enumerate(zip(rows, counts, strict=True))
+            }
         if frames:
             self.clock.end_chunk(sum(map(len, frames.values())))
         for row in frames:
@@ -236,12 +271,17 @@ class BatchSession:
         return dict(sorted(frames.items()))
 
     def _launch(self, rows: Sequence[int]) -> tuple[Pending, list[int]]:
-        """Queue one chunk of rows that are alike in length; how many of each row's frames are to be shown."""
+        """Queue one chunk of rows that are alike in length; how many of each row's frames are to be
+        shown.
+        """
         engine = self._enter_lanes(rows)
         if any(not self._member(row).row.num_frames for row in rows):
             self.clock.input_complete()
         taken = [self._member(row).row.take() for row in rows]
-        audio, noise = torch.cat([audio for audio, _, _ in taken]), torch.cat([noise for _, noise, _ in taken])
+        audio, noise = (
+            torch.cat([audio for audio, _, _ in taken]),
+            torch.cat([noise for _, noise, _ in taken]),
+        )
         return engine.launch(audio, noise), [count for _, _, count in taken]
 
     def _enter_lanes(self, rows: Sequence[int]) -> ChunkEngine:
@@ -253,7 +293,9 @@ class BatchSession:
         return engine
 
     def _settle(self, rows: Sequence[int]) -> None:
-        """Bring the rows that are in the lanes back to their own memory, if one of ``rows`` is among them."""
+        """Bring the rows that are in the lanes back to their own memory, if one of ``rows`` is
+        among them.
+        """
         if not set(rows) & set(self._in_lanes):
             return
         engine = self._engine(len(self._in_lanes))
@@ -263,18 +305,22 @@ class BatchSession:
         self._in_lanes = ()
 
     def _engine(self, size: int) -> ChunkEngine:
-        """The engine of the first ``size`` lanes; made when first wanted, in memory that is there."""
+        """The engine of the first ``size`` lanes; made when first wanted, in memory that is
+        there.
+        """
         if size not in self._lanes:
             self._lanes[size] = self._widest.narrow(size)
         return self._lanes[size]
 
     def _reference_expected(self, row: int) -> bool:
-        """Whether a row's next chunk comes with its reference; the lanes hold only rows that agree on it."""
+        """Whether a row's next chunk comes with its reference; the lanes hold only rows that agree
+        on it.
+        """
         if row in self._in_lanes:
             return self._engine(len(self._in_lanes)).cache.reference_expected
         return self._places[row].cache.reference_expected
 
-    # -- the whole batch ----------------------------------------------------------------------------------------------
+    # -- the whole batch ---------------------------------------------------------------------------
 
     def report(self) -> StreamReport:
         """Frames, speed, latency and memory so far, of all rows together; a chunk is one step."""
@@ -284,13 +330,17 @@ class BatchSession:
         """A copy of everything that the following frames of all rows depend on."""
         self._check_open()
         self._settle(self._in_lanes)
-        return BatchState(tuple(None if member is None else member.snapshot() for member in self._members))
+        return BatchState(
+            tuple(None if member is None else member.snapshot() for member in self._members)
+        )
 
     def restore(self, state: BatchState) -> None:
-        """Go back to a snapshot of this batch or of one like it: the same speech then gives the same frames.
+        """Go back to a snapshot of this batch or of one like it: the same speech then gives the
+        same frames.
 
         Raises:
-            UserError: a snapshot with another number of rows, or of another model; the batch is as it was then.
+            UserError: a snapshot with another number of rows, or of another model; the batch is as
+                it was then.
         """
         self._check_open()
         if len(state.rows) != self.num_rows:
@@ -320,7 +370,10 @@ class BatchSession:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.close()
 
@@ -332,18 +385,24 @@ class BatchSession:
 
     def _check_open(self) -> None:
         if self._closed:
-            raise UserError("expected an open batch, got a closed one: open a new one with open_batch")
+            raise UserError(
+                "expected an open batch, got a closed one: open a new one with open_batch"
+            )
 
     def _check(self, row: int) -> None:
         self._check_open()
         if not 0 <= row < self.num_rows:
-            raise UserError(f"expected a row from 0 to {self.num_rows - 1}, got {row}: open the batch with more rows")
+            raise UserError(
+                f"expected a row from 0 to {self.num_rows - 1}, got {row}: open the "
+                "batch with more rows"
+            )
 
     def _member(self, row: int) -> _Member:
         self._check(row)
         member = self._members[row]
         if member is None:
             raise UserError(
-                f"expected a row in use, but row {row} was not started or has ended: call start({row}, ...)"
+                f"expected a row in use, but row {row} was not started or has ended: call "
+                f"start({row}, ...)"
             )
         return member

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from rest_lightning.errors import UserError
-from rest_lightning.streaming.engine import ChunkEngine
-from rest_lightning.streaming.options import EngineOptions, is_out_of_memory
+from rest_lightning.streaming.engine import ChunkEngine, EngineOptions, is_out_of_memory
 from rest_lightning.streaming.report import StreamClock
 
 if TYPE_CHECKING:
-    from rest_lightning.talking_head import SamplingSettings, TalkingHead
+    from rest_lightning.diffusion.sampling import Sampling
+    from rest_lightning.parts import TalkingParts
 
 MOST_IDLE = 2  # of one model: the newest ones are kept
 
@@ -36,17 +36,17 @@ class IdleEngines:
     def __init__(self, most: int = MOST_IDLE) -> None:
         self.most = most
         self._lock = threading.Lock()
-        self._idle: weakref.WeakKeyDictionary[TalkingHead, list[tuple[Hashable, ChunkEngine]]]
+        self._idle: weakref.WeakKeyDictionary[TalkingParts, list[tuple[Hashable, ChunkEngine]]]
         self._idle = weakref.WeakKeyDictionary()
 
-    def num_idle(self, model: TalkingHead) -> int:
+    def num_idle(self, model: TalkingParts) -> int:
         """Engines that are kept of a model."""
         return len(self._idle.get(model, ()))
 
     def open(
         self,
-        model: TalkingHead,
-        sampling: SamplingSettings,
+        model: TalkingParts,
+        sampling: Sampling,
         clock: StreamClock,
         options: EngineOptions,
     ) -> ChunkEngine:
@@ -91,7 +91,7 @@ class IdleEngines:
             self._idle.clear()
         return num_idle
 
-    def _take(self, model: TalkingHead, key: Hashable) -> ChunkEngine | None:
+    def _take(self, model: TalkingParts, key: Hashable) -> ChunkEngine | None:
         with self._lock:
             kept = self._idle.get(model, [])
             kept[:] = [
@@ -114,7 +114,7 @@ class IdleEngines:
 
 
 def _key(
-    model: TalkingHead, sampling: SamplingSettings, options: EngineOptions
+    model: TalkingParts, sampling: Sampling, options: EngineOptions
 ) -> tuple[Hashable, Hashable]:
     """What two sessions must have in common: first their switches, then the weights of now."""
     weights = tuple(

@@ -23,20 +23,23 @@ class _End:
 
 
 class LiveSpeech:
-    """Blocks of a source that may pause, without pauses: silence takes the place of what does not come.
+    """Blocks of a source that may pause, without pauses: silence takes the place of what does not
+    come.
 
-    A thread reads the source into a bounded queue. What is there is handed on at once. When the speech so far would
-    have ended ``pause_s`` ago had it been played from the start on, that long a piece of silence is handed on: a stream
-    behind it goes on at the pace of the clock, idle and with resting lips, and is never ahead of the clock because of
-    silence. A source that delivers faster than it plays (text to speech) is therefore not interrupted: its pause begins
-    where its speech ends. Pauses shorter than ``pause_s`` are waited for.
+    A thread reads the source into a bounded queue. What is there is handed on at once. When the
+    speech so far would have ended ``pause_s`` ago had it been played from the start on, that long a
+    piece of silence is handed on: a stream behind it goes on at the pace of the clock, idle and
+    with resting lips, and is never ahead of the clock because of silence. A source that delivers
+    faster than it plays (text to speech) is therefore not interrupted: its pause begins where its
+    speech ends. Pauses shorter than ``pause_s`` are waited for.
 
-    Nothing is lost: what comes out is what came in, in order, with ``num_silent`` zeros more. The thread may outlive
-    the iteration by one read of the source.
+    Nothing is lost: what comes out is what came in, in order, with ``num_silent`` zeros more. The
+    thread may outlive the iteration by one read of the source.
 
     Args:
         blocks: arrays of mono samples, any length; read once.
-        pause_s: seconds of stream time after which silence takes over; less than a chunk's duration makes little sense.
+        pause_s: seconds of stream time after which silence takes over; less than a chunk's duration
+            makes little sense.
         max_waiting: blocks in the queue; beyond them the source has to wait.
 
     Attributes:
@@ -64,11 +67,14 @@ class LiveSpeech:
 
     def _pace(self) -> Iterator[Any]:
         silence = np.zeros(round(self.pause_s * SAMPLE_RATE), np.float32)
-        start_s = time.monotonic()  # when the first sample was due; later when the source fell behind without a pause
+        # when the first sample was due; later when the source fell behind without a pause
+        start_s = time.monotonic()
         while True:
             ends_s = start_s + self.num_samples / SAMPLE_RATE
             try:
-                block = self._waiting.get(timeout=max(0.0, ends_s + self.pause_s - time.monotonic()))
+                block = self._waiting.get(
+                    timeout=max(0.0, ends_s + self.pause_s - time.monotonic())
+                )
             except queue.Empty:
                 self.num_samples += len(silence)
                 self.num_silent += len(silence)

@@ -10,17 +10,206 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from rest_lightning.constants import SAMPLE_RATE, SAMPLES_PER_FRAME, TEMPORAL_RATIO
 from rest_lightning.errors import UserError
+from rest_lightning.streaming.device import Frames, Pending, Ready
+from rest_lightning.streaming.engine import ChunkEngine, EngineOptions, EngineState, StreamState
 from rest_lightning.streaming.idle import IDLE
-from rest_lightning.streaming.options import EngineOptions
-from rest_lightning.streaming.overlap import Frames, Pending, Ready
 from rest_lightning.streaming.report import StreamClock, StreamReport
-from rest_lightning.streaming.row import Row, RowState, as_reference, as_samples
 
 if TYPE_CHECKING:
-    from rest_lightning.talking_head import SamplingSettings, TalkingHead
+    from rest_lightning.diffusion.sampling import Sampling
+    from rest_lightning.media.writer import BackgroundWriter
+    from rest_lightning.parts import TalkingParts
+    from rest_lightning.streaming.engine import ChunkEngine
+
+# -- a stream of an engine -------------------------------------------------------------------------
+
+Samples = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class RowState:
+    """A row between two chunks: engine, waiting samples, noise generator, portrait and counters."""
+
+    engine: EngineState
+    buffer: Samples
+    filled: int
+    num_samples: int
+    num_frames: int
+    is_finished: bool
+    generator: Tensor
+    reference: Tensor
+
+
+class Row:
+    """A stream of an engine: speech goes in with :meth:`fill`, and :meth:`take` gives what the next
+    chunk needs.
+
+    The first emitted frame shows the first 40 ms of speech. Internally frame 0 is the portrait
+    itself with one frame of silence before the speech; it is never emitted.
+
+    Args:
+        engine: tells the lengths of chunks and windows.
+        reference: portrait (1, 3, H, W) in [-1, 1].
+        seed: of the noise.
+        place: memory of this one stream; None: the engine's own.
+
+    Attributes:
+        num_samples: samples of speech taken in.
+        num_frames: frames launched so far.
+        is_finished: whether the speech has ended.
+    """
+
+    def __init__(
+        self, engine: ChunkEngine, reference: Tensor, seed: int, place: StreamState | None = None
+    ) -> None:
+        self._engine, self._place, self.reference = engine, place or engine, reference
+        self.generator = torch.Generator().manual_seed(seed)
+        self._buffer: Samples = np.zeros(engine.window_samples, dtype=np.float32)
+        self._filled = engine.model.speech_encoder.left_context_frames * SAMPLES_PER_FRAME
+        self.num_samples = self.num_frames = 0
+        self.is_finished = False
+        self._place.start(reference)
+
+    @property
+    def num_latents(self) -> int:
+        """Latents of the next chunk."""
+        return self._engine.chunk_length if self.num_frames else self._engine.first_length
+
+    @property
+    def num_missing(self) -> int:
+        """Samples that the next chunk still needs."""
+        return self._engine.samples_of(self.num_latents) - self._filled
+
+    @property
+    def total_frames(self) -> int:
+        """Frames of all speech so far; 40 ms begun count as one."""
+        return -(-self.num_samples // SAMPLES_PER_FRAME)
+
+    @property
+    def has_chunk(self) -> bool:
+        """Whether a chunk can be taken: all its samples are there, or the speech has ended before
+        it was shown.
+        """
+        return self.num_missing == 0 or (self.is_finished and self.num_frames < self.total_frames)
+
+    def fill(self, block: Samples) -> int:
+        """Take in samples, at most as many as are missing; returns how many."""
+        count = min(len(block), self.num_missing)
+        self._buffer[self._filled : self._filled + count] = block[:count]
+        self._filled += count
+        self.num_samples += count
+        return count
+
+    def take(self) -> tuple[Tensor, Tensor, int]:
+        """Audio (1, samples) and noise (1, C, l, h, w) of the next chunk, and how many of its
+        frames are shown.
+        """
+        if self.num_missing:  # the ragged end
+            self._buffer[self._filled :] = 0.0
+            self._filled = self._engine.samples_of(self.num_latents)
+        num_latents = self.num_latents
+        audio = torch.from_numpy(self._buffer[: self._filled].copy())[None]
+        _, channels, _, *place = self._engine.latent_shape
+        noise = torch.randn((1, channels, num_latents, *place), generator=self.generator)
+        num_frames = TEMPORAL_RATIO * num_latents
+        if self.is_finished:
+            num_frames = min(num_frames, self.total_frames - self.num_frames)
+        shift = TEMPORAL_RATIO * num_latents * SAMPLES_PER_FRAME
+        self._filled -= shift
+        self._buffer[: self._filled] = audio[0, shift:].numpy()
+        self.num_frames += num_frames
+        return audio, noise, num_frames
+
+    def show(self, reference: Tensor) -> None:
+        """Go on with another portrait from the next chunk on."""
+        self._place.show(reference)
+        self.reference = reference
+
+    def snapshot(self) -> RowState:
+        """A copy of everything that the following frames depend on."""
+        return RowState(
+            self._place.snapshot(),
+            self._buffer.copy(),
+            self._filled,
+            self.num_samples,
+            self.num_frames,
+            self.is_finished,
+            self.generator.get_state(),
+            self.reference,
+        )
+
+    def restore(self, saved: RowState) -> None:
+        """Go back to a snapshot. See :meth:`StreamState.restore`."""
+        self._place.restore(saved.engine)
+        self._buffer[:] = saved.buffer
+        self._filled, self.num_samples, self.num_frames = (
+            saved.filled,
+            saved.num_samples,
+            saved.num_frames,
+        )
+        self.is_finished, self.reference = saved.is_finished, saved.reference
+        self.generator.set_state(saved.generator)
+
+
+def as_reference(portrait: Any, size_px: int) -> Tensor:
+    """A portrait as :meth:`TalkingHead.open` takes it, as a tensor (1, 3, size_px, size_px) in
+    [-1, 1].
+
+    Raises:
+        UserError: a tensor of another shape, or what
+            :func:`rest_lightning.media.portrait.read_portrait` refuses.
+    """
+    if isinstance(portrait, Tensor) and portrait.is_floating_point():
+        if portrait.shape != (3, size_px, size_px):
+            raise UserError(
+                f"expected a portrait tensor of shape (3, {size_px}, {size_px}), got "
+                f"{tuple(portrait.shape)}"
+            )
+        return portrait[None]
+    from rest_lightning.media.portrait import load_portrait
+
+    return load_portrait(portrait, size_px)[None]
+
+
+def as_samples(samples: Any, position: int = 0) -> Samples:
+    """Check a block of speech and bring it to float32; int16 is scaled to [-1, 1].
+
+    Args:
+        samples: array, list or tensor of one dimension.
+        position: samples before this block, for the error's time stamp.
+
+    Raises:
+        UserError: more than one dimension, an integer type other than int16, NaN or infinity.
+    """
+    block = samples.detach().cpu().numpy() if isinstance(samples, Tensor) else np.asarray(samples)
+    if block.ndim != 1:
+        raise UserError(
+            f"expected speech of one dimension (mono, {SAMPLE_RATE} Hz), got shape {block.shape}: "
+            "average the channels"
+        )
+    if block.dtype == np.int16:
+        return block.astype(np.float32) / 32768.0
+    if not np.issubdtype(block.dtype, np.floating):
+        raise UserError(
+            f"expected speech as float or int16, got {block.dtype}: convert it to "
+            "float32 in [-1, 1]"
+        )
+    block = block.astype(np.float32)
+    finite = np.isfinite(block)
+    if not finite.all():
+        at_s = (position + int(np.argmin(finite))) / SAMPLE_RATE
+        raise UserError(
+            f"expected finite samples, got NaN or infinity at {at_s:.2f} s of the speech: repair "
+            "the source"
+        )
+    return block
+
 
 _LIVE_S = 0.005  # a source that lets us wait longer than this for a block is live
 
@@ -48,11 +237,11 @@ class StreamingSession:
 
     def __init__(
         self,
-        model: TalkingHead,
+        model: TalkingParts,
         portrait: Any,
         *,
         seed: int = 0,
-        sampling: SamplingSettings | None = None,
+        sampling: Sampling | None = None,
         options: EngineOptions | None = None,
     ) -> None:
         self.model = model
@@ -87,19 +276,24 @@ class StreamingSession:
             uint8 (n, H, W, 3), n a multiple of the chunk's frames and often 0.
 
         Raises:
-            UserError: a push after :meth:`flush`, more than one dimension, or samples that are not finite.
+            UserError: a push after :meth:`flush`, more than one dimension, or samples that are not
+                finite.
         """
         return self._stack([*self._feed(samples), *self._collect()])
 
     def flush(self) -> Frames:
-        """End the speech: the frames of what is left, so that the video is as long as the speech."""
+        """End the speech: the frames of what is left, so that the video is as long as the
+        speech.
+        """
         return self._stack(list(self._drain()))
 
     def stream(self, blocks: Iterable[Any]) -> Iterator[Frames]:
-        """Push every block, flush at the end, and yield each chunk's frames as soon as they are ready.
+        """Push every block, flush at the end, and yield each chunk's frames as soon as they are
+        ready.
 
-        On CUDA a chunk is decoded while the next one is denoised. Where the source is live, that is where it lets us
-        wait for a block, nothing is held back for that: frames are handed out before the next block is asked for.
+        On CUDA a chunk is decoded while the next one is denoised. Where the source is live, that is
+        where it lets us wait for a block, nothing is held back for that: frames are handed out
+        before the next block is asked for.
         """
         source = iter(blocks)
         while True:
@@ -125,7 +319,10 @@ class StreamingSession:
     def snapshot(self) -> SessionState:
         """A copy of everything that the following frames depend on."""
         self._check_open()
-        waiting = [(Ready(pending.frames()), num_frames, mark) for pending, num_frames, mark in self._under_way]
+        waiting = [
+            (Ready(pending.frames()), num_frames, mark)
+            for pending, num_frames, mark in self._under_way
+        ]
         self._under_way = deque(waiting)
         frames = tuple(ready.frames()[0, :num_frames] for ready, num_frames, _ in waiting)
         return SessionState(self._row.snapshot(), frames)
@@ -134,20 +331,25 @@ class StreamingSession:
         """Go back to a snapshot: the same speech then gives the same frames, bit for bit.
 
         Raises:
-            UserError: a snapshot of another model, type, size or guidance, or a session that is closed; the session is
-                as it was then.
+            UserError: a snapshot of another model, type, size or guidance, or a session that is
+                closed; the session is as it was then.
         """
         self._check_open()
         self._row.restore(state.row)
-        self._under_way = deque((Ready(frames[None]), len(frames), self.clock.mark()) for frames in state.waiting)
+        self._under_way = deque(
+            (Ready(frames[None]), len(frames), self.clock.mark()) for frames in state.waiting
+        )
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
-        if kind is None and not self._closed:  # an engine in which something failed is not trusted again
+        if kind is None and not self._closed:  # an engine that failed is not trusted again
             IDLE.close(self.engine)
         self._closed = True
 
@@ -158,7 +360,8 @@ class StreamingSession:
     def _feed(self, samples: Any) -> Iterator[Frames]:
         if self._closed or self._row.is_finished:
             raise UserError(
-                "expected speech before flush() or the end of the session, got a push after it: open a new session"
+                "expected speech before flush() or the end of the session, got a push after it: "
+                "open a new session"
             )
         block = as_samples(samples, self._row.num_samples)
         position = 0
@@ -176,7 +379,9 @@ class StreamingSession:
         yield from self._collect()
 
     def _launch(self) -> Iterator[Frames]:
-        """Queue the next chunk, then hand out earlier ones: all that are ready, and what must be before one more."""
+        """Queue the next chunk, then hand out earlier ones: all that are ready, and what must be
+        before one more.
+        """
         if not self._row.num_frames:
             self.clock.input_complete()
         audio, noise, num_frames = self._row.take()
@@ -184,8 +389,12 @@ class StreamingSession:
         yield from self._collect(self.engine.depth)
 
     def _collect(self, num_left: int = 0) -> Iterator[Frames]:
-        """Hand out chunks in their order: those that are ready, and waiting for others until ``num_left`` are left."""
-        while self._under_way and (len(self._under_way) > num_left or self._under_way[0][0].is_ready):
+        """Hand out chunks in their order: those that are ready, and waiting for others until
+        ``num_left`` are left.
+        """
+        while self._under_way and (
+            len(self._under_way) > num_left or self._under_way[0][0].is_ready
+        ):
             pending, num_frames, mark = self._under_way.popleft()
             frames = pending.frames()[0, :num_frames]
             self.clock.end_chunk(num_frames, mark)
@@ -196,7 +405,7 @@ class StreamingSession:
         return np.concatenate(chunks) if chunks else np.zeros((0, size, size, 3), dtype=np.uint8)
 
 
-def describe(model: TalkingHead, sampling: SamplingSettings, options: EngineOptions) -> dict[str, Any]:
+def describe(model: TalkingParts, sampling: Sampling, options: EngineOptions) -> dict[str, Any]:
     """What a report remembers of how a stream was made."""
     return {
         **asdict(sampling),
@@ -212,3 +421,42 @@ def describe(model: TalkingHead, sampling: SamplingSettings, options: EngineOpti
         "overlap": options.overlap and model.device.type == "cuda",
         "first_chunk_length": options.first_length(model.transformer.cache_options.chunk_length),
     }
+
+
+def write_stream(
+    session: StreamingSession, speech: Iterable[np.ndarray], writer: BackgroundWriter
+) -> Iterator[int]:
+    """Streams speech (float32 blocks, 16 kHz) into a video; yields the number of frames of every
+    chunk.
+
+    Speech is held back until its frames are there: in an interrupted video it ends with the
+    pictures. What the stream waits for the writer is charged to the stage ``writing``.
+    """
+    waiting: deque[np.ndarray] = deque()
+    num_frames = num_samples = 0
+
+    def listened() -> Iterator[np.ndarray]:
+        for block in speech:
+            waiting.append(block)
+            yield block
+
+    for frames in session.stream(listened()):
+        num_frames += len(frames)
+        samples = _take(waiting, num_frames * SAMPLES_PER_FRAME - num_samples)
+        num_samples += len(samples)
+        with session.clock.stage("writing"):
+            writer.write(frames, samples)
+        yield len(frames)
+
+
+def _take(waiting: deque[np.ndarray], count: int) -> np.ndarray:
+    """The first ``count`` samples of what waits, or all there are."""
+    taken = []
+    while waiting and count > 0:
+        block = waiting.popleft()
+        if len(block) > count:
+            waiting.appendleft(block[count:])
+            block = block[:count]
+        taken.append(block)
+        count -= len(block)
+    return np.concatenate([np.zeros(0, np.float32), *taken])

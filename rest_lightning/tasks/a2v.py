@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 from rest_lightning.diffusion.losses import flow_matching_loss
 from rest_lightning.diffusion.noise import (
@@ -25,17 +27,62 @@ from rest_lightning.diffusion.noise import (
 )
 from rest_lightning.diffusion.schedule import training_table
 from rest_lightning.errors import UserError
-from rest_lightning.models.autoencoder import VideoAutoencoder
 from rest_lightning.models.speech import SpeechEncoder
 from rest_lightning.models.speech_ae import SpeechAE
 from rest_lightning.models.transformer import A2VDiT
+from rest_lightning.models.vae import VideoAutoencoder
 from rest_lightning.parts import fingerprint_of
 from rest_lightning.tasks.base import OptimizerSettings, StageModule
 from rest_lightning.tasks.regions import token_weights
-from rest_lightning.tasks.sharding import shard
 from rest_lightning.tasks.speech_ae import speech_features
 
-SIGMA_SAMPLERS: dict[str, Callable[..., Tensor]] = {"cans": sample_sigmas_cans, "ans": sample_sigmas_ans}
+# -- sharded training ------------------------------------------------------------------------------
+# Sharded training (FSDP2): weights, gradients and optimiser states spread over the data-parallel
+# ranks.
+
+DATA_PARALLEL = "data_parallel"  # as Lightning's ModelParallelStrategy calls this axis of its mesh
+# A sub-network gathers its weights when one of these is called, and not only in `forward`.
+BLOCK_METHODS = {
+    "attn1": ("self_attention",),
+    "attn2": ("project", "cross_attention"),
+    "speech_attn": ("project", "cross_attention"),
+    "ff": (),
+}
+
+
+def shard(part: nn.Module, mesh: DeviceMesh) -> None:
+    """Spread the parameters of a transformer or a SpeechAE over ``mesh``, in place; a second call
+    does nothing.
+
+    The attentions and the feed-forward layer of each block are gathered one at a time; all that is
+    small (norms, tables, embeddings) at once.
+    """
+    if type(part) not in (A2VDiT, SpeechAE):  # a sharded network has a class of its own
+        return
+    data_parallel = mesh[DATA_PARALLEL]
+    if isinstance(part, SpeechAE):
+        for (
+            parameter
+        ) in part.parameters():  # its convolutions lie channels-last, which FSDP2 does not take
+            parameter.data = parameter.data.contiguous()
+        fully_shard(part, mesh=data_parallel)
+        register_fsdp_forward_method(part, "encode")
+        return
+    for block in list(part.transformer_blocks):  # type: ignore[arg-type]
+        for name, methods in BLOCK_METHODS.items():
+            layer = getattr(block, name)
+            if layer is not None:
+                fully_shard(layer, mesh=data_parallel)
+                for method in methods:
+                    register_fsdp_forward_method(layer, method)
+    fully_shard(part, mesh=data_parallel)
+    register_fsdp_forward_method(part, "prefill")
+
+
+SIGMA_SAMPLERS: dict[str, Callable[..., Tensor]] = {
+    "cans": sample_sigmas_cans,
+    "ans": sample_sigmas_ans,
+}
 
 
 @dataclass
@@ -45,15 +92,19 @@ class NoiseSettings:
     Attributes:
         schedule: ``cans`` (REST) or ``ans`` (READ).
         chunk_length: latent frames per chunk.
+        chunk_lengths: lengths that are drawn, one per batch, in place of ``chunk_length``; empty:
+            always that one.
         mean, std: of the logit-normal noise levels (READ: 2.05, 1.0).
         num_levels: size of the table.
         motion_dropout: probability that all chunks share one level.
-        identity_dropout, audio_dropout: probabilities of a zeroed reference and of a zeroed speech condition.
+        identity_dropout, audio_dropout: probabilities of a zeroed reference and of a zeroed speech
+            condition.
         joint_dropout: further probability that both are zeroed (decided here).
     """
 
     schedule: str = "cans"
     chunk_length: int = 3
+    chunk_lengths: tuple[int, ...] = ()
     mean: float = 2.05
     std: float = 1.0
     num_levels: int = 1000
@@ -64,16 +115,26 @@ class NoiseSettings:
 
     def __post_init__(self) -> None:
         if self.schedule not in SIGMA_SAMPLERS:
-            raise UserError(f"expected a noise schedule of {', '.join(SIGMA_SAMPLERS)}, got {self.schedule!r}")
+            raise UserError(
+                f"expected a noise schedule of {', '.join(SIGMA_SAMPLERS)}, got {self.schedule!r}"
+            )
 
 
 @dataclass(frozen=True)
 class Conditions:
-    """Clean latents (B, C, f, h, w), slot 0 the reference; speech latents (B, f, n, d); weights (B, 1, f, h, w)."""
+    """Clean latents (B, C, f, h, w), slot 0 the reference; speech latents (B, f, n, d); weights (B,
+    1, f, h, w).
+    """
 
     latents: Tensor
     speech_latents: Tensor
     weights: Tensor | None = None
+
+    def whole_chunks(self, chunk_length: int) -> Conditions:
+        """Returns the reference and as many whole chunks as there are; what is left over is cut."""
+        end = 1 + (self.latents.shape[2] - 1) // chunk_length * chunk_length
+        weights = None if self.weights is None else self.weights[:, :, :end]
+        return Conditions(self.latents[:, :, :end], self.speech_latents[:, :end], weights)
 
 
 @dataclass(frozen=True)
@@ -81,12 +142,17 @@ class TrainingInput:
     """What teacher and student both see in one step: the same noise, sigmas and dropout masks.
 
     Attributes:
-        path: noisy latents, target velocity and sigmas; a dropped reference is zero in ``noisy_latents``.
-        speech_latents: (B, f, n, d), zero where dropped; the transformer lets slot 0 read zeros by itself.
+        path: noisy latents, target velocity and sigmas; a dropped reference is zero in
+            ``noisy_latents``.
+        speech_latents: (B, f, n, d), zero where dropped; the transformer lets slot 0 read zeros by
+            itself.
         drops: the masks.
-        clean_latents: (B, C, f, h, w), with the same dropped references: what a clean pass would cache.
+        clean_latents: (B, C, f, h, w), with the same dropped references: what a clean pass would
+            cache.
         weights: of the flow loss, (B, 1, f, h, w), or None.
-        rolled_out: (B,), True where a student generates its own context; None where that is no question.
+        chunk_length: latent frames per chunk of this draw.
+        rolled_out: (B,), True where a student generates its own context; None where that is no
+            question.
     """
 
     path: NoisyPath
@@ -95,10 +161,13 @@ class TrainingInput:
     clean_latents: Tensor
     weights: Tensor | None = None
     rolled_out: Tensor | None = None
+    chunk_length: int = 3
 
     @property
     def noise(self) -> Tensor:
-        """The unit Gaussian of the draw (B, C, f, h, w); slot 0, never noisy, holds something else."""
+        """The unit Gaussian of the draw (B, C, f, h, w); slot 0, never noisy, holds something
+        else.
+        """
         return self.path.velocity + self.clean_latents
 
 
@@ -113,10 +182,12 @@ class A2VModule(StageModule):
         noise: noise and dropout settings.
         optimizer: AdamW settings.
         initial: part name -> checkpoint or folder.
-        mouth_weight: weight of the mouth's tokens in the flow loss, where any other token counts 1 (decided here; REST
-            names the mouth as its weakest region). Needs landmarks; clips without them count 1 everywhere.
-        compile_blocks: run the blocks of all transformers through ``torch.compile``. The same numbers up to rounding;
-            on two CPU cores a bfloat16 step takes a quarter less time, after up to a minute of compiling.
+        mouth_weight: weight of the mouth's tokens in the flow loss, where any other token counts 1
+            (decided here; REST names the mouth as its weakest region). Needs landmarks; clips
+            without them count 1 everywhere.
+        compile_blocks: run the blocks of all transformers through ``torch.compile``. The same
+            numbers up to rounding; on two CPU cores a bfloat16 step takes a quarter less time,
+            after up to a minute of compiling.
     """
 
     transformer: A2VDiT
@@ -138,7 +209,9 @@ class A2VModule(StageModule):
         compile_blocks: bool = False,
     ) -> None:
         if not mouth_weight > 0:
-            raise UserError(f"expected a mouth_weight above 0, got {mouth_weight}: 1 weighs all tokens alike")
+            raise UserError(
+                f"expected a mouth_weight above 0, got {mouth_weight}: 1 weighs all tokens alike"
+            )
         super().__init__(
             {"transformer": transformer, "speech_ae": speech_ae},
             {"speech_encoder": speech_encoder, "vae": vae, **(frozen or {})},
@@ -146,7 +219,9 @@ class A2VModule(StageModule):
             optimizer,
         )
         for name, parameter in speech_ae.named_parameters():
-            if name.startswith("decoder"):  # nothing reads it here, and DDP waits for every gradient that may come
+            if name.startswith(
+                "decoder"
+            ):  # nothing reads it here, and DDP waits for every gradient that may come
                 parameter.requires_grad_(False)
         self.noise = noise or NoiseSettings()
         self.mouth_weight, self.compile_blocks = mouth_weight, compile_blocks
@@ -155,7 +230,9 @@ class A2VModule(StageModule):
         self.noise_table: Tensor
 
     def configure_model(self) -> None:
-        """Compile, or shard (FSDP2) where the strategy brings a mesh: Lightning's ModelParallelStrategy."""
+        """Compile, or shard (FSDP2) where the strategy brings a mesh: Lightning's
+        ModelParallelStrategy.
+        """
         if self.compile_blocks:
             self._compile()
         if self.device_mesh is None:
@@ -163,25 +240,34 @@ class A2VModule(StageModule):
         averaging = [c for c in self.trainer.callbacks if isinstance(c, WeightAveraging)]  # type: ignore[attr-defined]
         if averaging:  # it copies the whole module, which sharded networks cannot do
             raise UserError(
-                f"expected no weight averaging with sharded networks, got {type(averaging[0]).__name__}: "
+                "expected no weight averaging with sharded networks, got "
+                f"{type(averaging[0]).__name__}: "
                 "take it out of trainer.callbacks"
             )
         for part in self.children():
             shard(part, self.device_mesh)
-        self.strict_loading = False  # that strategy reads checkpoints itself, and frozen parts are not in them
+        self.strict_loading = (
+            False  # that strategy reads checkpoints itself, and frozen parts are not in them
+        )
 
     def _compile(self) -> None:
         if self.device_mesh is not None:
-            raise UserError("expected no compile_blocks with sharded networks, got both: leave compile_blocks out")
+            raise UserError(
+                "expected no compile_blocks with sharded networks, got both: leave compile_blocks "
+                "out"
+            )
         on_cpu = self.trainer.strategy.root_device.type == "cpu"
         if on_cpu and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
-            raise UserError("expected a C++ compiler for compile_blocks on a CPU, found none: install g++")
+            raise UserError(
+                "expected a C++ compiler for compile_blocks on a CPU, found none: install g++"
+            )
         for part in self.children():
             if isinstance(part, A2VDiT):
                 part.compile_blocks()
 
     def on_fit_start(self) -> None:
-        """Refuse latents that another VAE made: the previews and the session would decode them with this one.
+        """Refuse latents that another VAE made: the previews and the session would decode them with
+        this one.
 
         The same for features of another speech encoder.
         """
@@ -193,63 +279,113 @@ class A2VModule(StageModule):
         data.check_speech(fingerprint_of(self.speech_encoder, with_config=True))
 
     def conditions(self, batch: dict[str, Any]) -> Conditions:
-        """Latents and speech latents of a batch, from frames and samples or from the caches on disk."""
+        """Latents and speech latents of a batch, from frames and samples or from the caches on
+        disk.
+        """
         latents = batch.get("latents")
         if latents is None:
             latents = self.encode_clip(batch["frames"], batch.get("reference"))
         latents = latents.float()
-        length = self.noise.chunk_length
-        if (latents.shape[2] - 1) % length or latents.shape[2] < 2:
+        length, several = self.noise.chunk_length, self.noise.chunk_lengths
+        if several and latents.shape[2] <= max(several):
+            raise UserError(
+                f"expected clips of more than {max(several)} latent frames, "
+                f"got {latents.shape[2]}: set data.num_frames to {8 * max(several)}k + 1"
+            )
+        if not several and ((latents.shape[2] - 1) % length or latents.shape[2] < 2):
             raise UserError(
                 f"expected clips of 1 + {length}k latent frames, got {latents.shape[2]}: "
-                f"set data.num_frames to {8 * length}k + 1 or noise.chunk_length to a divisor of {latents.shape[2] - 1}"
+                f"set data.num_frames to {8 * length}k + 1 or noise.chunk_length to a divisor of "
+                f"{latents.shape[2] - 1}"
             )
         num_frames = 8 * (latents.shape[2] - 1) + 1
         speech_latents = self.speech_ae.encode(self.speech_features(batch, num_frames))
         weights = None
         if self.mouth_weight != 1.0:
-            weights = token_weights(batch["landmarks"], latents.shape[3], latents.shape[4], self.mouth_weight)
+            weights = token_weights(
+                batch["landmarks"], latents.shape[3], latents.shape[4], self.mouth_weight
+            )
         return Conditions(latents, speech_latents, weights)
 
     @torch.no_grad()
     def encode_clip(self, frames: Tensor, reference: Tensor | None = None) -> Tensor:
-        """Frames (B, 3, F, H, W) to latents; slot 0 is the reference (B, 3, H, W) where one is given."""
+        """Frames (B, 3, F, H, W) to latents; slot 0 is the reference (B, 3, H, W) where one is
+        given.
+        """
         if self.vae is None:
-            raise UserError("expected batches with precomputed latents, got frames: give this stage a vae")
-        with torch.autocast(frames.device.type, enabled=False):  # in float32, as `rest encode` and the session do
+            raise UserError(
+                "expected batches with precomputed latents, got frames: give this stage a vae"
+            )
+        with torch.autocast(
+            frames.device.type, enabled=False
+        ):  # in float32, as `rest encode` and the session do
             latents = self.vae.encode(frames)
             if reference is not None:
-                latents = torch.cat([self.vae.encode(reference[:, :, None]), latents[:, :, 1:]], dim=2)
+                latents = torch.cat(
+                    [self.vae.encode(reference[:, :, None]), latents[:, :, 1:]], dim=2
+                )
         return latents
 
     @torch.no_grad()
     def speech_features(self, batch: dict[str, Any], num_frames: int) -> Tensor:
         """Speech features (B, F, 10, D_A) of a batch."""
         features = speech_features(batch, self.trainer.datamodule, self.speech_encoder)  # type: ignore[attr-defined]
-        assert features.shape[1] == num_frames, f"{features.shape[1]} frames of speech for {num_frames} of video"
+        assert features.shape[1] == num_frames, (
+            f"{features.shape[1]} frames of speech for {num_frames} of video"
+        )
         return features
 
-    def draw(self, conditions: Conditions, generator: torch.Generator | None = None) -> TrainingInput:
+    def draw(
+        self, conditions: Conditions, generator: torch.Generator | None = None
+    ) -> TrainingInput:
         """Noise, sigmas and dropouts of one step (CANS or ANS), applied."""
-        latents, settings = conditions.latents, self.noise
-        generator = generator or step_generator(latents.device)
-        sigma = self.sample_sigmas(latents, generator)
+        settings = self.noise
+        generator = generator or step_generator(conditions.latents.device)
+        length = settings.chunk_length
+        if settings.chunk_lengths:
+            choice = torch.randint(
+                len(settings.chunk_lengths), (), generator=generator, device=generator.device
+            )
+            length = settings.chunk_lengths[int(choice)]
+            conditions = conditions.whole_chunks(length)
+        latents = conditions.latents
+        sigma = self.sample_sigmas(latents, length, generator)
         drops = sample_drops(
-            len(latents), settings.identity_dropout, settings.audio_dropout, settings.joint_dropout, generator=generator
+            len(latents),
+            settings.identity_dropout,
+            settings.audio_dropout,
+            settings.joint_dropout,
+            generator=generator,
         )
-        noise = torch.randn(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
+        noise = torch.randn(
+            latents.shape, generator=generator, device=latents.device, dtype=latents.dtype
+        )
         path = noisy_path(latents, noise, sigma)
-        path = NoisyPath(drop_reference(path.noisy_latents, drops.identity), path.velocity, path.sigma)
+        path = NoisyPath(
+            drop_reference(path.noisy_latents, drops.identity), path.velocity, path.sigma
+        )
         speech_latents = drop_speech(conditions.speech_latents, drops.audio)
         clean_latents = drop_reference(latents, drops.identity)
-        return TrainingInput(path, speech_latents, drops, clean_latents, conditions.weights)
+        weights = conditions.weights
+        return TrainingInput(
+            path, speech_latents, drops, clean_latents, weights, chunk_length=length
+        )
 
-    def sample_sigmas(self, latents: Tensor, generator: torch.Generator) -> Tensor:
-        """Noise levels (B, f) of training for ``latents`` (B, C, f, h, w)."""
+    def sample_sigmas(
+        self, latents: Tensor, chunk_length: int, generator: torch.Generator
+    ) -> Tensor:
+        """Noise levels (B, f) of training for ``latents`` (B, C, f, h, w) in chunks of
+        ``chunk_length``.
+        """
         settings = self.noise
-        batch, num_chunks = latents.shape[0], (latents.shape[2] - 1) // settings.chunk_length
+        batch, num_chunks = latents.shape[0], (latents.shape[2] - 1) // chunk_length
         return SIGMA_SAMPLERS[settings.schedule](
-            batch, num_chunks, settings.chunk_length, self.noise_table, settings.motion_dropout, generator=generator
+            batch,
+            num_chunks,
+            chunk_length,
+            self.noise_table,
+            settings.motion_dropout,
+            generator=generator,
         )
 
     def forward(self, inputs: TrainingInput) -> Tensor:
@@ -274,7 +410,13 @@ class A2VModule(StageModule):
         generator = torch.Generator(device=conditions.latents.device).manual_seed(batch_idx)
         losses = self.validation_losses(self.draw(conditions, generator))
         for name, value in losses.items():
-            self.log(f"val/{name}", value, prog_bar=True, batch_size=len(conditions.latents), sync_dist=True)
+            self.log(
+                f"val/{name}",
+                value,
+                prog_bar=True,
+                batch_size=len(conditions.latents),
+                sync_dist=True,
+            )
 
     def validation_losses(self, inputs: TrainingInput) -> dict[str, Tensor]:
         """Losses by name: the flow loss, which all stages can be compared by."""
@@ -282,8 +424,12 @@ class A2VModule(StageModule):
 
 
 def step_generator(device: torch.device) -> torch.Generator:
-    """A generator of one step's draws, seeded from torch's global state (which a checkpoint restores)."""
+    """A generator of one step's draws, seeded from torch's global state (which a checkpoint
+    restores).
+    """
     seed = int(torch.randint(2**62, ()).item())
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        seed += torch.distributed.get_rank()  # seed_everything gives all ranks one state: they must not share noise
+        seed += (
+            torch.distributed.get_rank()
+        )  # seed_everything gives all ranks one state: they must not share noise
     return torch.Generator(device=device).manual_seed(seed)

@@ -1,13 +1,19 @@
-"""What every training stage shares: the optimiser, the learning-rate curve, and which parts a checkpoint carries."""
+"""What every training stage shares: the optimiser, the learning-rate curve, and which parts a
+checkpoint carries.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning import LightningModule
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.callbacks import Timer
 from torch import nn
 
@@ -41,13 +47,15 @@ class OptimizerSettings:
 class StageModule(LightningModule):
     """Base of all stages; subclasses name their trained and frozen parts and write the steps.
 
-    A part is a network with a ``config`` property (see :mod:`rest_lightning.parts`). Trained parts travel in the
-    checkpoint together with their configuration, frozen ones do not: they come from the checkpoint of their own stage.
+    A part is a network with a ``config`` property (see :mod:`rest_lightning.parts`). Trained parts
+    travel in the checkpoint together with their configuration, frozen ones do not: they come from
+    the checkpoint of their own stage.
 
     Args:
         trained: part name -> network that this stage trains.
         frozen: part name -> network that this stage only reads.
-        initial: part name -> checkpoint of an earlier stage, or exported folder, that the part starts from.
+        initial: part name -> checkpoint of an earlier stage, or exported folder, that the part
+            starts from.
         optimizer: settings of the optimiser.
     """
 
@@ -71,7 +79,9 @@ class StageModule(LightningModule):
             load_part(getattr(self, name, None), name, path)
 
     def configure_optimizers(self) -> Any:
-        """AdamW over the trained parts; the schedule follows :meth:`progress`, one step at a time."""
+        """AdamW over the trained parts; the schedule follows :meth:`progress`, one step at a
+        time.
+        """
         settings = self.optimizer_settings
         groups = [
             {
@@ -82,9 +92,14 @@ class StageModule(LightningModule):
             for name in self.trained_parts
         ]
         groups = [group for group in groups if group["params"]]
-        optimizer = torch.optim.AdamW(groups, betas=settings.betas, weight_decay=settings.weight_decay)
+        optimizer = torch.optim.AdamW(
+            groups, betas=settings.betas, weight_decay=settings.weight_decay
+        )
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.lr_fraction)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
 
     def lr_fraction(self, step: int) -> float:
         """Fraction of the learning rate at an optimiser step."""
@@ -96,7 +111,9 @@ class StageModule(LightningModule):
         return warmup * max(settings.final_lr_fraction, remaining)
 
     def progress(self, step: int) -> float:
-        """How much of the stage is done, 0 .. 1, by steps or by the time budget, whichever is further."""
+        """How much of the stage is done, 0 .. 1, by steps or by the time budget, whichever is
+        further.
+        """
         trainer = self._trainer
         if trainer is None:
             return 0.0
@@ -117,19 +134,30 @@ class StageModule(LightningModule):
         return self
 
     def on_train_start(self) -> None:
-        """Go on with the random numbers of the checkpoint; what comes before the first step may draw some."""
+        """Go on with the random numbers of the checkpoint; what comes before the first step may
+        draw some.
+        """
         if self._resumed_rng is not None:
             torch.set_rng_state(self._resumed_rng["cpu"])
-            if self._resumed_rng["cuda"] and len(self._resumed_rng["cuda"]) == torch.cuda.device_count():
+            if (
+                self._resumed_rng["cuda"]
+                and len(self._resumed_rng["cuda"]) == torch.cuda.device_count()
+            ):
                 torch.cuda.set_rng_state_all(self._resumed_rng["cuda"])
             self._resumed_rng = None
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Describe the parts, leave the weights of frozen ones out; keep torch's random state (Lightning does not)."""
+        """Describe the parts, leave the weights of frozen ones out; keep torch's random state
+        (Lightning does not).
+        """
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
         checkpoint[RNG_KEY] = {"cpu": torch.get_rng_state(), "cuda": cuda}
-        checkpoint[PARTS_KEY] = {name: describe_part(getattr(self, name)) for name in self.trained_parts}
-        checkpoint[FROZEN_PARTS_KEY] = {name: describe_part(getattr(self, name)) for name in self.frozen_parts}
+        checkpoint[PARTS_KEY] = {
+            name: describe_part(getattr(self, name)) for name in self.trained_parts
+        }
+        checkpoint[FROZEN_PARTS_KEY] = {
+            name: describe_part(getattr(self, name)) for name in self.frozen_parts
+        }
         for state in _model_states(checkpoint):
             for key in self._frozen_keys(state):
                 del state[key]
@@ -148,3 +176,28 @@ class StageModule(LightningModule):
 def _model_states(checkpoint: dict[str, Any]) -> list[dict[str, Any]]:
     # With weight averaging a checkpoint holds the averaged weights and, apart, the current ones.
     return [checkpoint[key] for key in ("state_dict", "current_model_state") if key in checkpoint]
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes beside the target, then renames.
+
+    Lightning writes to the system's temporary folder first and moves: on another file system that
+    is a copy, and a process that is killed meanwhile leaves half a ``last.ckpt`` where a whole one
+    was.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any | None = None
+    ) -> None:
+        """Write ``path``; an address such as ``s3://...`` is left to Lightning."""
+        if "://" in str(path) or storage_options is not None:
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{target.name}.part")
+        with temporary.open("wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(target)

@@ -1,4 +1,6 @@
-"""``rest predict``: many videos from many portraits and speeches, through the same session that streams live."""
+"""``rest predict`` makes many videos through the session that streams live; ``rest test`` scores a
+model.
+"""
 
 from __future__ import annotations
 
@@ -11,19 +13,25 @@ from lightning import LightningModule
 from numpy.typing import NDArray
 
 from rest_lightning.data.streams import SpeechBlock
-from rest_lightning.dtypes import DtypeName, dtype_on
+from rest_lightning.diffusion.sampling import SamplingChanges
+from rest_lightning.generation import describe_model, load_generator
+from rest_lightning.media.portrait import parse_crop
+from rest_lightning.parts import DtypeName, dtype_on
 from rest_lightning.streaming.session import StreamingSession
-from rest_lightning.talking_head import SamplingChanges, TalkingHead
+from rest_lightning.talking_head import TalkingHead
 
 
 class PredictModule(LightningModule):
-    """Streams the blocks of a `SpeechStream`; the session, and with it the ID-Context Cache, lives on across steps.
+    """Streams the blocks of a `SpeechStream`; the session, and with it the ID-Context Cache, lives
+    on across steps.
 
     Args:
         model: folder of a model; None is the embedded one.
-        sampling: changes of the model's own; ``rest predict`` takes them from the top-level key ``sampling``.
+        sampling: changes of the model's own; ``rest predict`` takes them from the top-level key
+            ``sampling``.
         seed: of the noise of every video.
-        dtype: of the model, as for ``rest talk``: ``auto`` is what the trainer's device multiplies natively.
+        dtype: of the model, as for ``rest talk``: ``auto`` is what the trainer's device multiplies
+            natively.
     """
 
     def __init__(
@@ -41,7 +49,9 @@ class PredictModule(LightningModule):
 
     @property
     def configuration(self) -> dict[str, Any]:
-        """What decides the videos beside portrait and speech; known once a trainer has the module."""
+        """What decides the videos beside portrait and speech; known once a trainer has the
+        module.
+        """
         return {
             "model": self.model_name,
             **asdict(self.sampling),
@@ -61,11 +71,46 @@ class PredictModule(LightningModule):
         """Side of the frames."""
         return self.head.size_px
 
-    def on_predict_batch_start(self, batch: SpeechBlock, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Open a session when another pair begins: the ID-Sink is filled before its first samples."""
+    def on_predict_batch_start(
+        self, batch: SpeechBlock, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Open a session when another pair begins: the ID-Sink is filled before its first
+        samples.
+        """
         if batch["is_first"]:
-            self.session = self.head.open(batch["pair"].portrait, seed=self.seed, **asdict(self.sampling))
+            pair = batch["pair"]
+            crop = parse_crop(pair.crop)
+            self.session = self.head.open(
+                pair.portrait, crop=crop, seed=self.seed, **asdict(self.sampling)
+            )
 
     def predict_step(self, batch: SpeechBlock, batch_idx: int) -> NDArray[np.uint8]:
         """The frames that this block completes, uint8 (n, H, W, 3)."""
         return self.session.flush() if batch["is_end"] else self.session.push(batch["samples"])  # type: ignore[union-attr]
+
+
+class EvaluateModule(LightningModule):
+    """Holds what generates the clips: a student streams, a teacher makes whole clips.
+
+    Args:
+        model: folder of `rest export`, checkpoint of a student or teacher stage; None is the
+            embedded model.
+        vae: checkpoint or folder with the VAE, where ``model`` is a checkpoint.
+        sampling: changes of the model's own; ``rest test`` takes them from the top-level key
+            ``sampling``.
+        seed: of the noise of every clip.
+    """
+
+    def __init__(
+        self,
+        model: str | None = None,
+        vae: str | None = None,
+        sampling: SamplingChanges | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.generator = load_generator(model, vae, sampling, seed)
+        self.configuration: dict[str, Any] = describe_model(model)
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Nothing: the callback generates and scores, clip by clip."""

@@ -10,11 +10,14 @@ from rest_lightning.constants import TEMPORAL_RATIO
 from rest_lightning.metrics.image import EYE_BOX, MOUTH_BOX
 
 
-def region_weights(landmarks: Tensor, size: tuple[int, int] | torch.Size, mouth: float, eyes: float) -> Tensor:
+def region_weights(
+    landmarks: Tensor, size: tuple[int, int] | torch.Size, mouth: float, eyes: float
+) -> Tensor:
     """Weight of every pixel: ``mouth`` and ``eyes`` inside their boxes, 1 elsewhere.
 
     Args:
-        landmarks: (B, F, 3, 2) centres of mouth, left and right eye in fractions of the image; NaN where unknown.
+        landmarks: (B, F, 3, 2) centres of mouth, left and right eye in fractions of the image; NaN
+            where unknown.
         size: height and width in pixels.
         mouth, eyes: the weights.
 
@@ -34,8 +37,42 @@ def region_weights(landmarks: Tensor, size: tuple[int, int] | torch.Size, mouth:
     return weights[:, None]
 
 
+def random_crops(
+    frames: Tensor, weights: Tensor, centres: Tensor, side_px: int
+) -> tuple[Tensor, Tensor]:
+    """A random square of every clip, the same in all of its frames; about half of them hold the
+    centre.
+
+    Args:
+        frames: (B, C, F, H, W).
+        weights: of the pixels, (B, 1, F, H, W).
+        centres: (B, F, 2) of what is to be seen more often, in fractions of the image; NaN where
+            unknown.
+        side_px: side of the squares, at most H and W.
+
+    Returns:
+        Frames and weights of the squares, (B, C, F, side, side) and (B, 1, F, side, side).
+    """
+    size = torch.tensor([frames.shape[4], frames.shape[3]], device=frames.device)
+    room = (size - side_px).to(torch.float32)
+    corners = torch.rand(len(frames), 2, device=frames.device) * (room + 1)
+    near = centres.nanmean(dim=1) * size - side_px * (0.35 + 0.3 * torch.rand_like(corners))
+    chosen = (torch.rand(len(frames), 1, device=frames.device) < 0.5) & near.isfinite()
+    corners = torch.minimum(torch.where(chosen, near, corners).floor().clamp(min=0), room)
+    squares = [
+        (slice(int(y), int(y) + side_px), slice(int(x), int(x) + side_px))
+        for x, y in corners.tolist()
+    ]
+
+    def cut(pixels: Tensor) -> Tensor:
+        return torch.stack([clip[..., y, x] for clip, (y, x) in zip(pixels, squares, strict=True)])
+
+    return cut(frames), cut(weights)
+
+
 def token_weights(landmarks: Tensor, height: int, width: int, mouth: float) -> Tensor:
-    """:func:`region_weights` of latent tokens: each the mean over its place and its frames (slot 0 has one frame).
+    """:func:`region_weights` of latent tokens: each the mean over its place and its frames (slot 0
+    has one frame).
 
     Args:
         landmarks: (B, 8 n + 1, 3, 2) as there.

@@ -17,7 +17,8 @@ from rest_lightning.tasks.base import OptimizerSettings, StageModule
 
 
 class SpeechAEModule(StageModule):
-    """Trains SpeechAE to reconstruct windows of speech features: ``10 * MSE + frame InfoNCE`` (READ).
+    """Trains SpeechAE to reconstruct windows of speech features: ``10 * MSE + frame InfoNCE``
+    (READ).
 
     Args:
         speech_ae: the network.
@@ -38,7 +39,9 @@ class SpeechAEModule(StageModule):
         optimizer: OptimizerSettings | None = None,
         initial: dict[str, str] | None = None,
     ) -> None:
-        super().__init__({"speech_ae": speech_ae}, {"speech_encoder": speech_encoder}, initial, optimizer)
+        super().__init__(
+            {"speech_ae": speech_ae}, {"speech_encoder": speech_encoder}, initial, optimizer
+        )
         self.temperature = temperature
 
     def on_fit_start(self) -> None:
@@ -58,7 +61,12 @@ class SpeechAEModule(StageModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """One step; logs every term."""
         terms = self.losses(batch)
-        self.log_dict({f"train/{name}": getattr(terms, name).detach() for name in ("loss", "mse", "contrastive")})
+        self.log_dict(
+            {
+                f"train/{name}": getattr(terms, name).detach()
+                for name in ("loss", "mse", "contrastive")
+            }
+        )
         self.log("train_loss", terms.loss.detach(), prog_bar=True, logger=False)
         return terms.loss
 
@@ -66,20 +74,29 @@ class SpeechAEModule(StageModule):
         """The same losses on held-out clips."""
         terms = self.losses(batch)
         for name in ("loss", "mse", "contrastive"):
-            self.log(f"val/{name}", getattr(terms, name), prog_bar=name == "mse", batch_size=len(batch["audio"]))
+            self.log(
+                f"val/{name}",
+                getattr(terms, name),
+                prog_bar=name == "mse",
+                batch_size=len(batch["audio"]),
+            )
 
 
 def speech_features(batch: dict[str, Any], datamodule: Any, encoder: SpeechEncoder) -> Tensor:
-    """Features (B, F, 10, D_A) of a batch: from the cache on disk where it has been read, else by ``encoder``."""
+    """Features (B, F, 10, D_A) of a batch: from the cache on disk where it has been read, else by
+    ``encoder``.
+    """
     audio = crop_audio(batch["audio"], datamodule, encoder)
     if "speech_steps" in batch:
         return encoder.unpack(batch["speech_steps"], encoder.num_frames(audio))
-    # Row by row: matrix products round by the size of the batch, and the cache was made without knowing it.
+    # Row by row: matrix products round by the size of the batch, and the cache was made without
+    # knowing it.
     return torch.cat([encoder(row) for row in audio.split(1)])
 
 
 def crop_audio(audio: Tensor, datamodule: Any, encoder: SpeechEncoder) -> Tensor:
-    """Cut the data module's audio margins (B, 640 * (left + F + right)) down to what ``encoder`` reads.
+    """Cut the data module's audio margins (B, 640 * (left + F + right)) down to what ``encoder``
+    reads.
 
     Raises:
         UserError: margins that are too small.
@@ -88,8 +105,10 @@ def crop_audio(audio: Tensor, datamodule: Any, encoder: SpeechEncoder) -> Tensor
     have_left, have_right = datamodule.audio_left_frames, datamodule.audio_right_frames
     if have_left < left or have_right < right:
         raise UserError(
-            f"expected at least {left} and {right} frames of audio around a clip for this speech encoder, got "
-            f"{have_left} and {have_right}: raise data.audio_left_frames and data.audio_right_frames"
+            f"expected at least {left} and {right} frames of audio around a clip for this speech "
+            "encoder, got "
+            f"{have_left} and {have_right}: raise data.audio_left_frames and "
+            "data.audio_right_frames"
         )
     start = (have_left - left) * SAMPLES_PER_FRAME
     end = audio.shape[1] - (have_right - right) * SAMPLES_PER_FRAME

@@ -1,4 +1,6 @@
-"""The streaming student: chunk by chunk through the ID-Context Cache (REST sec. 3.2 and 3.4), and beyond REST."""
+"""The streaming student: chunk by chunk through the ID-Context Cache (REST sec. 3.2 and 3.4), and
+beyond REST.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +21,18 @@ from rest_lightning.diffusion.noise import add_noise
 from rest_lightning.diffusion.rollout import Context, roll_out
 from rest_lightning.diffusion.schedule import ltx_shift, sampling_sigmas
 from rest_lightning.errors import UserError
-from rest_lightning.models.autoencoder import VideoAutoencoder
 from rest_lightning.models.speech import SpeechEncoder
 from rest_lightning.models.speech_ae import SpeechAE
 from rest_lightning.models.transformer import A2VDiT
+from rest_lightning.models.vae import VideoAutoencoder
 from rest_lightning.parts import build_part, read_part
-from rest_lightning.tasks.a2v import A2VModule, Conditions, NoiseSettings, TrainingInput, step_generator
+from rest_lightning.tasks.a2v import (
+    A2VModule,
+    Conditions,
+    NoiseSettings,
+    TrainingInput,
+    step_generator,
+)
 from rest_lightning.tasks.base import OptimizerSettings
 
 
@@ -47,18 +55,21 @@ class ASDSettings:
 
 @dataclass
 class RolloutSettings:
-    """Self-rollout (decided here): later chunks read keys and values of chunks that the student sampled itself.
+    """Self-rollout (decided here): later chunks read keys and values of chunks that the student
+    sampled itself.
 
-    Only the student's context changes: the noisy chunks, their targets and, with ASD, what the teacher sees (the whole
-    noisy sequence of the same draw) stay as they are. The samples start from the noise of the draw and carry no
-    gradient; whether the weights get one through the context's keys and values is ``cache_gradient``'s choice.
+    Only the student's context changes: the noisy chunks, their targets and, with ASD, what the
+    teacher sees (the whole noisy sequence of the same draw) stay as they are. The samples start
+    from the noise of the draw and carry no gradient; whether the weights get one through the
+    context's keys and values is ``cache_gradient``'s choice.
 
     Attributes:
-        num_steps: Euler steps per chunk, without guidance: fewer than in a stream, for their cost and for the sake of
-            larger errors to learn from.
+        num_steps: Euler steps per chunk, without guidance: fewer than in a stream, for their cost
+            and for the sake of larger errors to learn from.
         shift: shift of the sigma table; None takes LTX's, which follows the number of tokens.
-        probability: of a sample to be rolled out; the others keep contexts of noised ground truth. The ground truth
-            does not continue the student's own chunk exactly: at 1 this may teach it to mistrust its context.
+        probability: of a sample to be rolled out; the others keep contexts of noised ground truth.
+            The ground truth does not continue the student's own chunk exactly: at 1 this may teach
+            it to mistrust its context.
     """
 
     num_steps: int = 4
@@ -67,7 +78,9 @@ class RolloutSettings:
 
     def __post_init__(self) -> None:
         if self.num_steps < 1:
-            raise UserError(f"expected rollout.num_steps of at least 1, got {self.num_steps}: use 2 to 8")
+            raise UserError(
+                f"expected rollout.num_steps of at least 1, got {self.num_steps}: use 2 to 8"
+            )
         if not 0 < self.probability <= 1:
             raise UserError(
                 f"expected a rollout.probability above 0 and up to 1, got {self.probability}: "
@@ -77,17 +90,22 @@ class RolloutSettings:
 
 @dataclass
 class DistillSettings:
-    """Guidance and step distillation (decided here; see :mod:`rest_lightning.diffusion.distillation`).
+    """Guidance and step distillation (decided here; see
+    :mod:`rest_lightning.diffusion.distillation`).
 
     The student learns to go in one step, without guidance, where the frozen source goes in
-    ``num_steps / student_steps`` guided ones. Noise levels are those of the student's sampler, drawn for every chunk on
-    its own; contexts are the ground truth at the level that each of the two would cache. No other loss is taken.
+    ``num_steps / student_steps`` guided ones. Noise levels are those of the student's sampler,
+    drawn for every chunk on its own; contexts are the ground truth at the level that each of the
+    two would cache. No other loss is taken.
 
     Attributes:
-        source: checkpoint of a student stage, or a model folder; also what the student should start from.
-        guidance: weight of the source's joint guidance; 1 for a source that has been distilled before.
+        source: checkpoint of a student stage, or a model folder; also what the student should start
+            from.
+        guidance: weight of the source's joint guidance; 1 for a source that has been distilled
+            before.
         num_steps: Euler steps of the source per chunk.
-        student_steps: Euler steps of the student; divides ``num_steps``. Halve them stage by stage (8, 4, 2).
+        student_steps: Euler steps of the student; divides ``num_steps``. Halve them stage by stage
+            (8, 4, 2).
         shift: shift of both sigma tables; None takes LTX's.
     """
 
@@ -100,25 +118,29 @@ class DistillSettings:
     def __post_init__(self) -> None:
         if self.student_steps < 1 or self.num_steps < 1 or self.num_steps % self.student_steps:
             raise UserError(
-                f"expected distill.student_steps to divide num_steps, got {self.student_steps} and {self.num_steps}: "
+                f"expected distill.student_steps to divide num_steps, got {self.student_steps} and "
+                f"{self.num_steps}: "
                 "use 4 of 8 or 2 of 4"
             )
         if self.num_steps == self.student_steps and self.guidance == 1.0:
             raise UserError(
-                f"expected guidance or steps to distil, got guidance 1 and {self.num_steps} steps for both: "
+                f"expected guidance or steps to distil, got guidance 1 and {self.num_steps} steps "
+                "for both: "
                 "lower distill.student_steps"
             )
 
 
 class StudentModule(A2VModule):
-    """Trains an A2V-DiT with chunked attention: pre-training on ground truth, or one of the stages after it.
+    """Trains an A2V-DiT with chunked attention: pre-training on ground truth, or one of the stages
+    after it.
 
-    Training runs all chunks in one parallel forward, which equals the sequential cached computation.
+    Training runs all chunks in one parallel forward, which equals the sequential cached
+    computation.
 
     Args:
-        transformer, speech_ae, speech_encoder, vae, noise, optimizer, initial, mouth_weight, compile_blocks: see
-            :class:`A2VModule`; ``initial`` takes the transformer from the teacher's checkpoint, whose parameter names
-            are the same.
+        transformer, speech_ae, speech_encoder, vae, noise, optimizer, initial, mouth_weight,
+            compile_blocks: see :class:`A2VModule`; ``initial`` takes the transformer from the
+            teacher's checkpoint, whose parameter names are the same.
         asd: distillation from the teacher, or None.
         rollout: contexts of the student's own making, with or without ``asd``, or None.
         distill: distillation of guidance and steps from a student, or None; a stage of its own.
@@ -144,41 +166,73 @@ class StudentModule(A2VModule):
     ) -> None:
         noise = noise or NoiseSettings()
         if transformer.config["attention"] != "chunked":
-            raise UserError("expected a student with attention 'chunked', got 'full': that is the teacher's")
+            raise UserError(
+                "expected a student with attention 'chunked', got 'full': that is the teacher's"
+            )
         options = transformer.cache_options
         if options.chunk_length != noise.chunk_length:
             raise UserError(
                 f"expected one chunk length, got {options.chunk_length} in the "
                 f"transformer's cache_options and {noise.chunk_length} in noise: make them equal"
             )
+        if set(options.trained_lengths) != set(noise.chunk_lengths):
+            raise UserError(
+                f"expected one set of chunk lengths, got {list(options.trained_lengths)} in the "
+                "transformer's "
+                f"cache_options.trained_lengths and {list(noise.chunk_lengths)} in "
+                "noise.chunk_lengths: make them equal"
+            )
         if distill and (asd or rollout):
-            raise UserError("expected distill alone, got asd or rollout beside it: make them stages one after another")
+            raise UserError(
+                "expected distill alone, got asd or rollout beside it: make them stages one after "
+                "another"
+            )
         for name, settings in (("rollout", rollout), ("distill", distill)):
             if settings and (options.cache_noise == "per_step" or not options.use_context):
                 got = f"cache_noise {options.cache_noise} and use_context {options.use_context}"
-                raise UserError(f"expected a cache of last_step or clean_pass for {name}, got {got}: leave {name} out")
+                raise UserError(
+                    f"expected a cache of last_step or clean_pass for {name}, got {got}: leave "
+                    f"{name} out"
+                )
         frozen: dict[str, torch.nn.Module] = {}
         if asd:
             frozen["teacher"] = _load_frozen(asd.teacher, transformer, "teacher", "full")
         if distill:
             frozen["source"] = _load_frozen(distill.source, transformer, "source", "chunked")
         super().__init__(
-            transformer, speech_ae, speech_encoder, vae, noise, optimizer, initial, frozen, mouth_weight, compile_blocks
+            transformer,
+            speech_ae,
+            speech_encoder,
+            vae,
+            noise,
+            optimizer,
+            initial,
+            frozen,
+            mouth_weight,
+            compile_blocks,
         )
         self.asd, self.rollout, self.distill = asd, rollout, distill
 
-    def sample_sigmas(self, latents: Tensor, generator: torch.Generator) -> Tensor:
+    def sample_sigmas(
+        self, latents: Tensor, chunk_length: int, generator: torch.Generator
+    ) -> Tensor:
         """As in every stage, but for ``distill``: the levels at which the student's steps begin."""
         if self.distill is None:
-            return super().sample_sigmas(latents, generator)
-        table = torch.tensor(self._sigmas(self.distill.student_steps, latents), device=latents.device)
-        length = self.noise.chunk_length
+            return super().sample_sigmas(latents, chunk_length, generator)
+        table = torch.tensor(
+            self._sigmas(self.distill.student_steps, latents), device=latents.device
+        )
+        num_chunks = (latents.shape[2] - 1) // chunk_length
         return sample_sigmas_of_steps(
-            len(latents), (latents.shape[2] - 1) // length, length, table, generator=generator
+            len(latents), num_chunks, chunk_length, table, generator=generator
         )
 
-    def draw(self, conditions: Conditions, generator: torch.Generator | None = None) -> TrainingInput:
-        """Noise, sigmas and dropouts of one step; with ``rollout`` also which samples are rolled out."""
+    def draw(
+        self, conditions: Conditions, generator: torch.Generator | None = None
+    ) -> TrainingInput:
+        """Noise, sigmas and dropouts of one step; with ``rollout`` also which samples are rolled
+        out.
+        """
         generator = generator or step_generator(conditions.latents.device)
         inputs = super().draw(conditions, generator)
         if self.rollout is None:
@@ -187,16 +241,18 @@ class StudentModule(A2VModule):
         return replace(inputs, rolled_out=uniform < self.rollout.probability)
 
     def forward(self, inputs: TrainingInput, context: Context | None = None) -> Tensor:
-        """The network's velocity; later chunks read ``context``, by default what the draw holds of the ground truth.
+        """The network's velocity; later chunks read ``context``, by default what the draw holds of
+        the ground truth.
 
         That is the noisy latents themselves, or with ``cache_noise: clean_pass`` the clean ones.
         """
         if context is None and self._caches_clean:
             context = self._truth(inputs, 0.0)
         path = inputs.path
+        transformer = self.transformer.with_chunk_length(inputs.chunk_length)
         if context is None:
-            return self.transformer(path.noisy_latents, path.sigma, inputs.speech_latents)
-        return self.transformer(
+            return transformer(path.noisy_latents, path.sigma, inputs.speech_latents)
+        return transformer(
             path.noisy_latents,
             path.sigma,
             inputs.speech_latents,
@@ -205,7 +261,8 @@ class StudentModule(A2VModule):
         )
 
     def losses(self, inputs: TrainingInput) -> dict[str, Tensor]:
-        """The flow loss to ground truth, and with ASD the teacher's contrastive and smoothness losses.
+        """The flow loss to ground truth, and with ASD the teacher's contrastive and smoothness
+        losses.
 
         With ``distill`` the distance to the source's guided velocities instead.
         """
@@ -215,7 +272,9 @@ class StudentModule(A2VModule):
         if self.asd is None:
             return {"loss": flow_matching_loss(velocity, inputs.path.velocity, inputs.weights)}
         with torch.no_grad():
-            teacher_velocity = self.teacher(inputs.path.noisy_latents, inputs.path.sigma, inputs.speech_latents)
+            teacher_velocity = self.teacher(
+                inputs.path.noisy_latents, inputs.path.sigma, inputs.speech_latents
+            )
         terms = asd_loss(
             velocity,
             teacher_velocity,
@@ -235,47 +294,86 @@ class StudentModule(A2VModule):
         }
 
     def validation_losses(self, inputs: TrainingInput) -> dict[str, Tensor]:
-        """The flow loss; with ``rollout`` also that of contexts of the student's own making, with ``distill`` its own.
+        """The flow loss; with ``rollout`` also that of contexts of the student's own making, with
+        ``distill`` its own.
 
-        A distilled student predicts average velocities of a guided stream: its flow loss would say nothing.
+        A distilled student predicts average velocities of a guided stream: its flow loss would say
+        nothing.
         """
         if self.distill is not None:
             return {"distillation_loss": self.distillation_loss(inputs, self.distill)}
         losses = super().validation_losses(inputs)
         if self.rollout is not None and inputs.rolled_out is not None:
-            context = self.own_context(replace(inputs, rolled_out=torch.ones_like(inputs.rolled_out)))
-            losses["rollout_flow_loss"] = flow_matching_loss(self(inputs, context), inputs.path.velocity)
+            context = self.own_context(
+                replace(inputs, rolled_out=torch.ones_like(inputs.rolled_out))
+            )
+            losses["rollout_flow_loss"] = flow_matching_loss(
+                self(inputs, context), inputs.path.velocity
+            )
         return losses
 
     def own_context(self, inputs: TrainingInput) -> Context | None:
-        """Contexts with the student's own samples in the rows that are rolled out; None if there are no such rows."""
+        """Contexts with the student's own samples in the rows that are rolled out; None if there
+        are no such rows.
+        """
         if self.rollout is None or inputs.rolled_out is None:
             return None
         mask = inputs.rolled_out.to(inputs.clean_latents.device)
-        # Sharded networks gather their weights in every forward, so all ranks have to run equally many.
-        rows = torch.arange(len(mask), device=mask.device) if self.device_mesh else mask.nonzero().flatten()
+        # Sharded networks gather their weights in every forward, so all ranks have to run equally
+        # many.
+        rows = (
+            torch.arange(len(mask), device=mask.device)
+            if self.device_mesh
+            else mask.nonzero().flatten()
+        )
         if not len(rows):
             return None
         noise, clean = inputs.noise[rows, :, 1:], inputs.clean_latents
         sigmas = self._sigmas(self.rollout.num_steps, clean)
-        own = roll_out(self.transformer, clean[rows, :, :1], noise, inputs.speech_latents[rows].detach(), sigmas)
+        transformer = self.transformer.with_chunk_length(inputs.chunk_length)
+        own = roll_out(
+            transformer, clean[rows, :, :1], noise, inputs.speech_latents[rows].detach(), sigmas
+        )
         path = inputs.path
-        truth = self._truth(inputs, 0.0) if self._caches_clean else Context(path.noisy_latents, path.sigma)
-        latents, sigma = truth.latents.index_copy(0, rows, own.latents), truth.sigma.index_copy(0, rows, own.sigma)
+        truth = (
+            self._truth(inputs, 0.0)
+            if self._caches_clean
+            else Context(path.noisy_latents, path.sigma)
+        )
+        latents, sigma = (
+            truth.latents.index_copy(0, rows, own.latents),
+            truth.sigma.index_copy(0, rows, own.sigma),
+        )
         latents = torch.where(mask[:, None, None, None, None], latents, truth.latents)
         return Context(latents, torch.where(mask[:, None], sigma, truth.sigma))
 
     def distillation_loss(self, inputs: TrainingInput, settings: DistillSettings) -> Tensor:
-        """Mean squared distance of the student's velocity and the average velocity of the source's guided steps."""
-        latents, sigma, speech = inputs.path.noisy_latents, inputs.path.sigma, inputs.speech_latents.detach()
-        tables = [self._sigmas(count, latents) for count in (settings.student_steps, settings.num_steps)]
-        own, context = (self._truth(inputs, 0.0 if self._caches_clean else table[-2]) for table in tables)
-        shift = settings.shift if settings.shift is not None else ltx_shift(self._num_tokens(latents))
+        """Mean squared distance of the student's velocity and the average velocity of the source's
+        guided steps.
+        """
+        latents, sigma, speech = (
+            inputs.path.noisy_latents,
+            inputs.path.sigma,
+            inputs.speech_latents.detach(),
+        )
+        tables = [
+            self._sigmas(count, latents) for count in (settings.student_steps, settings.num_steps)
+        ]
+        own, context = (
+            self._truth(inputs, 0.0 if self._caches_clean else table[-2]) for table in tables
+        )
+        shift = (
+            settings.shift if settings.shift is not None else ltx_shift(self._num_tokens(latents))
+        )
         sigma_next = next_level(sigma, torch.tensor(tables[0], device=sigma.device))
-        levels = refine_steps(sigma, sigma_next, settings.num_steps // settings.student_steps, shift)
+        levels = refine_steps(
+            sigma, sigma_next, settings.num_steps // settings.student_steps, shift
+        )
+
+        source = self.source.with_chunk_length(inputs.chunk_length)
 
         def guided(sample: Tensor, level: Tensor) -> Tensor:
-            return guided_velocity(self.source, sample, level, speech, context, settings.guidance)
+            return guided_velocity(source, sample, level, speech, context, settings.guidance)
 
         with torch.no_grad():
             target = average_velocity(guided, latents, levels)
@@ -303,18 +401,23 @@ class StudentModule(A2VModule):
 
 
 def _load_frozen(source: str, student: A2VDiT, role: str, attention: str) -> A2VDiT:
-    """The frozen transformer of a checkpoint or folder: a ``teacher`` or a ``source`` of the student's shape."""
+    """The frozen transformer of a checkpoint or folder: a ``teacher`` or a ``source`` of the
+    student's shape.
+    """
     description, state = read_part("transformer", source)
     frozen = build_part(description)
     assert isinstance(frozen, A2VDiT)
     if frozen.config["attention"] != attention:
         other = "student" if attention == "full" else "teacher"
-        raise UserError(f"expected a {role} with attention '{attention}', got a {other} in {source}")
+        raise UserError(
+            f"expected a {role} with attention '{attention}', got a {other} in {source}"
+        )
     names = ["in_channels", "num_layers", "num_attention_heads", "attention_head_dim", "speech_dim"]
     for name in [*names, *(["cache_options"] if attention == "chunked" else [])]:
         if frozen.config[name] != student.config[name]:
             raise UserError(
-                f"expected a {role} of the student's shape, got {name} {frozen.config[name]} in {source} against "
+                f"expected a {role} of the student's shape, got {name} {frozen.config[name]} in "
+                f"{source} against "
                 f"{student.config[name]}: use one transformer configuration for both stages"
             )
     frozen.load_state_dict(state)

@@ -9,9 +9,13 @@ from rest_lightning.tasks.a2v import A2VModule
 
 
 class TeacherModule(A2VModule):
-    """Trains an A2V-DiT with full attention on the flow-matching loss; arguments of :class:`A2VModule`."""
+    """Trains an A2V-DiT with full attention on the flow-matching loss; arguments of
+    :class:`A2VModule`.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.transformer.config["attention"] != "full":
-            raise UserError("expected a teacher with attention 'full', got 'chunked': that is the student's")
+            raise UserError(
+                "expected a teacher with attention 'full', got 'chunked': that is the student's"
+            )

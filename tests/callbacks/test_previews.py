@@ -12,11 +12,10 @@ import torch
 
 from rest_lightning.callbacks.previews import SampleVideos, borrowed_head, generate_clip
 from rest_lightning.data.layout import read_manifest
-from rest_lightning.data.video import VideoFile, read_clip_audio
-from rest_lightning.diffusion.sampling import Guidance, euler_step
+from rest_lightning.diffusion.sampling import Guidance, Sampling, SamplingChanges, euler_step
+from rest_lightning.media.video import VideoFile, read_clip_audio
 from rest_lightning.models.transformer import A2VDiT
 from rest_lightning.streaming.engine import to_uint8
-from rest_lightning.talking_head import SamplingChanges, SamplingSettings
 
 OVERLAY = """
 trainer:
@@ -33,7 +32,8 @@ sampling: {num_steps: 2, guidance: 1.5, shift: 1.0}
 
 # A validation after each epoch of two batches (VAE) or four, and the one after training.
 @pytest.mark.parametrize(
-    ("stage", "num_frames", "steps"), [("vae", 25, [2, 3]), ("teacher", 49, [3]), ("student", 49, [3])]
+    ("stage", "num_frames", "steps"),
+    [("vae", 25, [2, 3]), ("teacher", 49, [3]), ("student", 49, [3])],
 )
 def test_samples_are_written_and_training_is_the_same(
     recipe: Any, tmp_path: Path, stage: str, num_frames: int, steps: list[int]
@@ -43,15 +43,24 @@ def test_samples_are_written_and_training_is_the_same(
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "no sample videos")
         recipe.run(stage, tmp_path, overlays=(overlay,))
-    plain, sampled = (torch.load(path / "final.ckpt", weights_only=False) for path in (recipe.out / stage, tmp_path))
+    plain, sampled = (
+        torch.load(path / "final.ckpt", weights_only=False)
+        for path in (recipe.out / stage, tmp_path)
+    )
     assert plain["state_dict"].keys() == sampled["state_dict"].keys()
-    pairs = {name: (value, sampled["state_dict"][name]) for name, value in plain["state_dict"].items()}
-    different = {name: float((a - b).abs().max()) for name, (a, b) in pairs.items() if not torch.equal(a, b)}
+    pairs = {
+        name: (value, sampled["state_dict"][name]) for name, value in plain["state_dict"].items()
+    }
+    different = {
+        name: float((a - b).abs().max()) for name, (a, b) in pairs.items() if not torch.equal(a, b)
+    }
     assert not different
 
     (row,) = read_manifest(recipe.data, "val")
     videos = sorted((tmp_path / "samples").iterdir())
-    assert [path.name for path in videos] == [f"step-{step:06d}-{row.clip_id}.mp4" for step in steps]
+    assert [path.name for path in videos] == [
+        f"step-{step:06d}-{row.clip_id}.mp4" for step in steps
+    ]
     with VideoFile(videos[-1]) as video:
         frames = video.read(0, video.num_frames)
     assert frames.shape == (num_frames, 64, 128, 3)
@@ -73,16 +82,26 @@ def test_samples_are_written_and_training_is_the_same(
 
 
 def test_without_vae_training_goes_on_with_a_warning(recipe: Any, tmp_path: Path) -> None:
-    from rest_lightning.data.latents import encode_dataset
+    from rest_lightning.data.window_cache import encode_dataset
 
-    with borrowed_head(recipe.clis["student"].model, SamplingSettings(), 64) as head:
-        encode_dataset(head.vae, recipe.data, tmp_path / "latents", fingerprint="tiny", num_frames=49, progress=False)
+    with borrowed_head(recipe.clis["student"].model, Sampling(), 64) as head:
+        encode_dataset(
+            head.vae,
+            recipe.data,
+            tmp_path / "latents",
+            fingerprint="tiny",
+            num_frames=49,
+            progress=False,
+        )
     overlay = tmp_path / "overlay.yaml"
     overlay.write_text(
-        f"model: {{init_args: {{vae: null, initial: null}}}}\ndata: {{latents_dir: {tmp_path / 'latents'}}}\n"
-        + OVERLAY.replace("FOLDER", str(tmp_path))
+        f"model: {{init_args: {{vae: null, initial: null}}}}\ndata: {{latents_dir: "
+        f"{tmp_path / 'latents'}}}\n" + OVERLAY.replace("FOLDER", str(tmp_path))
     )
-    configs = [f"{recipe.configs}/{name}.yaml" for name in ("embedded/teacher", "trainer/tiny", "size/tiny/dit")]
+    configs = [
+        f"{recipe.configs}/{name}.yaml"
+        for name in ("embedded/teacher", "trainer/tiny", "size/tiny/dit")
+    ]
     words = [word for config in [*configs, str(overlay)] for word in ("--config", config)]
     words += ["--data.data_dir", str(recipe.data), "--trainer.default_root_dir", str(tmp_path)]
     from rest_lightning import lightning_cli
@@ -119,10 +138,17 @@ def test_stream_of_the_student_equals_a_session(recipe: Any) -> None:
     assert np.array_equal(video[0, 1:].numpy(), frames)
 
 
-@pytest.mark.parametrize("guidance", [Guidance(), Guidance(3.0), Guidance(3.0, 2.0), Guidance(1.0, -0.5)], ids=str)
+@pytest.mark.parametrize(
+    "guidance", [Guidance(), Guidance(3.0), Guidance(3.0, 2.0), Guidance(1.0, -0.5)], ids=str
+)
 @pytest.mark.parametrize("num_frames", [4, 7])
 def test_generated_clip_is_the_plain_euler_loop(guidance: Guidance, num_frames: int) -> None:
-    shape = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16, "caption_channels": None}
+    shape = {
+        "num_layers": 2,
+        "num_attention_heads": 2,
+        "attention_head_dim": 16,
+        "caption_channels": None,
+    }
     transformer = A2VDiT(in_channels=4, speech_dim=8, **shape).eval()
     for parameter in transformer.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
@@ -132,7 +158,10 @@ def test_generated_clip_is_the_plain_euler_loop(guidance: Guidance, num_frames: 
 
     sample = torch.cat([reference, noise[:, :, 1:]], dim=2)
     for sigma, sigma_next in ((1.0, 0.6), (0.6, 0.0)):
-        levels, levels_next = torch.full((2, num_frames), sigma), torch.full((2, num_frames), sigma_next)
+        levels, levels_next = (
+            torch.full((2, num_frames), sigma),
+            torch.full((2, num_frames), sigma_next),
+        )
         levels[:, 0] = levels_next[:, 0] = 0
         dropped = sample.clone()
         dropped[:, :, 0] = 0

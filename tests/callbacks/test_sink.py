@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from rest_lightning.callbacks.sink import VideoSink
-from rest_lightning.data.audio import open_speech
 from rest_lightning.data.module import TalkingHeadDataModule
-from rest_lightning.data.video import read_frames
 from rest_lightning.errors import UserError
+from rest_lightning.media.audio import open_speech
+from rest_lightning.media.video import read_frames
 from rest_lightning.talking_head import TalkingHead
 from rest_lightning.tasks.predict import PredictModule
 from rest_lightning.torchvision_compat import ensure_torchvision
@@ -23,7 +23,13 @@ ensure_torchvision()
 import lightning  # noqa: E402
 
 
-def predict(model: Path, pairs: Any, *callbacks: lightning.Callback, block_samples: int = 7000, seed: int = 0) -> Any:
+def predict(
+    model: Path,
+    pairs: Any,
+    *callbacks: lightning.Callback,
+    block_samples: int = 7000,
+    seed: int = 0,
+) -> Any:
     trainer = lightning.Trainer(
         accelerator="cpu",
         logger=False,
@@ -43,7 +49,9 @@ class StopAfter(lightning.Callback):
     def __init__(self, batch_idx: int, error: type[BaseException]) -> None:
         self.batch_idx, self.error = batch_idx, error
 
-    def on_predict_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, *_: Any) -> None:
+    def on_predict_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, *_: Any
+    ) -> None:
         if batch_idx == self.batch_idx:
             raise self.error("stopped by the test")
 
@@ -73,17 +81,22 @@ def test_videos_hold_what_a_session_gives(
         expected = np.concatenate([session.push(samples), session.flush()])
         frames = read_frames(tmp_path / f"{name}.mp4")
         assert len(frames) == -(-len(samples) // 640) == len(expected)
-        assert np.abs(luma(frames) - luma(expected)).mean() < 8  # frames like noise lose their chroma to 4:2:0
+        # frames like noise lose their chroma to 4:2:0
+        assert np.abs(luma(frames) - luma(expected)).mean() < 8
         report = json.loads((tmp_path / f"{name}.json").read_text())
         assert report["num_frames"] == len(frames)
         assert report["configuration"]["portrait"] == pair["portrait"]
         assert report["stage_s"]["writing"] > 0
         with av.open(str(tmp_path / f"{name}.mp4")) as container:
             sound = container.streams.audio[0]
-            assert float(sound.duration * sound.time_base) == pytest.approx(len(samples) / 16_000, abs=0.065)
+            assert float(sound.duration * sound.time_base) == pytest.approx(
+                len(samples) / 16_000, abs=0.065
+            )
 
 
-@pytest.mark.parametrize(("error", "outcome"), [(RuntimeError, RuntimeError), (KeyboardInterrupt, SystemExit)])
+@pytest.mark.parametrize(
+    ("error", "outcome"), [(RuntimeError, RuntimeError), (KeyboardInterrupt, SystemExit)]
+)
 def test_an_interrupted_list_goes_on(
     tmp_path: Path,
     model_folder: Path,
@@ -91,7 +104,8 @@ def test_an_interrupted_list_goes_on(
     error: type[BaseException],
     outcome: type[BaseException],
 ) -> None:
-    # Blocks of 7000 samples: 4 + end for the first pair, 3 + end for the second; stop before its end.
+    # Blocks of 7000 samples: 4 + end for the first pair, 3 + end for the second; stop before its
+    # end.
     with pytest.raises((outcome, error)):
         predict(model_folder, pairs, VideoSink(str(tmp_path)), StopAfter(8, error))
     first = [f"{NAMES[0]}.json", f"{NAMES[0]}.mp4"]
@@ -110,7 +124,9 @@ def test_files_of_another_origin_are_refused_unless_overwritten(
     tmp_path: Path, model_folder: Path, pairs: list[dict[str, str]]
 ) -> None:
     predict(model_folder, pairs[:1], VideoSink(str(tmp_path)))
-    with pytest.raises(UserError, match="to be made with seed 1, got 0: choose another out_dir, or set overwrite"):
+    with pytest.raises(
+        UserError, match=("to be made with seed 1, got 0: choose another out_dir, or set overwrite")
+    ):
         predict(model_folder, pairs[:1], VideoSink(str(tmp_path)), seed=1)
     before = files(tmp_path)
     predict(model_folder, pairs[:1], VideoSink(str(tmp_path), overwrite=True), seed=1)
@@ -122,7 +138,9 @@ def test_files_of_another_origin_are_refused_unless_overwritten(
         predict(model_folder, pairs[:1], VideoSink(str(tmp_path)))
 
 
-def test_folder_that_cannot_be_made(tmp_path: Path, model_folder: Path, pairs: list[dict[str, str]]) -> None:
+def test_folder_that_cannot_be_made(
+    tmp_path: Path, model_folder: Path, pairs: list[dict[str, str]]
+) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"expected a folder for videos, got .*file"):
         predict(model_folder, pairs[:1], VideoSink(str(tmp_path / "file")))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from stills import face
 
 from rest_lightning.constants import SAMPLE_RATE
 
@@ -18,11 +18,12 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model folder of a few thousand random parameters, 64x64 frames, 24 frames per chunk."""
     import torch
 
-    from rest_lightning.models.autoencoder import CompactVAE
+    from rest_lightning.diffusion.sampling import Sampling
     from rest_lightning.models.speech import LogMelEncoder
     from rest_lightning.models.speech_ae import SpeechAE
     from rest_lightning.models.transformer import A2VDiT
-    from rest_lightning.talking_head import SamplingSettings, TalkingHead
+    from rest_lightning.models.vae import CompactVAE
+    from rest_lightning.talking_head import TalkingHead
 
     torch.manual_seed(0)
     head = TalkingHead(
@@ -38,7 +39,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
             speech_dim=8,
             attention="chunked",
         ),
-        SamplingSettings(num_steps=1, guidance=1.0, shift=1.0),
+        Sampling(num_steps=1, guidance=1.0, shift=1.0),
         size_px=64,
     )
     folder = tmp_path_factory.mktemp("model") / "tiny"
@@ -48,10 +49,8 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def portrait(tmp_path: Path) -> Path:
-    """A colourful 80x96 PNG."""
-    y, x = np.mgrid[0:1:96j, 0:1:80j]
-    pixels = np.stack([255 * x, 255 * y, 120 + 0 * x], axis=-1).astype(np.uint8)
-    Image.fromarray(pixels).save(tmp_path / "portrait.png")
+    """A face as a PNG of 80x96."""
+    face(80, 96).save(tmp_path / "portrait.png")
     return tmp_path / "portrait.png"
 
 

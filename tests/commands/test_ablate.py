@@ -33,7 +33,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     return seen
 
 
-def test_base_and_ablations(recipe: Any, tmp_path: Path, calls: list[list[str]], repository: Path) -> None:
+def test_base_and_ablations(
+    recipe: Any, tmp_path: Path, calls: list[list[str]], repository: Path
+) -> None:
     import yaml
 
     content = yaml.safe_load((repository / "configs/eval/synthetic.yaml").read_text())
@@ -54,16 +56,25 @@ def test_base_and_ablations(recipe: Any, tmp_path: Path, calls: list[list[str]],
     for stage in ("teacher", "student", recipe.vae_stage):
         (runs / stage).mkdir(parents=True)
         shutil.copy(recipe.final(stage), runs / stage)
-    own = tmp_path / "own.yaml"  # frames instead of latents, the tiny VAE, and a rehearsal's sampling
+    # frames instead of latents, the tiny VAE, and a rehearsal's sampling
+    own = tmp_path / "own.yaml"
     vae = yaml.safe_load((recipe.configs / "size/tiny/frozen_vae.yaml").read_text())
     own.write_text(
-        json.dumps({"model": {"init_args": {"vae": vae}}, "sampling": {"num_steps": 1, "guidance": 1.0, "shift": 1.0}})
+        json.dumps(
+            {
+                "model": {"init_args": {"vae": vae}},
+                "sampling": {"num_steps": 1, "guidance": 1.0, "shift": 1.0},
+            }
+        )
     )
     sampled = tmp_path / "two_steps.yaml"
     sampled.write_text("# Are two steps better?\nsampling: {num_steps: 2}\n")
     wrong = tmp_path / "wrong.yaml"
     wrong.write_text("# What does a mistake do?\nmodel: {init_args: {mouth_weight: -1}}\n")
-    configs = [f"{recipe.configs}/{name}.yaml" for name in ("embedded/student", "trainer/tiny", "size/tiny/dit")]
+    configs = [
+        f"{recipe.configs}/{name}.yaml"
+        for name in ("embedded/student", "trainer/tiny", "size/tiny/dit")
+    ]
     words = [
         "ablate",
         "--base",
@@ -76,8 +87,17 @@ def test_base_and_ablations(recipe: Any, tmp_path: Path, calls: list[list[str]],
         "--data",
         str(recipe.data),
     ]
-    words += ["--protocol", str(protocol_file), "--budget-steps", "1", "--out", str(tmp_path / "out"), "--seeds", "2"]
-    from rest_lightning.data.latents import encode_dataset
+    words += [
+        "--protocol",
+        str(protocol_file),
+        "--budget-steps",
+        "1",
+        "--out",
+        str(tmp_path / "out"),
+        "--seeds",
+        "2",
+    ]
+    from rest_lightning.data.window_cache import encode_dataset
     from rest_lightning.parts import fingerprint_of, open_part
 
     trained_vae: Any = open_part("vae", recipe.final(recipe.vae_stage)).eval().requires_grad_(False)
@@ -93,11 +113,13 @@ def test_base_and_ablations(recipe: Any, tmp_path: Path, calls: list[list[str]],
     assert main([*words, "--overlays", *overlays]) == 1
 
     out = tmp_path / "out"
-    assert [words[0] for words in calls].count("fit") == 6  # base, no_context_cache and the wrong one, twice
+    # base, no_context_cache and the wrong one, twice
+    assert [words[0] for words in calls].count("fit") == 6
     assert [words[0] for words in calls].count("test") == 6  # base, no_context_cache, two_steps
     table = (out / "ablation.md").read_text()
     rows = {
-        name: [read_rows(out / name / f"seed-{i}" / "row.json")[0] for i in (0, 1)] for name in ("base", "two_steps")
+        name: [read_rows(out / name / f"seed-{i}" / "row.json")[0] for i in (0, 1)]
+        for name in ("base", "two_steps")
     }
     assert [row.sampler["num_steps"] for row in rows["base"] + rows["two_steps"]] == [1, 1, 2, 2]
     assert [row.sampler["seed"] for row in rows["base"]] == [0, 1]
@@ -124,14 +146,22 @@ def test_base_and_ablations(recipe: Any, tmp_path: Path, calls: list[list[str]],
     [
         (["--base", "nowhere.yaml", "--budget-min", "1"], "nowhere.yaml does not exist"),
         (["--base", "BASE", "--budget-min", "0", "--vae", "x"], "a number of seeds above 0"),
-        (["--base", "BASE", "--budget-min", "1", "--seeds", "0", "--vae", "x"], "a number of seeds above 0"),
+        (
+            ["--base", "BASE", "--budget-min", "1", "--seeds", "0", "--vae", "x"],
+            ("a number of seeds above 0"),
+        ),
         (["--base", "BASE", "--budget-min", "1"], "expected a VAE to score with"),
         (["--base", "BASE", "--budget-min", "1", "--budget-steps", "1"], "not allowed with"),
         (["--base", "BASE", "--budget-min", "1", "--runs", "x", "--stage", "vae"], "got 'vae'"),
-        (["--base", "BASE", "--overlays", "BASE", "BASE", "--budget-min", "1", "--vae", "x"], "twice"),
+        (
+            ["--base", "BASE", "--overlays", "BASE", "BASE", "--budget-min", "1", "--vae", "x"],
+            "twice",
+        ),
     ],
 )
-def test_mistakes(words: list[str], message: str, repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes(
+    words: list[str], message: str, repository: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     base = str(repository / "configs/embedded/asd.yaml")
     assert main(["ablate", *(base if word == "BASE" else word for word in words)]) == 2
     error = capsys.readouterr().err
@@ -139,7 +169,9 @@ def test_mistakes(words: list[str], message: str, repository: Path, capsys: pyte
 
 
 def test_another_recipe_under_the_same_folder_is_refused(tmp_path: Path) -> None:
-    """What an overlay of another text has trained must not stand under this one's name; a failed one may be mended."""
+    """What an overlay of another text has trained must not stand under this one's name; a failed
+    one may be mended.
+    """
     from rest_lightning.commands import ablate
 
     parser = argparse.ArgumentParser()
@@ -147,7 +179,16 @@ def test_another_recipe_under_the_same_folder_is_refused(tmp_path: Path) -> None
     base, first, second = (tmp_path / f"{name}.yaml" for name in ("base", "first", "second"))
     for path in (base, first, second):
         path.write_text("# Why?\nmodel: {}\n")
-    words = ["--base", str(base), "--budget-steps", "2", "--out", str(tmp_path / "out"), "--overlays", str(first)]
+    words = [
+        "--base",
+        str(base),
+        "--budget-steps",
+        "2",
+        "--out",
+        str(tmp_path / "out"),
+        "--overlays",
+        str(first),
+    ]
 
     def check(*more: str) -> None:
         ablate._check_recipe(parser.parse_args([*words, *more]))

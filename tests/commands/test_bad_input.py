@@ -1,4 +1,6 @@
-"""Whatever a user gives wrongly: one line that names the file and the way out, exit code 2, and no file left behind."""
+"""Whatever a user gives wrongly: one line that names the file and the way out, exit code 2, and no
+file left behind.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ def sound(path: Path, samples: np.ndarray, codec: str = "pcm_s16le") -> None:
     """Encodes mono samples (n,) at 16 kHz."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=16_000, layout="mono")
-        frame = av.AudioFrame.from_ndarray(samples.astype(np.float32)[None], format="fltp", layout="mono")
+        frame = av.AudioFrame.from_ndarray(
+            samples.astype(np.float32)[None], format="fltp", layout="mono"
+        )
         frame.sample_rate, frame.pts, frame.time_base = 16_000, 0, Fraction(1, 16_000)
         container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
@@ -101,7 +105,10 @@ BAD_SPEECH: dict[str, tuple[Make, str]] = {
     "cut.wav": (cut(coded("pcm_s16le"), 0.5), "the file is truncated; copy or export it again"),
     "cut.mp3": (cut(coded("libmp3lame"), 0.5), "the file is truncated; copy or export it again"),
     "cut.flac": (cut(coded("flac"), 0.5), "the file is truncated; copy or export it again"),
-    "cut.m4a": (cut(coded("aac"), 0.5), "it is truncated or something else; copy or export it again"),
+    "cut.m4a": (
+        cut(coded("aac"), 0.5),
+        ("it is truncated or something else; copy or export it again"),
+    ),
 }
 BAD_OUTPUTS: dict[str, tuple[Make, str]] = {
     "missing/out.mp4": (lambda path: None, "create it with mkdir -p"),
@@ -113,7 +120,10 @@ BAD_OUTPUTS: dict[str, tuple[Make, str]] = {
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    return {str(path): path.read_bytes() if path.is_file() else b"" for path in sorted(folder.rglob("*"))}
+    return {
+        str(path): path.read_bytes() if path.is_file() else b""
+        for path in sorted(folder.rglob("*"))
+    }
 
 
 def assert_one_line(capsys: pytest.CaptureFixture[str], name: str, way_out: str) -> None:
@@ -125,7 +135,9 @@ def assert_one_line(capsys: pytest.CaptureFixture[str], name: str, way_out: str)
 
 
 @pytest.mark.parametrize("name", BAD_PORTRAITS)
-def test_portrait(name: str, tmp_path: Path, make_speech: MakeSpeech, capsys: pytest.CaptureFixture[str]) -> None:
+def test_portrait(
+    name: str, tmp_path: Path, make_speech: MakeSpeech, capsys: pytest.CaptureFixture[str]
+) -> None:
     make, way_out = BAD_PORTRAITS[name]
     make(tmp_path / name)
     speech = make_speech(16_000)
@@ -136,7 +148,9 @@ def test_portrait(name: str, tmp_path: Path, make_speech: MakeSpeech, capsys: py
 
 
 @pytest.mark.parametrize("name", BAD_SPEECH)
-def test_speech(name: str, tmp_path: Path, portrait: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_speech(
+    name: str, tmp_path: Path, portrait: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     make, way_out = BAD_SPEECH[name]
     make(tmp_path / name)
     before = tree(tmp_path)
@@ -147,7 +161,11 @@ def test_speech(name: str, tmp_path: Path, portrait: Path, capsys: pytest.Captur
 
 @pytest.mark.parametrize("name", BAD_OUTPUTS)
 def test_output(
-    name: str, tmp_path: Path, portrait: Path, make_speech: MakeSpeech, capsys: pytest.CaptureFixture[str]
+    name: str,
+    tmp_path: Path,
+    portrait: Path,
+    make_speech: MakeSpeech,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     make, way_out = BAD_OUTPUTS[name]
     make(tmp_path / name)
@@ -159,7 +177,8 @@ def test_output(
 
 
 @pytest.mark.parametrize(
-    ("option", "name"), [("--report", "out.txt"), ("--sheet", "out.jpg"), ("--report", "none/a.json")]
+    ("option", "name"),
+    [("--report", "out.txt"), ("--sheet", "out.jpg"), ("--report", "none/a.json")],
 )
 def test_other_outputs_are_checked_before_the_work(
     option: str,
@@ -175,7 +194,9 @@ def test_other_outputs_are_checked_before_the_work(
     assert not (tmp_path / "out.mp4").exists()
 
 
-def test_an_input_is_never_overwritten(tmp_path: Path, portrait: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_input_is_never_overwritten(
+    tmp_path: Path, portrait: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     film = tmp_path / "film.mp4"
     sound(film, tone(), "aac")
     before = tree(tmp_path)
@@ -197,7 +218,16 @@ def test_full_disk(
     speech = make_speech(64_000)
     before = tree(tmp_path)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    words = ["talk", str(portrait), str(speech), "-o", str(tmp_path / "out.mp4"), "--model", str(tiny_model), "--quiet"]
+    words = [
+        "talk",
+        str(portrait),
+        str(speech),
+        "-o",
+        str(tmp_path / "out.mp4"),
+        "--model",
+        str(tiny_model),
+        "--quiet",
+    ]
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
     try:
         code = main(words)
@@ -208,17 +238,28 @@ def test_full_disk(
     assert tree(tmp_path) == before
 
 
-@pytest.mark.skipif(not Path("/sys/kernel").is_dir(), reason="needs a folder that even root cannot write to")
+@pytest.mark.skipif(
+    not Path("/sys/kernel").is_dir(), reason=("needs a folder that even root cannot write to")
+)
 def test_not_writable(
     tiny_model: Path, portrait: Path, make_speech: MakeSpeech, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["talk", str(portrait), str(make_speech(16_000)), "-o", "/sys/kernel/out.mp4", "--model", str(tiny_model)]
+    words = [
+        "talk",
+        str(portrait),
+        str(make_speech(16_000)),
+        "-o",
+        "/sys/kernel/out.mp4",
+        "--model",
+        str(tiny_model),
+    ]
     assert main([*words, "--quiet"]) == 2
     assert_one_line(capsys, "/sys/kernel", "choose a folder that you may write to")
 
 
 @pytest.mark.parametrize(
-    ("data", "way_out"), [(b"", "got none: try ffmpeg"), (b"RIFF\0\0\0\0WAVE", "a whole sound file: try ffmpeg")]
+    ("data", "way_out"),
+    [(b"", "got none: try ffmpeg"), (b"RIFF\0\0\0\0WAVE", ("a whole sound file: try ffmpeg"))],
 )
 def test_pipe(
     data: bytes,
@@ -231,12 +272,28 @@ def test_pipe(
 ) -> None:
     monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(data)))
     before = tree(tmp_path)
-    assert main(["talk", str(portrait), "-", "-o", str(tmp_path / "o.mp4"), "--model", str(tiny_model), "--quiet"]) == 2
+    assert (
+        main(
+            [
+                "talk",
+                str(portrait),
+                "-",
+                "-o",
+                str(tmp_path / "o.mp4"),
+                "--model",
+                str(tiny_model),
+                "--quiet",
+            ]
+        )
+        == 2
+    )
     assert_one_line(capsys, "stdin", way_out)
     assert tree(tmp_path) == before
 
 
-def test_no_model(tmp_path: Path, portrait: Path, make_speech: MakeSpeech, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_model(
+    tmp_path: Path, portrait: Path, make_speech: MakeSpeech, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = ["talk", str(portrait), str(make_speech(16_000)), "-o", str(tmp_path / "out.mp4")]
     assert main([*words, "--model", str(tmp_path / "nowhere")]) == 2
     assert_one_line(capsys, "nowhere", "rest export")
@@ -253,7 +310,15 @@ def test_guidance_that_is_no_number(
     make_speech: MakeSpeech,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    words = ["talk", str(portrait), str(make_speech(16_000)), "-o", str(tmp_path / "o.mp4"), "--model", str(tiny_model)]
+    words = [
+        "talk",
+        str(portrait),
+        str(make_speech(16_000)),
+        "-o",
+        str(tmp_path / "o.mp4"),
+        "--model",
+        str(tiny_model),
+    ]
     before = tree(tmp_path)
     assert main([*words, "--quiet", f"--{option}=nan"]) == 2
     assert_one_line(capsys, option, "got nan: READ's are 6 and 2")

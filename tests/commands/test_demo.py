@@ -7,16 +7,19 @@ from pathlib import Path
 import pytest
 
 from rest_lightning.cli import main
-from rest_lightning.commands import demo
+from rest_lightning.commands import talk
 
 
 @pytest.fixture
 def small_demo(
-    portrait: Path, make_speech: Callable[..., Path], tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+    portrait: Path,
+    make_speech: Callable[..., Path],
+    tiny_model: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> list[str]:
     """The command with one second of speech and the tiny model."""
-    monkeypatch.setattr(demo, "PORTRAIT", portrait)
-    monkeypatch.setattr(demo, "SPEECH", make_speech(16_000))
+    monkeypatch.setattr(talk, "PORTRAIT", portrait)
+    monkeypatch.setattr(talk, "SPEECH", make_speech(16_000))
     return ["demo", "--model", str(tiny_model)]
 
 
@@ -33,7 +36,9 @@ def test_demo_writes_three_files_again_and_again(
     assert "time to first frame" in printed and f"wrote {out / 'demo.mp4'}" in printed
 
 
-def test_demo_needs_a_folder(small_demo: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_demo_needs_a_folder(
+    small_demo: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "outputs").touch()
     for out in (tmp_path / "outputs", tmp_path / "outputs" / "deeper"):
         assert main([*small_demo, "--out", str(out)]) == 2

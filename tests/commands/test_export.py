@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from rest_lightning import SamplingSettings, TalkingHead
+from rest_lightning import Sampling, TalkingHead
 from rest_lightning.cli import main
 from rest_lightning.parts import PART_NAMES, PARTS_KEY, describe_part
 
@@ -20,21 +20,42 @@ def checkpoints(tiny_model: Path, tmp_path: Path) -> tuple[Path, Path]:
 
     def save(path: Path, *names: str) -> Path:
         parts = {name: getattr(head, name) for name in names}
-        state = {f"{name}.{key}": value for name, part in parts.items() for key, value in part.state_dict().items()}
+        state = {
+            f"{name}.{key}": value
+            for name, part in parts.items()
+            for key, value in part.state_dict().items()
+        }
         frozen = {"speech_encoder": describe_part(head.speech_encoder)}
-        content: dict[str, Any] = {PARTS_KEY: {name: describe_part(part) for name, part in parts.items()}}
+        content: dict[str, Any] = {
+            PARTS_KEY: {name: describe_part(part) for name, part in parts.items()}
+        }
         torch.save({"state_dict": state, "rest_frozen_parts": frozen, **content}, path)
         return path
 
-    return save(tmp_path / "student.ckpt", "transformer", "speech_ae"), save(tmp_path / "vae.ckpt", "vae")
+    return save(tmp_path / "student.ckpt", "transformer", "speech_ae"), save(
+        tmp_path / "vae.ckpt", "vae"
+    )
 
 
 def words_of(checkpoints: tuple[Path, Path], out: Path, *more: str) -> list[str]:
-    return ["export", str(checkpoints[0]), "--vae", str(checkpoints[1]), "--out", str(out), "--size_px", "64", *more]
+    return [
+        "export",
+        str(checkpoints[0]),
+        "--vae",
+        str(checkpoints[1]),
+        "--out",
+        str(out),
+        "--size_px",
+        "64",
+        *more,
+    ]
 
 
 def test_exported_model_is_the_checkpoint(
-    checkpoints: tuple[Path, Path], tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    checkpoints: tuple[Path, Path],
+    tiny_model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     out = tmp_path / "my_model"
     more = ["--dtype", "float32", "--num_steps", "5", "--guidance", "2.5", "--shift", "1"]
@@ -42,7 +63,7 @@ def test_exported_model_is_the_checkpoint(
     assert main(words_of(checkpoints, out, *more)) == 0
     assert "MB" in capsys.readouterr().out
     ours, source = TalkingHead.from_pretrained(out), TalkingHead.from_pretrained(tiny_model)
-    assert (ours.size_px, ours.sampling) == (64, SamplingSettings(5, 2.5, 1.0, 0.5))
+    assert (ours.size_px, ours.sampling) == (64, Sampling(5, 2.5, 1.0, 0.5))
     for name in PART_NAMES:
         state, expected = getattr(ours, name).state_dict(), getattr(source, name).state_dict()
         assert state.keys() == expected.keys()
@@ -53,7 +74,8 @@ def test_stored_in_bfloat16_by_default(checkpoints: tuple[Path, Path], tmp_path:
     assert main(words_of(checkpoints, tmp_path / "small")) == 0
     assert main(words_of(checkpoints, tmp_path / "large", "--dtype", "float32")) == 0
     small, large = (
-        sum(file.stat().st_size for file in (tmp_path / name).rglob("*.safetensors")) for name in ("small", "large")
+        sum(file.stat().st_size for file in (tmp_path / name).rglob("*.safetensors"))
+        for name in ("small", "large")
     )
     assert small < 0.65 * large
 
@@ -67,8 +89,13 @@ def test_speech_encoder_of_the_run(checkpoints: tuple[Path, Path], tmp_path: Pat
     torch.save(content, run / "checkpoints" / "last.ckpt")
     words = words_of((run / "checkpoints" / "last.ckpt", checkpoints[1]), tmp_path / "out")
     assert main(words) == 2
-    encoder = {"class_path": "rest_lightning.models.speech.LogMelEncoder", "init_args": {"lookahead_frames": 1}}
-    (run / "config.yaml").write_text(json.dumps({"model": {"init_args": {"speech_encoder": encoder}}}))
+    encoder = {
+        "class_path": "rest_lightning.models.speech.LogMelEncoder",
+        "init_args": {"lookahead_frames": 1},
+    }
+    (run / "config.yaml").write_text(
+        json.dumps({"model": {"init_args": {"speech_encoder": encoder}}})
+    )
     assert main(words) == 0
     assert TalkingHead.from_pretrained(tmp_path / "out").speech_encoder.lookahead_frames == 1
 
@@ -96,7 +123,9 @@ def test_nothing_is_replaced_by_accident(
     assert kind != "other" or (out / "letter.txt").exists()
 
 
-def test_wrong_checkpoints(checkpoints: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_checkpoints(
+    checkpoints: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for words in (
         words_of((tmp_path / "missing.ckpt", checkpoints[1]), tmp_path / "out"),
         words_of(checkpoints[::-1], tmp_path / "out"),

@@ -23,7 +23,18 @@ FRAME_BYTES = 64 * 64 * 3
 
 
 def start(portrait: Path, model: Path, *words: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "rest_lightning", "talk", str(portrait), "-", "-o", "-", "--model", str(model)]
+    command = [
+        sys.executable,
+        "-m",
+        "rest_lightning",
+        "talk",
+        str(portrait),
+        "-",
+        "-o",
+        "-",
+        "--model",
+        str(model),
+    ]
     pipe = subprocess.PIPE
     return subprocess.Popen([*command, *words], stdin=pipe, stdout=pipe, stderr=pipe, bufsize=0)
 
@@ -47,11 +58,14 @@ def take(process: subprocess.Popen[bytes], num_bytes: int, timeout_s: float = 12
 def test_frames_come_while_the_speech_still_goes_in_and_idle_goes_on(
     tmp_path: Path, tiny_model: Path, portrait: Path
 ) -> None:
-    """One process: a chunk as soon as its last sample is there, idle frames in a pause, and the ragged end."""
+    """One process: a chunk as soon as its last sample is there, idle frames in a pause, and the
+    ragged end.
+    """
     process = start(portrait, tiny_model, "--format", "rgb24", "--live")
     assert process.stdin is not None and process.stdout is not None
     process.stdin.write(sound(26)[:-2])
-    process.stdin.write(sound(26)[-2:])  # chunk of 24 frames, 2 of lookahead: the last sample needed
+    # chunk of 24 frames, 2 of lookahead: the last sample needed
+    process.stdin.write(sound(26)[-2:])
     first = take(process, 24 * FRAME_BYTES)
     assert len(first) == 24 * FRAME_BYTES
     idle = take(process, 24 * FRAME_BYTES)  # nothing was sent since: silence keeps it going
@@ -62,24 +76,37 @@ def test_frames_come_while_the_speech_still_goes_in_and_idle_goes_on(
     assert process.wait(60) == 0, errors
     num_frames = (len(first) + len(idle) + len(rest)) / FRAME_BYTES
     silent = num_frames - 56
-    assert silent % 24 == 0 and silent >= 24  # silence comes by chunks, and every sample has its frame
+    # silence comes by chunks, and every sample has its frame
+    assert silent % 24 == 0 and silent >= 24
     assert b"talking" in errors and b"end to end" in errors  # bar and table
 
 
 def test_pipe_holds_the_video_of_the_file(
-    tmp_path: Path, tiny_model: Path, portrait: Path, make_speech: MakeSpeech, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    tiny_model: Path,
+    portrait: Path,
+    make_speech: MakeSpeech,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     speech, pipe, raw = make_speech(40_000), io.BytesIO(), io.BytesIO()
     arguments = (portrait, str(speech))
     talk(TalkOptions(*arguments, tmp_path / "file.mp4", model=tiny_model, quiet=True))
-    talk(TalkOptions(*arguments, Path("-"), model=tiny_model, stdout=pipe, report=tmp_path / "a.json"))
-    talk(TalkOptions(*arguments, Path("-"), model=tiny_model, stdout=raw, format="rgb24", quiet=True))
+    talk(
+        TalkOptions(
+            *arguments, Path("-"), model=tiny_model, stdout=pipe, report=tmp_path / "a.json"
+        )
+    )
+    talk(
+        TalkOptions(*arguments, Path("-"), model=tiny_model, stdout=raw, format="rgb24", quiet=True)
+    )
     assert capsys.readouterr().out == ""
     exact = np.frombuffer(raw.getvalue(), np.uint8).reshape(-1, 64, 64, 3).astype(int)
     assert len(exact) == 63
     for source in (str(tmp_path / "file.mp4"), io.BytesIO(pipe.getvalue())):
         with av.open(source) as container:
-            frames = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+            frames = np.stack(
+                [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+            )
         luma = (frames - exact) @ np.array([0.299, 0.587, 0.114])
         assert frames.shape == exact.shape and np.abs(luma).mean() < 8
 
@@ -97,22 +124,33 @@ def test_a_reader_that_goes_away_ends_it(tiny_model: Path, portrait: Path) -> No
         pass
     errors = process.stderr.read().decode()  # type: ignore[union-attr]
     assert process.wait(60) == 141, errors
-    assert "the reader of stdout has gone after" in errors and "Traceback" not in errors and "rror" not in errors
+    assert (
+        ("the reader of stdout has gone after") in errors
+        and "Traceback" not in errors
+        and "rror" not in errors
+    )
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["-o", "-", "--sheet", "a.png"], "expected a video file for --sheet, got a pipe"),
-        (["-o", "a.mp4", "--format", "rgb24"], "expected a pipe for --format rgb24, got a.mp4: use -o - > FILE"),
+        (
+            ["-o", "a.mp4", "--format", "rgb24"],
+            ("expected a pipe for --format rgb24, got a.mp4: use -o - > FILE"),
+        ),
         (["-o", "a.mp4", "--live"], r'expected a pipe ("-") for --live, got speech.wav'),
         (["-o", "a.mp4", "--profile", "a.txt"], "ends in .json, got a.txt"),
     ],
 )
 def test_what_does_not_go_together(
-    words: list[str], message: str, portrait: Path, make_speech: MakeSpeech, monkeypatch: pytest.MonkeyPatch,
+    words: list[str],
+    message: str,
+    portrait: Path,
+    make_speech: MakeSpeech,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     monkeypatch.chdir(make_speech(16_000).parent)
     assert main(["talk", str(portrait), "speech.wav", *words]) == 2
     printed = capsys.readouterr()
@@ -120,7 +158,11 @@ def test_what_does_not_go_together(
 
 
 def test_profile_says_where_the_time_goes(
-    tmp_path: Path, tiny_model: Path, portrait: Path, make_speech: MakeSpeech, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    tiny_model: Path,
+    portrait: Path,
+    make_speech: MakeSpeech,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     import json
 
@@ -136,10 +178,17 @@ def test_profile_says_where_the_time_goes(
     ]
     assert main([*words, "--model", str(tiny_model)]) == 0
     names = {event.get("name", "") for event in json.loads(trace.read_text())["traceEvents"]}
-    assert {"stage: speech", "stage: dit", "stage: vae", "aten::scaled_dot_product_attention"} <= names
+    assert {
+        "stage: speech",
+        "stage: dit",
+        "stage: vae",
+        "aten::scaled_dot_product_attention",
+    } <= names
     printed = capsys.readouterr().out
     for word in ("3 profiled", "dit", "vae", "aten::", "share"):
         assert word in printed
     words[2], words[4] = str(make_speech(16_000)), str(tmp_path / "b.mp4")
     assert main([*words, "--overwrite", "--model", str(tiny_model)]) == 2
-    assert "expected more than 2 chunks to profile, got 2: give it longer speech" in capsys.readouterr().err
+    assert (
+        "expected more than 2 chunks to profile, got 2: give it longer speech"
+    ) in capsys.readouterr().err

@@ -34,7 +34,10 @@ def test_a_server_begins_serves_and_stops(tiny_model: Path) -> None:
         "60",
     ]
     process = subprocess.Popen(
-        [sys.executable, "-m", "rest_lightning", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "rest_lightning", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     log: list[str] = []
     assert process.stdout is not None and process.stderr is not None
@@ -69,7 +72,10 @@ def test_a_server_begins_serves_and_stops(tiny_model: Path) -> None:
         (["--cert", "missing.pem"], "expected --cert and --key together"),
         (["--cert", "missing.pem", "--key", "missing.pem"], "certificate and its key in PEM files"),
         (["--max-sessions", "0"], "expected a number of at least 1, got '0'"),
-        (["--origin", "example.org"], "expected an origin like https://example.org, got example.org"),
+        (
+            ["--origin", "example.org"],
+            ("expected an origin like https://example.org, got example.org"),
+        ),
         (["--idle-min", "0"], "expected minutes above 0, got 0"),
     ],
 )
@@ -83,5 +89,7 @@ def test_wrong_arguments_are_told_before_the_model_is_loaded(
 def test_a_port_that_is_taken_is_told(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        code = main(["serve", "--port", str(port), "--model", str(tiny_model), "--max-sessions", "1"])
+        code = main(
+            ["serve", "--port", str(port), "--model", str(tiny_model), "--max-sessions", "1"]
+        )
     assert code == 2 and f"expected to listen on 127.0.0.1:{port}" in capsys.readouterr().err

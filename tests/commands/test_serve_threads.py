@@ -1,4 +1,6 @@
-"""`rest serve` sets how long the model's threads spin while that can still be set: before torch is loaded."""
+"""`rest serve` sets how long the model's threads spin while that can still be set: before torch is
+loaded.
+"""
 
 from __future__ import annotations
 
@@ -25,5 +27,7 @@ def test_threads_spin_briefly_unless_told_otherwise(given: dict[str, str], expec
     ours = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
     environment = {name: value for name, value in os.environ.items() if name not in ours}
     command = [sys.executable, "-c", CODE]
-    done = subprocess.run(command, env=environment | given, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        command, env=environment | given, capture_output=True, text=True, check=True
+    )
     assert done.stdout.split() == [expected, "False"]

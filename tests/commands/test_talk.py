@@ -42,7 +42,11 @@ def test_video_is_as_long_as_the_speech(
     num_frames, num_sound = lengths(out)
     assert num_frames == -(-num_samples // SAMPLES_PER_FRAME)
     assert 0 <= num_frames * SAMPLES_PER_FRAME - num_sound < SAMPLES_PER_FRAME
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.mp4", "portrait.png", "speech.wav"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "out.mp4",
+        "portrait.png",
+        "speech.wav",
+    ]
 
 
 def test_report_sheet_and_table(
@@ -54,18 +58,45 @@ def test_report_sheet_and_table(
 ) -> None:
     words = ["talk", str(portrait), str(make_speech(40_000)), "-o", str(tmp_path / "out.mp4")]
     words += ["--model", str(tiny_model)]
-    words += ["--report", str(tmp_path / "out.json"), "--sheet", str(tmp_path / "out.png"), "--seed=3", "--steps", "2"]
+    words += [
+        "--report",
+        str(tmp_path / "out.json"),
+        "--sheet",
+        str(tmp_path / "out.png"),
+        "--seed=3",
+        "--steps",
+        "2",
+    ]
     words += ["--guidance", "6", "--reference_guidance", "2"]
     assert main(words) == 0
     report = json.loads((tmp_path / "out.json").read_text())
-    assert report["num_frames"] == 63 and report["video_s"] == 2.52 and report["chunk_ms"]["count"] == 3
-    assert set(report["stage_s"]) == {"speech", "dit", "vae", "writing"} and min(report["stage_s"].values()) > 0
+    assert (
+        report["num_frames"] == 63
+        and report["video_s"] == 2.52
+        and report["chunk_ms"]["count"] == 3
+    )
+    assert (
+        set(report["stage_s"]) == {"speech", "dit", "vae", "writing"}
+        and min(report["stage_s"].values()) > 0
+    )
     assert report["configuration"]["num_steps"] == 2 and report["configuration"]["seed"] == 3
-    assert report["configuration"]["guidance"] == 6 and report["configuration"]["reference_guidance"] == 2
+    assert (
+        report["configuration"]["guidance"] == 6
+        and report["configuration"]["reference_guidance"] == 2
+    )
     assert report["configuration"]["model"] == str(tiny_model)
     assert Image.open(tmp_path / "out.png").width == 1600
     printed = capsys.readouterr()
-    for word in ("frames", "end to end", "time to first frame", "p50", "p95", "DiT", "writing", "peak memory"):
+    for word in (
+        "frames",
+        "end to end",
+        "time to first frame",
+        "p50",
+        "p95",
+        "DiT",
+        "writing",
+        "peak memory",
+    ):
         assert word in printed.out
 
 
@@ -81,7 +112,9 @@ def test_pipe_gives_the_video_of_the_file(
 
 
 def test_the_seed_decides(tiny_model: Path, portrait: Path, make_speech: MakeSpeech) -> None:
-    """Frames as they leave the model: x264 was seen to encode the same frames in two ways, once in three runs or so."""
+    """Frames as they leave the model: x264 was seen to encode the same frames in two ways, once in
+    three runs or so.
+    """
     speech, videos = make_speech(20_000), []
     for seed in (0, 0, 1):
         raw = io.BytesIO()
@@ -93,8 +126,12 @@ def test_the_seed_decides(tiny_model: Path, portrait: Path, make_speech: MakeSpe
 
 
 @pytest.mark.parametrize("signals", [1, 2])
-def test_interrupt_keeps_a_playable_video(tmp_path: Path, tiny_model: Path, portrait: Path, signals: int) -> None:
-    """Speech that never ends comes from a pipe; Ctrl-C, pressed once or twice, leaves what was done."""
+def test_interrupt_keeps_a_playable_video(
+    tmp_path: Path, tiny_model: Path, portrait: Path, signals: int
+) -> None:
+    """Speech that never ends comes from a pipe; Ctrl-C, pressed once or twice, leaves what was
+    done.
+    """
     out = tmp_path / "out.mp4"
     words = ["talk", str(portrait), "-", "-o", str(out), "--model", str(tiny_model)]
     command = [sys.executable, "-m", "rest_lightning", *words]
@@ -103,7 +140,8 @@ def test_interrupt_keeps_a_playable_video(tmp_path: Path, tiny_model: Path, port
         stdin=subprocess.PIPE,
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a suite in the background ignores it
+        # a suite in the background ignores it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdin is not None
     sound = np.random.default_rng(0).integers(-3000, 3000, 60 * 640, dtype="<i2").tobytes()
@@ -136,26 +174,32 @@ def test_interrupt_keeps_a_playable_video(tmp_path: Path, tiny_model: Path, port
         ({}, "float32"),
     ],
 )
-def test_bfloat16_only_where_the_processor_computes_it(capabilities: dict[str, Any], expected: str) -> None:
-    from rest_lightning.dtypes import natural_dtype
+def test_bfloat16_only_where_the_processor_computes_it(
+    capabilities: dict[str, Any], expected: str
+) -> None:
+    from rest_lightning.parts import natural_dtype
 
     assert natural_dtype(capabilities) == expected
 
 
 def test_types_by_name_and_device() -> None:
-    from rest_lightning.dtypes import dtype_on, natural_dtype
+    from rest_lightning.parts import dtype_on, natural_dtype
 
     assert dtype_on("float32", "cpu") is dtype_on("float32", "cuda") is torch.float32
     assert dtype_on("bfloat16", "cpu") is torch.bfloat16
     assert dtype_on("auto", "cpu") is getattr(torch, natural_dtype(torch.cpu.get_capabilities()))
-    with pytest.raises(UserError, match="expected a dtype of auto, float32, bfloat16, got 'float16': choose one"):
+    with pytest.raises(
+        UserError, match=("expected a dtype of auto, float32, bfloat16, got 'float16': choose one")
+    ):
         dtype_on("float16", "cpu")
 
 
 def test_bfloat16_gives_the_same_video_to_a_few_grey_levels() -> None:
-    """The embedded model, 3 s: sampled latents stay close, since every step is computed from float32 noise levels."""
+    """The embedded model, 3 s: sampled latents stay close, since every step is computed from
+    float32 noise levels.
+    """
     from rest_lightning import TalkingHead
-    from rest_lightning.commands.demo import PORTRAIT
+    from rest_lightning.commands.talk import PORTRAIT
 
     samples = np.random.default_rng(0).normal(scale=0.1, size=48_000).astype(np.float32)
     frames = []

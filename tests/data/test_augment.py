@@ -16,7 +16,9 @@ NUM_SAMPLES = 4 * SAMPLE_RATE
 
 def lag(after: np.ndarray, before: np.ndarray) -> int:
     length = 2 * len(before)
-    peak = int(np.fft.irfft(np.fft.rfft(after, length) * np.conj(np.fft.rfft(before, length))).argmax())
+    peak = int(
+        np.fft.irfft(np.fft.rfft(after, length) * np.conj(np.fft.rfft(before, length))).argmax()
+    )
     return peak if peak < len(before) else peak - length
 
 
@@ -75,11 +77,15 @@ def test_seed_decides(make: Any) -> None:
 def test_noise_level(make: Any, snr_db: float) -> None:
     audio = make.speech(NUM_SAMPLES)
     for seed in range(6):
-        noise = augment.make_noise(NUM_SAMPLES, np.random.default_rng(seed), lambda rng: make.speech(5_000, seed=3))
+        noise = augment.make_noise(
+            NUM_SAMPLES, np.random.default_rng(seed), lambda rng: make.speech(5_000, seed=3)
+        )
         added = augment.add_noise(audio, noise, snr_db) - audio
         assert 20 * np.log10(rms(audio) / rms(added)) == pytest.approx(snr_db, abs=0.1)
     silent = np.zeros(NUM_SAMPLES, np.float32)
-    assert 20 * np.log10(rms(augment.add_noise(silent, noise, snr_db))) == pytest.approx(-26 - snr_db, abs=0.1)
+    assert 20 * np.log10(rms(augment.add_noise(silent, noise, snr_db))) == pytest.approx(
+        -26 - snr_db, abs=0.1
+    )
 
 
 def test_pink_noise_falls_by_three_db_an_octave() -> None:
@@ -125,4 +131,5 @@ def test_it_is_cheap(make: Any) -> None:
     start = time.process_time()
     for seed in range(20):
         effect(audio, np.random.default_rng(seed))
-    assert (time.process_time() - start) / 20 < 0.02  # 3 ms alone; the bound leaves room for a busy machine
+    # 3 ms alone; the bound leaves room for a busy machine
+    assert (time.process_time() - start) / 20 < 0.02

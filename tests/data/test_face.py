@@ -1,4 +1,6 @@
-"""Rendered talkers: repeatable, right shapes, a mouth whose opening can be measured, eyes that close."""
+"""Rendered talkers: repeatable, right shapes, a mouth whose opening can be measured, eyes that
+close.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,10 @@ def track(**curves: object) -> FaceTrack:
     """A track at rest but for the given curves."""
     num = max(np.size(v) for v in curves.values()) if curves else 1  # type: ignore[arg-type]
     rest = neutral_track(num)
-    return replace(rest, **{k: np.broadcast_to(np.asarray(v, np.float32), num).copy() for k, v in curves.items()})
+    return replace(
+        rest,
+        **{k: np.broadcast_to(np.asarray(v, np.float32), num).copy() for k, v in curves.items()},
+    )
 
 
 def busy_track(num_frames: int) -> FaceTrack:
@@ -54,7 +59,9 @@ def around(frame: np.ndarray, centre: np.ndarray, half_x: float, half_y: float) 
     size = len(frame)
     x, y = centre * size
     rows = slice(max(round(y - half_y * size), 0), round(y + half_y * size))
-    return frame[rows, max(round(x - half_x * size), 0) : round(x + half_x * size)].astype(np.float64)
+    return frame[rows, max(round(x - half_x * size), 0) : round(x + half_x * size)].astype(
+        np.float64
+    )
 
 
 def near(pixels: np.ndarray, colour: tuple[float, float, float], distance: float) -> np.ndarray:
@@ -97,12 +104,16 @@ def test_a_frame_does_not_depend_on_its_neighbours() -> None:
     whole = busy_track(5)
     clip = render_clip(person(1), whole, 64)
     for k in range(5):
-        one = FaceTrack(**{name: getattr(whole, name)[k : k + 1] for name in FaceTrack.__dataclass_fields__})
+        one = FaceTrack(
+            **{name: getattr(whole, name)[k : k + 1] for name in FaceTrack.__dataclass_fields__}
+        )
         np.testing.assert_array_equal(render_clip(person(1), one, 64).frames[0], clip.frames[k])
 
 
 def test_portrait_is_the_neutral_frame() -> None:
-    np.testing.assert_array_equal(render_portrait(person(2), 64), render_clip(person(2), track(), 64).frames[0])
+    np.testing.assert_array_equal(
+        render_portrait(person(2), 64), render_clip(person(2), track(), 64).frames[0]
+    )
 
 
 def test_identities_are_json_and_differ() -> None:
@@ -124,7 +135,9 @@ def test_inner_mouth_grows_with_opening(seed: int, lip_rounding: float) -> None:
     clip = render_clip(p, track(mouth_opening=opening, lip_rounding=lip_rounding), 128)
     shut = track(mouth_opening=0.0, lip_rounding=lip_rounding)
     closed = render_clip(p, shut, 128).frames[0]
-    areas = [inner_mouth_px(f, c) for f, c in zip(clip.frames, clip.landmarks["mouth"], strict=True)]
+    areas = [
+        inner_mouth_px(f, c) for f, c in zip(clip.frames, clip.landmarks["mouth"], strict=True)
+    ]
     background = inner_mouth_px(closed, clip.landmarks["mouth"][0])
     grown = np.array(areas) - background
     assert grown[0] == 0
@@ -134,7 +147,9 @@ def test_inner_mouth_grows_with_opening(seed: int, lip_rounding: float) -> None:
 
 @pytest.mark.parametrize("seed", range(6))
 def test_upper_teeth_show_when_open_and_never_when_shut(seed: int) -> None:
-    p = person(seed, teeth=(60.0, 240.0, 60.0), cloth=(90.0, 90.0, 90.0), background=(90.0, 90.0, 90.0))
+    p = person(
+        seed, teeth=(60.0, 240.0, 60.0), cloth=(90.0, 90.0, 90.0), background=(90.0, 90.0, 90.0)
+    )
     clip = render_clip(p, track(mouth_opening=[0.0, 0.15, 0.5, 1.0]), 128)
     for k, (frame, centre) in enumerate(zip(clip.frames, clip.landmarks["mouth"], strict=True)):
         crop = around(frame, centre, 0.1, 0.14)
@@ -188,7 +203,9 @@ def test_turning_shifts_near_points_more_than_far_ones() -> None:
 @pytest.mark.parametrize("curve", sorted(FaceTrack.__dataclass_fields__))
 def test_no_popping(curve: str) -> None:
     """A curve that moves evenly changes the picture evenly, without a jump anywhere along it."""
-    low, high = {"scale": (0.95, 1.05), "shift_x": (-0.04, 0.04), "shift_y": (-0.04, 0.04)}.get(curve, (0.0, 1.0))
+    low, high = {"scale": (0.95, 1.05), "shift_x": (-0.04, 0.04), "shift_y": (-0.04, 0.04)}.get(
+        curve, (0.0, 1.0)
+    )
     low, high = (-0.2, 0.2) if curve.endswith("_rad") else (low, high)
     values = np.linspace(low, high, 33)
     other = {"mouth_opening": 0.4} if curve != "mouth_opening" else {}

@@ -9,15 +9,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rest_lightning.data.clips import PreparedClips, WindowKey
-from rest_lightning.data.latents import LatentsCache, encode_dataset
+from rest_lightning.data.dataset import PreparedClips, WindowKey
 from rest_lightning.data.layout import clip_path, finish_dataset
-from rest_lightning.data.video import read_frames
+from rest_lightning.data.window_cache import LatentsCache, encode_dataset
 from rest_lightning.errors import UserError
+from rest_lightning.media.video import read_frames
 
 
 class TinyVAE(nn.Module):
-    """Causal like the real one: slot 0 is the first frame's mean, slot i that of its 8 frames; 8x8 pixel patches."""
+    """Causal like the real one: slot 0 is the first frame's mean, slot i that of its 8 frames; 8x8
+    pixel patches.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -28,7 +30,11 @@ class TinyVAE(nn.Module):
         assert frames.min() >= -1
         assert frames.max() <= 1
         patches = nn.functional.avg_pool3d(frames, (1, 8, 8))
-        rest = patches[:, :, 1:].unflatten(2, (-1, 8)).mean(3) if frames.shape[2] > 1 else patches[:, :, :0]
+        rest = (
+            patches[:, :, 1:].unflatten(2, (-1, 8)).mean(3)
+            if frames.shape[2] > 1
+            else patches[:, :, :0]
+        )
         return torch.cat([patches[:, :, :1], rest], 2)
 
 
@@ -72,7 +78,9 @@ def test_cache_equals_direct_encoding(
     ]
 
 
-def test_samples_have_latents_and_the_audio_of_their_window(dataset_dir: Path, tmp_path: Path) -> None:
+def test_samples_have_latents_and_the_audio_of_their_window(
+    dataset_dir: Path, tmp_path: Path
+) -> None:
     encode_dataset(
         TinyVAE(),
         dataset_dir,
@@ -83,13 +91,24 @@ def test_samples_have_latents_and_the_audio_of_their_window(dataset_dir: Path, t
         dtype="float32",
         progress=False,
     )
-    clips = PreparedClips(dataset_dir, "train", 17, random_window=True, latents=LatentsCache(tmp_path, 17))
+    clips = PreparedClips(
+        dataset_dir, "train", 17, random_window=True, latents=LatentsCache(tmp_path, 17)
+    )
     plain = PreparedClips(dataset_dir, "train", 17, with_frames=False)
     starts = set()
     for draw in range(12):
         sample = clips[WindowKey(2, draw)]
-        assert sample.keys() == {"latents", "audio", "mouth_opening", "landmarks", "clip_id", "start"}
-        torch.testing.assert_close(sample["latents"], direct(clip_path(dataset_dir, "clip-002"), sample["start"], 17))
+        assert sample.keys() == {
+            "latents",
+            "audio",
+            "mouth_opening",
+            "landmarks",
+            "clip_id",
+            "start",
+        }
+        torch.testing.assert_close(
+            sample["latents"], direct(clip_path(dataset_dir, "clip-002"), sample["start"], 17)
+        )
         np.testing.assert_allclose(
             sample["mouth_opening"], np.arange(sample["start"], sample["start"] + 17) / 1000 + 0.2
         )
@@ -101,19 +120,35 @@ def test_samples_have_latents_and_the_audio_of_their_window(dataset_dir: Path, t
 
 
 def test_random_reference_is_in_slot_0(dataset_dir: Path, tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"fingerprint": "v1", "num_frames": 17, "dtype": "float32", "progress": False}
+    settings: dict[str, Any] = {
+        "fingerprint": "v1",
+        "num_frames": 17,
+        "dtype": "float32",
+        "progress": False,
+    }
     encode_dataset(TinyVAE(), dataset_dir, tmp_path / "with", references_per_clip=4, **settings)
     clips = PreparedClips(
-        dataset_dir, "train", 17, random_window=True, reference="random_frame", latents=LatentsCache(tmp_path / "with")
+        dataset_dir,
+        "train",
+        17,
+        random_window=True,
+        reference="random_frame",
+        latents=LatentsCache(tmp_path / "with"),
     )
     path = clip_path(dataset_dir, "clip-000")
     for draw in range(4):
         latents = clips[WindowKey(0, draw)]["latents"]
         torch.testing.assert_close(latents[:, 1:], direct(path, 12, 17)[:, 1:])
-        assert any(torch.allclose(latents[:, :1], direct(path, frame, 1)) for frame in (0, 13, 27, 40))
+        assert any(
+            torch.allclose(latents[:, :1], direct(path, frame, 1)) for frame in (0, 13, 27, 40)
+        )
     encode_dataset(TinyVAE(), dataset_dir, tmp_path / "without", **settings)
     clips = PreparedClips(
-        dataset_dir, "train", 17, reference="random_frame", latents=LatentsCache(tmp_path / "without")
+        dataset_dir,
+        "train",
+        17,
+        reference="random_frame",
+        latents=LatentsCache(tmp_path / "without"),
     )
     with pytest.raises(UserError, match="expected latents of reference frames"):
         clips[0]
@@ -128,7 +163,14 @@ def test_an_interrupted_run_continues(dataset_dir: Path, tmp_path: Path) -> None
 
     def run(vae: TinyVAE, folder: Path) -> None:
         encode_dataset(
-            vae, dataset_dir, folder, fingerprint="v1", num_frames=9, batch_size=1, clips_per_shard=2, progress=False
+            vae,
+            dataset_dir,
+            folder,
+            fingerprint="v1",
+            num_frames=9,
+            batch_size=1,
+            clips_per_shard=2,
+            progress=False,
         )
 
     with pytest.raises(KeyboardInterrupt):
@@ -147,21 +189,37 @@ def test_an_interrupted_run_continues(dataset_dir: Path, tmp_path: Path) -> None
 
 def test_stale_caches_are_errors(make: Any, tmp_path: Path) -> None:
     root, folder = make.dataset(tmp_path / "talkers"), tmp_path / "latents"
-    with pytest.raises(UserError, match=r"expected a latents cache .*latents, got none: make it with `rest encode`"):
+    with pytest.raises(
+        UserError,
+        match=(
+            r"expected a latents cache .*latents, got none: make it "
+            r"with `rest encode`"
+        ),
+    ):
         LatentsCache(folder)
     settings: dict[str, Any] = {"fingerprint": "v1", "num_frames": 9, "progress": False}
     encode_dataset(TinyVAE(), root, folder, **settings)
-    with pytest.raises(UserError, match="expected latents of the VAE v2, got those of v1: make them again"):
+    with pytest.raises(
+        UserError, match=("expected latents of the VAE v2, got those of v1: make them again")
+    ):
         LatentsCache(folder, fingerprint="v2")
     with pytest.raises(UserError, match="expected latents of 17 frames, got 9"):
         PreparedClips(root, "train", 17, latents=LatentsCache(folder, 17))
-    with pytest.raises(UserError, match="expected a latents cache with fingerprint v2, got one with v1: give another"):
+    with pytest.raises(
+        UserError,
+        match=("expected a latents cache with fingerprint v2, got one with v1: give another"),
+    ):
         encode_dataset(TinyVAE(), root, folder, **settings | {"fingerprint": "v2"})
-    cache = encode_dataset(TinyVAE(), root, folder, **settings | {"fingerprint": "v2"}, overwrite=True)
+    cache = encode_dataset(
+        TinyVAE(), root, folder, **settings | {"fingerprint": "v2"}, overwrite=True
+    )
     assert cache.fingerprint == "v2"
     make.mp4(clip_path(root, "clip-000"), make.frames(41, 32, seed=9), make.speech(41 * 640))
     make.dataset(root, num_frames=(33, 41), splits=("train", "train"))
-    with pytest.raises(UserError, match="expected latents of the present clip clip-000, got those of an older version"):
+    with pytest.raises(
+        UserError,
+        match=("expected latents of the present clip clip-000, got those of an older version"),
+    ):
         PreparedClips(root, "train", 9, latents=cache)
     with pytest.raises(UserError, match="expected latents of the present clip clip-000"):
         encode_dataset(TinyVAE(), root, folder, **settings | {"fingerprint": "v2"})
@@ -184,7 +242,9 @@ def test_unreadable_clips_are_left_out(make: Any, tmp_path: Path) -> None:
 
 
 def test_clips_that_the_cache_has_not_seen_are_an_error(make: Any, tmp_path: Path) -> None:
-    """Videos were added after `rest encode`: training on the old ones alone would be a silent mismatch."""
+    """Videos were added after `rest encode`: training on the old ones alone would be a silent
+    mismatch.
+    """
     root, folder = (
         make.dataset(tmp_path / "talkers", num_frames=(41, 41, 41, 20), splits=("train",) * 4),
         tmp_path / "l",
@@ -193,7 +253,10 @@ def test_clips_that_the_cache_has_not_seen_are_an_error(make: Any, tmp_path: Pat
     settings: dict[str, Any] = {"fingerprint": "v1", "num_frames": 9, "progress": False}
     encode_dataset(TinyVAE(), root, folder, **settings)
     finish_dataset(root, {})
-    message = r"expected latents of all 4 clips, got none of 2 \(first: clip-002\): run the same `rest encode` again"
+    message = (
+        r"expected latents of all 4 clips, got none of 2 \(first: clip-002\): run the same "
+        r"`rest encode` again"
+    )
     with pytest.raises(UserError, match=message):
         PreparedClips(root, "train", 9, latents=LatentsCache(folder))
     vae = TinyVAE()
@@ -210,7 +273,12 @@ def test_a_damaged_clip_is_not_encoded(make: Any, tmp_path: Path) -> None:
     damaged = bytearray(good)
     damaged[damaged.index(b"mdat") + 600] ^= 0xFF
     path.write_bytes(damaged)
-    settings: dict[str, Any] = {"fingerprint": "v1", "num_frames": 9, "progress": False, "max_corrupt": 1}
+    settings: dict[str, Any] = {
+        "fingerprint": "v1",
+        "num_frames": 9,
+        "progress": False,
+        "max_corrupt": 1,
+    }
     cache = encode_dataset(TinyVAE(), root, folder, **settings)
     assert list(cache.index["corrupt"]) == ["clip-001"]
     assert "expected the checksum of the manifest" in cache.index["corrupt"]["clip-001"]

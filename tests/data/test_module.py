@@ -13,11 +13,17 @@ from torch import Tensor, nn
 
 from rest_lightning.constants import SAMPLES_PER_FRAME
 from rest_lightning.data.clips import ClipError
-from rest_lightning.data.latents import encode_dataset
 from rest_lightning.data.layout import clip_path
-from rest_lightning.data.module import TalkingHeadDataModule, _OrderedSampler, _Position, _TrainSampler, to_model_batch
-from rest_lightning.data.video import read_frames
+from rest_lightning.data.module import (
+    TalkingHeadDataModule,
+    _OrderedSampler,
+    _Position,
+    _TrainSampler,
+    to_model_batch,
+)
+from rest_lightning.data.window_cache import encode_dataset
 from rest_lightning.errors import UserError
+from rest_lightning.media.video import read_frames
 from rest_lightning.torchvision_compat import ensure_torchvision
 
 ensure_torchvision()
@@ -25,13 +31,21 @@ import lightning  # noqa: E402
 
 
 def module(data_dir: Path, **changes: Any) -> TalkingHeadDataModule:
-    settings: dict[str, Any] = {"batch_size": 3, "num_frames": 9, "num_workers": 0, "progress": False}
+    settings: dict[str, Any] = {
+        "batch_size": 3,
+        "num_frames": 9,
+        "num_workers": 0,
+        "progress": False,
+    }
     return TalkingHeadDataModule(str(data_dir), **settings | changes)
 
 
 def identity(batch: dict[str, Any]) -> list[Any]:
     """A batch as plain values, to compare."""
-    return [sorted(batch), *(v.nan_to_num(-9).tolist() if isinstance(v, Tensor) else v for v in batch.values())]
+    return [
+        sorted(batch),
+        *(v.nan_to_num(-9).tolist() if isinstance(v, Tensor) else v for v in batch.values()),
+    ]
 
 
 def take(batches: Iterable[dict[str, Any]], count: int) -> list[Any]:
@@ -46,10 +60,18 @@ def epochs(data: TalkingHeadDataModule, count: int) -> list[Any]:
         data.teardown()
 
 
-@pytest.mark.parametrize(("batch_size", "num_frames", "left", "right"), [(1, 9, 8, 4), (3, 17, 0, 0), (4, 41, 2, 9)])
-def test_batch_is_as_promised(dataset_dir: Path, batch_size: int, num_frames: int, left: int, right: int) -> None:
+@pytest.mark.parametrize(
+    ("batch_size", "num_frames", "left", "right"), [(1, 9, 8, 4), (3, 17, 0, 0), (4, 41, 2, 9)]
+)
+def test_batch_is_as_promised(
+    dataset_dir: Path, batch_size: int, num_frames: int, left: int, right: int
+) -> None:
     data = module(
-        dataset_dir, batch_size=batch_size, num_frames=num_frames, audio_left_frames=left, audio_right_frames=right
+        dataset_dir,
+        batch_size=batch_size,
+        num_frames=num_frames,
+        audio_left_frames=left,
+        audio_right_frames=right,
     )
     batch = next(iter(data.train_dataloader()))
     assert batch["frames"].dtype == torch.uint8
@@ -80,10 +102,14 @@ def test_range_of_the_models_pictures() -> None:
     assert torch.equal(((out + 1) * 127.5).round().to(torch.uint8).movedim(1, -1), values)
 
 
-@pytest.mark.parametrize("settings", [{}, {"cache_in_memory": True}, {"augment": True}, {"reference": "random_frame"}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"cache_in_memory": True}, {"augment": True}, {"reference": "random_frame"}]
+)
 def test_workers_change_nothing(dataset_dir: Path, settings: dict[str, Any]) -> None:
     """Two worker processes give the batches of none; epochs differ; the seed decides."""
-    alone, helped = (epochs(module(dataset_dir, num_workers=n, batch_size=2, **settings), 3) for n in (0, 2))
+    alone, helped = (
+        epochs(module(dataset_dir, num_workers=n, batch_size=2, **settings), 3) for n in (0, 2)
+    )
     assert alone == helped
     assert len(alone) == 6
     assert len({repr(batch[-1]) + repr(batch[-2]) for batch in alone}) == 6
@@ -120,14 +146,19 @@ def test_ranks_share_the_clips(world_size: int) -> None:
     assert sorted(key.clip for key in drawn) == list(range(24))
     assert sorted(key.draw for key in drawn) == list(range(24))
     ordered = [
-        [key.clip for batch in _OrderedSampler(7, 2, rank, world_size) for key in batch] for rank in range(world_size)
+        [key.clip for batch in _OrderedSampler(7, 2, rank, world_size) for key in batch]
+        for rank in range(world_size)
     ]
     assert len({len(clips) for clips in ordered}) == 1
     assert set(itertools.chain(*ordered)) == set(range(7))
 
 
-@pytest.mark.parametrize(("num_workers", "stop_after"), [(0, 1), (0, 3), (0, 4), (0, 6), (2, 3), (2, 4)])
-def test_a_resumed_loader_gives_the_next_batches(dataset_dir: Path, num_workers: int, stop_after: int) -> None:
+@pytest.mark.parametrize(
+    ("num_workers", "stop_after"), [(0, 1), (0, 3), (0, 4), (0, 6), (2, 3), (2, 4)]
+)
+def test_a_resumed_loader_gives_the_next_batches(
+    dataset_dir: Path, num_workers: int, stop_after: int
+) -> None:
     whole = epochs(module(dataset_dir, batch_size=1, augment=True), 2)
     first = module(dataset_dir, batch_size=1, augment=True, num_workers=num_workers)
     loader = first.train_dataloader()
@@ -151,7 +182,11 @@ class Recorder(lightning.LightningModule):
         self.seen: list[Any] = []
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        self.seen.append(identity({"clip_id": batch["clip_id"], "start": batch["start"], "audio": batch["audio"]}))
+        self.seen.append(
+            identity(
+                {"clip_id": batch["clip_id"], "start": batch["start"], "audio": batch["audio"]}
+            )
+        )
         out: Tensor = self.layer(batch["frames"].mean().reshape(1, 1))
         return (out - batch["audio"].std() + torch.rand(1)).square().mean()
 
@@ -162,7 +197,9 @@ class Recorder(lightning.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=0.1)
 
 
-def fit(data_dir: Path, folder: Path, max_steps: int, ckpt: str | None = None, **settings: Any) -> Recorder:
+def fit(
+    data_dir: Path, folder: Path, max_steps: int, ckpt: str | None = None, **settings: Any
+) -> Recorder:
     trainer = lightning.Trainer(
         accelerator="cpu",
         max_steps=max_steps,
@@ -170,17 +207,27 @@ def fit(data_dir: Path, folder: Path, max_steps: int, ckpt: str | None = None, *
         default_root_dir=folder,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[lightning.pytorch.callbacks.ModelCheckpoint(folder, every_n_train_steps=1, save_top_k=-1)],
+        callbacks=[
+            lightning.pytorch.callbacks.ModelCheckpoint(
+                folder, every_n_train_steps=1, save_top_k=-1
+            )
+        ],
         **settings,
     )
     torch.manual_seed(0)
     model = Recorder()
-    trainer.fit(model, datamodule=module(data_dir, batch_size=1, augment=True, num_workers=2), ckpt_path=ckpt)
+    trainer.fit(
+        model,
+        datamodule=module(data_dir, batch_size=1, augment=True, num_workers=2),
+        ckpt_path=ckpt,
+    )
     return model
 
 
 @pytest.mark.parametrize("steps", [2, 4, 7])
-def test_a_resumed_fit_goes_on_with_the_next_batch(dataset_dir: Path, tmp_path: Path, steps: int) -> None:
+def test_a_resumed_fit_goes_on_with_the_next_batch(
+    dataset_dir: Path, tmp_path: Path, steps: int
+) -> None:
     """Mid-epoch (2, 7) and at an epoch's end (4): an epoch has 4 batches."""
     whole = fit(dataset_dir, tmp_path / "whole", 10)
     first = fit(dataset_dir, tmp_path / "first", steps)
@@ -193,7 +240,9 @@ def test_a_resumed_fit_goes_on_with_the_next_batch(dataset_dir: Path, tmp_path: 
 def test_limited_epochs_see_all_clips(dataset_dir: Path, tmp_path: Path) -> None:
     model = fit(dataset_dir, tmp_path, 8, limit_train_batches=1)
     ids = [batch[1][0] for batch in model.seen]
-    assert {tuple(sorted(ids[:4])), tuple(sorted(ids[4:]))} == {tuple(f"clip-{i:03d}" for i in range(4))}
+    assert {tuple(sorted(ids[:4])), tuple(sorted(ids[4:]))} == {
+        tuple(f"clip-{i:03d}" for i in range(4))
+    }
 
 
 def test_global_random_state_is_left_alone(dataset_dir: Path) -> None:
@@ -210,7 +259,11 @@ def test_validation_and_test_are_fixed(dataset_dir: Path) -> None:
     val = data.val_dataloader()
     assert [identity(batch) for batch in val] == [identity(batch) for batch in val]
     (batch,) = data.test_dataloader()
-    assert (batch["clip_id"], batch["start"].tolist(), batch["frames"].shape[1]) == (["clip-005"], [12], 17)
+    assert (batch["clip_id"], batch["start"].tolist(), batch["frames"].shape[1]) == (
+        ["clip-005"],
+        [12],
+        17,
+    )
 
 
 def test_no_validation_clips(make: Any, tmp_path: Path) -> None:
@@ -226,7 +279,13 @@ def test_errors_of_workers_are_one_line(make: Any, tmp_path: Path, num_workers: 
     root = make.dataset(tmp_path)
     for i in range(4):
         clip_path(root, f"clip-{i:03d}").write_bytes(b"nothing")
-    with pytest.raises(ClipError, match=r"^\S+: expected at most 0 unreadable train clips, got 1 of 4") as caught:
+    with pytest.raises(
+        ClipError,
+        match=(
+            r"^\S+: expected at most 0 unreadable train clips, got 1 "
+            r"of 4"
+        ),
+    ) as caught:
         epochs(module(root, num_workers=num_workers), 1)
     assert "\n" not in str(caught.value)
 
@@ -255,11 +314,22 @@ class HalvingVAE:
 
 
 @pytest.mark.parametrize(("cache_in_memory", "num_workers"), [(False, 0), (False, 2), (True, 0)])
-def test_latents_instead_of_frames(dataset_dir: Path, tmp_path: Path, cache_in_memory: bool, num_workers: int) -> None:
-    settings: dict[str, Any] = {"fingerprint": "v1", "num_frames": 9, "dtype": "float32", "progress": False}
+def test_latents_instead_of_frames(
+    dataset_dir: Path, tmp_path: Path, cache_in_memory: bool, num_workers: int
+) -> None:
+    settings: dict[str, Any] = {
+        "fingerprint": "v1",
+        "num_frames": 9,
+        "dtype": "float32",
+        "progress": False,
+    }
     encode_dataset(HalvingVAE(), dataset_dir, tmp_path, windows_per_clip=3, **settings)
     data = module(
-        dataset_dir, latents_dir=str(tmp_path), cache_in_memory=cache_in_memory, num_workers=num_workers, augment=True
+        dataset_dir,
+        latents_dir=str(tmp_path),
+        cache_in_memory=cache_in_memory,
+        num_workers=num_workers,
+        augment=True,
     )
     for loader in (data.train_dataloader(), data.test_dataloader()):
         batch = data.on_after_batch_transfer(next(iter(loader)))
@@ -275,7 +345,9 @@ def test_latents_instead_of_frames(dataset_dir: Path, tmp_path: Path, cache_in_m
     with pytest.raises(UserError, match="expected latents of the VAE v2, got those of v1"):
         module(dataset_dir, latents_dir=str(tmp_path), latents_fingerprint="v2").setup("fit")
     with pytest.raises(UserError, match="expected latents of 17 frames, got 9"):
-        module(dataset_dir, latents_dir=str(tmp_path), num_frames_train=9, num_frames=17).setup("fit")
+        module(dataset_dir, latents_dir=str(tmp_path), num_frames_train=9, num_frames=17).setup(
+            "fit"
+        )
 
 
 def test_samples_of_another_length_leave_the_training_order_alone(dataset_dir: Path) -> None:
@@ -287,8 +359,12 @@ def test_samples_of_another_length_leave_the_training_order_alone(dataset_dir: P
     assert [batch["start"].tolist() for batch in loader] == expected
     for batch in samples:
         assert batch["frames"].shape[2] == batch["mouth_opening"].shape[1] == 17
-        for frames, clip_id, start in zip(batch["frames"], batch["clip_id"], batch["start"].tolist(), strict=True):
-            truth = torch.from_numpy(read_frames(clip_path(dataset_dir, clip_id), start, 17)).permute(3, 0, 1, 2)
+        for frames, clip_id, start in zip(
+            batch["frames"], batch["clip_id"], batch["start"].tolist(), strict=True
+        ):
+            truth = torch.from_numpy(
+                read_frames(clip_path(dataset_dir, clip_id), start, 17)
+            ).permute(3, 0, 1, 2)
             torch.testing.assert_close(frames, truth / 127.5 - 1)
     with pytest.raises(UserError, match="expected train clips of 9001 frames or more, got none"):
         next(data.sample_batches(9001))

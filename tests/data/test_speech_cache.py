@@ -8,11 +8,15 @@ from typing import Any
 import pytest
 import torch
 
-from rest_lightning.data.clips import PreparedClips
-from rest_lightning.data.latents import LatentsCache, encode_dataset
+from rest_lightning.data.dataset import PreparedClips
 from rest_lightning.data.layout import clip_path
 from rest_lightning.data.module import TalkingHeadDataModule
-from rest_lightning.data.speech_cache import SpeechCache, encode_speech
+from rest_lightning.data.window_cache import (
+    LatentsCache,
+    SpeechCache,
+    encode_dataset,
+    encode_speech,
+)
 from rest_lightning.errors import UserError
 from rest_lightning.models.speech import LogMelEncoder, SpeechEncoder, WhisperEncoder
 from rest_lightning.parts import fingerprint_of
@@ -33,7 +37,8 @@ def make_encoder(kind: str, lookahead_frames: int = 2) -> SpeechEncoder:
     torch.manual_seed(3)
     whole_file = kind == "whisper_whole_file"
     encoder = WhisperEncoder(None, 6, lookahead_frames, whole_file, whisper_config=TINY_WHISPER)
-    for parameter in encoder.parameters():  # far from transformers' small start, so that rounding has work to do
+    # far from transformers' small start, so that rounding has work to do
+    for parameter in encoder.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return encoder
 
@@ -56,9 +61,18 @@ def test_batches_hold_the_features_of_the_online_path(
 ) -> None:
     encoder = make_encoder(kind)
     encode(encoder, dataset_dir, tmp_path, num_frames=num_frames, windows_per_clip=3)
-    options: dict[str, Any] = {"batch_size": batch_size, "num_frames": num_frames, "num_workers": 0, "progress": False}
+    options: dict[str, Any] = {
+        "batch_size": batch_size,
+        "num_frames": num_frames,
+        "num_workers": 0,
+        "progress": False,
+    }
     data = TalkingHeadDataModule(
-        str(dataset_dir), speech_dir=str(tmp_path), with_frames=False, cache_in_memory=in_memory, **options
+        str(dataset_dir),
+        speech_dir=str(tmp_path),
+        with_frames=False,
+        cache_in_memory=in_memory,
+        **options,
     )
     data.setup("fit")
     data.check_speech(fingerprint_of(encoder, with_config=True))
@@ -71,7 +85,10 @@ def test_batches_hold_the_features_of_the_online_path(
             online = speech_features(batch, data, encoder)
             assert online.shape == (len(batch["clip_id"]), num_frames, 10, encoder.feature_dim)
             assert torch.equal(cached, online)
-            seen |= {(name, int(start)) for name, start in zip(batch["clip_id"], batch["start"], strict=True)}
+            seen |= {
+                (name, int(start))
+                for name, start in zip(batch["clip_id"], batch["start"], strict=True)
+            }
     slack = 41 - num_frames
     assert {start for _, start in seen} <= {0, slack // 2, slack}
     assert len({name for name, _ in seen}) == 5
@@ -84,12 +101,20 @@ def test_windows_are_those_of_the_latents(dataset_dir: Path, tmp_path: Path) -> 
 
     encoder = make_encoder("log_mel")
     encode_dataset(
-        Mean(), dataset_dir, tmp_path / "latents", fingerprint="v", num_frames=17, windows_per_clip=5, progress=False
+        Mean(),
+        dataset_dir,
+        tmp_path / "latents",
+        fingerprint="v",
+        num_frames=17,
+        windows_per_clip=5,
+        progress=False,
     )
     latents = LatentsCache(tmp_path / "latents", 17)
     speech = encode(encoder, dataset_dir, tmp_path / "same", num_frames=17, windows_per_clip=5)
     alone = PreparedClips(dataset_dir, "train", 17, random_window=True, latents=latents)
-    both = PreparedClips(dataset_dir, "train", 17, random_window=True, latents=latents, speech=speech)
+    both = PreparedClips(
+        dataset_dir, "train", 17, random_window=True, latents=latents, speech=speech
+    )
     for index in range(4):
         first, second = alone[index], both[index]
         steps = second.pop("speech_steps")
@@ -97,9 +122,15 @@ def test_windows_are_those_of_the_latents(dataset_dir: Path, tmp_path: Path) -> 
         assert torch.equal(first["latents"], second["latents"])
         assert torch.equal(steps, speech.at(second["clip_id"], second["start"]))
     fewer = encode(encoder, dataset_dir, tmp_path / "fewer", num_frames=17, windows_per_clip=2)
-    with pytest.raises(UserError, match="got none of frame 6 of clip clip-000: make both with the same --windows-per"):
+    with pytest.raises(
+        UserError,
+        match=("got none of frame 6 of clip clip-000: make both with the same --windows-per"),
+    ):
         PreparedClips(dataset_dir, "train", 17, latents=latents, speech=fewer)
-    with pytest.raises(UserError, match="expected a speech features cache, got one of latents: name another folder"):
+    with pytest.raises(
+        UserError,
+        match=("expected a speech features cache, got one of latents: name another folder"),
+    ):
         SpeechCache(tmp_path / "latents")
     with pytest.raises(UserError, match="expected a latents cache, got one of speech features"):
         LatentsCache(tmp_path / "same")
@@ -111,22 +142,44 @@ def test_windows_are_those_of_the_latents(dataset_dir: Path, tmp_path: Path) -> 
 def test_stale_features_are_errors(make: Any, tmp_path: Path) -> None:
     root, folder = make.dataset(tmp_path / "talkers"), tmp_path / "speech"
     for kind in ("log_mel", "whisper"):
-        prints = {fingerprint_of(make_encoder(kind, frames), with_config=True) for frames in (0, 2, 2)}
+        prints = {
+            fingerprint_of(make_encoder(kind, frames), with_config=True) for frames in (0, 2, 2)
+        }
         assert len(prints) == 2  # the weights are the same, what they read is not
     encode(make_encoder("log_mel"), root, folder, num_frames=9)
-    data = TalkingHeadDataModule(str(root), num_frames=9, num_workers=0, speech_dir=str(folder), with_frames=False)
+    data = TalkingHeadDataModule(
+        str(root), num_frames=9, num_workers=0, speech_dir=str(folder), with_frames=False
+    )
     other = fingerprint_of(make_encoder("log_mel", 1), with_config=True)
-    with pytest.raises(UserError, match=f"expected speech features of the speech encoder {other}, got those of LogMel"):
+    with pytest.raises(
+        UserError,
+        match=(f"expected speech features of the speech encoder {other}, got those of LogMel"),
+    ):
         data.check_speech(other)
-    with pytest.raises(UserError, match=r"expected a speech features cache with fingerprint .*: give another folder"):
+    with pytest.raises(
+        UserError,
+        match=(
+            r"expected a speech features cache with fingerprint .*: "
+            r"give another folder"
+        ),
+    ):
         encode(make_encoder("log_mel", 1), root, folder, num_frames=9)
     with pytest.raises(UserError, match="expected speech features of 17 frames, got 9"):
-        TalkingHeadDataModule(str(root), num_frames=17, speech_dir=str(folder), with_frames=False).setup("fit")
+        TalkingHeadDataModule(
+            str(root), num_frames=17, speech_dir=str(folder), with_frames=False
+        ).setup("fit")
     with pytest.raises(
-        UserError, match=r"expected augment false with speech_dir, .* got true: set data.augment to false"
+        UserError,
+        match=(
+            r"expected augment false with speech_dir, .* got true: set data.augment "
+            r"to false"
+        ),
     ):
         TalkingHeadDataModule(str(root), num_frames=9, speech_dir=str(folder), augment=True)
     make.mp4(clip_path(root, "clip-000"), make.frames(41, 32, seed=9), make.speech(41 * 640))
     make.dataset(root, num_frames=(33, 41), splits=("train", "train"))
-    with pytest.raises(UserError, match="expected speech features of the present clip clip-000, got those of an older"):
+    with pytest.raises(
+        UserError,
+        match=("expected speech features of the present clip clip-000, got those of an older"),
+    ):
         data.setup("fit")

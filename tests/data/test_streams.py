@@ -9,13 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rest_lightning.data.audio import open_speech
 from rest_lightning.data.streams import PredictPair, SpeechStream, read_pairs
 from rest_lightning.errors import UserError
+from rest_lightning.media.audio import open_speech
 
 
 @pytest.mark.parametrize("block_samples", [1000, 16_000, 24_000, 100_000])
-def test_blocks_are_the_speech_and_their_number_is_known(pairs: list[dict[str, str]], block_samples: int) -> None:
+def test_blocks_are_the_speech_and_their_number_is_known(
+    pairs: list[dict[str, str]], block_samples: int
+) -> None:
     stream = SpeechStream(read_pairs(pairs), block_samples)
     blocks = list(stream)
     assert len(blocks) == len(stream)
@@ -32,12 +34,22 @@ def test_blocks_are_the_speech_and_their_number_is_known(pairs: list[dict[str, s
 def test_lists_in_files_are_relative_to_them(tmp_path: Path, suffix: str) -> None:
     for name in ("a.png", "b.wav"):
         (tmp_path / name).write_bytes(b"x")
-    rows = [{"portrait": "a.png", "speech": "b.wav"}, {"portrait": "a.png", "speech": "b.wav", "name": "second"}]
-    text = "portrait,speech,name\na.png,b.wav,\na.png,b.wav,second\n" if suffix == ".csv" else json.dumps(rows)
+    rows = [
+        {"portrait": "a.png", "speech": "b.wav"},
+        {"portrait": "a.png", "speech": "b.wav", "name": "second"},
+    ]
+    text = (
+        "portrait,speech,name\na.png,b.wav,\na.png,b.wav,second\n"
+        if suffix == ".csv"
+        else json.dumps(rows)
+    )
     path = tmp_path / f"list{suffix}"
     path.write_text(text)
     portrait, speech = str(tmp_path / "a.png"), str(tmp_path / "b.wav")
-    assert read_pairs(path) == [PredictPair(portrait, speech, "a-b"), PredictPair(portrait, speech, "second")]
+    assert read_pairs(path) == [
+        PredictPair(portrait, speech, "a-b"),
+        PredictPair(portrait, speech, "second"),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -51,10 +63,26 @@ def test_lists_in_files_are_relative_to_them(tmp_path: Path, suffix: str) -> Non
         ("list.json", "[]", "at least one pair"),
         ("list.json", '["a.png"]', "expected pairs of the form"),
         ("list.json", '[{"portrait": "a.png"}]', "expected pairs of the form"),
-        ("list.json", '[{"portrait": "a.png", "speech": "b.wav", "seed": 1}]', "expected pairs of the form"),
-        ("list.json", '[{"portrait": "a.png", "speech": "absent.wav"}]', r"the speech .*absent\.wav"),
-        ("list.json", '[{"portrait": "absent.png", "speech": "b.wav"}]', r"the portrait .*absent\.png"),
-        ("list.json", '[{"portrait": "a.png", "speech": "b.wav", "name": "../x"}]', "without folders"),
+        (
+            "list.json",
+            ('[{"portrait": "a.png", "speech": "b.wav", "seed": 1}]'),
+            "expected pairs of the form",
+        ),
+        (
+            "list.json",
+            ('[{"portrait": "a.png", "speech": "absent.wav"}]'),
+            r"the speech .*absent\.wav",
+        ),
+        (
+            "list.json",
+            ('[{"portrait": "absent.png", "speech": "b.wav"}]'),
+            r"the portrait .*absent\.png",
+        ),
+        (
+            "list.json",
+            ('[{"portrait": "a.png", "speech": "b.wav", "name": "../x"}]'),
+            "without folders",
+        ),
         ("list.csv", "portrait,speech\na.png,b.wav\na.png,b.wav\n", "a-b twice"),
     ],
 )
@@ -68,10 +96,14 @@ def test_bad_lists(tmp_path: Path, name: str, text: str | None, message: str) ->
     assert "\n" not in str(caught.value)
 
 
-def test_speech_that_cannot_be_read_is_refused_before_the_first_block(pairs: list[Any], tmp_path: Path) -> None:
+def test_speech_that_cannot_be_read_is_refused_before_the_first_block(
+    pairs: list[Any], tmp_path: Path
+) -> None:
     broken = tmp_path / "broken.wav"
     broken.write_bytes(b"RIFF")
     with pytest.raises(UserError, match=r"broken\.wav"):
-        SpeechStream(read_pairs([*pairs, {"portrait": pairs[0]["portrait"], "speech": str(broken)}]))
+        SpeechStream(
+            read_pairs([*pairs, {"portrait": pairs[0]["portrait"], "speech": str(broken)}])
+        )
     with pytest.raises(UserError, match="block_samples of at least 1"):
         SpeechStream(read_pairs(pairs), 0)

@@ -18,6 +18,7 @@ from rest_lightning.data.synthetic.synthesize import (
     write_clip,
 )
 from rest_lightning.errors import UserError
+from rest_lightning.media.files import sha256_of
 
 pytest.importorskip("espeakng_loader")
 
@@ -34,7 +35,11 @@ def read(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def content(root: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(root)): path.read_bytes()
+        for path in sorted(root.rglob("*"))
+        if path.is_file()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +61,7 @@ def test_layout_is_complete_and_splits_are_disjoint(dataset: Path) -> None:
     assert [row.split for row in rows].count("train") == 2
     assert {row.split for row in rows} == {"train", "val", "test"}
     assert len({row.identity for row in rows}) == 4
-    assert all(layout.sha256_of(layout.clip_path(dataset, row.clip_id)) == row.sha256 for row in rows)
+    assert all(sha256_of(layout.clip_path(dataset, row.clip_id)) == row.sha256 for row in rows)
     info = layout.read_dataset_json(dataset)
     assert info["arguments"]["seed"] == 5
     assert info["num_clips_per_split"] == {"train": 2, "val": 1, "test": 1}
@@ -64,7 +69,9 @@ def test_layout_is_complete_and_splits_are_disjoint(dataset: Path) -> None:
 
 
 @pytest.mark.parametrize("num_workers", [2, 3])
-def test_the_number_of_workers_changes_nothing(dataset: Path, tmp_path: Path, num_workers: int) -> None:
+def test_the_number_of_workers_changes_nothing(
+    dataset: Path, tmp_path: Path, num_workers: int
+) -> None:
     other = synthesize(tmp_path / "other", 4, seed=5, num_workers=num_workers, **SMALL)  # type: ignore[arg-type]
     assert content(other) == content(dataset)
 
@@ -76,8 +83,13 @@ def test_a_clip_is_a_pure_function_of_its_arguments() -> None:
     np.testing.assert_array_equal(first.audio, again.audio)
     np.testing.assert_array_equal(first.frames, again.frames)
     assert first.sidecar == again.sidecar
-    assert not np.array_equal(first.audio, synthesize_clip(3, seed=8, size_px=64, num_frames=25).audio)
-    assert first.sidecar.speech != synthesize_clip(3, seed=7, split="val", size_px=64, num_frames=25).sidecar.speech
+    assert not np.array_equal(
+        first.audio, synthesize_clip(3, seed=8, size_px=64, num_frames=25).audio
+    )
+    assert (
+        first.sidecar.speech
+        != synthesize_clip(3, seed=7, split="val", size_px=64, num_frames=25).sidecar.speech
+    )
 
 
 @pytest.mark.parametrize("num_frames", [1, 9, 33, 201])
@@ -96,7 +108,9 @@ def test_sizes_are_exact(tmp_path: Path, num_frames: int) -> None:
         assert np.abs(frames.astype(float) - clip.frames).mean() < 6.0
         length = 640 * num_frames
         similar = [
-            np.corrcoef(samples[k : k + length], clip.audio)[0, 1] for k in (0, 1024) if k + length <= len(samples)
+            np.corrcoef(samples[k : k + length], clip.audio)[0, 1]
+            for k in (0, 1024)
+            if k + length <= len(samples)
         ]
         assert max(similar) > 0.9
     sidecar = layout.read_sidecar(tmp_path, clip.sidecar.clip_id)
@@ -110,13 +124,17 @@ def test_the_true_opening_is_seen_in_the_frames() -> None:
     mouth = np.array(clip.sidecar.landmarks["mouth"])  # type: ignore[index]
     darkest = []
     for frame, (x, y) in zip(clip.frames, np.round(mouth * 128).astype(int), strict=True):
-        darkest.append(float(np.sort(frame[y - 8 : y + 12, x - 5 : x + 6].mean(axis=2).ravel())[:30].mean()))
+        darkest.append(
+            float(np.sort(frame[y - 8 : y + 12, x - 5 : x + 6].mean(axis=2).ravel())[:30].mean())
+        )
     assert np.corrcoef(darkest, clip.track.mouth_opening)[0, 1] < -0.5
 
 
 def test_resuming_makes_only_what_is_missing_or_broken(dataset: Path, copy: Path) -> None:
     layout.sidecar_path(copy, clip_id_of(0)).unlink()
-    layout.clip_path(copy, clip_id_of(1)).write_bytes(layout.clip_path(dataset, clip_id_of(1)).read_bytes()[:-700])
+    layout.clip_path(copy, clip_id_of(1)).write_bytes(
+        layout.clip_path(dataset, clip_id_of(1)).read_bytes()[:-700]
+    )
     layout.clip_path(copy, clip_id_of(2)).unlink()
     kept = layout.clip_path(copy, clip_id_of(3))
     before = kept.stat().st_mtime_ns
@@ -126,11 +144,21 @@ def test_resuming_makes_only_what_is_missing_or_broken(dataset: Path, copy: Path
     assert kept.stat().st_mtime_ns == before
 
 
-def test_more_clips_extend_a_dataset_and_other_arguments_are_refused(dataset: Path, copy: Path) -> None:
+def test_more_clips_extend_a_dataset_and_other_arguments_are_refused(
+    dataset: Path, copy: Path
+) -> None:
     synthesize(copy, 5, seed=5, num_workers=1, **SMALL)  # type: ignore[arg-type]
-    assert [row.split for row in layout.read_manifest(copy)][:4] == [row.split for row in layout.read_manifest(dataset)]
+    assert [row.split for row in layout.read_manifest(copy)][:4] == [
+        row.split for row in layout.read_manifest(dataset)
+    ]
     assert len(layout.read_manifest(copy)) == 5
-    with pytest.raises(UserError, match=r"it has size_px 64 \(now 32\), seed 5 \(now 6\); repeat them, choose another"):
+    with pytest.raises(
+        UserError,
+        match=(
+            r"it has size_px 64 \(now 32\), seed 5 \(now 6\); repeat "
+            r"them, choose another"
+        ),
+    ):
         synthesize(copy, 5, seed=6, num_workers=1, **{**SMALL, "size_px": 32})  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"num_clips 5 \(now 3\)"):
         synthesize(copy, 3, seed=5, num_workers=1, **SMALL)  # type: ignore[arg-type]
@@ -171,7 +199,9 @@ def test_bad_split_is_told() -> None:
         synthesize_clip(0, split="dev")
 
 
-@pytest.mark.parametrize(("val", "test"), [(0.05, 0.05), (0.1, 0.2), (0.0, 0.1), (0.5, 0.5), (0.0, 0.0)])
+@pytest.mark.parametrize(
+    ("val", "test"), [(0.05, 0.05), (0.1, 0.2), (0.0, 0.1), (0.5, 0.5), (0.0, 0.0)]
+)
 def test_splits_have_their_shares_and_stay_when_clips_are_added(val: float, test: float) -> None:
     splits = [split_of_index(i, val, test) for i in range(1000)]
     assert abs(splits.count("val") - 1000 * val) <= 1

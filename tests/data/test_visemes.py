@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
 from rest_lightning.constants import FPS
 from rest_lightning.data.synthetic.motion import head_motion
 from rest_lightning.data.synthetic.script import sample_script
-from rest_lightning.data.synthetic.visemes import frame_centres_s, loudness, mouth_curves, visemes_of
+from rest_lightning.data.synthetic.visemes import (
+    frame_centres_s,
+    loudness,
+    mouth_curves,
+    visemes_of,
+)
 from rest_lightning.data.synthetic.voice import Phoneme, speak
 
 LONG = 0.4
 
 
-def curves_of(*sounds: str, each_s: float = LONG, num_frames: int = 75):  # type: ignore[no-untyped-def]
+def curves_of(*sounds: str, each_s: float = LONG, num_frames: int = 75) -> Any:
     """Sounds in a row from 0.4 s on, over evenly loud noise."""
-    phonemes = [Phoneme(ipa, 0.4 + i * each_s, 0.4 + (i + 1) * each_s) for i, ipa in enumerate(sounds)]
+    phonemes = [
+        Phoneme(ipa, 0.4 + i * each_s, 0.4 + (i + 1) * each_s) for i, ipa in enumerate(sounds)
+    ]
     audio = np.random.default_rng(0).normal(size=num_frames * 640).astype(np.float32) * 0.1
     return mouth_curves(phonemes, audio, num_frames), phonemes
 
@@ -68,7 +77,9 @@ def test_real_speech_closes_on_every_closed_lip_sound(voice: str) -> None:
     count = 0
     for ipa, start_s, end_s in spoken.phonemes:
         if ipa[:1] in {"m", "b", "p"}:
-            near = (frame_centres_s(num_frames) > start_s - 0.06) & (frame_centres_s(num_frames) < end_s + 0.02)
+            near = (frame_centres_s(num_frames) > start_s - 0.06) & (
+                frame_centres_s(num_frames) < end_s + 0.02
+            )
             assert opening[near].min() < 0.05, (ipa, start_s)
             count += 1
     assert count > 10
@@ -81,7 +92,11 @@ def test_silence_closes_the_mouth_and_opening_follows_the_sound() -> None:
         script = sample_script(np.random.default_rng([1, seed]), 113)
         curves = mouth_curves(script.phonemes, script.speech, 113)
         times = frame_centres_s(113)
-        near = [(times > start_s - 0.12) & (times < end_s + 0.12) for ipa, start_s, end_s in script.phonemes if ipa]
+        near = [
+            (times > start_s - 0.12) & (times < end_s + 0.12)
+            for ipa, start_s, end_s in script.phonemes
+            if ipa
+        ]
         silent = ~np.any(near, axis=0) if near else np.ones(113, bool)
         assert np.all(curves.opening[silent] < 0.05)
         for curve in (curves.opening, curves.rounding, curves.tongue):
@@ -110,7 +125,12 @@ def test_unknown_sounds_and_marks() -> None:
 @pytest.mark.parametrize("num_frames", [1, 9, 113, 701])
 def test_head_motion_is_moderate_and_starts_neutral(num_frames: int) -> None:
     degrees = np.pi / 180.0
-    limits = {"yaw_rad": 6.1 * degrees, "pitch_rad": 5.1 * degrees, "roll_rad": 4.1 * degrees, "shift_x": 0.015}
+    limits = {
+        "yaw_rad": 6.1 * degrees,
+        "pitch_rad": 5.1 * degrees,
+        "roll_rad": 4.1 * degrees,
+        "shift_x": 0.015,
+    }
     for seed in range(10):
         motion = head_motion(np.random.default_rng(seed), num_frames)
         for name, limit in limits.items():

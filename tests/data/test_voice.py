@@ -9,7 +9,13 @@ import pytest
 
 from rest_lightning.constants import SAMPLE_RATE
 from rest_lightning.data.synthetic.script import sample_script
-from rest_lightning.data.synthetic.text import held_out_words, sample_language, sample_sentence, vocabulary, words_of
+from rest_lightning.data.synthetic.text import (
+    held_out_words,
+    sample_language,
+    sample_sentence,
+    vocabulary,
+    words_of,
+)
 from rest_lightning.data.synthetic.voice import VARIANTS, speak
 from rest_lightning.errors import UserError
 
@@ -65,12 +71,18 @@ def test_rate_and_pitch_change_the_speech() -> None:
 
 def test_every_variant_and_language_speaks() -> None:
     languages = {"en-us", "en", *vocabulary().foreign}
-    for voice in [*(f"en-us+{variant}" for variant in VARIANTS), *(f"{language}+m1" for language in languages)]:
+    for voice in [
+        *(f"en-us+{variant}" for variant in VARIANTS),
+        *(f"{language}+m1" for language in languages),
+    ]:
         assert speak("Mama.", voice).duration_s > 0.2
 
 
 def test_unknown_voice_is_told() -> None:
-    with pytest.raises(UserError, match="expected an espeak-ng voice such as 'en-us' or 'de\\+f2', got 'klingonish'"):
+    with pytest.raises(
+        UserError,
+        match=("expected an espeak-ng voice such as 'en-us' or 'de\\+f2', got 'klingonish'"),
+    ):
         speak(TEXT, "klingonish")
 
 
@@ -91,7 +103,9 @@ def test_held_out_words_never_occur_in_training_sentences() -> None:
     held_out = held_out_words()
     assert len(held_out) >= 70
     training = vocabulary()
-    known = {word.lower() for words in (*training.words.values(), training.syllables) for word in words}
+    known = {
+        word.lower() for words in (*training.words.values(), training.syllables) for word in words
+    }
     assert not known & held_out
     for language, words in training.foreign.items():
         assert not set(words) & set(vocabulary(held_out=True).foreign[language])

@@ -1,7 +1,10 @@
-"""Guidance and step distillation: its targets by hand, by another formula, and by a guided stream with caches."""
+"""Guidance and step distillation: its targets by hand, by another formula, and by a guided stream
+with caches.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +24,17 @@ from rest_lightning.diffusion.rollout import Context
 from rest_lightning.diffusion.sampling import euler_step, integrate, joint_guidance
 from rest_lightning.diffusion.schedule import ltx_shift, ltx_sigma_table, sigma_table
 from rest_lightning.errors import UserError
-from rest_lightning.models.cache import IDContextCache
 from rest_lightning.models.transformer import A2VDiT
 from rest_lightning.tasks.a2v import TrainingInput
 from rest_lightning.tasks.student import ASDSettings, DistillSettings, RolloutSettings
 
 
-@pytest.mark.parametrize(("num_steps", "num_chunks", "chunk_length"), [(1, 1, 1), (2, 4, 3), (4, 3, 2), (8, 2, 3)])
-def test_levels_are_those_of_the_steps_and_equally_likely(num_steps: int, num_chunks: int, chunk_length: int) -> None:
+@pytest.mark.parametrize(
+    ("num_steps", "num_chunks", "chunk_length"), [(1, 1, 1), (2, 4, 3), (4, 3, 2), (8, 2, 3)]
+)
+def test_levels_are_those_of_the_steps_and_equally_likely(
+    num_steps: int, num_chunks: int, chunk_length: int
+) -> None:
     table, batch = sigma_table(num_steps, 2.0), 3000
     generator = torch.Generator().manual_seed(0)
     sigma = sample_sigmas_of_steps(batch, num_chunks, chunk_length, table, generator=generator)
@@ -39,7 +45,8 @@ def test_levels_are_those_of_the_steps_and_equally_likely(num_steps: int, num_ch
     counts = torch.stack([(chunks[:, :, 0] == level).float().mean(0) for level in table[:-1]])
     assert (counts.sum(0) == 1).all()
     assert float((counts - 1 / num_steps).abs().max()) < 4 * 0.5 / batch**0.5
-    if num_chunks > 1 and num_steps > 1:  # chunks draw on their own: they agree as often as chance has it
+    # chunks draw on their own: they agree as often as chance has it
+    if num_chunks > 1 and num_steps > 1:
         agree = float((chunks[:, 0, 0] == chunks[:, 1, 0]).float().mean())
         assert agree == pytest.approx(1 / num_steps, abs=4 * 0.5 / batch**0.5)
 
@@ -53,7 +60,9 @@ def test_next_level(num_steps: int) -> None:
 
 @pytest.mark.parametrize("shift", [0.5, 1.0, 3.0, 7.8])
 @pytest.mark.parametrize(("num_steps", "num_substeps"), [(1, 1), (1, 4), (2, 2), (4, 2), (3, 3)])
-def test_refined_steps_are_the_longer_table(shift: float, num_steps: int, num_substeps: int) -> None:
+def test_refined_steps_are_the_longer_table(
+    shift: float, num_steps: int, num_substeps: int
+) -> None:
     table, longer = sigma_table(num_steps, shift), sigma_table(num_steps * num_substeps, shift)
     levels = refine_steps(table[:-1], table[1:], num_substeps, shift)
     assert levels.shape == (num_substeps + 1, num_steps)
@@ -66,7 +75,9 @@ def test_refined_steps_are_the_longer_table(shift: float, num_steps: int, num_su
 
 @pytest.mark.parametrize("num_substeps", [1, 2, 4])
 def test_average_velocity_ends_where_the_steps_end(num_substeps: int) -> None:
-    """Each frame against a plain loop of its own; and against the target as Salimans and Ho write it, in float64."""
+    """Each frame against a plain loop of its own; and against the target as Salimans and Ho write
+    it, in float64.
+    """
     torch.manual_seed(0)
     batch, num_frames = 2, 4
     sigma = torch.rand(batch, num_frames, dtype=torch.float64).sort(1).values
@@ -78,13 +89,19 @@ def test_average_velocity_ends_where_the_steps_end(num_substeps: int) -> None:
         level = sigma if sigma.ndim == 0 else sigma[:, None, :, None, None]
         return torch.sin(3 * sample + level) - level * sample
 
+    def along(path: Tensor) -> Callable[[Tensor, int], Tensor]:
+        return lambda sample, step: field(sample, path[step])
+
     average = average_velocity(field, sample, levels)
     end = euler_step(sample, average, levels[0], levels[-1])
     for row in range(batch):
         for frame in range(1, num_frames):
             alone = sample[row : row + 1, :, frame : frame + 1]
-            expected = integrate(field, alone, levels[:, row, frame])
-            torch.testing.assert_close(end[row : row + 1, :, frame : frame + 1], expected, atol=1e-6, rtol=1e-6)
+            path = levels[:, row, frame]
+            expected = integrate(along(path), alone, path)
+            torch.testing.assert_close(
+                end[row : row + 1, :, frame : frame + 1], expected, atol=1e-6, rtol=1e-6
+            )
             start_level, end_level = levels[0, row, frame], levels[-1, row, frame]
             ratio = end_level / start_level
             target = (expected - ratio * alone) / ((1 - end_level) - ratio * (1 - start_level))
@@ -95,30 +112,38 @@ def test_average_velocity_ends_where_the_steps_end(num_substeps: int) -> None:
 
 
 def test_many_steps_average_to_the_exact_flow() -> None:
-    """Gaussian data with deviation s: the flow scales a sample by the ratio of the deviations at both ends."""
+    """Gaussian data with deviation s: the flow scales a sample by the ratio of the deviations at
+    both ends.
+    """
     s, sigma, sigma_next = 0.5, torch.full((1, 1), 0.9), torch.full((1, 1), 0.2)
     sample = torch.linspace(-2, 2, 5).view(1, 5, 1, 1, 1)
 
     def deviation(level: Tensor) -> Tensor:
         return ((1 - level) ** 2 * s**2 + level**2).sqrt()
 
-    def field(sample: Tensor, level: Tensor) -> Tensor:  # d/d level of log deviation, times the sample
+    # d/d level of log deviation, times the sample
+    def field(sample: Tensor, level: Tensor) -> Tensor:
         slope = (level - (1 - level) * s**2) / deviation(level) ** 2
         return slope[:, None, :, None, None] * sample
 
     average = average_velocity(field, sample, refine_steps(sigma, sigma_next, 400, 1.0))
     end = euler_step(sample, average, sigma, sigma_next)
-    torch.testing.assert_close(end, sample * deviation(sigma_next) / deviation(sigma), atol=2e-3, rtol=0)
+    torch.testing.assert_close(
+        end, sample * deviation(sigma_next) / deviation(sigma), atol=2e-3, rtol=0
+    )
 
 
-def streamed_steps(model: A2VDiT, inputs: TrainingInput, context: Context, levels: Tensor, guidance: float) -> Tensor:
-    """Chunk after chunk as a guided stream does it: two rows of cache per clip, some Euler steps from the noisy chunk.
+def streamed_steps(
+    model: A2VDiT, inputs: TrainingInput, context: Context, levels: Tensor, guidance: float
+) -> Tensor:
+    """Chunk after chunk as a guided stream does it: two rows of cache per clip, some Euler steps
+    from the noisy chunk.
 
     Returns the samples after the last step, without the reference.
     """
     noisy, speech = inputs.path.noisy_latents, inputs.speech_latents
     rows, _, num_frames, height, width = noisy.shape
-    cache = IDContextCache.allocate(model, 2 * rows, height, width)
+    cache = model.new_cache(2 * rows, height, width)
     references = torch.cat([noisy[:, :, :1], torch.zeros_like(noisy[:, :, :1])])
     if model.cache_options.reference_attends == "self":
         model.prefill(references, cache)
@@ -128,7 +153,10 @@ def streamed_steps(model: A2VDiT, inputs: TrainingInput, context: Context, level
         conditions = torch.cat([speech[:, frames], torch.zeros_like(speech[:, frames])])
         sample, sigma = torch.cat([sample, sample]), torch.cat([sigma, sigma])
         if cache.reference_expected:
-            sample, sigma = torch.cat([references, sample], 2), torch.cat([torch.zeros_like(sigma[:, :1]), sigma], 1)
+            sample, sigma = (
+                torch.cat([references, sample], 2),
+                torch.cat([torch.zeros_like(sigma[:, :1]), sigma], 1),
+            )
             conditions = torch.cat([torch.zeros_like(conditions[:, :1]), conditions], 1)
         velocity = model(sample, sigma, conditions, cache=cache)[:, :, -length:]
         conditional, unconditional = velocity.chunk(2)
@@ -162,13 +190,24 @@ OPTIONS: dict[str, dict[str, Any]] = {
     [(6.0, 8, 4, 1.0), (1.0, 4, 2, 3.0), (2.5, 4, 4, 1.0), (3.0, 4, 1, None)],
 )
 def test_loss_is_the_distance_to_guided_streams(
-    tmp_path: Path, options: dict[str, Any], guidance: float, num_steps: int, student_steps: int, shift: float | None
+    tmp_path: Path,
+    options: dict[str, Any],
+    guidance: float,
+    num_steps: int,
+    student_steps: int,
+    shift: float | None,
 ) -> None:
     source = make_transformer(seed=3, **options)
     settings = DistillSettings(
-        save_transformer(source, tmp_path / "source.ckpt"), guidance, num_steps, student_steps, shift
+        save_transformer(source, tmp_path / "source.ckpt"),
+        guidance,
+        num_steps,
+        student_steps,
+        shift,
     )
-    module = make_student(make_transformer(**options), distill=settings, identity_dropout=0.3, audio_dropout=0.3)
+    module = make_student(
+        make_transformer(**options), distill=settings, identity_dropout=0.3, audio_dropout=0.3
+    )
     inputs = module.draw(make_conditions(3, 10, 2, 3))
     loss = module.losses(inputs)["loss"]
 
@@ -176,7 +215,9 @@ def test_loss_is_the_distance_to_guided_streams(
         return ltx_sigma_table(steps, 7 * 6) if shift is None else sigma_table(steps, shift)
 
     def context(level: float) -> Context:
-        sigma = inputs.path.sigma.new_full(inputs.path.sigma.shape, 0.0 if "cache_noise" in options else level)
+        sigma = inputs.path.sigma.new_full(
+            inputs.path.sigma.shape, 0.0 if "cache_noise" in options else level
+        )
         sigma[:, 0] = 0
         share = sigma[:, None, :, None, None]
         noise = inputs.path.velocity + inputs.clean_latents
@@ -184,7 +225,9 @@ def test_loss_is_the_distance_to_guided_streams(
 
     sigma = inputs.path.sigma
     sigma_next = next_level(sigma, table(student_steps))
-    levels = refine_steps(sigma, sigma_next, num_steps // student_steps, ltx_shift(7 * 6) if shift is None else shift)
+    levels = refine_steps(
+        sigma, sigma_next, num_steps // student_steps, ltx_shift(7 * 6) if shift is None else shift
+    )
     with torch.no_grad():
         end = streamed_steps(source, inputs, context(float(table(num_steps)[-2])), levels, guidance)
         start = inputs.path.noisy_latents[:, :, 1:]
@@ -194,7 +237,9 @@ def test_loss_is_the_distance_to_guided_streams(
             inputs.path.noisy_latents, sigma, inputs.speech_latents,
             context_latents=own.latents, context_sigma=own.sigma,
         )[:, :, 1:]  # fmt: skip
-    torch.testing.assert_close(loss.detach(), (velocity - target).square().mean(), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        loss.detach(), (velocity - target).square().mean(), atol=1e-5, rtol=1e-4
+    )
     torch.testing.assert_close(module.validation_losses(inputs)["distillation_loss"], loss)
 
 
@@ -206,13 +251,16 @@ def test_one_branch_is_run_without_guidance() -> None:
     model.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
     with torch.no_grad():
         results = [
-            guided_velocity(model, clean.latents, sigma, clean.speech_latents, context, a) for a in (1.0, 1 + 1e-7)
+            guided_velocity(model, clean.latents, sigma, clean.speech_latents, context, a)
+            for a in (1.0, 1 + 1e-7)
         ]
     assert seen == [2, 4]
     torch.testing.assert_close(results[0], results[1], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("guidance", "num_steps", "student_steps"), [(3.0, 4, 4), (1.0, 4, 2), (3.0, 8, 4)])
+@pytest.mark.parametrize(
+    ("guidance", "num_steps", "student_steps"), [(3.0, 4, 4), (1.0, 4, 2), (3.0, 8, 4)]
+)
 def test_student_learns_and_its_source_stays(
     tmp_path: Path, guidance: float, num_steps: int, student_steps: int
 ) -> None:
@@ -233,19 +281,39 @@ def test_student_learns_and_its_source_stays(
 def test_settings_that_do_not_fit(tmp_path: Path) -> None:
     source = save_transformer(make_transformer(), tmp_path / "source.ckpt")
     teacher = save_transformer(make_transformer("full"), tmp_path / "teacher.ckpt")
-    with pytest.raises(UserError, match=r"expected distill\.student_steps to divide num_steps, got 3 and 8: use"):
+    with pytest.raises(
+        UserError,
+        match=(
+            r"expected distill\.student_steps to divide num_steps, "
+            r"got "
+            r"3 and 8: use"
+        ),
+    ):
         DistillSettings(source, student_steps=3)
-    with pytest.raises(UserError, match="expected guidance or steps to distil, got guidance 1 and 4 steps for both"):
+    with pytest.raises(
+        UserError,
+        match=("expected guidance or steps to distil, got guidance 1 and 4 steps for both"),
+    ):
         DistillSettings(source, 1.0, 4, 4)
     with pytest.raises(UserError, match="expected distill alone, got asd or rollout beside it"):
         make_student(distill=DistillSettings(source), rollout=RolloutSettings())
     with pytest.raises(UserError, match="expected distill alone, got asd or rollout beside it"):
         make_student(distill=DistillSettings(source), asd=ASDSettings(teacher))
-    with pytest.raises(UserError, match="expected a source with attention 'chunked', got a teacher in"):
+    with pytest.raises(
+        UserError, match=("expected a source with attention 'chunked', got a teacher in")
+    ):
         make_student(distill=DistillSettings(teacher))
-    with pytest.raises(UserError, match=r"expected a source of the student's shape, got cache_options .* against"):
+    with pytest.raises(
+        UserError,
+        match=(
+            r"expected a source of the student's shape, got "
+            r"cache_options .* against"
+        ),
+    ):
         make_student(make_transformer(positions="absolute"), distill=DistillSettings(source))
-    with pytest.raises(UserError, match="expected a cache of last_step or clean_pass for distill, got"):
+    with pytest.raises(
+        UserError, match=("expected a cache of last_step or clean_pass for distill, got")
+    ):
         make_student(make_transformer(cache_noise="per_step"), distill=DistillSettings(source))
     with pytest.raises(UserError, match="got no such file"):
         make_student(distill=DistillSettings(str(tmp_path / "absent.ckpt")))

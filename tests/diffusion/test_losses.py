@@ -17,7 +17,9 @@ from rest_lightning.diffusion.losses import (
 
 
 def video(*frames: list[float]) -> Tensor:
-    """One clip (1, C, 1 + f, 1, 1) from the channel vectors of its generated frames; the reference slot is poisoned."""
+    """One clip (1, C, 1 + f, 1, 1) from the channel vectors of its generated frames; the reference
+    slot is poisoned.
+    """
     generated = torch.tensor(frames, dtype=torch.float64).T[None, :, :, None, None]
     return torch.cat([torch.full_like(generated[:, :, :1], torch.nan), generated], dim=2)
 
@@ -41,7 +43,9 @@ def test_contrastive_by_hand() -> None:
     tau = 0.5
     first = -math.log(math.exp(1 / tau) / (math.exp(1 / tau) + math.exp(0)))
     second = math.log(2)
-    assert contrastive_loss(student, teacher, tau).item() == pytest.approx((first + second) / 2, abs=1e-12)
+    assert contrastive_loss(student, teacher, tau).item() == pytest.approx(
+        (first + second) / 2, abs=1e-12
+    )
 
 
 @pytest.mark.parametrize("num_frames", [2, 3, 12])
@@ -50,10 +54,15 @@ def test_contrastive_limits(num_frames: int) -> None:
     assert contrastive_loss(same, same).item() == pytest.approx(math.log(num_frames), abs=1e-9)
     for seed in range(5):
         torch.manual_seed(seed)
-        student, teacher = random_velocity(num_frames=1 + num_frames), random_velocity(num_frames=1 + num_frames)
+        student, teacher = (
+            random_velocity(num_frames=1 + num_frames),
+            random_velocity(num_frames=1 + num_frames),
+        )
         assert contrastive_loss(student, teacher).item() >= 0
         assert contrastive_loss(teacher, teacher).item() < contrastive_loss(student, teacher).item()
-        assert contrastive_loss(3 * teacher, teacher).item() == pytest.approx(contrastive_loss(teacher, teacher).item())
+        assert contrastive_loss(3 * teacher, teacher).item() == pytest.approx(
+            contrastive_loss(teacher, teacher).item()
+        )
 
 
 def test_contrastive_compares_frames_of_one_clip_only() -> None:
@@ -80,8 +89,12 @@ def test_smoothness_ignores_constant_and_linear_offsets(num_frames: int) -> None
     teacher = random_velocity(num_frames=num_frames)
     constant, slope = torch.randn(2, 2, 4, 1, 2, 2, dtype=torch.float64)
     time = torch.arange(num_frames, dtype=torch.float64).view(1, 1, -1, 1, 1)
-    assert smoothness_loss(teacher + constant + slope * time, teacher).item() == pytest.approx(0, abs=1e-20)
-    assert smoothness_loss(teacher + slope * time**2, teacher).item() == pytest.approx((4 * slope**2).mean().item())
+    assert smoothness_loss(teacher + constant + slope * time, teacher).item() == pytest.approx(
+        0, abs=1e-20
+    )
+    assert smoothness_loss(teacher + slope * time**2, teacher).item() == pytest.approx(
+        (4 * slope**2).mean().item()
+    )
 
 
 @pytest.mark.parametrize("num_frames", [2, 3])
@@ -113,8 +126,12 @@ def test_losses_of_half_precision_are_float32() -> None:
 
 
 def test_speech_contrastive_by_hand() -> None:
-    features = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]]], dtype=torch.float64)[:, :, None]
-    reconstruction = torch.tensor([[[2.0, 0.0], [1.0, 0.0], [-3.0, 0.0]]], dtype=torch.float64)[:, :, None]
+    features = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]]], dtype=torch.float64)[
+        :, :, None
+    ]
+    reconstruction = torch.tensor([[[2.0, 0.0], [1.0, 0.0], [-3.0, 0.0]]], dtype=torch.float64)[
+        :, :, None
+    ]
     tau = 0.5
     # rows of cosine similarities: (1, 0, -1), (1, 0, -1), (-1, 0, 1); denominators leave out j = i
     rows = [
@@ -122,13 +139,17 @@ def test_speech_contrastive_by_hand() -> None:
         0 + math.log(math.exp(1 / tau) + math.exp(-1 / tau)),
         -1 / tau + math.log(math.exp(-1 / tau) + math.exp(0)),
     ]
-    assert speech_contrastive_loss(reconstruction, features, tau).item() == pytest.approx(sum(rows) / 3, abs=1e-12)
+    assert speech_contrastive_loss(reconstruction, features, tau).item() == pytest.approx(
+        sum(rows) / 3, abs=1e-12
+    )
 
 
 @pytest.mark.parametrize("num_frames", [2, 9, 97])
 def test_speech_contrastive_limit_and_total(num_frames: int) -> None:
     same = torch.randn(2, 1, 10, 4, dtype=torch.float64).expand(-1, num_frames, -1, -1)
-    assert speech_contrastive_loss(same, same).item() == pytest.approx(math.log(num_frames - 1), abs=1e-9)
+    assert speech_contrastive_loss(same, same).item() == pytest.approx(
+        math.log(num_frames - 1), abs=1e-9
+    )
     features, reconstruction = torch.randn(2, 2, num_frames, 10, 4, dtype=torch.float64)
     loss = speech_ae_loss(reconstruction, features)
     assert loss.mse.item() == pytest.approx((reconstruction - features).square().mean().item())

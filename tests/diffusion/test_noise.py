@@ -35,7 +35,9 @@ def cdf(sigma: Tensor) -> Tensor:
 
 
 def kolmogorov_distance(sigma: Tensor, low: float, high: float) -> float:
-    """Largest distance between the sampled and the analytic distribution inside the quantile range [low, high]."""
+    """Largest distance between the sampled and the analytic distribution inside the quantile range
+    [low, high].
+    """
     uniform = ((cdf(sigma) - low) / (high - low)).sort().values
     ranks = (torch.arange(len(uniform)) + 0.5) / len(uniform)
     return (uniform - ranks).abs().max().item()
@@ -43,8 +45,12 @@ def kolmogorov_distance(sigma: Tensor, low: float, high: float) -> float:
 
 @pytest.mark.parametrize("num_chunks", [1, 2, 3, 4, 7])
 @pytest.mark.parametrize("chunk_length", [1, 2, 3])
-def test_cans_orders_chunks_and_keeps_the_reference_clean(num_chunks: int, chunk_length: int) -> None:
-    sigma = sample_sigmas_cans(200, num_chunks, chunk_length, TABLE, motion_dropout=0.0, generator=generator())
+def test_cans_orders_chunks_and_keeps_the_reference_clean(
+    num_chunks: int, chunk_length: int
+) -> None:
+    sigma = sample_sigmas_cans(
+        200, num_chunks, chunk_length, TABLE, motion_dropout=0.0, generator=generator()
+    )
     assert sigma.shape == (200, 1 + num_chunks * chunk_length)
     assert (sigma[:, 0] == 0).all()
     chunks = sigma[:, 1:].unflatten(1, (num_chunks, chunk_length))
@@ -54,10 +60,13 @@ def test_cans_orders_chunks_and_keeps_the_reference_clean(num_chunks: int, chunk
 
 @pytest.mark.parametrize("num_chunks", [1, 3, 4])
 def test_cans_follows_the_analytic_quantiles(num_chunks: int) -> None:
-    sigma = sample_sigmas_cans(8000, num_chunks, 1, TABLE, motion_dropout=0.0, generator=generator())
+    sigma = sample_sigmas_cans(
+        8000, num_chunks, 1, TABLE, motion_dropout=0.0, generator=generator()
+    )
     bounds = [i * 1000 // num_chunks / 1000 for i in range(num_chunks + 1)]
     for i in range(num_chunks):
-        assert kolmogorov_distance(sigma[:, 1 + i], bounds[i], bounds[i + 1]) < 0.025  # 5 % point of n = 8000: 0.015
+        # 5 % point of n = 8000: 0.015
+        assert kolmogorov_distance(sigma[:, 1 + i], bounds[i], bounds[i + 1]) < 0.025
 
 
 def test_cans_motion_dropout_shares_one_level_of_the_whole_table() -> None:
@@ -76,7 +85,9 @@ def test_cans_marginal_over_chunks_is_the_table() -> None:
 
 @pytest.mark.parametrize(("num_chunks", "chunk_length"), [(4, 3), (1, 1), (5, 2)])
 def test_ans_is_one_cleaner_frame_then_one_level(num_chunks: int, chunk_length: int) -> None:
-    sigma = sample_sigmas_ans(4000, num_chunks, chunk_length, TABLE, motion_dropout=0.0, generator=generator())
+    sigma = sample_sigmas_ans(
+        4000, num_chunks, chunk_length, TABLE, motion_dropout=0.0, generator=generator()
+    )
     assert sigma.shape == (4000, 1 + num_chunks * chunk_length)
     assert (sigma[:, 0] == 0).all()
     assert (sigma[:, 2:] == sigma[:, 2:3]).all()
@@ -95,10 +106,16 @@ def test_ans_motion_dropout() -> None:
 
 def test_draws_come_from_the_generator_alone() -> None:
     torch.manual_seed(1)
-    first = sample_sigmas_cans(4, 4, 3, TABLE, generator=generator(3)), sample_drops(4, generator=generator(3)).audio
+    first = (
+        sample_sigmas_cans(4, 4, 3, TABLE, generator=generator(3)),
+        sample_drops(4, generator=generator(3)).audio,
+    )
     torch.manual_seed(2)
     state = torch.get_rng_state()
-    second = sample_sigmas_cans(4, 4, 3, TABLE, generator=generator(3)), sample_drops(4, generator=generator(3)).audio
+    second = (
+        sample_sigmas_cans(4, 4, 3, TABLE, generator=generator(3)),
+        sample_drops(4, generator=generator(3)).audio,
+    )
     assert torch.equal(first[0], second[0])
     assert torch.equal(first[1], second[1])
     assert torch.equal(torch.get_rng_state(), state)

@@ -4,7 +4,13 @@ import pytest
 import torch
 
 from rest_lightning.diffusion.noise import add_noise
-from rest_lightning.diffusion.sampling import Guidance, euler_step, integrate, joint_guidance, split_guidance
+from rest_lightning.diffusion.sampling import (
+    Guidance,
+    euler_step,
+    integrate,
+    joint_guidance,
+    split_guidance,
+)
 from rest_lightning.diffusion.schedule import ltx_sigma_table, sigma_table
 
 SHAPE = (2, 4, 7, 2, 2)
@@ -14,16 +20,18 @@ SHAPE = (2, 4, 7, 2, 2)
 @pytest.mark.parametrize("shift", [1.0, 5.0])
 def test_euler_is_exact_on_a_straight_path(num_steps: int, shift: float) -> None:
     latents, noise = torch.randn(2, *SHAPE, dtype=torch.float64)
-    levels = []
+    steps: list[int] = []
 
-    def velocity(sample: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        levels.append(float(sigma))
-        assert torch.allclose(sample, add_noise(latents, noise, sigma), atol=1e-6)
+    def velocity(sample: torch.Tensor, step: int) -> torch.Tensor:
+        steps.append(step)
+        assert torch.allclose(sample, add_noise(latents, noise, table[step]), atol=1e-6)
         return noise - latents
 
     table = sigma_table(num_steps, shift)
-    assert torch.allclose(integrate(velocity, noise, table), latents, atol=1e-6)
-    assert levels == table[:-1].tolist()
+    for sigmas in (table, table.tolist()):
+        steps.clear()
+        assert torch.allclose(integrate(velocity, noise, sigmas), latents, atol=1e-6)
+        assert steps == list(range(num_steps))
 
 
 def test_euler_step_goes_frame_by_frame() -> None:
@@ -37,7 +45,9 @@ def test_euler_step_goes_frame_by_frame() -> None:
 
 
 def test_euler_step_equals_the_diffusers_step() -> None:
-    from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+    from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
+        FlowMatchEulerDiscreteScheduler,
+    )
 
     scheduler = FlowMatchEulerDiscreteScheduler()
     table = ltx_sigma_table(8, 1792)
@@ -64,12 +74,16 @@ def test_guidance_algebra() -> None:
     assert torch.allclose(joint_guidance(v_none, v_full, 6.0), -5 * v_none + 6 * v_full, atol=1e-12)
     assert torch.equal(split_guidance(v_none, v_ref, v_full, 0.0, 1.0), v_full)
     assert torch.allclose(
-        split_guidance(v_none, v_ref, v_full, 2.0, 6.0), -7 * v_none + 2 * v_ref + 6 * v_full, atol=1e-12
+        split_guidance(v_none, v_ref, v_full, 2.0, 6.0),
+        -7 * v_none + 2 * v_ref + 6 * v_full,
+        atol=1e-12,
     )
     # equal branches change nothing; without a reference term split guidance is joint guidance
     assert torch.allclose(split_guidance(v_full, v_full, v_full, 2.0, 6.0), v_full, atol=1e-12)
     assert torch.allclose(
-        split_guidance(v_none, v_ref, v_full, 0.0, 6.0), joint_guidance(v_none, v_full, 6.0), atol=1e-12
+        split_guidance(v_none, v_ref, v_full, 0.0, 6.0),
+        joint_guidance(v_none, v_full, 6.0),
+        atol=1e-12,
     )
 
 
@@ -78,15 +92,21 @@ def test_guidance_algebra() -> None:
     ("weight", "reference_weight", "num_branches"),
     [(1.0, 0.0, 1), (6.0, 0.0, 2), (0.0, 0.0, 2), (6.0, 2.0, 3), (1.0, 0.5, 3), (0.0, -1.0, 3)],
 )
-def test_branches_are_one_batch(batch: int, weight: float, reference_weight: float, num_branches: int) -> None:
+def test_branches_are_one_batch(
+    batch: int, weight: float, reference_weight: float, num_branches: int
+) -> None:
     guidance = Guidance(weight, reference_weight)
     assert guidance.num_branches == num_branches
     reference, speech, sample = torch.randn(3, batch, 4, dtype=torch.float64)
 
-    def network(sample: torch.Tensor, reference: torch.Tensor, speech: torch.Tensor) -> torch.Tensor:
+    def network(
+        sample: torch.Tensor, reference: torch.Tensor, speech: torch.Tensor
+    ) -> torch.Tensor:
         return sample * (1 + reference) + torch.sin(speech + reference)
 
-    rows = network(guidance.samples(sample), guidance.references(reference), guidance.speech(speech))
+    rows = network(
+        guidance.samples(sample), guidance.references(reference), guidance.speech(speech)
+    )
     assert rows.shape == (num_branches * batch, 4)
     zero = torch.zeros_like(reference)
     expected = (

@@ -7,14 +7,21 @@ import numpy as np
 import pytest
 import torch
 
-from rest_lightning.diffusion.schedule import ltx_shift, ltx_sigma_table, sigma_table, training_table
+from rest_lightning.diffusion.schedule import (
+    ltx_shift,
+    ltx_sigma_table,
+    sigma_table,
+    training_table,
+)
 from rest_lightning.errors import UserError
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 4, 8, 50])
 @pytest.mark.parametrize("shift", [0.5, 1.0, 3.0, math.exp(2.05)])
 @pytest.mark.parametrize("terminal", [None, 0.1])
-def test_sigma_table_descends_from_one_to_zero(num_steps: int, shift: float, terminal: float | None) -> None:
+def test_sigma_table_descends_from_one_to_zero(
+    num_steps: int, shift: float, terminal: float | None
+) -> None:
     table = sigma_table(num_steps, shift, terminal)
     assert table.shape == (num_steps + 1,)
     assert table.dtype == torch.float32
@@ -33,7 +40,9 @@ def test_sigma_table_by_hand() -> None:
 @pytest.mark.parametrize("num_steps", [2, 8, 20])
 @pytest.mark.parametrize("num_tokens", [16, 768, 1024, 1792, 3328, 8192])
 def test_ltx_table_equals_diffusers(num_steps: int, num_tokens: int) -> None:
-    from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+    from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
+        FlowMatchEulerDiscreteScheduler,
+    )
 
     scheduler = FlowMatchEulerDiscreteScheduler(
         use_dynamic_shifting=True,
@@ -52,7 +61,9 @@ def test_ltx_table_equals_diffusers(num_steps: int, num_tokens: int) -> None:
 
 @pytest.mark.parametrize("shift", [1.0, 3.0, 7.0])
 def test_constant_shift_equals_diffusers(shift: float) -> None:
-    from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+    from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
+        FlowMatchEulerDiscreteScheduler,
+    )
 
     scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
     scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / 8, 8).tolist())
@@ -60,12 +71,15 @@ def test_constant_shift_equals_diffusers(shift: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("num_levels", "mean", "std"), [(1000, 2.05, 1.0), (1000, 0.0, 1.0), (10, 1.0, 0.5), (1, 2.05, 1.0)]
+    ("num_levels", "mean", "std"),
+    [(1000, 2.05, 1.0), (1000, 0.0, 1.0), (10, 1.0, 0.5), (1, 2.05, 1.0)],
 )
 def test_training_table_holds_the_quantiles(num_levels: int, mean: float, std: float) -> None:
     table = training_table(num_levels, mean, std)
     normal = NormalDist(mean, std)
-    expected = [1 / (1 + math.exp(-normal.inv_cdf((i + 0.5) / num_levels))) for i in range(num_levels)]
+    expected = [
+        1 / (1 + math.exp(-normal.inv_cdf((i + 0.5) / num_levels))) for i in range(num_levels)
+    ]
     assert torch.allclose(table, torch.tensor(expected), atol=1e-6)
     assert (table.diff() > 0).all()
     assert table[0] > 0

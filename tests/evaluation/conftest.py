@@ -1,4 +1,6 @@
-"""Tiny embedded extractors with random weights, a protocol file that names them, true clips, rows."""
+"""Tiny embedded extractors with random weights, a protocol file that names them, true clips,
+rows.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ def extractors(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder as the training command of the embedded networks writes it."""
     import torch
 
-    from rest_lightning.metrics.embedded import EmbeddedImage, EmbeddedSync, EmbeddedVideo
+    from rest_lightning.metrics.extractors import EmbeddedImage, EmbeddedSync, EmbeddedVideo
 
     folder = tmp_path_factory.mktemp("extractors")
     torch.manual_seed(0)
@@ -35,13 +37,23 @@ def extractors(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def protocol_file(extractors: Path, repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """configs/eval/synthetic.yaml for three clips of 48 frames of 64x64, seen by the tiny extractors."""
+def protocol_file(
+    extractors: Path, repository: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """configs/eval/synthetic.yaml for three clips of 48 frames of 64x64, seen by the tiny
+    extractors.
+    """
     import yaml
 
     content = yaml.safe_load((repository / "configs/eval/synthetic.yaml").read_text())
     protocol = content["trainer"]["callbacks"][0]["init_args"]["protocol"]
-    protocol |= {"name": "tiny", "num_clips": 3, "num_frames": 48, "size_px": 64, "extractors": str(extractors)}
+    protocol |= {
+        "name": "tiny",
+        "num_clips": 3,
+        "num_frames": 48,
+        "size_px": 64,
+        "extractors": str(extractors),
+    }
     path = tmp_path_factory.mktemp("protocol") / "tiny.yaml"
     path.write_text(yaml.safe_dump(content))
     return path
@@ -69,7 +81,11 @@ def make_row() -> Callable[..., dict[str, Any]]:
             "method": method,
             "measured": True,
             "metrics": {"fid": fid, "sync_c": 4.0, "background_drift_by_second": [0.5, 0.75, 1.0]},
-            "ground_truth": {"fid": 0.0, "sync_c": 5.0, "background_drift_by_second": [0.25, 0.25, 0.25]},
+            "ground_truth": {
+                "fid": 0.0,
+                "sync_c": 5.0,
+                "background_drift_by_second": [0.25, 0.25, 0.25],
+            },
             "num_clips": 8,
             "num_frames": 96,
             "failures": [],

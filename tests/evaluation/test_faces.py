@@ -15,7 +15,12 @@ from rest_lightning.evaluation.protocol import Protocol
 
 def test_gaps_are_bridged_up_to_a_second() -> None:
     boxes = np.full((60, 4), np.nan)
-    boxes[2], boxes[12], boxes[37], boxes[55] = (0, 0, 10, 10), (10, 20, 20, 30), (10, 20, 20, 30), (0, 0, 10, 10)
+    boxes[2], boxes[12], boxes[37], boxes[55] = (
+        (0, 0, 10, 10),
+        (10, 20, 20, 30),
+        (10, 20, 20, 30),
+        (0, 0, 10, 10),
+    )
     filled = bridge(boxes)
     assert filled[7].tolist() == [5, 10, 15, 20]
     assert filled[0].tolist() == filled[59].tolist() == [0, 0, 10, 10]
@@ -27,7 +32,11 @@ def test_gaps_are_bridged_up_to_a_second() -> None:
 
 
 def test_sidecar_landmarks_become_boxes() -> None:
-    landmarks = {"left_eye": [[0.4, 0.4]] * 5, "right_eye": [[0.6, 0.4]] * 5, "mouth": [[0.5, 0.58]] * 5}
+    landmarks = {
+        "left_eye": [[0.4, 0.4]] * 5,
+        "right_eye": [[0.6, 0.4]] * 5,
+        "mouth": [[0.5, 0.58]] * 5,
+    }
     boxes = SidecarFaces(landmarks).boxes(np.zeros((4, 200, 200, 3), np.uint8))
     np.testing.assert_allclose(boxes, np.tile([50.0, 48.0, 150.0, 148.0], (4, 1)))
     with pytest.raises(UserError, match="expected landmarks of 6 frames, got 5"):
@@ -56,7 +65,11 @@ def test_a_track_stays_with_its_face(boxes: list[tuple[int, ...]], expected: int
 
 def test_mediapipe_follows_a_face_and_bridges_where_there_is_none(repository: Path) -> None:
     pytest.importorskip("mediapipe", reason="extra `prepare` finds faces")
-    picture = np.array(Image.open(repository / "rest_lightning/assets/portrait.png").convert("RGB").resize((192, 192)))
+    picture = np.array(
+        Image.open(repository / "rest_lightning/assets/portrait.png")
+        .convert("RGB")
+        .resize((192, 192))
+    )
     canvas = np.full((12, 256, 320, 3), 120, np.uint8)
     for i, frame in enumerate(canvas):
         if i not in (5, 6):
@@ -69,7 +82,11 @@ def test_mediapipe_follows_a_face_and_bridges_where_there_is_none(repository: Pa
 
 def test_mediapipe_finds_no_face_in_noise_or_says_how_to_get_it() -> None:
     with pytest.raises(
-        UserError, match=r"expected a face, found none in 3 frames|pip install 'rest_lightning\[prepare\]'"
+        UserError,
+        match=(
+            r"expected a face, found none in 3 frames|pip install "
+            r"'rest_lightning\[prepare\]'"
+        ),
     ):
         MediapipeFaces().boxes(np.zeros((3, 64, 64, 3), np.uint8))
 
@@ -85,8 +102,17 @@ def test_mediapipe_finds_no_face_in_noise_or_says_how_to_get_it() -> None:
     ],
 )
 def test_wrong_protocols_are_told(changes: dict[str, object], message: str) -> None:
-    options: dict[str, object] = {"name": "p", "version": 1, "num_clips": 2, "num_frames": 96, "size_px": 64}
+    options: dict[str, object] = {
+        "name": "p",
+        "version": 1,
+        "num_clips": 2,
+        "num_frames": 96,
+        "size_px": 64,
+    }
     assert Protocol(**options).fps == 25
-    assert Protocol(**options | {"num_frames": 90_000, "measures": ["fid", "talking"]}).num_frames == 90_000
+    assert (
+        Protocol(**options | {"num_frames": 90_000, "measures": ["fid", "talking"]}).num_frames
+        == 90_000
+    )
     with pytest.raises(UserError, match=message):
         Protocol(**options | changes)

@@ -1,4 +1,6 @@
-"""`rest leaderboard`: what may stand in one table, in which order, and a page that needs nothing but itself."""
+"""`rest leaderboard`: what may stand in one table, in which order, and a page that needs nothing
+but itself.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +19,18 @@ from xml.etree import ElementTree
 import pytest
 
 from rest_lightning.cli import main
-from rest_lightning.evaluation.board import Group, make_board
-from rest_lightning.evaluation.board_text import to_markdown
-from rest_lightning.evaluation.plots import Point, Series, lines, scatter
+from rest_lightning.evaluation.board import Group, make_board, to_markdown
 from rest_lightning.evaluation.row import ResultRow
+from rest_lightning.media.html import Point, Series, lines, scatter
 
 Make = Callable[..., dict[str, Any]]
-CLAIM = {"protocol": "synthetic", "protocol_version": 1, "method": "Paper", "measured": False, "source": "arXiv <1>"}
+CLAIM = {
+    "protocol": "synthetic",
+    "protocol_version": 1,
+    "method": "Paper",
+    "measured": False,
+    "source": "arXiv <1>",
+}
 
 
 def board(*rows: dict[str, Any], sort_by: str | None = None) -> list[Group]:
@@ -47,24 +54,35 @@ OTHER_EXTRACTOR = {"fid": {"name": "embedded-image", "sha256": "b" * 64}}
     ],
     ids=str,
 )
-def test_what_cannot_be_compared_is_never_in_one_table(make_row: Make, changes: dict[str, Any]) -> None:
+def test_what_cannot_be_compared_is_never_in_one_table(
+    make_row: Make, changes: dict[str, Any]
+) -> None:
     first, second = board(make_row("a", 5.0), make_row("b", 1.0, **changes))
     assert [
-        [entry.name for entry in group.entries] for group in sorted((first, second), key=lambda g: g.rows[0].method)
+        [entry.name for entry in group.entries]
+        for group in sorted((first, second), key=lambda g: g.rows[0].method)
     ]
     assert len(first.entries) == len(second.entries) == 1
-    assert first.entries[0].rank == second.entries[0].rank == 1 and first.best("fid") is second.best("fid") is None
+    assert (
+        first.entries[0].rank == second.entries[0].rank == 1
+        and first.best("fid") is second.best("fid") is None
+    )
 
 
 def test_a_failed_clip_does_not_move_a_row_to_another_table(make_row: Make) -> None:
     failed = make_row("b", 1.0, num_clips=7, failures=[{"clip": "x", "reason": "no face"}])
     (group,) = board(make_row("a"), failed)
-    assert [(entry.name, entry.num_failures, entry.rank) for entry in group.entries] == [("b", 1, 1), ("a", 0, 2)]
+    assert [(entry.name, entry.num_failures, entry.rank) for entry in group.entries] == [
+        ("b", 1, 1),
+        ("a", 0, 2),
+    ]
 
 
 def test_runs_of_a_method_are_one_entry_with_its_spread(make_row: Make) -> None:
     values = (4.0, 5.0, 9.0)
-    rows = [make_row("a", value, sampler={"num_steps": 8, "seed": i}) for i, value in enumerate(values)]
+    rows = [
+        make_row("a", value, sampler={"num_steps": 8, "seed": i}) for i, value in enumerate(values)
+    ]
     (group,) = board(*rows, make_row("b", 5.5), rows[0])  # the same file twice is one run
     first, second = group.entries
     assert (first.name, second.name) == ("b", "a") and len(second.rows) == 3
@@ -74,23 +92,35 @@ def test_runs_of_a_method_are_one_entry_with_its_spread(make_row: Make) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fid", "decimals"), [(245.4, 2), (16.9, 2), (1.5, 2), (0.99, 3), (0.113, 3), (1e-9, 4), (0.0, 2)]
+    ("fid", "decimals"),
+    [(245.4, 2), (16.9, 2), (1.5, 2), (0.99, 3), (0.113, 3), (1e-9, 4), (0.0, 2)],
 )
-def test_columns_of_small_numbers_have_more_decimals(make_row: Make, fid: float, decimals: int) -> None:
+def test_columns_of_small_numbers_have_more_decimals(
+    make_row: Make, fid: float, decimals: int
+) -> None:
     (group,) = board(make_row("a", fid=fid), make_row("b", fid=fid / 7))
     assert group.decimals("fid") == decimals
     assert f" {fid:.{decimals}f} " in to_markdown([group], "").replace("*", "")
 
 
 def test_samplers_of_a_method_are_told_apart(make_row: Make) -> None:
-    rows = [make_row("a", fid, sampler={"num_steps": steps, "seed": 0}) for steps, fid in ((8, 2.0), (4, 3.0))]
+    rows = [
+        make_row("a", fid, sampler={"num_steps": steps, "seed": 0})
+        for steps, fid in ((8, 2.0), (4, 3.0))
+    ]
     (group,) = board(*rows)
     assert [entry.name for entry in group.entries] == ["a (num_steps 8)", "a (num_steps 4)"]
 
 
 @pytest.mark.parametrize(
     ("key", "order"),
-    [("fid", "abc"), ("sync_c", "cba"), ("seam_ratio", "bac"), ("offset_frames", "cab"), ("frames_per_second", "bca")],
+    [
+        ("fid", "abc"),
+        ("sync_c", "cba"),
+        ("seam_ratio", "bac"),
+        ("offset_frames", "cab"),
+        ("frames_per_second", "bca"),
+    ],
 )
 def test_the_better_side_of_every_metric(make_row: Make, key: str, order: str) -> None:
     numbers = {
@@ -100,7 +130,9 @@ def test_the_better_side_of_every_metric(make_row: Make, key: str, order: str) -
     }
     speeds = {"a": 10.0, "b": 30.0, "c": 20.0}
     rows = [
-        make_row(name, metrics=metrics, ground_truth=metrics, speed={"frames_per_second": speeds[name]})
+        make_row(
+            name, metrics=metrics, ground_truth=metrics, speed={"frames_per_second": speeds[name]}
+        )
         for name, metrics in numbers.items()
     ]
     (group,) = board(*rows, sort_by=key)
@@ -118,16 +150,22 @@ def test_other_true_clips_are_told(make_row: Make) -> None:
     truth = make_row()["ground_truth"]
     (group,) = board(make_row("a"), make_row("b", ground_truth=truth | {"sync_c": 5.2}))
     assert any("did not score the same true clips" in warning for warning in group.warnings)
-    (group,) = board(make_row("a"), make_row("b", ground_truth=truth | {"sync_c": 5.001, "fid": 1e-6}))
+    (group,) = board(
+        make_row("a"), make_row("b", ground_truth=truth | {"sync_c": 5.001, "fid": 1e-6})
+    )
     assert group.warnings == []
 
 
 def test_other_kinds_of_frames_are_told(make_row: Make) -> None:
-    """Compression moves FID: raw frames of one method beside mp4 files of another are no fair table."""
+    """Compression moves FID: raw frames of one method beside mp4 files of another are no fair
+    table.
+    """
 
     def row(name: str, source: dict[str, str] | None) -> dict[str, Any]:
         config = {"size_px": 128, "fps": 25, "notes": []}
-        return make_row(name, config=config if source is None else config | {"frame_source": source})
+        return make_row(
+            name, config=config if source is None else config | {"frame_source": source}
+        )
 
     raw, files = {"generated": "decoder", "truth": "mp4"}, {"generated": "mp4", "truth": "mp4"}
     (group,) = board(row("a", raw), row("b", files))
@@ -149,7 +187,11 @@ class Tags(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: Any) -> None:
         self.attributes += [(tag, key, value or "") for key, value in attrs]
-        if tag not in ("meta", "img", "br", "line", "circle", "polyline") or tag == "circle" or tag == "polyline":
+        if (
+            tag not in ("meta", "img", "br", "line", "circle", "polyline")
+            or tag == "circle"
+            or tag == "polyline"
+        ):
             self.open.append(tag)
 
     def handle_startendtag(self, tag: str, attrs: Any) -> None:
@@ -183,7 +225,9 @@ def results(make_row: Make, tmp_path: Path) -> Path:
 def test_three_files(results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     assert main(["leaderboard", str(results), "--out", str(out), "--title", "A & B"]) == 0
-    assert sorted(path.name for path in out.iterdir()) == [f"leaderboard.{kind}" for kind in ("html", "json", "md")]
+    assert sorted(path.name for path in out.iterdir()) == [
+        f"leaderboard.{kind}" for kind in ("html", "json", "md")
+    ]
     assert "3 measured rows" in capsys.readouterr().out
 
     page = (out / "leaderboard.html").read_text()
@@ -198,11 +242,20 @@ def test_three_files(results: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
             assert value.startswith("data:"), f"{key}={value} is not in the page"
     assert not re.search(r"url\(|@import|https?://", re.sub(r'data:[^"]*', "", page))
     sources = {
-        value.split(",")[0]: base64.b64decode(value.split(",")[1]) for _, key, value in tags.attributes if key == "src"
+        value.split(",")[0]: base64.b64decode(value.split(",")[1])
+        for _, key, value in tags.attributes
+        if key == "src"
     }
-    assert sources == {"data:image/png;base64": b"some pixels", "data:video/mp4;base64": b"some frames"}
+    assert sources == {
+        "data:image/png;base64": b"some pixels",
+        "data:video/mp4;base64": b"some frames",
+    }
     assert (
-        "claimed" in text and "arXiv <1>" in text and "ground truth" in text and "no face" in text and "A & B" in text
+        "claimed" in text
+        and "arXiv <1>" in text
+        and "ground truth" in text
+        and "no face" in text
+        and "A & B" in text
     )
     svgs = re.findall(r"<svg.*?</svg>", page, re.S)
     assert len(svgs) == 4  # two tables: quality against speed, and drift
@@ -212,9 +265,21 @@ def test_three_files(results: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "Paper (claimed, not measured) | 14.597 | 0.9 | arXiv &lt;1>" in markdown
     assert "- failed: &lt;script>alert(1)&lt;/script> a\\|b, t&lt;1>: no face" in markdown
     tables = [line for line in markdown.splitlines() if line.startswith("|")]
-    assert any(re.match(r"\| 1 \| ours \| 1 \| 8 \| 0 \| 100.0 \| \*\*3.00\*\*", line) for line in tables)
+    assert any(
+        re.match(
+            (
+                r"\| 1 \| ours \| 1 \| 8 \| 0 \| 100.0 \| "
+                r"\*\*3.00\*\*"
+            ),
+            line,
+        )
+        for line in tables
+    )
     content = json.loads((out / "leaderboard.json").read_text())
-    assert [(group["protocol"], len(group["entries"]), len(group["claimed"])) for group in content["groups"]] == [
+    assert [
+        (group["protocol"], len(group["entries"]), len(group["claimed"]))
+        for group in content["groups"]
+    ] == [
         ("rest-hdtf", 1, 0),
         ("synthetic", 2, 1),
     ]
@@ -222,7 +287,9 @@ def test_three_files(results: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert again == 0, "its own JSON is no row, and is not read"
 
 
-def test_mistakes_are_one_line(results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_one_line(
+    results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = ["--out", str(tmp_path / "out")]
     for words, message in (
         ([str(tmp_path / "nowhere")], "does not exist"),
@@ -239,11 +306,19 @@ def test_mistakes_are_one_line(results: Path, tmp_path: Path, capsys: pytest.Cap
 
 
 def test_points_and_curves_are_where_their_numbers_say() -> None:
-    points = [Point("slow", 10.0, 1.0, 0), Point("fast", 100.0, 3.0, 1), Point("faster", 1000.0, 2.0, 2)]
+    points = [
+        Point("slow", 10.0, 1.0, 0),
+        Point("fast", 100.0, 3.0, 1),
+        Point("faster", 1000.0, 2.0, 2),
+    ]
     svg = ElementTree.fromstring(scatter(points, "frames/s", "FID"))
     places = [(float(c.get("cx", 0)), float(c.get("cy", 0))) for c in svg.iter("circle")]
-    assert places[1][0] - places[0][0] == pytest.approx(places[2][0] - places[1][0], abs=0.2), "logarithmic"
-    assert places[0][1] - places[1][1] == pytest.approx(2 * (places[2][1] - places[1][1]), abs=0.2), "linear"
+    assert places[1][0] - places[0][0] == pytest.approx(places[2][0] - places[1][0], abs=0.2), (
+        "logarithmic"
+    )
+    assert places[0][1] - places[1][1] == pytest.approx(
+        2 * (places[2][1] - places[1][1]), abs=0.2
+    ), "linear"
     svg = ElementTree.fromstring(
         lines([Series("a", [1.0, 2.0, 4.0], 0), Series("truth", [1.0], None)], "second", "drift")
     )
@@ -256,7 +331,12 @@ def test_points_and_curves_are_where_their_numbers_say() -> None:
 @pytest.mark.parametrize("values", [[0.0], [5.0, 5.0], [-1.0, 1.0], [1e-7, 2e-7], [0.0, 1e6]])
 def test_plots_take_any_numbers(values: list[float]) -> None:
     svg = lines([Series("a", values, 0)], "second", "x")
-    svg += scatter([Point("p", 1.0 + i, value, i) for i, value in enumerate(values)], "fps", "x", truth=values[0])
+    svg += scatter(
+        [Point("p", 1.0 + i, value, i) for i, value in enumerate(values)],
+        "fps",
+        "x",
+        truth=values[0],
+    )
     assert not re.search(r"nan|inf", svg)
 
 

@@ -1,4 +1,6 @@
-"""`rest test` under a protocol: the row of the generated clips; the same callback while a stage trains."""
+"""`rest test` under a protocol: the row of the generated clips; the same callback while a stage
+trains.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +21,14 @@ import yaml
 from rest_lightning.cli import main
 from rest_lightning.data.clips import cut_audio
 from rest_lightning.data.layout import Sidecar, complete_clip_ids, finish_dataset, write_sidecar
-from rest_lightning.data.video import read_clip_audio, read_frames
-from rest_lightning.evaluation.generate import Streamed, Whole, generate_clip, load_generator
+from rest_lightning.diffusion.sampling import SamplingChanges
 from rest_lightning.evaluation.protocol import read_protocol
 from rest_lightning.evaluation.row import ResultRow, read_rows
 from rest_lightning.evaluation.scorer import ClipPair, Scorer
+from rest_lightning.generation import Streamed, Whole, generate_clip, load_generator
+from rest_lightning.media.video import read_clip_audio, read_frames
 from rest_lightning.streaming.engine import to_uint8
-from rest_lightning.talking_head import SamplingChanges, TalkingHead
+from rest_lightning.talking_head import TalkingHead
 
 NUM_FRAMES = 48
 
@@ -47,8 +50,17 @@ def words(protocol_file: Path, data: Path, out: Path, *args: str) -> list[str]:
     overlay.write_text(
         json.dumps(
             {
-                "data": {"data_dir": str(data), "num_frames": 57, "progress": False, "num_workers": 0},
-                "trainer": {"accelerator": "cpu", "default_root_dir": str(out), "enable_progress_bar": False},
+                "data": {
+                    "data_dir": str(data),
+                    "num_frames": 57,
+                    "progress": False,
+                    "num_workers": 0,
+                },
+                "trainer": {
+                    "accelerator": "cpu",
+                    "default_root_dir": str(out),
+                    "enable_progress_bar": False,
+                },
             }
         )
     )
@@ -56,7 +68,9 @@ def words(protocol_file: Path, data: Path, out: Path, *args: str) -> list[str]:
 
 
 def windows(data: Path) -> list[tuple[str, np.ndarray, np.ndarray, np.ndarray]]:
-    """Name, frames, audio and true opening of the clips that the protocol takes: whole clips are one window here."""
+    """Name, frames, audio and true opening of the clips that the protocol takes: whole clips are
+    one window here.
+    """
     found = []
     for clip_id in complete_clip_ids(data)[:3]:
         path = data / "clips" / f"{clip_id}.mp4"
@@ -66,26 +80,41 @@ def windows(data: Path) -> list[tuple[str, np.ndarray, np.ndarray, np.ndarray]]:
     return found
 
 
-def check_row(row: ResultRow, protocol_file: Path, clips: list[Any], generated: list[np.ndarray]) -> None:
+def check_row(
+    row: ResultRow, protocol_file: Path, clips: list[Any], generated: list[np.ndarray]
+) -> None:
     scorer = Scorer(read_protocol(protocol_file))
     for (name, truth, audio, opening), frames in zip(clips, generated, strict=True):
-        assert scorer.add(ClipPair(name, [(frames, truth)], audio, audio, truth[0], opening)), scorer.failures
+        assert scorer.add(ClipPair(name, [(frames, truth)], audio, audio, truth[0], opening)), (
+            scorer.failures
+        )
     expected = scorer.row("x")
     for side in ("metrics", "ground_truth"):
         mine, theirs = getattr(row, side), getattr(expected, side)
         assert mine.keys() == theirs.keys()
         for key, value in theirs.items():
-            assert mine[key] == (None if value is None else pytest.approx(value, rel=1e-4, abs=2e-6)), key
+            assert mine[key] == (
+                None if value is None else pytest.approx(value, rel=1e-4, abs=2e-6)
+            ), key
 
 
 def test_student_streams_and_is_scored(
-    protocol_file: Path, test_clips: Path, model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    protocol_file: Path,
+    test_clips: Path,
+    model_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     args = ["--model.model", str(model_folder), "--model.seed", "3", "--sampling.num_steps", "1"]
     args += ["--trainer.callbacks.method", "tiny student"]
     assert main(words(protocol_file, test_clips, tmp_path, *args)) == 0, capsys.readouterr().err
     (row,) = read_rows(tmp_path / "row.json")
-    assert (row.method, row.num_clips, row.num_frames, row.failures) == ("tiny student", 3, NUM_FRAMES, [])
+    assert (row.method, row.num_clips, row.num_frames, row.failures) == (
+        "tiny student",
+        3,
+        NUM_FRAMES,
+        [],
+    )
     assert row.sampler == {
         **{"num_steps": 1, "guidance": 1.0, "shift": 1.0, "reference_guidance": 0.0},
         **{"seed": 3, "mode": "streamed"},
@@ -104,10 +133,21 @@ def test_student_streams_and_is_scored(
 
 
 def test_teacher_makes_whole_clips_on_the_sessions_clock(
-    protocol_file: Path, test_clips: Path, recipe: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    protocol_file: Path,
+    test_clips: Path,
+    recipe: Any,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     checkpoint, vae = str(recipe.final("teacher")), str(recipe.final(recipe.vae_stage))
-    args = ["--model.model", checkpoint, "--model.vae", vae, "--sampling.num_steps=2", "--sampling.shift=1.0"]
+    args = [
+        "--model.model",
+        checkpoint,
+        "--model.vae",
+        vae,
+        "--sampling.num_steps=2",
+        "--sampling.shift=1.0",
+    ]
     assert main(words(protocol_file, test_clips, tmp_path, *args)) == 0, capsys.readouterr().err
     (row,) = read_rows(tmp_path / "row.json")
     assert row.sampler["mode"] == "whole clip" and row.sampler["guidance"] == 6.0
@@ -118,17 +158,25 @@ def test_teacher_makes_whole_clips_on_the_sessions_clock(
     assert isinstance(generator, Whole)
     clips, generated = windows(test_clips), []
     for _, truth, audio, _ in clips:
-        # Internal frame 0 is the portrait: the speech begins one frame later. Cut as the data module cuts a clip's.
+        # Internal frame 0 is the portrait: the speech begins one frame later. Cut as the data
+        # module cuts a clip's.
         shifted = np.concatenate([np.zeros(640, np.float32), audio])
         encoder = generator.speech_encoder
-        cut = cut_audio(shifted, 0, NUM_FRAMES + 1, encoder.left_context_frames, encoder.lookahead_frames)
+        cut = cut_audio(
+            shifted, 0, NUM_FRAMES + 1, encoder.left_context_frames, encoder.lookahead_frames
+        )
         picture = torch.from_numpy(truth[0]).permute(2, 0, 1)[None, :, None].float() / 127.5 - 1
         with torch.no_grad():
             speech = generator.speech_ae.encode(encoder(torch.from_numpy(cut)[None]))
             reference = generator.vae.encode(picture)
             noise = torch.randn(1, 4, 7, 2, 2, generator=torch.Generator().manual_seed(0))
             clip = generate_clip(
-                generator.transformer, reference, speech, noise, [1.0, 0.5, 0.0], generator.sampling.branches
+                generator.transformer,
+                reference,
+                speech,
+                noise,
+                [1.0, 0.5, 0.0],
+                generator.sampling.branches,
             )
             generated.append(to_uint8(generator.vae.decode(clip))[0, 1:].numpy())
     check_row(row, protocol_file, clips, generated)
@@ -158,7 +206,9 @@ def test_stage_is_evaluated_while_it_trains_and_does_not_notice(
 
     protocol = replace(read_protocol(protocol_file), min_clips=1, measures=["fid", "talking"])
     overlay = tmp_path / "overlay.yaml"
-    overlay.write_text(OVERLAY.format(folder=tmp_path, protocol=json.dumps(asdict(protocol)), data=recipe.data))
+    overlay.write_text(
+        OVERLAY.format(folder=tmp_path, protocol=json.dumps(asdict(protocol)), data=recipe.data)
+    )
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "no evaluation")
         recipe.run(stage, tmp_path, overlays=(overlay,))
@@ -166,9 +216,17 @@ def test_stage_is_evaluated_while_it_trains_and_does_not_notice(
     row = ResultRow.from_dict(json.loads(files[-1].read_text()))
     assert row.config["split"] == "val" and row.num_clips == 1 and row.config["step"] == 3
     assert row.sampler["mode"] == {"student": "streamed", "teacher": "whole clip"}[stage]
-    plain, evaluated = (torch.load(path / "final.ckpt", weights_only=False) for path in (recipe.out / stage, tmp_path))
-    assert all(torch.equal(value, evaluated["state_dict"][name]) for name, value in plain["state_dict"].items())
-    (state,) = (value for key, value in evaluated["callbacks"].items() if key.startswith("Evaluation"))
+    plain, evaluated = (
+        torch.load(path / "final.ckpt", weights_only=False)
+        for path in (recipe.out / stage, tmp_path)
+    )
+    assert all(
+        torch.equal(value, evaluated["state_dict"][name])
+        for name, value in plain["state_dict"].items()
+    )
+    (state,) = (
+        value for key, value in evaluated["callbacks"].items() if key.startswith("Evaluation")
+    )
     assert state["num_validations"] == len(files)
 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -185,19 +243,28 @@ def test_stage_is_evaluated_while_it_trains_and_does_not_notice(
 def test_an_evaluation_goes_on_from_its_state(
     protocol_file: Path, model_folder: Path, test_clips: Path, change: str | None
 ) -> None:
-    """Half the clips before a checkpoint, half after it, in another callback: Lightning's loop begins at the first
-    clip again, and none may count twice. Clips of other weights, or of another sharing out, must not be mixed in."""
+    """Half the clips before a checkpoint, half after it, in another callback: Lightning's loop
+    begins at the first clip again, and none may count twice. Clips of other weights, or of another
+    sharing out, must not be mixed in.
+    """
     from types import SimpleNamespace
 
     from rest_lightning.callbacks.evaluation import Evaluation
     from rest_lightning.data.module import TalkingHeadDataModule
-    from rest_lightning.tasks.evaluate import EvaluateModule
+    from rest_lightning.tasks.predict import EvaluateModule
 
-    data = TalkingHeadDataModule(str(test_clips), batch_size=2, num_frames=57, num_workers=0, progress=False)
+    data = TalkingHeadDataModule(
+        str(test_clips), batch_size=2, num_frames=57, num_workers=0, progress=False
+    )
     module = EvaluateModule(str(model_folder), sampling=SamplingChanges(num_steps=1))
     state = SimpleNamespace(fn="test")
     trainer: Any = SimpleNamespace(
-        datamodule=data, world_size=1, global_rank=0, is_global_zero=False, global_step=0, state=state
+        datamodule=data,
+        world_size=1,
+        global_rank=0,
+        is_global_zero=False,
+        global_step=0,
+        state=state,
     )
     batches = [data.on_after_batch_transfer(batch) for batch in data.test_dataloader()][:2]
     rows = []
@@ -206,11 +273,16 @@ def test_an_evaluation_goes_on_from_its_state(
         callback.on_test_start(trainer, module)
         callback.on_test_batch_end(trainer, module, None, batches[0], 0)
         if cut:
-            saved, callback = callback.state_dict(), Evaluation(read_protocol(protocol_file), num_videos=0)
+            saved, callback = (
+                callback.state_dict(),
+                Evaluation(read_protocol(protocol_file), num_videos=0),
+            )
             assert callback._scorer is None and saved["seen"] == list(batches[0]["clip_id"])
             callback.load_state_dict(saved if change is None else saved | {change: 7})
             callback.on_test_start(trainer, module)
-            assert callback._scorer is not None and callback._scorer.num_clips == (2 if change is None else 0)
+            assert callback._scorer is not None and callback._scorer.num_clips == (
+                2 if change is None else 0
+            )
             callback.on_test_batch_end(trainer, module, None, batches[0], 0)
         callback.on_test_batch_end(trainer, module, None, batches[1], 1)
         assert callback._scorer is not None
@@ -219,7 +291,9 @@ def test_an_evaluation_goes_on_from_its_state(
 
 
 def test_turns_of_a_training_run(protocol_file: Path, recipe: Any) -> None:
-    """Every third validation; a checkpoint of one that has begun begins it again; a sanity check is none."""
+    """Every third validation; a checkpoint of one that has begun begins it again; a sanity check is
+    none.
+    """
     from types import SimpleNamespace
 
     from rest_lightning.callbacks.evaluation import Evaluation
@@ -250,9 +324,16 @@ def test_turns_of_a_training_run(protocol_file: Path, recipe: Any) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("num_clips", [3, 4])
 def test_two_processes_make_the_row_of_one(
-    protocol_file: Path, test_clips: Path, model_folder: Path, tmp_path: Path, repository: Path, num_clips: int
+    protocol_file: Path,
+    test_clips: Path,
+    model_folder: Path,
+    tmp_path: Path,
+    repository: Path,
+    num_clips: int,
 ) -> None:
-    """An odd number too: no clip counts twice, whoever has the last one. The split holds just these clips."""
+    """An odd number too: no clip counts twice, whoever has the last one. The split holds just these
+    clips.
+    """
     data = tmp_path / "data"
     shutil.copytree(test_clips, data)
     kept = complete_clip_ids(data)[:num_clips]
@@ -266,13 +347,24 @@ def test_two_processes_make_the_row_of_one(
     for num_processes in (1, 2):
         out = tmp_path / str(num_processes)
         out.mkdir()
-        command = words(protocol, data, out, "--model.model", str(model_folder), "--sampling.num_steps=1")
-        command += [f"--trainer.devices={num_processes}", "--trainer.strategy", "auto" if num_processes == 1 else "ddp"]
+        command = words(
+            protocol, data, out, "--model.model", str(model_folder), "--sampling.num_steps=1"
+        )
+        command += [
+            f"--trainer.devices={num_processes}",
+            "--trainer.strategy",
+            "auto" if num_processes == 1 else "ddp",
+        ]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(repository)}
         done = subprocess.run(
             [sys.executable, "-m", "rest_lightning", *command],
-            env=environment, cwd=repository, capture_output=True, text=True, timeout=300, check=False,
-        )  # fmt: skip
+            env=environment,
+            cwd=repository,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
         assert done.returncode == 0, done.stderr[-2000:]
         rows += read_rows(out / "row.json")
     one, two = rows
@@ -281,7 +373,9 @@ def test_two_processes_make_the_row_of_one(
         mine, theirs = getattr(two, side), getattr(one, side)
         assert mine.keys() == theirs.keys()
         for key, value in theirs.items():
-            assert mine[key] == (None if value is None else pytest.approx(value, rel=1e-5, abs=1e-6)), key
+            assert mine[key] == (
+                None if value is None else pytest.approx(value, rel=1e-5, abs=1e-6)
+            ), key
 
 
 def test_clips_are_bounded_and_mistakes_told(
@@ -293,7 +387,10 @@ def test_clips_are_bounded_and_mistakes_told(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     args = ["--model.model", str(model_folder)]
-    assert main(words(protocol_file, test_clips, tmp_path, *args, "--trainer.callbacks.num_clips=2")) == 0
+    assert (
+        main(words(protocol_file, test_clips, tmp_path, *args, "--trainer.callbacks.num_clips=2"))
+        == 0
+    )
     (row,) = read_rows(tmp_path / "row.json")
     assert row.num_clips == 2
     capsys.readouterr()
@@ -302,7 +399,10 @@ def test_clips_are_bounded_and_mistakes_told(
         (["--data.num_frames=41"], "expected data.num_frames of at least 48"),
         (["--model.model", str(recipe.final("asd"))], "expected a vae for the checkpoint"),
         (["--model.vae", str(recipe.final("asd"))], "expected no vae beside a model folder"),
-        (["--model.model", str(tmp_path / "no.ckpt"), "--model.vae", str(model_folder)], "no such file"),
+        (
+            ["--model.model", str(tmp_path / "no.ckpt"), "--model.vae", str(model_folder)],
+            "no such file",
+        ),
     ):
         assert main(words(protocol_file, test_clips, tmp_path, *args, *more)) == 2
         assert message in capsys.readouterr().err
@@ -317,4 +417,4 @@ def test_protocols_of_the_repository(name: str, repository: Path) -> None:
     content = yaml.safe_load((repository / "configs/eval" / f"{name}.yaml").read_text())
     num_frames = content["data"]["num_frames"]
     assert num_frames % 8 == 1 and num_frames >= protocol.num_frames
-    assert content["model"]["class_path"] == "rest_lightning.tasks.evaluate.EvaluateModule"
+    assert content["model"]["class_path"] == "rest_lightning.tasks.predict.EvaluateModule"

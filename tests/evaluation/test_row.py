@@ -17,13 +17,24 @@ from rest_lightning.evaluation.row import ResultRow, read_rows, row_files, write
 
 Make = Callable[..., dict[str, Any]]
 KEYS = [
-    *("protocol", "protocol_version", "method", "measured", "metrics", "ground_truth", "num_clips", "num_frames"),
+    *(
+        "protocol",
+        "protocol_version",
+        "method",
+        "measured",
+        "metrics",
+        "ground_truth",
+        "num_clips",
+        "num_frames",
+    ),
     *("failures", "extractors", "sampler", "speed", "hardware", "commit", "config", "date"),
 ]
 
 
 def test_round_trip_keeps_the_keys_of_the_specification(make_row: Make, tmp_path: Path) -> None:
-    row = ResultRow.from_dict(make_row(failures=[{"clip": "a", "reason": "b"}, {"clip": "a", "reason": "c"}]))
+    row = ResultRow.from_dict(
+        make_row(failures=[{"clip": "a", "reason": "b"}, {"clip": "a", "reason": "c"}])
+    )
     write_row(row, tmp_path / "deep" / "row.json")
     content = json.loads((tmp_path / "deep" / "row.json").read_text())
     assert list(content) == KEYS
@@ -33,9 +44,18 @@ def test_round_trip_keeps_the_keys_of_the_specification(make_row: Make, tmp_path
 
 
 def test_nan_becomes_null_and_curves_stay(make_row: Make, tmp_path: Path) -> None:
-    row = replace(ResultRow.from_dict(make_row()), metrics={"fid": float("nan"), "x_by_second": [1.0, float("inf")]})
+    row = replace(
+        ResultRow.from_dict(make_row()),
+        metrics={"fid": float("nan"), "x_by_second": [1.0, float("inf")]},
+    )
     assert row.to_dict()["metrics"] == {"fid": None, "x_by_second": [1.0, None]}
-    with pytest.raises(UserError, match=r"row.json: expected 'ground_truth' with the keys of 'metrics', got"):
+    with pytest.raises(
+        UserError,
+        match=(
+            r"row.json: expected 'ground_truth' with the keys of "
+            r"'metrics', got"
+        ),
+    ):
         write_row(row, tmp_path / "row.json")
     assert not any(tmp_path.iterdir())
 
@@ -63,7 +83,10 @@ def test_a_missing_key_is_named(make_row: Make, tmp_path: Path, key: str) -> Non
         ({"metrics": [1]}, "'metrics' as an object"),
         ({"ground_truth": {}}, "'ground_truth' with the keys of 'metrics'"),
         ({"failures": [{"clip": "a"}]}, "'failures' as a list of"),
-        ({"extractors": {"fid": {"name": "x", "sha256": "12"}}}, "'extractors.fid' with a name and a SHA-256"),
+        (
+            {"extractors": {"fid": {"name": "x", "sha256": "12"}}},
+            ("'extractors.fid' with a name and a SHA-256"),
+        ),
         ({"config": {"fps": 25}}, "'config.size_px'"),
         ({"date": None}, "'date' as text"),
     ],
@@ -75,7 +98,13 @@ def test_a_wrong_key_is_named(make_row: Make, changes: dict[str, Any], message: 
 
 
 def test_published_figures_need_a_source_and_little_else() -> None:
-    row = {"protocol": "p", "protocol_version": 1, "method": "m", "measured": False, "metrics": {"fid": 3}}
+    row = {
+        "protocol": "p",
+        "protocol_version": 1,
+        "method": "m",
+        "measured": False,
+        "metrics": {"fid": 3},
+    }
     with pytest.raises(UserError, match="expected the key 'source'"):
         ResultRow.from_dict(row)
     assert ResultRow.from_dict(row | {"source": "a paper"}).to_dict()["source"] == "a paper"
@@ -91,7 +120,13 @@ def test_published_file_of_the_repository_is_valid(repository: Path) -> None:
 def test_a_list_names_its_entry(make_row: Make, tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
     path.write_text(json.dumps([make_row(), make_row(commit=3)]))
-    with pytest.raises(UserError, match=r"rows.json entry 2: expected the key 'commit' as text, got 3"):
+    with pytest.raises(
+        UserError,
+        match=(
+            r"rows.json entry 2: expected the key 'commit' as text, "
+            r"got 3"
+        ),
+    ):
         read_rows(path)
     path.write_text("{")
     with pytest.raises(UserError, match=r"rows.json: expected JSON"):
@@ -102,6 +137,9 @@ def test_a_list_names_its_entry(make_row: Make, tmp_path: Path) -> None:
 
 def test_rows_and_leaderboard_do_without_torch() -> None:
     modules = "row, board, board_text, page, plots, protocol"
-    code = f"from rest_lightning.evaluation import {modules}; import rest_lightning.commands.leaderboard, sys; "
+    code = (
+        f"from rest_lightning.evaluation import {modules}; import "
+        "rest_lightning.commands.leaderboard, sys; "
+    )
     code += "assert not {'torch', 'lightning', 'torchmetrics'} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr == ""

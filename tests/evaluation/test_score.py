@@ -1,4 +1,6 @@
-"""`rest score`: numbers equal those of the metric classes, and every fault is named, counted and leaves no trace."""
+"""`rest score`: numbers equal those of the metric classes, and every fault is named, counted and
+leaves no trace.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +17,14 @@ import torch
 
 from rest_lightning.cli import main
 from rest_lightning.data.layout import Sidecar
-from rest_lightning.data.video import read_clip_audio, read_frames
 from rest_lightning.evaluation.row import ResultRow, read_rows
+from rest_lightning.media.video import read_clip_audio, read_frames
+from rest_lightning.media.writer import Mp4Writer
 from rest_lightning.metrics.extractors import load_extractor
 from rest_lightning.metrics.frechet import EFID, FID, FVD
 from rest_lightning.metrics.identity import IdentitySimilarity
 from rest_lightning.metrics.sync import SyncScore
-from rest_lightning.metrics.talking import TalkingScores
-from rest_lightning.streaming.writer import Mp4Writer
+from rest_lightning.metrics.video import TalkingScores
 
 NUM_FRAMES = 48
 
@@ -36,8 +38,12 @@ def write(path: Path, frames: np.ndarray, audio: np.ndarray | None, fps: int = 2
 
 def blurred(source: Path, target: Path) -> None:
     frames = read_frames(source)
-    averaged = frames.reshape(len(frames), 32, 2, 32, 2, 3).mean(axis=(2, 4)).round().astype(np.uint8)
-    write(target, averaged.repeat(2, axis=1).repeat(2, axis=2), read_clip_audio(source, len(frames)))
+    averaged = (
+        frames.reshape(len(frames), 32, 2, 32, 2, 3).mean(axis=(2, 4)).round().astype(np.uint8)
+    )
+    write(
+        target, averaged.repeat(2, axis=1).repeat(2, axis=2), read_clip_audio(source, len(frames))
+    )
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +60,14 @@ def generated(truth: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def score(protocol_file: Path, truth: Path, tmp_path: Path) -> Callable[..., tuple[int, ResultRow]]:
     def run(folder: Path, *args: str) -> tuple[int, ResultRow]:
         out = tmp_path / "rows" / "row.json"
-        words = ["--protocol", str(protocol_file), "--generated", str(folder), "--truth", str(truth)]
+        words = [
+            "--protocol",
+            str(protocol_file),
+            "--generated",
+            str(folder),
+            "--truth",
+            str(truth),
+        ]
         code = main(["score", *words, "--out", str(out), *args])
         return code, read_rows(out)[0]
 
@@ -66,14 +79,23 @@ def test_row_equals_the_metric_classes(
 ) -> None:
     code, row = score(generated)
     assert code == 0 and row.failures == [] and row.num_clips == 3 and row.num_frames == NUM_FRAMES
-    assert (row.protocol, row.protocol_version, row.method, row.measured) == ("tiny", 1, "blur", True)
+    assert (row.protocol, row.protocol_version, row.method, row.measured) == (
+        "tiny",
+        1,
+        "blur",
+        True,
+    )
 
     load = lambda name: load_extractor(name, str(extractors))  # noqa: E731
     frechet = {"fid": FID(load("fid")), "fvd": FVD(load("fvd")), "e_fid": EFID(load("e_fid"))}
-    others = {side: (SyncScore(load("sync")), TalkingScores(), IdentitySimilarity(load("identity"))) for side in "gt"}
+    others = {
+        side: (SyncScore(load("sync")), TalkingScores(), IdentitySimilarity(load("identity")))
+        for side in "gt"
+    }
     for path in sorted(truth.glob("*.mp4")):
         clips = {
-            side: read_frames(folder / path.name, 0, NUM_FRAMES) for side, folder in (("g", generated), ("t", truth))
+            side: read_frames(folder / path.name, 0, NUM_FRAMES)
+            for side, folder in (("g", generated), ("t", truth))
         }
         for metric in frechet.values():
             metric.update(clips["t"], real=True)
@@ -85,14 +107,19 @@ def test_row_equals_the_metric_classes(
             sync.update(clips[side], audio)
             talking.update(clips[side], audio, opening)
             identity.update(clips[side], clips["t"][0])
-    expected: dict[str, Any] = {"metrics": {}, "ground_truth": {"fid": 0.0, "fvd": 0.0, "e_fid": 0.0}}
+    expected: dict[str, Any] = {
+        "metrics": {},
+        "ground_truth": {"fid": 0.0, "fvd": 0.0, "e_fid": 0.0},
+    }
     for metric in frechet.values():
         expected["metrics"] |= metric.compute()
     for side, name in (("g", "metrics"), ("t", "ground_truth")):
         for other in others[side]:
             expected[name] |= other.compute()
     for name, values in expected.items():
-        scalars = {key: value for key, value in getattr(row, name).items() if not isinstance(value, list)}
+        scalars = {
+            key: value for key, value in getattr(row, name).items() if not isinstance(value, list)
+        }
         assert scalars.keys() == values.keys()
         for key, value in values.items():
             if np.isfinite(float(value)):
@@ -101,12 +128,25 @@ def test_row_equals_the_metric_classes(
                 assert scalars[key] is None, key
     assert row.metrics["fid"] > 1e-3
     assert len(row.metrics["background_drift_by_second"]) == 2
-    assert set(row.extractors) == {"fid", "fvd", "e_fid", "sync_c", "identity_similarity", "lip_correlation"}
-    assert row.extractors["fid"]["name"] == "embedded-image" and row.config["protocol"]["size_px"] == 64
+    assert set(row.extractors) == {
+        "fid",
+        "fvd",
+        "e_fid",
+        "sync_c",
+        "identity_similarity",
+        "lip_correlation",
+    }
+    assert (
+        row.extractors["fid"]["name"] == "embedded-image"
+        and row.config["protocol"]["size_px"] == 64
+    )
 
 
 def test_videos_without_a_true_clip_are_named_in_the_row(
-    score: Callable[..., tuple[int, ResultRow]], generated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    score: Callable[..., tuple[int, ResultRow]],
+    generated: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     folder = tmp_path / "more"
     shutil.copytree(generated, folder)
@@ -115,14 +155,18 @@ def test_videos_without_a_true_clip_are_named_in_the_row(
     missing.unlink()
     code, row = score(folder)
     assert code == 1 and row.config["unpaired"] == ["nobody.mp4"] and row.num_clips == 2
-    assert row.failures == [{"clip": missing.stem, "reason": "expected a generated video of this name, got none"}]
+    assert row.failures == [
+        {"clip": missing.stem, "reason": ("expected a generated video of this name, got none")}
+    ]
     assert "left out: nobody.mp4, no true clip of this name" in row.config["notes"]
     assert "the weights of embedded-image are none of the known files" in row.config["notes"]
     assert row.config["frame_source"] == {"generated": "mp4", "truth": "mp4"}
     assert "nobody.mp4: no true clip of this name" in capsys.readouterr().out
 
 
-def test_pieces_are_the_whole(truth: Path, protocol_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pieces_are_the_whole(
+    truth: Path, protocol_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Memory: however a video is cut, the numbers are the same."""
     from rest_lightning.evaluation import videos
     from rest_lightning.evaluation.protocol import read_protocol
@@ -140,7 +184,9 @@ def test_pieces_are_the_whole(truth: Path, protocol_file: Path, monkeypatch: pyt
             assert value == pytest.approx(rows[1].metrics[key], rel=1e-5, abs=1e-6), key
 
 
-def test_every_fault_is_named_and_counts_nowhere(truth: Path, protocol_file: Path, tmp_path: Path) -> None:
+def test_every_fault_is_named_and_counts_nowhere(
+    truth: Path, protocol_file: Path, tmp_path: Path
+) -> None:
     from dataclasses import replace
 
     from rest_lightning.evaluation.protocol import read_protocol
@@ -153,10 +199,14 @@ def test_every_fault_is_named_and_counts_nowhere(truth: Path, protocol_file: Pat
     faults = {
         "expected a readable video": lambda path: path.write_bytes(b"no video"),
         "expected 25 frames per second, got 30": lambda path: write(path, frames, audio, fps=30),
-        "expected 48 frames, got 20: too short": lambda path: write(path, frames[:20], audio[: 20 * 640]),
+        ("expected 48 frames, got 20: too short"): lambda path: write(
+            path, frames[:20], audio[: 20 * 640]
+        ),
         "expected an audio track": lambda path: write(path, frames, None),
         "got 4.56 s: frames are missing": lambda path: write(path, frames, np.tile(audio, 2)),
-        "expected 1.92 s of sound, got 1.00 s: too short": lambda path: write(path, frames, audio[:16_000]),
+        ("expected 1.92 s of sound, got 1.00 s: too short"): lambda path: write(
+            path, frames, audio[:16_000]
+        ),
         "expected square frames, got 64x48": lambda path: write(path, frames[:, :48], audio),
         "expected a generated video of this name": lambda path: None,
     }
@@ -178,7 +228,9 @@ def test_every_fault_is_named_and_counts_nowhere(truth: Path, protocol_file: Pat
     assert row.metrics == clean.row("x").metrics, "a clip that failed has left a trace"
 
 
-def test_damaged_files_of_both_sides_are_named(truth: Path, protocol_file: Path, tmp_path: Path) -> None:
+def test_damaged_files_of_both_sides_are_named(
+    truth: Path, protocol_file: Path, tmp_path: Path
+) -> None:
     """Files that open and break later on, and sidecars that are none."""
     from dataclasses import replace
 
@@ -197,7 +249,10 @@ def test_damaged_files_of_both_sides_are_named(truth: Path, protocol_file: Path,
     pairs = []
     for name, damaged in damages.items():
         (tmp_path / f"{name}.mp4").write_bytes(damaged)
-        pairs += [(name, tmp_path / f"{name}.mp4", good), (f"true {name}", good, tmp_path / f"{name}.mp4")]
+        pairs += [
+            (name, tmp_path / f"{name}.mp4", good),
+            (f"true {name}", good, tmp_path / f"{name}.mp4"),
+        ]
     for name, sidecar in (("keys", b"{}"), ("bytes", b"\xff\xfe")):
         (tmp_path / f"{name}.mp4").write_bytes(content)
         (tmp_path / f"{name}.json").write_bytes(sidecar)
@@ -211,16 +266,20 @@ def test_damaged_files_of_both_sides_are_named(truth: Path, protocol_file: Path,
 
 
 def test_faces_of_a_track_are_what_sync_sees(truth: Path, protocol_file: Path) -> None:
-    """Crops along each side's own track; no face and too short a track are failures of the clip, in the row."""
+    """Crops along each side's own track; no face and too short a track are failures of the clip, in
+    the row.
+    """
     from dataclasses import replace
 
     from rest_lightning.evaluation.faces import MediapipeFaces, SidecarFaces
     from rest_lightning.evaluation.protocol import read_protocol
     from rest_lightning.evaluation.scorer import ClipPair, Scorer
-    from rest_lightning.metrics.face_crop import face_crops
     from rest_lightning.metrics.sync import sync_of_clip
+    from rest_lightning.metrics.syncnet import face_crops
 
-    protocol = replace(read_protocol(protocol_file), measures=["sync"], num_frames=104, faces="sidecar")
+    protocol = replace(
+        read_protocol(protocol_file), measures=["sync"], num_frames=104, faces="sidecar"
+    )
     path = min(truth.glob("*.mp4"))
     frames = np.concatenate([read_frames(path)] * 2)[:104]
     audio = np.tile(read_clip_audio(path, 57), 2)[: 104 * 640]
@@ -230,9 +289,13 @@ def test_faces_of_a_track_are_what_sync_sees(truth: Path, protocol_file: Path) -
     scorer = Scorer(protocol)
     late = np.roll(frames, 3, axis=0)
     for name in "ab":
-        assert scorer.add(ClipPair(name, [(late, frames)], audio, audio, frames[0], faces=faces)), scorer.failures
+        assert scorer.add(ClipPair(name, [(late, frames)], audio, audio, frames[0], faces=faces)), (
+            scorer.failures
+        )
     extractor = scorer.measures["sync"].metrics["generated"].extractor
-    blank = ClipPair("blank", [(0 * frames, frames)], audio, audio, frames[0], faces=MediapipeFaces())
+    blank = ClipPair(
+        "blank", [(0 * frames, frames)], audio, audio, frames[0], faces=MediapipeFaces()
+    )
     assert not scorer.add(blank)  # no face, or no mediapipe
     assert scorer.failures[-1]["clip"] == "blank" and "expected" in scorer.failures[-1]["reason"]
     row = scorer.row("x")
@@ -243,9 +306,16 @@ def test_faces_of_a_track_are_what_sync_sees(truth: Path, protocol_file: Path) -
     assert row.metrics["sync_d"] != row.ground_truth["sync_d"] and row.num_clips == 2
 
     short = Scorer(replace(protocol, num_frames=100))
-    assert not short.add(ClipPair("c", [(late[:100], frames[:100])], audio, audio, frames[0], faces=faces))
+    assert not short.add(
+        ClipPair("c", [(late[:100], frames[:100])], audio, audio, frames[0], faces=faces)
+    )
     assert short.failures == [
-        {"clip": "c", "reason": "sync: expected a face track of at least 101 frames, got 100: give a longer clip"}
+        {
+            "clip": "c",
+            "reason": (
+                "sync: expected a face track of at least 101 frames, got 100: give a longer clip"
+            ),
+        }
     ]
 
 
@@ -303,7 +373,9 @@ def test_state_goes_on_where_it_was(protocol_file: Path, truth: Path) -> None:
             second.load_state_dict(first.state_dict())
         (first if number < 1 else second).add(open_pair(*pair, protocol))
     assert second.row("x").metrics == whole.row("x").metrics
-    sizes = [len(pickle.dumps(scorer.state_dict()["metrics"])) for scorer in (Scorer(protocol), whole)]
+    sizes = [
+        len(pickle.dumps(scorer.state_dict()["metrics"])) for scorer in (Scorer(protocol), whole)
+    ]
     assert sizes[0] == sizes[1], "states grow with the number of clips"
     assert not any(getattr(measure, "waiting", None) for measure in whole.measures.values())
     assert second.num_clips == 3 and second.failures == [{"clip": "somebody", "reason": "a reason"}]
@@ -319,7 +391,9 @@ def test_another_size_is_resized_and_told(
         write(folder / path.name, frames, read_clip_audio(path, len(frames)))
     code, row = score(folder)
     assert code == 0 and "frames of 128 px were resized to 64" in row.config["notes"]
-    assert row.metrics["lip_correlation"] == pytest.approx(row.ground_truth["lip_correlation"], abs=0.05)
+    assert row.metrics["lip_correlation"] == pytest.approx(
+        row.ground_truth["lip_correlation"], abs=0.05
+    )
 
 
 @pytest.mark.parametrize("rate", [48_000, 8_000])
@@ -332,7 +406,9 @@ def test_sound_of_another_rate_is_heard(truth: Path, tmp_path: Path, rate: int) 
     block = av.AudioFrame.from_ndarray(audio[None], format="fltp", layout="mono")
     block.sample_rate = 16_000
     resampler = av.AudioResampler("fltp", "mono", rate)
-    pieces = [frame.to_ndarray()[0] for frame in (*resampler.resample(block), *resampler.resample(None))]
+    pieces = [
+        frame.to_ndarray()[0] for frame in (*resampler.resample(block), *resampler.resample(None))
+    ]
     with Mp4Writer(path, 64, sample_rate=rate) as writer:
         writer.write(np.zeros((NUM_FRAMES, 64, 64, 3), np.uint8))
         writer.write_audio(np.concatenate(pieces))
@@ -346,10 +422,21 @@ def test_unusable_whole_is_an_error(
     for path in truth.glob("*.mp4"):
         (tmp_path / path.name).write_bytes(b"no video")
     out = tmp_path / "rows" / "row.json"
-    words = ["score", "--protocol", str(protocol_file), "--truth", str(truth), "--out", str(out), "--generated"]
+    words = [
+        "score",
+        "--protocol",
+        str(protocol_file),
+        "--truth",
+        str(truth),
+        "--out",
+        str(out),
+        "--generated",
+    ]
     assert main([*words, str(tmp_path)]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "expected at least 2 usable clips under tiny, got 0; 3 failed" in error and not out.exists()
+    assert (
+        "expected at least 2 usable clips under tiny, got 0; 3 failed"
+    ) in error and not out.exists()
     other = tmp_path / "other"
     other.mkdir()
     assert main([*words, str(other)]) == 2

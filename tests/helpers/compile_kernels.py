@@ -1,4 +1,4 @@
-"""Compiles the fused kernels for an H100 at paper size, without one; to be run without TRITON_INTERPRET.
+"""Compiles the fused kernels for an H100 at paper size, without one and without TRITON_INTERPRET.
 
 Prints a line for every kernel: its name, and the bytes of its machine code.
 """

@@ -1,9 +1,11 @@
-"""Runs of `rest fit` and `rest predict` that die at a chosen moment, each in a fork of this process.
+"""Runs of `rest fit` and `rest predict` that die at a chosen moment, each in a fork of this
+process.
 
 For tests/tasks/test_resume.py and tests/callbacks/test_killed_predict.py.
 
-Reads JSON from standard input: a list of {"words": command line, "moment": name or null, "count": which time}. A run
-goes on from its --ckpt_path where that file exists, and starts anew where it does not.
+Reads JSON from standard input: a list of {"words": command line, "moment": name or null, "count":
+which time}. A run goes on from its --ckpt_path where that file exists, and starts anew where it
+does not.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def kill_at(moment: str, count: int) -> None:
+def kill_at(moment: str, count: int) -> None:  # noqa: C901  # one moment after another
     """End this process without a word when ``moment`` comes for the ``count``-th time."""
     calls = 0
 
@@ -66,7 +68,8 @@ def kill_at(moment: str, count: int) -> None:
                 die()
 
         def on_train_batch_end(self, *args: Any) -> None:
-            if arrived("after_optimizer_step"):  # before ModelCheckpoint, which Lightning calls last
+            # before ModelCheckpoint, which Lightning calls last
+            if arrived("after_optimizer_step"):
                 die()
 
         def on_validation_start(self, *args: Any) -> None:
@@ -90,14 +93,18 @@ def kill_at(moment: str, count: int) -> None:
 
 
 def run(words: list[str], moment: str | None, count: int) -> int:
-    """Exit code of a forked process that runs the command line: minus the signal if it was killed."""
+    """Exit code of a forked process that runs the command line: minus the signal if it was
+    killed.
+    """
     child = os.fork()
     if child == 0:
         try:
             if moment is not None:
                 kill_at(moment, count)
             if "--ckpt_path" in words and not Path(words[words.index("--ckpt_path") + 1]).is_file():
-                words = words[: words.index("--ckpt_path")] + words[words.index("--ckpt_path") + 2 :]
+                words = (
+                    words[: words.index("--ckpt_path")] + words[words.index("--ckpt_path") + 2 :]
+                )
             lightning_cli.run(words)
         except BaseException:
             traceback.print_exc()

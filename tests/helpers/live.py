@@ -61,7 +61,8 @@ async def settled(server: LiveServer, num_active: int = 0) -> None:
     scheduler = server.service.scheduler
     assert len(server.service.sessions) == num_active
     assert scheduler.num_free == scheduler.num_rows - num_active
-    await asyncio.wrap_future(scheduler.post(lambda: None))  # what was asked of the model's thread before is done
+    # what was asked of the model's thread before is done
+    await asyncio.wrap_future(scheduler.post(lambda: None))
     assert len(scheduler.rows) == num_active
 
 
@@ -106,7 +107,11 @@ def said(received: list[Received], kind: str) -> list[dict[str, Any]]:
     return [each for each in received if isinstance(each, dict) and each["type"] == kind]
 
 
-async def open_session(http: aiohttp.ClientSession, server: LiveServer, origin: str | None = None) -> dict[str, Any]:
+async def open_session(
+    http: aiohttp.ClientSession, server: LiveServer, origin: str | None = None
+) -> dict[str, Any]:
     """Asks for a token; the answer, with its status."""
-    async with http.post(f"{server.url}/api/session", headers={"Origin": origin or server.url}) as answer:
+    async with http.post(
+        f"{server.url}/api/session", headers={"Origin": origin or server.url}
+    ) as answer:
         return {"status": answer.status, **(await answer.json())}

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from rest_lightning.models import attention
-from rest_lightning.streaming import state
+from rest_lightning.streaming import engine
 from rest_lightning.talking_head import TalkingHead
 
 
@@ -90,9 +90,8 @@ def without_values(head: TalkingHead) -> Iterator[None]:
     attention._rope_table.cache_clear()
     try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(
-                state, "_fingerprint", lambda model: 0
-            )  # reads weights when an engine is made
+            # reads weights when an engine is made
+            patch.setattr(engine, "_fingerprint", lambda model: 0)
             for module in head.modules():
                 for name, parameter in module._parameters.items():
                     if parameter is not None:

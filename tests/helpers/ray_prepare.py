@@ -1,4 +1,6 @@
-"""`rest prepare` on a cluster of two machines of one core each, in an own process; and a detector that crashes."""
+"""`rest prepare` on a cluster of two machines of one core each, in an own process; and a detector
+that crashes.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +12,15 @@ from pathlib import Path
 
 import numpy as np
 
-from rest_lightning.data.preparation.faces import Face
+from rest_lightning.media.faces import Face
 
 
 class Crashing:
     """Finds one face in the middle of every picture, and ends processes over certain videos.
 
-    ``crash*`` ends the process that decodes it, each time. ``lost*`` ends Ray's worker above it, once: as if its
-    machine had gone. ``MARKER`` in the environment is where it remembers that; without it, nothing is lost.
+    ``crash*`` ends the process that decodes it, each time. ``lost*`` ends Ray's worker above it,
+    once: as if its machine had gone. ``MARKER`` in the environment is where it remembers that;
+    without it, nothing is lost.
     """
 
     def __init__(self, source: Path, min_confidence: float) -> None:
@@ -36,7 +39,9 @@ class Crashing:
         corners = np.array([[x, y], [x + side, y], [x, y + side], [x + side, y + side]])
         eyes, below = corners[:2] + side * np.array([[0.1, 0.3], [-0.1, 0.3]]), corners[2:].mean(0)
         middle = corners.mean(0)
-        return [Face((x, y, side, side), corners, eyes[0], eyes[1], below - [0, 0.2 * side], middle)]
+        return [
+            Face((x, y, side, side), corners, eyes[0], eyes[1], below - [0, 0.2 * side], middle)
+        ]
 
     def close(self) -> None:
         """Nothing to release."""
@@ -50,7 +55,9 @@ def main() -> int:
     machine = {"num_cpus": 1, "node_ip_address": "127.0.0.1", "object_store_memory": 80_000_000}
     for trial in range(3):
         try:
-            cluster = Cluster(initialize_head=True, head_node_args={**machine, "include_dashboard": False})
+            cluster = Cluster(
+                initialize_head=True, head_node_args={**machine, "include_dashboard": False}
+            )
             cluster.add_node(**machine)
             break
         except Exception:  # on a busy machine, Ray's own 30 s for a start may not be enough

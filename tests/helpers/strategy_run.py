@@ -1,8 +1,11 @@
-"""One of several processes (torchrun) that train on rows of fixed draws: see tests/tasks/test_strategies.py.
+"""One of several processes (torchrun) that train on rows of fixed draws: see
+tests/tasks/test_strategies.py.
 
-    python -m torch.distributed.run --standalone --nproc_per_node=2 strategy_run.py CONFIG FOLDER STAGE ...
+    python -m torch.distributed.run --standalone --nproc_per_node=2 \\
+        strategy_run.py CONFIG FOLDER STAGE ...
 
-CONFIG is a file of configs/trainer/ that names a strategy. The STAGE ``resume`` trains ASD twice, once interrupted.
+CONFIG is a file of configs/trainer/ that names a strategy. The STAGE ``resume`` trains ASD twice,
+once interrupted.
 """
 
 from __future__ import annotations
@@ -14,7 +17,14 @@ from typing import Any
 
 import torch
 import yaml
-from tiny_student import make_conditions, make_student, make_teacher, make_transformer, rows_of, save_transformer
+from tiny_student import (
+    make_conditions,
+    make_student,
+    make_teacher,
+    make_transformer,
+    rows_of,
+    save_transformer,
+)
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -46,7 +56,9 @@ def make_stage(stage: str, folder: Path) -> A2VModule:
 
 
 def losses_of(module: A2VModule, rows: slice, num_rows: int = NUM_ROWS) -> dict[str, Tensor]:
-    """Losses of some rows of the one draw that all processes share; the SpeechAE is part of the graph."""
+    """Losses of some rows of the one draw that all processes share; the SpeechAE is part of the
+    graph.
+    """
     clean = make_conditions(num_rows, 10)
     features = torch.randn(num_rows, 73, 10, 160, generator=torch.Generator().manual_seed(8))
     conditions = Conditions(clean.latents, module.speech_ae.encode(features))
@@ -87,15 +99,28 @@ def make_trainer(config: Path, max_steps: int, *callbacks: lightning.Callback) -
     )
 
 
-def train(config: Path, folder: Path, num_steps: int, target: str, source: str | None = None, seed: int = 0) -> None:
-    """ASD up to ``num_steps``, each rank on clips and draws of its own, from ``source`` if given; saves ``target``."""
+def train(
+    config: Path,
+    folder: Path,
+    num_steps: int,
+    target: str,
+    source: str | None = None,
+    seed: int = 0,
+) -> None:
+    """ASD up to ``num_steps``, each rank on clips and draws of its own, from ``source`` if given;
+    saves ``target``.
+    """
     module = make_stage("asd", folder)
 
     def training_step(batch: int, batch_idx: int) -> Tensor:
         number = 2 * module.trainer.global_step + torch.distributed.get_rank()
-        features = torch.randn(NUM_ROWS, 73, 10, 160, generator=torch.Generator().manual_seed(number))
+        features = torch.randn(
+            NUM_ROWS, 73, 10, 160, generator=torch.Generator().manual_seed(number)
+        )
         latents = make_conditions(NUM_ROWS, 10, seed=number).latents
-        return module.losses(module.draw(Conditions(latents, module.speech_ae.encode(features))))["loss"]
+        return module.losses(module.draw(Conditions(latents, module.speech_ae.encode(features))))[
+            "loss"
+        ]
 
     module.training_step = training_step  # type: ignore[method-assign, assignment]
     torch.manual_seed(seed)
@@ -105,32 +130,44 @@ def train(config: Path, folder: Path, num_steps: int, target: str, source: str |
 
 
 def resume(config: Path, folder: Path) -> None:
-    """``whole.ckpt`` after four steps, ``resumed.ckpt`` after two and, in another stage object, two more."""
+    """``whole.ckpt`` after four steps, ``resumed.ckpt`` after two and, in another stage object, two
+    more.
+    """
     train(config, folder, 4, "whole.ckpt")
     train(config, folder, 2, "half.ckpt")
     train(config, folder, 4, "resumed.ckpt", "half.ckpt", seed=99)
 
 
 def run(config: Path, folder: Path, stage: str) -> None:
-    """One optimiser step; rank 0 saves gradients, ``Trainer`` the checkpoint, and every rank what it drew."""
+    """One optimiser step; rank 0 saves gradients, ``Trainer`` the checkpoint, and every rank what
+    it drew.
+    """
     module = make_stage(stage, folder)
     results: dict[str, Any] = {}
 
     class OneRow(lightning.Callback):
         def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-            grads = {name: weight.grad for name, weight in module.named_parameters() if weight.requires_grad}
-            results["gradients"] = {name: None if grad is None else full(grad) for name, grad in grads.items()}
+            grads = {
+                name: weight.grad
+                for name, weight in module.named_parameters()
+                if weight.requires_grad
+            }
+            results["gradients"] = {
+                name: None if grad is None else full(grad) for name, grad in grads.items()
+            }
             local = [grad.to_local() for grad in grads.values() if isinstance(grad, DTensor)]
             results["num_local"] = sum(grad.numel() for grad in local)
 
     def training_step(batch: int, batch_idx: int) -> Tensor:
         rank = torch.distributed.get_rank()
-        results["drawn"] = module.draw(make_conditions(NUM_ROWS, 10)).path.sigma  # this rank's own, unused
+        # this rank's own, unused
+        results["drawn"] = module.draw(make_conditions(NUM_ROWS, 10)).path.sigma
         return losses_of(module, slice(rank, rank + 1))["loss"]
 
     module.training_step = training_step  # type: ignore[method-assign, assignment]
     torch.manual_seed(0)
-    trainer = make_trainer(config, 1, OneRow())  # clips after the gradients are saved; AdamW's first step ignores it
+    # clips after the gradients are saved; AdamW's first step ignores it
+    trainer = make_trainer(config, 1, OneRow())
     trainer.fit(module, range(1))
     trainer.save_checkpoint(folder / f"{stage}.ckpt")
     torch.save(results, folder / f"{stage}-{trainer.global_rank}.pt")

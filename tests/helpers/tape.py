@@ -1,8 +1,9 @@
-"""CUDA graphs on the CPU: the operations of a function are recorded once, and repeated on the very same memory.
+"""CUDA graphs on the CPU: the operations of a function are recorded once, and repeated on the very
+same memory.
 
-Integers are left out: a decoder counts on the host, which no graph of a device would repeat. What a replay computes
-can differ from a call of the function only where a graph would go wrong: where the function decides something on the
-host, or reads memory that is exchanged between two calls.
+Integers are left out: a decoder counts on the host, which no graph of a device would repeat. What a
+replay computes can differ from a call of the function only where a graph would go wrong: where the
+function decides something on the host, or reads memory that is exchanged between two calls.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ class _Recorder(TorchDispatchMode):
         super().__init__()
         self.operations: list[tuple[Any, Any, Any, Any]] = []
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         result = function(*args, **(kwargs or {}))
         leaves = tree_leaves(result)
         if not any(isinstance(leaf, Tensor) and leaf.dtype == torch.int64 for leaf in leaves):
@@ -30,7 +33,9 @@ class _Recorder(TorchDispatchMode):
 
 
 class Tape:
-    """A ``Capture``, and a factory of itself. ``num_replays`` counts what was repeated instead of called."""
+    """A ``Capture``, and a factory of itself. ``num_replays`` counts what was repeated instead of
+    called.
+    """
 
     def __init__(self) -> None:
         self.num_captured = self.num_replays = 0
@@ -49,7 +54,8 @@ class Tape:
             for operation, args, kwargs, recorded in recorder.operations:
                 result = operation(*args, **kwargs)
                 for old, new in zip(tree_leaves(recorded), tree_leaves(result), strict=True):
-                    if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():  # else a view, or in place
+                    # else a view, or in place
+                    if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
                         old.copy_(new)
 
         return replay
@@ -61,7 +67,8 @@ def tensors_alive_bytes() -> int:
 
     gc.collect()
     tensors = [value for value in gc.get_objects() if type(value) in (Tensor, torch.nn.Parameter)]
-    opaque = [tensor for tensor in tensors if tensor.is_mkldnn]  # packed weights have no storage to look at
+    # packed weights have no storage to look at
+    opaque = [tensor for tensor in tensors if tensor.is_mkldnn]
     storages = {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
         for tensor in tensors

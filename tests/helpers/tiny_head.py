@@ -6,18 +6,21 @@ from typing import Any
 
 import torch
 
-from rest_lightning.models.autoencoder import CompactVAE
+from rest_lightning.diffusion.sampling import Sampling
 from rest_lightning.models.cache import CacheOptions
+from rest_lightning.models.detail import DetailTransfer
 from rest_lightning.models.speech import LogMelEncoder
 from rest_lightning.models.speech_ae import SpeechAE
 from rest_lightning.models.transformer import A2VDiT
-from rest_lightning.talking_head import SamplingSettings, TalkingHead
+from rest_lightning.models.vae import CompactVAE
+from rest_lightning.talking_head import TalkingHead
 
 
 def make_head(
     chunk_length: int = 3,
     lookahead_frames: int = 2,
     seed: int = 0,
+    detail: DetailTransfer | None = None,
     caption_channels: int | None = None,
     **cache_options: Any,
 ) -> TalkingHead:
@@ -41,8 +44,9 @@ def make_head(
             attention="chunked",
             cache_options=CacheOptions(chunk_length=chunk_length, **cache_options),
         ),
-        SamplingSettings(num_steps=2, guidance=1.5, shift=1.0),
+        Sampling(num_steps=2, guidance=1.5, shift=1.0),
         size_px=64,
+        detail=detail,
     )
     if head.transformer.prompt_embeds is not None and head.transformer.prompt_mask is not None:
         head.transformer.prompt_embeds.normal_()

@@ -73,15 +73,21 @@ def wrap(ltx: Any, **arguments: Any) -> LTXVideoVAE:
     return vae.eval().requires_grad_(False)
 
 
-def make_vae(version: str = "0.9.0", causal: bool = True, seed: int = 0, **arguments: Any) -> LTXVideoVAE:
+def make_vae(
+    version: str = "0.9.0", causal: bool = True, seed: int = 0, **arguments: Any
+) -> LTXVideoVAE:
     return wrap(make_ltx(version, seed, decoder_causal=causal), **arguments)
 
 
-def random_latents(vae: LTXVideoVAE, num_frames: int, batch: int = 2, size: tuple[int, int] = (1, 2)) -> Tensor:
+def random_latents(
+    vae: LTXVideoVAE, num_frames: int, batch: int = 2, size: tuple[int, int] = (1, 2)
+) -> Tensor:
     return torch.randn(batch, vae.latent_channels, num_frames, *size)
 
 
 def assert_close(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
     """Random decoders leave [-1, 1]: the tolerance grows with them."""
     assert actual.shape == expected.shape
-    assert float((actual - expected).detach().abs().max()) <= tolerance * max(1.0, float(expected.detach().abs().max()))
+    assert float((actual - expected).detach().abs().max()) <= tolerance * max(
+        1.0, float(expected.detach().abs().max())
+    )

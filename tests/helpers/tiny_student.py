@@ -21,7 +21,9 @@ from rest_lightning.tasks.teacher import TeacherModule
 CHANNELS, SPEECH_DIM = 4, 8
 
 
-def make_transformer(attention: str = "chunked", seed: int = 0, std: float = 0.15, **options: Any) -> A2VDiT:
+def make_transformer(
+    attention: str = "chunked", seed: int = 0, std: float = 0.15, **options: Any
+) -> A2VDiT:
     """Random weights everywhere, so that no path is hidden behind a zero start."""
     generator = torch.Generator().manual_seed(seed)
     model = A2VDiT(
@@ -60,7 +62,9 @@ def make_teacher(**settings: Any) -> TeacherModule:
     """A teacher stage with the same transformer, attending fully."""
     optimizer = OptimizerSettings(lr=3e-3, warmup_steps=1)
     transformer = make_transformer("full", seed=1)
-    return TeacherModule(transformer, **make_parts(), noise=NoiseSettings(**settings), optimizer=optimizer)
+    return TeacherModule(
+        transformer, **make_parts(), noise=NoiseSettings(**settings), optimizer=optimizer
+    )
 
 
 def save_transformer(transformer: A2VDiT, path: Path) -> str:
@@ -70,7 +74,9 @@ def save_transformer(transformer: A2VDiT, path: Path) -> str:
     return str(path)
 
 
-def make_conditions(batch: int = 2, num_frames: int = 7, height: int = 2, width: int = 2, seed: int = 0) -> Conditions:
+def make_conditions(
+    batch: int = 2, num_frames: int = 7, height: int = 2, width: int = 2, seed: int = 0
+) -> Conditions:
     """Latents and speech latents of some clip."""
     generator = torch.Generator().manual_seed(seed)
     latents = torch.randn(batch, CHANNELS, num_frames, height, width, generator=generator)
@@ -83,7 +89,9 @@ def rows_of(inputs: TrainingInput, rows: slice) -> TrainingInput:
     def cut(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
             return value[rows]
-        return None if value is None else replace(value, **{name: part[rows] for name, part in vars(value).items()})
+        if value is None or isinstance(value, int):
+            return value
+        return replace(value, **{name: part[rows] for name, part in vars(value).items()})
 
     return replace(inputs, **{name: cut(value) for name, value in vars(inputs).items()})
 

@@ -1,4 +1,6 @@
-"""Videos of every kind, good and bad, for the tests of `rest prepare`; written with PyAV, none is stored."""
+"""Videos of every kind, good and bad, for the tests of `rest prepare`; written with PyAV, none is
+stored.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +16,15 @@ from typing import Any
 import av
 import numpy as np
 
-from rest_lightning.data.preparation.faces import Face
+from rest_lightning.media.faces import Face
 
 TIME_BASE = Fraction(1, 12_000)  # fits 24, 25, 30, 50, 60 and 240 fps
 
 
 def levels(num_frames: int, height: int = 64, width: int = 64) -> np.ndarray:
-    """Grey frames whose level tells their number: 20 for the first, up to 219, then from 20 again; a fixed texture."""
+    """Grey frames whose level tells their number: 20 for the first, up to 219, then from 20 again;
+    a fixed texture.
+    """
     texture = np.random.default_rng(0).integers(-12, 12, (height, width, 1))
     steps = 20 + np.arange(num_frames) % 200
     return np.clip(steps[:, None, None, None] + texture, 0, 255).repeat(3, axis=3).astype(np.uint8)
@@ -36,7 +40,8 @@ def speech_like(seconds: float, rate: int = 16_000, seed: int = 0) -> np.ndarray
     rng = np.random.default_rng(seed)
     time = np.arange(round(seconds * rate)) / rate
     signal = sum(
-        np.sin(2 * np.pi * f * time + p) for f, p in zip(rng.uniform(150, 2500, 20), rng.uniform(0, 6, 20), strict=True)
+        np.sin(2 * np.pi * f * time + p)
+        for f, p in zip(rng.uniform(150, 2500, 20), rng.uniform(0, 6, 20), strict=True)
     )
     return (0.05 * signal * (0.55 + 0.45 * np.sin(2 * np.pi * 3.7 * time))).astype(np.float32)
 
@@ -57,7 +62,8 @@ def write_video(
     default_track: int = 0,
     options: dict[str, str] | None = None,
 ) -> Path:
-    """A video of uint8 frames (n, H, W, 3) and any number of sounds, (samples,) or (channels, samples).
+    """A video of uint8 frames (n, H, W, 3) and any number of sounds, (samples,) or
+    (channels, samples).
 
     Args:
         times_s: of the frames; None for a constant rate.
@@ -82,11 +88,15 @@ def write_video(
             container.mux(video.encode(frame))
         container.mux(video.encode(None))
         for track, sound in zip(tracks, sounds, strict=True):
-            _write_sound(container, track, np.atleast_2d(sound), rate, layout, round(audio_start_s * rate))
+            _write_sound(
+                container, track, np.atleast_2d(sound), rate, layout, round(audio_start_s * rate)
+            )
     return path
 
 
-def _write_sound(container: Any, track: Any, samples: np.ndarray, rate: int, layout: str, first: int) -> None:
+def _write_sound(
+    container: Any, track: Any, samples: np.ndarray, rate: int, layout: str, first: int
+) -> None:
     for start in range(0, samples.shape[1], 1024):
         block = np.ascontiguousarray(samples[:, start : start + 1024], np.float32)
         frame = av.AudioFrame.from_ndarray(block, format="fltp", layout=layout)
@@ -96,10 +106,14 @@ def _write_sound(container: Any, track: Any, samples: np.ndarray, rate: int, lay
 
 
 def rotate(path: Path, degrees: int) -> Path:
-    """Write a display matrix into an mp4's video track, as phones do: players turn it clockwise by ``degrees``."""
+    """Write a display matrix into an mp4's video track, as phones do: players turn it clockwise by
+    ``degrees``.
+    """
     data = bytearray(path.read_bytes())
     at = data.index(b"tkhd")
-    a, b, c, d = {0: (1, 0, 0, 1), 90: (0, 1, -1, 0), 180: (-1, 0, 0, -1), 270: (0, -1, 1, 0)}[degrees]
+    a, b, c, d = {0: (1, 0, 0, 1), 90: (0, 1, -1, 0), 180: (-1, 0, 0, -1), 270: (0, -1, 1, 0)}[
+        degrees
+    ]
     one, w = 1 << 16, 1 << 30
     assert data[at + 4] == 0  # version: 40 bytes of times and sizes before the matrix
     struct.pack_into(">9i", data, at + 44, a * one, b * one, 0, c * one, d * one, 0, 0, 0, w)
@@ -108,10 +122,11 @@ def rotate(path: Path, degrees: int) -> Path:
 
 
 class KnownFaces:
-    """A detector for the preparation's plug: faces from ``<video>.faces.json``, as another tool would have left them.
+    """A detector for the preparation's plug: faces from ``<video>.faces.json``, as another tool
+    would have left them.
 
-    The file has, for each frame at 25 fps, a list of faces: {"box": [x, y, w, h], "left_eye", "right_eye", "mouth",
-    "nose": [x, y]} in pixels of the source.
+    The file has, for each frame at 25 fps, a list of faces: {"box": [x, y, w, h], "left_eye",
+    "right_eye", "mouth", "nose": [x, y]} in pixels of the source.
     """
 
     def __init__(self, source: Path, min_confidence: float) -> None:
@@ -122,7 +137,10 @@ class KnownFaces:
         scale = picture.shape[1] / self.width
         found = []
         for face in self.frames[round(time_s * 25)]:
-            points = {k: np.array(face[k], np.float64) * scale for k in ("left_eye", "right_eye", "mouth", "nose")}
+            points = {
+                k: np.array(face[k], np.float64) * scale
+                for k in ("left_eye", "right_eye", "mouth", "nose")
+            }
             x, y, w, h = (v * scale for v in face["box"])
             corners = np.array([(x, y), (x + w, y + h)])
             found.append(Face((x, y, w, h), np.vstack([corners, *points.values()]), **points))
@@ -142,7 +160,12 @@ class OneFace:
         height, width = picture.shape[:2]
         side = min(height, width) / 2
         x, y = (width - side) / 2, (height - side) / 2
-        spots = {"left_eye": (0.3, 0.4), "right_eye": (0.7, 0.4), "mouth": (0.5, 0.75), "nose": (0.5, 0.55)}
+        spots = {
+            "left_eye": (0.3, 0.4),
+            "right_eye": (0.7, 0.4),
+            "mouth": (0.5, 0.75),
+            "nose": (0.5, 0.55),
+        }
         points = {name: np.array([x + u * side, y + v * side]) for name, (u, v) in spots.items()}
         corners = np.array([(x, y), (x + side, y + side)])
         return [Face((x, y, side, side), np.vstack([corners, *points.values()]), **points)]  # type: ignore[arg-type]

@@ -5,7 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rest_lightning.metrics.drift import DriftTracker, background_drift, background_mask, mean_lab, srgb_to_lab
+from rest_lightning.metrics.drift import (
+    DriftTracker,
+    background_drift,
+    background_mask,
+    mean_lab,
+    srgb_to_lab,
+)
 
 
 def flat(level: int, num: int = 1, side: int = 32) -> np.ndarray:
@@ -69,7 +75,9 @@ def test_tracker_over_half_a_minute(pieces: list[int]) -> None:
     assert drift.background == 29
     assert drift.background_by_second == list(range(30))
     windows = (range(10), range(20, 30))
-    first, last = (np.mean([mean_lab(flat(100 + second)) for second in window], axis=0) for window in windows)
+    first, last = (
+        np.mean([mean_lab(flat(100 + second)) for second in window], axis=0) for window in windows
+    )
     assert drift.colour_lab_per_minute == pytest.approx(np.linalg.norm(last - first) * 3)
 
 
@@ -79,7 +87,9 @@ def test_tracker_compares_with_a_given_start() -> None:
     assert tracker.compute().background == 10
 
 
-@pytest.mark.parametrize(("num_frames", "num_seconds"), [(0, 0), (3, 1), (25, 1), (30, 1), (38, 2), (50, 2)])
+@pytest.mark.parametrize(
+    ("num_frames", "num_seconds"), [(0, 0), (3, 1), (25, 1), (30, 1), (38, 2), (50, 2)]
+)
 def test_seconds_that_count(num_frames: int, num_seconds: int) -> None:
     tracker = DriftTracker()
     tracker.update(flat(7, num_frames, 8))

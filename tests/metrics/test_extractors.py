@@ -1,10 +1,11 @@
-"""Published networks behind one interface: parity of what is around them, and messages where files are missing."""
+"""Published networks behind one interface: parity of what is around them, and messages where files
+are missing.
+"""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,26 @@ from torch import Tensor, nn
 
 from rest_lightning.errors import UserError
 from rest_lightning.metrics import weights
-from rest_lightning.metrics.extractors import IMAGENET_MEAN, IMAGENET_STD, centre_square, load_extractor
+from rest_lightning.metrics.extractors import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    centre_square,
+    load_extractor,
+)
 from rest_lightning.metrics.frechet import FVD
 
 
 def clip(num_frames: int, height: int, width: int, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 256, (num_frames, height, width, 3), dtype=torch.uint8, generator=generator)
+    return torch.randint(
+        0, 256, (num_frames, height, width, 3), dtype=torch.uint8, generator=generator
+    )
 
 
 def straightforward_square(frames: np.ndarray, side: int) -> np.ndarray:
-    """The common FVD recipe in plain numpy: bilinear by hand (half-pixel centres), long side up, corner down."""
+    """The common FVD recipe in plain numpy: bilinear by hand (half-pixel centres), long side up,
+    corner down.
+    """
     height, width = frames.shape[1:3]
     scale = side / min(height, width)
     size = (side, math.ceil(width * scale)) if height < width else (math.ceil(height * scale), side)
@@ -49,13 +59,17 @@ def test_resize_and_crop_follow_the_recipe(size: tuple[int, int], side: int) -> 
 
 
 class ScriptedI3D(nn.Module):
-    """Stands in the file for I3D: random weights, the same call; asks to be called as StyleGAN-V's is."""
+    """Stands in the file for I3D: random weights, the same call; asks to be called as StyleGAN-V's
+    is.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.mix = nn.Linear(3 * 4, 400)
 
-    def forward(self, x: Tensor, rescale: bool = True, resize: bool = True, return_features: bool = False) -> Tensor:
+    def forward(
+        self, x: Tensor, rescale: bool = True, resize: bool = True, return_features: bool = False
+    ) -> Tensor:
         if rescale or resize or not return_features or x.shape[3] != 224 or x.shape[4] != 224:
             raise RuntimeError("called otherwise")
         pooled = torch.nn.functional.adaptive_avg_pool3d(x, (4, 1, 1)).flatten(1)
@@ -68,13 +82,18 @@ def i3d_file(tmp_path: Path) -> Path:
     return tmp_path / "i3d_torchscript.pt"
 
 
-def test_fvd_equals_its_steps_on_random_weights(i3d_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fvd_equals_its_steps_on_random_weights(
+    i3d_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """File -> features -> distance, against the same steps in numpy and scipy."""
     from scipy.linalg import sqrtm
 
     monkeypatch.setenv(weights.VARIABLE, str(i3d_file.parent))
     extractor = load_extractor("fvd", "published")
-    assert extractor.name == "i3d-kinetics-400" and extractor.row() == load_extractor("fvd", i3d_file).row()
+    assert (
+        extractor.name == "i3d-kinetics-400"
+        and extractor.row() == load_extractor("fvd", i3d_file).row()
+    )
     fvd, net, sides = FVD(extractor), torch.jit.load(str(i3d_file)), []
     for real in (True, False):
         side = []
@@ -83,10 +102,13 @@ def test_fvd_equals_its_steps_on_random_weights(i3d_file: Path, monkeypatch: pyt
             fvd.update(frames, real=real)
             video = torch.from_numpy(straightforward_square(frames.numpy(), 224)).float() * 2 - 1
             with torch.no_grad():
-                side.append(net(video.permute(3, 0, 1, 2)[None], False, False, True)[0].double().numpy())
+                side.append(
+                    net(video.permute(3, 0, 1, 2)[None], False, False, True)[0].double().numpy()
+                )
         sides.append(np.stack(side))
     means, covariances = [x.mean(0) for x in sides], [np.cov(x, rowvar=False) for x in sides]
-    # Three dimensions of each set differ from their mean; sqrtm of a 400x400 matrix of rank 3 is noise: go there.
+    # Three dimensions of each set differ from their mean; sqrtm of a 400x400 matrix of rank 3 is
+    # noise: go there.
     basis = np.linalg.qr(np.concatenate([x - x.mean(0) for x in sides]).T)[0]
     a, b = (basis.T @ c @ basis for c in covariances)
     root = np.real(sqrtm(sqrtm(a) @ b @ sqrtm(a)))
@@ -101,36 +123,57 @@ def test_videomae_sees_every_window_as_it_is(tmp_path: Path) -> None:
     from transformers import VideoMAEConfig, VideoMAEModel
 
     config = VideoMAEConfig(
-        image_size=32, patch_size=16, num_frames=4, tubelet_size=2, hidden_size=24, num_hidden_layers=2,
-        num_attention_heads=2, intermediate_size=32,
-    )  # fmt: skip
+        image_size=32,
+        patch_size=16,
+        num_frames=4,
+        tubelet_size=2,
+        hidden_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+    )
     net = VideoMAEModel(config).eval()
     net.save_pretrained(tmp_path / "videomae-base")
     extractor = load_extractor("fvd_videomae", tmp_path)
-    assert extractor.name == "videomae" and extractor.num_features == 24 and extractor.min_frames == 4
+    assert (
+        extractor.name == "videomae" and extractor.num_features == 24 and extractor.min_frames == 4
+    )
     frames = clip(11, 40, 36)
     features = extractor(frames)
     assert features.shape == (2, 24)
     for i, found in enumerate(features):
         square = straightforward_square(frames[4 * i : 4 * i + 4].numpy(), 32)
-        x = torch.from_numpy((square - np.array(IMAGENET_MEAN)) / np.array(IMAGENET_STD)).float().permute(0, 3, 1, 2)
+        x = (
+            torch.from_numpy((square - np.array(IMAGENET_MEAN)) / np.array(IMAGENET_STD))
+            .float()
+            .permute(0, 3, 1, 2)
+        )
         with torch.no_grad():
             expected = net(pixel_values=x[None]).last_hidden_state[0].mean(0)
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_inception_equals_torch_fidelity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3", reason="extra `test` has it")
+    module = pytest.importorskip(
+        "torch_fidelity.feature_extractor_inceptionv3", reason="extra `test` has it"
+    )
     reference_class = module.FeatureExtractorInceptionV3
     file = tmp_path / "weights-inception-2015-12-05-6726825d.pth"
-    with monkeypatch.context() as patch:  # its constructor only loads: let it keep its random weights once
+    # its constructor only loads: let it keep its random weights once
+    with monkeypatch.context() as patch:
         torch.save({}, file)
         patch.setattr(reference_class, "load_state_dict", lambda self, state: None)
-        state = reference_class("random", ["2048"], feature_extractor_weights_path=str(file)).state_dict()
+        state = reference_class(
+            "random", ["2048"], feature_extractor_weights_path=str(file)
+        ).state_dict()
     torch.save(state, file)
     reference = reference_class("random", ["2048"], feature_extractor_weights_path=str(file))
     extractor = load_extractor("fid", file)
-    assert extractor.row() == {"name": "inception-v3-compat", "sha256": extractor.sha256, "known": False}
+    assert extractor.row() == {
+        "name": "inception-v3-compat",
+        "sha256": extractor.sha256,
+        "known": False,
+    }
     frames = clip(3, 40, 52)
     expected = reference(frames.permute(0, 3, 1, 2).contiguous())[0]
     assert float(expected.std()) > 0
@@ -140,7 +183,11 @@ def test_inception_equals_torch_fidelity(tmp_path: Path, monkeypatch: pytest.Mon
 def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(weights.VARIABLE, str(tmp_path))
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    for metric, file in (("fid", "weights-inception"), ("fvd", "i3d_torchscript"), ("sync", "syncnet_v2")):
+    for metric, file in (
+        ("fid", "weights-inception"),
+        ("fvd", "i3d_torchscript"),
+        ("sync", "syncnet_v2"),
+    ):
         with pytest.raises(UserError, match=f"expected {file}") as error:
             load_extractor(metric, "published")
         message = str(error.value)
@@ -155,7 +202,9 @@ def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("metric", ["fvd", "sync", "fid"])
 def test_another_file_is_named(metric: str, tmp_path: Path) -> None:
     (tmp_path / "weights.pt").write_bytes(b"not a network")
-    with pytest.raises(UserError, match=f"expected the weights of .* in {tmp_path}/weights.pt, got another file"):
+    with pytest.raises(
+        UserError, match=(f"expected the weights of .* in {tmp_path}/weights.pt, got another file")
+    ):
         load_extractor(metric, tmp_path / "weights.pt")
 
 
@@ -195,7 +244,10 @@ def test_published_inception_has_its_hash() -> None:
 
 def test_devices_and_modes(i3d_file: Path) -> None:
     extractor = load_extractor("fvd", i3d_file)
-    check: Callable[[nn.Module], bool] = lambda net: not any(p.requires_grad for p in net.parameters())  # noqa: E731
+
+    def check(net: nn.Module) -> bool:
+        return not any(p.requires_grad for p in net.parameters())
+
     assert not extractor.training and check(extractor)
     metric = FVD(extractor)
     metric.persistent(True)

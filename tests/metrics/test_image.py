@@ -18,7 +18,9 @@ def noise(num: int = 3, height: int = 32, width: int = 40, seed: int = 0) -> np.
 @pytest.mark.parametrize("offset", [1, 4, 20])
 def test_psnr_of_a_known_error(offset: int) -> None:
     truth = np.full((2, 8, 8, 3), 100, dtype=np.uint8)
-    assert image.video_psnr_db(truth + np.uint8(offset), truth) == pytest.approx(20 * np.log10(255 / offset))
+    assert image.video_psnr_db(truth + np.uint8(offset), truth) == pytest.approx(
+        20 * np.log10(255 / offset)
+    )
     error = torch.tensor((2 * offset / 255) ** 2)
     assert float(image.psnr_db(error)) == pytest.approx(20 * np.log10(255 / offset), abs=1e-4)
 
@@ -54,7 +56,9 @@ def test_mouth_psnr_sees_the_mouth_alone() -> None:
     mask = image.box_mask([[0.5, 0.7], [0.4, 0.6]], (64, 64)).numpy()
     frames[~mask] = 0
     frames[mask] += 5
-    assert image.mouth_psnr_db(frames, truth, [[0.5, 0.7], [0.4, 0.6]]) == pytest.approx(20 * np.log10(255 / 5))
+    assert image.mouth_psnr_db(frames, truth, [[0.5, 0.7], [0.4, 0.6]]) == pytest.approx(
+        20 * np.log10(255 / 5)
+    )
 
 
 def test_sharpness_of_a_point_and_of_nothing() -> None:
@@ -66,11 +70,11 @@ def test_sharpness_of_a_point_and_of_nothing() -> None:
 
 def test_sharpness_falls_with_blur_and_in_the_mask_alone() -> None:
     sharp = noise(1, 64, 64)
-    values = []
-    for radius in (0.0, 0.5, 1.0, 2.0):
-        values.append(
-            image.sharpness(np.array(Image.fromarray(sharp[0]).filter(ImageFilter.GaussianBlur(radius)))[None])
-        )
+    blurred = [
+        np.array(Image.fromarray(sharp[0]).filter(ImageFilter.GaussianBlur(radius)))
+        for radius in (0.0, 0.5, 1.0, 2.0)
+    ]
+    values = [image.sharpness(each[None]) for each in blurred]
     assert values == sorted(values, reverse=True)
     half = sharp.copy()
     half[:, :, 32:] = 128

@@ -21,7 +21,9 @@ from rest_lightning.metrics.lips import (
 
 
 def curve(num: int, seed: int = 0) -> np.ndarray:
-    """White noise, smoothed a little: its autocorrelation is largest at lag zero and nowhere else."""
+    """White noise, smoothed a little: its autocorrelation is largest at lag zero and nowhere
+    else.
+    """
     noise = np.random.default_rng(seed).normal(size=num + 2)
     return (noise[:-2] + 2 * noise[1:-1] + noise[2:]) / 4
 
@@ -90,7 +92,9 @@ def test_loudness_of_a_sine(amplitude: float) -> None:
     assert loudness_db(speech) == pytest.approx(np.full(5, expected), abs=1e-9)
 
 
-@pytest.mark.parametrize(("num_samples", "num_frames"), [(0, 0), (1, 1), (640, 1), (641, 2), (6400, 10)])
+@pytest.mark.parametrize(
+    ("num_samples", "num_frames"), [(0, 0), (1, 1), (640, 1), (641, 2), (6400, 10)]
+)
 def test_loudness_has_one_value_per_begun_frame(num_samples: int, num_frames: int) -> None:
     assert len(loudness_db(np.ones(num_samples))) == num_frames
 
@@ -106,7 +110,10 @@ def test_silences_shorter_than_the_limit_do_not_count() -> None:
     loudness[5:12] = -70.0  # 7 frames = 0.28 s
     loudness[30:38] = -70.0  # 8 frames = 0.32 s
     assert np.flatnonzero(silent_frames(loudness)).tolist() == list(range(30, 38))
-    assert np.flatnonzero(silent_frames(loudness, min_s=0.28)).tolist() == [*range(5, 12), *range(30, 38)]
+    assert np.flatnonzero(silent_frames(loudness, min_s=0.28)).tolist() == [
+        *range(5, 12),
+        *range(30, 38),
+    ]
     opening = np.linspace(0, 1, 60)
     assert opening_in_silence(opening, loudness) == pytest.approx(opening[30:38].mean())
 
@@ -126,6 +133,13 @@ def test_no_silence_and_nothing_but_silence() -> None:
 
 def test_summary() -> None:
     result = summary([1.0, 2.0, float("nan"), 4.0])
-    assert result == {"mean": 2.3333, "sd": 1.5275, "min": 1.0, "max": 4.0, "num": 3, "num_undefined": 1}
+    assert result == {
+        "mean": 2.3333,
+        "sd": 1.5275,
+        "min": 1.0,
+        "max": 4.0,
+        "num": 3,
+        "num_undefined": 1,
+    }
     assert summary([float("nan")])["mean"] is None
     assert summary([2.0])["sd"] == 0.0

@@ -7,12 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from rest_lightning.metrics.lpips import BACKBONE_FILES, load_lpips
+from rest_lightning.metrics.reconstruction import BACKBONE_FILES, load_lpips
 
 
 def test_missing_weights_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    with pytest.raises(ValueError, match=r"backbone at .*vgg16-397923af.pth, got no such file: fetch .* that folder"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            r"backbone at .*vgg16-397923af.pth, got no such file: "
+            r"fetch .* that folder"
+        ),
+    ):
         load_lpips()
     with pytest.raises(ValueError, match="backbone of vgg, alex, squeeze, got 'resnet'"):
         load_lpips("resnet")

@@ -15,11 +15,12 @@ import pytest
 import torch
 from PIL import Image
 
-from rest_lightning.models.autoencoder import CompactVAE
+from rest_lightning.diffusion.sampling import Sampling
 from rest_lightning.models.speech import LogMelEncoder
 from rest_lightning.models.speech_ae import SpeechAE
 from rest_lightning.models.transformer import A2VDiT
-from rest_lightning.talking_head import SamplingSettings, TalkingHead
+from rest_lightning.models.vae import CompactVAE
+from rest_lightning.talking_head import TalkingHead
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -28,7 +29,9 @@ ROOT = Path(__file__).resolve().parents[2]
 def quality() -> ModuleType:
     """benchmarks/quality.py, which is not part of the package."""
     pytest.importorskip("espeakng_loader")
-    spec = importlib.util.spec_from_file_location("quality_benchmark", ROOT / "benchmarks" / "quality.py")
+    spec = importlib.util.spec_from_file_location(
+        "quality_benchmark", ROOT / "benchmarks" / "quality.py"
+    )
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
@@ -54,11 +57,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             speech_dim=8,
             attention="chunked",
         ),
-        SamplingSettings(num_steps=1, guidance=1.0, shift=1.0),
+        Sampling(num_steps=1, guidance=1.0, shift=1.0),
         size_px=64,
     ).save_pretrained(root / "model")
     (root / "real").mkdir()
-    speech = (np.random.default_rng(0).normal(size=16000 * 3) * 3000).clip(-32768, 32767).astype("<i2")
+    speech = (
+        (np.random.default_rng(0).normal(size=16000 * 3) * 3000).clip(-32768, 32767).astype("<i2")
+    )
     speech[16000:32000] = 0
     with wave.open(str(root / "real" / "speech.wav"), "wb") as file:
         file.setnchannels(1)
@@ -74,14 +79,38 @@ def arguments(folder: Path, *more: str) -> list[str]:
     return [*out, "--seconds", "4", "--seed", "7100", *more]
 
 
-def test_from_talkers_to_json(quality: ModuleType, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_from_talkers_to_json(
+    quality: ModuleType, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     sheet = folder / "out" / "sheet.png"
     sweep = ("--num-talkers", "2", "--guidance", "1", "1.5")
-    code = quality.main(arguments(folder, *sweep, "--sheet", str(sheet), "--real", str(folder / "real")))
+    code = quality.main(
+        arguments(folder, *sweep, "--sheet", str(sheet), "--real", str(folder / "real"))
+    )
     assert code == 0, capsys.readouterr().err
     result: dict[str, Any] = json.loads((folder / "out" / "quality.json").read_text())
-    keys = {"protocol", "protocol_version", "method", "measured", "metrics", "ground_truth", "num_clips", "num_frames"}
-    keys |= {"failures", "extractors", "hardware", "commit", "config", "date", "vae", "runs", "real", "seeds"}
+    keys = {
+        "protocol",
+        "protocol_version",
+        "method",
+        "measured",
+        "metrics",
+        "ground_truth",
+        "num_clips",
+        "num_frames",
+    }
+    keys |= {
+        "failures",
+        "extractors",
+        "hardware",
+        "commit",
+        "config",
+        "date",
+        "vae",
+        "runs",
+        "real",
+        "seeds",
+    }
     assert keys <= result.keys()
     assert result["num_clips"] == 2 and result["num_frames"] == 100 and not result["failures"]
     assert [run["sampler"]["guidance"] for run in result["runs"]] == [1.0, 1.5]
@@ -93,9 +122,15 @@ def test_from_talkers_to_json(quality: ModuleType, folder: Path, capsys: pytest.
     assert truth["jump_ratio_latent"]["mean"] == pytest.approx(1.0, abs=0.4)
     assert abs(truth["lip_best_lag_frames"]["mean"]) <= 1
     assert result["vae"]["psnr_db"]["mean"] < 25  # it is untrained
-    assert {"lip_correlation_mismatched", "lip_correlation_q4", "loudness_rank_correlation"} <= result["metrics"].keys()
+    assert {
+        "lip_correlation_mismatched",
+        "lip_correlation_q4",
+        "loudness_rank_correlation",
+    } <= result["metrics"].keys()
     assert "lip_correlation_mismatched" not in result["runs"][1]["metrics"]
-    assert len(result["real"]) % 2 == 0 and {"speech.wav"} == {row["speech"] for row in result["real"]}
+    assert len(result["real"]) % 2 == 0 and {"speech.wav"} == {
+        row["speech"] for row in result["real"]
+    }
     assert result["real"][-1]["portrait"] == "portrait.png"
     assert result["real"][-1]["metrics"]["silent_share"] == pytest.approx(1 / 3, abs=0.02)
     assert {target["what"] for target in result["targets"]} >= {"lip correlation", "VAE PSNR, dB"}
@@ -119,7 +154,9 @@ def test_reconstruction_equals_the_whole_decode(quality: ModuleType, folder: Pat
 
 def test_a_failing_clip_is_named(quality: ModuleType, folder: Path) -> None:
     benchmark = quality.Benchmark(
-        TalkingHead.from_pretrained(folder / "model"), [quality.Sampler(1, 1.0)], quality.parse(arguments(folder))
+        TalkingHead.from_pretrained(folder / "model"),
+        [quality.Sampler(1, 1.0)],
+        quality.parse(arguments(folder)),
     )
 
     def fail() -> None:
@@ -144,7 +181,11 @@ def test_the_sheet_shows_closed_and_open_mouths_in_turn(quality: ModuleType) -> 
     ],
 )
 def test_bad_arguments_are_one_line(
-    quality: ModuleType, folder: Path, capsys: pytest.CaptureFixture[str], more: list[str], message: str
+    quality: ModuleType,
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    more: list[str],
+    message: str,
 ) -> None:
     assert quality.main(arguments(folder, *more)) == 2
     error = capsys.readouterr().err

@@ -8,20 +8,21 @@ import torch
 
 from rest_lightning.constants import SAMPLES_PER_FRAME
 from rest_lightning.errors import UserError
-from rest_lightning.metrics import talking
+from rest_lightning.metrics import video
 from rest_lightning.metrics.drift import DriftTracker
 from rest_lightning.metrics.lips import motion_in_silence_per_s
 from rest_lightning.metrics.mouth import MouthOpeningEstimator
 from rest_lightning.metrics.reconstruction import ReconstructionScores
 from rest_lightning.metrics.sums import MeanMetric
-from rest_lightning.metrics.talking import TalkingScores
-from rest_lightning.metrics.video import VideoScores
+from rest_lightning.metrics.video import TalkingScores, VideoScores
 
 
 def clip(num_frames: int, seed: int = 0, side: int = 32) -> np.ndarray:
     rng = np.random.default_rng(seed)
     base = rng.integers(40, 200, (1, side, side, 3))
-    return np.clip(base + rng.integers(-20, 20, (num_frames, side, side, 3)), 0, 255).astype(np.uint8)
+    return np.clip(base + rng.integers(-20, 20, (num_frames, side, side, 3)), 0, 255).astype(
+        np.uint8
+    )
 
 
 def test_means_leave_out_what_is_not_defined_and_say_so() -> None:
@@ -52,10 +53,12 @@ def test_talking_scores_are_means_of_video_scores(chunk_frames: int) -> None:
         with pytest.raises(UserError, match="true opening for each of the 60 frames, got 59"):
             metric.update(frames, audio, truth[:59])
     result = metric.compute()
-    assert set(result) == set(talking.KEYS) and int(metric.num_clips) == 2
+    assert set(result) == set(video.KEYS) and int(metric.num_clips) == 2
     for key, value in result.items():
         name = "jump_ratio_chunk" if key == "seam_ratio" else key
-        assert float(value) == pytest.approx(np.mean([single[name] for single in singles]), nan_ok=True), key
+        assert float(value) == pytest.approx(
+            np.mean([single[name] for single in singles]), nan_ok=True
+        ), key
     assert not result["opening_error"].isnan() and not result["lip_motion_in_silence_per_s"].isnan()
 
 
@@ -81,7 +84,11 @@ def test_minutes_of_a_long_video_drift() -> None:
         tracker.update(frames)
     tracker.compute()
     minutes = tracker.colour_lab_by_minute()
-    assert len(minutes) == 3 and minutes[0] == pytest.approx(0, abs=1e-9) and 5 < minutes[1] < minutes[2]
+    assert (
+        len(minutes) == 3
+        and minutes[0] == pytest.approx(0, abs=1e-9)
+        and 5 < minutes[1] < minutes[2]
+    )
     scores = VideoScores(estimator=MouthOpeningEstimator((2, 2, 2, 2, 2), 4).eval())
     sharp, flat = clip(100, side=16), np.full((100, 16, 16, 3), 90, np.uint8)
     for piece in (sharp, flat):
@@ -99,7 +106,12 @@ def test_reconstruction_equals_torchmetrics() -> None:
     scores, psnr, ssim = ReconstructionScores(), [], []
     for seed in range(2):
         truth = torch.from_numpy(clip(18, seed))
-        noisy = (truth.float() + torch.randn(truth.shape) * (5 + seed)).round().clamp(0, 255).to(torch.uint8)
+        noisy = (
+            (truth.float() + torch.randn(truth.shape) * (5 + seed))
+            .round()
+            .clamp(0, 255)
+            .to(torch.uint8)
+        )
         scores.update(noisy, truth)
         images = [x.permute(0, 3, 1, 2).double() for x in (noisy, truth)]
         psnr.append(float(PeakSignalNoiseRatio(data_range=255.0)(*images)))

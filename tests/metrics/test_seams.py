@@ -6,18 +6,24 @@ import numpy as np
 import pytest
 import torch
 
-from rest_lightning.metrics.seams import BorderJumps, border_jump_ratio
+from rest_lightning.metrics.image import BorderJumps, border_jump_ratio
 
 
 def video(steps: list[float], batch: int = 1) -> torch.Tensor:
-    """Uniform frames (batch, 3, len(steps) + 1, 4, 4): frame i + 1 differs from frame i by ``steps[i]``, up or down."""
+    """Uniform frames (batch, 3, len(steps) + 1, 4, 4): frame i + 1 differs from frame i by
+    ``steps[i]``, up or down.
+    """
     signs = torch.tensor([1.0, -1.0]).repeat(len(steps))[: len(steps)]
     levels = torch.cat([torch.zeros(1), (torch.tensor(steps) * signs).cumsum(0)])
     return levels.view(1, 1, -1, 1, 1).expand(batch, 3, -1, 4, 4).contiguous()
 
 
-def steps_of(num_frames: int, first_frame: int, jumps: dict[int, float], elsewhere: float = 2.0) -> list[float]:
-    """Step of every internal frame to the next, ``jumps[period]`` at borders (the largest period wins)."""
+def steps_of(
+    num_frames: int, first_frame: int, jumps: dict[int, float], elsewhere: float = 2.0
+) -> list[float]:
+    """Step of every internal frame to the next, ``jumps[period]`` at borders (the largest period
+    wins).
+    """
     result = []
     for number in range(first_frame, first_frame + num_frames - 1):
         value = elsewhere
@@ -32,7 +38,9 @@ def steps_of(num_frames: int, first_frame: int, jumps: dict[int, float], elsewhe
 @pytest.mark.parametrize("first_frame", [0, 1])
 @pytest.mark.parametrize("num_frames", [33, 97, 100])
 @pytest.mark.parametrize("jump", [2.0, 3.0, 7.0])
-def test_jumps_at_borders_are_found(period: int, first_frame: int, num_frames: int, jump: float) -> None:
+def test_jumps_at_borders_are_found(
+    period: int, first_frame: int, num_frames: int, jump: float
+) -> None:
     frames = video(steps_of(num_frames, first_frame, {period: jump}), batch=2)
     assert float(border_jump_ratio(frames, period, first_frame)) == pytest.approx(jump / 2.0)
 

@@ -29,11 +29,19 @@ def test_pieces_equal_the_whole(pieces: list[int]) -> None:
     opening = mouth_opening(frames, model)
     loudness = loudness_db(speech)
     assert result["lip_correlation"] == pytest.approx(pearson(opening, true[:120]), abs=1e-5)
-    assert result["lip_correlation_q3"] == pytest.approx(pearson(opening[60:90], true[60:90]), abs=1e-5)
-    assert result["loudness_rank_correlation"] == pytest.approx(spearman(opening, loudness), abs=0.02)
-    assert result["opening_in_silence"] == pytest.approx(opening_in_silence(opening, loudness), abs=1e-5)
+    assert result["lip_correlation_q3"] == pytest.approx(
+        pearson(opening[60:90], true[60:90]), abs=1e-5
+    )
+    assert result["loudness_rank_correlation"] == pytest.approx(
+        spearman(opening, loudness), abs=0.02
+    )
+    assert result["opening_in_silence"] == pytest.approx(
+        opening_in_silence(opening, loudness), abs=1e-5
+    )
     assert result["silent_share"] == pytest.approx(20 / 120)
-    assert result["background_drift"] == pytest.approx(background_drift(frames[0], frames[100:]), abs=1e-6)
+    assert result["background_drift"] == pytest.approx(
+        background_drift(frames[0], frames[100:]), abs=1e-6
+    )
     whole = VideoScores(estimator=model)
     whole.update(frames)
     assert result == pytest.approx(whole.compute(speech, true), abs=1e-4)

@@ -1,4 +1,6 @@
-"""What the tests of the A2V-DiT share: tiny students, clips, and the student written out once more."""
+"""What the tests of the A2V-DiT share: tiny students, clips, and the student written out once
+more.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ SPEECH_DIM, TEXT_DIM, CHANNELS = 10, 12, 6
 
 
 def make_student(seed: int = 0, num_layers: int = 2, text: bool = False, **options: Any) -> A2VDiT:
-    """A tiny student with random weights everywhere, so that no path is hidden behind a zero start."""
+    """A tiny student with random weights everywhere, so that no path is hidden behind a zero
+    start.
+    """
     torch.manual_seed(seed)
     model = A2VDiT(
         in_channels=CHANNELS,
@@ -36,13 +40,22 @@ def make_student(seed: int = 0, num_layers: int = 2, text: bool = False, **optio
 
 
 def make_clip(
-    model: A2VDiT, num_chunks: int, height: int = 2, width: int = 3, batch: int = 2, speech: bool = True
+    model: A2VDiT,
+    num_chunks: int,
+    height: int = 2,
+    width: int = 3,
+    batch: int = 2,
+    speech: bool = True,
 ) -> dict[str, Any]:
     """Random inputs of a whole clip; one sigma per chunk, 0 for the reference."""
     length = model.cache_options.chunk_length
     frames = 1 + num_chunks * length
     shared = model.cache_options.cache_noise == "per_step"
-    sigma = torch.rand(batch, 1 if shared else num_chunks).expand(-1, num_chunks).repeat_interleave(length, 1)
+    sigma = (
+        torch.rand(batch, 1 if shared else num_chunks)
+        .expand(-1, num_chunks)
+        .repeat_interleave(length, 1)
+    )
     has_text = model.caption_channels is not None
     return {
         "noisy_latents": torch.randn(batch, CHANNELS, frames, height, width),
@@ -67,7 +80,11 @@ def parallel(model: A2VDiT, clip: dict[str, Any]) -> Tensor:
 
 
 def sequential(
-    model: A2VDiT, clip: dict[str, Any], cache: IDContextCache, lengths: list[int] | None = None, prefill: bool = True
+    model: A2VDiT,
+    clip: dict[str, Any],
+    cache: IDContextCache,
+    lengths: list[int] | None = None,
+    prefill: bool = True,
 ) -> Tensor:
     """Chunk after chunk through a cache; returns the velocities of all frames but the reference."""
     options = model.cache_options
@@ -78,21 +95,31 @@ def sequential(
     if not together and prefill:
         model.prefill(latents[:, :, :1], cache, **text)
     out, start = [], 1
-    for length in lengths or [options.chunk_length] * ((latents.shape[2] - 1) // options.chunk_length):
+    for length in lengths or [options.chunk_length] * (
+        (latents.shape[2] - 1) // options.chunk_length
+    ):
         has_reference = together and start == 1
         frames = slice(0 if has_reference else start, start + length)
         condition = None if speech is None else speech[:, frames]
         velocity = model(latents[:, :, frames], sigma[:, frames], condition, **text, cache=cache)
         out.append(velocity[:, :, 1:] if has_reference else velocity)
         if options.cache_noise == "clean_pass":
-            model(clean[:, :, frames], torch.zeros_like(sigma[:, frames]), condition, **text, cache=cache)
+            model(
+                clean[:, :, frames],
+                torch.zeros_like(sigma[:, frames]),
+                condition,
+                **text,
+                cache=cache,
+            )
         cache.commit()
         start += length
     return torch.cat(out, 2)
 
 
-def definition(model: A2VDiT, clip: dict[str, Any], lengths: list[int] | None = None) -> Tensor:
-    """The student by METHOD.md section 6, window by window and head by head, from nothing but the weights."""
+def definition(model: A2VDiT, clip: dict[str, Any], lengths: list[int] | None = None) -> Tensor:  # noqa: C901  # the whole network
+    """The student by METHOD.md section 6, window by window and head by head, from nothing but the
+    weights.
+    """
     ensure_torchvision()
     from diffusers.models.embeddings import get_timestep_embedding
     from diffusers.models.transformers.transformer_ltx import LTXVideoRotaryPosEmbed
@@ -110,7 +137,9 @@ def definition(model: A2VDiT, clip: dict[str, Any], lengths: list[int] | None = 
         normed = x / (x.square().mean(-1, keepdim=True) + eps).sqrt()
         return normed if name is None else normed * weights[name + ".weight"]
 
-    cos, sin = LTXVideoRotaryPosEmbed(dim)(torch.zeros(1), num_frames + 2 * chunk, height, width, (8 / 25, 32, 32))
+    cos, sin = LTXVideoRotaryPosEmbed(dim)(
+        torch.zeros(1), num_frames + 2 * chunk, height, width, (8 / 25, 32, 32)
+    )
     cos, sin = (x[0].double().unflatten(0, (-1, n)) for x in (cos, sin))
 
     def turn(x: Tensor, positions: list[int]) -> Tensor:
@@ -127,7 +156,8 @@ def definition(model: A2VDiT, clip: dict[str, Any], lengths: list[int] | None = 
             out.append(scores.softmax(-1) @ v[..., part])
         return torch.cat(out, -1)
 
-    # Windows: for each chunk its frames and positions, and those of the frames that it reads from the cache.
+    # Windows: for each chunk its frames and positions, and those of the frames that it reads from
+    # the cache.
     starts = [1 + sum(lengths[:i]) for i in range(len(lengths))]
     absolute, together = options.positions == "absolute", options.reference_attends == "first_chunk"
     windows = []
@@ -153,10 +183,14 @@ def definition(model: A2VDiT, clip: dict[str, Any], lengths: list[int] | None = 
         streams.append((clean_latents(clip), torch.zeros_like(clip["sigma"])))
     xs, moods, finals = [], [], []
     for latents, sigma in streams:
-        waves = get_timestep_embedding((1000 * sigma).flatten(), 256, flip_sin_to_cos=True, downscale_freq_shift=0)
+        waves = get_timestep_embedding(
+            (1000 * sigma).flatten(), 256, flip_sin_to_cos=True, downscale_freq_shift=0
+        )
         silu = torch.nn.functional.silu
         time = linear(waves.double(), "time_embed.emb.timestep_embedder.linear_1")
-        time = linear(silu(time), "time_embed.emb.timestep_embedder.linear_2").unflatten(0, (batch, num_frames))
+        time = linear(silu(time), "time_embed.emb.timestep_embedder.linear_2").unflatten(
+            0, (batch, num_frames)
+        )
         moods.append(linear(silu(time), "time_embed.linear").unflatten(-1, (6, dim)))
         finals.append(time)
         xs.append(linear(latents.double().flatten(3).permute(0, 2, 3, 1), "proj_in"))
@@ -166,13 +200,17 @@ def definition(model: A2VDiT, clip: dict[str, Any], lengths: list[int] | None = 
     speech[:, 0] = 0
     text = clip["text_embeds"]
     if text is not None:
-        text = torch.nn.functional.gelu(linear(text.double(), "caption_projection.linear_1"), approximate="tanh")
+        text = torch.nn.functional.gelu(
+            linear(text.double(), "caption_projection.linear_1"), approximate="tanh"
+        )
         text = linear(text, "caption_projection.linear_2")
         text_bias = torch.where(clip["text_mask"].bool(), 0.0, -1e4)[:, None]
 
     for layer in range(model.num_layers):
         block = f"transformer_blocks.{layer}."
-        mods = [(weights[block + "scale_shift_table"] + mood).unsqueeze(3).unbind(2) for mood in moods]
+        mods = [
+            (weights[block + "scale_shift_table"] + mood).unsqueeze(3).unbind(2) for mood in moods
+        ]
         queries, keys, values = [], [], []
         for x, m in zip(xs, mods, strict=True):
             normed = rms(x, 1e-6) * (1 + m[1]) + m[0]
@@ -185,7 +223,9 @@ def definition(model: A2VDiT, clip: dict[str, Any], lengths: list[int] | None = 
                 context = keys[-1], values[-1]  # of the clean stream if there is one
                 if cached == [0] and not together:
                     context = keys[s], values[s]  # the same: the reference sees itself only
-                k = torch.cat([turn(context[0][:, cached], cached_places), turn(keys[s][:, own], places)], 1)
+                k = torch.cat(
+                    [turn(context[0][:, cached], cached_places), turn(keys[s][:, own], places)], 1
+                )
                 v = torch.cat([context[1][:, cached], values[s][:, own]], 1)
                 q = turn(queries[s][:, own], places)
                 out = attention(*(z.flatten(1, 2) for z in (q, k, v)))
@@ -196,9 +236,14 @@ def definition(model: A2VDiT, clip: dict[str, Any], lengths: list[int] | None = 
                 k = rms(linear(text, block + "attn2.to_k"), 1e-5, block + "attn2.norm_k")
                 out = attention(q, k, linear(text, block + "attn2.to_v"), text_bias)
                 x = x + linear(out, block + "attn2.to_out.0").view(x.shape)
-            q = rms(linear(rms(x, 1e-6), block + "speech_attn.to_q"), 1e-5, block + "speech_attn.norm_q")
+            q = rms(
+                linear(rms(x, 1e-6), block + "speech_attn.to_q"), 1e-5, block + "speech_attn.norm_q"
+            )
             k = rms(linear(speech, block + "speech_attn.to_k"), 1e-5, block + "speech_attn.norm_k")
-            x = x + linear(attention(q, k, linear(speech, block + "speech_attn.to_v")), block + "speech_attn.to_out.0")
+            x = x + linear(
+                attention(q, k, linear(speech, block + "speech_attn.to_v")),
+                block + "speech_attn.to_out.0",
+            )
             hidden = linear(rms(x, 1e-6) * (1 + m[4]) + m[3], block + "ff.net.0.proj")
             hidden = torch.nn.functional.gelu(hidden, approximate="tanh")
             xs[s] = x + linear(hidden, block + "ff.net.2") * m[5]

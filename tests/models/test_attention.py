@@ -1,4 +1,6 @@
-"""Attention in bfloat16 on a CPU, by products, against float64; the rotation, against its definition."""
+"""Attention in bfloat16 on a CPU, by products, against float64; the rotation, against its
+definition.
+"""
 
 from __future__ import annotations
 
@@ -22,18 +24,33 @@ def exact(q: Tensor, k: Tensor, v: Tensor, num_heads: int, mask: Tensor | None) 
 
 @pytest.mark.parametrize("is_masked", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize(("batch", "num_queries", "num_keys", "num_heads", "width"), [
-    (1, 1, 1, 1, 8), (2, 48, 112, 4, 64), (3, 5, 7, 2, 10), (8, 48, 112, 4, 64), (2, 208, 208, 4, 64),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("batch", "num_queries", "num_keys", "num_heads", "width"),
+    [
+        (1, 1, 1, 1, 8),
+        (2, 48, 112, 4, 64),
+        (3, 5, 7, 2, 10),
+        (8, 48, 112, 4, 64),
+        (2, 208, 208, 4, 64),
+    ],
+)
 def test_attention_and_its_gradients(
-    batch: int, num_queries: int, num_keys: int, num_heads: int, width: int, dtype: torch.dtype, is_masked: bool
+    batch: int,
+    num_queries: int,
+    num_keys: int,
+    num_heads: int,
+    width: int,
+    dtype: torch.dtype,
+    is_masked: bool,
 ) -> None:
     torch.manual_seed(0)
     shapes = [(batch, count, num_heads * width) for count in (num_queries, num_keys, num_keys)]
     inputs = [torch.randn(shape).to(dtype) for shape in shapes]
     mask = None
     if is_masked and num_keys > 1:
-        mask = torch.zeros(batch, 1, 1, num_keys).masked_fill(torch.rand(batch, 1, 1, num_keys) < 0.3, -torch.inf)
+        mask = torch.zeros(batch, 1, 1, num_keys).masked_fill(
+            torch.rand(batch, 1, 1, num_keys) < 0.3, -torch.inf
+        )
         mask[..., 0] = 0.0
     wide = [x.double().requires_grad_() for x in inputs]
     narrow = [x.clone().requires_grad_() for x in inputs]
@@ -43,7 +60,10 @@ def test_attention_and_its_gradients(
     assert found.dtype == dtype
     weight = torch.randn(expected.shape)
     pairs = [(found, expected)]
-    gradients = [torch.autograd.grad(y, x, weight.to(y.dtype)) for y, x in ((found, narrow), (expected, wide))]
+    gradients = [
+        torch.autograd.grad(y, x, weight.to(y.dtype))
+        for y, x in ((found, narrow), (expected, wide))
+    ]
     pairs += list(zip(*gradients, strict=True))
     tolerance = 0.02 if dtype == torch.bfloat16 else 1e-5
     for got, wanted in pairs:

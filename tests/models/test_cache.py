@@ -1,4 +1,6 @@
-"""The student: parallel form, cached form and its definition (conftest.py, float64) agree; the cache's own promises."""
+"""The student: parallel form, cached form and its definition (conftest.py, float64) agree; the
+cache's own promises.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from rest_lightning.models.cache import CacheOptions, DifferentiableCache, IDContextCache
+from benchmarks._differentiable_cache import DifferentiableCache
+from rest_lightning.models.cache import CacheOptions
 from rest_lightning.models.transformer import A2VDiT
 
 OPTIONS = {
@@ -28,7 +31,11 @@ OPTIONS = {
         "cache_noise": "clean_pass",
         "cache_gradient": "detached",
     },
-    "absolute_first_chunk_no_sink": {"positions": "absolute", "reference_attends": "first_chunk", "use_sink": False},
+    "absolute_first_chunk_no_sink": {
+        "positions": "absolute",
+        "reference_attends": "first_chunk",
+        "use_sink": False,
+    },
     "adjacent_no_context": {"first_chunk_slot": "adjacent", "use_context": False},
 }
 
@@ -36,7 +43,12 @@ OPTIONS = {
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 @pytest.mark.parametrize(
     ("num_chunks", "chunk_length", "height", "width", "speech", "text"),
-    [(1, 3, 2, 3, True, False), (2, 1, 4, 4, True, True), (3, 2, 2, 3, False, False), (4, 3, 1, 2, True, False)],
+    [
+        (1, 3, 2, 3, True, False),
+        (2, 1, 4, 4, True, True),
+        (3, 2, 2, 3, False, False),
+        (4, 3, 1, 2, True, False),
+    ],
 )
 def test_parallel_cached_and_definition_agree(
     lab: SimpleNamespace,
@@ -53,9 +65,9 @@ def test_parallel_cached_and_definition_agree(
     expected = lab.definition(model, clip)
     with torch.no_grad():
         lab.assert_close(lab.parallel(model, clip), expected)
-        cache = IDContextCache.allocate(model, 2, height, width)
+        cache = model.new_cache(2, height, width)
         lab.assert_close(lab.sequential(model, clip, cache), expected[:, :, 1:])
-        masked = IDContextCache.allocate(model, 2, height, width, always_mask=True)
+        masked = model.new_cache(2, height, width, always_mask=True)
         lab.assert_close(lab.sequential(model, clip, masked), expected[:, :, 1:])
     model, clip = model.double(), {k: v if v is None else v.double() for k, v in clip.items()}
     with torch.no_grad():
@@ -66,7 +78,12 @@ def test_parallel_cached_and_definition_agree(
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 @pytest.mark.parametrize(
     ("num_chunks", "chunk_length", "height", "width", "speech", "text"),
-    [(1, 2, 2, 3, True, False), (2, 3, 2, 3, False, True), (3, 1, 4, 4, True, True), (4, 2, 2, 3, True, False)],
+    [
+        (1, 2, 2, 3, True, False),
+        (2, 3, 2, 3, False, True),
+        (3, 1, 4, 4, True, True),
+        (4, 2, 2, 3, True, False),
+    ],
 )
 def test_gradients_of_parallel_and_sequential_agree(
     lab: SimpleNamespace,
@@ -80,7 +97,9 @@ def test_gradients_of_parallel_and_sequential_agree(
 ) -> None:
     model = lab.make_student(text=text, chunk_length=chunk_length, **options)
     clip = lab.make_clip(model, num_chunks, height, width, speech=speech)
-    inputs = [clip[k].requires_grad_() for k in ("noisy_latents", "speech_latents") if clip[k] is not None]
+    inputs = [
+        clip[k].requires_grad_() for k in ("noisy_latents", "speech_latents") if clip[k] is not None
+    ]
     weight = torch.randn(clip["noisy_latents"][:, :, 1:].shape)
     wanted = [*inputs, *model.parameters()]
 
@@ -90,7 +109,7 @@ def test_gradients_of_parallel_and_sequential_agree(
 
     one, many = (
         lab.parallel(model, clip)[:, :, 1:],
-        lab.sequential(model, clip, DifferentiableCache.allocate(model, 2, height, width)),
+        lab.sequential(model, clip, model.new_cache(2, height, width, kind=DifferentiableCache)),
     )
     lab.assert_close(many, one)
     for a, b in zip(gradients(one), gradients(many), strict=True):
@@ -98,7 +117,9 @@ def test_gradients_of_parallel_and_sequential_agree(
 
 
 @pytest.mark.parametrize("lengths", [[1, 3, 3], [3, 3, 1], [2], [1, 1, 2], [3, 1, 3]])
-@pytest.mark.parametrize("options", [{}, {"positions": "absolute"}, {"first_chunk_slot": "adjacent"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"positions": "absolute"}, {"first_chunk_slot": "adjacent"}], ids=str
+)
 def test_short_chunks(lab: SimpleNamespace, lengths: list[int], options: dict[str, Any]) -> None:
     model = lab.make_student(**options)
     clip = lab.make_clip(model, 3)
@@ -108,21 +129,29 @@ def test_short_chunks(lab: SimpleNamespace, lengths: list[int], options: dict[st
         sigma=torch.rand(2, frames) * (torch.arange(frames) > 0),
         speech_latents=clip["speech_latents"][:, :frames],
     )
-    cache = IDContextCache.allocate(model, 2, 2, 3)
+    cache = model.new_cache(2, 2, 3)
     with torch.no_grad():
-        lab.assert_close(lab.sequential(model, clip, cache, lengths), lab.definition(model, clip, lengths)[:, :, 1:])
+        lab.assert_close(
+            lab.sequential(model, clip, cache, lengths),
+            lab.definition(model, clip, lengths)[:, :, 1:],
+        )
 
 
 @pytest.mark.parametrize("chunk_length", [1, 2, 3])
-def test_a_chunk_sees_itself_its_predecessor_and_the_reference(lab: SimpleNamespace, chunk_length: int) -> None:
-    # One block: deeper ones see further back, since the predecessor's keys have seen its own predecessor.
+def test_a_chunk_sees_itself_its_predecessor_and_the_reference(
+    lab: SimpleNamespace, chunk_length: int
+) -> None:
+    # One block: deeper ones see further back, since the predecessor's keys have seen its own
+    # predecessor.
     model = lab.make_student(num_layers=1, chunk_length=chunk_length)
     clip = lab.make_clip(model, 4)
     latents = clip["noisy_latents"].requires_grad_()
     velocity = lab.parallel(model, clip)
     for chunk in range(4):
         frames = slice(1 + chunk * chunk_length, 1 + (chunk + 1) * chunk_length)
-        (gradient,) = torch.autograd.grad(velocity[:, :, frames].square().sum(), latents, retain_graph=True)
+        (gradient,) = torch.autograd.grad(
+            velocity[:, :, frames].square().sum(), latents, retain_graph=True
+        )
         seen = gradient.abs().sum((0, 1, 3, 4)) > 0
         chunks = [0, *[1 + frame // chunk_length for frame in range(4 * chunk_length)]]
         assert seen.tolist() == [c in (0, chunk, chunk + 1) for c in chunks]
@@ -134,12 +163,12 @@ def test_rows_are_independent_streams(lab: SimpleNamespace, options: dict[str, A
     clip = lab.make_clip(model, 3, batch=3)
     rows = [{k: v if v is None else v[i : i + 1] for k, v in clip.items()} for i in range(3)]
     with torch.no_grad():
-        alone = [lab.sequential(model, row, IDContextCache.allocate(model, 1, 2, 3)) for row in rows]
-        together = lab.sequential(model, clip, IDContextCache.allocate(model, 3, 2, 3))
+        alone = [lab.sequential(model, row, model.new_cache(1, 2, 3)) for row in rows]
+        together = lab.sequential(model, clip, model.new_cache(3, 2, 3))
         lab.assert_close(together, torch.cat(alone))
 
         # Row 1 starts anew after one chunk, with another reference; rows 0 and 2 go on.
-        cache = IDContextCache.allocate(model, 3, 2, 3)
+        cache = model.new_cache(3, 2, 3)
         latents, sigma, speech = clip["noisy_latents"], clip["sigma"], clip["speech_latents"]
         model.prefill(latents[[0, 0, 2], :, :1], cache)
         for chunk in range(3):
@@ -164,12 +193,13 @@ def test_copy_row_moves_a_stream(lab: SimpleNamespace) -> None:
     clip = lab.make_clip(model, 3, batch=2)
     rows = [{k: v if v is None else v[i : i + 1] for k, v in clip.items()} for i in range(2)]
     with torch.no_grad():
-        expected = lab.sequential(model, clip, IDContextCache.allocate(model, 2, 2, 3))
-        shared = IDContextCache.allocate(model, 2, 2, 3)
+        expected = lab.sequential(model, clip, model.new_cache(2, 2, 3))
+        shared = model.new_cache(2, 2, 3)
         for row in range(2):
-            single = IDContextCache.allocate(model, 1, 2, 3)
+            single = model.new_cache(1, 2, 3)
             first = {
-                k: v if v is None else v[:, :, :4] if k == "noisy_latents" else v[:, :4] for k, v in rows[row].items()
+                k: v if v is None else v[:, :, :4] if k == "noisy_latents" else v[:, :4]
+                for k, v in rows[row].items()
             }
             lab.sequential(model, first, single)
             shared.copy_row_(row, single)
@@ -187,7 +217,7 @@ def test_snapshot_and_restore_are_bit_identical(lab: SimpleNamespace) -> None:
     model = lab.make_student()
     clip = lab.make_clip(model, 1)
     part = (clip["noisy_latents"][:, :, 1:], clip["sigma"][:, 1:], clip["speech_latents"][:, 1:])
-    cache = IDContextCache.allocate(model, 2, 2, 3)
+    cache = model.new_cache(2, 2, 3)
     with torch.inference_mode():
         model.prefill(clip["noisy_latents"][:, :, :1], cache)
         model(*part, cache=cache)
@@ -198,27 +228,37 @@ def test_snapshot_and_restore_are_bit_identical(lab: SimpleNamespace) -> None:
             for _ in range(2):
                 velocity = model(*part, cache=cache)
                 cache.commit()
-            results.append((velocity, cache.keys.clone(), cache.values.clone(), list(cache.num_frames)))
+            results.append(
+                (velocity, cache.keys.clone(), cache.values.clone(), list(cache.num_frames))
+            )
             cache.restore(state)
     assert all(torch.equal(a, b) for a, b in zip(results[0][:3], results[1][:3], strict=True))
     assert results[0][3] == results[1][3]
     assert cache.num_frames == [3, 3]
     with pytest.raises(ValueError, match="of another model or size"):
-        IDContextCache.allocate(model, 1, 2, 3).restore(state)
+        model.new_cache(1, 2, 3).restore(state)
 
 
 def test_chunk_10_and_chunk_1000_are_the_same_program(lab: SimpleNamespace) -> None:
     model = lab.make_student()
     clip = lab.make_clip(model, 1, batch=1)
     part = (clip["noisy_latents"][:, :, 1:], clip["sigma"][:, 1:], clip["speech_latents"][:, 1:])
-    cache = IDContextCache.allocate(model, 1, 2, 3)
+    cache = model.new_cache(1, 2, 3)
     velocities, places = [], set()
     with torch.inference_mode():
         model.prefill(clip["noisy_latents"][:, :, :1], cache)
-        for _ in range(60):  # the same input for ever: each block forgets what came before the previous chunk
+        # the same input for ever: each block forgets what came before the previous chunk
+        for _ in range(60):
             velocities.append(model(*part, cache=cache))
             cache.commit()
-            places.add((cache.keys.data_ptr(), cache.values.data_ptr(), cache.rotation.data_ptr(), cache.nbytes))
+            places.add(
+                (
+                    cache.keys.data_ptr(),
+                    cache.values.data_ptr(),
+                    cache.rotation.data_ptr(),
+                    cache.nbytes,
+                )
+            )
         cache.restore({**cache.snapshot(), "num_frames": [3 * 999]})
         velocities.append(model(*part, cache=cache))
     assert torch.equal(velocities[9], velocities[59])
@@ -228,24 +268,31 @@ def test_chunk_10_and_chunk_1000_are_the_same_program(lab: SimpleNamespace) -> N
 
 
 @pytest.mark.parametrize("num_steps", [2, 3])
-def test_per_step_reads_the_previous_chunk_of_the_same_step(lab: SimpleNamespace, num_steps: int) -> None:
+def test_per_step_reads_the_previous_chunk_of_the_same_step(
+    lab: SimpleNamespace, num_steps: int
+) -> None:
     model = lab.make_student(cache_noise="per_step")
     clip = lab.make_clip(model, 2)
     sigmas = torch.linspace(1, 0.2, num_steps)
-    cache = IDContextCache.allocate(model, 2, 2, 3, num_steps=num_steps)
+    cache = model.new_cache(2, 2, 3, num_steps=num_steps)
     with torch.no_grad():
         model.prefill(clip["noisy_latents"][:, :, :1], cache)
         for chunk in range(2):
             frames = slice(1 + 3 * chunk, 4 + 3 * chunk)
             for step, value in enumerate(sigmas):
                 sigma = value.expand(2, 3)
-                latents, speech = clip["noisy_latents"][:, :, frames] * value, clip["speech_latents"][:, frames]
+                latents, speech = (
+                    clip["noisy_latents"][:, :, frames] * value,
+                    clip["speech_latents"][:, frames],
+                )
                 velocity = model(latents, sigma, speech, cache=cache, step=step)
                 noisy = clip["noisy_latents"] * value
                 noisy[:, :, 0] = clip["noisy_latents"][:, :, 0]
                 whole = clip["sigma"].clone().fill_(value)
                 whole[:, 0] = 0
-                lab.assert_close(velocity, model(noisy, whole, clip["speech_latents"])[:, :, frames])
+                lab.assert_close(
+                    velocity, model(noisy, whole, clip["speech_latents"])[:, :, frames]
+                )
             cache.commit()
     with pytest.raises(ValueError, match=f"expected a step below {num_steps}, got {num_steps}"):
         model(latents, sigma, speech, cache=cache, step=num_steps)
@@ -254,10 +301,19 @@ def test_per_step_reads_the_previous_chunk_of_the_same_step(lab: SimpleNamespace
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"positions": "relative"}, "expected positions to be one of window, absolute, got 'relative'"),
-        ({"cache_noise": "none"}, "expected cache_noise to be one of last_step, clean_pass, per_step"),
+        (
+            {"positions": "relative"},
+            ("expected positions to be one of window, absolute, got 'relative'"),
+        ),
+        (
+            {"cache_noise": "none"},
+            ("expected cache_noise to be one of last_step, clean_pass, per_step"),
+        ),
         ({"chunk_length": 0}, "expected chunk_length of at least 1, got 0"),
-        ({"positions": "absolute", "first_chunk_slot": "adjacent"}, "expected first_chunk_slot `current`"),
+        (
+            {"positions": "absolute", "first_chunk_slot": "adjacent"},
+            ("expected first_chunk_slot `current`"),
+        ),
     ],
 )
 def test_bad_options(lab: SimpleNamespace, arguments: dict[str, Any], message: str) -> None:
@@ -269,7 +325,7 @@ def test_bad_use(lab: SimpleNamespace) -> None:
     model = lab.make_student()
     clip = lab.make_clip(model, 2)
     latents, sigma = clip["noisy_latents"], clip["sigma"]
-    cache = IDContextCache.allocate(model, 2, 2, 3)
+    cache = model.new_cache(2, 2, 3)
     with pytest.raises(ValueError, match="expected a chunk before commit"):
         cache.commit()
     with pytest.raises(ValueError, match=r"expected torch.no_grad\(\)"):
@@ -286,26 +342,30 @@ def test_bad_use(lab: SimpleNamespace) -> None:
     with pytest.raises(ValueError, match="expected a cache of this very model"):
         other(latents[:, :, 1:4], sigma[:, 1:4], cache=cache)
     with pytest.raises(ValueError, match="got another: allocate both alike"):
-        cache.copy_row_(0, IDContextCache.allocate(other, 1, 2, 3))
+        cache.copy_row_(0, other.new_cache(1, 2, 3))
     teacher = A2VDiT.from_config({**model.config, "attention": "full"})
     with pytest.raises(ValueError, match=r"got a teacher: use teacher.to_student\(\)"):
-        IDContextCache.allocate(teacher, 2, 2, 3)
+        teacher.new_cache(2, 2, 3)
     joint = lab.make_student(reference_attends="first_chunk")
     with pytest.raises(ValueError, match="expected reference_attends=self for prefill"):
-        joint.prefill(latents[:, :, :1], IDContextCache.allocate(joint, 2, 2, 3))
+        joint.prefill(latents[:, :, :1], joint.new_cache(2, 2, 3))
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize(("num_chunks", "chunk_length", "height", "width"), [(1, 3, 2, 3), (3, 2, 2, 3), (2, 1, 4, 4)])
+@pytest.mark.parametrize(
+    ("num_chunks", "chunk_length", "height", "width"), [(1, 3, 2, 3), (3, 2, 2, 3), (2, 1, 4, 4)]
+)
 def test_bfloat16_stays_near_the_definition(
     lab: SimpleNamespace, masked: bool, num_chunks: int, chunk_length: int, height: int, width: int
 ) -> None:
     model = lab.make_student(text=True, chunk_length=chunk_length).bfloat16()
     clip = lab.make_clip(model, num_chunks, height, width)
     clip = {k: v if v is None or k == "sigma" else v.bfloat16() for k, v in clip.items()}
-    exact = lab.definition(model.double(), {k: v if v is None else v.double() for k, v in clip.items()})[:, :, 1:]
+    exact = lab.definition(
+        model.double(), {k: v if v is None else v.double() for k, v in clip.items()}
+    )[:, :, 1:]
     model.bfloat16()
-    cache = IDContextCache.allocate(model, 2, height, width, always_mask=masked)
+    cache = model.new_cache(2, height, width, always_mask=masked)
     assert cache.keys.dtype == torch.bfloat16
     with torch.no_grad():
         found = lab.sequential(model, clip, cache)
@@ -314,15 +374,22 @@ def test_bfloat16_stays_near_the_definition(
 
 
 @pytest.mark.parametrize(("num_chunks", "height", "width"), [(1, 2, 3), (3, 2, 3), (4, 4, 4)])
-def test_autocast_stays_near_the_definition(lab: SimpleNamespace, num_chunks: int, height: int, width: int) -> None:
+def test_autocast_stays_near_the_definition(
+    lab: SimpleNamespace, num_chunks: int, height: int, width: int
+) -> None:
     model = lab.make_student(text=True)
     clip = lab.make_clip(model, num_chunks, height, width)
     exact = lab.definition(model, clip)[:, :, 1:]
     with torch.autocast("cpu", torch.bfloat16):
         one = lab.parallel(model, clip)[:, :, 1:]
-        many = lab.sequential(model, clip, DifferentiableCache.allocate(model, 2, height, width))
+        many = lab.sequential(
+            model, clip, model.new_cache(2, height, width, kind=DifferentiableCache)
+        )
     for found in (one.detach(), many.detach()):
         assert float((found.double() - exact).square().mean().sqrt() / exact.std()) < 0.03
-    gradients = [torch.autograd.grad(x.float().square().mean(), list(model.parameters())) for x in (one, many)]
+    gradients = [
+        torch.autograd.grad(x.float().square().mean(), list(model.parameters()))
+        for x in (one, many)
+    ]
     for a, b in zip(*gradients, strict=True):
         assert float((a - b).norm()) <= 0.1 * float(a.norm()) + 1e-6

@@ -19,7 +19,7 @@ from tiny_ltx import assert_close, make_vae, random_latents
 from torch import Tensor
 
 from rest_lightning.models.attention import rotate, split_heads
-from rest_lightning.models.cache import CacheOptions, IDContextCache
+from rest_lightning.models.cache import CacheOptions
 from rest_lightning.models.ltx_vae import LTXVideoVAE, streamed_decode
 from rest_lightning.models.transformer import A2VDiT
 
@@ -256,7 +256,7 @@ def stream(
 
     found = []
     with torch.inference_mode():
-        cache = IDContextCache.allocate(network, rows, 1, 2, num_steps=2)
+        cache = network.new_cache(rows, 1, 2, num_steps=2)
         text = network.project_text(draw(rows, 5, 12)) if network.caption_channels else None
         reference = draw(rows, 4, 1, 1, 2)
         if cache.options.reference_attends == "self":

@@ -1,4 +1,6 @@
-"""LTX weights: A2V-DiT with its speech attention at the zero start equals diffusers' own network."""
+"""LTX weights: A2V-DiT with its speech attention at the zero start equals diffusers' own
+network.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ def make_ltx(seed: int = 0, **changes: Any) -> Any:
     return model.eval()
 
 
-def run_ltx(ltx: nn.Module, latents: Tensor, sigma: Tensor, text: Tensor, mask: Tensor | None, fps: float) -> Tensor:
+def run_ltx(
+    ltx: nn.Module, latents: Tensor, sigma: Tensor, text: Tensor, mask: Tensor | None, fps: float
+) -> Tensor:
     """Diffusers' forward with a noise level per latent frame (as timesteps per token)."""
     _, _, frames, height, width = latents.shape
     velocity = ltx(
@@ -56,9 +60,16 @@ def run_ltx(ltx: nn.Module, latents: Tensor, sigma: Tensor, text: Tensor, mask: 
     return velocity.transpose(1, 2).unflatten(2, (frames, height, width))
 
 
-def random_inputs(channels: int, frames: int, height: int, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def random_inputs(
+    channels: int, frames: int, height: int, width: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     latents = torch.randn(2, channels, frames, height, width)
-    return latents, torch.rand(2, frames), torch.randn(2, 5, TEXT_DIM), torch.tensor([[1, 1, 1, 0, 0], [1] * 5])
+    return (
+        latents,
+        torch.rand(2, frames),
+        torch.randn(2, 5, TEXT_DIM),
+        torch.tensor([[1, 1, 1, 0, 0], [1] * 5]),
+    )
 
 
 @pytest.mark.parametrize(
@@ -73,9 +84,18 @@ def random_inputs(channels: int, frames: int, height: int, width: int) -> tuple[
     ],
 )
 def test_equals_ltx(
-    heads: int, head_dim: int, layers: int, frames: int, height: int, width: int, fps: float, changes: dict[str, Any]
+    heads: int,
+    head_dim: int,
+    layers: int,
+    frames: int,
+    height: int,
+    width: int,
+    fps: float,
+    changes: dict[str, Any],
 ) -> None:
-    ltx = make_ltx(num_attention_heads=heads, attention_head_dim=head_dim, num_layers=layers, **changes)
+    ltx = make_ltx(
+        num_attention_heads=heads, attention_head_dim=head_dim, num_layers=layers, **changes
+    )
     model = A2VDiT.from_ltx(ltx, speech_dim=10, fps=fps)
     latents, sigma, text, mask = random_inputs(ltx.config.in_channels, frames, height, width)
     speech = torch.randn(2, frames, 2, 10)  # heard, but the speech attention's output is still zero
@@ -83,7 +103,9 @@ def test_equals_ltx(
         for text_mask in (None, mask):
             expected = run_ltx(ltx, latents, sigma, text, text_mask, fps)
             actual = model(latents, sigma, speech, text, text_mask)
-            assert float((actual - expected).abs().max()) <= 1e-5 * max(1.0, float(expected.abs().max()))
+            assert float((actual - expected).abs().max()) <= 1e-5 * max(
+                1.0, float(expected.abs().max())
+            )
 
 
 def test_gradients_equal_ltx() -> None:
@@ -100,9 +122,16 @@ def test_gradients_equal_ltx() -> None:
         assert torch.allclose(gradient, parameter.grad, rtol=1e-4, atol=1e-5), name
 
 
-def original_names(state: dict[str, Tensor], prefix: str = "model.diffusion_model.") -> dict[str, Tensor]:
+def original_names(
+    state: dict[str, Tensor], prefix: str = "model.diffusion_model."
+) -> dict[str, Tensor]:
     """Diffusers' names turned back into those of the original single file."""
-    renames = {"proj_in": "patchify_proj", "time_embed": "adaln_single", "norm_q": "q_norm", "norm_k": "k_norm"}
+    renames = {
+        "proj_in": "patchify_proj",
+        "time_embed": "adaln_single",
+        "norm_q": "q_norm",
+        "norm_k": "k_norm",
+    }
     renamed = {}
     for name, value in state.items():
         for ours, theirs in renames.items():
@@ -119,7 +148,9 @@ def test_loads_from_disk(kind: str, tmp_path: Path) -> None:
         source = tmp_path
     else:
         source = tmp_path / "ltx.safetensors"
-        state = original_names(ltx.state_dict(), "model.diffusion_model." if kind == "single_file" else "")
+        state = original_names(
+            ltx.state_dict(), "model.diffusion_model." if kind == "single_file" else ""
+        )
         metadata = {"config": json.dumps({"transformer": {"num_attention_heads": 2}})}
         save_file({**state, "vae.decoder.conv_in.bias": torch.zeros(1)}, source, metadata)
     model = A2VDiT.from_ltx(source, speech_dim=10)
@@ -128,12 +159,16 @@ def test_loads_from_disk(kind: str, tmp_path: Path) -> None:
         assert torch.equal(model.state_dict()[name], value), name
     latents, sigma, text, mask = random_inputs(6, 4, 2, 3)
     with torch.no_grad():
-        difference = model(latents, sigma, None, text, mask) - run_ltx(ltx, latents, sigma, text, mask, 25)
+        difference = model(latents, sigma, None, text, mask) - run_ltx(
+            ltx, latents, sigma, text, mask, 25
+        )
     assert float(difference.abs().max()) <= 1e-5
 
 
 def test_keeps_dtype_and_overrides() -> None:
-    model = A2VDiT.from_ltx(make_ltx().bfloat16(), speech_dim=10, spatial_embedding=(2, 3), attention="chunked")
+    model = A2VDiT.from_ltx(
+        make_ltx().bfloat16(), speech_dim=10, spatial_embedding=(2, 3), attention="chunked"
+    )
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert model.attention == "chunked"
     assert not model.spatial_embedding.any()
@@ -144,9 +179,18 @@ def test_left_over_missing_and_misshapen_tensors_are_named(tmp_path: Path) -> No
     metadata = {"config": json.dumps({"transformer": {"num_attention_heads": 2}})}
     name = "model.diffusion_model.transformer_blocks.1.attn1.to_q.bias"
     cases = [
-        ({**state, "model.diffusion_model.extra.weight": torch.zeros(1)}, "1 left over: extra.weight"),
-        ({k: v for k, v in state.items() if k != name}, "1 missing: transformer_blocks.1.attn1.to_q.bias"),
-        ({**state, name: torch.zeros(3)}, "1 of another shape: transformer_blocks.1.attn1.to_q.bias"),
+        (
+            {**state, "model.diffusion_model.extra.weight": torch.zeros(1)},
+            ("1 left over: extra.weight"),
+        ),
+        (
+            {k: v for k, v in state.items() if k != name},
+            ("1 missing: transformer_blocks.1.attn1.to_q.bias"),
+        ),
+        (
+            {**state, name: torch.zeros(3)},
+            ("1 of another shape: transformer_blocks.1.attn1.to_q.bias"),
+        ),
         ({"model.diffusion_model.x": torch.zeros(1)}, "got no proj_in.weight"),
     ]
     for i, (broken, message) in enumerate(cases):
@@ -158,7 +202,10 @@ def test_left_over_missing_and_misshapen_tensors_are_named(tmp_path: Path) -> No
 def test_left_over_tensors_of_a_folder_are_named(tmp_path: Path) -> None:
     ltx = make_ltx()
     ltx.save_pretrained(tmp_path)
-    save_file({**ltx.state_dict(), "extra.weight": torch.zeros(1)}, tmp_path / "diffusion_pytorch_model.safetensors")
+    save_file(
+        {**ltx.state_dict(), "extra.weight": torch.zeros(1)},
+        tmp_path / "diffusion_pytorch_model.safetensors",
+    )
     with pytest.raises(ValueError, match=r"left over.*extra.weight"):
         A2VDiT.from_ltx(tmp_path)
 

@@ -18,7 +18,9 @@ from rest_lightning.models.ltx_vae import frame_noise, halo_errors, streamed_dec
 @pytest.mark.parametrize("version", CONFIGS)
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(("num_frames", "size"), [(1, (32, 32)), (9, (32, 64)), (17, (64, 32))])
-def test_equals_diffusers(version: str, causal: bool, num_frames: int, size: tuple[int, int]) -> None:
+def test_equals_diffusers(
+    version: str, causal: bool, num_frames: int, size: tuple[int, int]
+) -> None:
     ltx = make_ltx(version, decoder_causal=causal)
     vae = wrap(ltx, decode_timestep=0.07, decode_noise_scale=0.3)
     frames = torch.rand(2, 3, num_frames, *size) * 2 - 1
@@ -56,7 +58,9 @@ def test_gradients_equal_diffusers() -> None:
 
 
 @pytest.mark.parametrize("version", CONFIGS)
-@pytest.mark.parametrize("pieces", [(1, 1, 1, 1, 1, 1, 1), (2, 2, 2, 1), (3, 3, 1), (2, 3, 2), (7,)])
+@pytest.mark.parametrize(
+    "pieces", [(1, 1, 1, 1, 1, 1, 1), (2, 2, 2, 1), (3, 3, 1), (2, 3, 2), (7,)]
+)
 def test_causal_stream_equals_whole_clip(version: str, pieces: tuple[int, ...]) -> None:
     vae = make_vae(version, decode_noise_scale=0.3)
     latents = random_latents(vae, 1 + sum(pieces))
@@ -80,10 +84,13 @@ def test_stream_keeps_its_size_and_addresses() -> None:
 
 
 def test_injected_noise_streams() -> None:
-    ltx = make_ltx(decoder_causal=True, decoder_block_out_channels=[8] * 4, decoder_inject_noise=[True] * 5)
+    ltx = make_ltx(
+        decoder_causal=True, decoder_block_out_channels=[8] * 4, decoder_inject_noise=[True] * 5
+    )
     silent = wrap(ltx)
     latents = random_latents(silent, 5)
-    assert torch.equal(silent.decode_raw(latents), ltx.decode(latents).sample)  # the scales start at zero
+    # the scales start at zero
+    assert torch.equal(silent.decode_raw(latents), ltx.decode(latents).sample)
     for name, parameter in ltx.named_parameters():
         if "per_channel_scale" in name:
             nn.init.constant_(parameter, 0.5)
@@ -102,7 +109,8 @@ def test_stock_decoder_streams_with_a_halo(version: str, halo: int) -> None:
     streamed = streamed_decode(vae, latents, 3)
     assert streamed.shape == whole.shape
     assert torch.equal(streamed_decode(vae, latents, 3, halo), streamed)
-    # As long as the halo reaches back to slot 0, a piece is the end of a clip that diffusers decodes.
+    # As long as the halo reaches back to slot 0, a piece is the end of a clip that diffusers
+    # decodes.
     raw = vae.denormalise(latents)
     if halo:
         assert_close(streamed[:, :, 1:25], vae.decode_raw(raw[:, :, :4])[:, :, 1:])
@@ -136,7 +144,9 @@ def test_table_of_halos() -> None:
         difference = (streamed_decode(vae, latents, 3, halo)[:, :, 1:] - whole).double()
         assert errors["max_abs"] == pytest.approx(float(difference.abs().max()))
         assert errors["mean_abs"] == pytest.approx(float(difference.abs().mean()), rel=1e-4)
-        assert errors["psnr_db"] == pytest.approx(-10 * float((difference / 2).square().mean().log10()), abs=1e-3)
+        assert errors["psnr_db"] == pytest.approx(
+            -10 * float((difference / 2).square().mean().log10()), abs=1e-3
+        )
     means = [table[halo]["mean_abs"] for halo in (0, 1, 2, 3)]
     assert means == sorted(means, reverse=True) and means[0] > 1.2 * means[1]
     assert vae.halo == 1
@@ -183,7 +193,9 @@ def test_threads_do_not_disturb_each_other() -> None:
 
     def work(length: int) -> None:
         with torch.no_grad():
-            results[length] = streamed_decode(vae, latents, length) if length else vae.decode(latents)
+            results[length] = (
+                streamed_decode(vae, latents, length) if length else vae.decode(latents)
+            )
 
     threads = [threading.Thread(target=work, args=(length,)) for length in (0, 1, 2, 3)]
     for thread in threads:
@@ -216,5 +228,8 @@ def test_noise_is_a_unit_gaussian_of_the_latent_index() -> None:
     torch.testing.assert_close(noise[0].flatten().quantile(quantiles), expected, atol=0.06, rtol=0)
     frames = noise[0].transpose(0, 1).flatten(1)
     assert float((torch.corrcoef(frames) - torch.eye(6)).abs().max()) < 0.1
-    places = noise[0].permute(0, 2, 3, 1).flatten(0, 2)[:, :-1], noise[0].permute(0, 2, 3, 1).flatten(0, 2)[:, 1:]
+    places = (
+        noise[0].permute(0, 2, 3, 1).flatten(0, 2)[:, :-1],
+        noise[0].permute(0, 2, 3, 1).flatten(0, 2)[:, 1:],
+    )
     assert abs(float((places[0] * places[1]).mean())) < 0.05

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from tiny_ltx import CONFIGS, assert_close, make_ltx, make_vae, random_latents, wrap
 from torch import Tensor
 
+from rest_lightning.diffusion.sampling import Sampling
 from rest_lightning.models.cache import CacheOptions
 from rest_lightning.models.causal import Stream
 from rest_lightning.models.ltx_vae import LTXVideoVAE, streamed_decode
@@ -21,12 +22,14 @@ from rest_lightning.models.speech_ae import SpeechAE
 from rest_lightning.models.transformer import A2VDiT
 from rest_lightning.parts import build_part, describe_part, fingerprint_of
 from rest_lightning.streaming.engine import to_uint8
-from rest_lightning.talking_head import SamplingSettings, TalkingHead
+from rest_lightning.talking_head import TalkingHead
 
 
 @pytest.mark.parametrize("version", CONFIGS)
 def test_configuration_rebuilds_the_network(version: str) -> None:
-    vae = make_vae(version, causal=version != "0.9.1", decode_timestep=0.1, decode_noise_scale=0.2, halo=3)
+    vae = make_vae(
+        version, causal=version != "0.9.1", decode_timestep=0.1, decode_noise_scale=0.2, halo=3
+    )
     description = json.loads(json.dumps(describe_part(vae)))
     assert description == describe_part(vae)
     other = build_part(description)
@@ -48,7 +51,9 @@ def test_loads_a_diffusers_folder(version: str, kind: str, tmp_path: Path) -> No
     for name, value in ltx.state_dict().items():
         assert torch.equal(vae.ltx.state_dict()[name], value), name
     torch.testing.assert_close(vae.latents_mean, ltx.latents_mean.expand(2, -1))
-    torch.testing.assert_close(vae.latents_std, ltx.latents_std.expand(2, -1) / ltx.config.scaling_factor)
+    torch.testing.assert_close(
+        vae.latents_std, ltx.latents_std.expand(2, -1) / ltx.config.scaling_factor
+    )
     latents = random_latents(vae, 3)
     assert torch.equal(vae.decode(latents), wrap(ltx).decode(latents))
 
@@ -72,8 +77,20 @@ ORIGINAL_BLOCKS = {
         *("down_blocks.2", "down_blocks.2.downsamplers.0", "down_blocks.3", "mid_block"),
     ),
     "decoder.up_blocks": (
-        *("mid_block", "up_blocks.0", "up_blocks.1.upsamplers.0", "up_blocks.1", "up_blocks.2.conv_in"),
-        *("up_blocks.2.upsamplers.0", "up_blocks.2", "up_blocks.3.conv_in", "up_blocks.3.upsamplers.0", "up_blocks.3"),
+        *(
+            "mid_block",
+            "up_blocks.0",
+            "up_blocks.1.upsamplers.0",
+            "up_blocks.1",
+            "up_blocks.2.conv_in",
+        ),
+        *(
+            "up_blocks.2.upsamplers.0",
+            "up_blocks.2",
+            "up_blocks.3.conv_in",
+            "up_blocks.3.upsamplers.0",
+            "up_blocks.3",
+        ),
     ),
 }
 
@@ -88,7 +105,11 @@ def original_names(ltx: Any) -> dict[str, Tensor]:
     for name, value in ltx.state_dict().items():
         side, _, rest = name.partition(".")
         for family, blocks in ORIGINAL_BLOCKS.items():
-            inside = [block for block in blocks if family.startswith(side) and rest.startswith(block + ".")]
+            inside = [
+                block
+                for block in blocks
+                if family.startswith(side) and rest.startswith(block + ".")
+            ]
             if inside:
                 block = max(inside, key=len)
                 rest = f"{family.split('.')[1]}.{blocks.index(block)}{rest.removeprefix(block)}"
@@ -113,18 +134,44 @@ def test_loads_an_original_single_file(tmp_path: Path) -> None:
     for name, value in ltx.state_dict().items():
         assert torch.equal(vae.ltx.state_dict()[name], value), name
     alone = tmp_path / "vae.safetensors"
-    save_file({name.removeprefix("vae."): value for name, value in original_names(ltx).items()}, alone)
+    save_file(
+        {name.removeprefix("vae."): value for name, value in original_names(ltx).items()}, alone
+    )
     assert fingerprint_of(LTXVideoVAE(str(alone), config)) == fingerprint_of(vae)
     save_file(ltx.state_dict(), alone)  # diffusers' names already
     assert fingerprint_of(LTXVideoVAE(str(alone), config)) == fingerprint_of(vae)
     other = {**config, "latent_channels": 5}
-    with pytest.raises(ValueError, match=r"got \d+ of another shape: .*; give the `ltx_config` of these weights"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            r"got \d+ of another shape: .*; give the `ltx_config` of "
+            r"these weights"
+        ),
+    ):
         LTXVideoVAE(str(path), other)
     name = "vae.encoder.conv_in.conv.bias"
     for broken, message in [
-        ({k: v for k, v in original_names(ltx).items() if k != name}, r"got 1 missing: encoder.conv_in.conv.bias"),
-        ({**original_names(ltx), "vae.extra.weight": torch.zeros(1)}, r"got 1 left over: extra.weight"),
-        ({"proj_out.bias": torch.zeros(1)}, r"got no vae.encoder.conv_out.conv.weight: get them with"),
+        (
+            {k: v for k, v in original_names(ltx).items() if k != name},
+            (
+                r"got 1 missing: "
+                r"encoder.conv_in.conv.bias"
+            ),
+        ),
+        (
+            {**original_names(ltx), "vae.extra.weight": torch.zeros(1)},
+            (
+                r"got 1 left over: "
+                r"extra.weight"
+            ),
+        ),
+        (
+            {"proj_out.bias": torch.zeros(1)},
+            (
+                r"got no vae.encoder.conv_out.conv.weight: get them "
+                r"with"
+            ),
+        ),
     ]:
         save_file(broken, alone)
         with pytest.raises(ValueError, match=message):
@@ -136,30 +183,56 @@ def test_bad_weights(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for name in ("other", "bare", "short", "long"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text((tmp_path / "good" / "config.json").read_text())
+        (tmp_path / name / "config.json").write_text(
+            (tmp_path / "good" / "config.json").read_text()
+        )
     (tmp_path / "other" / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
     weights = "diffusion_pytorch_model.safetensors"
     state = load_file(tmp_path / "good" / weights)
     save_file(state, tmp_path / "other" / weights)
     save_file({**state, "extra.weight": torch.zeros(1)}, tmp_path / "long" / weights)
     save_file(
-        {name: v for name, v in state.items() if name != "encoder.conv_in.conv.bias"}, tmp_path / "short" / weights
+        {name: v for name, v in state.items() if name != "encoder.conv_in.conv.bias"},
+        tmp_path / "short" / weights,
     )
     (tmp_path / "text.safetensors").write_text("not weights")
     for source, message in [
-        ("empty", r"expected an LTX VAE with config.json, looked in .*empty: get them with `hf download"),
-        ("bare", r"expected an LTX VAE with diffusion_pytorch_model.safetensors, looked in .*bare: get them"),
+        (
+            "empty",
+            (
+                r"expected an LTX VAE with config.json, looked in .*empty: get them with `hf "
+                r"download"
+            ),
+        ),
+        (
+            "bare",
+            (
+                r"expected an LTX VAE with diffusion_pytorch_model.safetensors, looked in "
+                r".*bare: "
+                r"get them"
+            ),
+        ),
         ("other", r"expected an AutoencoderKLLTXVideo in .*other, got AutoencoderKL: "),
         ("short", r"missing: encoder.conv_in.conv.bias"),
         ("long", r"left over: extra.weight"),
         ("absent", r"looked in .*absent: get them with"),
-        ("text.safetensors", r"expected an LTX VAE as safetensors in .*text.safetensors: .*hf download"),
+        (
+            "text.safetensors",
+            (
+                r"expected an LTX VAE as safetensors in .*text.safetensors: .*hf "
+                r"download"
+            ),
+        ),
     ]:
         with pytest.raises(ValueError, match=message) as raised:
             LTXVideoVAE(str(tmp_path / source))
         assert "\n" not in str(raised.value)
     with pytest.raises(
-        ValueError, match=r"nobody/nothing \(config.json and .*\), looked in .* and the hub cache .*hf download"
+        ValueError,
+        match=(
+            r"nobody/nothing \(config.json and .*\), looked in .* and the hub cache "
+            r".*hf download"
+        ),
     ):
         LTXVideoVAE("nobody/nothing")
     with pytest.raises(ValueError, match=r"got decoder_casual: did you mean decoder_causal"):
@@ -175,7 +248,10 @@ def test_bad_arguments() -> None:
         ({"decode_timestep": 1.5}, "expected decode_timestep in"),
         ({"decode_noise_scale": -0.1}, "expected decode_noise_scale in"),
         ({"ltx_config": {**tiny, "patch_size": 2}}, "32x in space.*got 8x, 16x"),
-        ({"ltx_config": {**tiny, "decoder_spatio_temporal_scaling": [True, True, False, False]}}, "LTX decoder of 8x"),
+        (
+            {"ltx_config": {**tiny, "decoder_spatio_temporal_scaling": [True, True, False, False]}},
+            "LTX decoder of 8x",
+        ),
         ({"ltx_config": {**tiny, "layers": 3}}, "got layers: "),
         ({"ltx_config": {**tiny, "down_block_types": ["x"] * 4}}, "Unknown down block type: x"),
     ]:
@@ -198,8 +274,10 @@ def make_head(causal: bool) -> TalkingHead:
         cache_options=CacheOptions(chunk_length=3),
     )
     speech_ae = SpeechAE(feature_dim=160, num_tokens=2, latent_dim=8, width=8)
-    sampling = SamplingSettings(num_steps=2, guidance=1.0, shift=1.0)
-    return TalkingHead(vae, LogMelEncoder(lookahead_frames=2), speech_ae, transformer, sampling, size_px=64)
+    sampling = Sampling(num_steps=2, guidance=1.0, shift=1.0)
+    return TalkingHead(
+        vae, LogMelEncoder(lookahead_frames=2), speech_ae, transformer, sampling, size_px=64
+    )
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -210,7 +288,9 @@ def test_talking_head(causal: bool, tmp_path: Path) -> None:
 
     def frames_of(head: TalkingHead, cuts: list[int]) -> np.ndarray:
         session = head.open(portrait)
-        return np.concatenate([*(session.push(block) for block in np.split(samples, cuts)), session.flush()])
+        return np.concatenate(
+            [*(session.push(block) for block in np.split(samples, cuts)), session.flush()]
+        )
 
     frames = frames_of(head, [])
     assert frames.shape == (60, 64, 64, 3)

@@ -1,4 +1,6 @@
-"""The principal path: exact on data of low rank, as good as numpy's components, streamed like everything else."""
+"""The principal path: exact on data of low rank, as good as numpy's components, streamed like
+everything else.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from rest_lightning.models.autoencoder import CompactVAE
 from rest_lightning.models.causal import patchify, unpatchify
-from rest_lightning.models.principal import PrincipalPath, fit_principal_path
+from rest_lightning.models.vae import CompactVAE, PrincipalPath, fit_principal_path
 
 PATCH = 8  # of the VAE 32; eigenvectors of 3 * 32 * 32 values would take minutes here
 
@@ -28,28 +29,40 @@ def psnr_db(error: Tensor) -> float:
 
 @pytest.mark.parametrize("whitening", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize(("num_components", "channels"), [(8, 6), (40, 24)])
-def test_fit_is_as_good_as_the_components_of_numpy(num_components: int, channels: int, whitening: float) -> None:
+def test_fit_is_as_good_as_the_components_of_numpy(
+    num_components: int, channels: int, whitening: float
+) -> None:
     torch.manual_seed(0)
     frames = smooth_frames(3, 17, (16, 24))
     path = PrincipalPath(channels, num_components, PATCH)
-    reported = fit_principal_path(path, lambda: iter([(frames, torch.ones(3, 1, 17, 16, 24))]), whitening)
+    reported = fit_principal_path(
+        path, lambda: iter([(frames, torch.ones(3, 1, 17, 16, 24))]), whitening
+    )
 
     patches = patchify(frames, PATCH).double().numpy().reshape(-1, 192)
     centre = patches.mean(0)
     basis = np.linalg.svd(patches - centre, full_matrices=False)[2][:num_components]
     parts = (patchify(frames[:, :, 1:], PATCH).double().numpy() - centre) @ basis.T
-    blocks = parts.reshape(3, 2, 8, 2, 3, num_components).transpose(0, 1, 3, 4, 2, 5).reshape(-1, 8 * num_components)
+    blocks = (
+        parts.reshape(3, 2, 8, 2, 3, num_components)
+        .transpose(0, 1, 3, 4, 2, 5)
+        .reshape(-1, 8 * num_components)
+    )
     mean = blocks.mean(0)
     turn = np.linalg.svd(blocks - mean, full_matrices=False)[2][:channels]
     kept = ((blocks - mean) @ turn.T @ turn + mean).reshape(3, 2, 2, 3, 8, num_components)
-    expected = kept.transpose(0, 1, 4, 2, 3, 5).reshape(3, 16, 2, 3, num_components) @ basis + centre
+    expected = (
+        kept.transpose(0, 1, 4, 2, 3, 5).reshape(3, 16, 2, 3, num_components) @ basis + centre
+    )
 
     with torch.no_grad():
         latents = path.encode(frames)
         decoded = path.decode(latents)
     np.testing.assert_allclose(patchify(decoded[:, :, 1:], PATCH).numpy(), expected, atol=2e-3)
     assert reported == pytest.approx(psnr_db(decoded[:, :, 1:] - frames[:, :, 1:]), abs=0.5)
-    assert float(latents[:, 1:].flatten(0, 3).var(0, correction=0).mean()) == pytest.approx(1.0, rel=1e-2)
+    assert float(latents[:, 1:].flatten(0, 3).var(0, correction=0).mean()) == pytest.approx(
+        1.0, rel=1e-2
+    )
 
 
 def test_whitening_makes_components_equally_loud() -> None:
@@ -80,7 +93,9 @@ def test_weights_decide_what_is_kept() -> None:
         path = PrincipalPath(1, 1, PATCH)
         fit_principal_path(path, lambda weights=weights: iter([(frames, weights)]))  # type: ignore[misc]
         with torch.no_grad():
-            error = (path.decode(path.encode(frames)) - frames)[:, :, 1:].square().unflatten(-1, (2, 8))
+            error = (
+                (path.decode(path.encode(frames)) - frames)[:, :, 1:].square().unflatten(-1, (2, 8))
+            )
         by_patch = error.mean(dim=(0, 1, 2, 3, 5))
         assert by_patch[heavy] < 0.05 * by_patch[1 - heavy]
 
@@ -91,7 +106,11 @@ def test_two_devices_fit_what_one_fits() -> None:
     together = PrincipalPath(5, 8, PATCH)
     fit_principal_path(together, lambda: iter([(frames, weights)]))
 
-    rows, barrier, sums = (slice(0, 1), slice(1, None)), threading.Barrier(2), [torch.empty(0), torch.empty(0)]
+    rows, barrier, sums = (
+        (slice(0, 1), slice(1, None)),
+        threading.Barrier(2),
+        [torch.empty(0), torch.empty(0)],
+    )
 
     def fit(device: int) -> PrincipalPath:
         def sum_over_devices(value: Tensor) -> Tensor:
@@ -110,13 +129,18 @@ def test_two_devices_fit_what_one_fits() -> None:
         apart = list(pool.map(fit, range(2)))
     for path in apart:  # components may differ in sign, what they span may not
         torch.testing.assert_close(
-            path.decode(path.encode(frames)), together.decode(together.encode(frames)), atol=1e-4, rtol=0
+            path.decode(path.encode(frames)),
+            together.decode(together.encode(frames)),
+            atol=1e-4,
+            rtol=0,
         )
 
 
 def test_network_starts_as_its_principal_path() -> None:
     torch.manual_seed(0)
-    vae = CompactVAE(6, (8, 16, 16), (1, 1, 1), (1, 1, 1), ((4, 2), (2, 2)), 8, principal_components=8).eval()
+    vae = CompactVAE(
+        6, (8, 16, 16), (1, 1, 1), (1, 1, 1), ((4, 2), (2, 2)), 8, principal_components=8
+    ).eval()
     assert vae.principal is not None
     for parameter in vae.principal.parameters():
         parameter.normal_(std=0.1)
@@ -124,17 +148,24 @@ def test_network_starts_as_its_principal_path() -> None:
     with torch.no_grad():
         latents = vae.encode_moments(frames)[0]
         torch.testing.assert_close(latents.movedim(1, -1), vae.principal.encode(frames))
-        torch.testing.assert_close(vae.decode_raw(latents), vae.principal.decode(latents.movedim(1, -1)))
+        torch.testing.assert_close(
+            vae.decode_raw(latents), vae.principal.decode(latents.movedim(1, -1))
+        )
 
 
 @pytest.mark.parametrize(("channels", "components"), [(64, 7), (64, 4000)])
 def test_impossible_sizes_are_refused(channels: int, components: int) -> None:
-    with pytest.raises(ValueError, match=f"between 8 and 3072 principal components for 64 latent .* got {components}"):
+    with pytest.raises(
+        ValueError,
+        match=(f"between 8 and 3072 principal components for 64 latent .* got {components}"),
+    ):
         PrincipalPath(channels, components)
 
 
 @pytest.mark.parametrize("patch_size", [4, 8, 16, 32])
-@pytest.mark.parametrize(("num_latents", "height", "width"), [(1, 32, 32), (2, 64, 32), (3, 32, 96)])
+@pytest.mark.parametrize(
+    ("num_latents", "height", "width"), [(1, 32, 32), (2, 64, 32), (3, 32, 96)]
+)
 def test_patches_of_another_size_hold_the_same_frames(
     patch_size: int, num_latents: int, height: int, width: int
 ) -> None:
@@ -143,4 +174,6 @@ def test_patches_of_another_size_hold_the_same_frames(
     for parameter in path.parameters():
         torch.nn.init.normal_(parameter)
     latents = torch.randn(2, num_latents, height // 32, width // 32, 8)
-    assert torch.equal(unpatchify(path.decode_patches(latents, patch_size), patch_size), path.decode(latents))
+    assert torch.equal(
+        unpatchify(path.decode_patches(latents, patch_size), patch_size), path.decode(latents)
+    )

@@ -1,4 +1,6 @@
-"""The fixed prompt: LTX-Video's own embedding of it, kept with the weights, read where no text is passed."""
+"""The fixed prompt: LTX-Video's own embedding of it, kept with the weights, read where no text is
+passed.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rest_lightning.cli import main
-from rest_lightning.models.cache import IDContextCache
-from rest_lightning.models.prompt import PROMPT, encode_prompt
+from rest_lightning.models.ltx import PROMPT, encode_prompt
 from rest_lightning.models.transformer import A2VDiT
 from rest_lightning.torchvision_compat import ensure_torchvision
 
@@ -29,18 +30,28 @@ def pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("ltx")
     words = ["<pad>", "</s>", "<unk>", *dict.fromkeys(PROMPT.replace(",", " ,").split())]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)]
+    )
     special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder / "tokenizer")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(
+        folder / "tokenizer"
+    )
     torch.manual_seed(0)
-    config = T5Config(vocab_size=len(words), d_model=TEXT_DIM, d_kv=4, d_ff=16, num_layers=2, num_heads=3)
+    config = T5Config(
+        vocab_size=len(words), d_model=TEXT_DIM, d_kv=4, d_ff=16, num_layers=2, num_heads=3
+    )
     T5EncoderModel(config).save_pretrained(folder / "text_encoder")
     return folder
 
 
-def prompt_file(path: Path, length: int = 5, channels: int = TEXT_DIM) -> tuple[str, dict[str, Any]]:
+def prompt_file(
+    path: Path, length: int = 5, channels: int = TEXT_DIM
+) -> tuple[str, dict[str, Any]]:
     mask = (torch.arange(length) < length - 2).float()
     state = {"prompt_embeds": torch.randn(length, channels), "prompt_mask": mask}
     save_file(state, path)
@@ -53,7 +64,20 @@ def test_encodes_as_the_pipeline_of_ltx(pipeline_folder: Path, tmp_path: Path, l
     from transformers import AutoTokenizer, T5EncoderModel
 
     out = tmp_path / "new/prompt.safetensors"
-    assert main(["encode-prompt", "--ltx", str(pipeline_folder), "--out", str(out), "--length", str(length)]) == 0
+    assert (
+        main(
+            [
+                "encode-prompt",
+                "--ltx",
+                str(pipeline_folder),
+                "--out",
+                str(out),
+                "--length",
+                str(length),
+            ]
+        )
+        == 0
+    )
     pipeline = LTXPipeline(
         scheduler=None,
         vae=None,
@@ -63,7 +87,10 @@ def test_encodes_as_the_pipeline_of_ltx(pipeline_folder: Path, tmp_path: Path, l
     )
     with torch.no_grad():
         embeds, mask, _, _ = pipeline.encode_prompt(
-            PROMPT, do_classifier_free_guidance=False, max_sequence_length=length, device=torch.device("cpu")
+            PROMPT,
+            do_classifier_free_guidance=False,
+            max_sequence_length=length,
+            device=torch.device("cpu"),
         )
     state = load_file(out)
     assert torch.equal(state["prompt_mask"].bool(), mask[0].bool())
@@ -72,7 +99,9 @@ def test_encodes_as_the_pipeline_of_ltx(pipeline_folder: Path, tmp_path: Path, l
 
 
 @pytest.mark.parametrize("attention", ["full", "chunked"])
-def test_own_prompt_is_the_same_as_text_that_is_passed(tmp_path: Path, lab: SimpleNamespace, attention: str) -> None:
+def test_own_prompt_is_the_same_as_text_that_is_passed(
+    tmp_path: Path, lab: SimpleNamespace, attention: str
+) -> None:
     file, text = prompt_file(tmp_path / "prompt.safetensors")
     plain = A2VDiT.from_config({**lab.make_student(text=True).config, "attention": attention})
     for parameter in plain.parameters():
@@ -84,13 +113,18 @@ def test_own_prompt_is_the_same_as_text_that_is_passed(tmp_path: Path, lab: Simp
     with torch.no_grad():
         lab.assert_close(own(**clip), plain(**{**clip, **twice}))
         if attention == "chunked":
-            caches = [IDContextCache.allocate(model, 2, 2, 3) for model in (own, plain)]
-            lab.assert_close(lab.sequential(own, clip, caches[0]), lab.sequential(plain, {**clip, **twice}, caches[1]))
+            caches = [model.new_cache(2, 2, 3) for model in (own, plain)]
+            lab.assert_close(
+                lab.sequential(own, clip, caches[0]),
+                lab.sequential(plain, {**clip, **twice}, caches[1]),
+            )
 
 
 def test_the_prompt_travels_with_the_weights(tmp_path: Path, lab: SimpleNamespace) -> None:
     file, _ = prompt_file(tmp_path / "prompt.safetensors")
-    teacher = A2VDiT.from_config({**lab.make_student(text=True).config, "prompt": file, "attention": "full"})
+    teacher = A2VDiT.from_config(
+        {**lab.make_student(text=True).config, "prompt": file, "attention": "full"}
+    )
     (tmp_path / "prompt.safetensors").unlink()
     config = json.loads(json.dumps(teacher.config))
     assert (config["prompt"], config["prompt_length"]) == (None, 5)
@@ -109,19 +143,43 @@ def test_bad_prompts(tmp_path: Path, pipeline_folder: Path, lab: SimpleNamespace
     save_file({"other": torch.zeros(1)}, tmp_path / "other.safetensors")
     (tmp_path / "text.safetensors").write_text("not a tensor")
     cases: list[tuple[dict[str, Any], str]] = [
-        ({"prompt": str(tmp_path / "absent.safetensors")}, "expected the text embedding .* `rest encode-prompt --ltx"),
-        ({"prompt": str(tmp_path / "other.safetensors")}, "expected prompt_embeds and prompt_mask in .*other"),
-        ({"prompt": str(tmp_path / "text.safetensors")}, "expected prompt_embeds and prompt_mask in .*text"),
+        (
+            {"prompt": str(tmp_path / "absent.safetensors")},
+            ("expected the text embedding .* `rest encode-prompt --ltx"),
+        ),
+        (
+            {"prompt": str(tmp_path / "other.safetensors")},
+            ("expected prompt_embeds and prompt_mask in .*other"),
+        ),
+        (
+            {"prompt": str(tmp_path / "text.safetensors")},
+            ("expected prompt_embeds and prompt_mask in .*text"),
+        ),
         ({"prompt": file}, r"expected a prompt of shape \(L, 12\), got \(5, 7\)"),
-        ({"prompt": short, "prompt_length": 5}, r"expected a prompt of shape \(5, 12\), got \(4, 12\)"),
+        (
+            {"prompt": short, "prompt_length": 5},
+            (
+                r"expected a prompt of shape \(5, 12\), got \(4, "
+                r"12\)"
+            ),
+        ),
         ({"prompt_length": 0}, "expected a prompt_length of at least 1, got 0"),
-        ({"prompt": short, "caption_channels": None}, "expected no prompt with caption_channels=None"),
+        (
+            {"prompt": short, "caption_channels": None},
+            ("expected no prompt with caption_channels=None"),
+        ),
     ]
     for changes, message in cases:
         with pytest.raises(ValueError, match=message) as caught:
             A2VDiT.from_config({**config, **changes})
         assert "\n" not in str(caught.value)
-    with pytest.raises(ValueError, match=r"expected LTX-Video's T5 with text_encoder/, looked in .*hf download"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            r"expected LTX-Video's T5 with text_encoder/, looked in "
+            r".*hf download"
+        ),
+    ):
         encode_prompt(tmp_path)
     with pytest.raises(ValueError, match="expected a prompt of at most 4 tokens, got"):
         encode_prompt(pipeline_folder, length=4)

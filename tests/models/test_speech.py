@@ -24,7 +24,8 @@ TINY_WHISPER: dict[str, Any] = {
 def whisper(**arguments: Any) -> WhisperEncoder:
     torch.manual_seed(1)
     encoder = WhisperEncoder(None, whisper_config=TINY_WHISPER, **arguments)
-    for parameter in encoder.parameters():  # transformers starts with 0.02: too near to linear for a test
+    # transformers starts with 0.02: too near to linear for a test
+    for parameter in encoder.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     return encoder
 
@@ -34,7 +35,9 @@ def speech_like(num_frames: int, batch: int = 2) -> Tensor:
     time = torch.arange(640 * num_frames) / 16000
     tone = sum(torch.sin(2 * math.pi * 140 * k * time) / k for k in range(1, 20))
     assert isinstance(tone, Tensor)
-    audio = 0.1 * tone * (torch.sin(2 * math.pi * 3 * time) > 0) + 0.01 * torch.randn(batch, len(time))
+    audio = 0.1 * tone * (torch.sin(2 * math.pi * 3 * time) > 0) + 0.01 * torch.randn(
+        batch, len(time)
+    )
     audio[:, 640 * (num_frames // 2) : 640 * (num_frames // 2 + 2)] = 0
     return audio
 
@@ -70,10 +73,17 @@ def test_log_mel_windows_by_definition(lookahead: int, num_frames: int) -> None:
     for j in {0, num_frames // 2, num_frames - 1}:
         for step in range(10):
             for half in range(2):
-                k = 4 * (j + lookahead - 4) + 2 * step + half  # mel step k ends with sample 160 (k + 1)
+                # mel step k ends with sample 160 (k + 1)
+                k = 4 * (j + lookahead - 4) + 2 * step + half
                 end = 6400 + 160 * (k + 1)
-                spectrum = torch.fft.rfft(quiet[end - 400 : end] * window / window.sum(), n=512).abs().square()
-                power = (spectrum * emphasis) @ mel_filters(20, 257, 60.0, 8000.0, slaney_norm=False).double()
+                spectrum = (
+                    torch.fft.rfft(quiet[end - 400 : end] * window / window.sum(), n=512)
+                    .abs()
+                    .square()
+                )
+                power = (spectrum * emphasis) @ mel_filters(
+                    20, 257, 60.0, 8000.0, slaney_norm=False
+                ).double()
                 expected = (torch.log10(power + 1e-8) + 8) / 2 - 1
                 got = features[0, j, step, 20 * half : 20 * half + 20]
                 assert torch.allclose(got.double(), expected, atol=1e-5)
@@ -97,12 +107,17 @@ def test_log_mel_range_of_silence_and_speech() -> None:
 
 ENCODERS: list[tuple[Any, dict[str, Any]]] = [
     *((LogMelEncoder, {"lookahead_frames": lookahead, "num_mels": 20}) for lookahead in (0, 2, 4)),
-    *((whisper, {"left_context_frames": left, "lookahead_frames": right}) for left, right in ((4, 0), (8, 2), (3, 4))),
+    *(
+        (whisper, {"left_context_frames": left, "lookahead_frames": right})
+        for left, right in ((4, 0), (8, 2), (3, 4))
+    ),
 ]
 
 
 @pytest.mark.parametrize(("make", "arguments"), ENCODERS)
-def test_streamed_features_equal_those_of_the_whole_file(make: Any, arguments: dict[str, Any]) -> None:
+def test_streamed_features_equal_those_of_the_whole_file(
+    make: Any, arguments: dict[str, Any]
+) -> None:
     encoder = make(**arguments)
     block, num_frames = encoder.block_frames, 33
     audio = speech_like(num_frames)
@@ -123,7 +138,9 @@ def test_features_read_nothing_beyond_the_lookahead(make: Any, arguments: dict[s
     before = encoder(encoder.pad(audio))
     for first_changed in range(num_frames):
         changed = audio.clone()
-        changed[:, 640 * first_changed :] += 0.1 * torch.randn_like(changed[:, 640 * first_changed :])
+        changed[:, 640 * first_changed :] += 0.1 * torch.randn_like(
+            changed[:, 640 * first_changed :]
+        )
         difference = (encoder(encoder.pad(changed)) - before).abs().amax(dim=(0, 2, 3))
         for j in range(num_frames):
             block_end = j if j == 0 else (j - 1) // block * block + block  # last frame of j's block
@@ -139,7 +156,9 @@ def test_log_mel_past_is_bounded_by_the_left_context(lookahead: int) -> None:
     audio = speech_like(20)
     changed = audio.clone()
     changed[:, : 640 * 5] = torch.randn(640 * 5)
-    difference = (encoder(encoder.pad(changed)) - encoder(encoder.pad(audio))).abs().amax(dim=(0, 2, 3))
+    difference = (
+        (encoder(encoder.pad(changed)) - encoder(encoder.pad(audio))).abs().amax(dim=(0, 2, 3))
+    )
     first_equal = 5 + encoder.left_context_frames
     assert (difference[first_equal:] == 0).all()
     assert (difference[: first_equal - 1] > 0).all()
@@ -191,7 +210,9 @@ def test_whole_file_mode_goes_on_after_one_window() -> None:
 
 
 def test_bounded_whisper_differs_from_the_whole_file_in_context_only() -> None:
-    """A block that is the whole window of the model, with the recording's own maximum, is whole-file mode."""
+    """A block that is the whole window of the model, with the recording's own maximum, is
+    whole-file mode.
+    """
     offline = whisper(whole_file=True)
     audio = speech_like(75)
     log_mel = offline._log_mel(audio)
@@ -212,14 +233,22 @@ def test_whisper_is_frozen_and_rebuilt_from_its_config(tmp_path: Path) -> None:
     again.load_state_dict(encoder.state_dict())
     audio = encoder.pad(speech_like(9))
     assert torch.equal(again(audio), encoder(audio))
-    assert LogMelEncoder.from_config(LogMelEncoder(1, 20, -7.0).config).config == LogMelEncoder(1, 20, -7.0).config
+    assert (
+        LogMelEncoder.from_config(LogMelEncoder(1, 20, -7.0).config).config
+        == LogMelEncoder(1, 20, -7.0).config
+    )
 
 
 def test_whisper_from_pretrained_reads_a_local_folder(tmp_path: Path) -> None:
     ensure_torchvision()
     from transformers import WhisperConfig, WhisperModel
 
-    decoder = {"decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 8, "vocab_size": 60}
+    decoder = {
+        "decoder_layers": 1,
+        "decoder_attention_heads": 2,
+        "decoder_ffn_dim": 8,
+        "vocab_size": 60,
+    }
     tokens = {"pad_token_id": 1, "bos_token_id": 1, "eos_token_id": 1, "decoder_start_token_id": 2}
     model = WhisperModel(WhisperConfig(**TINY_WHISPER, **decoder, **tokens))
     model.save_pretrained(tmp_path)
@@ -237,13 +266,21 @@ def test_bad_arguments_are_named(tmp_path: Path) -> None:
     for shape in ((1, 640 * 5), (1, 640 * 6 + 1), (640 * 9,)):
         with pytest.raises(UserError, match=r"640 \* \(frames \+ 5\).*encoder.pad"):
             encoder(torch.zeros(shape))
-    with pytest.raises(UserError, match="at least 4 frames of left context for a look-ahead of 0 frames, got 2"):
+    with pytest.raises(
+        UserError, match=("at least 4 frames of left context for a look-ahead of 0 frames, got 2")
+    ):
         whisper(left_context_frames=2, lookahead_frames=0)
     with pytest.raises(UserError, match="at most 150 Whisper steps"):
         whisper(left_context_frames=70)
     with pytest.raises(UserError, match="8n or 1 \\+ 8n frames of speech, got 12"):
         whisper(left_context_frames=4)(torch.zeros(1, 640 * 18))
-    with pytest.raises(UserError, match=r"config\.json, looked in .*hf download openai/whisper-tiny"):
+    with pytest.raises(
+        UserError,
+        match=(
+            r"config\.json, looked in .*hf download "
+            r"openai/whisper-tiny"
+        ),
+    ):
         WhisperEncoder.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match=r"model\.safetensors, looked in"):

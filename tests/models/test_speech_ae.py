@@ -17,7 +17,9 @@ from rest_lightning.parts import build_part, describe_part
 def speech_ae(**arguments: Any) -> SpeechAE:
     """Tiny, with every zero start filled: a test of streaming must see every convolution."""
     torch.manual_seed(0)
-    model = SpeechAE(**{"feature_dim": 12, "num_tokens": 2, "latent_dim": 6, "width": 8, **arguments})
+    model = SpeechAE(
+        **{"feature_dim": 12, "num_tokens": 2, "latent_dim": 6, "width": 8, **arguments}
+    )
     for name, parameter in model.named_parameters():
         if "norm" not in name:
             nn.init.normal_(parameter, std=0.3)
@@ -46,7 +48,9 @@ PIECES = [[1, 8, 8, 8, 8], [1, 24, 8], [1, 16, 16], [9, 24], [17, 8, 8], [33]]
 @pytest.mark.parametrize("pieces", PIECES)
 @pytest.mark.parametrize("num_tokens", [2, 4])
 @pytest.mark.parametrize(("num_blocks", "kernel_size"), [(1, 3), (2, 2)])
-def test_streamed_equals_whole_clip(pieces: list[int], num_tokens: int, num_blocks: int, kernel_size: int) -> None:
+def test_streamed_equals_whole_clip(
+    pieces: list[int], num_tokens: int, num_blocks: int, kernel_size: int
+) -> None:
     model = speech_ae(num_tokens=num_tokens, num_blocks=num_blocks, kernel_size=kernel_size)
     x = features(33)
     whole = model.encode(x)
@@ -68,7 +72,9 @@ def test_causal_by_prefix_and_by_gradient() -> None:
         changed = x.detach().clone()
         changed[:, last + 1 :] = torch.randn_like(changed[:, last + 1 :])
         assert torch.equal(model.encode(changed)[:, : i + 1], whole[:, : i + 1])
-        (gradient,) = torch.autograd.grad(whole[:, i].square().sum() + whole[:, i, 0, 0].sum(), x, retain_graph=True)
+        (gradient,) = torch.autograd.grad(
+            whole[:, i].square().sum() + whole[:, i, 0, 0].sum(), x, retain_graph=True
+        )
         assert (gradient[:, last + 1 :] == 0).all()
         assert (gradient[:, max(0, last - 7) : last + 1].abs().amax(dim=(2, 3)) > 0).all()
     reconstruction = model.decode(whole)
@@ -100,7 +106,10 @@ def test_config_round_trip_through_json() -> None:
 
 def test_paper_and_embedded_shapes_and_sizes() -> None:
     with torch.device("meta"):
-        paper, embedded = SpeechAE(), SpeechAE(feature_dim=160, num_tokens=4, latent_dim=128, width=128)
+        paper, embedded = (
+            SpeechAE(),
+            SpeechAE(feature_dim=160, num_tokens=4, latent_dim=128, width=128),
+        )
         assert paper.encode(torch.empty(1, 97, 10, 1920)).shape == (1, 13, 2, 2048)
         assert embedded.encode(torch.empty(1, 97, 10, 160)).shape == (1, 13, 4, 128)
     assert 1e6 < sum(parameter.numel() for parameter in embedded.parameters()) < 2e6
@@ -138,9 +147,14 @@ def test_bad_input_is_named() -> None:
 
 
 def shares(num: int, num_shares: int) -> list[list[int]]:
-    """Which of ``num`` things fall, wholly or in part, into each of equal shares of their length."""
+    """Which of ``num`` things fall, wholly or in part, into each of equal shares of their
+    length.
+    """
     cells = [(share / num_shares, (share + 1) / num_shares) for share in range(num_shares)]
-    return [[i for i in range(num) if i / num < end - 1e-9 and (i + 1) / num > begin + 1e-9] for begin, end in cells]
+    return [
+        [i for i in range(num) if i / num < end - 1e-9 and (i + 1) / num > begin + 1e-9]
+        for begin, end in cells
+    ]
 
 
 @pytest.mark.parametrize("num_tokens", [1, 2, 3, 4, 8, 10])
@@ -155,13 +169,24 @@ def test_pooling_is_means_and_a_linear_layer(num_tokens: int, num_latents: int) 
         frames = [0] * 8 if i == 0 else list(range(8 * i - 7, 8 * i + 1))
         for token, share in enumerate(shares(8, num_tokens)):
             mean = x[:, [frames[k] for k in share]].mean(dim=(1, 2))
-            y = mean @ model.encoder_out.weight.T + model.encoder_out.bias + model.encoder_places[token]
-            y = (y - y.mean(-1, keepdim=True)) / (y.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+            y = (
+                mean @ model.encoder_out.weight.T
+                + model.encoder_out.bias
+                + model.encoder_places[token]
+            )
+            y = (y - y.mean(-1, keepdim=True)) / (
+                y.var(-1, unbiased=False, keepdim=True) + 1e-5
+            ).sqrt()
             assert torch.allclose(latents[:, i, token], y, atol=1e-5)
         for k, share in enumerate(shares(num_tokens, 8)):
             if i or k == 7:
-                decoded = latents[:, i, share].mean(1) @ model.decoder_out.weight.T + model.decoder_out.bias
-                assert torch.allclose(reconstruction[:, frames[k]], decoded[:, None] + model.decoder_places, atol=1e-5)
+                decoded = (
+                    latents[:, i, share].mean(1) @ model.decoder_out.weight.T
+                    + model.decoder_out.bias
+                )
+                assert torch.allclose(
+                    reconstruction[:, frames[k]], decoded[:, None] + model.decoder_places, atol=1e-5
+                )
     model(x).square().sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
 

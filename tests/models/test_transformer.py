@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from rest_lightning.models.attention import Rope, rotate
-from rest_lightning.models.cache import CacheOptions, IDContextCache
+from rest_lightning.models.cache import CacheOptions
 from rest_lightning.models.transformer import A2VDiT
 
 TINY: dict[str, Any] = {
@@ -28,7 +28,9 @@ TINY: dict[str, Any] = {
 
 def test_config_round_trip() -> None:
     options = CacheOptions(chunk_length=2, use_sink=False)
-    model = A2VDiT(**TINY, spatial_embedding=(2, 3), attention="chunked", cache_options=options, fps=24)
+    model = A2VDiT(
+        **TINY, spatial_embedding=(2, 3), attention="chunked", cache_options=options, fps=24
+    )
     config = json.loads(json.dumps(model.config))
     again = A2VDiT.from_config(config)
     assert again.config == model.config
@@ -46,7 +48,9 @@ def test_the_command_line_can_build_it() -> None:
         "spatial_embedding": [2, 3],
         "cache_options": {"chunk_length": 1, "cache_gradient": "detached"},
     }
-    text = json.dumps({"class_path": "rest_lightning.models.transformer.A2VDiT", "init_args": arguments})
+    text = json.dumps(
+        {"class_path": "rest_lightning.models.transformer.A2VDiT", "init_args": arguments}
+    )
     model = parser.instantiate(parser.parse_args([f"--model={text}"])).model
     assert model.cache_options == CacheOptions(chunk_length=1, cache_gradient="detached")
     assert model.spatial_size == (2, 3)
@@ -66,7 +70,9 @@ def test_published_size_on_the_meta_device() -> None:
 
 
 @pytest.mark.parametrize("spatial", [None, (2, 3)])
-def test_speech_attention_starts_at_zero_and_learns(lab: SimpleNamespace, spatial: tuple[int, int] | None) -> None:
+def test_speech_attention_starts_at_zero_and_learns(
+    lab: SimpleNamespace, spatial: tuple[int, int] | None
+) -> None:
     torch.manual_seed(0)
     model = A2VDiT(**TINY, spatial_embedding=spatial)
     latents, sigma, speech = torch.randn(2, 6, 4, 2, 3), torch.rand(2, 4), torch.randn(2, 4, 2, 10)
@@ -79,17 +85,23 @@ def test_speech_attention_starts_at_zero_and_learns(lab: SimpleNamespace, spatia
 
 
 @pytest.mark.parametrize("attention", ["full", "chunked"])
-def test_frames_hear_their_own_speech_and_the_reference_none(attention: str, lab: SimpleNamespace) -> None:
+def test_frames_hear_their_own_speech_and_the_reference_none(
+    attention: str, lab: SimpleNamespace
+) -> None:
     model = A2VDiT.from_config({**lab.make_student(num_layers=1).config, "attention": attention})
     torch.nn.init.normal_(model.get_parameter("transformer_blocks.0.speech_attn.to_out.0.weight"))
     clip = lab.make_clip(model, 2)
     speech = clip["speech_latents"].requires_grad_()
     velocity = model(**clip)
     for frame in range(7):
-        (gradient,) = torch.autograd.grad(velocity[:, :, frame].square().sum(), speech, retain_graph=True)
+        (gradient,) = torch.autograd.grad(
+            velocity[:, :, frame].square().sum(), speech, retain_graph=True
+        )
         heard = gradient.abs().sum((0, 2, 3)) > 0
         assert heard.tolist() == [frame == other and frame > 0 for other in range(7)]
-    assert torch.equal(model(**{**clip, "speech_latents": None}), model(**{**clip, "speech_latents": 0 * speech}))
+    assert torch.equal(
+        model(**{**clip, "speech_latents": None}), model(**{**clip, "speech_latents": 0 * speech})
+    )
 
 
 def test_a_student_starts_as_its_teacher(lab: SimpleNamespace) -> None:
@@ -111,11 +123,13 @@ def test_embedded_sigmas_and_projected_conditions_give_the_same(lab: SimpleNames
     latents, speech = clip["noisy_latents"][:, :, 1:], clip["speech_latents"][:, 1:]
     with torch.no_grad():
         text = model.project_text(clip["text_embeds"], clip["text_mask"])
-        caches = [IDContextCache.allocate(model, 2, 2, 3) for _ in range(2)]
+        caches = [model.new_cache(2, 2, 3) for _ in range(2)]
         for cache in caches:
             model.prefill(clip["noisy_latents"][:, :, :1], cache, text_embeds=text)
         sigma = torch.full((2, 3), 0.4)
-        plain = model(latents, sigma, speech, clip["text_embeds"], clip["text_mask"], cache=caches[0])
+        plain = model(
+            latents, sigma, speech, clip["text_embeds"], clip["text_mask"], cache=caches[0]
+        )
         shared = model.embed_sigma(torch.tensor([[0.4]]))  # one level for all rows and frames
         prepared = model(latents, shared, model.project_speech(speech), text, cache=caches[1])
     lab.assert_close(prepared, plain, 1e-6)
@@ -124,7 +138,9 @@ def test_embedded_sigmas_and_projected_conditions_give_the_same(lab: SimpleNames
 @pytest.mark.parametrize("attention", ["full", "chunked"])
 def test_gradient_checkpointing_changes_nothing(attention: str, lab: SimpleNamespace) -> None:
     config = {**lab.make_student().config, "attention": attention}
-    models = [A2VDiT.from_config({**config, "gradient_checkpointing": value}) for value in (False, True)]
+    models = [
+        A2VDiT.from_config({**config, "gradient_checkpointing": value}) for value in (False, True)
+    ]
     models[1].load_state_dict(models[0].state_dict())
     clip = lab.make_clip(models[0], 2)
     losses = [model(**clip).square().mean() for model in models]
@@ -146,7 +162,7 @@ def test_bfloat16(attention: str, lab: SimpleNamespace) -> None:
         mixed = model(**clip)
         mixed.float().mean().backward()
         if attention == "chunked":
-            cache = IDContextCache.allocate(model, 2, 2, 3, dtype=torch.bfloat16)
+            cache = model.new_cache(2, 2, 3, dtype=torch.bfloat16)
             with torch.no_grad():
                 streamed = lab.sequential(model, clip, cache)
             lab.assert_close(streamed.float(), expected[:, :, 1:], 0.05)
@@ -186,23 +202,49 @@ def test_bad_input(lab: SimpleNamespace) -> None:
     clip = lab.make_clip(model, 2)
     latents, sigma, speech = clip["noisy_latents"], clip["sigma"], clip["speech_latents"]
     cases: list[tuple[tuple[Any, ...], str]] = [
-        ((latents[:, :5], sigma), r"expected noisy_latents of shape \(B, 6, f, h, w\), got \(2, 5, 7, 2, 3\)"),
+        (
+            (latents[:, :5], sigma),
+            (
+                r"expected noisy_latents of shape \(B, 6, f, h, w\), got \(2, "
+                r"5, "
+                r"7, 2, 3\)"
+            ),
+        ),
         ((latents, sigma[:, :6]), r"expected sigma of shape \(B, f\) = \(2, 7\), got \(2, 6\)"),
         ((latents, sigma[:, 0]), r"expected sigma of shape \(B, f\) = \(2, 7\), got \(2,\)"),
         ((latents[:, :, :6], sigma[:, :6]), r"expected 1 \+ K \* 3 latent frames .* got 6"),
         ((latents[:, :, :1], sigma[:, :1]), r"expected 1 \+ K \* 3 latent frames .* got 1"),
-        ((latents, sigma, speech[:, :6]), r"expected speech_latents of shape \(2, 7, n, 10\), got \(2, 6, 2, 10\)"),
-        ((latents, sigma, speech[..., :9]), r"expected speech_latents of shape \(B, f, n, 10\), got \(2, 7, 2, 9\)"),
-        ((latents, sigma, speech, torch.randn(2, 5, 12)), "expected no text with caption_channels=None"),
+        (
+            (latents, sigma, speech[:, :6]),
+            (
+                r"expected speech_latents of shape \(2, 7, n, 10\), got "
+                r"\(2, 6, 2, 10\)"
+            ),
+        ),
+        (
+            (latents, sigma, speech[..., :9]),
+            (
+                r"expected speech_latents of shape \(B, f, n, 10\), "
+                r"got \(2, 7, 2, 9\)"
+            ),
+        ),
+        (
+            (latents, sigma, speech, torch.randn(2, 5, 12)),
+            ("expected no text with caption_channels=None"),
+        ),
     ]
     for arguments, message in cases:
         with pytest.raises(ValueError, match=message):
             model(*arguments)
     with pytest.raises(ValueError, match="expected text_embeds, got None"):
         lab.make_student(text=True)(latents, sigma)
-    with pytest.raises(ValueError, match="expected context_latents with cache_noise=clean_pass, got None"):
+    with pytest.raises(
+        ValueError, match=("expected context_latents with cache_noise=clean_pass, got None")
+    ):
         lab.make_student(cache_noise="clean_pass")(latents, sigma)
-    with pytest.raises(ValueError, match="expected one sigma for all chunks of a clip with cache_noise=per_step"):
+    with pytest.raises(
+        ValueError, match=("expected one sigma for all chunks of a clip with cache_noise=per_step")
+    ):
         lab.make_student(cache_noise="per_step")(latents, sigma)
     with pytest.raises(ValueError, match="expected context_latents of shape"):
         model(latents, sigma, context_latents=latents[:1])

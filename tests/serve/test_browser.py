@@ -1,6 +1,8 @@
-"""The page in a real browser: a fake microphone speaks beeps, and a model writes frame number and beep into its pixels.
+"""The page in a real browser: a fake microphone speaks beeps, and a model writes frame number and
+beep into its pixels.
 
-Bounds on times are those of a busy machine; `python -m benchmarks.live` measures them on a quiet one.
+Bounds on times are those of a busy machine; `python -m benchmarks.live` measures them on a quiet
+one.
 """
 
 from __future__ import annotations
@@ -39,13 +41,17 @@ Open = Callable[..., Any]
 def server() -> Iterator[Any]:
     live_server = importlib.import_module("benchmarks._live_server")
     marked = importlib.import_module("benchmarks._marked_model")
-    with live_server.serving(marked.MarkedModel(64, chunk_s=0.05), Limits(max_sessions=2)) as server:
+    with live_server.serving(
+        marked.MarkedModel(64, chunk_s=0.05), Limits(max_sessions=2)
+    ) as server:
         yield server
 
 
 @pytest.fixture(scope="module")
 def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    wav = browser_module.write_wav(tmp_path_factory.mktemp("microphone") / "beeps.wav", browser_module.beeps(19.0))
+    wav = browser_module.write_wav(
+        tmp_path_factory.mktemp("microphone") / "beeps.wav", browser_module.beeps(19.0)
+    )
     with browser_module.browser(wav) as launched:
         yield launched
 
@@ -71,10 +77,12 @@ def still_page(server: Any, chromium: Any) -> Any:
 
 def with_module(page: Any, name: str, body: str, argument: Any = None) -> Any:
     """The value of ``body``, in which ``all`` is a module of the page."""
-    return page.page.evaluate(f"async (given) => {{ const all = await import('/page/{name}'); {body} }}", argument)
+    return page.page.evaluate(
+        (f"async (given) => {{ const all = await import('/page/{name}'); {body} }}"), argument
+    )
 
 
-# -- without a session ------------------------------------------------------------------------------------------------
+# -- without a session -----------------------------------------------------------------------------
 
 
 def test_page_is_whole_offline_and_fits_narrow_screens(still_page: Any, server: Any) -> None:
@@ -96,11 +104,16 @@ def test_messages_are_those_of_the_server(still_page: Any) -> None:
     page = still_page
     samples = [0, 1, -1, 32767, -32768, 258]
     packed = with_module(
-        page, "protocol.js", "return [...new Uint8Array(all.packSpeech(3, 70000, Int16Array.from(given)))]", samples
+        page,
+        "protocol.js",
+        ("return [...new Uint8Array(all.packSpeech(3, 70000, Int16Array.from(given)))]"),
+        samples,
     )
     speech = parse_speech(bytes(packed))
     assert (speech.epoch, speech.index, speech.samples.tolist()) == (3, 70000, samples)
-    sent = pack(SOUND, IDLE | KEYFRAME, 2**32 - 2, 90000, 3, np.array([-32768, 0, 16384], "<i2").tobytes())
+    sent = pack(
+        SOUND, IDLE | KEYFRAME, 2**32 - 2, 90000, 3, np.array([-32768, 0, 16384], "<i2").tobytes()
+    )
     body = """const { data, ...rest } = all.unpack(Uint8Array.from(given).buffer);
         return { ...rest, floats: [...all.toFloats(data)] };"""
     assert with_module(page, "protocol.js", body, list(sent)) == {
@@ -124,7 +137,8 @@ def test_resampler_keeps_tones_in_place_and_removes_what_does_not_fit(
 ) -> None:
     page = still_page
     body = """const [from, to, tone, cuts] = given, one = new all.Resampler(from, to);
-        const input = Float32Array.from({ length: from / 2 }, (_, i) => Math.sin((2 * Math.PI * tone * i) / from));
+        const wave = (_, i) => Math.sin((2 * Math.PI * tone * i) / from);
+        const input = Float32Array.from({ length: from / 2 }, wave);
         const parts = [];
         for (let at = 0, k = 0; at < input.length; k++) {
             const count = cuts[k % cuts.length];
@@ -133,7 +147,9 @@ def test_resampler_keeps_tones_in_place_and_removes_what_does_not_fit(
         }
         return parts;"""
     found = {
-        (tone, len(cuts)): np.array(with_module(page, "resample.js", body, [from_hz, to_hz, tone, cuts]))
+        (tone, len(cuts)): np.array(
+            with_module(page, "resample.js", body, [from_hz, to_hz, tone, cuts])
+        )
         for tone, cuts in ((1000, [128]), (1000, [1, 999, 7]), (6000, [128]), (11_000, [128]))
     }
     np.testing.assert_array_equal(found[1000, 1], found[1000, 3])  # however the stream is cut
@@ -141,7 +157,9 @@ def test_resampler_keeps_tones_in_place_and_removes_what_does_not_fit(
     for tone in (1000, 6000):
         time_s = np.arange(len(found[tone, 1])) / to_hz
         middle = slice(to_hz // 50, None)  # the filter begins in silence
-        np.testing.assert_allclose(found[tone, 1][middle], np.sin(2 * np.pi * tone * time_s)[middle], atol=2e-3)
+        np.testing.assert_allclose(
+            found[tone, 1][middle], np.sin(2 * np.pi * tone * time_s)[middle], atol=2e-3
+        )
     if from_hz > to_hz:  # 11 kHz would come back as 5 kHz
         assert np.abs(found[11_000, 1][to_hz // 50 :]).max() < 1e-3
 
@@ -153,14 +171,16 @@ def test_timeline_rebases_once_and_tells_what_may_be_won_back(still_page: Any) -
         const at = (time) => line.frameAt(time)?.index ?? null;
         const { numUnderruns, cushion } = line, spare = line.takeSpare();
         return { starts, numUnderruns, cushion, spare, again: line.takeSpare(), last: line.end,
-                 frames: [at(starts[0] - 0.001), at(starts[1] + 0.041), at(starts[2] - 0.001), at(line.end + 9)] };"""
+                 frames: [at(starts[0] - 0.001), at(starts[1] + 0.041),
+                          at(starts[2] - 0.001), at(line.end + 9)] };"""
     page = still_page
     chunk_s = CHUNK_FRAMES / FPS
     calm = with_module(page, "timeline.js", body, [1 + chunk_s * k for k in range(5)])
     assert calm["starts"] == pytest.approx([1.08 + chunk_s * k for k in range(5)])
     assert (calm["numUnderruns"], calm["spare"], calm["cushion"]) == (0, 0, 0.08)
     assert calm["frames"] == [None, 25, 47, 119]
-    # The third chunk is 0.5 s late; from then on all come in time again, 0.5 s earlier than they are needed.
+    # The third chunk is 0.5 s late; from then on all come in time again, 0.5 s earlier than they
+    # are needed.
     late = with_module(page, "timeline.js", body, [1, 1.96, 3.42, 3.88, 4.84, 5.8, 6.76])
     assert late["numUnderruns"] == 1
     assert late["cushion"] == pytest.approx(0.18)
@@ -170,7 +190,7 @@ def test_timeline_rebases_once_and_tells_what_may_be_won_back(still_page: Any) -
     assert late["again"] == 0
 
 
-# -- sessions ---------------------------------------------------------------------------------------------------------
+# -- sessions --------------------------------------------------------------------------------------
 
 
 def check_pictures(frames: list[dict[str, Any]]) -> None:
@@ -182,13 +202,20 @@ def check_pictures(frames: list[dict[str, Any]]) -> None:
 
 
 def expect_pace(figures: dict[str, Any]) -> None:
-    """What comes after this are bounds on times: they say nothing where the browser gets no processor."""
+    """What comes after this are bounds on times: they say nothing where the browser gets no
+    processor.
+    """
     if (figures["fps"] or 0) < 20:
-        pytest.skip(f"this machine is too busy to show 25 frames a second (it shows {figures['fps'] or 0:.1f})")
+        pytest.skip(
+            "this machine is too busy to show 25 frames a second (it shows "
+            f"{figures['fps'] or 0:.1f})"
+        )
 
 
 class Beep(NamedTuple):
-    """A beep that was seen and heard: picture after sound, the same by the player's account, microphone to picture."""
+    """A beep that was seen and heard: picture after sound, the same by the player's account,
+    microphone to picture.
+    """
 
     offset_ms: float
     late_ms: float
@@ -206,7 +233,11 @@ def beeps_seen(measured: dict[str, Any]) -> list[Beep]:
         nearest = min(near, key=lambda each: abs(frame["drawn"] - each), default=None)
         if nearest is None or abs(frame["drawn"] - nearest) > 500:
             continue
-        spoken = [frame["time"] - said["time"] for said in measured["spoken"] if 0.5 < frame["time"] - said["time"] < 6]
+        spoken = [
+            frame["time"] - said["time"]
+            for said in measured["spoken"]
+            if 0.5 < frame["time"] - said["time"] < 6
+        ]
         found.append(Beep(frame["drawn"] - nearest, frame["late"], min(spoken, default=np.nan)))
     return found
 
@@ -223,9 +254,14 @@ def test_session_keeps_sound_and_picture_together(open_page: Open) -> None:
     check_pictures(frames)
     assert len(frames) > 20
     assert any(not frame["isIdle"] for frame in frames)
-    # The server's account and the pixels agree on where a beep is; two samples: the microphone's path is not bit-exact.
+    # The server's account and the pixels agree on where a beep is; two samples: the microphone's
+    # path is not bit-exact.
     said = {beep["index"]: beep["onset"] for beep in measured["sent"]}
-    seen = {frame["index"]: frame["marks"]["onset"] for frame in frames if frame["marks"]["onset"] is not None}
+    seen = {
+        frame["index"]: frame["marks"]["onset"]
+        for frame in frames
+        if frame["marks"]["onset"] is not None
+    }
     assert seen
     assert all(abs(onset - said[index]) <= 12 for index, onset in seen.items())
     assert beeps
@@ -234,18 +270,25 @@ def test_session_keeps_sound_and_picture_together(open_page: Open) -> None:
     assert min(frame["late"] for frame in frames) > -1  # never before its sound
     expect_pace(figures)
     # A frame is drawn as late after its own sound as the player says.
-    assert [beep.offset_ms for beep in beeps] == pytest.approx([beep.late_ms for beep in beeps], abs=25)
+    assert [beep.offset_ms for beep in beeps] == pytest.approx(
+        [beep.late_ms for beep in beeps], abs=25
+    )
     assert all(beep.offset_ms <= 100 for beep in beeps)
     latencies = [frame["latency"] for frame in frames if frame["latency"] is not None]
-    # What the panel shows is what the beep itself took, within a frame, and what the machine adds to a chunk.
-    assert np.median(latencies) == pytest.approx(np.nanmedian([beep.latency_s for beep in beeps]), abs=0.1)
+    # What the panel shows is what the beep itself took, within a frame, and what the machine adds
+    # to a chunk.
+    assert np.median(latencies) == pytest.approx(
+        np.nanmedian([beep.latency_s for beep in beeps]), abs=0.1
+    )
     assert 0.96 < np.median(latencies) < 3
     assert figures["latencyMs"] / 1000 == pytest.approx(np.median(latencies), abs=0.5)
 
 
 @pytest.mark.slow
 def test_interruption_silences_at_once_and_begins_anew(open_page: Open, tmp_path: Path) -> None:
-    tone = np.round(16_000 * np.sin(2 * np.pi * 440 * np.arange(20 * SAMPLE_RATE) / SAMPLE_RATE)).astype(np.int16)
+    tone = np.round(
+        16_000 * np.sin(2 * np.pi * 440 * np.arange(20 * SAMPLE_RATE) / SAMPLE_RATE)
+    ).astype(np.int16)
     page = open_page()
     page.page.set_input_files("#speech", browser_module.write_wav(tmp_path / "tone.wav", tone))
     page.watch()
@@ -258,7 +301,8 @@ def test_interruption_silences_at_once_and_begins_anew(open_page: Open, tmp_path
     epochs = [frame["epoch"] for frame in measured["frames"]]
     assert epochs == sorted(epochs)
     assert {0, 1} == set(epochs)
-    assert all(frame["isIdle"] for frame in measured["frames"] if frame["epoch"] == 1)  # the file was forgotten
+    # the file was forgotten
+    assert all(frame["isIdle"] for frame in measured["frames"] if frame["epoch"] == 1)
     assert page.page.inner_text("#state") == "Idle"
     assert result["fresh"] is not None
     expect_pace(measured["figures"])
@@ -274,7 +318,9 @@ def test_identity_changes_without_a_restart(open_page: Open) -> None:
     page.wait(1)
     image = io.BytesIO()
     Image.new("RGB", (90, 60), (10, 10, 30)).save(image, "PNG")
-    page.page.set_input_files("#image", {"name": "dark.png", "mimeType": "image/png", "buffer": image.getvalue()})
+    page.page.set_input_files(
+        "#image", {"name": "dark.png", "mimeType": "image/png", "buffer": image.getvalue()}
+    )
     page.until("probe.readMarks()?.bright === false", "the new portrait")
     measured = page.measured()
     check_pictures(measured["frames"])
@@ -283,7 +329,8 @@ def test_identity_changes_without_a_restart(open_page: Open) -> None:
     assert not bright[-1]
     assert bright == sorted(bright, reverse=True)  # it changed once
     changed = measured["frames"][bright.index(False)]["index"]
-    assert changed - changed % CHUNK_FRAMES <= changed <= changed - changed % CHUNK_FRAMES + 12  # at a chunk's border
+    # at a chunk's border
+    assert changed - changed % CHUNK_FRAMES <= changed <= changed - changed % CHUNK_FRAMES + 12
     assert page.page.get_attribute(".portrait input:checked", "aria-label") == "dark.png"
 
 
@@ -300,7 +347,9 @@ def test_jpeg_where_there_is_no_video_decoder(open_page: Open) -> None:
 
 
 @pytest.mark.slow
-def test_recording_is_a_video_that_says_that_it_is_synthetic(open_page: Open, tmp_path: Path) -> None:
+def test_recording_is_a_video_that_says_that_it_is_synthetic(
+    open_page: Open, tmp_path: Path
+) -> None:
     import av
 
     marked = importlib.import_module("benchmarks._marked_model")
@@ -367,8 +416,13 @@ def test_a_lost_connection_is_told_and_taken_up_again(open_page: Open) -> None:
     page = open_page()
     page.speak()
     # As when a device wakes up: the socket is gone, and nobody said goodbye.
-    page.page.evaluate("import('/page/app.js').then(({ app }) => app.session.connection.socket.close(4000))")
-    page.until("document.getElementById('message').textContent.startsWith('Connected again')", "a new session")
+    page.page.evaluate(
+        "import('/page/app.js').then(({ app }) => app.session.connection.socket.close(4000))"
+    )
+    page.until(
+        ("document.getElementById('message').textContent.startsWith('Connected again')"),
+        "a new session",
+    )
     page.watch()
     page.wait(1.5)
     check_pictures(page.measured()["frames"])

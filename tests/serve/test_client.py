@@ -1,4 +1,6 @@
-"""The Python client: a recording with sound and provenance; TLS; a source that fails; a server that refuses."""
+"""The Python client: a recording with sound and provenance; TLS; a source that fails; a server that
+refuses.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,8 @@ import numpy as np
 import pytest
 from live import cut, serving, short_head, tone
 
-from rest_lightning.data.video import VideoFile
 from rest_lightning.errors import UserError
+from rest_lightning.media.video import VideoFile
 from rest_lightning.serve.client import LiveClient, record
 from rest_lightning.serve.limits import Limits
 from rest_lightning.serve.protocol import Pcm
@@ -30,7 +32,9 @@ def head() -> TalkingHead:
     return short_head()
 
 
-def test_a_recording_has_all_frames_the_sound_and_says_that_it_is_synthetic(head: TalkingHead, tmp_path: Path) -> None:
+def test_a_recording_has_all_frames_the_sound_and_says_that_it_is_synthetic(
+    head: TalkingHead, tmp_path: Path
+) -> None:
     out = tmp_path / "out.mp4"
 
     async def scenario() -> None:
@@ -72,21 +76,38 @@ def test_a_refusal_is_one_line(head: TalkingHead) -> None:
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="makes its certificate with openssl")
 def test_tls(head: TalkingHead, tmp_path: Path) -> None:
     cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
-    made = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2"]
+    made = [
+        "openssl",
+        "req",
+        "-x509",
+        "-newkey",
+        "ec",
+        "-pkeyopt",
+        "ec_paramgen_curve:P-256",
+        "-nodes",
+        "-days",
+        "2",
+    ]
     names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
     subprocess.run([*made, *names, "-keyout", key, "-out", cert], check=True, capture_output=True)
 
     async def scenario() -> None:
         scheduler = Scheduler(head, 1)
-        async with LiveServer(scheduler, ServerOptions(port=0, cert=cert, key=key), Limits()) as server:
+        async with LiveServer(
+            scheduler, ServerOptions(port=0, cert=cert, key=key), Limits()
+        ) as server:
             assert server.url.startswith("https://127.0.0.1:")
             trusted = ssl.create_default_context(cafile=cert)
             async with aiohttp.ClientSession() as http:
                 headers = {"Origin": server.url}
-                async with http.post(f"{server.url}/api/session", headers=headers, ssl=trusted) as answer:
+                async with http.post(
+                    f"{server.url}/api/session", headers=headers, ssl=trusted
+                ) as answer:
                     assert answer.status == 200
                 plain = {"Origin": server.url.replace("https", "http")}
-                async with http.post(f"{server.url}/api/session", headers=plain, ssl=trusted) as answer:
+                async with http.post(
+                    f"{server.url}/api/session", headers=plain, ssl=trusted
+                ) as answer:
                     assert answer.status == 403
         scheduler.close()
 
@@ -104,7 +125,9 @@ def test_samples_of_a_file_are_sent_as_they_are(head: TalkingHead) -> None:
             blocks.append(speech[start : start + size])
             start += size
         async with serving(head, 1) as server, LiveClient(server.url) as client:
-            sounds = [each.samples async for each in client.stream(blocks) if hasattr(each, "samples")]
+            sounds = [
+                each.samples async for each in client.stream(blocks) if hasattr(each, "samples")
+            ]
         return np.concatenate(sounds)
 
     heard = asyncio.run(scenario())

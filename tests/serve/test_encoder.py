@@ -1,4 +1,6 @@
-"""What a browser's decoder gets: frames that decode one by one, keyframes when asked for, the right codec string."""
+"""What a browser's decoder gets: frames that decode one by one, keyframes when asked for, the right
+codec string.
+"""
 
 from __future__ import annotations
 
@@ -10,17 +12,24 @@ import pytest
 from av.video.reformatter import VideoReformatter
 from PIL import Image
 
+from rest_lightning.media.writer import video_frame
 from rest_lightning.serve.encoder import H264Encoder, JpegEncoder, open_encoder
-from rest_lightning.streaming.writer import video_frame
 
 
 def moving(num_frames: int, size_px: int) -> np.ndarray:
     """A soft pattern that moves."""
     y, x = np.mgrid[0 : 1 : size_px * 1j, 0 : 1 : size_px * 1j]
     waves = [
-        127 + 120 * np.sin(4 * x + 3 * y + 0.2 * index + phase) for index in range(num_frames) for phase in (0, 1, 2)
+        127 + 120 * np.sin(4 * x + 3 * y + 0.2 * index + phase)
+        for index in range(num_frames)
+        for phase in (0, 1, 2)
     ]
-    return np.stack(waves).reshape(num_frames, 3, size_px, size_px).transpose(0, 2, 3, 1).astype(np.uint8)
+    return (
+        np.stack(waves)
+        .reshape(num_frames, 3, size_px, size_px)
+        .transpose(0, 2, 3, 1)
+        .astype(np.uint8)
+    )
 
 
 @pytest.mark.parametrize("size_px", [64, 128, 256])
@@ -32,7 +41,9 @@ def test_every_packet_is_a_frame(size_px: int) -> None:
     for index, pixels in enumerate(frames):
         data, is_key = encoder.encode(pixels, keyframe=index == 17)
         assert is_key == (index in (0, 17))
-        types = [data[at + 4] & 31 for at in range(len(data) - 4) if data[at : at + 4] == b"\0\0\0\1"]
+        types = [
+            data[at + 4] & 31 for at in range(len(data) - 4) if data[at : at + 4] == b"\0\0\0\1"
+        ]
         assert (7 in types and 8 in types) == is_key, "SPS and PPS come with keyframes"
         if is_key:
             sps = data.index(b"\0\0\0\1\x67") + 5
@@ -47,7 +58,9 @@ def test_every_packet_is_a_frame(size_px: int) -> None:
 
 def test_a_keyframe_can_be_decoded_without_what_came_before() -> None:
     frames, encoder = moving(12, 64), H264Encoder(64)
-    packets = [encoder.encode(pixels, keyframe=index == 7)[0] for index, pixels in enumerate(frames)]
+    packets = [
+        encoder.encode(pixels, keyframe=index == 7)[0] for index, pixels in enumerate(frames)
+    ]
     decoder = av.CodecContext.create("h264", "r")
     shown = [frame for data in packets[7:] for frame in decoder.decode(av.Packet(data))]  # type: ignore[attr-defined]
     shown += decoder.decode(None)  # type: ignore[attr-defined]
@@ -64,7 +77,10 @@ def test_images_are_whole_and_close() -> None:
 
 
 def test_the_first_codec_that_both_know() -> None:
-    kinds = [type(open_encoder(codecs, 64)) for codecs in (["av1", "jpeg", "h264"], ["h264", "jpeg"], ["av1"], [])]
+    kinds = [
+        type(open_encoder(codecs, 64))
+        for codecs in (["av1", "jpeg", "h264"], ["h264", "jpeg"], ["av1"], [])
+    ]
     assert kinds == [JpegEncoder, H264Encoder, type(None), type(None)]
 
 
@@ -72,5 +88,7 @@ def test_a_kept_reformatter_gives_the_same_pixels() -> None:
     reformatter = VideoReformatter()
     for pixels in moving(3, 64):
         kept = video_frame(pixels, 0, 25, reformatter).to_ndarray()
-        once = av.VideoFrame.from_ndarray(pixels, format="rgb24").reformat(format="yuv420p", dst_colorspace="SMPTE170M")
+        once = av.VideoFrame.from_ndarray(pixels, format="rgb24").reformat(
+            format="yuv420p", dst_colorspace="SMPTE170M"
+        )
         np.testing.assert_array_equal(kept, once.to_ndarray())

@@ -1,4 +1,6 @@
-"""The queue before the model, on a clock of the test: nothing is cut, nothing drifts, nothing piles up."""
+"""The queue before the model, on a clock of the test: nothing is cut, nothing drifts, nothing piles
+up.
+"""
 
 from __future__ import annotations
 
@@ -21,16 +23,29 @@ def speech(num_samples: int, first: int = 1) -> np.ndarray:
     return (1000 + (np.arange(first, first + num_samples) * 7919) % 20_000).astype(np.int16)
 
 
-def arrivals(samples: np.ndarray, start_s: float, size: int, jitter_s: float = 0.0, seed: int = 0) -> list[Arrival]:
-    """Blocks of a microphone that is opened at ``start_s``: each arrives when its last sample was heard, or later."""
+def arrivals(
+    samples: np.ndarray, start_s: float, size: int, jitter_s: float = 0.0, seed: int = 0
+) -> list[Arrival]:
+    """Blocks of a microphone that is opened at ``start_s``: each arrives when its last sample was
+    heard, or later.
+    """
     rng = np.random.default_rng(seed)
     blocks = [(index, samples[index : index + size]) for index in range(0, len(samples), size)]
-    times = [start_s + (index + len(block)) / RATE + rng.uniform(0, jitter_s) for index, block in blocks]
-    return [(at, block, index) for at, (index, block) in zip(np.maximum.accumulate(times), blocks, strict=True)]
+    times = [
+        start_s + (index + len(block)) / RATE + rng.uniform(0, jitter_s) for index, block in blocks
+    ]
+    return [
+        (at, block, index)
+        for at, (index, block) in zip(np.maximum.accumulate(times), blocks, strict=True)
+    ]
 
 
-def play(intake: Intake, events: list[Arrival], until_s: float, compute_s: float = 0.15) -> list[tuple[float, Piece]]:
-    """What a session takes, and when: it takes the next chunk when the model is done with the last."""
+def play(
+    intake: Intake, events: list[Arrival], until_s: float, compute_s: float = 0.15
+) -> list[tuple[float, Piece]]:
+    """What a session takes, and when: it takes the next chunk when the model is done with the
+    last.
+    """
     pieces: list[tuple[float, Piece]] = []
     waiting, now_s, free_s = list(events), 0.0, 0.0
     while now_s < until_s:
@@ -58,7 +73,9 @@ def place_of(samples: np.ndarray, sound: np.ndarray) -> int:
 
 @pytest.mark.parametrize("size", [128, 320, 1000])
 @pytest.mark.parametrize("start_s", [0.05, 0.5, 0.93, 2.0])
-@pytest.mark.parametrize(("jitter_s", "lookahead"), [(0.0, LOOKAHEAD), (0.04, LOOKAHEAD), (0.04, 0)])
+@pytest.mark.parametrize(
+    ("jitter_s", "lookahead"), [(0.0, LOOKAHEAD), (0.04, LOOKAHEAD), (0.04, 0)]
+)
 def test_speech_that_flows_is_heard_whole_and_where_the_clock_is(
     size: int, start_s: float, jitter_s: float, lookahead: int
 ) -> None:
@@ -77,7 +94,9 @@ def test_speech_that_flows_is_heard_whole_and_where_the_clock_is(
 def test_pauses_become_silence_of_their_length(pause_s: float) -> None:
     first, second = speech(RATE), speech(2 * RATE, 30_000)
     events = arrivals(first, 0.3, 320)
-    events += [(at, block, index + RATE) for at, block, index in arrivals(second, 1.3 + pause_s, 320)]
+    events += [
+        (at, block, index + RATE) for at, block, index in arrivals(second, 1.3 + pause_s, 320)
+    ]
     pieces = play(Intake(CHUNK, LOOKAHEAD, 0.0), events, until_s=6 + pause_s)
     sound = sound_of(pieces)
     start = place_of(first, sound)
@@ -125,7 +144,8 @@ def test_a_slow_model_drops_whole_chunks_and_stays_near_the_clock() -> None:
     at_s, last = pieces[-1]
     assert last.last_index is not None and at_s - last.last_index / RATE < 4 * CHUNK_S
     heard = sound_of(pieces)[CHUNK + LOOKAHEAD + 2000 :].astype(int)  # behind the first silence
-    leaps = np.count_nonzero((np.diff(heard) - 7919) % 20_000)  # where the next sample is not that of the speech
+    # where the next sample is not that of the speech
+    leaps = np.count_nonzero((np.diff(heard) - 7919) % 20_000)
     assert 0 < leaps <= intake.num_dropped // CHUNK
 
 
@@ -134,7 +154,8 @@ def test_a_burst_may_be_two_chunks_ahead() -> None:
     intake = Intake(CHUNK, LOOKAHEAD, 0.0)
     assert intake.push(samples, 0, 0.0) == 0
     pieces = play(intake, [], until_s=3.0)
-    assert [round(at / CHUNK_S, 1) for at, _ in pieces[:3]] == [0.0, 0.2, 1.0]  # one chunk before it is due, no more
+    # one chunk before it is due, no more
+    assert [round(at / CHUNK_S, 1) for at, _ in pieces[:3]] == [0.0, 0.2, 1.0]
     np.testing.assert_array_equal(sound_of(pieces)[: len(samples)], samples)
 
 
@@ -202,17 +223,23 @@ def test_what_always_waits_for_the_model_comes_later(waits_s: list[float], moves
     assert 0 <= moves_s - moved.num_trimmed / RATE < 0.1  # of the pause, in whole blocks
 
 
-def play_from(intake: Intake, events: list[Arrival], start_s: float, until_s: float) -> list[tuple[float, Piece]]:
+def play_from(
+    intake: Intake, events: list[Arrival], start_s: float, until_s: float
+) -> list[tuple[float, Piece]]:
     """:func:`play`, later."""
     intake.due_s -= start_s
     intake._settled_s -= start_s
-    pieces = play(intake, [(at - start_s, block, index) for at, block, index in events], until_s - start_s)
+    pieces = play(
+        intake, [(at - start_s, block, index) for at, block, index in events], until_s - start_s
+    )
     return [(at + start_s, piece) for at, piece in pieces]
 
 
 @pytest.mark.parametrize("flows", [False, True])
 def test_after_a_standstill_the_clock_begins_anew(flows: bool) -> None:
-    """A laptop that slept for a minute neither computes a minute of silence nor adds to its latency."""
+    """A laptop that slept for a minute neither computes a minute of silence nor adds to its
+    latency.
+    """
     intake = Intake(CHUNK, LOOKAHEAD, 0.0)
     play(intake, [], until_s=2.0)
     start_s, samples = 62.0, speech(3 * RATE)

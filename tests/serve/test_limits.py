@@ -66,5 +66,7 @@ def test_a_bucket_allows_its_rate_and_a_burst() -> None:
     while bucket.take(0.1, now_s):
         taken, now_s = taken + 0.1, now_s + 0.05  # twice the pace of the clock
     # 2 + 1.2 t = 2 t
-    assert now_s == pytest.approx(2.0 / 0.8, abs=0.2) and taken == pytest.approx(2 + 1.2 * now_s, abs=0.2)
+    assert now_s == pytest.approx(2.0 / 0.8, abs=0.2) and taken == pytest.approx(
+        2 + 1.2 * now_s, abs=0.2
+    )
     assert bucket.take(2.0, now_s + 100.0) and not bucket.take(0.5, now_s + 100.0)

@@ -1,4 +1,6 @@
-"""Clients that break the rules, flood, fall silent or vanish: they are told in a line, and the others go on."""
+"""Clients that break the rules, flood, fall silent or vanish: they are told in a line, and the
+others go on.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,19 @@ from typing import Any
 import aiohttp
 import numpy as np
 import pytest
-from live import collect, cut, open_session, pictures_of, said, serving, settled, short_head, sound_of, tone, until
+from live import (
+    collect,
+    cut,
+    open_session,
+    pictures_of,
+    said,
+    serving,
+    settled,
+    short_head,
+    sound_of,
+    tone,
+    until,
+)
 
 from rest_lightning.errors import UserError
 from rest_lightning.serve.client import LiveClient, Received
@@ -59,22 +73,56 @@ async def _interrupt_often(client: LiveClient) -> None:
 
 MISDEEDS: dict[str, tuple[Misdeed, str, str]] = {
     "text": (lambda client: _text(client, "hello there"), "bad_message", "expected JSON"),
-    "half a header": (lambda client: client.socket.send_bytes(b"\1\0\0\0\0"), "bad_message", "header of 16 bytes"),
-    "odd bytes": (lambda client: client.socket.send_bytes(pack_speech(0, 0, tone(0.1))[:-1]), "bad_message", "1600 s"),
-    "a frame": (lambda client: client.socket.send_bytes(b"\2" + bytes(15)), "bad_message", "got type 2"),
-    "future": (lambda client: client.socket.send_bytes(pack_speech(2, 0, tone(0.1))), "epoch", "epoch 0 or 1, got 2"),
-    "future interruption": (lambda client: _text(client, message("interrupt", epoch=9)), "epoch", "got 9"),
-    "large": (lambda client: client.send(np.zeros(40_000, np.int16)), "too_long", "at most 65536 bytes, got 80016"),
-    "second hello": (lambda client: _text(client, message("hello", version=1)), "hello", "got a second one"),
+    "half a header": (
+        lambda client: client.socket.send_bytes(b"\1\0\0\0\0"),
+        "bad_message",
+        "header of 16 bytes",
+    ),
+    "odd bytes": (
+        lambda client: client.socket.send_bytes(pack_speech(0, 0, tone(0.1))[:-1]),
+        "bad_message",
+        "1600 s",
+    ),
+    "a frame": (
+        lambda client: client.socket.send_bytes(b"\2" + bytes(15)),
+        "bad_message",
+        "got type 2",
+    ),
+    "future": (
+        lambda client: client.socket.send_bytes(pack_speech(2, 0, tone(0.1))),
+        "epoch",
+        "epoch 0 or 1, got 2",
+    ),
+    "future interruption": (
+        lambda client: _text(client, message("interrupt", epoch=9)),
+        "epoch",
+        "got 9",
+    ),
+    "large": (
+        lambda client: client.send(np.zeros(40_000, np.int16)),
+        "too_long",
+        ("at most 65536 bytes, got 80016"),
+    ),
+    "second hello": (
+        lambda client: _text(client, message("hello", version=1)),
+        "hello",
+        "got a second one",
+    ),
     "flood": (_flood, "flood", "at most 250 messages a second"),
     "too fast": (_too_fast, "input_rate", "1.2 x real time at most"),
     "back in time": (_back, "index", "from sample 1600 of the epoch on, got sample 100"),
     "interruptions": (_interrupt_often, "flood", "at most 4 interruptions a second"),
-    "model": (lambda client: client.send(np.full(9000, 32767, np.int16)), "model", "the model failed in this session"),
+    "model": (
+        lambda client: client.send(np.full(9000, 32767, np.int16)),
+        "model",
+        ("the model failed in this session"),
+    ),
 }
 
 
-def test_whoever_breaks_the_rules_is_told_in_one_line_and_the_others_go_on(head: TalkingHead) -> None:
+def test_whoever_breaks_the_rules_is_told_in_one_line_and_the_others_go_on(
+    head: TalkingHead,
+) -> None:
     async def misbehave(server: LiveServer, name: str) -> None:
         misdeed, code, told = MISDEEDS[name]
         async with LiveClient(server.url) as client:
@@ -110,8 +158,14 @@ def test_whoever_breaks_the_rules_is_told_in_one_line_and_the_others_go_on(head:
 FIRST_WORDS = {
     '{"type": "hello", "version": 2}': ("version", "expected version 1"),
     '{"type": "end"}': ("hello", "expected a hello first"),
-    '{"type": "hello", "version": 1, "codecs": ["vp9"]}': ("codec", "expected a codec of h264, jpeg"),
-    '{"type": "hello", "version": 1, "portrait": "../../etc/passwd"}': ("portrait", "expected the id of a portrait"),
+    ('{"type": "hello", "version": 1, "codecs": ["vp9"]}'): (
+        "codec",
+        "expected a codec of h264, jpeg",
+    ),
+    ('{"type": "hello", "version": 1, "portrait": "../../etc/passwd"}'): (
+        "portrait",
+        "expected the id of a portrait",
+    ),
     "": ("hello", "expected a hello within 0.2 s, got none"),
 }
 
@@ -121,11 +175,17 @@ def test_a_wrong_first_word_is_told(head: TalkingHead) -> None:
         async with serving(head, 1, hello_s=0.2) as server, aiohttp.ClientSession() as http:
             for words, (code, told) in FIRST_WORDS.items():
                 token = (await open_session(http, server))["token"]
-                async with http.ws_connect(f"{server.url}/ws?token={token}", origin=server.url) as connection:
+                async with http.ws_connect(
+                    f"{server.url}/ws?token={token}", origin=server.url
+                ) as connection:
                     if words:
                         await connection.send_str(words)
                     error = json.loads((await connection.receive(10)).data)
-                    assert error["type"] == "error" and error["code"] == code and told in error["message"]
+                    assert (
+                        error["type"] == "error"
+                        and error["code"] == code
+                        and told in error["message"]
+                    )
                 await settled(server)
 
     asyncio.run(scenario())
@@ -176,7 +236,9 @@ def test_fifty_sessions_are_refused_in_words_and_two_tabs_are_strangers(head: Ta
                     assert answer["status"] == 503 and "has 2 of 2 sessions" in answer["error"]
                 with pytest.raises(UserError, match="this address has 2 of 2 sessions"):
                     await LiveClient(server.url).__aenter__()
-                heard = await asyncio.gather(collect(first, cut(low, 320)), collect(second, cut(high, 640)))
+                heard = await asyncio.gather(
+                    collect(first, cut(low, 320)), collect(second, cut(high, 640))
+                )
             for received, samples in zip(heard, (low, high), strict=True):
                 sound = sound_of(received)
                 present = sound[sound != 0]
@@ -199,7 +261,9 @@ def test_a_client_that_never_reads_is_given_up(head: TalkingHead) -> None:
             connection.setblocking(False)
             loop = asyncio.get_running_loop()
             key = "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
-            head_lines = f"GET /ws?token={token} HTTP/1.1\r\nHost: x\r\nOrigin: {server.url}\r\n{key}"
+            head_lines = (
+                f"GET /ws?token={token} HTTP/1.1\r\nHost: x\r\nOrigin: {server.url}\r\n{key}"
+            )
             request = head_lines + "Connection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
             hello = b'{"type": "hello", "version": 1, "codecs": ["jpeg"]}'
             frame = bytes([0x81, 0x80 | len(hello), 0, 0, 0, 0]) + hello  # masked with zeros
@@ -231,7 +295,9 @@ def test_clients_that_vanish_leave_nothing(head: TalkingHead) -> None:
                 await client.__aexit__()
                 await settled(server)
             text = server.service.metrics.exposition().decode()
-            assert 'rest_sessions_ended_total{reason="gone"} 6.0' in text and "rest_sessions 0.0" in text
+            assert (
+                'rest_sessions_ended_total{reason="gone"} 6.0'
+            ) in text and "rest_sessions 0.0" in text
 
     asyncio.run(scenario())
     gc.collect()
@@ -246,7 +312,9 @@ def test_clients_that_vanish_leave_nothing(head: TalkingHead) -> None:
     ],
 )
 @pytest.mark.slow
-def test_sessions_end_in_time(head: TalkingHead, limits: dict[str, float], code: str, told: str) -> None:
+def test_sessions_end_in_time(
+    head: TalkingHead, limits: dict[str, float], code: str, told: str
+) -> None:
     async def scenario() -> dict[str, Any]:
         async with serving(head, 1, **limits) as server, LiveClient(server.url) as client:
             return await until(client, "error")

@@ -42,8 +42,14 @@ def test_frames_are_laid_out_as_documented() -> None:
     ("data", "told"),
     [
         (b"", "expected a header of 16 bytes, got 0 bytes"),
-        (pack_speech(0, 0, np.zeros(2, np.int16))[:9], "expected a header of 16 bytes, got 9 bytes"),
-        (pack_speech(0, 0, np.zeros(2, np.int16))[:-1], "expected 2 samples in 4 bytes, got 3 bytes"),
+        (
+            pack_speech(0, 0, np.zeros(2, np.int16))[:9],
+            ("expected a header of 16 bytes, got 9 bytes"),
+        ),
+        (
+            pack_speech(0, 0, np.zeros(2, np.int16))[:-1],
+            ("expected 2 samples in 4 bytes, got 3 bytes"),
+        ),
         (pack_speech(0, 0, np.zeros(2, np.int16)) + b"\0", "got 5 bytes"),
         (pack(4, 0, 0, 0, 0, b""), "got type 4"),
         (pack(1, 1, 0, 0, 0, b""), "no flags"),
@@ -60,13 +66,23 @@ def test_bad_speech_is_told(data: bytes, told: str) -> None:
     [
         ({"type": "hello", "version": 1}, Hello(("h264", "jpeg"), None, 0)),
         (
-            {"type": "hello", "version": 1, "codecs": ["jpeg"], "portrait": "p", "seed": 7, "later": True},
+            {
+                "type": "hello",
+                "version": 1,
+                "codecs": ["jpeg"],
+                "portrait": "p",
+                "seed": 7,
+                "later": True,
+            },
             Hello(("jpeg",), "p", 7),
         ),
         ({"type": "interrupt", "epoch": 5}, Interrupt(5)),
         ({"type": "identity", "portrait": "p"}, Identity("p")),
         ({"type": "end"}, End()),
-        ({"type": "stats", "slack_ms": 120, "offset_ms": "?", "latency_ms": True}, Stats(120.0, None, None)),
+        (
+            {"type": "stats", "slack_ms": 120, "offset_ms": "?", "latency_ms": True},
+            Stats(120.0, None, None),
+        ),
         ({"type": "stats", "slack_ms": float("nan"), "offset_ms": -1e300}, Stats()),
     ],
 )
@@ -85,7 +101,11 @@ def test_text_is_read(fields: dict[str, object], expected: object) -> None:
         ('{"type": "hello"}', "version", "expected version 1 of the protocol, got None"),
         ('{"type": "hello", "version": true}', "version", "got True"),
         ('{"type": "hello", "version": 1, "codecs": "h264"}', "bad_message", "codecs as a list"),
-        ('{"type": "hello", "version": 1, "portrait": 3}', "bad_message", "id of a portrait, got 3"),
+        (
+            ('{"type": "hello", "version": 1, "portrait": 3}'),
+            "bad_message",
+            "id of a portrait, got 3",
+        ),
         ('{"type": "hello", "version": 1, "seed": -1}', "bad_message", "seed as an integer"),
         ('{"type": "interrupt"}', "bad_message", "epoch as an integer of at least 0, got None"),
         ('{"type": "interrupt", "epoch": 4294967296}', "bad_message", "got 4294967296"),
@@ -100,6 +120,8 @@ def test_bad_text_is_told_in_one_line(text: str, code: str, told: str) -> None:
     assert len(str(caught.value)) < 160 and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("num_samples", "expected"), [(0, 0), (1, 1), (640, 1), (641, 2), (15_360, 24)])
+@pytest.mark.parametrize(
+    ("num_samples", "expected"), [(0, 0), (1, 1), (640, 1), (641, 2), (15_360, 24)]
+)
 def test_frames_of_sound(num_samples: int, expected: int) -> None:
     assert num_frames_of(num_samples) == expected

@@ -1,4 +1,6 @@
-"""`rest serve --engine ray` on a cluster of this machine, two replicas of a tiny model: full, killed, stopped."""
+"""`rest serve --engine ray` on a cluster of this machine, two replicas of a tiny model: full,
+killed, stopped.
+"""
 
 from __future__ import annotations
 
@@ -23,11 +25,12 @@ import pytest
 from live import collect, cut, tone, until
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
+from stills import face_png
 from tiny_head import make_head
 
-from rest_lightning.commands.talk import TalkOptions
 from rest_lightning.errors import UserError
 from rest_lightning.serve.client import LiveClient, Sound
+from rest_lightning.talking_head import ModelOptions
 
 pytest.importorskip("ray.serve", reason="the extra `ray` serves replicas")
 
@@ -41,13 +44,26 @@ class Front:
     """The process of ``rest serve --engine ray`` and what it has printed."""
 
     def __init__(self, model: Path, log: Path) -> None:
-        words = ["serve", "--engine", "ray", "--replicas", "2", "--max-sessions", str(_PLACES), "--port", "0"]
+        words = [
+            "serve",
+            "--engine",
+            "ray",
+            "--replicas",
+            "2",
+            "--max-sessions",
+            str(_PLACES),
+            "--port",
+            "0",
+        ]
         words += ["--model", str(model), "--device", "cpu", "--threads", "1", "--grace", "20"]
         environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
         self.log = log
         with log.open("wb") as out:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "rest_lightning", *words], stdout=out, stderr=subprocess.STDOUT, env=environment
+                [sys.executable, "-m", "rest_lightning", *words],
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                env=environment,
             )
         self.url = self.wait_for(r"open (http://\S+) in a browser").group(1)
         self.below: set[int] = set()
@@ -69,7 +85,11 @@ class Front:
 
     def begun(self) -> list[dict[str, Any]]:
         """Log lines of sessions that the front has begun to pass on, in their order."""
-        lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.startswith("{")]
+        lines = [
+            line
+            for line in self.log.read_text(errors="replace").splitlines()
+            if line.startswith("{")
+        ]
         return [each for each in map(json.loads, lines) if each["message"] == "session begins"]
 
 
@@ -113,9 +133,8 @@ def test_speech_through_a_replica_comes_back_whole(front: Front) -> None:
     speech = tone(0.9)
 
     async def upload() -> str:
-        form, file = aiohttp.FormData(), BytesIO()
-        Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save(file, "PNG")
-        form.add_field("file", file.getvalue(), filename="face.png")
+        form = aiohttp.FormData()
+        form.add_field("file", face_png(), filename="face.png")
         async with (
             aiohttp.ClientSession(headers={"Origin": front.url}) as http,
             http.post(f"{front.url}/api/portraits", data=form) as response,
@@ -129,9 +148,15 @@ def test_speech_through_a_replica_comes_back_whole(front: Front) -> None:
     async def scenario() -> None:
         portrait = await upload()
         async with AsyncExitStack() as stack:
-            clients = [await stack.enter_async_context(LiveClient(front.url, portrait)) for _ in range(2)]
-            for received in await asyncio.gather(*(collect(client, cut(speech, 320)) for client in clients)):
-                sound = np.concatenate([each.samples for each in received if isinstance(each, Sound)])
+            clients = [
+                await stack.enter_async_context(LiveClient(front.url, portrait)) for _ in range(2)
+            ]
+            for received in await asyncio.gather(
+                *(collect(client, cut(speech, 320)) for client in clients)
+            ):
+                sound = np.concatenate(
+                    [each.samples for each in received if isinstance(each, Sound)]
+                )
                 assert speech.tobytes() in sound.tobytes()
                 assert received[-1] == {"type": "bye", "reason": "the session has ended"}
         with pytest.raises(UserError, match="unknown or was forgotten"):
@@ -153,7 +178,10 @@ def test_a_full_replica_is_passed_over_and_a_full_cluster_refuses(front: Front) 
             with pytest.raises(UserError, match=r"4 of 4 sessions"):
                 async with LiveClient(front.url):
                     pass
-            async with aiohttp.ClientSession() as http, http.get(f"{front.url}/metrics") as response:
+            async with (
+                aiohttp.ClientSession() as http,
+                http.get(f"{front.url}/metrics") as response,
+            ):
                 families = text_string_to_metric_families(await response.text())
                 values = {family.name: family.samples for family in families}
         await free(front.url)
@@ -193,7 +221,9 @@ def test_sessions_of_a_killed_replica_are_told_and_reconnect_to_the_other(front:
         async with AsyncExitStack() as stack:
             clients = [await stack.enter_async_context(LiveClient(front.url)) for _ in range(2)]
             begun = front.begun()[already:]
-            while len({each["replica"] for each in begun}) < 2:  # sessions are not dealt out in turn
+            while (
+                len({each["replica"] for each in begun}) < 2
+            ):  # sessions are not dealt out in turn
                 clients.append(await stack.enter_async_context(LiveClient(front.url)))
                 begun = front.begun()[already:]
             doomed, killed_pid = clients[0], begun[0]["pid"]
@@ -210,7 +240,9 @@ def test_sessions_of_a_killed_replica_are_told_and_reconnect_to_the_other(front:
             assert front.begun()[-1]["replica"] == begun[clients.index(spared)]["replica"]
             for client in (again, spared):
                 await until(client, "chunk", MOST_S)
-            third = await stack.enter_async_context(patient_client(front.url))  # the other one is full
+            third = await stack.enter_async_context(
+                patient_client(front.url)
+            )  # the other one is full
             assert front.begun()[-1]["replica"] not in {each["replica"] for each in begun}
             await until(third, "chunk", MOST_S)
         await free(front.url)
@@ -254,11 +286,15 @@ FOUR_GPUS = {"CPU": 16.0, "GPU": 4.0}
     ],
 )
 def test_a_cluster_is_divided(
-    cluster: dict[str, float], device: str, threads: int | None, replicas: int | None, expected: tuple[Any, ...]
+    cluster: dict[str, float],
+    device: str,
+    threads: int | None,
+    replicas: int | None,
+    expected: tuple[Any, ...],
 ) -> None:
     from rest_lightning.serve.ray_engine import ReplicaOptions, share
 
-    wanted = TalkOptions(Path(), "", Path(), device=device, num_threads=threads)
+    wanted = ModelOptions(device=device, num_threads=threads)
     model, num_replicas, resources = share(cluster, ReplicaOptions(wanted, replicas))
     assert (model.device, model.num_threads, num_replicas, resources) == expected
 
@@ -270,11 +306,13 @@ def test_a_cluster_is_divided(
         ({"CPU": 8.0, "GPU": 2.0}, "auto", 3, "expected at most 2 replicas, one per GPU, got 3"),
     ],
 )
-def test_a_cluster_too_small_is_told(cluster: dict[str, float], device: str, replicas: int | None, told: str) -> None:
+def test_a_cluster_too_small_is_told(
+    cluster: dict[str, float], device: str, replicas: int | None, told: str
+) -> None:
     from rest_lightning.serve.ray_engine import ReplicaOptions, share
 
     with pytest.raises(UserError, match=told):
-        share(cluster, ReplicaOptions(TalkOptions(Path(), "", Path(), device=device), replicas))
+        share(cluster, ReplicaOptions(ModelOptions(device=device), replicas))
 
 
 def test_expositions_are_merged_without_a_loss() -> None:
@@ -303,7 +341,9 @@ def test_expositions_are_merged_without_a_loss() -> None:
     }
     text = merged(texts).decode()
     assert samples(text) == expected
-    assert text.count("# TYPE rest_frames_total counter") == 1  # a family in two pieces is no valid exposition
+    assert (
+        text.count("# TYPE rest_frames_total counter") == 1
+    )  # a family in two pieces is no valid exposition
 
 
 @pytest.mark.parametrize(
@@ -311,11 +351,14 @@ def test_expositions_are_merged_without_a_loss() -> None:
     [
         (
             "The deployment failed to start 3 times in a row.\nTraceback (most recent call last):\n"
-            '  File "talk.py", line 1, in load_model\n'
+            '  File "talking_head.py", line 1, in load\n'
             "rest_lightning.errors.UserError: expected a model folder, got /m: make one\n",
             "expected a model folder, got /m: make one",
         ),
-        ("Killed\n  by  the system", "expected replicas that start, got 'Killed by the system': see their log"),
+        (
+            "Killed\n  by  the system",
+            "expected replicas that start, got 'Killed by the system': see their log",
+        ),
     ],
 )
 def test_why_replicas_do_not_start_is_told_in_one_line(told: str, expected: str) -> None:

@@ -1,4 +1,6 @@
-"""A relay passes messages on as they are, and tells a replica that has died from one that has finished."""
+"""A relay passes messages on as they are, and tells a replica that has died from one that has
+finished.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +15,15 @@ from aiohttp import WSMsgType, web
 
 from rest_lightning.serve.limits import Limits
 from rest_lightning.serve.protocol import ChannelClosed
-from rest_lightning.serve.relay import LOST, Relay
+from rest_lightning.serve.ray_engine import LOST, Relay
 
 Replica = Callable[[web.Request, web.WebSocketResponse], Awaitable[None]]
 
 
 class Wire:
-    """A channel of queues; with ``room``, its client takes so many messages and then reads no more."""
+    """A channel of queues; with ``room``, its client takes so many messages and then reads no
+    more.
+    """
 
     def __init__(self, room: int = 0) -> None:
         self.to_server: asyncio.Queue[bytes | str | None] = asyncio.Queue()
@@ -49,7 +53,9 @@ async def replica_at(behave: Replica, seen: list[object]) -> AsyncIterator[str]:
     """A WebSocket server in the place of a replica; yields its address."""
 
     async def handle(request: web.Request) -> web.WebSocketResponse:
-        seen.append((request.query["token"], request.headers["Origin"], request.headers["X-Rest-Address"]))
+        seen.append(
+            (request.query["token"], request.headers["Origin"], request.headers["X-Rest-Address"])
+        )
         response = web.WebSocketResponse()
         await response.prepare(request)
         await behave(request, response)
@@ -75,7 +81,11 @@ async def echo_three(request: web.Request, response: web.WebSocketResponse) -> N
 
 
 def test_messages_pass_unchanged_to_the_last() -> None:
-    sent: list[bytes | str] = ['{"type": "hello", "later": "\\u00e9"}', bytes(range(256)) * 300, '{"type": "end"}']
+    sent: list[bytes | str] = [
+        ('{"type": "hello", "later": "\\u00e9"}'),
+        bytes(range(256)) * 300,
+        '{"type": "end"}',
+    ]
 
     async def scenario() -> tuple[str, Wire, list[object], str]:
         wire, seen = Wire(), list[object]()
@@ -172,7 +182,9 @@ def test_stopping_is_told() -> None:
         wire = Wire()
         relay = Relay(wire, Limits())
         async with replica_at(listen, []) as url, asyncio.timeout(10):
-            asyncio.get_running_loop().call_later(0.1, relay.stop, "stopping", "the server is stopping")
+            asyncio.get_running_loop().call_later(
+                0.1, relay.stop, "stopping", "the server is stopping"
+            )
             return await relay.run(url, "t", ""), wire
 
     reason, wire = asyncio.run(scenario())

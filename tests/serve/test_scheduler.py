@@ -1,4 +1,6 @@
-"""The model's thread: a session's chunks are those of a stream alone, and a failure is one session's own."""
+"""The model's thread: a session's chunks are those of a stream alone, and a failure is one
+session's own.
+"""
 
 from __future__ import annotations
 
@@ -45,10 +47,14 @@ def chunk(slot: Slot, samples: np.ndarray, number: int) -> Future[Computed]:
     return slot.compute(window, len(window) if number == 0 else CHUNK)
 
 
-def all_at_once(scheduler: Scheduler, asked: list[tuple[Slot, np.ndarray]], number: int) -> list[Future[Computed]]:
+def all_at_once(
+    scheduler: Scheduler, asked: list[tuple[Slot, np.ndarray]], number: int
+) -> list[Future[Computed]]:
     """Chunks that are all there before the model's next step."""
     futures: list[Future[Computed]] = []
-    scheduler.post(lambda: futures.extend(chunk(slot, samples, number) for slot, samples in asked)).result(20)
+    scheduler.post(
+        lambda: futures.extend(chunk(slot, samples, number) for slot, samples in asked)
+    ).result(20)
     return futures
 
 
@@ -110,8 +116,12 @@ def test_a_row_that_fails_ends_alone(head: TalkingHead, scheduler: Scheduler) ->
 
 
 @pytest.mark.parametrize("call", [1, 2])  # of two Euler steps
-def test_a_failure_in_the_middle_of_a_chunk_is_got_over(head: TalkingHead, scheduler: Scheduler, call: int) -> None:
-    """Whatever the cache and the lanes hold by then: everybody begins anew, and goes on as a stream alone."""
+def test_a_failure_in_the_middle_of_a_chunk_is_got_over(
+    head: TalkingHead, scheduler: Scheduler, call: int
+) -> None:
+    """Whatever the cache and the lanes hold by then: everybody begins anew, and goes on as a stream
+    alone.
+    """
     slots, speech, num_calls = [begin(scheduler, row) for row in range(2)], tone(2.0), 0
     for future in all_at_once(scheduler, [(slot, speech) for slot in slots], 0):
         future.result(20)
@@ -128,8 +138,12 @@ def test_a_failure_in_the_middle_of_a_chunk_is_got_over(head: TalkingHead, sched
         frames = [[future.result(20).frames] for future in futures]
     finally:
         hook.remove()
-    assert num_calls == call + 2 * 3, "the step that failed, then a prefill and two Euler steps of each session alone"
-    for parts, future in zip(frames, all_at_once(scheduler, [(slot, speech) for slot in slots], 2), strict=True):
+    assert num_calls == call + 2 * 3, (
+        "the step that failed, then a prefill and two Euler steps of each session alone"
+    )
+    for parts, future in zip(
+        frames, all_at_once(scheduler, [(slot, speech) for slot in slots], 2), strict=True
+    ):
         parts.append(future.result(20).frames)
     for row, parts in enumerate(frames):
         expected = head.open(portrait(row), seed=row).push(speech[CHUNK : 3 * CHUNK + LOOKAHEAD])

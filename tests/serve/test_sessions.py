@@ -11,7 +11,18 @@ import aiohttp
 import av
 import numpy as np
 import pytest
-from live import collect, cut, open_session, pictures_of, said, serving, short_head, sound_of, tone, until
+from live import (
+    collect,
+    cut,
+    open_session,
+    pictures_of,
+    said,
+    serving,
+    short_head,
+    sound_of,
+    tone,
+    until,
+)
 
 from rest_lightning.serve.client import LiveClient, Picture, Received, Sound
 from rest_lightning.serve.protocol import SOUND, ChannelClosed, message, pack_speech
@@ -28,12 +39,16 @@ def head() -> TalkingHead:
 
 
 def coarse(frames: np.ndarray) -> np.ndarray:
-    """Grey levels of blocks of 8 x 8 pixels: random networks draw noise, of which an encoder keeps no more."""
+    """Grey levels of blocks of 8 x 8 pixels: random networks draw noise, of which an encoder keeps
+    no more.
+    """
     return frames.astype(float).reshape(len(frames), 8, 8, 8, 8, 3).mean(axis=(2, 4, 5))
 
 
 @pytest.mark.parametrize("codec", ["h264", "jpeg"])
-def test_speech_comes_back_whole_with_a_picture_for_every_40_ms(head: TalkingHead, codec: str) -> None:
+def test_speech_comes_back_whole_with_a_picture_for_every_40_ms(
+    head: TalkingHead, codec: str
+) -> None:
     speech = tone(0.9)
 
     async def scenario() -> tuple[dict[str, Any], list[Received]]:
@@ -41,9 +56,15 @@ def test_speech_comes_back_whole_with_a_picture_for_every_40_ms(head: TalkingHea
             return client.hello, await collect(client, cut(speech, 320))
 
     hello, received = asyncio.run(scenario())
-    assert (hello["codec"], hello["size_px"], hello["chunk_frames"], hello["fps"]) == (codec, 64, 8, 25)
+    assert (hello["codec"], hello["size_px"], hello["chunk_frames"], hello["fps"]) == (
+        codec,
+        64,
+        8,
+        25,
+    )
     sound, pictures = sound_of(received), pictures_of(received)
-    start = int(np.flatnonzero(sound)[0]) - 1  # its first sample is no zero, but what rounds to one might be
+    # its first sample is no zero, but what rounds to one might be
+    start = int(np.flatnonzero(sound)[0]) - 1
     start += int(np.flatnonzero(sound[start:] == speech[0])[0])
     np.testing.assert_array_equal(sound[start : start + len(speech)], speech)
     assert len(sound) - start - len(speech) < 640
@@ -59,7 +80,7 @@ def test_speech_comes_back_whole_with_a_picture_for_every_40_ms(head: TalkingHea
 
 
 def test_pictures_are_those_of_a_stream_alone(head: TalkingHead) -> None:
-    from rest_lightning.serve.portraits import Portraits
+    from rest_lightning.serve.uploads import Portraits
 
     async def scenario() -> list[Received]:
         async with serving(head, 1) as server, LiveClient(server.url, seed=3) as client:
@@ -84,8 +105,14 @@ def test_pictures_are_those_of_a_stream_alone(head: TalkingHead) -> None:
 
 def test_beside_another_session_the_cushion_holds_its_chunk(head: TalkingHead) -> None:
     async def scenario() -> tuple[list[int], list[float]]:
-        async with serving(head, 2) as server, LiveClient(server.url) as first, LiveClient(server.url) as second:
-            return [each.hello["cushion_ms"] for each in (first, second)], server.service.scheduler.warm_up_ms
+        async with (
+            serving(head, 2) as server,
+            LiveClient(server.url) as first,
+            LiveClient(server.url) as second,
+        ):
+            return [
+                each.hello["cushion_ms"] for each in (first, second)
+            ], server.service.scheduler.warm_up_ms
 
     (alone, beside), warm_up_ms = asyncio.run(scenario())
     assert alone == 80
@@ -105,7 +132,9 @@ def test_without_speech_the_face_idles_by_the_clock(head: TalkingHead) -> None:
             return received, loop.time() - start_s
 
     received, took_s = asyncio.run(scenario())
-    assert all(each.is_idle and not each.samples.any() for each in received if isinstance(each, Sound))
+    assert all(
+        each.is_idle and not each.samples.any() for each in received if isinstance(each, Sound)
+    )
     assert len(pictures_of(received)) == 40
     assert took_s > 4 * 0.32 - 0.05, "idle chunks are not ahead of the clock"
 
@@ -117,7 +146,8 @@ def test_an_interruption_voids_what_was_said(head: TalkingHead) -> None:
             await client.send(tone(0.9, hz=200))
             await until(client, "chunk")
             await client.interrupt()
-            await client.socket.send_bytes(pack_speech(0, 20_000, tone(0.2)))  # of the old epoch, still on its way
+            # of the old epoch, still on its way
+            await client.socket.send_bytes(pack_speech(0, 20_000, tone(0.2)))
             await until(client, "interrupted")
             await client.send(tone(0.5, 0.9, hz=900))
             await client.end()
@@ -131,7 +161,9 @@ def test_an_interruption_voids_what_was_said(head: TalkingHead) -> None:
     assert pictures[0].is_keyframe
     loud = sound_of(received)
     assert np.abs(loud).max() > 0.85 * 32767
-    np.testing.assert_array_equal(loud[np.flatnonzero(loud)[0] :][:8000], tone(0.5, 0.9, hz=900)[:8000])
+    np.testing.assert_array_equal(
+        loud[np.flatnonzero(loud)[0] :][:8000], tone(0.5, 0.9, hz=900)[:8000]
+    )
     assert said(received, "chunk")[-1]["input_sample"] == 7999
 
 
@@ -139,7 +171,10 @@ def test_another_identity_without_a_restart(head: TalkingHead) -> None:
     async def scenario() -> tuple[list[Received], list[dict[str, str]]]:
         received: list[Received] = []
         async with serving(head, 1) as server, LiveClient(server.url) as client:
-            async with aiohttp.ClientSession() as http, http.get(f"{server.url}/api/portraits") as answer:
+            async with (
+                aiohttp.ClientSession() as http,
+                http.get(f"{server.url}/api/portraits") as answer,
+            ):
                 listed = await answer.json()
             await until(client, "chunk")
             await client.show("nobody")
@@ -212,7 +247,11 @@ def test_any_transport_will_do(head: TalkingHead, vanishes: bool) -> None:
     async def scenario() -> None:
         async with serving(head, 1) as server:
             pipe = Pipe()
-            for said_first in (message("hello", version=1), pack_speech(0, 0, tone(0.2)), message("end")):
+            for said_first in (
+                message("hello", version=1),
+                pack_speech(0, 0, tone(0.2)),
+                message("end"),
+            ):
                 pipe.incoming.put_nowait(said_first)
             if vanishes:
                 pipe.incoming.put_nowait(None)
@@ -225,8 +264,13 @@ def test_any_transport_will_do(head: TalkingHead, vanishes: bool) -> None:
             assert pipe.closed and second.closed
             assert [json.loads(text)["type"] for text in second.sent] == ["error", "bye"]
             if not vanishes:
-                assert json.loads(pipe.sent[0])["type"] == "hello" and json.loads(pipe.sent[-1])["type"] == "bye"
-                sounds = [each[16:] for each in pipe.sent if isinstance(each, bytes) and each[0] == SOUND]
+                assert (
+                    json.loads(pipe.sent[0])["type"] == "hello"
+                    and json.loads(pipe.sent[-1])["type"] == "bye"
+                )
+                sounds = [
+                    each[16:] for each in pipe.sent if isinstance(each, bytes) and each[0] == SOUND
+                ]
                 heard = np.frombuffer(b"".join(sounds), "<i2")
                 np.testing.assert_array_equal(heard[heard != 0], tone(0.2)[tone(0.2) != 0])
             assert server.service.scheduler.num_free == 1

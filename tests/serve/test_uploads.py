@@ -1,4 +1,6 @@
-"""Files of strangers: what is good comes through, what is not is told in a line, and nothing runs away."""
+"""Files of strangers: what is good comes through, what is not is told in a line, and nothing runs
+away.
+"""
 
 from __future__ import annotations
 
@@ -14,21 +16,23 @@ import numpy as np
 import pytest
 from live import serving, short_head
 from PIL import Image
+from stills import face_png
 
-from rest_lightning.data.portrait import read_portrait
 from rest_lightning.errors import UserError
+from rest_lightning.media.portrait import find_portrait
 from rest_lightning.serve.limits import Limits
-from rest_lightning.serve.portraits import Portraits
 from rest_lightning.serve.scheduler import Scheduler
 from rest_lightning.serve.server import LiveServer, ServerOptions
-from rest_lightning.serve.uploads import Uploads
+from rest_lightning.serve.uploads import Portraits, Uploads
 
 
 def png(width: int, height: int, mode: str = "RGB") -> bytes:
     file = io.BytesIO()
     if mode == "RGB":
         y, x = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j]
-        Image.fromarray(np.stack([255 * x, 255 * y, 90 + 0 * x], axis=-1).astype(np.uint8)).save(file, "PNG")
+        Image.fromarray(np.stack([255 * x, 255 * y, 90 + 0 * x], axis=-1).astype(np.uint8)).save(
+            file, "PNG"
+        )
     else:
         Image.new(mode, (width, height)).save(file, "PNG")
     return file.getvalue()
@@ -53,7 +57,11 @@ def wav(samples: np.ndarray, rate_hz: int = 16_000) -> bytes:
 def float_wav(samples: np.ndarray) -> bytes:
     """IEEE floats, which the standard library does not write."""
     data = samples.astype("<f4").tobytes()
-    form = b"fmt " + (16).to_bytes(4, "little") + bytes.fromhex("0300 0100 803e0000 00fa0000 0400 2000")
+    form = (
+        b"fmt "
+        + (16).to_bytes(4, "little")
+        + bytes.fromhex("0300 0100 803e0000 00fa0000 0400 2000")
+    )
     body = b"WAVE" + form + b"data" + len(data).to_bytes(4, "little") + data
     return b"RIFF" + len(body).to_bytes(4, "little") + body
 
@@ -63,11 +71,11 @@ BAD = np.where(np.arange(1600) == 700, np.nan, 0.1)
 LONG = np.full(8000 * 301, 128, np.uint8)
 
 
-def test_a_portrait_comes_back_as_its_centre() -> None:
-    data = png(90, 70)
+def test_a_portrait_comes_back_as_the_head_in_it() -> None:
+    data = face_png(400, 300)
     decoded = asyncio.run(Uploads().portrait(data, 48))
     with Image.open(io.BytesIO(data)) as image, Image.open(io.BytesIO(decoded)) as shown:
-        np.testing.assert_array_equal(np.asarray(shown), read_portrait(image, 48))
+        np.testing.assert_array_equal(np.asarray(shown), find_portrait(image).square(48))
 
 
 @pytest.mark.slow
@@ -78,6 +86,8 @@ def test_a_portrait_comes_back_as_its_centre() -> None:
         ("portrait", lambda: png(9000, 40, "L"), "at most 8192 x 8192 pixels, got 9000 x 40"),
         ("portrait", lambda: png(90, 70)[: len(png(90, 70)) // 2], "truncated or damaged"),
         ("portrait", lambda: png(20, 20), "at least 32x32 pixels"),
+        ("portrait", lambda: png(90, 70), "expected the face of a person in the file, found none"),
+        ("portrait", lambda: face_png(50, 50), "a face of at least 40 pixels in the file"),
         ("portrait", lambda: b"<svg/>", "not one that can be read"),
         ("sound", lambda: b"#EXTM3U\n#EXTINF:1,\n/etc/passwd\n", "expected a sound file"),
         ("sound", lambda: b"RIFF" + bytes(300), "cannot be read"),
@@ -91,7 +101,11 @@ def test_a_bad_file_is_told_without_a_path(kind: str, make: Callable[[], bytes],
     uploads = Uploads()
     with pytest.raises(UserError, match=told) as caught:
         asyncio.run(uploads.portrait(make(), 64) if kind == "portrait" else uploads.sound(make()))
-    assert "\n" not in str(caught.value) and "/tmp" not in str(caught.value) and "upload" not in str(caught.value)
+    assert (
+        "\n" not in str(caught.value)
+        and "/tmp" not in str(caught.value)
+        and "upload" not in str(caught.value)
+    )
 
 
 def test_a_decoder_that_takes_too_long_is_killed() -> None:
@@ -112,13 +126,17 @@ def form(data: bytes, name: str = "file") -> aiohttp.FormData:
 
 @pytest.mark.slow
 def test_uploads_over_http() -> None:
-    """A dropped portrait is known to who dropped it alone; sound comes back as samples; everything has its limit."""
+    """A dropped portrait is known to who dropped it alone; sound comes back as samples; everything
+    has its limit.
+    """
 
     async def scenario() -> None:
         async with serving(short_head(), 1, upload_bytes=50_000) as server:
             headers = {"Origin": server.url}
             async with aiohttp.ClientSession(headers=headers) as http:
-                async with http.post(f"{server.url}/api/portraits", data=form(png(90, 70))) as answer:
+                async with http.post(
+                    f"{server.url}/api/portraits", data=form(face_png())
+                ) as answer:
                     assert answer.status == 200
                     name = (await answer.json())["id"]
                 async with http.get(f"{server.url}/api/portraits/{name}.png") as answer:
@@ -131,7 +149,9 @@ def test_uploads_over_http() -> None:
                 }
                 async with http.post(f"{server.url}/api/speech", data=form(wav(SAMPLES))) as answer:
                     assert answer.content_type == "application/octet-stream"
-                    np.testing.assert_allclose(np.frombuffer(await answer.read(), "<i2"), SAMPLES, atol=1)
+                    np.testing.assert_allclose(
+                        np.frombuffer(await answer.read(), "<i2"), SAMPLES, atol=1
+                    )
                 for data, told in (
                     (form(bytes(50_001)), "at most 0.05 MB"),
                     (form(bytes(300_000)), "at most 0.05 MB"),
@@ -141,9 +161,13 @@ def test_uploads_over_http() -> None:
                     async with http.post(f"{server.url}/api/portraits", data=data) as answer:
                         assert answer.status == 400 and told in (await answer.json())["error"]
                 broken = {"Content-Type": "multipart/form-data; boundary=x"}
-                async with http.post(f"{server.url}/api/speech", data=b"--y\r\n", headers=broken) as answer:
+                async with http.post(
+                    f"{server.url}/api/speech", data=b"--y\r\n", headers=broken
+                ) as answer:
                     assert answer.status == 400 and "\n" not in (await answer.json())["error"]
-                async with http.get(f"{server.url}/api/portraits/..%2F..%2Fetc%2Fpasswd.png") as answer:
+                async with http.get(
+                    f"{server.url}/api/portraits/..%2F..%2Fetc%2Fpasswd.png"
+                ) as answer:
                     assert answer.status == 404 and "passwd" not in await answer.text()
                 async with http.get(f"{server.url}/nothing") as answer:
                     assert answer.status == 404 and await answer.json() == {"error": "not found"}
@@ -152,7 +176,7 @@ def test_uploads_over_http() -> None:
                     assert policy.startswith("default-src 'self';") and "*" not in policy
             async with (
                 aiohttp.ClientSession() as stranger,
-                stranger.post(f"{server.url}/api/portraits", data=form(png(90, 70))) as answer,
+                stranger.post(f"{server.url}/api/portraits", data=form(face_png())) as answer,
             ):
                 assert answer.status == 403
 
@@ -184,7 +208,10 @@ def test_what_cannot_be_listened_on_is_told(tmp_path_factory: pytest.TempPathFac
     async def scenario() -> None:
         async with LiveServer(scheduler, ServerOptions(port=0), Limits()) as server:
             port = int(server.url.rpartition(":")[2])
-            with pytest.raises(UserError, match=f"expected to listen on 127.0.0.1:{port}, got .*in use.*try another"):
+            with pytest.raises(
+                UserError,
+                match=f"expected to listen on 127.0.0.1:{port}, got .*in use.*try another",
+            ):
                 await LiveServer(scheduler, ServerOptions(port=port), Limits()).start()
 
     asyncio.run(scenario())

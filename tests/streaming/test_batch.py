@@ -1,4 +1,6 @@
-"""Batches: a row is a session alone, whatever the others do; identity, silence, state, memory, errors."""
+"""Batches: a row is a session alone, whatever the others do; identity, silence, state, memory,
+errors.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +15,8 @@ import torch
 from tape import tensors_alive_bytes
 
 from rest_lightning.streaming.batch import BatchSession
-from rest_lightning.streaming.options import EngineOptions
+from rest_lightning.streaming.engine import EngineOptions, EngineState
 from rest_lightning.streaming.session import StreamingSession
-from rest_lightning.streaming.state import EngineState
 from rest_lightning.talking_head import TalkingHead
 
 CHUNK = 24 * 640
@@ -26,10 +27,14 @@ def portrait(seed: int = 0) -> torch.Tensor:
 
 
 def speech(num_frames: float, seed: int = 1) -> np.ndarray:
-    return np.random.default_rng(seed).normal(scale=0.2, size=int(num_frames * 640)).astype(np.float32)
+    return (
+        np.random.default_rng(seed).normal(scale=0.2, size=int(num_frames * 640)).astype(np.float32)
+    )
 
 
-def alone(head: TalkingHead, row: int, samples: np.ndarray, **options: Any) -> tuple[np.ndarray, StreamingSession]:
+def alone(
+    head: TalkingHead, row: int, samples: np.ndarray, **options: Any
+) -> tuple[np.ndarray, StreamingSession]:
     session = head.open(portrait(row), seed=row, **options)
     return np.concatenate([session.push(samples), session.flush()]), session
 
@@ -44,11 +49,17 @@ def assert_same_frames(actual: np.ndarray, expected: np.ndarray) -> None:
 def assert_same_state(actual: EngineState, expected: EngineState, tolerance: float = 1e-5) -> None:
     """Everything that a next chunk would read, before any rounding."""
     assert actual.cache["num_frames"] == expected.cache["num_frames"]
-    assert actual.speech.keys() == expected.speech.keys() and actual.decoder.keys() == expected.decoder.keys()
+    assert (
+        actual.speech.keys() == expected.speech.keys()
+        and actual.decoder.keys() == expected.decoder.keys()
+    )
     pairs = [(actual.reference_rows, expected.reference_rows)]
     for name in ("keys", "values"):
-        num_past = actual.cache[name].shape[3] * 4 // 7  # of previous, sink and current; chunks of 3
-        pairs.append((actual.cache[name][..., :num_past, :], expected.cache[name][..., :num_past, :]))
+        # of previous, sink and current; chunks of 3
+        num_past = actual.cache[name].shape[3] * 4 // 7
+        pairs.append(
+            (actual.cache[name][..., :num_past, :], expected.cache[name][..., :num_past, :])
+        )
     pairs += [(actual.speech[name], expected.speech[name]) for name in expected.speech]
     pairs += [(actual.decoder[name], expected.decoder[name]) for name in expected.decoder]
     for got, wanted in pairs:
@@ -67,9 +78,19 @@ def drain(batch: BatchSession, frames: dict[int, list[np.ndarray]], idle: Any = 
         (2, (0, 0), {}, {}),
         (3, (0, 1, 3), {}, {"guidance": 2.0}),
         (3, (2, 0, 1), {"chunk_length": 1}, {}),
-        (4, (0, 2, 2, 1), {"reference_attends": "first_chunk"}, {"guidance": 3.0, "reference_guidance": 0.5}),
+        (
+            4,
+            (0, 2, 2, 1),
+            {"reference_attends": "first_chunk"},
+            {"guidance": 3.0, "reference_guidance": 0.5},
+        ),
         (2, (1, 0), {"positions": "absolute", "use_sink": False}, {}),
-        (3, (0, 1, 1), {"cache_noise": "per_step"}, {"options": EngineOptions(first_chunk_length=1)}),
+        (
+            3,
+            (0, 1, 1),
+            {"cache_noise": "per_step"},
+            {"options": EngineOptions(first_chunk_length=1)},
+        ),
         (1, (0,), {"cache_noise": "clean_pass"}, {}),
     ],
     ids=str,
@@ -107,9 +128,8 @@ def test_a_row_is_a_session_alone(
 def test_states_of_rows_are_those_of_sessions_alone(head: TalkingHead) -> None:
     batch = head.open_batch(3)
     sessions = []
-    for row in range(
-        3
-    ):  # row r has had 2 - r chunks when the last comes in: its first chunk is computed with their third
+    for row in range(3):
+        # Row r has had 2 - r chunks when the last row comes in.
         batch.start(row, portrait(row), seed=row)
         sessions.append(head.open(portrait(row), seed=row))
         for other in range(row + 1):
@@ -123,7 +143,9 @@ def test_states_of_rows_are_those_of_sessions_alone(head: TalkingHead) -> None:
 
 
 def test_switch_restart_and_stop_leave_the_others_alone(head: TalkingHead) -> None:
-    def run(changes: dict[int, Callable[[BatchSession], None]]) -> tuple[dict[int, list[np.ndarray]], BatchSession]:
+    def run(
+        changes: dict[int, Callable[[BatchSession], None]],
+    ) -> tuple[dict[int, list[np.ndarray]], BatchSession]:
         batch, frames = head.open_batch(3), {row: [] for row in range(3)}  # type: ignore[var-annotated]
         for row in range(3):
             batch.start(row, portrait(row), seed=row)
@@ -156,7 +178,9 @@ def test_switch_restart_and_stop_leave_the_others_alone(head: TalkingHead) -> No
     assert_same_frames(np.concatenate(changed[0]), np.concatenate(expected))
     session = head.open(portrait(8), seed=8)
     expected = [session.push(speech(24, seed=100 + tick)) for tick in (2, 3)]
-    assert_same_frames(np.concatenate(changed[1][2:]), np.concatenate(expected)[: 24 * len(changed[1][2:])])
+    assert_same_frames(
+        np.concatenate(changed[1][2:]), np.concatenate(expected)[: 24 * len(changed[1][2:])]
+    )
 
     stopped, batch = run({2: lambda batch: batch.stop(1)})
     assert batch.rows == [0, 2] and len(stopped[1]) == 2
@@ -175,7 +199,8 @@ def test_a_switch_does_not_show_in_a_row_that_is_computed_with_it(head: TalkingH
         if switches:
             batch.switch_identity(0, portrait(7))
         videos.append(batch.step()[1])
-    assert_same_frames(*videos)  # row 0 is at its first chunk again: the attention of both is masked for one chunk
+    # row 0 is at its first chunk again: the attention of both is masked for one chunk
+    assert_same_frames(*videos)
     assert videos[0].std() > 5
 
 
@@ -211,7 +236,9 @@ def test_an_interruption_drops_what_waits(head: TalkingHead) -> None:
     assert len(batch.step()[0]) == 2 and batch.rows == []
 
 
-def test_snapshot_and_restore_are_bit_identical(make: Callable[..., TalkingHead], head: TalkingHead) -> None:
+def test_snapshot_and_restore_are_bit_identical(
+    make: Callable[..., TalkingHead], head: TalkingHead
+) -> None:
     batch, other = head.open_batch(3, guidance=2.0), head.open_batch(3, guidance=2.0)
     for row in (0, 2):
         batch.start(row, portrait(row), seed=row)
@@ -231,11 +258,16 @@ def test_snapshot_and_restore_are_bit_identical(make: Callable[..., TalkingHead]
         videos.append({row: np.concatenate(parts) for row, parts in frames.items()})
     for video in videos[1:]:
         assert all(np.array_equal(video[row], videos[0][row]) for row in range(3))
-    with pytest.raises(ValueError, match="expected a snapshot of 2 rows, got one of 3: restore it in a batch with"):
+    with pytest.raises(
+        ValueError,
+        match=("expected a snapshot of 2 rows, got one of 3: restore it in a batch with"),
+    ):
         head.open_batch(2, guidance=2.0).restore(state)
     stranger = make(seed=1).open_batch(3, guidance=2.0)
     stranger.start(1, portrait(1))
-    with pytest.raises(ValueError, match="got one of another: restore it in a session that was opened alike"):
+    with pytest.raises(
+        ValueError, match=("got one of another: restore it in a session that was opened alike")
+    ):
         stranger.restore(state)
     assert stranger.rows == [1]
 
@@ -274,31 +306,57 @@ def test_lanes_are_entered_only_when_the_company_changes(head: TalkingHead) -> N
 def test_bad_use(head: TalkingHead) -> None:
     batch = head.open_batch(2, max_waiting_s=2.0)
     for row in (-1, 2):
-        with pytest.raises(ValueError, match=f"expected a row from 0 to 1, got {row}: open the batch with more rows"):
+        with pytest.raises(
+            ValueError,
+            match=(f"expected a row from 0 to 1, got {row}: open the batch with more rows"),
+        ):
             batch.start(row, portrait())
     for name, more in (("finish", ()), ("stop", ()), ("num_frames", ()), ("push", (speech(1),))):
-        with pytest.raises(ValueError, match=r"row 1 was not started or has ended: call start\(1, ...\)"):
+        with pytest.raises(
+            ValueError,
+            match=(
+                r"row 1 was not started or has ended: call start\(1, "
+                r"...\)"
+            ),
+        ):
             getattr(batch, name)(1, *more)
     batch.start(0, portrait())
     with pytest.raises(ValueError, match=r"got NaN or infinity at 0\.00 s"):
         batch.push(0, np.array([np.nan], np.float32))
-    with pytest.raises(ValueError, match=r"expected at most 2 s of speech waiting in row 0, got 600\.0 s: call step"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            r"expected at most 2 s of speech waiting in row 0, got "
+            r"600\.0 s: call step"
+        ),
+    ):
         batch.push(0, np.zeros(600 * 16_000, np.float32))
     batch.push(0, speech(1))
     with pytest.raises(ValueError, match="expected idle `wait` or `silence`, got 'sleep'"):
         batch.step("sleep")  # type: ignore[arg-type]
     batch.finish(0)
     with pytest.raises(
-        ValueError, match=r"expected speech before finish\(0\), got a push after it: start the row anew"
+        ValueError,
+        match=(
+            r"expected speech before finish\(0\), got a push after it: start the "
+            r"row "
+            r"anew"
+        ),
     ):
         batch.push(0, speech(1))
     with pytest.raises(ValueError, match=r"expected a portrait tensor of shape \(3, 64, 64\)"):
         batch.start(1, portrait()[:, 1:])
     assert len(batch.step()[0]) == 1
     batch.close()
-    for call in (batch.step, batch.snapshot, lambda: batch.push(0, speech(1)), lambda: batch.start(0, portrait())):
+    for call in (
+        batch.step,
+        batch.snapshot,
+        lambda: batch.push(0, speech(1)),
+        lambda: batch.start(0, portrait()),
+    ):
         with pytest.raises(
-            ValueError, match="expected an open batch, got a closed one: open a new one with open_batch"
+            ValueError,
+            match=("expected an open batch, got a closed one: open a new one with open_batch"),
         ):
             call()
     with pytest.raises(ValueError, match="expected a batch of at least 1 row, got 0"):
@@ -307,7 +365,9 @@ def test_bad_use(head: TalkingHead) -> None:
         head.open_batch(1, max_waiting_s=0)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux holds a process to its limit of address space")
+@pytest.mark.skipif(
+    sys.platform != "linux", reason=("only Linux holds a process to its limit of address space")
+)
 def test_too_little_memory_says_what_was_needed(head: TalkingHead) -> None:
     import resource
 
@@ -317,7 +377,14 @@ def test_too_little_memory_says_what_was_needed(head: TalkingHead) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 200_000_000, hard))
     try:
-        with pytest.raises(ValueError, match=r"lower the number of streams or size_px, .* guidance to 1") as caught:
+        with pytest.raises(
+            ValueError,
+            match=(
+                r"lower the number of streams or size_px, .* "
+                r"guidance "
+                r"to 1"
+            ),
+        ) as caught:
             head.open_batch(num_rows)
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))

@@ -13,11 +13,10 @@ import pytest
 import torch
 from tape import Tape
 
+from rest_lightning.streaming import device as device_module
 from rest_lightning.streaming import engine as engine_module
-from rest_lightning.streaming import graphs
-from rest_lightning.streaming.engine import ChunkEngine
-from rest_lightning.streaming.graphs import Program, cuda_capture, on_device
-from rest_lightning.streaming.options import explain_out_of_memory
+from rest_lightning.streaming.device import Program, cuda_capture, on_device
+from rest_lightning.streaming.engine import ChunkEngine, explain_out_of_memory
 from rest_lightning.talking_head import TalkingHead
 
 
@@ -72,7 +71,7 @@ def test_every_program_warms_up_and_captures_on_a_stream_of_its_own(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     driver = Driver()
-    monkeypatch.setattr(graphs.torch, "cuda", driver)
+    monkeypatch.setattr(device_module.torch, "cuda", driver)
     device = torch.device("cuda:1")
     where: dict[str, list[Any]] = {"denoise": [], "decode": []}
     programs = {name: Program(cuda_capture(device)) for name in where}

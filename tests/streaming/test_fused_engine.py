@@ -12,7 +12,7 @@ import pytest
 import torch
 from tiny_ltx import make_vae
 
-from rest_lightning.streaming.options import EngineOptions
+from rest_lightning.streaming.engine import EngineOptions
 from rest_lightning.talking_head import TalkingHead
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
@@ -87,26 +87,14 @@ def test_switches_that_do_not_fit(
     make: Callable[..., TalkingHead], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     head = make()
-    for options, reason in (
-        (
-            EngineOptions(float8=True),
-            "expected fuse=True and a bfloat16 model for float8, got fuse=False",
-        ),
-        (
-            EngineOptions(float8=True, fuse=True),
-            r"got a model of that type \(torch.float32\): set both",
-        ),
-        (
-            EngineOptions(fuse=True, compile=True),
-            "expected fuse without compile and pack, got both",
-        ),
-        (
-            EngineOptions(attention="fast"),
-            "expected attention to be one of auto, flash, cudnn, efficient, math",
-        ),  # type: ignore[arg-type]
+    for switches, reason in (
+        ({"float8": True}, "for float8, got fuse=False and torch.float32: set both"),
+        ({"float8": True, "fuse": True}, "for float8, got fuse=True and torch.float32: set both"),
+        ({"fuse": True, "compile": True}, "expected fuse without compile and pack, got both"),
+        ({"attention": "fast"}, "expected attention to be one of auto, flash, cudnn, efficient, "),
     ):
         with pytest.raises(ValueError, match=reason):
-            head.open(portrait(), options=options).push(speech(30))
+            head.open(portrait(), options=EngineOptions(**switches))  # type: ignore[arg-type]
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     if importlib.util.find_spec("triton") is not None:
         with pytest.raises(
@@ -114,7 +102,7 @@ def test_switches_that_do_not_fit(
         ):
             head.open(portrait(), options=EngineOptions(fuse=True))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="expected Triton for fuse, got none: pip install triton"):
+    with pytest.raises(ValueError, match="expected Triton for fuse, got none: install it"):
         head.open(portrait(), options=EngineOptions(fuse=True))
 
 

@@ -1,4 +1,6 @@
-"""Guidance in the engine: each branch a row of its own, against a computation without any cache; settings, errors."""
+"""Guidance in the engine: each branch a row of its own, against a computation without any cache;
+settings, errors.
+"""
 
 from __future__ import annotations
 
@@ -13,20 +15,25 @@ import pytest
 import torch
 from torch import Tensor
 
-from rest_lightning.models.cache import IDContextCache
-from rest_lightning.models.packed import packed
+from rest_lightning.diffusion.sampling import Sampling, SamplingChanges
 from rest_lightning.streaming.engine import ChunkEngine
-from rest_lightning.talking_head import INDEX_FILE, SamplingChanges, SamplingSettings, TalkingHead
+from rest_lightning.streaming.packed import packed
+from rest_lightning.talking_head import INDEX_FILE, TalkingHead
 
-OFF, JOINT, SPLIT = (1.0, 0.0), (6.0, 0.0), (6.0, 2.0)  # guidance and reference_guidance: none, REST's, READ's
-
-
-def settings(num_steps: int, weights: tuple[float, float], shift: float = 1.0) -> SamplingSettings:
-    return SamplingSettings(num_steps, weights[0], shift, weights[1])
+# guidance and reference_guidance: none, REST's, READ's
+OFF, JOINT, SPLIT = (1.0, 0.0), (6.0, 0.0), (6.0, 2.0)
 
 
-def inputs(head: TalkingHead, batch: int, num_chunks: int, seed: int = 3) -> tuple[Tensor, Tensor, Tensor]:
-    """Portraits (B, 3, H, W), noise (B, C, f, h, w) and speech latents (B, f, n, d), both without the reference."""
+def settings(num_steps: int, weights: tuple[float, float], shift: float = 1.0) -> Sampling:
+    return Sampling(num_steps, weights[0], shift, weights[1])
+
+
+def inputs(
+    head: TalkingHead, batch: int, num_chunks: int, seed: int = 3
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Portraits (B, 3, H, W), noise (B, C, f, h, w) and speech latents (B, f, n, d), both without
+    the reference.
+    """
     generator = torch.Generator().manual_seed(seed)
     num_frames = num_chunks * head.transformer.cache_options.chunk_length
     portraits = torch.rand(batch, 3, 64, 64, generator=generator) * 2 - 1
@@ -36,7 +43,9 @@ def inputs(head: TalkingHead, batch: int, num_chunks: int, seed: int = 3) -> tup
 
 
 @torch.inference_mode()
-def streamed(head: TalkingHead, sampling: SamplingSettings, portraits: Tensor, noise: Tensor, speech: Tensor) -> Tensor:
+def streamed(
+    head: TalkingHead, sampling: Sampling, portraits: Tensor, noise: Tensor, speech: Tensor
+) -> Tensor:
     engine = ChunkEngine(head, len(portraits), sampling)
     engine.show(portraits)
     length = engine.chunk_length
@@ -45,11 +54,14 @@ def streamed(head: TalkingHead, sampling: SamplingSettings, portraits: Tensor, n
 
 
 @torch.inference_mode()
-def uncached(head: TalkingHead, sampling: SamplingSettings, portraits: Tensor, noise: Tensor, speech: Tensor) -> Tensor:
-    """The stream by METHOD's formula: each branch alone, every step a forward over all chunks so far, no cache.
+def uncached(
+    head: TalkingHead, sampling: Sampling, portraits: Tensor, noise: Tensor, speech: Tensor
+) -> Tensor:
+    """The stream by METHOD's formula: each branch alone, every step a forward over all chunks so
+    far, no cache.
 
-    Earlier chunks stand in that forward as they were when their keys were made; which step's that is, ``cache_noise``
-    says.
+    Earlier chunks stand in that forward as they were when their keys were made; which step's that
+    is, ``cache_noise`` says.
     """
     model, length = head.transformer, head.transformer.cache_options.chunk_length
     kind = model.cache_options.cache_noise
@@ -60,20 +72,31 @@ def uncached(head: TalkingHead, sampling: SamplingSettings, portraits: Tensor, n
     times = [1 - step / sampling.num_steps for step in range(sampling.num_steps + 1)]
     assert sampling.shift is not None
     table = [sampling.shift * time / (1 + (sampling.shift - 1) * time) for time in times]
-    steps: list[list[Tensor]] = [[] for _ in range(sampling.num_steps)]  # per step: its input, chunk by chunk
+    # per step: its input, chunk by chunk
+    steps: list[list[Tensor]] = [[] for _ in range(sampling.num_steps)]
     clean: list[Tensor] = []
     for chunk in noise.split(length, dim=2):
         sample, num_past = chunk, length * len(clean)
         for step in range(sampling.num_steps):
             kept = step if kind == "per_step" else -1
             past, level = (clean, 0.0) if kind == "clean_pass" else (steps[kept], table[:-1][kept])
-            sigma = torch.tensor([0.0] + [level] * num_past + [table[step]] * length).expand(len(noise), -1)
+            sigma = torch.tensor([0.0] + [level] * num_past + [table[step]] * length).expand(
+                len(noise), -1
+            )
             velocity = torch.zeros_like(sample)
             for weight, sink, words in branches:
                 rows = torch.cat([sink, *past[: len(clean)], sample], dim=2)
-                said = torch.cat([torch.zeros_like(words[:, :1]), words[:, : num_past + length]], dim=1)
-                context = torch.cat([sink, *clean, torch.zeros_like(sample)], dim=2) if kind == "clean_pass" else None
-                velocity += weight * model(rows, sigma, said, context_latents=context)[:, :, 1 + num_past :]
+                said = torch.cat(
+                    [torch.zeros_like(words[:, :1]), words[:, : num_past + length]], dim=1
+                )
+                context = (
+                    torch.cat([sink, *clean, torch.zeros_like(sample)], dim=2)
+                    if kind == "clean_pass"
+                    else None
+                )
+                velocity += (
+                    weight * model(rows, sigma, said, context_latents=context)[:, :, 1 + num_past :]
+                )
             steps[step].append(sample)
             sample = sample + (table[step + 1] - table[step]) * velocity
         clean.append(sample)
@@ -81,7 +104,9 @@ def uncached(head: TalkingHead, sampling: SamplingSettings, portraits: Tensor, n
 
 
 def assert_close(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
-    assert float((actual - expected).abs().max()) <= tolerance * max(1.0, float(expected.abs().max()))
+    assert float((actual - expected).abs().max()) <= tolerance * max(
+        1.0, float(expected.abs().max())
+    )
 
 
 OPTIONS: list[dict[str, Any]] = [
@@ -112,21 +137,28 @@ def test_stream_equals_the_formula_without_a_cache(
 
 
 @pytest.mark.parametrize("weights", [OFF, JOINT, SPLIT], ids=str)
-def test_a_stream_of_a_batch_is_the_stream_alone(head: TalkingHead, weights: tuple[float, float]) -> None:
+def test_a_stream_of_a_batch_is_the_stream_alone(
+    head: TalkingHead, weights: tuple[float, float]
+) -> None:
     sampling = settings(2, weights)
     given = inputs(head, 3, num_chunks=3)
     together = streamed(head, sampling, *given)
     for row in range(3):
-        assert_close(together[row : row + 1], streamed(head, sampling, *(x[row : row + 1] for x in given)))
+        assert_close(
+            together[row : row + 1], streamed(head, sampling, *(x[row : row + 1] for x in given))
+        )
 
 
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("num_steps", [1, 3])
 @torch.inference_mode()
-def test_joint_guidance_is_two_rows_and_a_lerp_bit_for_bit(head: TalkingHead, batch: int, num_steps: int) -> None:
-    sampling, model = settings(num_steps, JOINT), packed(head.transformer)  # the kernels that a session uses
+def test_joint_guidance_is_two_rows_and_a_lerp_bit_for_bit(
+    head: TalkingHead, batch: int, num_steps: int
+) -> None:
+    # the kernels that a session uses
+    sampling, model = settings(num_steps, JOINT), packed(head.transformer)
     portraits, noise, speech = inputs(head, batch, num_chunks=3)
-    cache = IDContextCache.allocate(model, 2 * batch, 2, 2)
+    cache = model.new_cache(2 * batch, 2, 2)
     reference = packed(head.vae).encode(portraits[:, :, None])
     model.prefill(torch.cat([reference, torch.zeros_like(reference)]), cache)
     table = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64).float()
@@ -135,8 +167,12 @@ def test_joint_guidance_is_two_rows_and_a_lerp_bit_for_bit(head: TalkingHead, ba
         condition = model.project_speech(torch.cat([words, torch.zeros_like(words)]))
         for step in range(num_steps):
             level = head.transformer.embed_sigma(table[step].view(1, 1))
-            conditional, unconditional = model(torch.cat([sample, sample]), level, condition, cache=cache).chunk(2)
-            sample = sample + (table[step + 1] - table[step]) * torch.lerp(unconditional, conditional, 6.0)
+            conditional, unconditional = model(
+                torch.cat([sample, sample]), level, condition, cache=cache
+            ).chunk(2)
+            sample = sample + (table[step + 1] - table[step]) * torch.lerp(
+                unconditional, conditional, 6.0
+            )
         cache.commit()
         chunks.append(sample)
     assert torch.equal(streamed(head, sampling, portraits, noise, speech), torch.cat(chunks, dim=2))
@@ -156,7 +192,9 @@ def frames_of(head: TalkingHead, num_frames: int = 50, **options: Any) -> np.nda
 
 
 @pytest.mark.parametrize("reference_attends", ["self", "first_chunk"])
-def test_session_takes_its_guidance(make: Callable[..., TalkingHead], reference_attends: str) -> None:
+def test_session_takes_its_guidance(
+    make: Callable[..., TalkingHead], reference_attends: str
+) -> None:
     head = make(reference_attends=reference_attends)
     videos = [frames_of(head, guidance=a, reference_guidance=b) for a, b in (OFF, JOINT, SPLIT)]
     assert all(video.shape == (50, 64, 64, 3) for video in videos)
@@ -176,7 +214,8 @@ def test_settings_travel_with_the_model(make: Callable[..., TalkingHead], tmp_pa
     assert loaded.sampling == head.sampling
     assert np.array_equal(frames_of(loaded), frames_of(head))
 
-    index_file = tmp_path / "model" / INDEX_FILE  # as it was written before there was split guidance
+    # as it was written before there was split guidance
+    index_file = tmp_path / "model" / INDEX_FILE
     index = json.loads(index_file.read_text())
     del index["sampling"]["reference_guidance"]
     index_file.write_text(json.dumps(index))
@@ -188,7 +227,9 @@ def test_settings_travel_with_the_model(make: Callable[..., TalkingHead], tmp_pa
 def test_changes_keep_what_they_do_not_name() -> None:
     own = settings(3, SPLIT, shift=2.0)
     assert SamplingChanges().of(own) == own
-    assert SamplingChanges(guidance=1.0, reference_guidance=0.0).of(own) == settings(3, OFF, shift=2.0)
+    assert SamplingChanges(guidance=1.0, reference_guidance=0.0).of(own) == settings(
+        3, OFF, shift=2.0
+    )
     assert SamplingChanges(num_steps=4, shift=1.0).of(own) == settings(4, SPLIT)
 
 
@@ -197,13 +238,19 @@ def test_changes_keep_what_they_do_not_name() -> None:
     [
         ({"num_steps": 0}, "expected at least 1 denoising step, got 0: 8 is"),
         ({"guidance": float("nan")}, "expected a finite guidance, got nan: READ's are 6 and 2"),
-        ({"reference_guidance": float("inf")}, "expected a finite reference_guidance, got inf: READ's are 6 and 2"),
-        ({"shift": 0.0}, "expected a positive shift of the sigma table, got 0.0: 1 leaves it straight"),
+        (
+            {"reference_guidance": float("inf")},
+            ("expected a finite reference_guidance, got inf: READ's are 6 and 2"),
+        ),
+        (
+            {"shift": 0.0},
+            ("expected a positive shift of the sigma table, got 0.0: 1 leaves it straight"),
+        ),
         ({"shift": float("nan")}, "expected a positive shift of the sigma table, got nan"),
     ],
 )
 def test_bad_settings(head: TalkingHead, wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        SamplingSettings(**wrong)
+        Sampling(**wrong)
     with pytest.raises(ValueError, match=message):
         head.open(torch.zeros(3, 64, 64), **wrong)

@@ -11,7 +11,6 @@ import pytest
 import torch
 from no_values import HostTraffic, without_values
 
-from rest_lightning.models.cache import IDContextCache
 from rest_lightning.streaming.engine import ChunkEngine
 from rest_lightning.talking_head import TalkingHead
 
@@ -60,10 +59,7 @@ def test_rows_of_different_ages_are_masked_without_the_host(
     make: Callable[..., TalkingHead],
 ) -> None:
     head = make(use_sink=False)
-    caches = [
-        IDContextCache.allocate(head.transformer, 3, 2, 2, device=device)
-        for device in ("meta", "cpu")
-    ]
+    caches = [head.transformer.new_cache(3, 2, 2, device=device) for device in ("meta", "cpu")]
     for cache in caches:
         for chunk in range(4):
             cache.begin(3)
@@ -120,7 +116,7 @@ def test_moving_the_cache_takes_little_memory_in_between(
     live_bytes = importlib.import_module("benchmarks._cost").LiveBytes
     head = make()
     head.transformer.num_layers = 16  # more layers than it has: only the buffers count
-    cache = IDContextCache.allocate(head.transformer, 2, 4, 4, dtype=torch.bfloat16)
+    cache = head.transformer.new_cache(2, 4, 4, dtype=torch.bfloat16)
     for _ in range(2):
         cache.begin(3)
         slot_bytes = cache.keys[0, 0, :, :, :48].numel() * 2  # of one layer, in bfloat16

@@ -12,8 +12,8 @@ import torch
 from tape import Tape
 
 from rest_lightning.streaming import engine as engine_module
+from rest_lightning.streaming.engine import EngineOptions
 from rest_lightning.streaming.idle import IDLE, MOST_IDLE, IdleEngines
-from rest_lightning.streaming.options import EngineOptions
 from rest_lightning.streaming.report import StreamClock
 from rest_lightning.talking_head import TalkingHead
 

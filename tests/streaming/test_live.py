@@ -23,7 +23,9 @@ def noise(seconds: float, seed: int = 0) -> np.ndarray:
 
 
 def paused(plan: list[float], speech: np.ndarray) -> Iterator[np.ndarray]:
-    """Equal parts of ``speech``, each after a pause of so many seconds; the last pause comes before the end."""
+    """Equal parts of ``speech``, each after a pause of so many seconds; the last pause comes before
+    the end.
+    """
     for pause_s, part in zip(plan, [*np.array_split(speech, len(plan) - 1), None], strict=True):
         time.sleep(pause_s)
         if part is not None:
@@ -44,7 +46,9 @@ def test_nothing_is_lost_and_silence_never_runs_ahead_of_the_clock(plan: list[fl
     assert len(joined) == live.num_samples == len(speech) + live.num_silent
     # Silence fills what the pauses are longer than the speech, but for the part that is waited for.
     wanted_s = sum(plan) - 0.3
-    assert live.num_silent / RATE == pytest.approx(max(0.0, wanted_s), abs=0.25 + PAUSE_S * len(plan))
+    assert live.num_silent / RATE == pytest.approx(
+        max(0.0, wanted_s), abs=0.25 + PAUSE_S * len(plan)
+    )
     assert live.num_silent > 0 or wanted_s < 2 * PAUSE_S
 
 
@@ -61,7 +65,9 @@ def test_a_silent_source_idles_at_the_pace_of_the_clock() -> None:
         assert len(block) in (160, round(PAUSE_S * RATE))
         times.append(time.monotonic() - start_s)
     assert 3 <= live.num_silent / round(PAUSE_S * RATE) <= 5
-    assert all(at_s >= PAUSE_S * (i + 1) - 1e-3 for i, at_s in enumerate(times[: live.num_silent // 1600]))
+    assert all(
+        at_s >= PAUSE_S * (i + 1) - 1e-3 for i, at_s in enumerate(times[: live.num_silent // 1600])
+    )
 
 
 def test_a_slow_consumer_makes_the_source_wait() -> None:
@@ -75,7 +81,8 @@ def test_a_slow_consumer_makes_the_source_wait() -> None:
     stream = iter(LiveSpeech(source(), 10.0, max_waiting=4))
     next(stream)
     time.sleep(0.1)
-    assert len(produced) <= 1 + 4 + 1 + 1  # handed on, in the queue, in the reader's hand, counted before its yield
+    # handed on, in the queue, in the reader's hand, counted before its yield
+    assert len(produced) <= 1 + 4 + 1 + 1
     assert sum(len(block) for block in stream) == 99 * 160
 
 
@@ -105,8 +112,12 @@ def test_the_reader_ends_with_the_iteration() -> None:
 
 
 @pytest.mark.parametrize("block_samples", [1001, 5 * 640 + 3])
-def test_minutes_with_pauses_stay_as_long_as_the_speech(head: TalkingHead, block_samples: int) -> None:
-    """A minute of stream, a pause every 20 s: every sample that went in, silence too, has its frame."""
+def test_minutes_with_pauses_stay_as_long_as_the_speech(
+    head: TalkingHead, block_samples: int
+) -> None:
+    """A minute of stream, a pause every 20 s: every sample that went in, silence too, has its
+    frame.
+    """
     speech = noise(1.0)
 
     def source() -> Iterator[np.ndarray]:

@@ -12,8 +12,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rest_lightning.streaming.engine import ChunkEngine
-from rest_lightning.streaming.options import EngineOptions
+from rest_lightning.streaming.engine import ChunkEngine, EngineOptions
 from rest_lightning.talking_head import TalkingHead
 
 

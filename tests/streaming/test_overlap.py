@@ -1,4 +1,6 @@
-"""Chunks under way: order, hand-out and snapshots, with a decoder in a thread of its own; on CUDA the real thing."""
+"""Chunks under way: order, hand-out and snapshots, with a decoder in a thread of its own; on CUDA
+the real thing.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rest_lightning.streaming.options import GRAPHS_VARIABLE, EngineOptions
+from rest_lightning.streaming.engine import GRAPHS_VARIABLE, EngineOptions
 from rest_lightning.streaming.session import StreamingSession
 from rest_lightning.talking_head import TalkingHead
 
@@ -23,11 +25,14 @@ def portrait(seed: int = 0) -> torch.Tensor:
 
 
 def speech(num_frames: float, seed: int = 1) -> np.ndarray:
-    return np.random.default_rng(seed).normal(scale=0.2, size=int(num_frames * 640)).astype(np.float32)
+    return (
+        np.random.default_rng(seed).normal(scale=0.2, size=int(num_frames * 640)).astype(np.float32)
+    )
 
 
 class Worker:
-    """What `overlap.Device` does with a CUDA stream, with a thread: decoding goes on while the next chunk is launched.
+    """What `overlap.Device` does with a CUDA stream, with a thread: decoding goes on while the next
+    chunk is launched.
 
     ``gate`` holds decoding back, so that a test decides when frames arrive.
     """
@@ -40,7 +45,13 @@ class Worker:
         self.gate.set()
         self.num_launched = 0
 
-    def launch(self, take: Callable[[], object], decode: Callable[[], None], frames: Tensor, num_frames: int) -> Any:
+    def launch(
+        self,
+        take: Callable[[], object],
+        decode: Callable[[], None],
+        frames: Tensor,
+        num_frames: int,
+    ) -> Any:
         self.num_launched += 1
 
         def work(function: Callable[[], Any]) -> Any:
@@ -95,8 +106,10 @@ def test_chunks_come_in_order_however_they_are_decoded(head: TalkingHead, cuts: 
 def test_the_next_chunk_is_launched_before_the_last_is_fetched(
     head: TalkingHead, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rest_lightning.streaming.session._LIVE_S", 60.0)  # a busy machine is no live source
-    monkeypatch.setattr(InThread, "is_ready", False)  # what is decoded early would be handed out early
+    # a busy machine is no live source
+    monkeypatch.setattr("rest_lightning.streaming.session._LIVE_S", 60.0)
+    # what is decoded early would be handed out early
+    monkeypatch.setattr(InThread, "is_ready", False)
     session, worker = open_overlapped(head)
     launched = []
     for frames in session.stream([speech(200)]):
@@ -116,7 +129,7 @@ def test_a_live_source_gets_its_frames_before_the_next_block(head: TalkingHead) 
 
     session, _ = open_overlapped(head)
     for _ in session.stream(live()):
-        events.append("frames")
+        events.append("frames")  # noqa: PERF401  # the source appends too
     assert events == ["block", "frames"] * 3 + ["frames"]
 
 
@@ -141,7 +154,7 @@ def test_a_snapshot_keeps_frames_that_are_under_way(head: TalkingHead) -> None:
     assert len(first) == 24
 
 
-# -- on CUDA ----------------------------------------------------------------------------------------------------------
+# -- on CUDA ---------------------------------------------------------------------------------------
 
 
 def video(head: TalkingHead, options: EngineOptions, **sampling: Any) -> np.ndarray:
@@ -154,10 +167,15 @@ def video(head: TalkingHead, options: EngineOptions, **sampling: Any) -> np.ndar
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("cache_options", [{}, {"reference_attends": "first_chunk"}, {"cache_noise": "per_step"}])
+@pytest.mark.parametrize(
+    "cache_options", [{}, {"reference_attends": "first_chunk"}, {"cache_noise": "per_step"}]
+)
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 def test_captured_equals_eager_on_cuda(
-    make: Callable[..., TalkingHead], cache_options: dict[str, Any], guidance: float, monkeypatch: pytest.MonkeyPatch
+    make: Callable[..., TalkingHead],
+    cache_options: dict[str, Any],
+    guidance: float,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     head = make(**cache_options).to("cuda")
     eager = video(head, EngineOptions(graphs=False, overlap=False), guidance=guidance)

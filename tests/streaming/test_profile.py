@@ -13,8 +13,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from rest_lightning.streaming.profile import ChunkProfiler
-from rest_lightning.streaming.report import StreamClock
+from rest_lightning.streaming.report import ChunkProfiler, StreamClock
 
 CPU, CUDA = torch.autograd.DeviceType.CPU, torch.autograd.DeviceType.CUDA
 

@@ -9,7 +9,6 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from rest_lightning.models.cache import IDContextCache
 from rest_lightning.streaming.engine import ChunkEngine
 from rest_lightning.talking_head import TalkingHead
 
@@ -43,7 +42,7 @@ def test_padding_left_out_is_padding_masked(make: Callable[..., TalkingHead], re
     latents = torch.randn(2, 4, 3, 2, 2, generator=torch.Generator().manual_seed(0))
     found = []
     for padded in (True, False):
-        cache = IDContextCache.allocate(model, 2, 2, 2)
+        cache = model.new_cache(2, 2, 2)
         text = model.project_prompt(2, padded)
         assert text is not None and (text.mask is None) == (not padded and real > 0)
         with torch.no_grad():

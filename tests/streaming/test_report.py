@@ -64,13 +64,18 @@ def test_clock_divides_the_time_among_stages_and_chunks() -> None:
     assert 0.05 <= report.stage_s["dit"] < 0.5 and 0.02 <= report.stage_s["writing"] < 0.5
     assert report.chunk_ms["count"] == 3 and report.chunk_ms["max"] == pytest.approx(530, abs=200)
     assert report.chunk_stage_ms["vae"]["p50"] == 500.0 and "writing" not in report.chunk_stage_ms
-    assert report.time_to_first_frame_ms is not None and 30 <= report.time_to_first_frame_ms < 1000 * report.wall_s
+    assert (
+        report.time_to_first_frame_ms is not None
+        and 30 <= report.time_to_first_frame_ms < 1000 * report.wall_s
+    )
     assert report.frames_per_second == pytest.approx(48 / report.wall_s)
     assert clock.wall_s == clock.wall_s  # stopped
 
 
 class Moment:
-    """A moment of a device that is always ``late_s`` behind the host, and that says when somebody waits for it."""
+    """A moment of a device that is always ``late_s`` behind the host, and that says when somebody
+    waits for it.
+    """
 
     late_s = 0.05
     num_waits = 0
@@ -118,7 +123,9 @@ def test_first_frame_counts_from_the_last_sample_that_it_needs() -> None:
     clock.input_complete()  # of later chunks: nothing
     assert clock.first_frame_compute_ms is not None and clock.time_to_first_frame_ms is not None
     assert 10 <= clock.first_frame_compute_ms <= clock.time_to_first_frame_ms - 20
-    assert clock.report().to_dict()["first_frame_compute_ms"] == pytest.approx(clock.first_frame_compute_ms, abs=1e-3)
+    assert clock.report().to_dict()["first_frame_compute_ms"] == pytest.approx(
+        clock.first_frame_compute_ms, abs=1e-3
+    )
 
 
 def test_stage_counts_even_when_it_fails() -> None:

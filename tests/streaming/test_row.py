@@ -1,4 +1,6 @@
-"""An hour of speech through a row: nothing is lost, nothing grows, and the video is as long as the speech."""
+"""An hour of speech through a row: nothing is lost, nothing grows, and the video is as long as the
+speech.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +9,19 @@ import pytest
 import torch
 
 from rest_lightning.constants import SAMPLES_PER_FRAME
-from rest_lightning.streaming.engine import ChunkEngine
-from rest_lightning.streaming.options import EngineOptions
-from rest_lightning.streaming.row import Row
+from rest_lightning.streaming.engine import ChunkEngine, EngineOptions
+from rest_lightning.streaming.session import Row
 from rest_lightning.talking_head import TalkingHead
 
 
 @pytest.mark.parametrize("first_chunk_length", [None, 1])
 @pytest.mark.parametrize("num_samples", [3600 * 16_000, 3600 * 16_000 + 1, 3600 * 16_000 - 321])
-def test_an_hour_is_as_long_as_its_speech(head: TalkingHead, num_samples: int, first_chunk_length: int | None) -> None:
-    engine = ChunkEngine(head, 1, head.sampling, options=EngineOptions(first_chunk_length=first_chunk_length))
+def test_an_hour_is_as_long_as_its_speech(
+    head: TalkingHead, num_samples: int, first_chunk_length: int | None
+) -> None:
+    engine = ChunkEngine(
+        head, 1, head.sampling, options=EngineOptions(first_chunk_length=first_chunk_length)
+    )
     row = Row(engine, torch.zeros(1, 3, head.size_px, head.size_px), seed=0)
     size = len(row._buffer)
     # Numbers that tell where a sample was; float32 has all whole numbers below 2^24.

@@ -1,7 +1,10 @@
-"""Sessions: equality with the offline computation, independence of the cut, causality, state, errors."""
+"""Sessions: equality with the offline computation, independence of the cut, causality, state,
+errors.
+"""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,8 +14,10 @@ import numpy as np
 import pytest
 import torch
 
+from rest_lightning.errors import UserError
+from rest_lightning.media.writer import BackgroundWriter, RawPipe
 from rest_lightning.streaming.engine import ChunkEngine, to_uint8
-from rest_lightning.streaming.session import StreamingSession
+from rest_lightning.streaming.session import StreamingSession, write_stream
 from rest_lightning.talking_head import TalkingHead
 
 SAMPLES = 640
@@ -27,7 +32,9 @@ def speech(num_frames: float, seed: int = 1) -> np.ndarray:
     return samples.astype(np.float32)
 
 
-def frames_of(head: TalkingHead, samples: np.ndarray, cuts: list[int], **options: float) -> np.ndarray:
+def frames_of(
+    head: TalkingHead, samples: np.ndarray, cuts: list[int], **options: float
+) -> np.ndarray:
     session = head.open(portrait(), **options)  # type: ignore[arg-type]
     parts = [session.push(block) for block in np.split(samples, cuts)]
     return np.concatenate([*parts, session.flush()])
@@ -51,8 +58,10 @@ def test_session_equals_offline_computation(
     generator = torch.Generator().manual_seed(0)
     latents = [head.vae.encode(portrait()[None, :, None])]
     with torch.inference_mode():
-        for chunk in speech_latents[:, 1:].split(chunk_length, dim=1):
-            latents.append(engine.denoise(torch.randn(engine.latent_shape, generator=generator), chunk))
+        latents += [
+            engine.denoise(torch.randn(engine.latent_shape, generator=generator), chunk)
+            for chunk in speech_latents[:, 1:].split(chunk_length, dim=1)
+        ]
     whole = to_uint8(head.vae.decode(torch.cat(latents, dim=2)))[0, 1:].numpy()
     assert streamed.shape == (48, 64, 64, 3)
     assert np.abs(streamed.astype(int) - whole.astype(int)).max() <= 1
@@ -84,7 +93,9 @@ def test_every_cache_option_streams_and_changes_the_frames(
     assert np.array_equal(other, frames_of(make(**options), samples, [], guidance=guidance))
 
 
-@pytest.mark.parametrize("cuts", [[1], [639, 640, 641], list(range(100, 38000, 997)), [48000 - 640], [15000, 15000]])
+@pytest.mark.parametrize(
+    "cuts", [[1], [639, 640, 641], list(range(100, 38000, 997)), [48000 - 640], [15000, 15000]]
+)
 def test_the_cut_of_the_speech_does_not_matter(head: TalkingHead, cuts: list[int]) -> None:
     samples = speech(60)
     assert np.array_equal(frames_of(head, samples, cuts), frames_of(head, samples, []))
@@ -93,11 +104,15 @@ def test_the_cut_of_the_speech_does_not_matter(head: TalkingHead, cuts: list[int
 @pytest.mark.parametrize("num_frames", [0, 0.1, 1, 23, 24, 24.5, 26, 49.01, 72])
 def test_video_is_as_long_as_the_speech(head: TalkingHead, num_frames: float) -> None:
     samples = speech(num_frames)
-    assert len(frames_of(head, samples, [len(samples) // 2])) == int(np.ceil(len(samples) / SAMPLES))
+    assert len(frames_of(head, samples, [len(samples) // 2])) == int(
+        np.ceil(len(samples) / SAMPLES)
+    )
 
 
 @pytest.mark.parametrize("lookahead", [0, 2, 4])
-def test_frames_do_not_depend_on_speech_beyond_the_lookahead(make: Callable[..., TalkingHead], lookahead: int) -> None:
+def test_frames_do_not_depend_on_speech_beyond_the_lookahead(
+    make: Callable[..., TalkingHead], lookahead: int
+) -> None:
     head = make(lookahead_frames=lookahead)
     samples = speech(96)
     changed = samples.copy()
@@ -145,10 +160,16 @@ def test_stream_yields_chunk_by_chunk(head: TalkingHead) -> None:
 def test_memory_of_the_state_is_constant(head: TalkingHead) -> None:
     session = head.open(portrait())
     session.push(speech(60))
-    addresses = [past.data_ptr() for past in (*session.engine.decoder.values(), *session.engine.speech.values())]
+    addresses = [
+        past.data_ptr()
+        for past in (*session.engine.decoder.values(), *session.engine.speech.values())
+    ]
     addresses += [session.engine.cache.keys.data_ptr(), session.engine.cache.values.data_ptr()]
     session.push(speech(120))
-    later = [past.data_ptr() for past in (*session.engine.decoder.values(), *session.engine.speech.values())]
+    later = [
+        past.data_ptr()
+        for past in (*session.engine.decoder.values(), *session.engine.speech.values())
+    ]
     later += [session.engine.cache.keys.data_ptr(), session.engine.cache.values.data_ptr()]
     assert later == addresses
 
@@ -164,7 +185,10 @@ def test_identity_can_be_switched_in_mid_stream(head: TalkingHead) -> None:
     ("samples", "message"),
     [
         (np.array([0.0, np.nan], np.float32), "finite samples, got NaN or infinity at 0.00 s"),
-        (np.zeros((2, 10), np.float32), r"one dimension .* got shape \(2, 10\): average the channels"),
+        (
+            np.zeros((2, 10), np.float32),
+            r"one dimension .* got shape \(2, 10\): average the channels",
+        ),
         (np.zeros(10, np.int64), "float or int16, got int64"),
     ],
 )
@@ -189,7 +213,9 @@ def test_push_after_the_end_is_refused(head: TalkingHead) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_saved_and_loaded_heads_give_the_same_frames(head: TalkingHead, tmp_path: Path, dtype: torch.dtype) -> None:
+def test_saved_and_loaded_heads_give_the_same_frames(
+    head: TalkingHead, tmp_path: Path, dtype: torch.dtype
+) -> None:
     head.save_pretrained(tmp_path / "model", dtype=dtype)
     first = TalkingHead.from_pretrained(tmp_path / "model")
     first.save_pretrained(tmp_path / "again", dtype=dtype)
@@ -222,14 +248,22 @@ def test_switching_identity_keeps_the_speech_stream(head: TalkingHead) -> None:
 
 @pytest.mark.parametrize(
     "other",
-    [{"seed": 1}, {"chunk_length": 2}, {"cache_noise": "per_step"}, {"guidance": 1.0}, {"dtype": torch.bfloat16}],
+    [
+        {"seed": 1},
+        {"chunk_length": 2},
+        {"cache_noise": "per_step"},
+        {"guidance": 1.0},
+        {"dtype": torch.bfloat16},
+    ],
     ids=str,
 )
 def test_a_snapshot_of_another_model_is_refused_and_changes_nothing(
     make: Callable[..., TalkingHead], head: TalkingHead, other: dict[str, Any]
 ) -> None:
     guidance, dtype = other.get("guidance"), other.get("dtype", torch.float32)
-    stranger = make(**{name: value for name, value in other.items() if name not in ("guidance", "dtype")})
+    stranger = make(
+        **{name: value for name, value in other.items() if name not in ("guidance", "dtype")}
+    )
     for part in (stranger.vae, stranger.speech_ae, stranger.transformer):
         part.to(dtype)
     state = stranger.open(portrait(), guidance=guidance).snapshot()
@@ -237,14 +271,18 @@ def test_a_snapshot_of_another_model_is_refused_and_changes_nothing(
     session.push(speech(30))
     untouched.push(speech(30))
     with pytest.raises(
-        ValueError, match=r"expected a snapshot .* got one of another: restore it in a session that was"
+        ValueError,
+        match=r"expected a snapshot .* got one of another: restore it in a session that was",
     ):
         session.restore(state)
     assert np.array_equal(session.flush(), untouched.flush())
 
 
 def test_a_snapshot_brings_the_portrait_back(make: Callable[..., TalkingHead]) -> None:
-    for options in ({}, {"reference_attends": "first_chunk"}):  # the latter reads it again at the first chunk
+    for options in (
+        {},
+        {"reference_attends": "first_chunk"},
+    ):  # the latter reads it again at the first chunk
         head = make(**options)
         session = head.open(portrait())
         expected = session.snapshot()
@@ -258,10 +296,61 @@ def test_a_snapshot_brings_the_portrait_back(make: Callable[..., TalkingHead]) -
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_cuda_where_there_is_none(head: TalkingHead, tmp_path: Path) -> None:
     head.save_pretrained(tmp_path / "model")
-    with pytest.raises(ValueError, match=r"expected an available device, got cuda, but torch finds no CUDA .* use cpu"):
+    with pytest.raises(
+        ValueError,
+        match=r"expected an available device, got cuda, but torch finds no CUDA .* use cpu",
+    ):
         TalkingHead.from_pretrained(tmp_path / "model", device="cuda")
 
 
 def test_missing_model_folder_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"model folder with model_index.json, got .*: make one with `rest export`"):
+    with pytest.raises(
+        ValueError, match=r"model folder with model_index.json, got .*: make one with `rest export`"
+    ):
         TalkingHead.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("threaded", [True, False], ids=["thread", "inline"])
+@pytest.mark.parametrize("block_samples", [1, 640, 999, 16_000, 100_000])
+def test_written_sound_goes_with_its_frames(
+    head: TalkingHead, block_samples: int, threaded: bool
+) -> None:
+    speech = np.random.default_rng(1).uniform(-0.5, 0.5, 60 * 640 + 5).astype(np.float32)
+    blocks = (speech[i : i + block_samples] for i in range(0, len(speech), block_samples))
+    taken: list[tuple[int, np.ndarray]] = []
+
+    class Collect(RawPipe):
+        def write_audio(self, samples: np.ndarray) -> None:
+            taken.append((self.num_frames, samples))
+
+    if block_samples == 1:  # 38,405 blocks of one sample would test patience
+        blocks = (part for part in np.split(speech, range(1, 700)))
+    with head.open(np.zeros((64, 64, 3), np.uint8)) as session:
+        with BackgroundWriter(Collect(io.BytesIO(), 64), threaded=threaded) as background:
+            counts = list(write_stream(session, blocks, background))
+        assert session.clock.stage_s["writing"] > 0
+    assert counts == [24, 24, 13]
+    assert [frames for frames, _ in taken] == [24, 48, 61]
+    assert [len(samples) for _, samples in taken] == [15_360, 15_360, 12 * 640 + 5]
+    assert np.array_equal(np.concatenate([samples for _, samples in taken]), speech)
+
+
+@pytest.mark.parametrize("chunk_length", [1, 2, 3])
+def test_a_stream_chooses_among_the_trained_chunk_lengths(
+    make: Callable[..., TalkingHead], chunk_length: int
+) -> None:
+    several, one = make(trained_lengths=(1, 2, 3)), make(chunk_length=chunk_length)
+    chosen = frames_of(several, speech(48), [], chunk_length=chunk_length)
+    np.testing.assert_array_equal(chosen, frames_of(one, speech(48), []))
+    assert several.transformer.cache_options.chunk_length == 3
+
+
+def test_untrained_chunk_lengths_are_refused(make: Callable[..., TalkingHead]) -> None:
+    with pytest.raises(
+        UserError, match=r"expected a chunk length that the model was trained with .3 latents"
+    ):
+        make().open(portrait(), chunk_length=1)
+    with pytest.raises(
+        UserError, match=r"expected chunk_length among trained_lengths .1, 2., got 3"
+    ):
+        make(trained_lengths=(1, 2))

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from rest_lightning.errors import UserError
-from rest_lightning.models.autoencoder import CompactVAE
 from rest_lightning.models.speech import LogMelEncoder
 from rest_lightning.models.speech_ae import SpeechAE
+from rest_lightning.models.vae import CompactVAE
 from rest_lightning.tasks.base import OptimizerSettings
 from rest_lightning.tasks.speech_ae import SpeechAEModule
 from rest_lightning.tasks.vae import VAEModule
@@ -26,11 +26,18 @@ from lightning.pytorch.callbacks import Timer  # noqa: E402
 
 def speech_ae_module(**settings: Any) -> SpeechAEModule:
     speech_ae = SpeechAE(feature_dim=160, num_tokens=2, latent_dim=8, width=8)
-    return SpeechAEModule(speech_ae, LogMelEncoder(lookahead_frames=2), optimizer=OptimizerSettings(**settings))
+    return SpeechAEModule(
+        speech_ae, LogMelEncoder(lookahead_frames=2), optimizer=OptimizerSettings(**settings)
+    )
 
 
 def attach(module: lightning.LightningModule, **arguments: Any) -> None:
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "accelerator": "cpu",
+    }
     module.trainer = lightning.Trainer(**quiet, enable_model_summary=False, **arguments)
 
 
@@ -38,7 +45,9 @@ def attach(module: lightning.LightningModule, **arguments: Any) -> None:
 def test_warm_up_is_linear_and_then_constant(warmup_steps: int) -> None:
     module = speech_ae_module(warmup_steps=warmup_steps)
     fractions = [module.lr_fraction(step) for step in range(20)]
-    assert fractions == pytest.approx([min(1.0, (step + 1) / max(1, warmup_steps)) for step in range(20)])
+    assert fractions == pytest.approx(
+        [min(1.0, (step + 1) / max(1, warmup_steps)) for step in range(20)]
+    )
 
 
 @pytest.mark.parametrize(("decay_start", "final"), [(0.0, 0.02), (0.5, 0.1), (0.9, 0.0)])
@@ -47,11 +56,15 @@ def test_decay_by_steps(decay_start: float, final: float) -> None:
     attach(module, max_steps=100)
     for step in range(0, 130, 10):
         progress = min(1.0, step / 100)
-        expected = 1.0 if progress <= decay_start else max(final, (1 - progress) / (1 - decay_start))
+        expected = (
+            1.0 if progress <= decay_start else max(final, (1 - progress) / (1 - decay_start))
+        )
         assert module.lr_fraction(step) == pytest.approx(expected), step
 
 
-@pytest.mark.parametrize(("elapsed_s", "step", "progress"), [(0, 0, 0.0), (60, 0, 0.6), (60, 80, 0.8), (200, 1, 1.0)])
+@pytest.mark.parametrize(
+    ("elapsed_s", "step", "progress"), [(0, 0, 0.0), (60, 0, 0.6), (60, 80, 0.8), (200, 1, 1.0)]
+)
 def test_decay_by_the_time_budget_or_by_steps_whichever_is_further(
     elapsed_s: float, step: int, progress: float
 ) -> None:
@@ -60,7 +73,9 @@ def test_decay_by_the_time_budget_or_by_steps_whichever_is_further(
     timer.load_state_dict({"time_elapsed": {"train": elapsed_s}})
     attach(module, max_steps=100, callbacks=[timer])
     assert module.progress(step) == pytest.approx(progress, abs=1e-3)
-    assert module.lr_fraction(step) == pytest.approx(min(1.0, max(0.02, 2 * (1 - progress))), abs=1e-2)
+    assert module.lr_fraction(step) == pytest.approx(
+        min(1.0, max(0.02, 2 * (1 - progress))), abs=1e-2
+    )
 
 
 def test_schedule_is_stepped_by_steps_and_parts_have_rates_of_their_own(recipe: Any) -> None:
@@ -70,10 +85,14 @@ def test_schedule_is_stepped_by_steps_and_parts_have_rates_of_their_own(recipe: 
     assert configured["lr_scheduler"]["interval"] == "step"
     rates = {group["name"]: group["initial_lr"] for group in configured["optimizer"].param_groups}
     assert rates == pytest.approx({"transformer": 1e-3, "speech_ae": 1e-4})
-    sizes = {group["name"]: sum(p.numel() for p in group["params"]) for group in configured["optimizer"].param_groups}
+    sizes = {
+        group["name"]: sum(p.numel() for p in group["params"])
+        for group in configured["optimizer"].param_groups
+    }
     assert sizes["transformer"] == sum(p.numel() for p in module.transformer.parameters())
     read = [p for name, p in module.speech_ae.named_parameters() if not name.startswith("decoder")]
-    assert sizes["speech_ae"] == sum(p.numel() for p in read)  # nothing reads the decoder in this stage
+    # nothing reads the decoder in this stage
+    assert sizes["speech_ae"] == sum(p.numel() for p in read)
 
 
 @pytest.mark.parametrize(
@@ -86,7 +105,9 @@ def test_schedule_is_stepped_by_steps_and_parts_have_rates_of_their_own(recipe: 
         ("distill", {"vae", "source"}),
     ],
 )
-def test_frozen_parts_are_left_alone_and_out_of_checkpoints(recipe: Any, stage: str, frozen: set[str]) -> None:
+def test_frozen_parts_are_left_alone_and_out_of_checkpoints(
+    recipe: Any, stage: str, frozen: set[str]
+) -> None:
     frozen = frozen | {"speech_encoder"}
     module = recipe.clis[stage].model
     assert set(module.frozen_parts) == frozen
@@ -104,7 +125,9 @@ def test_frozen_parts_are_left_alone_and_out_of_checkpoints(recipe: Any, stage: 
             torch.testing.assert_close(value, state[prefix + key], rtol=1e-5, atol=1e-7)
     for file in (recipe.final(stage), next((recipe.out / stage).rglob("last.ckpt"))):
         checkpoint = torch.load(file, weights_only=False)
-        states = [checkpoint[key] for key in ("state_dict", "current_model_state") if key in checkpoint]
+        states = [
+            checkpoint[key] for key in ("state_dict", "current_model_state") if key in checkpoint
+        ]
         assert len(states) == 1 + ("last" in file.name)
         for state in states:
             assert {key.split(".")[0] for key in state} == {"speech_ae", "transformer"}
@@ -118,24 +141,55 @@ def test_stages_start_from_the_stages_before(recipe: Any, tmp_path: Path, stage:
     before = {"teacher": "speech_ae", "student": "teacher", "asd": "student"}.get(stage, "asd")
     state = torch.load(recipe.final(before), weights_only=False)["state_dict"]
     own = cli.model.state_dict()
-    names = [name for name in own if name.startswith(("speech_ae.", "transformer.")) and name in state]
+    names = [
+        name for name in own if name.startswith(("speech_ae.", "transformer.")) and name in state
+    ]
     assert names
     assert all(torch.equal(own[name], state[name]) for name in names)
     assert any(name.startswith("transformer.") for name in names) == (stage != "teacher")
 
 
 def tiny_vae(**changes: Any) -> CompactVAE:
-    shape = {"latent_channels": 4, "widths": (8, 16, 16), "encoder_blocks": (1, 1, 1), "decoder_blocks": (1, 1, 1)}
-    return CompactVAE(**{**shape, "strides": ((4, 2), (2, 2)), "patch_size": 8, "principal_components": 8} | changes)
+    shape = {
+        "latent_channels": 4,
+        "widths": (8, 16, 16),
+        "encoder_blocks": (1, 1, 1),
+        "decoder_blocks": (1, 1, 1),
+    }
+    return CompactVAE(
+        **{**shape, "strides": ((4, 2), (2, 2)), "patch_size": 8, "principal_components": 8}
+        | changes
+    )
 
 
 @pytest.mark.parametrize(
     ("part", "source", "message"),
     [
-        ("vae", "absent.ckpt", r"expected a checkpoint or a model folder for vae, got no such file: .*train"),
-        ("vae", "speech_ae/final.ckpt", r"expected a checkpoint that holds vae, got .* with \['speech_ae'\]"),
+        (
+            "vae",
+            "absent.ckpt",
+            (
+                r"expected a checkpoint or a model folder for vae, got no such "
+                r"file: .*train"
+            ),
+        ),
+        (
+            "vae",
+            "speech_ae/final.ckpt",
+            (
+                r"expected a checkpoint that holds vae, got .* with "
+                r"\['speech_ae'\]"
+            ),
+        ),
         ("vae", "", r"expected a model folder with vae/config\.json, got .*rest export"),
-        ("transformer", "vae/final.ckpt", r"expected a part of this stage to initialise, got 'transformer': remove it"),
+        (
+            "transformer",
+            "vae/final.ckpt",
+            (
+                r"expected a part of this stage to initialise, got "
+                r"'transformer': remove it"
+            ),
+        ),
     ],
 )
 def test_initial_that_cannot_be_used(recipe: Any, part: str, source: str, message: str) -> None:
@@ -162,11 +216,16 @@ def test_initial_of_another_shape(recipe: Any, vae: nn.Module, message: str) -> 
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        ("--model.initial.vae=absent.ckpt", "^expected a checkpoint or a model folder for vae, got no such file"),
+        (
+            "--model.initial.vae=absent.ckpt",
+            ("^expected a checkpoint or a model folder for vae, got no such file"),
+        ),
         ("--data.num_frames_train=10", "num_frames: .*8n"),
     ],
 )
-def test_mistakes_on_the_command_line_keep_their_one_line(recipe: Any, tmp_path: Path, word: str, message: str) -> None:
+def test_mistakes_on_the_command_line_keep_their_one_line(
+    recipe: Any, tmp_path: Path, word: str, message: str
+) -> None:
     with pytest.raises(UserError, match=message) as caught:
         recipe.run("vae", tmp_path, word)
     assert "\n" not in str(caught.value)

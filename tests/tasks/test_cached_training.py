@@ -29,7 +29,10 @@ def caches(recipe: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_same_weights_bit_by_bit(recipe: Any, caches: Path, tmp_path: Path) -> None:
-    speech, latents = f"--data.speech_dir={caches / 'speech'}", f"--data.latents_dir={caches / 'latents'}"
+    speech, latents = (
+        f"--data.speech_dir={caches / 'speech'}",
+        f"--data.latents_dir={caches / 'latents'}",
+    )
     online, cached = (
         recipe.run("student", tmp_path / name, *DIT, latents, *words)
         for name, words in (("online", ()), ("cached", (speech,)))
@@ -41,12 +44,19 @@ def test_same_weights_bit_by_bit(recipe: Any, caches: Path, tmp_path: Path) -> N
     for name, value in online.model.state_dict().items():
         assert torch.equal(value, cached.model.state_dict()[name])
     assert any(
-        not torch.equal(value, before[name]) for name, value in online.model.state_dict().items() if name in before
+        not torch.equal(value, before[name])
+        for name, value in online.model.state_dict().items()
+        if name in before
     )
 
 
 def test_speech_ae_takes_them_too(recipe: Any, caches: Path, tmp_path: Path) -> None:
-    words = (*DIT, "--data.num_frames=49", f"--data.speech_dir={caches / 'speech'}", "--trainer.max_steps=1")
+    words = (
+        *DIT,
+        "--data.num_frames=49",
+        f"--data.speech_dir={caches / 'speech'}",
+        "--trainer.max_steps=1",
+    )
     assert recipe.run("speech_ae", tmp_path, *words).trainer.global_step == 1
 
 
@@ -54,7 +64,13 @@ def test_speech_ae_takes_them_too(recipe: Any, caches: Path, tmp_path: Path) -> 
 def test_stale_features_end_the_run(recipe: Any, caches: Path, tmp_path: Path, stage: str) -> None:
     overlay = recipe.configs / "ablation/lookahead_0_ms.yaml"
     words = ("--data.num_frames=49", f"--data.speech_dir={caches / 'speech'}")
-    with pytest.raises(UserError, match=r"expected speech features of the speech encoder .*: make them again"):
+    with pytest.raises(
+        UserError,
+        match=(
+            r"expected speech features of the speech encoder .*: make "
+            r"them again"
+        ),
+    ):
         recipe.run(stage, tmp_path, *DIT, *words, overlays=(overlay,))
     with pytest.raises(UserError, match="expected augment false with speech_dir"):
         recipe.run(stage, tmp_path, *words)

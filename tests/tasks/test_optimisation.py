@@ -1,4 +1,6 @@
-"""Accumulated gradients are those of a larger batch; checkpoints hold averaged weights beside the current ones."""
+"""Accumulated gradients are those of a larger batch; checkpoints hold averaged weights beside the
+current ones.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +10,7 @@ from typing import Any
 import pytest
 import strategy_run
 import torch
+from tiny_student import make_conditions, make_student, make_transformer
 from torch import Tensor
 
 from rest_lightning.errors import UserError
@@ -19,15 +22,23 @@ import lightning  # noqa: E402
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint  # noqa: E402
 
 
-def fit(module: A2VModule, batches: list[slice], num_rows: int, folder: Path, **settings: Any) -> None:
+def fit(
+    module: A2VModule, batches: list[slice], num_rows: int, folder: Path, **settings: Any
+) -> None:
     """Lightning's loop over batches that are rows of one fixed draw."""
 
     def training_step(batch: int, batch_idx: int) -> Tensor:
         return strategy_run.losses_of(module, batches[batch], num_rows)["loss"]
 
     module.training_step = training_step  # type: ignore[method-assign, assignment]
-    quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    trainer = lightning.Trainer(accelerator="cpu", devices=1, default_root_dir=folder, **quiet, **settings)
+    quiet: dict[str, Any] = {
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    trainer = lightning.Trainer(
+        accelerator="cpu", devices=1, default_root_dir=folder, **quiet, **settings
+    )
     trainer.fit(module, range(len(batches)))
 
 
@@ -42,11 +53,19 @@ def test_accumulated_gradients_are_those_of_one_batch(
 
     class Record(lightning.Callback):
         def on_before_optimizer_step(self, *args: Any) -> None:
-            trained = {name: weight.grad for name, weight in module.named_parameters() if weight.requires_grad}
+            trained = {
+                name: weight.grad
+                for name, weight in module.named_parameters()
+                if weight.requires_grad
+            }
             gradients.append({name: grad.clone() for name, grad in trained.items()})
 
     batches = [slice(start, start + batch_size) for start in range(0, num_rows, batch_size)]
-    settings = {"accumulate_grad_batches": num_batches, "max_steps": 1, "enable_checkpointing": False}
+    settings = {
+        "accumulate_grad_batches": num_batches,
+        "max_steps": 1,
+        "enable_checkpointing": False,
+    }
     fit(module, batches, num_rows, tmp_path, callbacks=[Record()], **settings)
     strategy_run.losses_of(whole, slice(None), num_rows)["loss"].backward()
     (found,) = gradients
@@ -57,7 +76,9 @@ def test_accumulated_gradients_are_those_of_one_batch(
 
 @pytest.mark.parametrize(("decay", "accumulate"), [(0.5, 1), (0.9, 2)])
 def test_checkpoints_hold_the_moving_average(tmp_path: Path, decay: float, accumulate: int) -> None:
-    """Against ``a_1 = w_1, a_n = decay * a_(n-1) + (1 - decay) * w_n`` over the current weights of all checkpoints."""
+    """Against ``a_1 = w_1, a_n = decay * a_(n-1) + (1 - decay) * w_n`` over the current weights of
+    all checkpoints.
+    """
     module = strategy_run.make_stage("asd", tmp_path)
     module.optimizer_settings.lr = 1e-2
     save = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=1)
@@ -72,18 +93,30 @@ def test_checkpoints_hold_the_moving_average(tmp_path: Path, decay: float, accum
         for name, weight in current.items():
             average[name] = decay * average[name] + (1 - decay) * weight if step > 1 else weight
             torch.testing.assert_close(averaged[name], average[name], atol=1e-6, rtol=1e-5)
-    assert any(float((average[name] - weight).abs().max()) > 1e-3 for name, weight in current.items())
-    for name, weight in module.state_dict().items():  # after training, the module has the averaged ones
+    assert any(
+        float((average[name] - weight).abs().max()) > 1e-3 for name, weight in current.items()
+    )
+    for (
+        name,
+        weight,
+    ) in module.state_dict().items():  # after training, the module has the averaged ones
         if name in average:
             torch.testing.assert_close(weight, average[name], atol=1e-6, rtol=1e-5)
 
 
 def test_sharded_networks_are_not_averaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = strategy_run.make_stage("student", tmp_path)
-    quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
+    quiet: dict[str, Any] = {
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_checkpointing": False,
+    }
     module.trainer = lightning.Trainer(accelerator="cpu", callbacks=[EMAWeightAveraging()], **quiet)
     monkeypatch.setattr(module, "_device_mesh", "any mesh")
-    with pytest.raises(UserError, match="expected no weight averaging with sharded networks, got EMAWeightAveraging:"):
+    with pytest.raises(
+        UserError,
+        match="expected no weight averaging with sharded networks, got EMAWeightAveraging:",
+    ):
         module.configure_model()
 
 
@@ -97,23 +130,66 @@ def test_compiled_blocks_train_alike(tmp_path: Path, stage: str) -> None:
         module = strategy_run.make_stage(stage, tmp_path)
         start = {name: weight.clone() for name, weight in module.state_dict().items()}
         module.compile_blocks, module.transformer.gradient_checkpointing = is_compiled, recomputes
-        fit(module, [slice(0, 2)] * 3, 2, tmp_path, callbacks=[EMAWeightAveraging(decay=0.5)], max_steps=3)
+        fit(
+            module,
+            [slice(0, 2)] * 3,
+            2,
+            tmp_path,
+            callbacks=[EMAWeightAveraging(decay=0.5)],
+            max_steps=3,
+        )
         state = module.state_dict()
         assert state.keys() == start.keys()
-        moves.append(torch.cat([(state[name] - weight).flatten() for name, weight in start.items()]))
+        moves.append(
+            torch.cat([(state[name] - weight).flatten() for name, weight in start.items()])
+        )
     eager = moves.pop(0)
-    for move in moves:  # Adam makes a whole step of a gradient that is rounding alone: compare them all together
+    for move in (
+        moves
+    ):  # Adam makes a whole step of a gradient that is rounding alone: compare them all together
         assert 0 < float((move - eager).norm()) <= 0.01 * float(eager.norm())
 
 
-def test_compiling_needs_a_compiler_and_whole_networks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiling_needs_a_compiler_and_whole_networks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     module = strategy_run.make_stage("student", tmp_path)
     module.compile_blocks = True
     module.trainer = lightning.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
     with monkeypatch.context() as patch:
         patch.setenv("PATH", str(tmp_path))
-        with pytest.raises(UserError, match="expected a C\\+\\+ compiler for compile_blocks on a CPU, found none:"):
+        with pytest.raises(
+            UserError, match="expected a C\\+\\+ compiler for compile_blocks on a CPU, found none:"
+        ):
             module.configure_model()
     monkeypatch.setattr(module, "_device_mesh", "any mesh")
-    with pytest.raises(UserError, match="expected no compile_blocks with sharded networks, got both:"):
+    with pytest.raises(
+        UserError, match="expected no compile_blocks with sharded networks, got both:"
+    ):
         module.configure_model()
+
+
+def test_chunk_lengths_are_drawn_per_batch() -> None:
+    """Every length turns up, noise follows it, and the forward is that of a student of that length
+    alone.
+    """
+    several = make_transformer(trained_lengths=(1, 2, 3))
+    module = make_student(several, chunk_lengths=(1, 2, 3))
+    drawn = set()
+    for seed in range(12):
+        inputs = module.draw(make_conditions(num_frames=9), torch.Generator().manual_seed(seed))
+        length = inputs.chunk_length
+        assert (
+            inputs.clean_latents.shape[2]
+            == inputs.speech_latents.shape[1]
+            == 1 + 8 // length * length
+        )
+        drawn.add(length)
+        chunks = inputs.path.sigma[:, 1:].unflatten(1, (-1, length))
+        assert torch.equal(chunks, chunks[:, :, :1].expand_as(chunks))
+        alone = make_student(make_transformer(chunk_length=length))
+        alone.transformer.load_state_dict(several.state_dict())
+        assert torch.equal(module(inputs), alone(inputs))
+    assert drawn == {1, 2, 3}
+    with pytest.raises(UserError, match=r"expected one set of chunk lengths, got \[1, 2, 3\]"):
+        make_student(several)

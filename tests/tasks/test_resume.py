@@ -33,11 +33,13 @@ trainer:
     - class_path: lightning.pytorch.callbacks.EMAWeightAveraging
       init_args: {decay: 0.9}
     - class_path: lightning.pytorch.callbacks.ModelCheckpoint
-      init_args: {dirpath: FOLDER, filename: "{step}", save_top_k: -1, save_last: true, every_n_train_steps: 2}
+      init_args:
+        {dirpath: FOLDER, filename: "{step}", save_top_k: -1, save_last: true,
+         every_n_train_steps: 2}
 data: {windows_per_clip: 3, batch_size: 1}
 """
-# With 12 batches to an epoch, 2 to a step and a checkpoint every 2 steps: each checkpoint is written twice, as step=n
-# and as last. (moment, which time)
+# With 12 batches to an epoch, 2 to a step and a checkpoint every 2 steps: each checkpoint is
+# written twice, as step=n and as last. (moment, which time)
 MOMENTS = (
     ("batch_start", 2),  # before the first checkpoint: the run starts anew
     ("batch_start", 8),  # between two batches of one step
@@ -75,9 +77,14 @@ def test_resumed_training_is_the_uninterrupted_one(recipe: Any, tmp_path: Path, 
     for run in ("whole", "resumed"):
         overlay = tmp_path / f"{run}.yaml"
         overlay.write_text(OVERLAY.replace("FOLDER", str(tmp_path / run)))
-        # Four batches an epoch: step 3 is in the middle of the first, step 6 of the second, a validation between them.
+        # Four batches an epoch: step 3 is in the middle of the first, step 6 of the second, a
+        # validation between them.
         resume = ("--ckpt_path", str(tmp_path / "whole" / "step=3.ckpt"), "--seed_everything", "99")
-        dropouts = ("--model.noise.identity_dropout=0.3", "--model.noise.audio_dropout=0.3") if stage == "asd" else ()
+        dropouts = (
+            ("--model.noise.identity_dropout=0.3", "--model.noise.audio_dropout=0.3")
+            if stage == "asd"
+            else ()
+        )
         words = (*dropouts, "--final_checkpoint=false", *(resume if run == "resumed" else ()))
         recipe.run(stage, tmp_path, *words, overlays=(overlay,))
         runs[run] = torch.load(tmp_path / run / "step=6.ckpt", weights_only=False)
@@ -87,19 +94,32 @@ def test_resumed_training_is_the_uninterrupted_one(recipe: Any, tmp_path: Path, 
     for key in COMPARED:
         assert_same(whole[key], resumed[key], key)
     before = torch.load(tmp_path / "whole" / "step=3.ckpt", weights_only=False)
-    assert any(not torch.equal(value, whole["state_dict"][name]) for name, value in before["state_dict"].items())
+    assert any(
+        not torch.equal(value, whole["state_dict"][name])
+        for name, value in before["state_dict"].items()
+    )
 
 
 @pytest.mark.slow
-def test_killed_and_resumed_training_is_the_uninterrupted_one(recipe: Any, tmp_path: Path, repository: Path) -> None:
-    """SIGKILL at moments before, between and inside the writing of checkpoints; the next run goes on from last.ckpt."""
+def test_killed_and_resumed_training_is_the_uninterrupted_one(
+    recipe: Any, tmp_path: Path, repository: Path
+) -> None:
+    """SIGKILL at moments before, between and inside the writing of checkpoints; the next run goes
+    on from last.ckpt.
+    """
     jobs: list[dict[str, Any]] = []
 
     def add(folder: Path, moment: str | None = None, count: int = 0, seed: str = "0") -> None:
         folder.mkdir(exist_ok=True)
         overlay = folder / "overlay.yaml"
         overlay.write_text(KILLED_OVERLAY.replace("FOLDER", str(folder)))
-        settings = ("--seed_everything", seed, "--final_checkpoint=false", "--ckpt_path", str(folder / "last.ckpt"))
+        settings = (
+            "--seed_everything",
+            seed,
+            "--final_checkpoint=false",
+            "--ckpt_path",
+            str(folder / "last.ckpt"),
+        )
         words = recipe.words("rollout", folder, *settings, overlays=(overlay,))
         jobs.append({"words": words, "moment": moment, "count": count})
 

@@ -1,4 +1,6 @@
-"""Two processes with one clip each give the gradients of one process with both: DDP and FSDP2, on the CPU (gloo)."""
+"""Two processes with one clip each give the gradients of one process with both: DDP and FSDP2, on
+the CPU (gloo).
+"""
 
 from __future__ import annotations
 
@@ -21,13 +23,19 @@ STAGES = ("teacher", "student", "asd", "rollout", "distill")
 
 
 @pytest.fixture(scope="module", params=["ddp", "fsdp"])
-def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Any:
-    """Strategy and folder after one optimiser step of every stage in two processes, and a resumed run of one."""
+def runs(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, repository: Path
+) -> Any:
+    """Strategy and folder after one optimiser step of every stage in two processes, and a resumed
+    run of one.
+    """
     if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
         pytest.skip("this torch has no gloo")
     folder = tmp_path_factory.mktemp(request.param)
     strategy_run.make_stage("distill", folder)  # writes the frozen networks, once
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(repository), str(repository / "tests/helpers")))}
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join((str(repository), str(repository / "tests/helpers")))
+    }
     config = repository / f"configs/trainer/{request.param}.yaml"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
@@ -45,7 +53,9 @@ def test_gradients_are_those_of_one_process(runs: Any, stage: str) -> None:
     module = strategy_run.make_stage(stage, folder)
     strategy_run.losses_of(module, slice(None))["loss"].backward()
     results = [torch.load(folder / f"{stage}-{rank}.pt") for rank in range(2)]
-    expected = {name: weight.grad for name, weight in module.named_parameters() if weight.requires_grad}
+    expected = {
+        name: weight.grad for name, weight in module.named_parameters() if weight.requires_grad
+    }
     for result in results:
         assert result["gradients"].keys() == expected.keys()
         for name, grad in expected.items():
@@ -66,7 +76,9 @@ def test_processes_draw_for_themselves(runs: Any, stage: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_checkpoint_is_that_of_one_process(runs: Any, stage: str) -> None:
-    """Whole weights under their usual names, one AdamW step after the start: other stages can begin from it."""
+    """Whole weights under their usual names, one AdamW step after the start: other stages can begin
+    from it.
+    """
     _, folder = runs
     module = strategy_run.make_stage(stage, folder)
     optimizer = module.configure_optimizers()["optimizer"]
@@ -81,7 +93,9 @@ def test_checkpoint_is_that_of_one_process(runs: Any, stage: str) -> None:
             # AdamW's first step has the size of its rate wherever the gradient is not all but zero.
             grad = torch.zeros(()) if weight.grad is None else weight.grad
             clear = (grad.abs() > 1e-3).expand_as(weight)
-            torch.testing.assert_close(state[name][clear], weight[clear].detach(), atol=0.02 * rate, rtol=0)
+            torch.testing.assert_close(
+                state[name][clear], weight[clear].detach(), atol=0.02 * rate, rtol=0
+            )
             assert float((state[name] - before[f"{part}.{name}"]).abs().max()) <= 1.05 * rate
     checkpoint = torch.load(folder / f"{stage}.ckpt", weights_only=False)
     assert {name.split(".")[0] for name in checkpoint["state_dict"]} == {"transformer", "speech_ae"}
@@ -89,22 +103,36 @@ def test_checkpoint_is_that_of_one_process(runs: Any, stage: str) -> None:
 
 @pytest.mark.slow
 def test_resumed_training_is_the_uninterrupted_one(runs: Any) -> None:
-    """Weights, AdamW's moments, learning rate and random state, bit by bit, in both processes' shares."""
-    whole, half, resumed = (torch.load(runs[1] / f"{name}.ckpt", weights_only=False) for name in RESUMED)
+    """Weights, AdamW's moments, learning rate and random state, bit by bit, in both processes'
+    shares.
+    """
+    whole, half, resumed = (
+        torch.load(runs[1] / f"{name}.ckpt", weights_only=False) for name in RESUMED
+    )
     assert (whole["global_step"], half["global_step"]) == (4, 2)
     for key in ("state_dict", "optimizer_states", "lr_schedulers", "rest_rng_state", "global_step"):
         # By path: under FSDP2 AdamW's pair of betas comes back as a list.
-        ours, theirs = (dict(tree_flatten_with_path(checkpoint[key])[0]) for checkpoint in (whole, resumed))
+        ours, theirs = (
+            dict(tree_flatten_with_path(checkpoint[key])[0]) for checkpoint in (whole, resumed)
+        )
         assert ours.keys() == theirs.keys()
         for path, value in ours.items():
-            same = torch.equal(value, theirs[path]) if isinstance(value, torch.Tensor) else value == theirs[path]
+            same = (
+                torch.equal(value, theirs[path])
+                if isinstance(value, torch.Tensor)
+                else value == theirs[path]
+            )
             assert same, (key, path)
-    before, after = ({k: v for k, v in c["state_dict"].items() if "transformer" in k} for c in (half, whole))
+    before, after = (
+        {k: v for k, v in c["state_dict"].items() if "transformer" in k} for c in (half, whole)
+    )
     assert not any(torch.equal(value, before[name]) for name, value in after.items())
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_command_line_takes_the_file(recipe: Any, tmp_path: Path, repository: Path, strategy: str, capsys: Any) -> None:
+def test_command_line_takes_the_file(
+    recipe: Any, tmp_path: Path, repository: Path, strategy: str, capsys: Any
+) -> None:
     from rest_lightning import lightning_cli
 
     file = repository / f"configs/trainer/{strategy}.yaml"
@@ -119,4 +147,6 @@ def test_command_line_takes_the_file(recipe: Any, tmp_path: Path, repository: Pa
     else:
         assert printed["strategy"]["class_path"] == given["strategy"]["class_path"]
         assert printed["strategy"]["init_args"].items() >= given["strategy"]["init_args"].items()
-        assert [callback["class_path"].rpartition(".")[2] for callback in printed["callbacks"]] == ["ModelCheckpoint"]
+        assert [callback["class_path"].rpartition(".")[2] for callback in printed["callbacks"]] == [
+            "ModelCheckpoint"
+        ]

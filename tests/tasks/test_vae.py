@@ -9,13 +9,19 @@ import torch
 
 from rest_lightning.diffusion.losses import speech_ae_loss
 from rest_lightning.errors import UserError
-from rest_lightning.models.autoencoder import CompactVAE
 from rest_lightning.models.speech import LogMelEncoder
 from rest_lightning.models.speech_ae import SpeechAE
+from rest_lightning.models.vae import CompactVAE
 from rest_lightning.tasks.base import OptimizerSettings
 from rest_lightning.tasks.regions import region_weights
 from rest_lightning.tasks.speech_ae import SpeechAEModule
-from rest_lightning.tasks.vae import LatentMoments, VAELossWeights, VAEModule, border_jump_ratio, psnr_db
+from rest_lightning.tasks.vae import (
+    LatentMoments,
+    VAELossWeights,
+    VAEModule,
+    border_jump_ratio,
+    psnr_db,
+)
 
 
 def module(**weights: float) -> VAEModule:
@@ -25,7 +31,9 @@ def module(**weights: float) -> VAEModule:
 
 def batch(num_frames: int = 9) -> dict[str, Any]:
     ramp = torch.linspace(-1, 1, 64)
-    image = torch.stack([ramp.expand(64, 64), ramp[:, None].expand(64, 64), ramp.flip(0).expand(64, 64)])
+    image = torch.stack(
+        [ramp.expand(64, 64), ramp[:, None].expand(64, 64), ramp.flip(0).expand(64, 64)]
+    )
     frames = torch.stack([image.roll(2 * i, dims=-1) for i in range(num_frames)], dim=1)[None]
     return {"frames": frames, "landmarks": torch.full((1, num_frames, 3, 2), 0.5)}
 
@@ -64,7 +72,9 @@ def test_speech_ae_loss_falls_on_one_batch() -> None:
 
 @pytest.mark.parametrize(("mouth", "border"), [(1.0, 1.0), (8.0, 3.0)])
 def test_loss_terms_are_their_definitions(mouth: float, border: float) -> None:
-    task = module(l1=1.0, l2=3.0, difference=2.0, border=border, kl=0.5, mouth=mouth, eyes=mouth).eval()
+    task = module(
+        l1=1.0, l2=3.0, difference=2.0, border=border, kl=0.5, mouth=mouth, eyes=mouth
+    ).eval()
     data = batch(17)
     with torch.no_grad():
         terms = task.losses(data)
@@ -111,7 +121,9 @@ def test_moments_are_those_of_all_latents_together() -> None:
 def test_jump_ratio_and_psnr() -> None:
     steps = torch.ones(24)
     steps[8::8] = 3.0  # from frame 8 to 9 and from 16 to 17
-    frames = torch.cat([torch.zeros(1), steps.cumsum(0)])[None, None, :, None, None].expand(1, 3, 25, 2, 2)
+    frames = torch.cat([torch.zeros(1), steps.cumsum(0)])[None, None, :, None, None].expand(
+        1, 3, 25, 2, 2
+    )
     assert float(border_jump_ratio(frames)) == pytest.approx(3.0)
     assert float(psnr_db(torch.tensor(0.04))) == pytest.approx(20.0)
 
@@ -132,24 +144,33 @@ def test_final_checkpoint_holds_the_statistics_of_its_own_weights(recipe: Any) -
 
 
 def test_principal_path_is_set_before_the_first_stage_and_never_trained(recipe: Any) -> None:
-    states = [torch.load(recipe.final(stage), weights_only=False)["state_dict"] for stage in ("vae_start", "vae")]
+    states = [
+        torch.load(recipe.final(stage), weights_only=False)["state_dict"]
+        for stage in ("vae_start", "vae")
+    ]
     keys = [key for key in states[0] if key.startswith("vae.principal.")]
     assert keys
     for key in keys:
         assert states[0][key].any(), f"{key} was not set"
         # Averaging rounds: 0.9 * x + 0.1 * x is not always x.
         torch.testing.assert_close(states[0][key], states[1][key], atol=1e-6, rtol=1e-5)
-    with pytest.raises(UserError, match="expected a VAE with a principal path, got CompactVAE without one"):
+    with pytest.raises(
+        UserError, match=("expected a VAE with a principal path, got CompactVAE without one")
+    ):
         VAEModule(module().vae, principal_batches=1)
 
 
 def test_training_the_decoder_alone_leaves_the_latents_as_they_are() -> None:
     torch.manual_seed(0)
-    vae = CompactVAE(4, (8, 12, 16), (1, 1, 1), (1, 1, 1), ((4, 2), (2, 2)), 8, principal_components=8)
+    vae = CompactVAE(
+        4, (8, 12, 16), (1, 1, 1), (1, 1, 1), ((4, 2), (2, 2)), 8, principal_components=8
+    )
     assert vae.principal is not None
     for parameter in vae.principal.parameters():
         parameter.normal_(std=0.05)
-    task = VAEModule(vae, VAELossWeights(), OptimizerSettings(lr=1e-2, warmup_steps=1), train_encoder=False)
+    task = VAEModule(
+        vae, VAELossWeights(), OptimizerSettings(lr=1e-2, warmup_steps=1), train_encoder=False
+    )
     frames = batch()["frames"]
     with torch.no_grad():
         before = vae.encode(frames), vae.decode(vae.encode(frames))
@@ -171,7 +192,8 @@ def test_latent_noise_is_relative_to_the_latents_and_for_training_only(strength:
     torch.manual_seed(0)
     vae = CompactVAE(4, (8, 12, 16), (1, 1, 1), (1, 1, 1), ((4, 2), (2, 2)), 8)
     vae.latents_std.copy_(torch.tensor([[0.1, 1.0, 5.0, 2.0], [3.0, 0.2, 1.0, 0.5]]))
-    torch.nn.init.constant_(vae.encoder_out.bias[4:], -60.0)  # clamped: practically no noise of the VAE's own
+    # clamped: practically no noise of the VAE's own
+    torch.nn.init.constant_(vae.encoder_out.bias[4:], -60.0)
     task = VAEModule(vae, latent_noise=strength)
     seen: list[torch.Tensor] = []
 
@@ -195,9 +217,21 @@ def test_latent_noise_is_relative_to_the_latents_and_for_training_only(strength:
 def test_principal_batches_need_the_data_module() -> None:
     import lightning
 
-    vae = CompactVAE(4, (8, 12, 16), (1, 1, 1), (1, 1, 1), ((4, 2), (2, 2)), 8, principal_components=8)
-    trainer = lightning.Trainer(
-        accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False, enable_progress_bar=False
+    vae = CompactVAE(
+        4, (8, 12, 16), (1, 1, 1), (1, 1, 1), ((4, 2), (2, 2)), 8, principal_components=8
     )
-    with pytest.raises(UserError, match="expected a TalkingHeadDataModule to draw clips from, got plain data loaders"):
-        trainer.fit(VAEModule(vae, principal_batches=1), torch.utils.data.DataLoader([batch()], batch_size=None))
+    trainer = lightning.Trainer(
+        accelerator="cpu",
+        max_steps=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+    )
+    with pytest.raises(
+        UserError,
+        match=("expected a TalkingHeadDataModule to draw clips from, got plain data loaders"),
+    ):
+        trainer.fit(
+            VAEModule(vae, principal_batches=1),
+            torch.utils.data.DataLoader([batch()], batch_size=None),
+        )

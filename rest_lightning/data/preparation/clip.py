@@ -9,9 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rest_lightning.constants import FPS, SAMPLES_PER_FRAME
-from rest_lightning.data.layout import Sidecar, clip_path, rounded, temporary_path, write_sidecar
+from rest_lightning.data.layout import Sidecar, clip_path, write_sidecar
 from rest_lightning.data.preparation.duplicates import phash, sound_hash
-from rest_lightning.data.preparation.faces import Box, HandFinder, Picture
 from rest_lightning.data.preparation.filters import EARLY, first_failure
 from rest_lightning.data.preparation.frames import Frame, Probe
 from rest_lightning.data.preparation.options import PrepareOptions
@@ -20,10 +19,13 @@ from rest_lightning.data.preparation.scores import ClipScores
 from rest_lightning.data.preparation.sound import silent_share
 from rest_lightning.data.preparation.sync import MAX_FRAMES, sync_scores
 from rest_lightning.data.preparation.tracks import Track
-from rest_lightning.streaming.writer import Mp4Writer
+from rest_lightning.media.faces import Box, HandFinder, Picture
+from rest_lightning.media.files import rounded, temporary_path
+from rest_lightning.media.writer import Mp4Writer
 
 THUMBNAIL_PX = 128
-KEY_FRAME_EVERY = 25  # of 97 random frames of a long clip, about 109 are decoded; with x264's 250 about 210
+# of 97 random frames of a long clip, about 109 are decoded; with x264's 250 about 210
+KEY_FRAME_EVERY = 25
 PROVISIONAL_SPLIT = "train"  # of a sidecar until all videos are done and the splits are known
 
 
@@ -74,7 +76,9 @@ class ClipMaker:
             )
 
     def add(self, frame: Frame, picture: Picture | None) -> None:
-        """The next frame; ``picture`` is the whole upright picture, None when it repeats the one before."""
+        """The next frame; ``picture`` is the whole upright picture, None when it repeats the one
+        before.
+        """
         if picture is not None:
             self._crop = crop_square(picture, self.box, self.options.size_px)
             self._frame_scores.add(self._crop, self._face())
@@ -91,10 +95,14 @@ class ClipMaker:
         self.num_frames += 1
 
     def finish(self, samples: NDArray[np.float32] | None) -> Row:
-        """Close the clip with its sound, samples (640 * num_frames,) or None for none, and say what became of it."""
+        """Close the clip with its sound, samples (640 * num_frames,) or None for none, and say what
+        became of it.
+        """
         options = self.options
         self.scores |= self._frame_scores.result()
-        self.scores["silence"] = 1.0 if samples is None else silent_share(samples, options.silence_db)
+        self.scores["silence"] = (
+            1.0 if samples is None else silent_share(samples, options.silence_db)
+        )
         if self._kept_frames and samples is not None and self.scores["silence"] < 1:
             self.scores |= self._sync(samples)
         failure = first_failure(self.scores, options)
@@ -149,7 +157,9 @@ class ClipMaker:
             values = self.track.values[: len(self._kept_frames), :4].astype(np.float64)
             corners = np.hstack([values[:, :2], values[:, :2] + values[:, 2:]])
             boxes = (corners - np.tile(self.box[:2], 2)) * (self.options.size_px / self.box[2])
-        return sync_scores(self._kept_frames, boxes, samples[: len(self._kept_frames) * SAMPLES_PER_FRAME], weights)
+        return sync_scores(
+            self._kept_frames, boxes, samples[: len(self._kept_frames) * SAMPLES_PER_FRAME], weights
+        )
 
     def _sidecar(self) -> Sidecar:
         return Sidecar(
@@ -166,13 +176,19 @@ class ClipMaker:
 
 
 def crop_square(picture: Picture, box: Box, size_px: int) -> Picture:
-    """The box of a picture at ``size_px``: Lanczos over areas; what lies outside repeats the picture's edge."""
+    """The box of a picture at ``size_px``: Lanczos over areas; what lies outside repeats the
+    picture's edge.
+    """
     from PIL import Image
 
     height, width = picture.shape[:2]
     x, y, side = round(box[0]), round(box[1]), round(box[2])
     part = picture[max(0, y) : max(0, y + side), max(0, x) : max(0, x + side)]
-    outside = ((max(0, -y), max(0, y + side - height)), (max(0, -x), max(0, x + side - width)), (0, 0))
+    outside = (
+        (max(0, -y), max(0, y + side - height)),
+        (max(0, -x), max(0, x + side - width)),
+        (0, 0),
+    )
     if any(any(pair) for pair in outside):
         part = np.pad(part, outside, mode="edge")
     image = Image.fromarray(np.ascontiguousarray(part))
@@ -182,7 +198,12 @@ def crop_square(picture: Picture, box: Box, size_px: int) -> Picture:
 def centre_box(probe: Probe) -> Box:
     """The largest centred square."""
     side = min(probe.width, probe.height)
-    return (float((probe.width - side) // 2), float((probe.height - side) // 2), float(side), float(side))
+    return (
+        float((probe.width - side) // 2),
+        float((probe.height - side) // 2),
+        float(side),
+        float(side),
+    )
 
 
 def thumbnail_path(out: Path, clip_id: str) -> Path:
@@ -197,7 +218,9 @@ def write_thumbnail(path: Path, crop: Picture) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_path(path)
     try:
-        Image.fromarray(crop).resize((THUMBNAIL_PX, THUMBNAIL_PX), Image.Resampling.BOX).save(temporary, quality=85)
+        Image.fromarray(crop).resize((THUMBNAIL_PX, THUMBNAIL_PX), Image.Resampling.BOX).save(
+            temporary, quality=85
+        )
         temporary.replace(path)
     except BaseException:
         with suppress(OSError):

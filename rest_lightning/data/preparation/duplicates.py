@@ -1,16 +1,20 @@
 """Clips that are in a dataset twice: the same video under two names, in two sizes or encoded again.
 
-Two clips are duplicates when picture, sound and length agree. A picture alone does not tell: all clips of one recording
-session (MEAD has hundreds) show the same face before the same wall, and differ in what is said.
+Two clips are duplicates when picture, sound and length agree. A picture alone does not tell: all
+clips of one recording session (MEAD has hundreds) show the same face before the same wall, and
+differ in what is said.
 
-- picture: 64-bit DCT hash of the middle frame (Zauner, "Implementation and benchmarking of perceptual image hash
-  functions", 2010, as OpenCV's ``img_hash`` has it), at most ``max_duplicate_distance`` bits apart;
-- sound: 64 signs of energy differences over 17 parts of the clip and 5 bands (after Haitsma and Kalker, "A highly
-  robust audio fingerprinting system", 2002), at most `MAX_SOUND_DISTANCE` bits apart;
+- picture: 64-bit DCT hash of the middle frame (Zauner, "Implementation and benchmarking of
+  perceptual image hash functions", 2010, as OpenCV's ``img_hash`` has it), at most
+  ``max_duplicate_distance`` bits apart;
+- sound: 64 signs of energy differences over 17 parts of the clip and 5 bands (after Haitsma and
+  Kalker, "A highly robust audio fingerprinting system", 2002), at most `MAX_SOUND_DISTANCE` bits
+  apart;
 - length: within 2 % or three frames.
 
-Silent clips have no sound to compare: they are duplicates of silent clips of another video alone. What this does not
-find: the same speech cut at other places (more than a frame or two in a short clip), or mirrored pictures.
+Silent clips have no sound to compare: they are duplicates of silent clips of another video alone.
+What this does not find: the same speech cut at other places (more than a frame or two in a short
+clip), or mirrored pictures.
 """
 
 from __future__ import annotations
@@ -46,7 +50,8 @@ def phash(frame: NDArray[np.uint8]) -> str:
         frame: uint8 (H, W, 3), RGB.
 
     Returns:
-        16 hexadecimal digits: of the 8 x 8 lowest DCT coefficients of the 32 x 32 grey picture, row by row, whether
+        16 hexadecimal digits: of the 8 x 8 lowest DCT coefficients of the 32 x 32 grey picture, row
+            by row, whether
         each lies above their mean (the constant one counts as 0).
     """
     from PIL import Image
@@ -67,34 +72,49 @@ def sound_hash(samples: NDArray[np.float32]) -> str | None:
     Returns:
         16 hexadecimal digits, or None for silence and for less than a quarter of a second.
     """
-    if len(samples) < SAMPLE_RATE // 4 or np.sqrt(np.mean(np.square(samples, dtype=np.float64))) < _SILENCE:
+    if (
+        len(samples) < SAMPLE_RATE // 4
+        or np.sqrt(np.mean(np.square(samples, dtype=np.float64))) < _SILENCE
+    ):
         return None
-    frames = np.lib.stride_tricks.sliding_window_view(samples, _WINDOW)[:: _WINDOW // 4] * np.hanning(_WINDOW)
+    frames = np.lib.stride_tricks.sliding_window_view(samples, _WINDOW)[
+        :: _WINDOW // 4
+    ] * np.hanning(_WINDOW)
     power = np.abs(np.fft.rfft(frames)) ** 2
     edges = np.searchsorted(np.fft.rfftfreq(_WINDOW, 1 / SAMPLE_RATE), _BANDS_HZ)
     bands = np.stack([power[:, low:high].mean(1) for low, high in pairwise(edges)], axis=1)
     # Parts overlap by two thirds: a clip that was cut a frame later has nearly the same ones.
     centres, times = np.linspace(0, 1, _NUM_PARTS)[:, None], np.linspace(0, 1, len(bands))
-    weights = np.cos(np.clip(np.pi / 3 * (_NUM_PARTS - 1) * (times - centres), -np.pi / 2, np.pi / 2)) ** 2
+    weights = (
+        np.cos(np.clip(np.pi / 3 * (_NUM_PARTS - 1) * (times - centres), -np.pi / 2, np.pi / 2))
+        ** 2
+    )
     level = np.log(weights @ bands + 1e-12)
     return _hex(np.diff(np.diff(level, axis=1), axis=0) > 0)
 
 
 def mark_duplicates(rows: Iterable[Row], options: PrepareOptions) -> list[Row]:
-    """The rows, with the duplicates among the kept clips dropped; the reason names the clip that stays.
+    """The rows, with the duplicates among the kept clips dropped; the reason names the clip that
+    stays.
 
-    Of several, that with the largest face stays (its box in source pixels), then the longest, then the first by name.
-    The result depends neither on the order of the rows nor on what an earlier call has marked.
+    Of several, that with the largest face stays (its box in source pixels), then the longest, then
+    the first by name. The result depends neither on the order of the rows nor on what an earlier
+    call has marked.
 
     Raises:
         UserError: ``max_duplicate_distance`` outside 0..32.
     """
     if not 0 <= options.max_duplicate_distance <= 32:
         raise UserError(
-            f"expected max_duplicate_distance of 0 to 32 bits, got {options.max_duplicate_distance}: 6 is usual"
+            "expected max_duplicate_distance of 0 to 32 bits, got "
+            f"{options.max_duplicate_distance}: 6 is usual"
         )
     out = [_unmarked(row) for row in rows]
-    places = [i for i, row in enumerate(out) if row.status == "kept" and row.phash is not None and row.num_frames]
+    places = [
+        i
+        for i, row in enumerate(out)
+        if row.status == "kept" and row.phash is not None and row.num_frames
+    ]
     places.sort(key=lambda i: _rank(out[i]))
     clips = [out[i] for i in places]
     better: dict[int, list[int]] = {}
@@ -102,12 +122,19 @@ def mark_duplicates(rows: Iterable[Row], options: PrepareOptions) -> list[Row]:
         better.setdefault(second, []).append(first)
     dropped: set[int] = set()
     for number in range(len(clips)):
-        stays = next((other for other in sorted(better.get(number, [])) if other not in dropped), None)
+        stays = next(
+            (other for other in sorted(better.get(number, [])) if other not in dropped), None
+        )
         if stays is None:
             continue
         dropped.add(number)
-        reason = f"the same picture, sound and length as clip {clips[stays].clip_id} of {clips[stays].source}"
-        out[places[number]] = replace(clips[number], status="dropped", stage="filter", filter=FILTER, reason=reason)
+        reason = (
+            f"the same picture, sound and length as clip {clips[stays].clip_id} of "
+            f"{clips[stays].source}"
+        )
+        out[places[number]] = replace(
+            clips[number], status="dropped", stage="filter", filter=FILTER, reason=reason
+        )
     return out
 
 
@@ -126,8 +153,9 @@ def _rank(row: Row) -> tuple[Any, ...]:
 def _pairs(clips: Sequence[Row], max_distance: int) -> NDArray[np.int64]:
     """Pairs (i, j), i < j, of duplicates, as (m, 2).
 
-    Hashes at most d bits apart agree in one of d + 1 pieces of their bits (pigeonhole principle). So, piece by piece,
-    clips are sorted by it and by length, and compared with those that follow while piece and length agree.
+    Hashes at most d bits apart agree in one of d + 1 pieces of their bits (pigeonhole principle).
+    So, piece by piece, clips are sorted by it and by length, and compared with those that follow
+    while piece and length agree.
     """
     if not clips:
         return np.empty((0, 2), np.int64)
@@ -148,7 +176,8 @@ def _pairs(clips: Sequence[Row], max_distance: int) -> NDArray[np.int64]:
         while len(left):
             i, j = order[left], order[left + step]
             near = (piece[i] == piece[j]) & (lengths[j] - lengths[i] <= tolerance[i])
-            left, i, j = left[near], i[near], j[near]  # who left the range here will not come back: it is sorted
+            # who left the range here will not come back: it is sorted
+            left, i, j = left[near], i[near], j[near]
             alike = np.bitwise_count(pictures[i] ^ pictures[j]) <= max_distance
             alike &= silent[i] == silent[j]
             alike &= np.bitwise_count(sounds[i] ^ sounds[j]) <= MAX_SOUND_DISTANCE

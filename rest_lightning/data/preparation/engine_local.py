@@ -1,4 +1,6 @@
-"""Many videos on the cores of this machine: a process each, replaced when a video kills it; one run per folder."""
+"""Many videos on the cores of this machine: a process each, replaced when a video kills it; one run
+per folder.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,8 @@ _LEFTOVER = re.compile(r"\..*\.part(\.\w+)?")
 
 
 def find_videos(root: Path, out: Path) -> list[Path]:
-    """All videos below a folder, by their suffix, sorted; links are followed, each folder once; ``out`` is left out.
+    """All videos below a folder, by their suffix, sorted; links are followed, each folder once;
+    ``out`` is left out.
 
     Raises:
         UserError: no such folder, or no video in it.
@@ -55,9 +58,15 @@ def find_videos(root: Path, out: Path) -> list[Path]:
             continue
         seen.add((info.st_dev, info.st_ino))
         names.sort()
-        videos += [Path(folder) / name for name in files if os.path.splitext(name)[1].lower() in VIDEO_SUFFIXES]
+        videos += [
+            Path(folder) / name
+            for name in files
+            if os.path.splitext(name)[1].lower() in VIDEO_SUFFIXES
+        ]
     if not videos:
-        raise UserError(f"expected videos ({', '.join(VIDEO_SUFFIXES)}) in {root}, got none: check the folder")
+        raise UserError(
+            f"expected videos ({', '.join(VIDEO_SUFFIXES)}) in {root}, got none: check the folder"
+        )
     return sorted(videos, key=os.fsencode)
 
 
@@ -73,13 +82,16 @@ def locked(out: Path) -> Iterator[None]:
         file = open(out / LOCK_NAME, "a")  # noqa: SIM115  # closed below
     except OSError as error:
         reason = os.strerror(error.errno or 0).lower()
-        raise UserError(f"expected a folder to write to, got '{reason}' for {out}: choose another") from None
+        raise UserError(
+            f"expected a folder to write to, got '{reason}' for {out}: choose another"
+        ) from None
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UserError(
-                f"expected {out} for this run alone, but another one works in it: wait for its end, or choose another"
+                f"expected {out} for this run alone, but another one works in it: wait for its "
+                "end, or choose another"
             ) from None
         yield
 
@@ -94,8 +106,9 @@ def run(
 ) -> list[Row]:
     """Prepare all videos; those that are done already are not touched. The caller holds `locked`.
 
-    A video whose process dies (a crash inside a decoder, no memory) becomes a failed row and is tried again by the next
-    run. The order of the rows is that of ``sources``, whatever the number of workers.
+    A video whose process dies (a crash inside a decoder, no memory) becomes a failed row and is
+    tried again by the next run. The order of the rows is that of ``sources``, whatever the number
+    of workers.
 
     Args:
         sources: videos below ``root``.
@@ -109,7 +122,9 @@ def run(
         UserError: the output cannot be written; a later run goes on.
     """
     if num_workers < 1:
-        raise UserError(f"expected num_workers of at least 1, got {num_workers}: use the number of cores")
+        raise UserError(
+            f"expected num_workers of at least 1, got {num_workers}: use the number of cores"
+        )
     remove_leftovers(out)
     rows: dict[int, list[Row]] = {}
     waiting: deque[int] = deque()
@@ -145,7 +160,12 @@ class _Worker:
 
 
 def _results(
-    sources: Sequence[Path], waiting: deque[int], root: Path, out: Path, options: PrepareOptions, num_workers: int
+    sources: Sequence[Path],
+    waiting: deque[int],
+    root: Path,
+    out: Path,
+    options: PrepareOptions,
+    num_workers: int,
 ) -> Iterator[tuple[int, list[Row]]]:
     """Rows of each waiting video as it is done."""
     workers: list[_Worker] = []
@@ -180,7 +200,8 @@ def _results(
 
 
 class VideoProcess:
-    """One process that prepares video after video and is replaced when one kills it: what other engines work with.
+    """One process that prepares video after video and is replaced when one kills it: what other
+    engines work with.
 
     Args:
         root: folder of the input.
@@ -193,7 +214,9 @@ class VideoProcess:
         self._worker: _Worker | None = None
 
     def prepare(self, path: Path) -> list[Row]:
-        """Rows of one video; a failed row when the process dies over it. Raises a UserError as `run` does."""
+        """Rows of one video; a failed row when the process dies over it. Raises a UserError as
+        `run` does.
+        """
         self._worker = self._worker or _start(self.root, self.out, self.options)
         try:
             self._worker.pipe.send(path)
@@ -212,7 +235,10 @@ def _crashed(worker: _Worker, path: Path, root: Path, out: Path) -> Row:
     code = worker.process.exitcode
     how = f"signal {signal.Signals(-code).name}" if code and code < 0 else f"exit code {code}"
     remove_clips(out, source_key(path, root))
-    reason = f"the process that worked on it ended by {how}: a decoder crashed or memory ran out; tried again next time"
+    reason = (
+        f"the process that worked on it ended by {how}: a decoder crashed or memory ran out; "
+        "tried again next time"
+    )
     return Row(source_name(path, root), None, "failed", "decode", reason)
 
 
@@ -231,7 +257,8 @@ def _work(pipe: Connection, root: Path, out: Path, options: PrepareOptions) -> N
     os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
     threading.Thread(target=_follow_parent, daemon=True).start()
     quiet = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(quiet, 2)  # decoders and mediapipe's C++ log there, line upon line; what matters comes back as rows
+    # decoders and mediapipe's C++ log there, line upon line; what matters comes back as rows
+    os.dup2(quiet, 2)
     while True:
         try:
             path = pipe.recv()
@@ -244,7 +271,9 @@ def _work(pipe: Connection, root: Path, out: Path, options: PrepareOptions) -> N
 
 
 def _follow_parent() -> None:
-    """Ends this process with its parent: once that is gone, the folder is no longer locked for us."""
+    """Ends this process with its parent: once that is gone, the folder is no longer locked for
+    us.
+    """
     parent = multiprocessing.parent_process()
     if parent is not None:
         wait([parent.sentinel])
@@ -252,7 +281,9 @@ def _follow_parent() -> None:
 
 
 @contextmanager
-def progress_bar(sources: Sequence[Path], done: list[int], progress: bool) -> Iterator[Callable[[int], None]]:
+def progress_bar(
+    sources: Sequence[Path], done: list[int], progress: bool
+) -> Iterator[Callable[[int], None]]:
     """A bar in bytes of video, which tell the time left better than their number does."""
     from tqdm import tqdm
 

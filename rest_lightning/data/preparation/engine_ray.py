@@ -1,7 +1,9 @@
-"""Many videos on many machines: the work of the local engine on Ray Data, with the same rows and the same files.
+"""Many videos on many machines: the work of the local engine on Ray Data, with the same rows and
+the same files.
 
-A running cluster is named by the environment's ``RAY_ADDRESS``; without it, one is started on this machine for the run.
-On a cluster every machine needs this package, and the input and the output folder under the same names (a shared disk).
+A running cluster is named by the environment's ``RAY_ADDRESS``; without it, one is started on this
+machine for the run. On a cluster every machine needs this package, and the input and the output
+folder under the same names (a shared disk).
 """
 
 from __future__ import annotations
@@ -14,7 +16,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rest_lightning.data.preparation.engine_local import VideoProcess, progress_bar, remove_leftovers
+from rest_lightning.data.preparation.engine_local import (
+    VideoProcess,
+    progress_bar,
+    remove_leftovers,
+)
 from rest_lightning.data.preparation.options import PrepareOptions
 from rest_lightning.data.preparation.rows import Row
 from rest_lightning.data.preparation.work import fingerprint, read_record, source_key
@@ -33,19 +39,24 @@ def run(
     num_workers: int = 2,
     progress: bool = True,
 ) -> list[Row]:
-    """Prepare all videos; those that are done already are not touched. The caller holds `engine_local.locked`.
+    """Prepare all videos; those that are done already are not touched. The caller holds
+    `engine_local.locked`.
 
-    Arguments, rows and their order are those of :func:`rest_lightning.data.preparation.engine_local.run`. A video whose
-    process dies becomes a failed row; when a whole machine goes, Ray gives its videos to another one.
+    Arguments, rows and their order are those of
+    :func:`rest_lightning.data.preparation.engine_local.run`. A video whose process dies becomes a
+    failed row; when a whole machine goes, Ray gives its videos to another one.
 
     Args:
         num_workers: actors with one core each, over all machines.
 
     Raises:
-        UserError: no Ray, no cluster at ``RAY_ADDRESS``, or the output cannot be written; a later run goes on.
+        UserError: no Ray, no cluster at ``RAY_ADDRESS``, or the output cannot be written; a later
+            run goes on.
     """
     if num_workers < 1:
-        raise UserError(f"expected num_workers of at least 1, got {num_workers}: use the number of cores")
+        raise UserError(
+            f"expected num_workers of at least 1, got {num_workers}: use the number of cores"
+        )
     # Workers elsewhere have other working directories.
     sources, root, out = [path.absolute() for path in sources], root.absolute(), out.absolute()
     remove_leftovers(out)
@@ -65,7 +76,12 @@ def run(
 
 
 def _results(
-    sources: Sequence[Path], todo: Sequence[int], root: Path, out: Path, options: PrepareOptions, num_workers: int
+    sources: Sequence[Path],
+    todo: Sequence[int],
+    root: Path,
+    out: Path,
+    options: PrepareOptions,
+    num_workers: int,
 ) -> Iterator[tuple[int, list[Row]]]:
     import ray.data
 
@@ -84,11 +100,16 @@ def _results(
     for answer in prepared.iter_rows():
         if answer["error"]:
             raise UserError(answer["error"])
-        yield answer["number"], [Row.from_dict(row, "a worker's answer") for row in json.loads(answer["rows"])]
+        yield (
+            answer["number"],
+            [Row.from_dict(row, "a worker's answer") for row in json.loads(answer["rows"])],
+        )
 
 
 class _PrepareVideo:
-    """An actor. Its videos are decoded in a process below it, so that a decoder's crash is a row and no lost actor."""
+    """An actor. Its videos are decoded in a process below it, so that a decoder's crash is a row
+    and no lost actor.
+    """
 
     def __init__(self, root: Path, out: Path, options: PrepareOptions) -> None:
         self._process = VideoProcess(root, out, options)
@@ -98,4 +119,8 @@ class _PrepareVideo:
             rows = self._process.prepare(Path(os.fsdecode(item["path"])))
         except UserError as error:
             return {"number": item["number"], "rows": "[]", "error": str(error)}
-        return {"number": item["number"], "rows": json.dumps([asdict(row) for row in rows]), "error": ""}
+        return {
+            "number": item["number"],
+            "rows": json.dumps([asdict(row) for row in rows]),
+            "error": "",
+        }

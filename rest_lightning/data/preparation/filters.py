@@ -1,4 +1,6 @@
-"""Which clips stay: one threshold per score, asked in a fixed order; the first that fails is the reason."""
+"""Which clips stay: one threshold per score, asked in a fixed order; the first that fails is the
+reason.
+"""
 
 from __future__ import annotations
 
@@ -60,5 +62,7 @@ def first_failure(
             continue
         if score > limit if rule.kind == "max" else score < limit:
             bound = "at most" if rule.kind == "max" else "at least"
-            return rule.filter, f"expected {bound} {limit:g} {rule.what} ({rule.option}), got {score:.4g}"
+            return rule.filter, (
+                f"expected {bound} {limit:g} {rule.what} ({rule.option}), got {score:.4g}"
+            )
     return None

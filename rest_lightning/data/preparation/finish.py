@@ -40,7 +40,9 @@ def finish(out: Path, rows: Sequence[Row], options: PrepareOptions) -> list[Row]
         "kind": KIND,
         "options": asdict(options),
         "num_rows_per_status": dict(sorted(Counter(row.status for row in rows).items())),
-        "num_rows_per_filter": dict(sorted(Counter(row.filter for row in rows if row.filter).items())),
+        "num_rows_per_filter": dict(
+            sorted(Counter(row.filter for row in rows if row.filter).items())
+        ),
     }
     write_rows(out, rows)
     layout.finish_dataset(out, info, [row.clip_id for row in kept if row.clip_id is not None])

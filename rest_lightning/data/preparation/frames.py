@@ -1,4 +1,6 @@
-"""Any video as upright frames at 25 fps: variable rates, rotated phones, odd time stamps, damaged ends."""
+"""Any video as upright frames at 25 fps: variable rates, rotated phones, odd time stamps, damaged
+ends.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +18,22 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 
 from rest_lightning.constants import FPS
-from rest_lightning.data.preparation.faces import Picture
 from rest_lightning.errors import UserError
+from rest_lightning.media.faces import Picture
 
 MIN_SIDE_PX = 32
 _SPF = Fraction(1, FPS)
-_STILL = ("image2", "png_pipe", "jpeg_pipe", "webp_pipe", "bmp_pipe", "tiff_pipe", "gif_pipe", "piped", "ico")
+_STILL = (
+    "image2",
+    "png_pipe",
+    "jpeg_pipe",
+    "webp_pipe",
+    "bmp_pipe",
+    "tiff_pipe",
+    "gif_pipe",
+    "piped",
+    "ico",
+)
 _BACKWARDS_S = Fraction(1, 1000)
 
 
@@ -78,7 +90,9 @@ class Frame:
             width, height = height, width
         how = "AREA" if width < self.decoded.width else "BICUBIC"
         # One thread: FFmpeg would start new ones for every frame.
-        reduced = self.reformatter.reformat(self.decoded, width, height, "rgb24", interpolation=how, threads=1)
+        reduced = self.reformatter.reformat(
+            self.decoded, width, height, "rgb24", interpolation=how, threads=1
+        )
         return np.ascontiguousarray(np.rot90(reduced.to_ndarray(), self.rotation // 90))
 
 
@@ -93,12 +107,17 @@ def probe(path: Path, min_fps: float = 0.0) -> Probe:
         stream = video_stream(container)
         fps = float(stream.average_rate) if stream.average_rate else None
         if fps is not None and fps < min_fps:
-            raise SourceError("probe", f"expected at least {min_fps:g} frames per second, got {fps:.3g}")
+            raise SourceError(
+                "probe", (f"expected at least {min_fps:g} frames per second, got {fps:.3g}")
+            )
         duration_s = _duration_s(container, stream)
         num_audio_tracks = len(container.streams.audio)
         first = next(decoded(container, stream), None)
         if first is None:
-            raise SourceError("decode", "expected frames, got none that can be decoded: the file is damaged or empty")
+            raise SourceError(
+                "decode",
+                ("expected frames, got none that can be decoded: the file is damaged or empty"),
+            )
         rotation = round(first.rotation / 90) * 90 % 360
         aspect = stream.sample_aspect_ratio or Fraction(1)
         aspect = aspect if Fraction(1, 10) <= aspect <= 10 else Fraction(1)
@@ -106,7 +125,9 @@ def probe(path: Path, min_fps: float = 0.0) -> Probe:
     if rotation in (90, 270):
         width, height = height, width
     if min(width, height) < MIN_SIDE_PX:
-        raise SourceError("probe", f"expected at least {MIN_SIDE_PX} pixels on each side, got {width}x{height}")
+        raise SourceError(
+            "probe", (f"expected at least {MIN_SIDE_PX} pixels on each side, got {width}x{height}")
+        )
     return Probe(width, height, rotation, fps, duration_s, num_audio_tracks)
 
 
@@ -144,7 +165,11 @@ class FrameStream:
                 shown, last = frame, time
             if shown is not None:
                 yield from self._repeat(shown, index, last + usual)
-        self.damage = damage[0] if damage else self._truncation(float(last + usual) if shown is not None else 0.0)
+        self.damage = (
+            damage[0]
+            if damage
+            else self._truncation(float(last + usual) if shown is not None else 0.0)
+        )
 
     def _repeat(self, shown: VideoFrame, index: int, end: Fraction) -> Iterator[Frame]:
         """The shown frame at all places before ``end``."""
@@ -155,7 +180,10 @@ class FrameStream:
         claimed_s = self.probe.duration_s
         if claimed_s is None or end_s >= claimed_s - 0.5 - 0.01 * claimed_s:
             return None
-        return f"expected {claimed_s:.2f} s of video as its header says, got {end_s:.2f} s: the file is truncated"
+        return (
+            f"expected {claimed_s:.2f} s of video as its header says, got {end_s:.2f} s: the "
+            "file is truncated"
+        )
 
 
 def start_s(path: Path) -> Fraction:
@@ -190,8 +218,12 @@ def _timed(frames: Iterator[VideoFrame], usual: Fraction) -> Iterator[tuple[Frac
         last = time
 
 
-def decoded(container: Any, stream: Any, damage: list[str] | None = None, what: str = "frames") -> Iterator[Any]:
-    """Decoded frames of a stream; a few bad packets are skipped, more end it and are told in ``damage``."""
+def decoded(
+    container: Any, stream: Any, damage: list[str] | None = None, what: str = "frames"
+) -> Iterator[Any]:
+    """Decoded frames of a stream; a few bad packets are skipped, more end it and are told in
+    ``damage``.
+    """
     num_bad = num_good = 0
     at_s = 0.0
     packets = container.demux(stream)
@@ -203,7 +235,10 @@ def decoded(container: Any, stream: Any, damage: list[str] | None = None, what: 
             num_bad += 1
             if num_bad > 2 + num_good // 100:
                 if damage is not None:
-                    damage.append(f"expected {what} that can be decoded, got '{reason_of(error)}' after {at_s:.2f} s")
+                    damage.append(
+                        f"expected {what} that can be decoded, got '{reason_of(error)}' "
+                        f"after {at_s:.2f} s"
+                    )
                 return
             continue
         if packet is None:
@@ -221,7 +256,8 @@ def open_container(path: Path) -> Any:
         return av.open(f"file:{path}", metadata_errors="ignore")
     except (av.FFmpegError, OSError, ValueError) as error:
         raise SourceError(
-            "probe", f"expected a video, got '{reason_of(error)}': the file is damaged or another kind"
+            "probe",
+            (f"expected a video, got '{reason_of(error)}': the file is damaged or another kind"),
         ) from None
 
 
@@ -239,7 +275,8 @@ def video_stream(container: Any) -> Any:
     stream = next((s for s in moving if s.disposition & av.stream.Disposition.default), moving[0])
     if stream.codec_context is None:
         raise SourceError("probe", "expected a video codec that FFmpeg decodes, got another")
-    stream.codec_context.thread_count = 1  # every thread more holds frames of its own: memory stays bounded
+    # every thread more holds frames of its own: memory stays bounded
+    stream.codec_context.thread_count = 1
     return stream
 
 
@@ -267,7 +304,9 @@ def _check_file(path: Path) -> None:
             with open(path, "rb") as file:
                 file.read(1)
     except OSError as error:
-        raise SourceError("probe", f"expected a readable file, got '{os.strerror(error.errno or 0).lower()}'") from None
+        raise SourceError(
+            "probe", (f"expected a readable file, got '{os.strerror(error.errno or 0).lower()}'")
+        ) from None
     if not stat.S_ISREG(info.st_mode):
         raise SourceError("probe", "expected a file, got a pipe, a device or a folder")
     if not info.st_size:

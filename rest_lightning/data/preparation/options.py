@@ -1,4 +1,6 @@
-"""What a person may choose about a preparation, in one frozen class that YAML files and the command line fill."""
+"""What a person may choose about a preparation, in one frozen class that YAML files and the command
+line fill.
+"""
 
 from __future__ import annotations
 
@@ -25,40 +27,50 @@ FINISHING = (
 
 @dataclass(frozen=True)
 class PrepareOptions:
-    """Sizes, thresholds and rules. None as a threshold switches its filter off; the score is stored all the same.
+    """Sizes, thresholds and rules. None as a threshold switches its filter off; the score is stored
+    all the same.
 
     Attributes:
         size_px: side of the clips: 128, 256 or 512.
         crf: constant rate factor of x264.
         detector: ``mediapipe`` or the import path ``package.module:Class`` of a
-            :class:`~rest_lightning.data.preparation.faces.FaceDetector`.
+            :class:`~rest_lightning.media.faces.FaceDetector`.
         min_confidence: of a detection, 0 to 1.
         detection_px: longer side of the frames that faces are looked for in.
-        box: ``[x, y, w, h]`` in pixels of the upright source: no faces are looked for, this square is every clip.
+        box: ``[x, y, w, h]`` in pixels of the upright source: no faces are looked for, this square
+            is every clip.
         already_cropped: the largest centred square is every clip, no faces are looked for.
         margin: added on every side of the landmarks' extremes, as a share of their larger side.
-        margin_top: added above them in place of ``margin``: landmarks end at the brows' height of the forehead.
-        min_frames, max_frames: of a clip; longer tracks are cut into equal parts of at most ``max_frames``.
+        margin_top: added above them in place of ``margin``: landmarks end at the brows' height of
+            the forehead.
+        min_frames, max_frames: of a clip; longer tracks are cut into equal parts of at most
+            ``max_frames``.
         max_gap_frames: a face may be lost for so long within a track.
         min_iou: overlap of the boxes of one face in consecutive frames.
         min_fps: videos with fewer frames per second on average are refused.
         max_gap_s: frames further apart than this are a hole in the video, where clips end.
         scene_threshold: least difference of two frames at a scene cut, of 255.
         scene_ratio: how many times the differences around it a cut has.
-        min_face_px: filter ``small``: larger side of the landmarks' extremes, in source pixels, median over the clip.
-        max_other_faces: filter ``faces``: share of frames in which another face reaches into the box.
-        max_profile: filter ``profile``: distance of the nose from the middle between the eyes, in eye distances, 90th
-            percentile: 0 is frontal, about 0.6 a head turned by 45 degrees.
+        min_face_px: filter ``small``: larger side of the landmarks' extremes, in source pixels,
+            median over the clip.
+        max_other_faces: filter ``faces``: share of frames in which another face reaches into the
+            box.
+        max_profile: filter ``profile``: distance of the nose from the middle between the eyes, in
+            eye distances, 90th percentile: 0 is frontal, about 0.6 a head turned by 45 degrees.
         min_sharpness: filter ``blur``: variance of the Laplacian of the grey face at 64x64, median.
-        max_flow: filter ``motion``: mean optical flow per frame, in percent of the side, 95th percentile.
+        max_flow: filter ``motion``: mean optical flow per frame, in percent of the side, 95th
+            percentile.
         min_brightness: filter ``dark``: mean luma of the crop, 0 to 1.
         max_hands: filter ``hands``: share of looked-at frames with a hand over the face.
         max_text: filter ``text``: share of looked-at frames with a line of text in the lower third.
-        max_silence: filter ``silence``: share of the clip below ``silence_db``; 1 where there is no sound.
+        max_silence: filter ``silence``: share of the clip below ``silence_db``; 1 where there is no
+            sound.
         silence_db: loudness of a frame's sound, dB of full scale, below which it is silence.
-        sync_weights: filter ``sync``: a file of published SyncNet weights, ``published``, ``embedded``, or None.
+        sync_weights: filter ``sync``: a file of published SyncNet weights, ``published``,
+            ``embedded``, or None.
         max_offset_frames: of sound against lips.
-        min_sync_confidence: below it the offset means nothing, and the filter ``sync`` drops the clip.
+        min_sync_confidence: below it the offset means nothing, and the filter ``sync`` drops the
+            clip.
         look_every_frames: hands and text are looked for in every so many frames.
         max_duplicate_distance: bits in which two hashes of duplicates may differ.
         keep_dropped: write the clips that a filter drops too; they stay out of manifest.jsonl.
@@ -106,25 +118,50 @@ class PrepareOptions:
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
         for field in fields(self):
-            object.__setattr__(self, field.name, _checked(field.name, getattr(self, field.name), hints[field.name]))
+            object.__setattr__(
+                self, field.name, _checked(field.name, getattr(self, field.name), hints[field.name])
+            )
         if self.size_px not in SIZES_PX:
-            raise UserError(f"expected size_px of 128, 256 or 512, got {self.size_px}: choose one of them")
-        if self.box is not None and (min(self.box[:2]) < 0 or min(self.box[2:]) < 16 or self.box[2] != self.box[3]):
-            raise UserError(f"expected a square box x,y,w,h of at least 16 pixels, got {self.box}: correct it")
+            raise UserError(
+                f"expected size_px of 128, 256 or 512, got {self.size_px}: choose one of them"
+            )
+        if self.box is not None and (
+            min(self.box[:2]) < 0 or min(self.box[2:]) < 16 or self.box[2] != self.box[3]
+        ):
+            raise UserError(
+                f"expected a square box x,y,w,h of at least 16 pixels, got {self.box}: correct it"
+            )
         if self.box is not None and self.already_cropped:
             raise UserError("expected box or already_cropped, got both: give one of them")
         if not 1 <= self.min_frames <= self.max_frames:
             raise UserError(
-                f"expected 1 <= min_frames <= max_frames, got {self.min_frames} and {self.max_frames}: correct them"
+                f"expected 1 <= min_frames <= max_frames, got {self.min_frames} and "
+                f"{self.max_frames}: correct them"
             )
-        positive = ("detection_px", "look_every_frames", "max_gap_s", "scene_ratio", "scene_threshold")
+        positive = (
+            "detection_px",
+            "look_every_frames",
+            "max_gap_s",
+            "scene_ratio",
+            "scene_threshold",
+        )
         for name in positive:
             if getattr(self, name) <= 0:
-                raise UserError(f"expected {name} above 0, got {getattr(self, name)}: leave it out for its default")
+                raise UserError(
+                    f"expected {name} above 0, got {getattr(self, name)}: leave it "
+                    "out "
+                    "for its default"
+                )
         for name in ("margin", "margin_top", "max_gap_frames"):
             if getattr(self, name) < 0:
-                raise UserError(f"expected {name} of at least 0, got {getattr(self, name)}: leave it out")
-        if self.val_fraction < 0 or self.test_fraction < 0 or self.val_fraction + self.test_fraction > 1:
+                raise UserError(
+                    f"expected {name} of at least 0, got {getattr(self, name)}: leave it out"
+                )
+        if (
+            self.val_fraction < 0
+            or self.test_fraction < 0
+            or self.val_fraction + self.test_fraction > 1
+        ):
             raise UserError(
                 "expected val_fraction and test_fraction of 0 to 1 together, "
                 f"got {self.val_fraction} and {self.test_fraction}: use 0.05 and 0"
@@ -136,8 +173,11 @@ class PrepareOptions:
         return self.box is None and not self.already_cropped
 
 
-def load_options(path: str | os.PathLike[str] | None, overrides: Mapping[str, Any] | None = None) -> PrepareOptions:
-    """Options of a YAML file, with ``overrides`` on top (command line); names that are None there are not given.
+def load_options(
+    path: str | os.PathLike[str] | None, overrides: Mapping[str, Any] | None = None
+) -> PrepareOptions:
+    """Options of a YAML file, with ``overrides`` on top (command line); names that are None there
+    are not given.
 
     Raises:
         UserError: no such file, not YAML, an unknown name, a value of another kind.
@@ -147,7 +187,9 @@ def load_options(path: str | os.PathLike[str] | None, overrides: Mapping[str, An
     known = [field.name for field in fields(PrepareOptions)]
     unknown = [str(name) for name in values if name not in known]
     if unknown:
-        raise UserError(f"expected options of {', '.join(known)}, got {', '.join(unknown)}: correct the name")
+        raise UserError(
+            f"expected options of {', '.join(known)}, got {', '.join(unknown)}: correct the name"
+        )
     return PrepareOptions(**values)
 
 
@@ -157,30 +199,46 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"expected a configuration file {path}, got {error}: check the name") from None
+        raise UserError(
+            f"expected a configuration file {path}, got {error}: check the name"
+        ) from None
     except yaml.YAMLError as error:
-        raise UserError(f"expected YAML in {path}, got {' '.join(str(error).split())}: correct it") from None
+        raise UserError(
+            f"expected YAML in {path}, got {' '.join(str(error).split())}: correct it"
+        ) from None
     if content is not None and not isinstance(content, dict):
-        raise UserError(f"expected names and values in {path}, got {type(content).__name__}: write `size_px: 256`")
+        raise UserError(
+            f"expected names and values in {path}, got {type(content).__name__}: "
+            "write "
+            "`size_px: 256`"
+        )
     return dict(content or {})
 
 
 def _checked(name: str, value: Any, hint: Any) -> Any:
-    """``value`` as its type: whole numbers pass as floats, lists as tuples; anything else is a mistake."""
+    """``value`` as its type: whole numbers pass as floats, lists as tuples; anything else is a
+    mistake.
+    """
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if value is None and type(None) in kinds:
         return None
     kind = next(kind for kind in kinds if kind is not type(None))
     if typing.get_origin(kind) is tuple:
         num = len(typing.get_args(kind))
-        if isinstance(value, (list, tuple)) and len(value) == num and all(_is_number(item) for item in value):
+        if (
+            isinstance(value, (list, tuple))
+            and len(value) == num
+            and all(_is_number(item) for item in value)
+        ):
             return tuple(float(item) for item in value)
         raise UserError(f"expected {name} of {num} numbers, got {value!r}: write [0, 0, 256, 256]")
     if typing.get_origin(kind) is Literal:
         choices = typing.get_args(kind)
         if value in choices:
             return value
-        raise UserError(f"expected {name} of {', '.join(choices)}, got {value!r}: choose one of them")
+        raise UserError(
+            f"expected {name} of {', '.join(choices)}, got {value!r}: choose one of them"
+        )
     if kind is float and _is_number(value):
         return float(value)
     if type(value) is kind and kind is not float:  # not isinstance: True is no number

@@ -1,4 +1,6 @@
-"""``report.html``: what is in a dataset, to be seen in a minute. One self-contained page, no script from elsewhere."""
+"""``report.html``: what is in a dataset, to be seen in a minute. One self-contained page, no script
+from elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rest_lightning.data.layout import clip_path, write_text_atomic
+from rest_lightning.data.layout import clip_path
 from rest_lightning.data.preparation.rows import FILTERS, Row
 from rest_lightning.data.preparation.summary import (
     Group,
@@ -23,10 +25,11 @@ from rest_lightning.data.preparation.summary import (
     summarize,
 )
 from rest_lightning.errors import UserError
-from rest_lightning.evaluation.page import data_uri, fill_page
-from rest_lightning.evaluation.plots import histogram
+from rest_lightning.media.files import write_text_atomic
+from rest_lightning.media.html import data_uri, fill_page, histogram
 
-MAX_KEPT, MAX_DROPPED = 48, 12  # pictures of kept clips, and of each filter's dropped ones: a megabyte in all
+# pictures of kept clips, and of each filter's dropped ones: a megabyte in all
+MAX_KEPT, MAX_DROPPED = 48, 12
 MAX_IDENTITIES, MAX_FAILED = 100, 200
 NUM_BINS = 32
 
@@ -63,7 +66,8 @@ def write_report(out: str | os.PathLike[str]) -> Path:
     """Write ``<out>/report.html``, whole or not at all.
 
     Args:
-        out: folder of a dataset; one that `rest prepare` did not make shows what its manifest and sidecars know.
+        out: folder of a dataset; one that `rest prepare` did not make shows what its manifest and
+            sidecars know.
 
     Raises:
         UserError: no dataset in this folder, or it cannot be written.
@@ -73,13 +77,19 @@ def write_report(out: str | os.PathLike[str]) -> Path:
     try:
         write_text_atomic(path, to_html(summary))
     except OSError as error:
-        raise UserError(f"expected to write {path}, got '{error.strerror}': free some space") from None
+        raise UserError(
+            f"expected to write {path}, got '{error.strerror}': free some space"
+        ) from None
     return path
 
 
 def to_html(summary: Summary) -> str:
     """The page."""
-    size = f", {summary.size_px}×{summary.size_px} pixels at 25 frames per second" if summary.size_px else ""
+    size = (
+        (f", {summary.size_px}×{summary.size_px} pixels at 25 frames per second")
+        if summary.size_px
+        else ""
+    )
     lead = escape(f"{summary.kind.capitalize()}{size}.")
     if not summary.filters_known:
         lead += " There is no prepare.jsonl here: what was left out, and why, is not known."
@@ -93,7 +103,13 @@ def to_html(summary: Summary) -> str:
         _failed(summary.rows),
     ]
     name = summary.out.resolve().name
-    return fill_page(name, lead, filter(None, sections), "Made by rest prepare; colours follow the system's.", STYLE)
+    return fill_page(
+        name,
+        lead,
+        filter(None, sections),
+        ("Made by rest prepare; colours follow the system's."),
+        STYLE,
+    )
 
 
 def _tiles(summary: Summary) -> str:
@@ -107,7 +123,9 @@ def _tiles(summary: Summary) -> str:
     if summary.filters_known:
         tiles.append((f"{summary.count('dropped'):,}", "clips dropped by a filter"))
         tiles.append((f"{summary.count('failed'):,}", "videos or parts that failed"))
-    cells = "".join(f'<div class="tile"><b>{value}</b><span>{what}</span></div>' for value, what in tiles)
+    cells = "".join(
+        f'<div class="tile"><b>{value}</b><span>{what}</span></div>' for value, what in tiles
+    )
     return f'<div class="tiles">{cells}</div>'
 
 
@@ -117,7 +135,9 @@ def _left_out(summary: Summary) -> str:
     counts = [(status, summary.count(status)) for status in ("kept", "dropped", "failed")]
     total = max(1, len(summary.rows))
     bar = "".join(
-        f'<i class="b{i}" style="width:{100 * count / total:.2f}%"></i>' for i, (_, count) in enumerate(counts) if count
+        f'<i class="b{i}" style="width:{100 * count / total:.2f}%"></i>'
+        for i, (_, count) in enumerate(counts)
+        if count
     )
     keys = "".join(
         f'<li><span class="dot b{i}"></span>{count:,} {status} ({100 * count / total:.1f} %)</li>'
@@ -127,8 +147,14 @@ def _left_out(summary: Summary) -> str:
     rows = "".join(_left_out_row(group, most) for group in summary.left_out)
     table = (
         '<div class="scroll" style="margin-top:16px"><table class="sortable"><thead><tr>'
-        + "".join(_head(text, first) for text, first in (("", None), ("rows", "descending"), ("length", "descending")))
-        + '<th scope="col"></th><th scope="col" style="text-align:left">for example</th></tr></thead>'
+        + "".join(
+            _head(text, first)
+            for text, first in (("", None), ("rows", "descending"), ("length", "descending"))
+        )
+        + (
+            '<th scope="col"></th><th scope="col" style="text-align:left">for '
+            "example</th></tr></thead>"
+        )
         + f"<tbody>{rows}</tbody></table></div>"
         if rows
         else "<p>Nothing was left out.</p>"
@@ -143,7 +169,8 @@ def _left_out_row(group: Group, most: int) -> str:
         f'<tr><th scope="row" data-value="{escape(group.name)}">{escape(group.name)}</th>'
         f'<td data-value="{group.num_clips}">{group.num_clips:,}</td>'
         f'<td data-value="{group.hours:.6f}">{duration(group.hours) if group.hours else "–"}</td>'
-        f'<td class="bar"><i class="{look}" style="width:{100 * group.num_clips / most:.1f}%"></i></td>'
+        f'<td class="bar"><i class="{look}" '
+        f'style="width:{100 * group.num_clips / most:.1f}%"></i></td>'
         f'<td class="why">{escape(group.example)}</td></tr>'
     )
 
@@ -161,10 +188,18 @@ def _kept_sheet(summary: Summary) -> str:
     rows = [row for _, row in order]
     shown = _spread(rows[:num_first], MAX_KEPT) if num_first > MAX_KEPT else rows[:MAX_KEPT]
     if not shown:
-        return "<section><h2>Kept clips</h2><p>None: lower a threshold that the table above names.</p></section>"
+        return (
+            "<section><h2>Kept clips</h2><p>None: lower a threshold that the table above "
+            "names.</p></section>"
+        )
     note = f"{len(shown)} of {len(rows):,}" if len(shown) < len(rows) else f"all {len(rows)}"
-    pictures = [_figure(summary.out, row, row.identity or "", duration(hours_of([row]))) for row in shown]
-    return f'<section><h2>Kept clips</h2><h3>{note}</h3><div class="sheet">{"".join(pictures)}</div></section>'
+    pictures = [
+        _figure(summary.out, row, row.identity or "", duration(hours_of([row]))) for row in shown
+    ]
+    return (
+        f"<section><h2>Kept clips</h2><h3>{note}</h3><div "
+        f'class="sheet">{"".join(pictures)}</div></section>'
+    )
 
 
 def _dropped_sheets(summary: Summary) -> str:
@@ -173,14 +208,29 @@ def _dropped_sheets(summary: Summary) -> str:
         rows = [row for row in summary.rows if row.status == "dropped" and row.filter == name]
         if not rows:
             continue
-        rows.sort(key=lambda row: (row.scores.get(name) or 0.0, row.clip_id or ""))  # from one extreme to the other
+        # from one extreme to the other
+        rows.sort(key=lambda row: (row.scores.get(name) or 0.0, row.clip_id or ""))
         shown = _spread(rows, MAX_DROPPED)
         limits = next((limits_text(score) for score in summary.scores if score.name == name), "")
-        heading = f"{name}: {len(shown)} of {len(rows):,}" if len(shown) < len(rows) else f"{name}: {len(rows)}"
-        pictures = [_figure(summary.out, row, _score_text(row, name), row.source, row.reason) for row in shown]
+        heading = (
+            (f"{name}: {len(shown)} of {len(rows):,}")
+            if len(shown) < len(rows)
+            else f"{name}: {len(rows)}"
+        )
+        pictures = [
+            _figure(summary.out, row, _score_text(row, name), row.source, row.reason)
+            for row in shown
+        ]
         note = f' <span class="soft">kept: {escape(limits)}</span>' if limits else ""
-        parts.append(f'<div><h3>{escape(heading)}{note}</h3><div class="sheet">{"".join(pictures)}</div></div>')
-    return f'<section><h2>Dropped clips</h2><div class="filters">{"".join(parts)}</div></section>' if parts else ""
+        parts.append(
+            f"<div><h3>{escape(heading)}{note}</h3><div "
+            f'class="sheet">{"".join(pictures)}</div></div>'
+        )
+    return (
+        (f'<section><h2>Dropped clips</h2><div class="filters">{"".join(parts)}</div></section>')
+        if parts
+        else ""
+    )
 
 
 def _figure(out: Path, row: Row, first: str, second: str, title: str | None = None) -> str:
@@ -200,12 +250,14 @@ def _picture(out: Path, row: Row) -> str | None:
             return None
         from PIL import Image
 
-        from rest_lightning.data.video import VideoFile
+        from rest_lightning.media.video import VideoFile
 
         with VideoFile(clip_path(out, row.clip_id)) as video:
             frame = video.read(video.num_frames // 2, 1)[0]
         content = BytesIO()
-        Image.fromarray(frame).resize((128, 128), Image.Resampling.BOX).save(content, "JPEG", quality=85)
+        Image.fromarray(frame).resize((128, 128), Image.Resampling.BOX).save(
+            content, "JPEG", quality=85
+        )
         return f"data:image/jpeg;base64,{base64.b64encode(content.getvalue()).decode()}"
     except UserError:
         return None
@@ -218,14 +270,24 @@ def _histograms(scores: Sequence[Score]) -> str:
             continue
         low, high, bars = bins_of(score)
         num_failing = int(score.failing.sum())
-        caption = f"{num_failing:,} of {len(score.values):,} beyond the threshold" if score.limits else "no threshold"
+        caption = (
+            (f"{num_failing:,} of {len(score.values):,} beyond the threshold")
+            if score.limits
+            else "no threshold"
+        )
         svg = histogram(bars, low, high, score.what, "clips", [limit for _, limit in score.limits])
-        figures.append(f"<figure><h3>{escape(score.name)}</h3>{svg}<figcaption>{caption}</figcaption></figure>")
+        figures.append(
+            f"<figure><h3>{escape(score.name)}</h3>{svg}<figcaption>{caption}</figcaption></figure>"
+        )
     if not figures:
         return ""
-    keys = '<li><span class="dot b0"></span>within the threshold</li><li><span class="dot b1"></span>beyond it</li>'
+    keys = (
+        '<li><span class="dot b0"></span>within the threshold</li><li><span class="dot '
+        'b1"></span>beyond it</li>'
+    )
     note = (
-        "Values in the outermost 0.5 % stand in the last bars. A clip that an early filter drops has no later scores."
+        "Values in the outermost 0.5 % stand in the last bars. A clip that an early filter drops "
+        "has no later scores."
     )
     return (
         f'<section><h2>Scores</h2><ul class="keys" style="margin-bottom:14px">{keys}</ul>'
@@ -234,7 +296,9 @@ def _histograms(scores: Sequence[Score]) -> str:
 
 
 def bins_of(score: Score) -> tuple[float, float, list[tuple[int, int]]]:
-    """Low and high edge, and per bin how many values are within and beyond the limits; every value is counted."""
+    """Low and high edge, and per bin how many values are within and beyond the limits; every value
+    is counted.
+    """
     inner = np.percentile(score.values, [0.5, 99.5]).tolist()
     known = [*inner, *(limit for _, limit in score.limits)]
     low, high = min(known), max(known)
@@ -253,16 +317,25 @@ def _people(summary: Summary) -> str:
     most = max((group.hours for group in summary.identities), default=0.0) or 1.0
     shown = summary.identities[:MAX_IDENTITIES]
     rows = "".join(
-        f'<tr><th scope="row" data-value="{escape(g.name)}" title="{escape(g.name)}">{escape(g.name)}</th>'
-        f'<td data-value="{escape(g.split)}">{escape(g.split)}</td><td data-value="{g.num_clips}">{g.num_clips:,}</td>'
+        f'<tr><th scope="row" data-value="{escape(g.name)}" '
+        f'title="{escape(g.name)}">{escape(g.name)}</th>'
+        f'<td data-value="{escape(g.split)}">{escape(g.split)}</td><td '
+        f'data-value="{g.num_clips}">{g.num_clips:,}</td>'
         f'<td data-value="{g.hours:.6f}">{duration(g.hours)}</td>'
         f'<td class="bar"><i class="b0" style="width:{100 * g.hours / most:.1f}%"></i></td></tr>'
         for g in shown
     )
-    heads = [_head(text, first) for text, first in (("identity", None), ("split", None), ("clips", "descending"))]
+    heads = [
+        _head(text, first)
+        for text, first in (("identity", None), ("split", None), ("clips", "descending"))
+    ]
     heads += [_head("length", "descending"), '<th scope="col"></th>']
     more = len(summary.identities) - len(shown)
-    note = f"<p>The {len(shown)} with the most video; {more:,} more have less.</p>" if more > 0 else ""
+    note = (
+        (f"<p>The {len(shown)} with the most video; {more:,} more have less.</p>")
+        if more > 0
+        else ""
+    )
     people = (
         f"<div><h2>Identities</h2>{note}"
         f'<div class="scroll"><table class="sortable"><thead><tr>{"".join(heads)}</tr></thead>'
@@ -280,14 +353,19 @@ def _splits(splits: Sequence[Group]) -> str:
         if group.hours
     )
     rows = "".join(
-        f'<tr><th scope="row"><span class="dot {look}"></span>{group.name}</th><td>{group.num_identities:,}</td>'
+        '<tr><th scope="row"><span class="dot '
+        f'{look}"></span>{group.name}</th><td>{group.num_identities:,}</td>'
         f"<td>{group.num_clips:,}</td><td>{duration(group.hours)}</td><td>{100 * group.hours / total:.1f} %</td></tr>"
         for group, look in zip(splits, looks, strict=True)
     )
-    heads = "".join(f'<th scope="col">{text}</th>' for text in ("", "identities", "clips", "length", "share"))
+    heads = "".join(
+        f'<th scope="col">{text}</th>' for text in ("", "identities", "clips", "length", "share")
+    )
     return (
-        f'<div><h2>Splits</h2><div class="share">{bar}</div><div class="scroll"><table><thead><tr>{heads}</tr></thead>'
-        f"<tbody>{rows}</tbody></table></div><p>No identity is in two of them.{_empty_text(splits)}</p></div>"
+        f'<div><h2>Splits</h2><div class="share">{bar}</div><div '
+        f'class="scroll"><table><thead><tr>{heads}</tr></thead>'
+        f"<tbody>{rows}</tbody></table></div><p>No identity is in two of "
+        f"them.{_empty_text(splits)}</p></div>"
     )
 
 
@@ -298,7 +376,8 @@ def _empty_text(splits: Sequence[Group]) -> str:
         return ""
     names = " and ".join(empty)
     return (
-        f" None was drawn for {names}: splits are drawn person by person, so a set of few people needs a larger "
+        f" None was drawn for {names}: splits are drawn person by person, so a set of few people "
+        "needs a larger "
         "fraction, or a part of its own."
     )
 
@@ -307,8 +386,15 @@ def _failed(rows: Iterable[Row]) -> str:
     failed = [row for row in rows if row.status == "failed"]
     if not failed:
         return ""
-    items = [f"<li><b>{escape(row.source)}</b> ({row.stage}): {escape(row.reason or '')}</li>" for row in failed]
-    more = f"<li>… and {len(items) - MAX_FAILED:,} more in prepare.jsonl</li>" if len(items) > MAX_FAILED else ""
+    items = [
+        (f"<li><b>{escape(row.source)}</b> ({row.stage}): {escape(row.reason or '')}</li>")
+        for row in failed
+    ]
+    more = (
+        (f"<li>… and {len(items) - MAX_FAILED:,} more in prepare.jsonl</li>")
+        if len(items) > MAX_FAILED
+        else ""
+    )
     return (
         f"<section><h2>Failed</h2><details{' open' if len(items) <= 20 else ''}><summary>{len(items):,} videos or parts"
         f"</summary><ul>{''.join(items[:MAX_FAILED])}{more}</ul></details></section>"

@@ -1,4 +1,6 @@
-"""What became of every stretch of every video: one row per face track, or one for a video that gave none."""
+"""What became of every stretch of every video: one row per face track, or one for a video that gave
+none.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +11,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from rest_lightning.data.layout import rounded, write_text_atomic
 from rest_lightning.errors import UserError
+from rest_lightning.media.files import rounded, write_text_atomic
 
 STATUSES = ("kept", "dropped", "failed")
 STAGES = ("probe", "decode", "scene", "face", "track", "filter", "encode")
@@ -39,7 +41,8 @@ class Row:
         source: path below the input's root, with forward slashes.
         clip_id: None where the video gave no track.
         status: ``kept``, ``dropped`` (by a filter) or ``failed``.
-        stage: that the row reached: ``probe``, ``decode``, ``scene``, ``face``, ``track``, ``filter``, ``encode``.
+        stage: that the row reached: ``probe``, ``decode``, ``scene``, ``face``, ``track``,
+            ``filter``, ``encode``.
         reason: one line, or None.
         filter: the first that failed, see `FILTERS`.
         start_s, end_s: in the source.
@@ -72,7 +75,8 @@ class Row:
     def __post_init__(self) -> None:
         if self.status not in STATUSES or self.stage not in STAGES:
             raise UserError(
-                f"{self.source}: expected a status of {', '.join(STATUSES)} and a stage of {', '.join(STAGES)}, "
+                f"{self.source}: expected a status of {', '.join(STATUSES)} and a stage of "
+                f"{', '.join(STAGES)}, "
                 f"got {self.status!r} and {self.stage!r}: prepare the folder again"
             )
         if self.box is not None:
@@ -86,8 +90,15 @@ class Row:
     def from_dict(cls, content: Any, name: str) -> Row:
         """Of parsed JSON. Raises a UserError, with ``name``, for anything else than a row."""
         known = {f.name for f in fields(cls)}
-        if not isinstance(content, dict) or not set(content) <= known or not {"source", "status"} <= set(content):
-            raise UserError(f"{name}: expected a row of a preparation, got {str(content)[:80]!r}: prepare it again")
+        if (
+            not isinstance(content, dict)
+            or not set(content) <= known
+            or not {"source", "status"} <= set(content)
+        ):
+            raise UserError(
+                f"{name}: expected a row of a preparation, got {str(content)[:80]!r}: "
+                "prepare it again"
+            )
         return cls(**content)
 
 
@@ -117,11 +128,15 @@ def read_rows(out: str | os.PathLike[str]) -> list[Row]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError):
-        raise UserError(f"expected {path}, got none: make it with `rest prepare VIDEOS --out {out}`") from None
+        raise UserError(
+            f"expected {path}, got none: make it with `rest prepare VIDEOS --out {out}`"
+        ) from None
     rows = []
     for number, line in enumerate(lines, 1):
         try:
             rows.append(Row.from_dict(json.loads(line), f"{path} line {number}"))
         except json.JSONDecodeError:
-            raise UserError(f"{path} line {number}: expected JSON, got {line[:60]!r}: prepare it again") from None
+            raise UserError(
+                f"{path} line {number}: expected JSON, got {line[:60]!r}: prepare it again"
+            ) from None
     return rows

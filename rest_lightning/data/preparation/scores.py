@@ -1,6 +1,8 @@
-"""Scores of a clip, collected frame by frame from its crops; all are heuristics with a threshold in the options.
+"""Scores of a clip, collected frame by frame from its crops; all are heuristics with a threshold in
+the options.
 
-Text and optical flow need OpenCV, which comes with mediapipe; without it these two scores are left out.
+Text and optical flow need OpenCV, which comes with mediapipe; without it these two scores are left
+out.
 """
 
 from __future__ import annotations
@@ -12,10 +14,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rest_lightning.data.preparation.faces import Box, HandFinder, Picture, hands_over
 from rest_lightning.data.preparation.options import PrepareOptions
+from rest_lightning.media.faces import Box, HandFinder, Picture, hands_over
 
-_GREY_PX = 64  # sharpness: even clips of 128 pixels are reduced to it, so that it hardly depends on their size
+# sharpness: even clips of 128 pixels are reduced to it, so that it hardly depends on their size
+_GREY_PX = 64
 _FLOW_PX = 64
 _TEXT_PX = (256, 86)  # the lower third of a square
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
@@ -107,12 +110,15 @@ def cut(grey: Grey, box: Box | None) -> Grey:
     if box is None:
         return grey
     x, y, width, height = box
-    part = grey[max(0, round(y)) : max(0, round(y + height)), max(0, round(x)) : max(0, round(x + width))]
+    part = grey[
+        max(0, round(y)) : max(0, round(y + height)), max(0, round(x)) : max(0, round(x + width))
+    ]
     return part if min(part.shape) >= 8 else grey
 
 
 def sharpness(grey: Grey) -> float:
-    """Variance of the Laplacian at 64x64 (Pech-Pacheco et al., "Diatom autofocusing in brightfield microscopy").
+    """Variance of the Laplacian at 64x64 (Pech-Pacheco et al., "Diatom autofocusing in brightfield
+    microscopy").
 
     Low for pictures out of focus and for those that were enlarged.
     """
@@ -122,10 +128,12 @@ def sharpness(grey: Grey) -> float:
 
 
 def has_text(grey: Grey) -> bool:
-    """Whether the lower third of a square picture shows a line of text, such as a subtitle or a banner (heuristic).
+    """Whether the lower third of a square picture shows a line of text, such as a subtitle or a
+    banner (heuristic).
 
-    Strokes are narrow and differ strongly from what is around them on both sides: the morphological gradient is
-    binarised and joined along rows. A line of text is then a wide, low, well-filled region with many strokes in it.
+    Strokes are narrow and differ strongly from what is around them on both sides: the morphological
+    gradient is binarised and joined along rows. A line of text is then a wide, low, well-filled
+    region with many strokes in it.
     """
     import cv2
 
@@ -137,7 +145,11 @@ def has_text(grey: Grey) -> bool:
     joined = cv2.morphologyEx(joined, cv2.MORPH_OPEN, np.ones((3, 7), np.uint8))
     _, _, regions, _ = cv2.connectedComponentsWithStats(joined)
     for x, y, width, height, area in regions[1:].tolist():
-        if not (width >= _MIN_TEXT_WIDTH * _TEXT_PX[0] and 5 <= height <= 0.5 * _TEXT_PX[1] and width >= 3 * height):
+        if not (
+            width >= _MIN_TEXT_WIDTH * _TEXT_PX[0]
+            and 5 <= height <= 0.5 * _TEXT_PX[1]
+            and width >= 3 * height
+        ):
             continue
         if area < 0.5 * width * height:
             continue

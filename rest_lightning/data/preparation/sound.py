@@ -1,4 +1,6 @@
-"""The sound of a video as 16 kHz mono on the clock of its frames, in a file: two hours are 230 MB and not in memory."""
+"""The sound of a video as 16 kHz mono on the clock of its frames, in a file: two hours are 230 MB
+and not in memory.
+"""
 
 from __future__ import annotations
 
@@ -21,11 +23,12 @@ _SILENCE = 1e-5  # of full scale: -100 dB
 def decode_sound(path: Path, target: Path, num_samples: int, origin_s: Fraction) -> str | None:
     """Write the sound of a video as raw int16 samples.
 
-    Every block is put where its time stamp says: sound that begins late or stops between is silence there, and what is
-    heard before the first frame is left out.
+    Every block is put where its time stamp says: sound that begins late or stops between is silence
+    there, and what is heard before the first frame is left out.
 
     Args:
-        path: the video; the track marked as default is taken, else the first; more channels are mixed down.
+        path: the video; the track marked as default is taken, else the first; more channels are
+            mixed down.
         target: gets exactly ``num_samples`` samples.
         num_samples: at 16 kHz.
         origin_s: time stamp of the first frame.
@@ -43,7 +46,9 @@ def decode_sound(path: Path, target: Path, num_samples: int, origin_s: Fraction)
             streams = container.streams.audio
             if not streams:
                 return "expected an audio stream, got none"
-            stream = next((s for s in streams if s.disposition & av.stream.Disposition.default), streams[0])
+            stream = next(
+                (s for s in streams if s.disposition & av.stream.Disposition.default), streams[0]
+            )
             num_written = 0
             for position, block in _placed(decoded(container, stream, damage, "sound"), origin_s):
                 low, high = max(position, 0), min(position + len(block), num_samples)
@@ -57,7 +62,9 @@ def decode_sound(path: Path, target: Path, num_samples: int, origin_s: Fraction)
 
 
 def read_sound(source: Path, start_frame: int, num_frames: int) -> NDArray[np.float32]:
-    """Samples (640 * num_frames,) in [-1, 1] of frames from ``start_frame`` on, of `decode_sound`'s file."""
+    """Samples (640 * num_frames,) in [-1, 1] of frames from ``start_frame`` on, of `decode_sound`'s
+    file.
+    """
     count = num_frames * SAMPLES_PER_FRAME
     raw = np.fromfile(source, np.int16, count, offset=2 * start_frame * SAMPLES_PER_FRAME)
     samples = np.zeros(count, np.float32)
@@ -66,7 +73,9 @@ def read_sound(source: Path, start_frame: int, num_frames: int) -> NDArray[np.fl
 
 
 def silent_share(samples: NDArray[np.float32], silence_db: float) -> float:
-    """Share of 40 ms stretches whose RMS lies below ``silence_db`` dB of full scale, of samples (640 n,)."""
+    """Share of 40 ms stretches whose RMS lies below ``silence_db`` dB of full scale, of samples
+    (640 n,).
+    """
     power = np.square(samples.reshape(-1, SAMPLES_PER_FRAME), dtype=np.float64).mean(axis=1)
     return float(np.mean(10 * np.log10(power + _SILENCE**2) < silence_db))
 
@@ -78,13 +87,22 @@ def _placed(frames: Iterator[Any], origin_s: Fraction) -> Iterator[tuple[int, ND
     position, heard = 0, Fraction(0)  # the next sample; where the sound put in so far ends
 
     def convert(frame: Any) -> NDArray[np.int16]:
-        # Integers: FFmpeg mixes channels down with weights that sum to one there, to floats with a gain that clips.
-        pieces = [] if resampler is None else [piece.to_ndarray()[0] for piece in resampler.resample(frame)]
+        # Integers: FFmpeg mixes channels down with weights that sum to one there, to floats with a
+        # gain that clips.
+        pieces = (
+            []
+            if resampler is None
+            else [piece.to_ndarray()[0] for piece in resampler.resample(frame)]
+        )
         return np.concatenate([np.zeros(0, np.int16), *pieces])
 
     for frame in frames:
         now = (frame.format.name, frame.layout.name, frame.sample_rate)
-        stamp = None if frame.pts is None or frame.time_base is None else frame.pts * frame.time_base - origin_s
+        stamp = (
+            None
+            if frame.pts is None or frame.time_base is None
+            else frame.pts * frame.time_base - origin_s
+        )
         jumps = stamp is not None and abs(stamp - heard) * SAMPLE_RATE > _JUMP_SAMPLES
         if resampler is None or now != shape or jumps:
             rest = convert(None)

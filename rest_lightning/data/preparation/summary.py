@@ -105,7 +105,8 @@ class Summary:
 
 
 def summarize(out: str | os.PathLike[str]) -> Summary:
-    """Read a dataset's rows, or of a dataset that `rest prepare` did not make its manifest and sidecars.
+    """Read a dataset's rows, or of a dataset that `rest prepare` did not make its manifest and
+    sidecars.
 
     Raises:
         UserError: no dataset in this folder.
@@ -143,7 +144,8 @@ def duration(hours: float) -> str:
 
 
 def inspect(out: str | os.PathLike[str]) -> str:
-    """The report as text: what was kept and left out, splits, identities with the most hours, scores.
+    """The report as text: what was kept and left out, splits, identities with the most hours,
+    scores.
 
     Raises:
         UserError: no dataset in this folder.
@@ -152,20 +154,36 @@ def inspect(out: str | os.PathLike[str]) -> str:
     size = f", {summary.size_px} px" if summary.size_px else ""
     parts = [
         f"{summary.out}: {summary.kind}{size}",
-        f"{summary.num_videos} videos; clips: {summary.count('kept')} kept ({duration(summary.hours)}), "
+        f"{summary.num_videos} videos; clips: {summary.count('kept')} kept "
+        f"({duration(summary.hours)}), "
         f"{summary.count('dropped')} dropped; {summary.count('failed')} failed",
     ]
     if not summary.filters_known:
         parts.append("no prepare.jsonl: what was left out, and why, is not known")
     if summary.left_out:
-        parts.append(_table(["left out", "rows", "length", "example"], [
-            [group.name, str(group.num_clips), duration(group.hours), group.example[:70]] for group in summary.left_out
-        ]))  # fmt: skip
-    parts.append(_table(["split", "identities", "clips", "length"], [
-        [group.name, str(group.num_identities), str(group.num_clips), duration(group.hours)] for group in summary.splits
-    ]))  # fmt: skip
+        parts.append(
+            _table(
+                ["left out", "rows", "length", "example"],
+                [
+                    [group.name, str(group.num_clips), duration(group.hours), group.example[:70]]
+                    for group in summary.left_out
+                ],
+            )
+        )
+    parts.append(
+        _table(
+            ["split", "identities", "clips", "length"],
+            [
+                [group.name, str(group.num_identities), str(group.num_clips), duration(group.hours)]
+                for group in summary.splits
+            ],
+        )
+    )
     shown = summary.identities[:20]
-    rows = [[group.name[:40], group.split, str(group.num_clips), duration(group.hours)] for group in shown]
+    rows = [
+        [group.name[:40], group.split, str(group.num_clips), duration(group.hours)]
+        for group in shown
+    ]
     if len(summary.identities) > len(shown):
         rows.append([f"... {len(summary.identities) - len(shown)} more", "", "", ""])
     parts.append(_table(["identity", "split", "clips", "length"], rows))
@@ -177,7 +195,9 @@ def inspect(out: str | os.PathLike[str]) -> str:
 
 def limits_text(score: Score) -> str:
     """``at least 64``, ``at most 3``, or nothing."""
-    return ", ".join(f"at {'least' if kind == 'min' else 'most'} {limit:g}" for kind, limit in score.limits)
+    return ", ".join(
+        (f"at {'least' if kind == 'min' else 'most'} {limit:g}") for kind, limit in score.limits
+    )
 
 
 def _rows_of_manifest(out: Path) -> list[Row]:
@@ -186,7 +206,14 @@ def _rows_of_manifest(out: Path) -> list[Row]:
         sidecar = read_sidecar(out, clip.clip_id)
         scores = {"short": float(clip.num_frames), **sidecar.quality}
         box = None if sidecar.crop_box is None else list(sidecar.crop_box)
-        row = Row(sidecar.source, clip.clip_id, "kept", "encode", num_frames=clip.num_frames, identity=clip.identity)
+        row = Row(
+            sidecar.source,
+            clip.clip_id,
+            "kept",
+            "encode",
+            num_frames=clip.num_frames,
+            identity=clip.identity,
+        )
         rows.append(Row(**{**vars(row), "split": clip.split, "box": box, "scores": scores}))
     return rows
 
@@ -216,7 +243,9 @@ def _group(name: str, rows: Sequence[Row]) -> Group:
     reasons = sorted(row.reason for row in rows if row.reason)
     split = rows[0].split or "" if rows else ""
     identities = {row.identity for row in rows if row.identity}
-    return Group(name, len(rows), hours_of(rows), reasons[0] if reasons else "", split, len(identities))
+    return Group(
+        name, len(rows), hours_of(rows), reasons[0] if reasons else "", split, len(identities)
+    )
 
 
 def _scores(rows: Sequence[Row], options: dict[str, Any]) -> list[Score]:
@@ -253,11 +282,14 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Columns of equal width, numbers on the right."""
     widths = [max(len(line[i]) for line in (head, *rows)) for i in range(len(head))]
     align: list[Callable[[str, int], str]] = [
-        str.rjust if rows and all(_is_number(row[i]) for row in rows) else str.ljust for i in range(len(head))
+        str.rjust if rows and all(_is_number(row[i]) for row in rows) else str.ljust
+        for i in range(len(head))
     ]
     lines = [head, ["-" * width for width in widths], *rows]
     return "\n".join(
-        "  ".join(place(cell, width) for cell, width, place in zip(line, widths, align, strict=True)).rstrip()
+        "  ".join(
+            place(cell, width) for cell, width, place in zip(line, widths, align, strict=True)
+        ).rstrip()
         for line in lines
     )
 

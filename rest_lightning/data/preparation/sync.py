@@ -1,4 +1,6 @@
-"""How far the sound is off the lips of a clip, through SyncNet's published weights or the embedded network."""
+"""How far the sound is off the lips of a clip, through SyncNet's published weights or the embedded
+network.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rest_lightning.data.preparation.faces import Picture
 from rest_lightning.errors import UserError
+from rest_lightning.media.faces import Picture
 
 MAX_FRAMES = 250  # ten seconds say it, and more would not fit into a worker's memory
 
@@ -20,25 +22,30 @@ def load_sync(weights: str) -> Any:
 
 
 def sync_scores(
-    frames: list[Picture], boxes: NDArray[np.float64] | None, samples: NDArray[np.float32], weights: str
+    frames: list[Picture],
+    boxes: NDArray[np.float64] | None,
+    samples: NDArray[np.float32],
+    weights: str,
 ) -> dict[str, float]:
-    """``sync``: frames between sound and lips, without sign; ``sync_offset``, positive when the lips come late;
-    ``sync_confidence``: Sync-C. Empty for clips that are too short.
+    """``sync``: frames between sound and lips, without sign; ``sync_offset``, positive when the
+    lips come late; ``sync_confidence``: Sync-C. Empty for clips that are too short.
 
     Args:
         frames: uint8 RGB crops, the first of a clip.
-        boxes: left, top, right, bottom of the detector's boxes in them (n, 4); None: the crops are faces.
+        boxes: left, top, right, bottom of the detector's boxes in them (n, 4); None: the crops are
+            faces.
         samples: 16 kHz, of the same frames.
         weights: of `PrepareOptions.sync_weights`.
     """
     import torch
 
-    from rest_lightning.metrics.face_crop import face_crops
     from rest_lightning.metrics.sync import sync_of_clip
+    from rest_lightning.metrics.syncnet import face_crops
 
     extractor = load_sync(weights)
     clip = torch.from_numpy(np.stack(frames))
-    embedded = extractor.name.startswith("embedded")  # looks for the mouth at its place in a prepared clip
+    # looks for the mouth at its place in a prepared clip
+    embedded = extractor.name.startswith("embedded")
     try:
         crops = clip if boxes is None or embedded else face_crops(clip, boxes, min_track_frames=1)
         sync = sync_of_clip(crops, samples, extractor)

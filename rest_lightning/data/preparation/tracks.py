@@ -10,8 +10,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from rest_lightning.data.preparation.faces import Box, Face
 from rest_lightning.data.preparation.options import PrepareOptions
+from rest_lightning.media.faces import Box, Face
 
 # A face in 16 numbers: two hours of frames stay below 12 MB per face.
 FIELDS = (
@@ -26,7 +26,9 @@ Values = NDArray[np.float32]
 
 
 class Seen(NamedTuple):
-    """All faces of a video: frame numbers (n,), ascending, and `FIELDS` (n, 16), in source pixels."""
+    """All faces of a video: frame numbers (n,), ascending, and `FIELDS` (n, 16), in source
+    pixels.
+    """
 
     frames: NDArray[np.int64]
     values: Values
@@ -59,7 +61,9 @@ class Track:
         """Left, top, right, bottom of the landmarks in all frames, single outliers aside (4,)."""
         from scipy.ndimage import median_filter
 
-        smooth = median_filter(self.values[:, _EXTREMES].astype(np.float64), (_MEDIAN_FRAMES, 1), mode="nearest")
+        smooth = median_filter(
+            self.values[:, _EXTREMES].astype(np.float64), (_MEDIAN_FRAMES, 1), mode="nearest"
+        )
         return np.concatenate([smooth[:, :2].min(axis=0), smooth[:, 2:].max(axis=0)])
 
     def points(self, box: Box) -> dict[str, NDArray[np.float64]]:
@@ -67,7 +71,8 @@ class Track:
         x, y, width, height = box
         named = {"mouth": _MOUTH, "left_eye": _EYE_L, "right_eye": _EYE_R}
         return {
-            name: (self.values[:, part].astype(np.float64) - (x, y)) / (width, height) for name, part in named.items()
+            name: (self.values[:, part].astype(np.float64) - (x, y)) / (width, height)
+            for name, part in named.items()
         }
 
     def face_px(self) -> float:
@@ -76,8 +81,12 @@ class Track:
         return float(np.median(sides.max(axis=1)))
 
     def profile(self) -> float:
-        """How far the nose lies beside the middle between the eyes, in eye distances, 90th percentile."""
-        eye_l, eye_r, nose = (self.values[:, part].astype(np.float64) for part in (_EYE_L, _EYE_R, _NOSE))
+        """How far the nose lies beside the middle between the eyes, in eye distances, 90th
+        percentile.
+        """
+        eye_l, eye_r, nose = (
+            self.values[:, part].astype(np.float64) for part in (_EYE_L, _EYE_R, _NOSE)
+        )
         axis = eye_r - eye_l
         length = np.maximum(np.linalg.norm(axis, axis=1), 1e-6)
         beside = np.abs(((nose - (eye_l + eye_r) / 2) * axis).sum(axis=1)) / length**2
@@ -116,7 +125,9 @@ def link_tracks(seen: Seen, breaks: Iterable[int], options: PrepareOptions) -> l
             if number - chain.frames[-1] <= options.max_gap_frames + 1 and chain.scene == scene
         ]
         done += [chain for chain in open_tracks if chain not in alive]
-        overlaps = _ious(np.array([chain.values[-1][_BOX] for chain in alive]).reshape(-1, 4), values[:, _BOX])
+        overlaps = _ious(
+            np.array([chain.values[-1][_BOX] for chain in alive]).reshape(-1, 4), values[:, _BOX]
+        )
         taken: set[int] = set()
         new = set(range(len(values)))
         for place in np.argsort(-overlaps, axis=None, kind="stable").tolist():
@@ -130,14 +141,17 @@ def link_tracks(seen: Seen, breaks: Iterable[int], options: PrepareOptions) -> l
         open_tracks = alive + [_Chain(scene, number, values[face]) for face in sorted(new)]
     chains = done + open_tracks
     tracks = [part for chain in chains for part in _parts(chain.track(), options.max_frames)]
-    return sorted(tracks, key=lambda track: (track.start, float(track.values[0, 0]), track.num_frames))
+    return sorted(
+        tracks, key=lambda track: (track.start, float(track.values[0, 0]), track.num_frames)
+    )
 
 
 def static_box(track: Track, width: int, height: int, options: PrepareOptions) -> Box:
-    """The square of a clip: extremes of the landmarks plus margin, kept inside the picture where the face allows.
+    """The square of a clip: extremes of the landmarks plus margin, kept inside the picture where
+    the face allows.
 
-    A box that would leave the picture is moved inside; one that is larger than the picture gives up margin, down to the
-    face itself; only what is then still outside is padded. Whole pixels.
+    A box that would leave the picture is moved inside; one that is larger than the picture gives up
+    margin, down to the face itself; only what is then still outside is padded. Whole pixels.
 
     Args:
         track: of one face.
@@ -155,11 +169,18 @@ def static_box(track: Track, width: int, height: int, options: PrepareOptions) -
     shares = options.margin + options.margin_top
     y = top - spare * (options.margin_top / shares if shares else 0.5)
     side_px = round(side)
-    return (float(_inside(x, side_px, width)), float(_inside(y, side_px, height)), float(side_px), float(side_px))
+    return (
+        float(_inside(x, side_px, width)),
+        float(_inside(y, side_px, height)),
+        float(side_px),
+        float(side_px),
+    )
 
 
 def others_in_box(track: Track, box: Box, tracks: Sequence[Track]) -> float:
-    """Share of a track's frames in which the box of another face reaches into its square by a tenth of that face."""
+    """Share of a track's frames in which the box of another face reaches into its square by a tenth
+    of that face.
+    """
     x, y, width, height = box
     touched = np.zeros(track.num_frames, bool)
     for other in tracks:
@@ -209,7 +230,9 @@ def _ious(first: NDArray[np.float32], second: NDArray[np.float32]) -> NDArray[np
 
 
 def _inside(start: float, side: int, whole: int) -> int:
-    """The start moved so that the side lies inside, or centred on the picture's where it is larger."""
+    """The start moved so that the side lies inside, or centred on the picture's where it is
+    larger.
+    """
     if side >= whole:
         return min(max(round(start), whole - side), 0)
     return min(max(round(start), 0), whole - side)

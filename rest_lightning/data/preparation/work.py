@@ -1,4 +1,6 @@
-"""The whole work on one video: the unit that engines hand out, and that is done again after a kill."""
+"""The whole work on one video: the unit that engines hand out, and that is done again after a
+kill.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +20,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rest_lightning.constants import FPS, SAMPLES_PER_FRAME
-from rest_lightning.data.layout import clip_path, rounded, sidecar_path, write_text_atomic
+from rest_lightning.data.layout import clip_path, sidecar_path
 from rest_lightning.data.preparation.clip import ClipMaker, centre_box, thumbnail_path
-from rest_lightning.data.preparation.faces import Box, FaceDetector, HandFinder, make_detector
-from rest_lightning.data.preparation.frames import Frame, FrameStream, Probe, SourceError, probe, reason_of, start_s
+from rest_lightning.data.preparation.frames import (
+    Frame,
+    FrameStream,
+    Probe,
+    SourceError,
+    probe,
+    reason_of,
+    start_s,
+)
 from rest_lightning.data.preparation.options import FINISHING, PrepareOptions
 from rest_lightning.data.preparation.rows import Row, sort_rows
 from rest_lightning.data.preparation.scenes import scene_cuts, small_picture
@@ -36,7 +45,8 @@ from rest_lightning.data.preparation.tracks import (
     static_box,
 )
 from rest_lightning.errors import UserError
-from rest_lightning.streaming.output import is_disk_full
+from rest_lightning.media.faces import Box, FaceDetector, HandFinder, make_detector
+from rest_lightning.media.files import is_disk_full, rounded, write_text_atomic
 
 PREPARE_VERSION = 1
 """Raised whenever the same video and options give other clips than before."""
@@ -45,10 +55,12 @@ _NAME_CHARS = 48  # of a video's name in the names of its clips
 
 
 def prepare_video(path: Path, root: Path, out: Path, options: PrepareOptions) -> list[Row]:
-    """Probe, find faces, cut, score, crop and encode one video; write its clips and ``sources/<key>.json``.
+    """Probe, find faces, cut, score, crop and encode one video; write its clips and
+    ``sources/<key>.json``.
 
-    The same video and options give the same bytes, in any process. A video that is done already is not touched: done
-    means that its record is there, with the same options, file size and time of change, and all its clips.
+    The same video and options give the same bytes, in any process. A video that is done already is
+    not touched: done means that its record is there, with the same options, file size and time of
+    change, and all its clips.
 
     Args:
         path: the video.
@@ -57,10 +69,12 @@ def prepare_video(path: Path, root: Path, out: Path, options: PrepareOptions) ->
         options: sizes and thresholds.
 
     Returns:
-        One row per track, or one row that says why there is none. Whatever is wrong with the video is a row.
+        One row per track, or one row that says why there is none. Whatever is wrong with the video
+        is a row.
 
     Raises:
-        UserError: ``out`` cannot be written (a full disk), or a package is missing: nothing else could be done either.
+        UserError: ``out`` cannot be written (a full disk), or a package is missing: nothing else
+            could be done either.
     """
     key, source, stamp = source_key(path, root), source_name(path, root), fingerprint(path, options)
     done = read_record(out, key, stamp)
@@ -77,9 +91,19 @@ def prepare_video(path: Path, root: Path, out: Path, options: PrepareOptions) ->
         raise
     except (Exception, MemoryError) as error:  # one broken video never stops the run
         if is_disk_full(error) or isinstance(error, OSError):
-            raise UserError(f"expected to write {out}, got '{reason_of(error)}': free some space") from error
+            raise UserError(
+                f"expected to write {out}, got '{reason_of(error)}': free some space"
+            ) from error
         remove_clips(out, key)
-        rows = [Row(source, None, "failed", "decode", f"unexpected {type(error).__name__}: {reason_of(error)}")]
+        rows = [
+            Row(
+                source,
+                None,
+                "failed",
+                "decode",
+                (f"unexpected {type(error).__name__}: {reason_of(error)}"),
+            )
+        ]
     write_record(out, key, stamp, rows)
     return rows
 
@@ -93,7 +117,10 @@ def source_name(path: Path, root: Path) -> str:
 def source_key(path: Path, root: Path) -> str:
     """Readable and unique: letters of the name, and a hash of the path below the root."""
     relative = os.path.relpath(path, root)
-    stem = re.sub(r"[^A-Za-z0-9]+", "-", Path(relative).stem).strip("-")[:_NAME_CHARS].strip("-") or "video"
+    stem = (
+        re.sub(r"[^A-Za-z0-9]+", "-", Path(relative).stem).strip("-")[:_NAME_CHARS].strip("-")
+        or "video"
+    )
     return f"{stem}-{hashlib.sha256(os.fsencode(relative)).hexdigest()[:10]}"
 
 
@@ -125,7 +152,11 @@ def read_record(out: Path, key: str, stamp: str) -> list[Row] | None:
         return None
     for row in rows:
         if row.status == "kept" and row.clip_id is not None:
-            files = (clip_path(out, row.clip_id), sidecar_path(out, row.clip_id), thumbnail_path(out, row.clip_id))
+            files = (
+                clip_path(out, row.clip_id),
+                sidecar_path(out, row.clip_id),
+                thumbnail_path(out, row.clip_id),
+            )
             if not all(file.is_file() for file in files):
                 return None
     return rows
@@ -135,13 +166,19 @@ def write_record(out: Path, key: str, stamp: str, rows: list[Row]) -> None:
     """Write ``sources/<key>.json``: from now on the video is done."""
     content = {"fingerprint": stamp, "rows": [rounded(asdict(row)) for row in sort_rows(rows)]}
     try:
-        write_text_atomic(record_path(out, key), json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        write_text_atomic(
+            record_path(out, key), json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+        )
     except OSError as error:
-        raise UserError(f"expected to write {out}, got '{reason_of(error)}': free some space") from error
+        raise UserError(
+            f"expected to write {out}, got '{reason_of(error)}': free some space"
+        ) from error
 
 
 def remove_clips(out: Path, key: str) -> None:
-    """Remove what an earlier or killed work on a video left; clips are numbered, so no folder is listed."""
+    """Remove what an earlier or killed work on a video left; clips are numbered, so no folder is
+    listed.
+    """
     record_path(out, key).unlink(missing_ok=True)
     number, num_missing = 0, 0
     while num_missing < 64:  # clips that a filter dropped leave holes
@@ -171,7 +208,9 @@ class _Analysis:
 class _Preparation:
     """Two passes over one video: faces of all frames, then the clips."""
 
-    def __init__(self, path: Path, source: str, key: str, out: Path, options: PrepareOptions) -> None:
+    def __init__(
+        self, path: Path, source: str, key: str, out: Path, options: PrepareOptions
+    ) -> None:
         self.path, self.source, self.key, self.out, self.options = path, source, key, out, options
 
     def run(self) -> list[Row]:
@@ -181,11 +220,23 @@ class _Preparation:
         tracks = self._tracks(analysis)
         if not tracks:
             stage = "decode" if analysis.damage else "face"
-            raise SourceError(stage, analysis.damage or f"expected a face, found none in {analysis.num_frames} frames")
+            raise SourceError(
+                stage,
+                analysis.damage or (f"expected a face, found none in {analysis.num_frames} frames"),
+            )
         with self._sound(header, analysis.num_frames) as sound:
             rows = self._clips(header, tracks, sound)
         if analysis.damage:
-            rows.append(Row(self.source, None, "failed", "decode", analysis.damage, start_s=analysis.num_frames / FPS))
+            rows.append(
+                Row(
+                    self.source,
+                    None,
+                    "failed",
+                    "decode",
+                    analysis.damage,
+                    start_s=analysis.num_frames / FPS,
+                )
+            )
         return rows
 
     def _analyse(self, header: Probe) -> _Analysis:
@@ -214,7 +265,9 @@ class _Preparation:
                     numbers.append(frame.index)
                     values.extend(face.tolist())
         placed = np.frombuffer(indices, np.int64) if indices else np.empty(0, np.int64)
-        cuts = scene_cuts(np.frombuffer(differences, np.float32), options.scene_threshold, options.scene_ratio)
+        cuts = scene_cuts(
+            np.frombuffer(differences, np.float32), options.scene_threshold, options.scene_ratio
+        )
         holes = np.flatnonzero(np.diff(placed) > 1) + 1
         breaks = placed[np.union1d(cuts, holes).astype(np.int64)]
         seen = Seen(
@@ -257,7 +310,12 @@ class _Preparation:
         return rows
 
     def _maker(
-        self, number: int, track: Track, tracks: list[Track], header: Probe, hands: HandFinder | None
+        self,
+        number: int,
+        track: Track,
+        tracks: list[Track],
+        header: Probe,
+        hands: HandFinder | None,
     ) -> ClipMaker:
         options = self.options
         scores = {"short": float(track.num_frames)}
@@ -272,7 +330,9 @@ class _Preparation:
                 "faces": others_in_box(track, box, tracks),
                 "profile": track.profile(),
             }
-        return ClipMaker(self.out, self.source, clip_id_of(self.key, number), track, box, scores, options, hands)
+        return ClipMaker(
+            self.out, self.source, clip_id_of(self.key, number), track, box, scores, options, hands
+        )
 
     def _samples(self, sound: Path | None, maker: ClipMaker) -> NDArray[np.float32] | None:
         return None if sound is None else read_sound(sound, maker.track.start, maker.num_frames)
@@ -305,7 +365,11 @@ class _Preparation:
 
     @contextmanager
     def _hands(self) -> Iterator[HandFinder | None]:
-        if not self.options.finds_faces or self.options.max_hands is None or find_spec("mediapipe") is None:
+        if (
+            not self.options.finds_faces
+            or self.options.max_hands is None
+            or find_spec("mediapipe") is None
+        ):
             yield None
             return
         hands = HandFinder()
@@ -327,7 +391,10 @@ def _checked_box(box: Box, header: Probe) -> Box:
     if x + width > header.width or y + height > header.height:
         raise SourceError(
             "track",
-            f"expected a box inside {header.width}x{header.height} pixels, got {x:g},{y:g},{width:g},{height:g}",
+            (
+                f"expected a box inside {header.width}x{header.height} pixels, got "
+                f"{x:g},{y:g},{width:g},{height:g}"
+            ),
         )
     return box
 

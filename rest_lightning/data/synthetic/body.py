@@ -10,7 +10,14 @@ from rest_lightning.data.synthetic.identity import Identity
 from rest_lightning.data.synthetic.raster import linear_to_srgb, over, srgb_to_linear, texture_grid
 
 # How far the neckline drops below the shoulder line.
-_OPENING = {"crew": 0.035, "v_neck": 0.14, "collar": 0.07, "turtleneck": 0.0, "scoop": 0.10, "jacket": 0.16}
+_OPENING = {
+    "crew": 0.035,
+    "v_neck": 0.14,
+    "collar": 0.07,
+    "turtleneck": 0.0,
+    "scoop": 0.10,
+    "jacket": 0.16,
+}
 
 
 def paint_background(p: Identity, size_px: int) -> Array:
@@ -38,7 +45,9 @@ def paint_back(p: Identity, size_px: int) -> Array | None:
     mask = hair_back(p, x, y)
     if mask.max() < 0.5:
         return None
-    return _unlinear(over(np.zeros((*x.shape, 4)), hair_colour(p, x, y, behind=p.hair_style != "bun"), mask))
+    return _unlinear(
+        over(np.zeros((*x.shape, 4)), hair_colour(p, x, y, behind=p.hair_style != "bun"), mask)
+    )
 
 
 def paint_body(p: Identity, size_px: int) -> Array:
@@ -80,7 +89,9 @@ def paint_body(p: Identity, size_px: int) -> Array:
     shade = (fall * rim * folds * (0.92 - 0.15 * smoothstep(0.9, 1.1, y)))[..., None]
     if p.clothes == "jacket":
         shirt = smoothstep(-0.005, 0.005, y - (p.shoulder_y - 0.02 + 0.06 * (1 - across)))
-        image = over(image, srgb_to_linear(p.cloth_2) * (0.85 - 0.12 * round_shade[..., None]), shirt * neck)
+        image = over(
+            image, srgb_to_linear(p.cloth_2) * (0.85 - 0.12 * round_shade[..., None]), shirt * neck
+        )
     image = over(image, cloth * shade, mask)
     if p.clothes in ("collar", "jacket"):
         inner = neckline if p.clothes == "collar" else p.shoulder_y - 0.02 + 0.06 * (1 - across)

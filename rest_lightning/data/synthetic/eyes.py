@@ -1,4 +1,6 @@
-"""Eyes and glasses of the synthetic talkers, drawn over the skin in every frame (shapes decided here)."""
+"""Eyes and glasses of the synthetic talkers, drawn over the skin in every frame (shapes decided
+here).
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,11 @@ class Eyes:
             self._upper.append(place(x, top))
             self._lower.append(place(x, bottom))
             lid_line = 0.011 - 0.004 * (1 - m.blink)
-            crease = base - (upper_height + lid_line) * (1 - a**2.4) ** 0.6 * (1 - 0.1 * out) + 0.004 * m.blink
+            crease = (
+                base
+                - (upper_height + lid_line) * (1 - a**2.4) ** 0.6 * (1 - 0.1 * out)
+                + 0.004 * m.blink
+            )
             self._crease.append(place(x * 1.0, crease))
             gx = side * p.eye_x + 0.016 * m.gaze_x
             gy = p.eye_y - 0.004 + 0.008 * m.gaze_y + 0.004 * m.blink
@@ -68,9 +74,13 @@ class Eyes:
             self._arms = []
             for side in (-1.0, 1.0):
                 reach = 0.87 if p.hair_style in ("long", "wavy", "bob") else 1.0  # under the hair
-                arm_x = side * np.array([[p.eye_x + 0.070, max(p.eye_x + 0.072, p.face_width * reach)]])
+                arm_x = side * np.array(
+                    [[p.eye_x + 0.070, max(p.eye_x + 0.072, p.face_width * reach)]]
+                )
                 z = np.array([[float(depth(p, np.array(p.eye_x), np.array(p.eye_y))) + 0.02, 0.02]])
-                self._arms.append(motion.project(arm_x, np.array([[p.eye_y - 0.012, p.eye_y - 0.006]]), z))
+                self._arms.append(
+                    motion.project(arm_x, np.array([[p.eye_y - 0.012, p.eye_y - 0.006]]), z)
+                )
         self._make_paints()
 
     def _rim_shape(self, side: float) -> tuple[Array, Array]:
@@ -114,7 +124,9 @@ class Eyes:
                 canvas.drawCircle(x, y + 0.003, 0.0155, self._iris_inner)
                 canvas.drawCircle(x, y, 0.0095, self._pupil)
                 canvas.drawPath(polygon(up, False), self._lid_shadow)
-                canvas.drawCircle(x + 0.006 * np.sign(self._identity.light_x), y - 0.007, 0.0048, self._glint)
+                canvas.drawCircle(
+                    x + 0.006 * np.sign(self._identity.light_x), y - 0.007, 0.0048, self._glint
+                )
                 canvas.restore()
             canvas.drawPath(polygon(low, False), self._lower_line)
             canvas.drawPath(polygon(up, False), self._lash)

@@ -1,4 +1,6 @@
-"""Render a synthetic talker: a painted head on a moving mesh, eyes and mouth drawn over it in every frame."""
+"""Render a synthetic talker: a painted head on a moving mesh, eyes and mouth drawn over it in every
+frame.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ from rest_lightning.data.synthetic.raster import Mesh
 from rest_lightning.data.synthetic.track import FaceTrack
 from rest_lightning.errors import UserError
 
-# The camera is closer than the painted frame: talking-head crops are tight, and mouth and eyes need the pixels.
+# The camera is closer than the painted frame: talking-head crops are tight, and mouth and eyes need
+# the pixels.
 ZOOM = 1.2
 CENTRE = (0.5, 0.55)
 
@@ -30,8 +33,8 @@ class RenderedClip:
 
     Attributes:
         frames: uint8 (F, H, W, 3), sRGB.
-        landmarks: "mouth", "left_eye", "right_eye" (left = the image's left) -> float32 (F, 2), centre points
-            (x right, y down) in fractions of the image.
+        landmarks: "mouth", "left_eye", "right_eye" (left = the image's left) -> float32 (F, 2),
+            centre points (x right, y down) in fractions of the image.
     """
 
     frames: NDArray[np.uint8]
@@ -75,7 +78,9 @@ def render_clip(identity: Identity, track: FaceTrack, size_px: int) -> RenderedC
         Frames and centre points of mouth and eyes.
     """
     if size_px < 32:
-        raise UserError(f"expected frames of 32 pixels or more, got size_px={size_px}: choose 64, 128 or 256")
+        raise UserError(
+            f"expected frames of 32 pixels or more, got size_px={size_px}: choose 64, 128 or 256"
+        )
     layers = _layers(identity, size_px)
     motion = Motion(identity, track)
     mouth, eyes = Mouth(identity, motion), Eyes(identity, motion)
@@ -105,14 +110,20 @@ def render_clip(identity: Identity, track: FaceTrack, size_px: int) -> RenderedC
     points = {"mouth": mouth.centre, "left_eye": left, "right_eye": right}
     centre = np.asarray(CENTRE)
     return RenderedClip(
-        frames, {name: (centre + ZOOM * (value - centre)).astype(np.float32) for name, value in points.items()}
+        frames,
+        {
+            name: (centre + ZOOM * (value - centre)).astype(np.float32)
+            for name, value in points.items()
+        },
     )
 
 
 def neutral_track(num_frames: int = 1, **curves: float) -> FaceTrack:
     """A track at rest; named curves are held at the given values."""
     values = {name: 0.0 for name in FaceTrack.__dataclass_fields__} | {"scale": 1.0} | curves
-    return FaceTrack(**{name: np.full(num_frames, value, dtype=np.float32) for name, value in values.items()})
+    return FaceTrack(
+        **{name: np.full(num_frames, value, dtype=np.float32) for name, value in values.items()}
+    )
 
 
 def render_portrait(identity: Identity, size_px: int) -> NDArray[np.uint8]:

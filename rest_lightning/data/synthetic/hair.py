@@ -1,4 +1,6 @@
-"""Hair of the synthetic talkers: soft masks over the texture grid and smooth shading, no strands (decided here)."""
+"""Hair of the synthetic talkers: soft masks over the texture grid and smooth shading, no strands
+(decided here).
+"""
 
 from __future__ import annotations
 
@@ -32,10 +34,14 @@ def _thickness(p: Identity) -> tuple[float, float, float]:
 
 def _outline_wave(p: Identity, x: Array, y: Array) -> Array:
     """Undulation of the outer contour, largest for curls."""
-    strength = {"curly": 0.0085, "afro": 0.005, "wavy": 0.010}.get(p.hair_style, 0.003) * (0.5 + p.waviness)
+    strength = {"curly": 0.0085, "afro": 0.005, "wavy": 0.010}.get(p.hair_style, 0.003) * (
+        0.5 + p.waviness
+    )
     angle = np.arctan2(y - 0.42, x)
     waves = 13 if p.hair_style in ("curly", "afro") else 5
-    ripple = np.sin(waves * angle + p.hair_phase) + 0.7 * np.sin((waves * 1.7 // 1) * angle + 2 * p.hair_phase)
+    ripple = np.sin(waves * angle + p.hair_phase) + 0.7 * np.sin(
+        (waves * 1.7 // 1) * angle + 2 * p.hair_phase
+    )
     return strength * (ripple + np.sin(y * 30 + p.hair_phase) * (p.hair_style == "wavy"))
 
 
@@ -48,12 +54,19 @@ def _outer(p: Identity, x: Array, y: Array) -> Array:
     top, side, _ = _thickness(p)
     half: Array | float = p.face_width + side
     if p.hair_style not in (*_CURTAIN, "curly", "afro"):
-        half = p.face_width + side * (1 - smoothstep(0.34, 0.46, y))  # cropped sides end in the skin
+        # cropped sides end in the skin
+        half = p.face_width + side * (1 - smoothstep(0.34, 0.46, y))
     high = p.cheek_y - p.head_top + top
-    lean = x - (0.02 * np.sign(p.part) * bump(x, y, 0.0, p.head_top, 0.3, 0.08) if p.hair_style == "side_part" else 0.0)
+    lean = x - (
+        0.02 * np.sign(p.part) * bump(x, y, 0.0, p.head_top, 0.3, 0.08)
+        if p.hair_style == "side_part"
+        else 0.0
+    )
     rx, ry = lean / half, (y - p.cheek_y) / high
     if p.hair_style in _CURTAIN:
-        flare = 1 + (0.10 if p.hair_style != "wavy" else 0.22) * smoothstep(0.5, 0.85, y) * (0.3 + p.hair_volume)
+        flare = 1 + (0.10 if p.hair_style != "wavy" else 0.22) * smoothstep(0.5, 0.85, y) * (
+            0.3 + p.hair_volume
+        )
         rx = np.where(y > p.cheek_y, rx / flare, rx)
         ry = np.where(y > p.cheek_y, np.maximum(y - _curtain_end(p) + 0.12, 0) / 0.12, ry)
         radius = (np.abs(rx) ** 2.4 + np.abs(ry) ** 2.4) ** (1 / 2.4)
@@ -93,7 +106,11 @@ def hair_front(p: Identity, x: Array, y: Array) -> Array:
     _, _, sideburn = _thickness(p)
     inside = _soft(_outer(p, x, y), 0.014 if p.hair_style in ("curly", "afro") else 0.008)
     relative = x / p.face_width
-    line = p.hairline_y + 0.012 * np.sin(2.2 * relative + p.hair_phase) + 0.17 * np.abs(relative) ** (2.2 + p.waviness)
+    line = (
+        p.hairline_y
+        + 0.012 * np.sin(2.2 * relative + p.hair_phase)
+        + 0.17 * np.abs(relative) ** (2.2 + p.waviness)
+    )
     if p.hair_style in ("side_part", "quiff", "short"):
         line = line - 0.03 * np.exp(-(((np.abs(relative) - 0.55) / 0.2) ** 2)) * (0.3 + p.age)
     if p.hair_style == "balding":
@@ -112,7 +129,9 @@ def hair_front(p: Identity, x: Array, y: Array) -> Array:
         line = line + 0.035 * np.clip(relative * np.sign(p.part), -1, 1)
     cap = _soft(line - y, 0.020 if p.hair_style != "buzz" else 0.030)
     if p.hair_style in _CURTAIN:
-        inner = p.face_width * (0.90 - 0.10 * smoothstep(0.6, 0.8, y) + 0.10 * smoothstep(0.8, 1.0, y))
+        inner = p.face_width * (
+            0.90 - 0.10 * smoothstep(0.6, 0.8, y) + 0.10 * smoothstep(0.8, 1.0, y)
+        )
         inner = inner - 0.02 * (p.hair_volume - 0.5)
         sides = _soft(np.abs(x) - inner, 0.012) * smoothstep(0.28, 0.36, y)
         return inside * np.maximum(cap, sides)
@@ -124,20 +143,32 @@ def hair_front(p: Identity, x: Array, y: Array) -> Array:
 
 
 def hair_colour(p: Identity, x: Array, y: Array, behind: bool = False) -> Array:
-    """Linear-light colour (T, T, 3): a round volume under the light with one broad sheen and faint waves."""
+    """Linear-light colour (T, T, 3): a round volume under the light with one broad sheen and faint
+    waves.
+    """
     base = srgb_to_linear(p.hair) + 0.004
     nx = np.clip(x / (p.face_width + 0.07), -1, 1)
     ny = np.clip((y - 0.42) / 0.36, -1, 1)
     facing = np.sqrt(np.clip(1.05 - nx**2 * 0.8 - ny**2 * 0.55, 0.05, 1))
     light = 0.35 + 0.75 * facing - 0.16 * ny + 0.14 * p.light_x * nx
     ring = np.hypot(x * 0.9, y - 0.47)
-    sheen = np.exp(-(((ring - 0.285) / 0.035) ** 2)) * np.exp(-(((nx - 0.35 * p.light_x) / 0.45) ** 2)) * (y < 0.47)
+    sheen = (
+        np.exp(-(((ring - 0.285) / 0.035) ** 2))
+        * np.exp(-(((nx - 0.35 * p.light_x) / 0.45) ** 2))
+        * (y < 0.47)
+    )
     flow = np.arctan2(x - 0.05 * p.part, y - p.head_top + 0.10)
-    along = np.sin(11 * flow + 2 * np.sin(6 * y + p.hair_phase)) + 0.6 * np.sin(23 * flow + 9 * y + 2 * p.hair_phase)
+    along = np.sin(11 * flow + 2 * np.sin(6 * y + p.hair_phase)) + 0.6 * np.sin(
+        23 * flow + 9 * y + 2 * p.hair_phase
+    )
     if p.hair_style in ("curly", "afro", "wavy"):
-        along = along + 1.2 * np.sin(48 * x + 3 * np.sin(31 * y + p.hair_phase)) * np.sin(44 * y + 2 * np.sin(27 * x))
+        along = along + 1.2 * np.sin(48 * x + 3 * np.sin(31 * y + p.hair_phase)) * np.sin(
+            44 * y + 2 * np.sin(27 * x)
+        )
     light = light * (1 + 0.042 * along)
     if behind:
         return base * (0.5 * light)[..., None]
     shine = 0.05 + 0.35 * base.mean()
-    return base * light[..., None] + (shine * sheen)[..., None] * (0.4 * base / (base.max() + 1e-6) + 0.6 * base.max())
+    return base * light[..., None] + (shine * sheen)[..., None] * (
+        0.4 * base / (base.max() + 1e-6) + 0.6 * base.max()
+    )

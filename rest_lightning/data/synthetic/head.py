@@ -1,7 +1,8 @@
-"""The still skin of a synthetic talker's head: a sculpted height field under soft light, painted once per identity.
+"""The still skin of a synthetic talker's head: a sculpted height field under soft light, painted
+once per identity.
 
-Normals of the height field give nose, sockets, cheeks and chin their shading; features that move (eyes, lips) are
-drawn over it in every frame.
+Normals of the height field give nose, sockets, cheeks and chin their shading; features that move
+(eyes, lips) are drawn over it in every frame.
 """
 
 from __future__ import annotations
@@ -18,7 +19,11 @@ def _radius(p: Identity, x: Array, y: Array) -> Array:
     """1 on the face's outline, below 1 inside."""
     up = np.clip((p.cheek_y - y) / (p.cheek_y - p.head_top), 0, None)
     down = np.clip((y - p.cheek_y) / (p.chin_y - p.cheek_y), 0, None)
-    width = p.face_width * (1 - p.jaw_taper * np.clip(down, 0, 1.2) ** 2) * (1 - 0.03 * np.clip(up, 0, 1))
+    width = (
+        p.face_width
+        * (1 - p.jaw_taper * np.clip(down, 0, 1.2) ** 2)
+        * (1 - 0.03 * np.clip(up, 0, 1))
+    )
     n = np.where(y < p.cheek_y, 2.45, p.jaw_power)
     return ((np.abs(x) / width) ** n + (up + down) ** n) ** (1 / n)
 
@@ -38,7 +43,11 @@ def _height(p: Identity, x: Array, y: Array) -> Array:
     t = np.clip((y - (p.eye_y - 0.015)) / (p.nose_y - p.eye_y + 0.015), 0, 1.0)
     ridge_width = 0.018 + (0.22 * p.nose_width) * t**1.5
     ridge = np.exp(-0.5 * (x / ridge_width) ** 2) * (0.007 + 0.029 * t**1.4) * p.nose_height
-    z += ridge * smoothstep(p.eye_y - 0.05, p.eye_y + 0.01, y) * (1 - smoothstep(p.nose_y - 0.004, p.nose_y + 0.026, y))
+    z += (
+        ridge
+        * smoothstep(p.eye_y - 0.05, p.eye_y + 0.01, y)
+        * (1 - smoothstep(p.nose_y - 0.004, p.nose_y + 0.026, y))
+    )
     z += 0.016 * p.nose_height * bump(x, y, 0.0, p.nose_y - 0.012, 0.4 * p.nose_width, 0.017)
     z += 0.015 * bump(a, y, p.nose_width * 0.78, p.nose_y - 0.003, 0.0125, 0.014)
     z -= 0.006 * bump(a, y, p.nose_width * 1.25, p.nose_y - 0.004, 0.010, 0.020)
@@ -53,14 +62,18 @@ def _height(p: Identity, x: Array, y: Array) -> Array:
     # fold from nose to mouth corner, deeper with age
     down = (y - p.nose_y) / (p.mouth_y - p.nose_y)
     fold_x = 1.25 * (p.nose_width + (p.mouth_width - p.nose_width) * down)
-    fold = np.exp(-0.5 * ((a - fold_x) / 0.010) ** 2) * bump(x, y, 0.0, 0.5 * (p.nose_y + p.mouth_y), 1.0, 0.03)
+    fold = np.exp(-0.5 * ((a - fold_x) / 0.010) ** 2) * bump(
+        x, y, 0.0, 0.5 * (p.nose_y + p.mouth_y), 1.0, 0.03
+    )
     z -= (0.0015 + 0.006 * p.age) * fold
     z -= (0.001 + 0.005 * p.age) * bump(a, y, p.eye_x * 0.92, p.eye_y + 0.034, 0.03, 0.007)
     return z
 
 
 def _light(p: Identity, z: Array, spacing: float) -> Array:
-    """Diffuse light 0..about 1.1 on a height field, key light from above and one side, fill from the front."""
+    """Diffuse light 0..about 1.1 on a height field, key light from above and one side, fill from
+    the front.
+    """
     dzdy, dzdx = np.gradient(z, spacing)
     norm = np.sqrt(1 + dzdx**2 + dzdy**2)
     key = np.array([0.75 * p.light_x, -0.55, 0.85])
@@ -75,7 +88,9 @@ def _albedo(p: Identity, x: Array, y: Array) -> Array:
     """Linear skin colour with redder cheeks and nose, darker eye surroundings, beard shade."""
     a = np.abs(x)
     skin = srgb_to_linear(p.skin)
-    red = p.blush * (0.55 * bump(a, y, 0.140, 0.555, 0.050, 0.042) + 0.45 * bump(x, y, 0, p.nose_y, 0.03, 0.025))
+    red = p.blush * (
+        0.55 * bump(a, y, 0.140, 0.555, 0.050, 0.042) + 0.45 * bump(x, y, 0, p.nose_y, 0.03, 0.025)
+    )
     red = red + 0.25 * p.blush * bump(x, y, 0, p.chin_y - 0.03, 0.05, 0.03)
     tint = 1 - red[..., None] * np.array([0.02, 0.20, 0.17])
     socket = 0.16 * bump(a, y, p.eye_x * 0.9, p.eye_y + 0.006, 0.045, 0.028) * (0.5 + 0.5 * p.age)
@@ -91,21 +106,35 @@ def _beard(p: Identity, x: Array, y: Array) -> Array:
     moustache_y = 0.45 * p.nose_y + 0.55 * p.mouth_y
     half = p.mouth_width * 1.08
     arch = moustache_y + 0.05 * np.clip(a / half, 0, 1.3) ** 2.5 * 0.5
-    moustache = np.exp(-0.5 * ((y - arch) / 0.012) ** 2) * (1 - smoothstep(half * 0.85, half * 1.25, a))
+    moustache = np.exp(-0.5 * ((y - arch) / 0.012) ** 2) * (
+        1 - smoothstep(half * 0.85, half * 1.25, a)
+    )
     around = np.hypot(x / (p.mouth_width * 1.30), (y - p.mouth_y - 0.02) / 0.062)
-    ring = smoothstep(0.82, 1.02, around) * (1 - smoothstep(1.05, 1.45, around)) * smoothstep(p.mouth_y - 0.03, 0.70, y)
-    chin = bump(x, y, 0.0, p.chin_y - 0.03, 0.055, 0.045) * smoothstep(p.mouth_y + 0.02, p.mouth_y + 0.06, y) * 1.3
+    ring = (
+        smoothstep(0.82, 1.02, around)
+        * (1 - smoothstep(1.05, 1.45, around))
+        * smoothstep(p.mouth_y - 0.03, 0.70, y)
+    )
+    chin = (
+        bump(x, y, 0.0, p.chin_y - 0.03, 0.055, 0.045)
+        * smoothstep(p.mouth_y + 0.02, p.mouth_y + 0.06, y)
+        * 1.3
+    )
     line = p.mouth_y - 0.035 - 0.75 * np.clip(a - 0.12, 0, 1) - 0.05 * smoothstep(0.10, 0.15, a)
     blend = 2.2 if p.beard == "stubble" else 1.0  # stubble has no edge
     jaw = smoothstep(-0.015 * blend, 0.04 * blend, y - line)
-    jaw = jaw * smoothstep(1.05 - 0.15 * blend, 1.05 + 0.15 * blend, around + 2 * smoothstep(0.68, 0.78, y))
+    jaw = jaw * smoothstep(
+        1.05 - 0.15 * blend, 1.05 + 0.15 * blend, around + 2 * smoothstep(0.68, 0.78, y)
+    )
     jaw = jaw * smoothstep(0.45, 0.53, y)
     if p.beard == "stubble":
         return np.clip(np.maximum(jaw, 0.9 * moustache), 0, 1) * (0.14 + 0.20 * p.beard_strength)
     if p.beard == "moustache":
         return moustache * (0.65 + 0.25 * p.beard_strength)
     if p.beard == "goatee":
-        return np.clip(np.maximum(np.maximum(moustache, chin), 0.8 * ring), 0, 1) * (0.6 + 0.25 * p.beard_strength)
+        return np.clip(np.maximum(np.maximum(moustache, chin), 0.8 * ring), 0, 1) * (
+            0.6 + 0.25 * p.beard_strength
+        )
     return np.clip(np.maximum(jaw, moustache), 0, 1) * (0.68 + 0.24 * p.beard_strength)
 
 
@@ -113,7 +142,10 @@ def _brows(p: Identity, x: Array, y: Array) -> Array:
     """Opacity of the eyebrows: tapered arches with soft edges."""
     a = np.abs(x)
     u = (a - (p.eye_x - 1.12 * p.eye_width)) / (2.45 * p.eye_width)  # 0 inner end, 1 outer end
-    arch = 0.017 * (0.35 + p.brow_arch) * np.sin(np.clip(u, 0, 1) * np.pi * 0.95) ** 1.2 - 0.008 * np.clip(u, 0, 1) ** 3
+    arch = (
+        0.017 * (0.35 + p.brow_arch) * np.sin(np.clip(u, 0, 1) * np.pi * 0.95) ** 1.2
+        - 0.008 * np.clip(u, 0, 1) ** 3
+    )
     centre = p.eye_y - p.brow_y + 0.006 - arch - p.eye_tilt * 0.3 * (a - p.eye_x)
     half = 0.5 * p.brow_thickness * (1.0 - 0.62 * np.clip(u, 0, 1) ** 1.5)
     across = 1 - smoothstep(0.45, 1.55, np.abs(y - centre) / half)
@@ -129,11 +161,16 @@ def paint_head(p: Identity, size_px: int) -> Array:
     radius = _radius(p, x, y)
     shade = _light(p, _height(p, x, y), spacing)
     lit = _albedo(p, x, y)
-    lit = lit * np.stack([shade**0.90, shade**1.0, shade**1.05], axis=-1)  # shadows on skin are warm
+    # shadows on skin are warm
+    lit = lit * np.stack([shade**0.90, shade**1.0, shade**1.05], axis=-1)
     gloss = bump(x, y, 0.006 * p.light_x, p.nose_y - 0.02, 0.007, 0.011) + 0.5 * bump(
         x, y, 0.03 * p.light_x, 0.325, 0.06, 0.03
     )
-    gloss = gloss + 0.40 * bump(a, y, 0.135, 0.515, 0.030, 0.016) + 0.35 * bump(x, y, 0, p.chin_y - 0.045, 0.02, 0.012)
+    gloss = (
+        gloss
+        + 0.40 * bump(a, y, 0.135, 0.515, 0.030, 0.016)
+        + 0.35 * bump(x, y, 0, p.chin_y - 0.045, 0.02, 0.012)
+    )
     lit = lit + (0.03 + 0.10 * skin.mean()) * gloss[..., None] * np.array([1.0, 0.95, 0.9])
     # nostrils and the shadow under the nose
     nostril = bump(a, y, p.nose_width * 0.42, p.nose_y + 0.0070, 0.0085, 0.0044)
@@ -141,7 +178,9 @@ def paint_head(p: Identity, size_px: int) -> Array:
     lit = lit * (1 - 0.72 * nostril - 0.22 * under)[..., None]
     # ears lie behind the face
     ear_x = p.face_width * 1.02
-    er = np.hypot((a - ear_x) / (0.030 * p.ear_size), (y - 0.495 + (a - ear_x) * 0.5) / (0.062 * p.ear_size))
+    er = np.hypot(
+        (a - ear_x) / (0.030 * p.ear_size), (y - 0.495 + (a - ear_x) * 0.5) / (0.062 * p.ear_size)
+    )
     ear_shade = 0.62 + 0.30 * smoothstep(0.2, 0.85, er) - 0.25 * smoothstep(0.9, 1.0, er)
     ear_rgb = skin * ear_shade[..., None] * np.array([1.04, 0.92, 0.88])
     edge = spacing * 1.2 / 0.03

@@ -1,4 +1,6 @@
-"""Who a synthetic talker is: plain numbers and names, sampled from one wide distribution (ranges decided here)."""
+"""Who a synthetic talker is: plain numbers and names, sampled from one wide distribution (ranges
+decided here).
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,20 @@ import numpy as np
 
 Rgb = tuple[float, float, float]
 
-HAIR_STYLES = ("bald", "balding", "buzz", "short", "side_part", "quiff", "curly", "afro", "bun", "bob", "long", "wavy")
+HAIR_STYLES = (
+    "bald",
+    "balding",
+    "buzz",
+    "short",
+    "side_part",
+    "quiff",
+    "curly",
+    "afro",
+    "bun",
+    "bob",
+    "long",
+    "wavy",
+)
 BEARDS = ("none", "stubble", "moustache", "goatee", "full")
 CLOTHES = ("crew", "v_neck", "collar", "turtleneck", "scoop", "jacket")
 
@@ -27,20 +42,38 @@ _SKIN = np.array(
     dtype=np.float64,
 )
 _HAIR = np.array(
-    [(28, 24, 24), (46, 34, 29), (72, 49, 36), (104, 70, 46), (140, 100, 62), (186, 150, 102), (218, 190, 142)],
+    [
+        (28, 24, 24),
+        (46, 34, 29),
+        (72, 49, 36),
+        (104, 70, 46),
+        (140, 100, 62),
+        (186, 150, 102),
+        (218, 190, 142),
+    ],
     dtype=np.float64,
 )
 _IRIS = np.array(
-    [(58, 36, 24), (84, 54, 32), (116, 82, 46), (104, 108, 66), (92, 120, 110), (92, 128, 160), (120, 142, 158)],
+    [
+        (58, 36, 24),
+        (84, 54, 32),
+        (116, 82, 46),
+        (104, 108, 66),
+        (92, 120, 110),
+        (92, 128, 160),
+        (120, 142, 158),
+    ],
     dtype=np.float64,
 )
 
 
 @dataclass(frozen=True)
 class Identity:
-    """One synthetic person. Colours are sRGB 0..255; lengths are fractions of the image side in the neutral frame.
+    """One synthetic person. Colours are sRGB 0..255; lengths are fractions of the image side in the
+    neutral frame.
 
-    The vertical axis points down; positions are those of the neutral frame (head centred at x = 0.5).
+    The vertical axis points down; positions are those of the neutral frame (head centred at x =
+    0.5).
     """
 
     skin: Rgb
@@ -138,7 +171,11 @@ def sample_identity(rng: np.random.Generator) -> Identity:
     skin = _mix(_SKIN, tone) + skin_noise
     feminine = u(0, 1)
     # Deep skin goes with browner lips; every lip stays redder and darker than the skin around it.
-    lip_hue = np.array([0.84, 0.56, 0.56]) * skin + np.array([10, 2, 7]) + 16 * tone * np.array([1.0, 0.2, 0.45])
+    lip_hue = (
+        np.array([0.84, 0.56, 0.56]) * skin
+        + np.array([10, 2, 7])
+        + 16 * tone * np.array([1.0, 0.2, 0.45])
+    )
     lip_hue = lip_hue + feminine * np.array([4, -16, -8]) * u(0, 1)
     lip = lip_hue * u(0.86, 1.0)
     age = u(0, 1) ** 1.6
@@ -153,9 +190,15 @@ def sample_identity(rng: np.random.Generator) -> Identity:
         style = pick(HAIR_STYLES, (0.2, 0, 0.3, 0.8, 0.8, 0.4, 1.4, 0.8, 1.8, 2.4, 2.6, 2.2))
         beard = "none"
     else:
-        style = pick(HAIR_STYLES, (0.8, 0.5 + age, 1.2, 2.6, 2.2, 1.4, 1.2, 0.6, 0.2, 0.3, 0.3, 0.3))
+        style = pick(
+            HAIR_STYLES, (0.8, 0.5 + age, 1.2, 2.6, 2.2, 1.4, 1.2, 0.6, 0.2, 0.3, 0.3, 0.3)
+        )
         beard = pick(BEARDS, (4.5, 2.2, 0.7, 0.9, 1.4))
-    brow = hair * u(0.55, 0.8) if hair.mean() < 150 else hair * u(0.5, 0.65) * np.array([1.0, 0.9, 0.8])
+    brow = (
+        hair * u(0.55, 0.8)
+        if hair.mean() < 150
+        else hair * u(0.5, 0.65) * np.array([1.0, 0.9, 0.8])
+    )
     brow = np.minimum(brow, skin * 0.62)
     background = _hsv(u(0, 1), u(0.0, 1.0) ** 1.6 * 0.28 + 0.02, u(0.22, 0.82))
     shift = u(0.75, 1.2)
@@ -212,14 +255,18 @@ def sample_identity(rng: np.random.Generator) -> Identity:
         hair_volume=u(0.2, 1.0),
         hair_length=u(0.0, 1.0),
         hairline_y=u(0.215, 0.265) - (0.0 if age < 0.6 else u(0, 0.03)),
-        fringe=u(0.3, 1.0) if style in ("short", "bob", "long", "curly", "wavy") and rng.random() < 0.4 else 0.0,
+        fringe=u(0.3, 1.0)
+        if style in ("short", "bob", "long", "curly", "wavy") and rng.random() < 0.4
+        else 0.0,
         part=u(-1, 1),
         waviness=u(0, 1),
         hair_phase=u(0, 6.28),
         beard=beard,
         beard_strength=u(0.4, 1.0),
         glasses=pick(("none", "round", "square"), (8.2, 0.9, 0.9)),
-        glasses_colour=_rgb(np.array([40.0, 34.0, 32.0]) + u(0, 1) ** 2 * np.array([110.0, 90.0, 70.0])),
+        glasses_colour=_rgb(
+            np.array([40.0, 34.0, 32.0]) + u(0, 1) ** 2 * np.array([110.0, 90.0, 70.0])
+        ),
         earrings=bool(feminine > 0.5 and rng.random() < 0.2),
         clothes=pick(CLOTHES, (2.5, 1.5, 2, 0.8, 1 + feminine, 1.6)),
         cloth=_rgb(cloth),

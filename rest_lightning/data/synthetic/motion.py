@@ -1,4 +1,6 @@
-"""What a head does beside speaking: drift, nods, blinks, glances and brows (all numbers decided here)."""
+"""What a head does beside speaking: drift, nods, blinks, glances and brows (all numbers decided
+here).
+"""
 
 from __future__ import annotations
 
@@ -32,11 +34,14 @@ class HeadMotion:
     scale: Curve
 
 
-def head_motion(rng: np.random.Generator, num_frames: int, phonemes: Sequence[Phoneme] = ()) -> HeadMotion:
+def head_motion(
+    rng: np.random.Generator, num_frames: int, phonemes: Sequence[Phoneme] = ()
+) -> HeadMotion:
     """Draw the motion of one clip.
 
-    Yaw stays within about 6 degrees, pitch and roll within 4, shifts within 1.5 % of the image. Frame 0, which serves
-    as the reference image, is near the neutral pose with open eyes. Stressed phonemes nod and lift the brows a little.
+    Yaw stays within about 6 degrees, pitch and roll within 4, shifts within 1.5 % of the image.
+    Frame 0, which serves as the reference image, is near the neutral pose with open eyes. Stressed
+    phonemes nod and lift the brows a little.
     """
     liveliness = rng.uniform(0.4, 1.0)
     stress = _stress(rng, num_frames, phonemes)
@@ -62,12 +67,16 @@ def head_motion(rng: np.random.Generator, num_frames: int, phonemes: Sequence[Ph
 
 
 def _noise(rng: np.random.Generator, num_frames: int, highest_hz: float) -> NDArray[np.float64]:
-    """Band-limited noise (F,) in [-1, 1]: random sines with amplitude falling as 1/frequency, near 0 at frame 0."""
+    """Band-limited noise (F,) in [-1, 1]: random sines with amplitude falling as 1/frequency, near
+    0 at frame 0.
+    """
     times = frame_centres_s(num_frames)
     frequencies = np.exp(rng.uniform(np.log(0.06), np.log(highest_hz), size=6))
     amplitudes = rng.uniform(0.3, 1.0, size=6) / np.sqrt(frequencies)
     phases = rng.uniform(0.0, 2.0 * np.pi, size=6)
-    curve = np.sin(2.0 * np.pi * frequencies * times[:, None] + phases) @ (amplitudes / amplitudes.sum())
+    curve = np.sin(2.0 * np.pi * frequencies * times[:, None] + phases) @ (
+        amplitudes / amplitudes.sum()
+    )
     curve = 1.6 * (curve - 0.9 * curve[0] * np.exp(-times / _SETTLE_S))
     return np.tanh(curve)
 
@@ -79,14 +88,20 @@ def _blinks(rng: np.random.Generator, num_frames: int) -> NDArray[np.float64]:
     peak = 0.45 + rng.uniform(0.0, 3.0)
     while peak < times[-1] + 0.2:
         duration = rng.uniform(0.2, 0.3)
-        phase = np.where(times < peak, (times - peak) / (0.4 * duration), (times - peak) / (0.6 * duration))
+        phase = np.where(
+            times < peak, (times - peak) / (0.4 * duration), (times - peak) / (0.6 * duration)
+        )
         curve = np.maximum(curve, np.clip(1.35 * (1.0 - phase**2), 0.0, 1.0))
         peak += rng.uniform(2.0, 5.0)
     return curve
 
 
-def _gaze(rng: np.random.Generator, num_frames: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Glances: the eyes rest at a point for 0.8 to 3 s and jump in about two frames, mostly back to the viewer."""
+def _gaze(
+    rng: np.random.Generator, num_frames: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Glances: the eyes rest at a point for 0.8 to 3 s and jump in about two frames, mostly back to
+    the viewer.
+    """
     x, y = np.zeros(num_frames), np.zeros(num_frames)
     frame = int(rng.uniform(0.6, 2.5) * FPS)
     while frame < num_frames:
@@ -98,7 +113,9 @@ def _gaze(rng: np.random.Generator, num_frames: int) -> tuple[NDArray[np.float64
     return tuple(np.convolve(np.pad(c, 1, mode="edge"), kernel, mode="valid") for c in (x, y))  # type: ignore[return-value]
 
 
-def _stress(rng: np.random.Generator, num_frames: int, phonemes: Sequence[Phoneme]) -> NDArray[np.float64]:
+def _stress(
+    rng: np.random.Generator, num_frames: int, phonemes: Sequence[Phoneme]
+) -> NDArray[np.float64]:
     """Bumps (F,) in [0, 1] of 0.4 s on about a third of the stressed phonemes; none at frame 0."""
     times = frame_centres_s(num_frames)
     curve = np.zeros(num_frames)

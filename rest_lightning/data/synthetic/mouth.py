@@ -1,4 +1,6 @@
-"""The mouth of a synthetic talker: lips, teeth and tongue as contours driven by the track (shapes decided here)."""
+"""The mouth of a synthetic talker: lips, teeth and tongue as contours driven by the track (shapes
+decided here).
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,8 @@ from rest_lightning.data.synthetic.geometry import Array, Motion, depth, smooths
 from rest_lightning.data.synthetic.identity import Identity
 from rest_lightning.data.synthetic.raster import fill, polygon, stroke
 
-_T = np.sin(np.linspace(-0.5, 0.5, 25) * np.pi)[None]  # -1 .. 1 from corner to corner, denser at the corners
+# -1 .. 1 from corner to corner, denser at the corners
+_T = np.sin(np.linspace(-0.5, 0.5, 25) * np.pi)[None]
 _BEHIND = np.array([0.0, 0.02])
 _CAVITY = (52.0, 16.0, 18.0)
 _TONGUE = (186.0, 88.0, 88.0)
@@ -31,7 +34,8 @@ class Mouth:
         w = np.where(m.width > 0, 0.17, 0.15) * m.width
         half = p.mouth_width * (1 + w) * (1 - 0.40 * np.clip(r, 0, 1)) * (1 - 0.08 * o)
         a = np.abs(_T)
-        round_off = 0.85 - 0.30 * np.clip(0.6 * o + 0.6 * r, 0, 1)  # wide and rounded mouths are ovals
+        # wide and rounded mouths are ovals
+        round_off = 0.85 - 0.30 * np.clip(0.6 * o + 0.6 * r, 0, 1)
         smile = p.mouth_corner + 0.010 * np.clip(m.width, 0, 1)
 
         # Corners sit between the lips; a spread mouth lifts them a little.
@@ -68,7 +72,9 @@ class Mouth:
         teeth_edge = upper_edge(0.88 * _T) + show_up * (1 - 0.55 * a**3)
         self._teeth_up = place(_T * half * 0.88, teeth_edge)
         show_low = 0.011 * smoothstep(0.35, 0.9, o)
-        self._teeth_low = place(_T * half * 0.56, lower_edge(0.6 * _T) - show_low * (1 - 0.5 * a**4))
+        self._teeth_low = place(
+            _T * half * 0.56, lower_edge(0.6 * _T) - show_low * (1 - 0.5 * a**4)
+        )
         tip = (0.26 + 0.42 * m.tongue) * h + 0.004 * m.tongue
         tongue_edge = lower_edge(0.74 * _T) - tip * np.sqrt(1 - 0.98 * a**2)
         self._tongue_top = place(_T * half * (0.74 - 0.12 * m.tongue), tongue_edge)
@@ -83,7 +89,9 @@ class Mouth:
         self._lip = fill(lip, 1.0, 0.0028)
         self._lip_dark = fill(lip * np.array([0.80, 0.72, 0.74]), 0.75, 0.0022)
         self._line = stroke(lip * np.array([0.42, 0.30, 0.32]), 0.0056, 0.9, 0.0014)
-        self._shine_paint = stroke(lip * 0.55 + np.array([255.0, 225.0, 218.0]) * 0.45, 0.007, 0.45, 0.005)
+        self._shine_paint = stroke(
+            lip * 0.55 + np.array([255.0, 225.0, 218.0]) * 0.45, 0.007, 0.45, 0.005
+        )
         self._crease_paint = stroke(skin * np.array([0.62, 0.50, 0.46]), 0.010, 0.32, 0.007)
         self._cavity = fill(_CAVITY)
         self._tongue_paint = fill(_TONGUE, 0.95, 0.003)
@@ -106,12 +114,17 @@ class Mouth:
             canvas.save()
             canvas.clipPath(inner, skia.ClipOp.kIntersect, True)
             canvas.drawPath(inner, self._cavity)
-            below, above = low[::-1] + _BEHIND, up[::-1] - _BEHIND  # closes the shapes behind the lips
+            # closes the shapes behind the lips
+            below, above = low[::-1] + _BEHIND, up[::-1] - _BEHIND
             tongue = np.concatenate([self._tongue_top[frame], below])
             canvas.drawPath(polygon(tongue), self._tongue_paint)
             if self._open[frame] > 0.35:
-                canvas.drawPath(polygon(np.concatenate([self._teeth_low[frame], below])), self._teeth_low_paint)
-            canvas.drawPath(polygon(np.concatenate([self._teeth_up[frame], above])), self._teeth_paint)
+                canvas.drawPath(
+                    polygon(np.concatenate([self._teeth_low[frame], below])), self._teeth_low_paint
+                )
+            canvas.drawPath(
+                polygon(np.concatenate([self._teeth_up[frame], above])), self._teeth_paint
+            )
             canvas.drawPath(polygon(up, False), self._shadow)
             for end in (0, -1):
                 x, y = up[end].tolist()

@@ -23,7 +23,9 @@ def texture_grid(size_px: int) -> tuple[Array, Array]:
 
 
 def over(base: Array, rgb: Array, alpha: Array) -> Array:
-    """Lay a colour (..., 3) in linear or sRGB 0..1 with opacity (T, T) over premultiplied RGBA (T, T, 4)."""
+    """Lay a colour (..., 3) in linear or sRGB 0..1 with opacity (T, T) over premultiplied RGBA
+    (T, T, 4).
+    """
     a = np.clip(alpha, 0.0, 1.0)[..., None]
     top = np.concatenate([np.broadcast_to(rgb, (*alpha.shape, 3)) * a, a], axis=-1)
     return top + base * (1 - a)
@@ -43,7 +45,8 @@ class Mesh:
     """A texture on a grid of vertices.
 
     Args:
-        premultiplied: RGBA in sRGB 0..1, alpha premultiplied, (T, T, 4), laid out as by `texture_grid`.
+        premultiplied: RGBA in sRGB 0..1, alpha premultiplied, (T, T, 4), laid out as by
+            `texture_grid`.
         columns, rows: number of cells.
     """
 
@@ -59,12 +62,25 @@ class Mesh:
         self.y = TOP + gy / num * SIDE
         self._texs = list(map(skia.Point, gx.tolist(), gy.tolist()))
         corner = np.arange(rows)[:, None] * (columns + 1) + np.arange(columns)
-        quads = [corner, corner + 1, corner + columns + 1, corner + 1, corner + columns + 2, corner + columns + 1]
+        quads = [
+            corner,
+            corner + 1,
+            corner + columns + 1,
+            corner + 1,
+            corner + columns + 2,
+            corner + columns + 1,
+        ]
         self._indices = np.stack(quads, axis=-1).ravel().tolist()
-        self._pixels = np.ascontiguousarray(np.round(np.clip(premultiplied, 0, 1) * 255).astype(np.uint8))
-        image = skia.Image.fromarray(self._pixels, skia.kRGBA_8888_ColorType, skia.kPremul_AlphaType)
+        self._pixels = np.ascontiguousarray(
+            np.round(np.clip(premultiplied, 0, 1) * 255).astype(np.uint8)
+        )
+        image = skia.Image.fromarray(
+            self._pixels, skia.kRGBA_8888_ColorType, skia.kPremul_AlphaType
+        )
         sampling = skia.SamplingOptions(skia.FilterMode.kLinear)
-        self._paint = skia.Paint(Shader=image.makeShader(skia.TileMode.kClamp, skia.TileMode.kClamp, sampling))
+        self._paint = skia.Paint(
+            Shader=image.makeShader(skia.TileMode.kClamp, skia.TileMode.kClamp, sampling)
+        )
 
     def draw(self, canvas: skia.Canvas, points: Array) -> None:
         """Draw with the vertices at `points` (N, 2)."""
@@ -88,7 +104,9 @@ def fill(rgb: Sequence[float] | Array, alpha: float = 1.0, blur: float = 0.0) ->
     return paint
 
 
-def stroke(rgb: Sequence[float] | Array, width: float, alpha: float = 1.0, blur: float = 0.0) -> skia.Paint:
+def stroke(
+    rgb: Sequence[float] | Array, width: float, alpha: float = 1.0, blur: float = 0.0
+) -> skia.Paint:
     """An anti-aliased stroke with round ends."""
     paint = fill(rgb, alpha, blur)
     paint.setStyle(skia.Paint.kStroke_Style)

@@ -24,9 +24,10 @@ class Script:
 
     Attributes:
         speech: float32 (640 * F,), the clean voice with digital silence between the sentences.
-        audio: the same at a varied level and tone with a faint noise floor: what the clip's file holds.
-        phonemes: in seconds of the clip; where it begins or ends in the middle of a sentence, those up to 0.2 s
-            outside are kept, since they shape the mouth too.
+        audio: the same at a varied level and tone with a faint noise floor: what the clip's file
+            holds.
+        phonemes: in seconds of the clip; where it begins or ends in the middle of a sentence, those
+            up to 0.2 s outside are kept, since they shape the mouth too.
         info: text, language, voice, words_per_minute, pitch, for the sidecar.
     """
 
@@ -37,10 +38,11 @@ class Script:
 
 
 def sample_script(rng: np.random.Generator, num_frames: int, held_out: bool = False) -> Script:
-    """Draw what is said in ``num_frames`` frames: whole sentences in a row, with pauses of 0.2 to 0.8 s.
+    """Draw what is said in ``num_frames`` frames: whole sentences in a row, with pauses of 0.2 to
+    0.8 s.
 
-    About a third of the clips begin in the middle of a sentence, 3 % are silent but for a few words at most.
-    ``held_out`` takes the words of validation and test.
+    About a third of the clips begin in the middle of a sentence, 3 % are silent but for a few words
+    at most. ``held_out`` takes the words of validation and test.
     """
     language = sample_language(rng)
     variant = str(rng.choice(VARIANTS))
@@ -59,7 +61,9 @@ def sample_script(rng: np.random.Generator, num_frames: int, held_out: bool = Fa
     def sentence(number: int) -> Utterance:
         while len(sentences) <= number:
             text = sample_sentence(rng, language, held_out).text
-            spoken = speak(text, info["voice"], info["words_per_minute"], info["pitch"], pitch_range)
+            spoken = speak(
+                text, info["voice"], info["words_per_minute"], info["pitch"], pitch_range
+            )
             sentences.append((text, spoken))
         return sentences[number][1]
 
@@ -76,7 +80,9 @@ def sample_script(rng: np.random.Generator, num_frames: int, held_out: bool = Fa
     phonemes = _phonemes(placed, duration_s)
     if _longest_silence_s(phonemes, duration_s) < _MIN_SILENCE_S:
         # One sentence fills the clip: begin it after a silence.
-        placed = _place(min(rng.uniform(0.25, 0.7), 0.5 * duration_s), duration_s, pauses_s, sentence)
+        placed = _place(
+            min(rng.uniform(0.25, 0.7), 0.5 * duration_s), duration_s, pauses_s, sentence
+        )
         phonemes = _phonemes(placed, duration_s)
     speech = np.zeros(num_frames * SAMPLES_PER_FRAME, np.float32)
     for utterance, at_s in placed:
@@ -88,7 +94,10 @@ def sample_script(rng: np.random.Generator, num_frames: int, held_out: bool = Fa
 
 
 def _place(
-    start_s: float, duration_s: float, pauses_s: NDArray[np.float64], sentence: Callable[[int], Utterance]
+    start_s: float,
+    duration_s: float,
+    pauses_s: NDArray[np.float64],
+    sentence: Callable[[int], Utterance],
 ) -> list[tuple[Utterance, float]]:
     """Utterances with their start times until the clip is full."""
     placed: list[tuple[Utterance, float]] = []
@@ -101,7 +110,9 @@ def _place(
 
 
 def _phonemes(placed: list[tuple[Utterance, float]], duration_s: float) -> tuple[Phoneme, ...]:
-    """Phonemes in clip time, with those just outside it: the mouth comes from one sound and goes to the next."""
+    """Phonemes in clip time, with those just outside it: the mouth comes from one sound and goes to
+    the next.
+    """
     return tuple(
         Phoneme(p.ipa, p.start_s + at_s, p.end_s + at_s)
         for utterance, at_s in placed
@@ -130,7 +141,9 @@ def _add(speech: NDArray[np.float32], voice: NDArray[np.float32], start: int) ->
 
 
 def _record(rng: np.random.Generator, speech: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Level of -26 to -16 dB over the voiced part, a slight tilt of the tone, noise of -80 to -50 dB."""
+    """Level of -26 to -16 dB over the voiced part, a slight tilt of the tone, noise of -80 to -50
+    dB.
+    """
     voice = speech.astype(np.float64)
     voice += rng.uniform(-0.3, 0.3) * (voice - np.concatenate(([0.0], voice[:-1])))
     active = voice[np.abs(voice) > 1e-3]

@@ -1,28 +1,26 @@
-"""Synthetic talkers in the prepared-clip layout: text -> speech -> face track -> frames -> mp4 and sidecar."""
+"""Synthetic talkers in the prepared-clip layout: text -> speech -> face track -> frames -> mp4 and
+sidecar.
+"""
 
 from __future__ import annotations
 
 import math
-import multiprocessing
 import os
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rest_lightning.constants import SAMPLES_PER_FRAME
 from rest_lightning.data import layout
+from rest_lightning.data.making import check_folder, is_finished, remove_dataset, run_clips
 from rest_lightning.data.synthetic.motion import head_motion
 from rest_lightning.data.synthetic.script import Script, sample_script
 from rest_lightning.data.synthetic.track import FaceTrack
 from rest_lightning.data.synthetic.visemes import mouth_curves
 from rest_lightning.errors import UserError
+from rest_lightning.media.files import rounded
 
 GENERATOR_VERSION = 1
 """Raised whenever the same seed gives other clips than before; a dataset never mixes versions."""
@@ -66,8 +64,8 @@ def synthesize_clip(
 ) -> SyntheticClip:
     """Make clip ``index`` of a seed: its own identity, words and motion.
 
-    A pure function: the same arguments give the same bits, in any process and order. Longer clips hold several
-    sentences with pauses.
+    A pure function: the same arguments give the same bits, in any process and order. Longer clips
+    hold several sentences with pauses.
 
     Args:
         index: number of the clip, which is also its identity.
@@ -97,8 +95,8 @@ def synthesize_clip(
         num_frames=num_frames,
         size_px=size_px,
         split=split,
-        mouth_opening=layout.rounded(track.mouth_opening),
-        landmarks=layout.rounded(rendered.landmarks),
+        mouth_opening=rounded(track.mouth_opening),
+        landmarks=rounded(rendered.landmarks),
         speech=script.info,
     )
     return SyntheticClip(frames=rendered.frames, audio=script.audio, sidecar=sidecar, track=track)
@@ -110,7 +108,9 @@ def clip_id_of(index: int) -> str:
 
 
 def split_of_index(index: int, val_fraction: float, test_fraction: float) -> str:
-    """Split of clip ``index``: held-out clips are spread evenly, and stay where they are when clips are added."""
+    """Split of clip ``index``: held-out clips are spread evenly, and stay where they are when clips
+    are added.
+    """
     fraction = val_fraction + test_fraction
     # The small constant keeps 0.1 + 0.2 and the like from losing a clip to rounding.
     number = math.floor(index * fraction + 1e-9)
@@ -134,8 +134,9 @@ def synthesize(
 ) -> Path:
     """Make a dataset of synthetic talkers in the prepared-clip layout, one identity per clip.
 
-    Calling it again continues where it stopped: finished clips are checked and kept. With a larger ``num_clips``
-    it adds clips. Any other change of the arguments is refused, because the clips would not fit together.
+    Calling it again continues where it stopped: finished clips are checked and kept. With a larger
+    ``num_clips`` it adds clips. Any other change of the arguments is refused, because the clips
+    would not fit together.
 
     Args:
         out: folder of the dataset.
@@ -152,7 +153,8 @@ def synthesize(
         The folder.
 
     Raises:
-        UserError: bad arguments, a folder with something else in it, or a dataset made with other arguments.
+        UserError: bad arguments, a folder with something else in it, or a dataset made with other
+            arguments.
     """
     out = Path(out)
     arguments = {
@@ -166,14 +168,18 @@ def synthesize(
     _check_arguments(num_clips, size_px, num_frames, num_workers, val_fraction, test_fraction)
     info = {"kind": _KIND, "generator_version": GENERATOR_VERSION, "arguments": arguments}
     if overwrite:
-        _remove_dataset(out)
-    _check_folder(out, info)
+        remove_dataset(out, _KIND, "talker_")
+    check_folder(out, _KIND, info)
     (out / "clips").mkdir(parents=True, exist_ok=True)
-    layout.write_dataset_json(out, info)  # before the first clip: an interrupted run knows what it was
+    layout.write_dataset_json(
+        out, info
+    )  # before the first clip: an interrupted run knows what it was
     for leftover in (out / "clips").glob(".talker_*.part*"):
         leftover.unlink(missing_ok=True)
 
-    indices = [i for i in range(num_clips) if not _is_finished(out, clip_id_of(i), size_px, num_frames)]
+    indices = [
+        i for i in range(num_clips) if not is_finished(out, clip_id_of(i), size_px, num_frames)
+    ]
     make = partial(
         _make_clip,
         out=out,
@@ -183,14 +189,16 @@ def synthesize(
         val_fraction=val_fraction,
         test_fraction=test_fraction,
     )
-    _run(make, indices, num_workers, num_clips)
+    run_clips(make, indices, num_workers, num_clips)
     layout.finish_dataset(out, info, [clip_id_of(i) for i in range(num_clips)])
     return out
 
 
 def write_clip(out: str | os.PathLike[str], clip: SyntheticClip) -> None:
-    """Write mp4 and sidecar of a clip into the dataset folder ``out``; each appears only when it is whole."""
-    from rest_lightning.streaming.writer import Mp4Writer
+    """Write mp4 and sidecar of a clip into the dataset folder ``out``; each appears only when it is
+    whole.
+    """
+    from rest_lightning.media.writer import Mp4Writer
 
     path = layout.clip_path(out, clip.sidecar.clip_id)
     with Mp4Writer(path, clip.sidecar.size_px, crf=_CRF, overwrite=True) as writer:
@@ -200,83 +208,17 @@ def write_clip(out: str | os.PathLike[str], clip: SyntheticClip) -> None:
 
 
 def _make_clip(
-    index: int, out: Path, seed: int, size_px: int, num_frames: int, val_fraction: float, test_fraction: float
+    index: int,
+    out: Path,
+    seed: int,
+    size_px: int,
+    num_frames: int,
+    val_fraction: float,
+    test_fraction: float,
 ) -> int:
     split = split_of_index(index, val_fraction, test_fraction)
     write_clip(out, synthesize_clip(index, seed, split, size_px, num_frames))
     return index
-
-
-def _run(make: Any, indices: list[int], num_workers: int, num_clips: int) -> None:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("[progress.description]{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns) as progress, _results(make, indices, num_workers) as results:
-        task = progress.add_task("clips", total=num_clips, completed=num_clips - len(indices), rate="")
-        for _ in results:
-            speed = progress.tasks[0].speed
-            progress.update(task, advance=1, rate=f"{speed:.1f} clips/s" if speed else "")
-
-
-@contextmanager
-def _results(make: Any, indices: list[int], num_workers: int) -> Iterator[Iterator[int]]:
-    num_workers = min(num_workers, len(indices))
-    if num_workers <= 1:
-        yield map(make, indices)
-        return
-    with _one_thread_each():
-        pool = multiprocessing.get_context("spawn").Pool(num_workers, initializer=_ignore_interrupt)
-    with pool:  # leaves by terminate(): after Ctrl-C nothing goes on in the background
-        yield pool.imap_unordered(make, indices)
-
-
-def _ignore_interrupt() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops its workers
-
-
-@contextmanager
-def _one_thread_each() -> Iterator[None]:
-    """Workers inherit the environment: libraries that read these names start one thread, not one per core."""
-    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update(dict.fromkeys(names, "1"))
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-
-
-def _is_finished(out: Path, clip_id: str, size_px: int, num_frames: int) -> bool:
-    """Whether both files are there and whole: the sidecar parses and the mp4 holds every packet."""
-    if not layout.is_complete(out, clip_id):
-        return False
-    import av
-
-    try:
-        sidecar = layout.read_sidecar(out, clip_id)
-        with av.open(str(layout.clip_path(out, clip_id))) as container:
-            num_packets, duration = 0, 0
-            for packet in container.demux():
-                if packet.is_corrupt:  # cut off
-                    return False
-                if packet.size and packet.stream.type == "video":
-                    num_packets += 1
-                elif packet.size:
-                    duration += packet.duration or 0
-    except (UserError, av.FFmpegError, OSError):
-        return False
-    sizes = (sidecar.num_frames, sidecar.size_px, num_packets)
-    return sizes == (num_frames, size_px, num_frames) and duration >= num_frames * SAMPLES_PER_FRAME
 
 
 def _check_sizes(size_px: int, num_frames: int) -> None:
@@ -287,54 +229,22 @@ def _check_sizes(size_px: int, num_frames: int) -> None:
 
 
 def _check_arguments(
-    num_clips: int, size_px: int, num_frames: int, num_workers: int, val_fraction: float, test_fraction: float
+    num_clips: int,
+    size_px: int,
+    num_frames: int,
+    num_workers: int,
+    val_fraction: float,
+    test_fraction: float,
 ) -> None:
     _check_sizes(size_px, num_frames)
     if num_clips < 1:
         raise UserError(f"expected num_clips of at least 1, got {num_clips}: use 500")
     if num_workers < 1:
-        raise UserError(f"expected num_workers of at least 1, got {num_workers}: use the number of cores")
+        raise UserError(
+            f"expected num_workers of at least 1, got {num_workers}: use the number of cores"
+        )
     if val_fraction < 0 or test_fraction < 0 or val_fraction + test_fraction > 1:
         raise UserError(
             "expected val_fraction and test_fraction of 0 to 1 together, "
             f"got {val_fraction} and {test_fraction}: use 0.05 and 0.05"
         )
-
-
-def _check_folder(out: Path, info: dict[str, Any]) -> None:
-    """UserError unless ``out`` is new, empty, or a synthetic dataset made with the same arguments."""
-    if not out.exists():
-        return
-    if not out.is_dir():
-        raise UserError(f"expected a folder, got the file {out}: choose another name")
-    if not any(out.iterdir()):
-        return
-    if not (out / "dataset.json").is_file():
-        raise UserError(f"expected a new or empty folder, got {out} with other files in it: choose another folder")
-    there = layout.read_dataset_json(out)
-    if there.get("kind") != _KIND:
-        raise UserError(f"expected a folder of synthetic talkers, got another dataset in {out}: choose another folder")
-    before = {"generator_version": there.get("generator_version"), **there.get("arguments", {})}
-    now = {"generator_version": info["generator_version"], **info["arguments"]}
-    differences = [
-        f"{name} {before.get(name)} (now {value})"
-        for name, value in now.items()
-        if before.get(name) != value and not (name == "num_clips" and (before.get(name) or 0) < value)
-    ]
-    if differences:
-        raise UserError(
-            f"expected the arguments that {out} was made with, got others: it has {', '.join(differences)}; "
-            "repeat them, choose another folder, or set overwrite to start again"
-        )
-
-
-def _remove_dataset(out: Path) -> None:
-    """Delete the files of a synthetic dataset, and nothing else."""
-    if not (out / "dataset.json").is_file() or layout.read_dataset_json(out).get("kind") != _KIND:
-        return  # _check_folder says what is wrong with it
-    clips = out / "clips"
-    for path in (layout.manifest_path(out), *clips.glob("talker_*"), *clips.glob(".talker_*")):
-        path.unlink(missing_ok=True)
-    (out / "dataset.json").unlink()
-    with suppress(OSError):
-        clips.rmdir()  # refuses when somebody else's files are in it

@@ -1,7 +1,9 @@
-"""Sentences for synthetic talkers: seedable, phonetically varied, with a vocabulary held out for validation and test.
+"""Sentences for synthetic talkers: seedable, phonetically varied, with a vocabulary held out for
+validation and test.
 
-Training sentences use only the words before the held-out lists; validation and test sentences take every content word
-from the held-out lists, so that a model is scored on words that it has never heard (decided here).
+Training sentences use only the words before the held-out lists; validation and test sentences take
+every content word from the held-out lists, so that a model is scored on words that it has never
+heard (decided here).
 """
 
 from __future__ import annotations
@@ -86,7 +88,9 @@ _TEMPLATES = (
     "{n}, {n}, {n}, {n}, and {n}.",
     "{a}, {a}, {a}, and {a}.",
 )
-_NUMBERS = """two three four five six seven eight nine ten eleven twelve twenty forty fifty hundred"""
+_NUMBERS = (
+    """two three four five six seven eight nine ten eleven twelve twenty forty fifty hundred"""
+)
 
 _FOREIGN = {
     "de": """Abend alle Apfel arbeiten Baum beide Bild Blume bleiben Brot Buch Bruder dunkel Eimer Fenster Feuer
@@ -119,12 +123,31 @@ _FOREIGN = {
         tuin vader veel vier vis vogel vrouw vuur warm water weg werk wind zee zien zomer zon maar""",
 }
 _HELD_OUT_FOREIGN = {
-    "de": "Bahnhof Berg Brief Butter Frühling Gabel Hammer Insel Kuchen Löffel Pferd Regen Schule Straße Wolke Zimmer",
-    "es": "bicicleta cuchara espejo guitarra invierno manzana mariposa naranja paloma primavera pájaro reloj zapato",
-    "fr": "abeille bateau bougie chapeau couteau forêt lapin montagne mouton nuage orange papillon printemps voiture",
-    "it": "bicicletta bottiglia chitarra farfalla formaggio inverno montagna nuvola orologio primavera scuola specchio",
-    "pt-br": "abelha bicicleta borboleta chapéu colher espelho floresta inverno janela laranja montanha sapato",
-    "nl": "aardappel bakker bruiloft eekhoorn herfst konijn lepel muziek olifant paraplu spiegel vlinder winkel wolk",
+    "de": (
+        "Bahnhof Berg Brief Butter Frühling Gabel Hammer Insel Kuchen Löffel Pferd Regen Schule "
+        "Straße Wolke Zimmer"
+    ),
+    "es": (
+        "bicicleta cuchara espejo guitarra invierno manzana mariposa naranja paloma primavera "
+        "pájaro reloj zapato"
+    ),
+    "fr": (
+        "abeille bateau bougie chapeau couteau forêt lapin montagne mouton nuage orange "
+        "papillon "
+        "printemps voiture"
+    ),
+    "it": (
+        "bicicletta bottiglia chitarra farfalla formaggio inverno montagna nuvola orologio "
+        "primavera scuola specchio"
+    ),
+    "pt-br": (
+        "abelha bicicleta borboleta chapéu colher espelho floresta inverno janela laranja "
+        "montanha sapato"
+    ),
+    "nl": (
+        "aardappel bakker bruiloft eekhoorn herfst konijn lepel muziek olifant paraplu spiegel "
+        "vlinder winkel wolk"
+    ),
 }
 
 
@@ -133,7 +156,8 @@ class Vocabulary:
     """The content words of one side of the split.
 
     Attributes:
-        words: English word lists by template slot: n(oun), a(djective), v(erb), d (adverb), p(erson).
+        words: English word lists by template slot: n(oun), a(djective), v(erb), d (adverb),
+            p(erson).
         foreign: words of other languages by espeak language code.
         syllables: lip drills ("ma ba pa"), training only.
     """
@@ -151,7 +175,13 @@ def _split(*texts: str) -> list[tuple[str, ...]]:
 def vocabulary(held_out: bool = False) -> Vocabulary:
     """Word lists of the training split, or of the validation and test splits (``held_out``)."""
     if held_out:
-        lists = _split(_HELD_OUT_NOUNS, _HELD_OUT_ADJECTIVES, _HELD_OUT_VERBS, _HELD_OUT_ADVERBS, _HELD_OUT_NAMES)
+        lists = _split(
+            _HELD_OUT_NOUNS,
+            _HELD_OUT_ADJECTIVES,
+            _HELD_OUT_VERBS,
+            _HELD_OUT_ADVERBS,
+            _HELD_OUT_NAMES,
+        )
         foreign, syllables = _HELD_OUT_FOREIGN, ""
     else:
         lists = _split(_NOUNS, _ADJECTIVES, _VERBS, _ADVERBS, _NAMES)
@@ -165,8 +195,12 @@ def vocabulary(held_out: bool = False) -> Vocabulary:
 
 @cache
 def held_out_words() -> frozenset[str]:
-    """Lower-case English words that occur in validation and test sentences and in no training sentence."""
-    return frozenset(word.lower() for words in vocabulary(held_out=True).words.values() for word in words)
+    """Lower-case English words that occur in validation and test sentences and in no training
+    sentence.
+    """
+    return frozenset(
+        word.lower() for words in vocabulary(held_out=True).words.values() for word in words
+    )
 
 
 def words_of(text: str) -> list[str]:
@@ -221,5 +255,8 @@ def _row(rng: np.random.Generator, words: tuple[str, ...], count: int) -> str:
     """A row of words with commas now and then, so that the pitch and the pauses vary."""
     chosen = [str(word) for word in rng.choice(words, size=count)]
     commas = rng.random(count - 1) < 0.25
-    joined = "".join(word + (", " if comma else " ") for word, comma in zip(chosen, [*commas, False], strict=True))
+    joined = "".join(
+        word + (", " if comma else " ")
+        for word, comma in zip(chosen, [*commas, False], strict=True)
+    )
     return joined.strip().capitalize() + "."

@@ -22,8 +22,8 @@ class FaceTrack:
         blink: 0 = eyes open, 1 = eyes closed.
         gaze_x, gaze_y: direction of the eyes, -1 .. 1 (x right, y down, in image coordinates).
         brow_raise: -1 = frowning, 0 = at rest, 1 = raised.
-        yaw_rad, pitch_rad, roll_rad: head rotation (yaw > 0 looks to the image's right, pitch > 0 looks down,
-            roll > 0 turns clockwise in the image).
+        yaw_rad, pitch_rad, roll_rad: head rotation (yaw > 0 looks to the image's right, pitch > 0
+            looks down, roll > 0 turns clockwise in the image).
         shift_x, shift_y: head translation in fractions of the image side.
         scale: size factor of the head, about 1.
     """
@@ -46,7 +46,9 @@ class FaceTrack:
     def __post_init__(self) -> None:
         lengths = {f.name: len(getattr(self, f.name)) for f in fields(self)}
         if len(set(lengths.values())) != 1:
-            raise ValueError(f"expected curves of one length, got {lengths}: resample them to the same frames")
+            raise ValueError(
+                f"expected curves of one length, got {lengths}: resample them to the same frames"
+            )
 
     @property
     def num_frames(self) -> int:

@@ -1,8 +1,10 @@
-"""Mouth curves from timed phonemes: viseme targets blended by co-articulation, sampled at the video frames.
+"""Mouth curves from timed phonemes: viseme targets blended by co-articulation, sampled at the video
+frames.
 
-Each phoneme has a target shape; the shape at time t is the average of the targets, weighted by a Gaussian around t
-integrated over each phoneme's interval (co-articulation; sigma 35 ms, decided here). A closed-lip sound (m, b, p)
-additionally presses the lips together completely, since a blend alone never reaches zero.
+Each phoneme has a target shape; the shape at time t is the average of the targets, weighted by a
+Gaussian around t integrated over each phoneme's interval (co-articulation; sigma 35 ms, decided
+here). A closed-lip sound (m, b, p) additionally presses the lips together completely, since a blend
+alone never reaches zero.
 """
 
 from __future__ import annotations
@@ -74,7 +76,9 @@ _UNKNOWN = Viseme(0.30, 0.0, 0.0, 0.1, 0.5)  # a sound of a language that the ta
 
 @dataclass(frozen=True)
 class MouthCurves:
-    """Mouth part of a FaceTrack; every array is float32 (F,) in the ranges that FaceTrack states."""
+    """Mouth part of a FaceTrack; every array is float32 (F,) in the ranges that FaceTrack
+    states.
+    """
 
     opening: Curve
     width: Curve
@@ -88,7 +92,8 @@ def frame_centres_s(num_frames: int) -> NDArray[np.float64]:
 
 
 def visemes_of(ipa: str) -> list[Viseme]:
-    """Targets of one phoneme in order: one, or two and more for diphthongs and affricates. "" is silence.
+    """Targets of one phoneme in order: one, or two and more for diphthongs and affricates. "" is
+    silence.
 
     A stressed vowel (ˈ) opens 10 % wider, at most 1.
     """
@@ -97,7 +102,9 @@ def visemes_of(ipa: str) -> list[Viseme]:
         return [_UNKNOWN if any(symbol.isalpha() for symbol in ipa) else _SILENCE]
     gain = 1.1 if "ˈ" in ipa else 1.0
     return [
-        _VISEMES[s]._replace(opening=min(1.0, gain * _VISEMES[s].opening)) if s in _VOWELS else _VISEMES[s]
+        _VISEMES[s]._replace(opening=min(1.0, gain * _VISEMES[s].opening))
+        if s in _VOWELS
+        else _VISEMES[s]
         for s in symbols
     ]
 
@@ -105,8 +112,9 @@ def visemes_of(ipa: str) -> list[Viseme]:
 def lip_closures_s(phonemes: Sequence[Phoneme]) -> list[tuple[float, float]]:
     """Intervals (start, end) in seconds in which the lips touch because of m, b or p.
 
-    The lips are shut while an m hums and before a p bursts: espeak-ng puts the mark of a stop at its burst and leaves
-    the silence of the closure to the sound before it, except for a long b, which begins with its murmur.
+    The lips are shut while an m hums and before a p bursts: espeak-ng puts the mark of a stop at
+    its burst and leaves the silence of the closure to the sound before it, except for a long b,
+    which begins with its murmur.
     """
     closures = []
     for phoneme in phonemes:
@@ -125,17 +133,20 @@ def lip_closures_s(phonemes: Sequence[Phoneme]) -> list[tuple[float, float]]:
     return closures
 
 
-def mouth_curves(phonemes: Sequence[Phoneme], audio: NDArray[np.float32], num_frames: int) -> MouthCurves:
+def mouth_curves(
+    phonemes: Sequence[Phoneme], audio: NDArray[np.float32], num_frames: int
+) -> MouthCurves:
     """Mouth shape at each frame centre.
 
     Args:
         phonemes: timed phonemes; time not covered by any is silence.
-        audio: the speech (16 kHz); loud sounds open up to 10 % wider and soft ones up to 20 % less. Times beyond its
-            end count as silent.
+        audio: the speech (16 kHz); loud sounds open up to 10 % wider and soft ones up to 20 % less.
+            Times beyond its end count as silent.
         num_frames: F.
 
     Returns:
-        Curves (F,): opening is exactly 0 in every closure of m, b and p and in silence longer than about 0.2 s.
+        Curves (F,): opening is exactly 0 in every closure of m, b and p and in silence longer than
+            about 0.2 s.
     """
     times = frame_centres_s(num_frames)
     shape, share = _blend(times, phonemes)
@@ -151,7 +162,9 @@ def mouth_curves(phonemes: Sequence[Phoneme], audio: NDArray[np.float32], num_fr
 
 
 def loudness(audio: NDArray[np.float32], num_frames: int) -> NDArray[np.float64]:
-    """Loudness of each frame in [0, 1]: smoothed level relative to the loudest 5 % of the clip; 0 where silent."""
+    """Loudness of each frame in [0, 1]: smoothed level relative to the loudest 5 % of the clip; 0
+    where silent.
+    """
     padded = np.zeros(num_frames * SAMPLES_PER_FRAME)
     padded[: min(len(audio), len(padded))] = audio[: len(padded)]
     level = np.sqrt(np.mean(padded.reshape(num_frames, SAMPLES_PER_FRAME) ** 2, axis=1))
@@ -160,8 +173,12 @@ def loudness(audio: NDArray[np.float32], num_frames: int) -> NDArray[np.float64]
     return np.sqrt(np.clip(level / top, 0.0, 1.0)) if top > 1e-5 else np.zeros(num_frames)
 
 
-def _blend(times: NDArray[np.float64], phonemes: Sequence[Phoneme]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Weighted targets (F, 4) at the times, and the share (F,) of sound, not silence, under the Gaussian."""
+def _blend(
+    times: NDArray[np.float64], phonemes: Sequence[Phoneme]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Weighted targets (F, 4) at the times, and the share (F,) of sound, not silence, under the
+    Gaussian.
+    """
     from scipy.special import ndtr
 
     starts, ends, targets, weights = [], [], [], []

@@ -17,11 +17,16 @@ from rest_lightning.data.preparation.finish import finish
 from rest_lightning.data.preparation.options import PrepareOptions
 from rest_lightning.data.preparation.rows import Row, read_rows
 from rest_lightning.data.preparation.work import prepare_video
-from rest_lightning.data.video import VideoFile, read_clip_audio
 from rest_lightning.errors import UserError
+from rest_lightning.media.video import VideoFile, read_clip_audio
 
 OPTIONS = PrepareOptions(
-    size_px=128, already_cropped=True, min_frames=5, min_sharpness=None, max_text=None, min_brightness=None
+    size_px=128,
+    already_cropped=True,
+    min_frames=5,
+    min_sharpness=None,
+    max_text=None,
+    min_brightness=None,
 )
 VOICE = speech_like(1.0)
 
@@ -93,7 +98,11 @@ BAD: dict[str, tuple[Callable[[Path], Path], str, str]] = {
     "link loop": (looped, "probe", "got 'too many levels of symbolic links'"),
     "pipe": (pipe, "probe", "got a pipe, a device or a folder"),
     "1 fps": (lambda p: write_video(p, levels(6), fps=1), "probe", "frames per second, got 1"),
-    "tiny": (lambda p: write_video(p, levels(25, 16, 16)), "probe", "at least 32 pixels on each side, got 16x16"),
+    "tiny": (
+        lambda p: write_video(p, levels(25, 16, 16)),
+        "probe",
+        ("at least 32 pixels on each side, got 16x16"),
+    ),
 }
 
 
@@ -103,14 +112,22 @@ def test_a_bad_file_is_a_row_with_a_reason(tmp_path: Path, name: str) -> None:
     path = make(tmp_path / "in.mp4")
     rows = prepare_video(path, tmp_path, tmp_path / "out", OPTIONS)
     assert [(row.status, row.stage, row.clip_id) for row in rows] == [("failed", stage, None)]
-    assert reason in (rows[0].reason or "").lower() if reason.islower() else reason in (rows[0].reason or "")
+    assert (
+        reason in (rows[0].reason or "").lower()
+        if reason.islower()
+        else reason in (rows[0].reason or "")
+    )
     assert "\n" not in (rows[0].reason or "")
     assert not list((tmp_path / "out" / "clips").iterdir())
 
 
 @pytest.mark.parametrize("share", [0.6, 0.9])
-def test_a_truncated_video_gives_what_is_whole_and_says_what_is_not(tmp_path: Path, share: float) -> None:
-    path = write_video(tmp_path / "a.mp4", levels(100), [speech_like(4.0)], options={"movflags": "+faststart"})
+def test_a_truncated_video_gives_what_is_whole_and_says_what_is_not(
+    tmp_path: Path, share: float
+) -> None:
+    path = write_video(
+        tmp_path / "a.mp4", levels(100), [speech_like(4.0)], options={"movflags": "+faststart"}
+    )
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
     rows = prepare_video(path, tmp_path, tmp_path / "out", OPTIONS)
     clips, failed = [r for r in rows if r.clip_id], [r for r in rows if r.status == "failed"]
@@ -140,7 +157,9 @@ GOOD: dict[str, Callable[[Path], Path]] = {
 
 
 def test_good_files_of_all_kinds_are_kept_beside_bad_ones(tmp_path: Path) -> None:
-    """One run over all of them, with links in a circle, the output inside the input, and a file of another kind."""
+    """One run over all of them, with links in a circle, the output inside the input, and a file of
+    another kind.
+    """
     root, out = tmp_path / "raw videos", tmp_path / "raw videos" / "out"
     (root / "deep" / "er").mkdir(parents=True)
     for name, make in GOOD.items():
@@ -159,9 +178,12 @@ def test_good_files_of_all_kinds_are_kept_beside_bad_ones(tmp_path: Path) -> Non
     assert by_name["empty.MP4"].status == "failed"
     assert (by_name["mute.mp4"].status, by_name["mute.mp4"].filter) == ("dropped", "silence")
     clips = [by_name[f"deep/{name}"] for name in GOOD]
-    assert {(r.status, r.filter) for r in clips} <= {("kept", None), ("dropped", "duplicate")}  # one picture and sound
+    # one picture and sound
+    assert {(r.status, r.filter) for r in clips} <= {("kept", None), ("dropped", "duplicate")}
     kept = [row for row in clips if row.status == "kept"]
-    assert kept and [m.clip_id for m in layout.read_manifest(out)] == sorted(r.clip_id for r in kept if r.clip_id)
+    assert kept and [m.clip_id for m in layout.read_manifest(out)] == sorted(
+        r.clip_id for r in kept if r.clip_id
+    )
     for row in clips:
         assert row.clip_id is not None and row.num_frames == 25
         with VideoFile(layout.clip_path(out, row.clip_id)) as video:
@@ -177,7 +199,9 @@ def test_an_unreadable_file_is_a_row(tmp_path: Path) -> None:
     path = good(tmp_path / "a.mp4")
     path.chmod(0)
     (row,) = prepare_video(path, tmp_path, tmp_path / "out", OPTIONS)
-    assert isinstance(row, Row) and row.reason == "expected a readable file, got 'permission denied'"
+    assert isinstance(row, Row) and row.reason == (
+        "expected a readable file, got 'permission denied'"
+    )
 
 
 def test_a_folder_without_videos_is_told(tmp_path: Path) -> None:

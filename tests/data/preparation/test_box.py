@@ -1,4 +1,6 @@
-"""A given box is what is cropped, without any detector; clips that a filter drops can be written all the same."""
+"""A given box is what is cropped, without any detector; clips that a filter drops can be written
+all the same.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ from rest_lightning.data.preparation.clip import crop_square
 from rest_lightning.data.preparation.finish import finish
 from rest_lightning.data.preparation.options import PrepareOptions
 from rest_lightning.data.preparation.work import prepare_video
-from rest_lightning.data.video import read_frames
+from rest_lightning.media.video import read_frames
 
 LIMITS = dict.fromkeys(("min_sharpness", "max_text", "max_flow", "min_brightness"))
 
@@ -38,7 +40,9 @@ def test_the_box_is_what_is_cropped(video: Path, tmp_path: Path, box: tuple[floa
     seen = read_frames(layout.clip_path(tmp_path, row.clip_id)).astype(int)
     x, y, side, _ = (int(v) for v in box)
     for source, clip in zip(read_frames(video), seen, strict=True):
-        expected = Image.fromarray(source[y : y + side, x : x + side]).resize((128, 128), Image.Resampling.LANCZOS)
+        expected = Image.fromarray(source[y : y + side, x : x + side]).resize(
+            (128, 128), Image.Resampling.LANCZOS
+        )
         assert np.abs(np.asarray(expected).astype(int) - clip).mean() < 3
 
 
@@ -55,14 +59,19 @@ def test_a_box_outside_is_a_row(video: Path, tmp_path: Path) -> None:
 def test_what_lies_outside_repeats_the_edge() -> None:
     picture = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
     out = crop_square(picture, (-2, 1, 6, 6), 6)
-    assert (out[:, :3] == out[:, 2:3]).all() and (out[:3, 2] == picture[1:4, 0]).all() and (out[3:] == out[2]).all()
+    assert (
+        (out[:, :3] == out[:, 2:3]).all()
+        and (out[:3, 2] == picture[1:4, 0]).all()
+        and (out[3:] == out[2]).all()
+    )
 
 
 @pytest.mark.parametrize("keep", [False, True])
 def test_dropped_clips_are_written_on_request_and_stay_out_of_the_manifest(
     video: Path, tmp_path: Path, keep: bool
 ) -> None:
-    options = PrepareOptions(size_px=128, already_cropped=True, keep_dropped=keep, **LIMITS)  # 12 frames are too short
+    # 12 frames are too short
+    options = PrepareOptions(size_px=128, already_cropped=True, keep_dropped=keep, **LIMITS)
     (row,) = finish(tmp_path, prepare_video(video, video.parent, tmp_path, options), options)
     assert (row.status, row.filter) == ("dropped", "short") and row.clip_id is not None
     assert layout.is_complete(tmp_path, row.clip_id) == keep
@@ -78,7 +87,15 @@ def test_neither_mediapipe_nor_torch_is_needed(video: Path, tmp_path: Path) -> N
         "if __name__ == '__main__':\n"
         "    sys.exit(main(sys.argv[1:]))\n"
     )
-    words = [str(video.parent), "--out", str(tmp_path / "out"), "--already-cropped", "--min-frames", "5", "--quiet"]
+    words = [
+        str(video.parent),
+        "--out",
+        str(tmp_path / "out"),
+        "--already-cropped",
+        "--min-frames",
+        "5",
+        "--quiet",
+    ]
     (tmp_path / "bare.py").write_text(program)
     command = [sys.executable, str(tmp_path / "bare.py"), "prepare", *words, "--num-workers", "1"]
     result = subprocess.run(command, capture_output=True, text=True)

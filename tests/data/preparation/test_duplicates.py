@@ -1,4 +1,6 @@
-"""Duplicates are found among clips that were really encoded again, and clips of one session are not taken for them."""
+"""Duplicates are found among clips that were really encoded again, and clips of one session are not
+taken for them.
+"""
 
 from __future__ import annotations
 
@@ -14,23 +16,32 @@ import pytest
 from PIL import Image
 
 from rest_lightning.constants import SAMPLES_PER_FRAME
-from rest_lightning.data.preparation.duplicates import MAX_SOUND_DISTANCE, mark_duplicates, phash, sound_hash
+from rest_lightning.data.preparation.duplicates import (
+    MAX_SOUND_DISTANCE,
+    mark_duplicates,
+    phash,
+    sound_hash,
+)
 from rest_lightning.data.preparation.options import PrepareOptions
 from rest_lightning.data.preparation.rows import Row
-from rest_lightning.data.video import read_clip_audio, read_frames
 from rest_lightning.errors import UserError
+from rest_lightning.media.video import read_clip_audio, read_frames
 
 OPTIONS = PrepareOptions()
 
 
 def row(source: str, **changes: Any) -> Row:
-    plain = Row(source=source, clip_id=source.split(".")[0], status="kept", stage="encode", num_frames=100)
+    plain = Row(
+        source=source, clip_id=source.split(".")[0], status="kept", stage="encode", num_frames=100
+    )
     plain = replace(plain, box=[0, 0, 200, 200], start_s=0.0, phash="0" * 16, sound_hash="0" * 16)
     return replace(plain, **changes)
 
 
 def pictures_of(seed: int, num_frames: int) -> np.ndarray:
-    """Coloured patches in slow motion, uint8 (F, 64, 64, 3); a smooth picture has no bits to compare."""
+    """Coloured patches in slow motion, uint8 (F, 64, 64, 3); a smooth picture has no bits to
+    compare.
+    """
     patches = np.random.default_rng(seed).integers(0, 255, (12, 12, 3), dtype=np.uint8)
     still = np.asarray(Image.fromarray(patches).resize((64, 64), Image.Resampling.BICUBIC))
     return np.stack([np.roll(still, f // 8, axis=1) for f in range(num_frames)])
@@ -57,22 +68,38 @@ def test_picture_hash_is_opencvs(make: Any, seed: int) -> None:
         pytest.skip("this OpenCV has no img_hash")
     grey = np.asarray(Image.fromarray(make.frames(9, 64, seed)[seed]).convert("L").resize((32, 32)))
     theirs = cv2.img_hash.PHash.create().compute(grey)[0]
-    bits = [[byte >> i & 1 for i in range(8)] for byte in theirs]  # a byte per row, the lowest bit on the left
+    # a byte per row, the lowest bit on the left
+    bits = [[byte >> i & 1 for i in range(8)] for byte in theirs]
     assert phash(np.repeat(grey[..., None], 3, axis=2)) == np.packbits(bits).tobytes().hex()
 
 
 def test_clips_encoded_again_are_found(make: Any, tmp_path: Path) -> None:
-    """The same talk in another size, worse quality, another level, cut a frame later, against other talks."""
+    """The same talk in another size, worse quality, another level, cut a frame later, against other
+    talks.
+    """
     num_frames, rows = 113, []
-    for seed, (size_px, crf, late) in enumerate([(64, 30, 0), (32, 20, 1), (48, 34, 0), (96, 24, 1)]):
-        frames, audio = pictures_of(seed, num_frames + 1), make.speech((num_frames + 1) * SAMPLES_PER_FRAME, seed)
-        resized = np.stack([np.asarray(Image.fromarray(frame).resize((size_px, size_px))) for frame in frames])
-        variants = [("first", frames[:-1], audio, 12), ("again", resized[late:][:num_frames], 0.4 * audio, crf)]
+    for seed, (size_px, crf, late) in enumerate(
+        [(64, 30, 0), (32, 20, 1), (48, 34, 0), (96, 24, 1)]
+    ):
+        frames, audio = (
+            pictures_of(seed, num_frames + 1),
+            make.speech((num_frames + 1) * SAMPLES_PER_FRAME, seed),
+        )
+        resized = np.stack(
+            [np.asarray(Image.fromarray(frame).resize((size_px, size_px))) for frame in frames]
+        )
+        variants = [
+            ("first", frames[:-1], audio, 12),
+            ("again", resized[late:][:num_frames], 0.4 * audio, crf),
+        ]
         for name, pictures, samples, quality in variants:
             path = tmp_path / f"{seed}-{name}.mp4"
             first = late * SAMPLES_PER_FRAME if name == "again" else 0
             make.mp4(path, pictures, samples[first:][: num_frames * SAMPLES_PER_FRAME], crf=quality)
-            picture, sound = read_frames(path, num_frames // 2, 1)[0], read_clip_audio(path, num_frames)
+            picture, sound = (
+                read_frames(path, num_frames // 2, 1)[0],
+                read_clip_audio(path, num_frames),
+            )
             side = 200 if name == "first" else 100
             found = row(path.name, num_frames=num_frames, box=[3, 4, side, side])
             rows.append(replace(found, phash=phash(picture), sound_hash=sound_hash(sound)))
@@ -88,7 +115,13 @@ def test_one_session_is_not_full_of_duplicates(make: Any) -> None:
     frame = make.frames(2, 64)[0]
     speech = make.speech(20 * 100 * SAMPLES_PER_FRAME).reshape(20, -1)
     rows = [
-        row("day.mp4", clip_id=f"clip{i}", start_s=4.0 * i, phash=phash(frame), sound_hash=sound_hash(samples))
+        row(
+            "day.mp4",
+            clip_id=f"clip{i}",
+            start_s=4.0 * i,
+            phash=phash(frame),
+            sound_hash=sound_hash(samples),
+        )
         if i % 2
         else row(f"take{i}.mp4", phash=phash(frame), sound_hash=sound_hash(samples))
         for i, samples in enumerate(speech)
@@ -109,13 +142,16 @@ def test_silence_has_no_sound_hash(make: Any) -> None:
         row("b.mp4", sound_hash=None),
         row("c.mp4"),
     ]
-    assert dropped(mark_duplicates(mute, OPTIONS)) == {"b"}, "of another video, and of the same silence alone"
+    assert dropped(mark_duplicates(mute, OPTIONS)) == {"b"}, (
+        "of another video, and of the same silence alone"
+    )
 
 
 @pytest.mark.parametrize(
     ("changes", "is_duplicate"),
     [
-        ({"phash": flipped("0" * 16, [0, 9, 18, 27, 36, 63])}, True),  # one bit in six of the seven pieces
+        # one bit in six of the seven pieces
+        ({"phash": flipped("0" * 16, [0, 9, 18, 27, 36, 63])}, True),
         ({"phash": flipped("0" * 16, [0, 9, 18, 27, 36, 45, 63])}, False),
         ({"phash": flipped("0" * 16, [58, 59, 60, 61, 62, 63])}, True),
         ({"sound_hash": flipped("0" * 16, list(range(12)))}, True),
@@ -143,7 +179,10 @@ def test_the_best_stays_in_any_order_and_at_every_call() -> None:
         row("other.mp4", sound_hash="f" * 16),
     ]
     expected = {each.source: each for each in mark_duplicates(rows, OPTIONS)}
-    assert {source for source, each in expected.items() if each.status == "kept"} == {"b.mp4", "other.mp4"}
+    assert {source for source, each in expected.items() if each.status == "kept"} == {
+        "b.mp4",
+        "other.mp4",
+    }
     worst = expected["small.mp4"]
     assert (worst.stage, worst.filter) == ("filter", "duplicate")
     assert worst.reason == "the same picture, sound and length as clip b of b.mp4"
@@ -155,7 +194,10 @@ def test_the_best_stays_in_any_order_and_at_every_call() -> None:
         assert mark_duplicates(once, OPTIONS) == once
     better = row("best.mp4", box=[0, 0, 400, 400])
     later = {each.source: each for each in mark_duplicates([*expected.values(), better], OPTIONS)}
-    assert {source for source, each in later.items() if each.status == "kept"} == {"best.mp4", "other.mp4"}
+    assert {source for source, each in later.items() if each.status == "kept"} == {
+        "best.mp4",
+        "other.mp4",
+    }
 
 
 def test_many_clips_equal_a_comparison_of_all_pairs() -> None:
@@ -167,17 +209,22 @@ def test_many_clips_equal_a_comparison_of_all_pairs() -> None:
         return flipped(digits, rng.sample(range(64), rng.randrange(most)))
 
     rows = [
-        row(f"v{i:04d}.mp4", num_frames=rng.choice((50, 53, 200, 204, 205)), phash=near(rng.choice(pictures), 6),
-            sound_hash=near(rng.choice(sounds), 9))
+        row(
+            f"v{i:04d}.mp4",
+            num_frames=rng.choice((50, 53, 200, 204, 205)),
+            phash=near(rng.choice(pictures), 6),
+            sound_hash=near(rng.choice(sounds), 9),
+        )
         for i in range(1500)
-    ]  # fmt: skip
+    ]
     marked = {each.source: each.status for each in mark_duplicates(rows, OPTIONS)}
     kept: list[Row] = []
     for each in sorted(rows, key=lambda r: (-(r.num_frames or 0), r.source)):
         copies = any(
             distance(each.phash, other.phash) <= 6
             and distance(each.sound_hash, other.sound_hash) <= 12
-            and (other.num_frames or 0) - (each.num_frames or 0) <= max(3, 0.02 * (each.num_frames or 0))
+            and (other.num_frames or 0) - (each.num_frames or 0)
+            <= max(3, 0.02 * (each.num_frames or 0))
             for other in kept
         )
         assert marked[each.source] == ("dropped" if copies else "kept")
@@ -190,10 +237,14 @@ def test_work_grows_with_the_clips_and_not_with_their_pairs() -> None:
 
     def seconds(count: int) -> float:
         rows = [
-            row(f"{i}.mp4", num_frames=rng.randrange(75, 1500), phash=f"{rng.getrandbits(64):016x}",
-                sound_hash=f"{rng.getrandbits(64):016x}")
+            row(
+                f"{i}.mp4",
+                num_frames=rng.randrange(75, 1500),
+                phash=f"{rng.getrandbits(64):016x}",
+                sound_hash=f"{rng.getrandbits(64):016x}",
+            )
             for i in range(count)
-        ]  # fmt: skip
+        ]
         begin = time.process_time()
         assert not dropped(mark_duplicates(rows, OPTIONS))
         return time.process_time() - begin
@@ -203,5 +254,7 @@ def test_work_grows_with_the_clips_and_not_with_their_pairs() -> None:
 
 
 def test_a_wrong_distance_is_named() -> None:
-    with pytest.raises(UserError, match="expected max_duplicate_distance of 0 to 32 bits, got 40: 6 is usual"):
+    with pytest.raises(
+        UserError, match=("expected max_duplicate_distance of 0 to 32 bits, got 40: 6 is usual")
+    ):
         mark_duplicates([row("a.mp4")], replace(OPTIONS, max_duplicate_distance=40))

@@ -49,7 +49,9 @@ def make_videos(root: Path, *names: str) -> Path:
     return root
 
 
-def test_crashes_and_bugs_are_rows_and_are_tried_again(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_crashes_and_bugs_are_rows_and_are_tried_again(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     root = make_videos(tmp_path / "in", "a.mp4", "crash.mp4", "raise.mp4", "memory.mp4", "z.mp4")
     out = tmp_path / "out"
     assert main(words(root, out, "--detector", "videos:Crashing")) == 0
@@ -69,7 +71,11 @@ def test_crashes_and_bugs_are_rows_and_are_tried_again(tmp_path: Path, capfd: py
     finished = {p: p.stat().st_mtime_ns for p in (out / "clips").iterdir()}
     (root / "crash.mp4").rename(root / "fixed.mp4")
     assert main(words(root, out, "--detector", "videos:Crashing", "--val-fraction", "0.5")) == 0
-    assert {row.source for row in read_rows(out) if row.status == "kept"} == {"a.mp4", "fixed.mp4", "z.mp4"}
+    assert {row.source for row in read_rows(out) if row.status == "kept"} == {
+        "a.mp4",
+        "fixed.mp4",
+        "z.mp4",
+    }
     assert all(p.stat().st_mtime_ns == then for p, then in finished.items() if p.suffix == ".mp4")
     assert len(layout.read_manifest(out)) == 3
 
@@ -84,37 +90,52 @@ def test_two_workers_give_what_one_gives_and_a_changed_video_is_done_again(tmp_p
     write_video(root / "b.mp4", levels(15), [speech_like(0.6)])  # shorter
     assert main(words(root, one, "--already-cropped")) == 0
     changed = {name for name, data in content(one).items() if before.get(name) != data}
-    assert all(name.startswith(("clips/b-", "thumbs/b-", "sources/b-")) or "/" not in name for name in changed)
+    assert all(
+        name.startswith(("clips/b-", "thumbs/b-", "sources/b-")) or "/" not in name
+        for name in changed
+    )
     assert next(row for row in read_rows(one) if row.source == "b.mp4").num_frames == 15
 
 
-def test_a_second_run_on_one_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_second_run_on_one_folder_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     root, out = make_videos(tmp_path / "in", "a.mp4"), tmp_path / "out"
     with locked(out):
         before = content(out)
         assert main(words(root, out, "--already-cropped")) == 2
         assert content(out) == before
     error = capsys.readouterr().err
-    assert "for this run alone, but another one works in it" in error and len(error.splitlines()) == 1
+    assert ("for this run alone, but another one works in it") in error and len(
+        error.splitlines()
+    ) == 1
     assert main(words(root, out, "--already-cropped")) == 0
-    with pytest.raises(UserError, match="expected a folder to write to, got 'file exists'"), locked(root / "a.mp4"):
+    with (
+        pytest.raises(UserError, match=("expected a folder to write to, got 'file exists'")),
+        locked(root / "a.mp4"),
+    ):
         pass
 
 
 def test_a_disk_that_fills_up_stops_in_one_line_and_goes_on(tmp_path: Path) -> None:
-    """The limit on a file's size stands for the disk's: the system refuses the write in the same way."""
+    """The limit on a file's size stands for the disk's: the system refuses the write in the same
+    way.
+    """
     root, out = make_videos(tmp_path / "in", "a.mp4", "b.mp4"), tmp_path / "out"
     program = (
         "import resource, sys; from rest_lightning.cli import main\n"
         "if __name__ == '__main__':\n"
-        "    resource.setrlimit(resource.RLIMIT_FSIZE, (6_000, 6_000)); sys.exit(main(sys.argv[1:]))\n"
+        "    resource.setrlimit(resource.RLIMIT_FSIZE, (6_000, 6_000)); "
+        "sys.exit(main(sys.argv[1:]))\n"
     )
     script = tmp_path / "limited.py"
     script.write_text(program)
     command = [sys.executable, str(script), *words(root, out, "--already-cropped")]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 2, result.stderr
-    assert result.stderr.startswith("error: expected room for ") or "free some space" in result.stderr
+    assert (
+        result.stderr.startswith("error: expected room for ") or "free some space" in result.stderr
+    )
     assert len(result.stderr.splitlines()) == 1
     assert not layout.manifest_path(out).exists()
     assert main(words(root, out, "--already-cropped")) == 0
@@ -130,7 +151,9 @@ def test_killed_at_ten_moments_and_resumed_it_is_as_if_nothing_had_happened(tmp_
 
     def start(out: Path) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "rest_lightning", *words(root, out, *detector, workers=2)]
-        return subprocess.Popen(command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL)
+        return subprocess.Popen(
+            command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL
+        )
 
     def num_files(out: Path) -> int:
         return sum(1 for _ in out.rglob("*"))
@@ -140,11 +163,13 @@ def test_killed_at_ten_moments_and_resumed_it_is_as_if_nothing_had_happened(tmp_
     moments = random.Random(6)
     num_killed = num_between = 0
     while num_killed < 10:
-        if len(list(broken.glob("sources/*.json"))) > 6:  # begin again, so that the kills hit unfinished work
+        # begin again, so that the kills hit unfinished work
+        if len(list(broken.glob("sources/*.json"))) > 6:
             for path in (*broken.glob("*/*"), *broken.glob("*.json*")):
                 path.unlink()
         process = start(broken)
-        # The moment is so many files later than now, temporary ones included, and some milliseconds.
+        # The moment is so many files later than now, temporary ones included, and some
+        # milliseconds.
         target = num_files(broken) + moments.randint(0, 6)
         while process.poll() is None and num_files(broken) < target:
             time.sleep(0.002)

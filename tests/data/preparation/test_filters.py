@@ -1,4 +1,6 @@
-"""Every score tells the clips that its filter is for from those that it is not for; the first failure is the reason."""
+"""Every score tells the clips that its filter is for from those that it is not for; the first
+failure is the reason.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +10,26 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from rest_lightning.data.preparation.faces import hands_over
 from rest_lightning.data.preparation.filters import RULES, first_failure
 from rest_lightning.data.preparation.options import PrepareOptions
 from rest_lightning.data.preparation.rows import FILTERS
 from rest_lightning.data.preparation.scores import ClipScores, has_text, to_grey
 from rest_lightning.data.preparation.tracks import FIELDS, Track, others_in_box
+from rest_lightning.media.faces import hands_over
 
 pytest.importorskip("cv2")
 OPTIONS = PrepareOptions(size_px=256)
 FACE = (46.0, 51.0, 164.0, 164.0)
-GOOD = {"short": 97, "small": 100, "faces": 0, "profile": 0.1, "blur": 200, "motion": 0.5, "dark": 0.4, "hands": 0}
+GOOD = {
+    "short": 97,
+    "small": 100,
+    "faces": 0,
+    "profile": 0.1,
+    "blur": 200,
+    "motion": 0.5,
+    "dark": 0.4,
+    "hands": 0,
+}
 GOOD |= {"text": 0, "silence": 0.2, "sync": 1, "sync_confidence": 5}
 
 
@@ -47,7 +58,9 @@ def test_blur_does_not_depend_on_the_size(portraits: list[np.ndarray], size_px: 
         values = []
         for sigma in (0.0, 5.0):
             scores = ClipScores(OPTIONS, None)
-            scores.add(np.asarray(image.filter(ImageFilter.GaussianBlur(sigma * size_px / 256))), face)  # type: ignore[arg-type]
+            scores.add(
+                np.asarray(image.filter(ImageFilter.GaussianBlur(sigma * size_px / 256))), face
+            )  # type: ignore[arg-type]
             values.append(scores.result()["blur"])
         assert OPTIONS.min_sharpness is not None
         assert values[0] > 2 * OPTIONS.min_sharpness > OPTIONS.min_sharpness > values[1]
@@ -93,7 +106,10 @@ def test_motion_darkness_and_repeats(portraits: list[np.ndarray]) -> None:
     scores = ClipScores(OPTIONS, None)
     scores.add(still, FACE)
     scores.repeat()
-    assert scores.result() == scored([still, still]) | {"motion": 0.0, "text": scores.result()["text"]}
+    assert scores.result() == scored([still, still]) | {
+        "motion": 0.0,
+        "text": scores.result()["text"],
+    }
 
 
 def test_hands_cover_a_face_with_a_finger() -> None:
@@ -109,7 +125,24 @@ def test_hands_cover_a_face_with_a_finger() -> None:
 
 def track(x: float, num_frames: int, start: int = 0, nose: float = 0.5) -> Track:
     """A face of 100 pixels at x, 50, whose nose is at this share of the way from eye to eye."""
-    one = [x, 50, 100, 100, x, 50, x + 100, 150, x + 30, 90, x + 70, 90, x + 50, 125, x + 30 + 40 * nose, 105]
+    one = [
+        x,
+        50,
+        100,
+        100,
+        x,
+        50,
+        x + 100,
+        150,
+        x + 30,
+        90,
+        x + 70,
+        90,
+        x + 50,
+        125,
+        x + 30 + 40 * nose,
+        105,
+    ]
     return Track(start, np.tile(np.array(one, np.float32), (num_frames, 1)))
 
 

@@ -34,14 +34,16 @@ def test_every_rate_becomes_25_fps(tmp_path: Path, fps: int) -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_variable_rates_show_what_is_on_the_screen(tmp_path: Path, seed: int) -> None:
     rng = np.random.default_rng(seed)
-    times = np.cumsum(rng.choice([1 / 60, 1 / 30, 1 / 15, 0.3], 40)) + 5.0  # and the first frame is not at 0
+    # and the first frame is not at 0
+    times = np.cumsum(rng.choice([1 / 60, 1 / 30, 1 / 15, 0.3], 40)) + 5.0
     path = write_video(tmp_path / "a.mkv", levels(40), fps=30, times_s=times.tolist())
     numbers, seen = shown(path)
     assert numbers == list(range(len(numbers)))
     assert abs(len(numbers) / 25 - (times[-1] - times[0])) < 0.1
     middles = (np.arange(len(numbers)) + 0.5) / 25 + times[0]
     expected = 20 + np.searchsorted(times, middles, side="right") - 1
-    near_edge = np.abs(middles[:, None] - times[None]).min(axis=1) < 0.002  # mkv rounds to milliseconds
+    # mkv rounds to milliseconds
+    near_edge = np.abs(middles[:, None] - times[None]).min(axis=1) < 0.002
     np.testing.assert_allclose(np.array(seen)[~near_edge], expected[~near_edge], atol=1.2)
 
 

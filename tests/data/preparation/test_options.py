@@ -57,16 +57,29 @@ def test_wrong_options_are_told(values: dict[str, Any], message: str) -> None:
     ("words", "message"),
     [
         (["prepare"], "expected VIDEOS and --out FOLDER"),
-        (["prepare", "no", "--out", "o", "--already-cropped"], "expected a folder of videos, got no such folder"),
+        (
+            ["prepare", "no", "--out", "o", "--already-cropped"],
+            ("expected a folder of videos, got no such folder"),
+        ),
         (["prepare", ".", "--out", "o", "--box", "1,2"], "expected box of 4 numbers"),
         (["prepare", ".", "--out", "o", "--box", "a,b"], "expected four numbers x,y,w,h"),
         (["prepare", ".", "--out", "o", "--set", "max_text"], "expected --set NAME=VALUE"),
-        (["prepare", ".", "--out", "o", "--config", "no.yaml"], "expected a configuration file no.yaml"),
-        (["prepare", ".", "--out", "o", "--detector", "yolo"], "expected a detector mediapipe or package.module:Class"),
+        (
+            ["prepare", ".", "--out", "o", "--config", "no.yaml"],
+            ("expected a configuration file no.yaml"),
+        ),
+        (
+            ["prepare", ".", "--out", "o", "--detector", "yolo"],
+            ("expected a detector mediapipe or package.module:Class"),
+        ),
     ],
 )
 def test_wrong_words_are_one_line(
-    words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    words: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "a.mp4").touch()
     monkeypatch.chdir(tmp_path)
@@ -78,8 +91,32 @@ def test_wrong_words_are_one_line(
 
 def test_rows_come_back_as_they_were(tmp_path: Path) -> None:
     rows = [
-        Row('b/ü "q" 🙂.mp4', "b_0001", "kept", "encode", None, None, 4.0, 8.0, 100, "b", "val", (0, 1, 64, 64)),
-        Row('b/ü "q" 🙂.mp4', "b_0000", "dropped", "filter", "dark", "dark", 0.0, 4.0, 100, scores={"dark": 0.1}),
+        Row(
+            'b/ü "q" 🙂.mp4',
+            "b_0001",
+            "kept",
+            "encode",
+            None,
+            None,
+            4.0,
+            8.0,
+            100,
+            "b",
+            "val",
+            (0, 1, 64, 64),
+        ),
+        Row(
+            'b/ü "q" 🙂.mp4',
+            "b_0000",
+            "dropped",
+            "filter",
+            "dark",
+            "dark",
+            0.0,
+            4.0,
+            100,
+            scores={"dark": 0.1},
+        ),
         Row("a.mp4", None, "failed", "probe", "empty"),
     ]
     write_rows(tmp_path, rows)

@@ -1,4 +1,6 @@
-"""The report shows every number of prepare.jsonl, embeds its pictures, and reaches for nothing else."""
+"""The report shows every number of prepare.jsonl, embeds its pictures, and reaches for nothing
+else.
+"""
 
 from __future__ import annotations
 
@@ -20,20 +22,30 @@ from rest_lightning.data.preparation.report import MAX_DROPPED, MAX_KEPT, bins_o
 from rest_lightning.data.preparation.rows import Row, write_rows
 from rest_lightning.data.preparation.summary import Score, inspect, summarize
 from rest_lightning.errors import UserError
-from rest_lightning.evaluation.plots import histogram
+from rest_lightning.media.html import histogram
 
 EVIL = "a <b>&\"'🎬'.mp4"
 OPTIONS = PrepareOptions(max_text=None, min_sharpness=20.0)
 
 
 def clip(number: int, **changes: Any) -> Row:
-    row = Row(source=f"v{number:03d}.mp4", clip_id=f"v{number:03d}_0000", status="kept", stage="encode")
-    row = replace(row, num_frames=250, identity=f"person {number % 7}", split="train", box=[0, 0, 200, 200])
+    row = Row(
+        source=f"v{number:03d}.mp4", clip_id=f"v{number:03d}_0000", status="kept", stage="encode"
+    )
+    row = replace(
+        row, num_frames=250, identity=f"person {number % 7}", split="train", box=[0, 0, 200, 200]
+    )
     return replace(row, scores={"short": 250.0, "blur": 20.0 + number, "text": 0.5}, **changes)
 
 
 def dropped(number: int, name: str, score: float) -> Row:
-    row = clip(number, status="dropped", stage="filter", filter=name, reason=f"expected more {name}, got {score}")
+    row = clip(
+        number,
+        status="dropped",
+        stage="filter",
+        filter=name,
+        reason=(f"expected more {name}, got {score}"),
+    )
     return replace(row, scores={"short": 250.0, name: score}, split="train")
 
 
@@ -44,8 +56,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows[7] = replace(rows[7], split="test", identity="guest", num_frames=97)
     rows += [dropped(100 + i, "blur", float(i)) for i in range(15)]
     rows += [dropped(200, "profile", 0.9), dropped(201, "duplicate", 1.0)]
-    rows += [Row(EVIL, None, "failed", "probe", "expected a <video>, got none"), clip(300, status="failed")]
-    rows[-1] = replace(rows[-1], stage="filter", reason="expected its identity in the mapping", identity=None)
+    rows += [
+        Row(EVIL, None, "failed", "probe", ("expected a <video>, got none")),
+        clip(300, status="failed"),
+    ]
+    rows[-1] = replace(
+        rows[-1], stage="filter", reason=("expected its identity in the mapping"), identity=None
+    )
     (out / "thumbs").mkdir(parents=True)
     for number, row in enumerate(rows):
         if row.clip_id is not None:
@@ -107,10 +124,15 @@ def test_the_page_tells_everything_and_loads_nothing(folder: Path) -> None:
     assert table["train"] == ["7", "59", "9.8 min", "99.3 %"]
     assert table["test"] == ["1", "1", "4 s", "0.7 %"]
     assert table["guest"][:3] == ["test", "1", "4 s"]
-    assert table["person 0"][:3] == ["train", "8", "1.3 min"], "60 clips over 7 persons, one of them a guest's"
+    assert table["person 0"][:3] == ["train", "8", "1.3 min"], (
+        "60 clips over 7 persons, one of them a guest's"
+    )
     assert "None was drawn for val:" in text
     assert len(page.images) == MAX_KEPT + MAX_DROPPED + 2
-    colours = [Image.open(BytesIO(base64.b64decode(uri.split(",")[1]))).getpixel((5, 5)) for uri in page.images]
+    colours = [
+        Image.open(BytesIO(base64.b64decode(uri.split(",")[1]))).getpixel((5, 5))
+        for uri in page.images
+    ]
     assert len(set(colours)) > 40
     assert "a &lt;b&gt;&amp;" in text
     assert "<b>&" not in text
@@ -139,7 +161,9 @@ def test_the_table_of_inspect(folder: Path) -> None:
     assert max(map(len, text.splitlines())) <= 120
 
 
-@pytest.mark.parametrize("values", [[3.0, 3.0], [0.0, 0.0, 0.0, 1.0], list(np.random.default_rng(0).normal(9, 2, 500))])
+@pytest.mark.parametrize(
+    "values", [[3.0, 3.0], [0.0, 0.0, 0.0, 1.0], list(np.random.default_rng(0).normal(9, 2, 500))]
+)
 @pytest.mark.parametrize("limits", [[], [("min", 4.0)], [("max", 30.0), ("min", -2.0)]])
 def test_bins_hold_every_value(values: list[float], limits: list[tuple[str, float]]) -> None:
     numbers = np.array(values)
@@ -153,7 +177,9 @@ def test_bins_hold_every_value(values: list[float], limits: list[tuple[str, floa
     svg = histogram(bins, low, high, "x", "clips", [limit for _, limit in limits])
     assert svg.count("<rect") == sum(bool(count) for pair in bins for count in pair)
     heights = [float(value) for value in re.findall(r'height="([\d.]+)"', svg)]
-    assert max(heights) / sum(heights) == pytest.approx(max(map(max, bins)) / len(numbers), rel=0.02)
+    assert max(heights) / sum(heights) == pytest.approx(
+        max(map(max, bins)) / len(numbers), rel=0.02
+    )
 
 
 def test_another_dataset_shows_what_its_sidecars_know(make: Any, tmp_path: Path) -> None:
@@ -161,12 +187,21 @@ def test_another_dataset_shows_what_its_sidecars_know(make: Any, tmp_path: Path)
     text = write_report(root).read_text(encoding="utf-8")
     page = Page(text)
     assert len(page.images) == 6, "frames of the clips: there are no thumbnails"
-    reds = [Image.open(BytesIO(base64.b64decode(uri.split(",")[1]))).getpixel((64, 64))[0] for uri in page.images]
-    assert all(abs(red - (30 + 20 * 190 // 41)) < 12 for red in reds), "the middle frame's number, as its red tells"
+    reds = [
+        Image.open(BytesIO(base64.b64decode(uri.split(",")[1]))).getpixel((64, 64))[0]
+        for uri in page.images
+    ]
+    assert all(abs(red - (30 + 20 * 190 // 41)) < 12 for red in reds), (
+        "the middle frame's number, as its red tells"
+    )
     assert "There is no prepare.jsonl here" in text
     assert "Kept and left out" not in text
     summary = summarize(root)
-    assert [(group.name, group.num_clips) for group in summary.splits] == [("train", 4), ("val", 1), ("test", 1)]
+    assert [(group.name, group.num_clips) for group in summary.splits] == [
+        ("train", 4),
+        ("val", 1),
+        ("test", 1),
+    ]
     assert summary.hours == pytest.approx(6 * 41 / 25 / 3600)
     assert "no prepare.jsonl: what was left out, and why, is not known" in inspect(root)
 

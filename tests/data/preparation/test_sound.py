@@ -22,7 +22,9 @@ def decoded(path: Path, num_frames: int = 50) -> np.ndarray:
 
 def shift_of(heard: np.ndarray, true: np.ndarray) -> int:
     """Samples by which ``heard`` is late against ``true``."""
-    product = np.fft.irfft(np.fft.rfft(heard, 2 * len(heard)) * np.conj(np.fft.rfft(true, 2 * len(heard))))
+    product = np.fft.irfft(
+        np.fft.rfft(heard, 2 * len(heard)) * np.conj(np.fft.rfft(true, 2 * len(heard)))
+    )
     best = int(product.argmax())
     return best - 2 * len(heard) if best > len(heard) else best
 
@@ -42,13 +44,17 @@ def test_rates_and_channels(tmp_path: Path, rate: int, layout: str, codec: str) 
     voice = speech_like(2.0, rate)
     sound = np.zeros((num_channels, len(voice)), np.float32)
     sound[2 if num_channels == 6 else slice(None)] = voice  # the centre is where people speak
-    path = write_video(tmp_path / "a.mkv", levels(50), [sound], rate=rate, layout=layout, audio_codec=codec)
+    path = write_video(
+        tmp_path / "a.mkv", levels(50), [sound], rate=rate, layout=layout, audio_codec=codec
+    )
     heard, true = decoded(path), speech_like(2.0)
     assert abs(shift_of(heard, true)) <= 8  # half a millisecond
     assert np.corrcoef(heard, true)[0, 1] > 0.9
 
 
-@pytest.mark.parametrize(("audio_start_s", "video_start_s"), [(0.0, 0.0), (0.6, 0.0), (0.0, 0.6), (1.3, 0.5)])
+@pytest.mark.parametrize(
+    ("audio_start_s", "video_start_s"), [(0.0, 0.0), (0.6, 0.0), (0.0, 0.6), (1.3, 0.5)]
+)
 def test_starts_are_aligned(tmp_path: Path, audio_start_s: float, video_start_s: float) -> None:
     """A click and a flash at the same moment of the file stay together."""
     moment_s = 1.8
@@ -57,7 +63,9 @@ def test_starts_are_aligned(tmp_path: Path, audio_start_s: float, video_start_s:
     frames[np.abs(times - moment_s).argmin()] = 220
     sound = np.zeros(2 * 16_000, np.float32)
     sound[round((moment_s - audio_start_s) * 16_000) :][:80] = 0.5
-    path = write_video(tmp_path / "a.mp4", frames, [sound], times_s=times.tolist(), audio_start_s=audio_start_s)
+    path = write_video(
+        tmp_path / "a.mp4", frames, [sound], times_s=times.tolist(), audio_start_s=audio_start_s
+    )
     heard = decoded(path)
     click_frame = np.abs(heard).argmax() / 640
     flash_frame = (moment_s - video_start_s) * 25
@@ -68,7 +76,9 @@ def test_a_gap_in_the_sound_is_silence(tmp_path: Path) -> None:
     voice = speech_like(2.0)
     path = write_video(tmp_path / "a.mp4", levels(100), [voice], audio_start_s=1.0)
     heard = decoded(path, 100)
-    assert np.abs(heard[: 16_000 - 1200]).max() < 0.01 and np.abs(heard[48_000 + 1200 :]).max() < 0.01
+    assert (
+        np.abs(heard[: 16_000 - 1200]).max() < 0.01 and np.abs(heard[48_000 + 1200 :]).max() < 0.01
+    )
     assert abs(shift_of(heard, np.pad(voice, (16_000, 16_000)))) <= 8
 
 
@@ -82,7 +92,9 @@ def test_of_two_tracks_the_default_one_is_heard(tmp_path: Path, default: int) ->
 
 def test_no_sound_is_told(tmp_path: Path) -> None:
     path = write_video(tmp_path / "a.mp4", levels(5))
-    assert decode_sound(path, tmp_path / "raw", 3200, Fraction(0)) == "expected an audio stream, got none"
+    assert decode_sound(path, tmp_path / "raw", 3200, Fraction(0)) == (
+        "expected an audio stream, got none"
+    )
 
 
 def test_silence_is_counted_by_frame() -> None:

@@ -1,4 +1,6 @@
-"""Synthetic talkers in larger, noisier frames, whose faces' true boxes are known: the static box covers them."""
+"""Synthetic talkers in larger, noisier frames, whose faces' true boxes are known: the static box
+covers them.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ from rest_lightning.data import layout
 from rest_lightning.data.preparation.options import PrepareOptions
 from rest_lightning.data.preparation.rows import Row
 from rest_lightning.data.preparation.work import prepare_video
-from rest_lightning.data.video import read_frames
+from rest_lightning.media.video import read_frames
 
 pytest.importorskip("skia")
 pytest.importorskip("espeakng_loader")
@@ -28,7 +30,8 @@ class Scene:
     """A video of one talker.
 
     Attributes:
-        true_box: left, top, right, bottom of the face (hairline to chin, cheek to cheek) over all frames.
+        true_box: left, top, right, bottom of the face (hairline to chin, cheek to cheek) over all
+            frames.
         mouth: its centre in every frame (n, 2), in pixels.
         faces: what `videos.KnownFaces` reads, per frame.
     """
@@ -53,18 +56,26 @@ def make_scene(path: Path, index: int, num_frames: int) -> Scene:
     p, centre = identity, np.asarray(CENTRE)
     angle = np.linspace(0, 2 * np.pi, 24, endpoint=False)
     middle, radius = (p.hairline_y + p.chin_y) / 2, (p.chin_y - p.hairline_y) / 2
-    outline = Motion(identity, clip.track).skin(p.face_width * np.cos(angle), middle + radius * np.sin(angle))
+    outline = Motion(identity, clip.track).skin(
+        p.face_width * np.cos(angle), middle + radius * np.sin(angle)
+    )
     outline = (centre + ZOOM * (outline - centre)) * side + (left, top)
     background = rng.integers(40, 200, (HEIGHT // 16, WIDTH // 16, 3), dtype=np.uint8)
-    still = np.asarray(Image.fromarray(background).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC)).astype(np.int16)
+    still = np.asarray(
+        Image.fromarray(background).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC)
+    ).astype(np.int16)
     frames = np.empty((num_frames, HEIGHT, WIDTH, 3), np.uint8)
     for frame, pixels in zip(frames, clip.frames, strict=True):
         scene = still.copy()
-        scene[top : top + side, left : left + side] = np.asarray(Image.fromarray(pixels).resize((side, side)))
+        scene[top : top + side, left : left + side] = np.asarray(
+            Image.fromarray(pixels).resize((side, side))
+        )
         scene += rng.normal(0, 6, (HEIGHT, WIDTH, 1)).astype(np.int16)
         frame[:] = scene.clip(0, 255)
     write_video(path, frames, [clip.audio])
-    points = {k: np.asarray(v) * side + (left, top) for k, v in (clip.sidecar.landmarks or {}).items()}
+    points = {
+        k: np.asarray(v) * side + (left, top) for k, v in (clip.sidecar.landmarks or {}).items()
+    }
     low, high = outline.min(axis=1), outline.max(axis=1)
     faces = [
         {name: value[i].tolist() for name, value in points.items()}
@@ -80,7 +91,12 @@ def covers(row: Row, scene: Scene, slack: float = 0.01) -> bool:
     x, y, side, _ = row.box
     left, top, right, bottom = scene.true_box
     spare = slack * side
-    return bool(x <= left + spare and y <= top + spare and x + side >= right - spare and y + side >= bottom - spare)
+    return bool(
+        x <= left + spare
+        and y <= top + spare
+        and x + side >= right - spare
+        and y + side >= bottom - spare
+    )
 
 
 def assert_crop_is_good(out: Path, row: Row, scene: Scene) -> None:
@@ -91,13 +107,17 @@ def assert_crop_is_good(out: Path, row: Row, scene: Scene) -> None:
     true_mouth = (scene.mouth - (x, y)) / side
     found = np.asarray((layout.read_sidecar(out, row.clip_id).landmarks or {})["mouth"])
     assert np.linalg.norm(found - true_mouth, axis=1).max() < 0.04
-    assert side < 2.4 * (scene.true_box[2:] - scene.true_box[:2]).max()  # and the box is no larger than it must be
-    corner = frames[:, -12:, :12].mean(axis=(1, 2))  # below the cheek: shoulders and background, which hardly move
+    # and the box is no larger than it must be
+    assert side < 2.4 * (scene.true_box[2:] - scene.true_box[:2]).max()
+    # below the cheek: shoulders and background, which hardly move
+    corner = frames[:, -12:, :12].mean(axis=(1, 2))
     assert np.abs(corner - corner.mean(axis=0)).max() < 12
 
 
 def test_known_landmarks_through_the_plug(tmp_path: Path) -> None:
-    options = PrepareOptions(size_px=128, min_frames=5, detector="videos:KnownFaces", max_hands=None, max_silence=None)
+    options = PrepareOptions(
+        size_px=128, min_frames=5, detector="videos:KnownFaces", max_hands=None, max_silence=None
+    )
     for index in range(3):
         scene = make_scene(tmp_path / f"{index}.mp4", index, 9)
         content = {"width": WIDTH, "frames": [[face] for face in scene.faces]}
@@ -115,7 +135,11 @@ def test_mediapipe_covers_the_face_in_95_percent_of_clips(tmp_path: Path) -> Non
     num_clips, covered = 20, 0
     for index in range(num_clips):
         scene = make_scene(tmp_path / f"{index}.mp4", index, 9)
-        rows = [r for r in prepare_video(scene.path, tmp_path, tmp_path / "out", options) if r.num_frames == 9]
+        rows = [
+            r
+            for r in prepare_video(scene.path, tmp_path, tmp_path / "out", options)
+            if r.num_frames == 9
+        ]
         covered += len(rows) == 1 and covers(rows[0], scene)
         if rows:
             assert rows[0].status == "kept", rows[0].reason

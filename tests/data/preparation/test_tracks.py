@@ -1,4 +1,6 @@
-"""Faces of frames become tracks; a track's square stands still and holds the face; cuts end tracks."""
+"""Faces of frames become tracks; a track's square stands still and holds the face; cuts end
+tracks.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,9 @@ def test_gaps_are_bridged_cuts_and_jumps_are_not() -> None:
     np.testing.assert_allclose(tracks[0].values[:, 0], 100 + np.arange(20), atol=1e-4)
     tracks = link_tracks(seen_of([(n, face(100)) for n in range(20)]), [7, 15], OPTIONS)
     assert [(t.start, t.end) for t in tracks] == [(0, 7), (7, 15), (15, 20)]
-    tracks = link_tracks(seen_of([(n, face(100 if n < 9 else 180)) for n in range(20)]), [], OPTIONS)
+    tracks = link_tracks(
+        seen_of([(n, face(100 if n < 9 else 180)) for n in range(20)]), [], OPTIONS
+    )
     assert [(t.start, t.end) for t in tracks] == [(0, 9), (9, 20)]
 
 
@@ -79,7 +83,12 @@ def test_the_square_holds_the_face_inside_the_picture(seed: int) -> None:
     left, top, right, bottom = track.extremes
     bx, by, box_side, other = static_box(track, width, height, OPTIONS)
     assert box_side == other == int(box_side) and (bx, by) == (int(bx), int(by))
-    assert bx <= left + 1 and by <= top + 1 and bx + box_side >= right - 1 and by + box_side >= bottom - 1
+    assert (
+        bx <= left + 1
+        and by <= top + 1
+        and bx + box_side >= right - 1
+        and by + box_side >= bottom - 1
+    )
     if box_side <= min(width, height):
         assert bx >= 0 and by >= 0 and bx + box_side <= width and by + box_side <= height
 
@@ -105,10 +114,16 @@ def test_cuts_are_spikes_and_movement_is_not() -> None:
 
 def test_a_cut_in_a_video_ends_the_clip(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
-    scenes = [rng.integers(20, 230, (8, 8, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1) for _ in range(3)]
-    frames = np.concatenate([np.tile(scene, (n, 1, 1, 1)) for scene, n in zip(scenes, (12, 20, 9), strict=True)])
+    scenes = [
+        rng.integers(20, 230, (8, 8, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1) for _ in range(3)
+    ]
+    frames = np.concatenate(
+        [np.tile(scene, (n, 1, 1, 1)) for scene, n in zip(scenes, (12, 20, 9), strict=True)]
+    )
     video = write_video(tmp_path / "a.mp4", frames, [speech_like(41 / 25)])
-    options = PrepareOptions(size_px=128, detector="videos:OneFace", max_hands=None, min_face_px=None)
+    options = PrepareOptions(
+        size_px=128, detector="videos:OneFace", max_hands=None, min_face_px=None
+    )
     rows = prepare_video(video, tmp_path, tmp_path / "out", options)
     assert [(row.start_s, row.num_frames) for row in rows] == [(0.0, 12), (0.48, 20), (1.28, 9)]
     assert {row.filter for row in rows} == {"short"}

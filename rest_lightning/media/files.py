@@ -1,0 +1,148 @@
+"""Output files: checked before the work begins, written beside their place, moved there when
+whole.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import math
+import os
+import re
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rest_lightning.errors import UserError
+
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def check_output(path: str | os.PathLike[str], overwrite: bool, suffix: str = ".mp4") -> Path:
+    """Raises a UserError when ``path`` cannot become an output file; cheap, to be called before
+    long work.
+    """
+    path = Path(path)
+    folder = path.parent
+    if path.is_dir():
+        raise UserError(
+            f"expected a file name for the output, got the folder {path}: try "
+            f"{path / ('out' + suffix)}"
+        )
+    if path.suffix.lower() != suffix:
+        raise UserError(
+            f"expected an output name that ends in {suffix}, got {path}: try "
+            f"{path.with_suffix(suffix)}"
+        )
+    if not folder.is_dir():
+        found = "a file" if folder.exists() else "nothing"
+        raise UserError(
+            f"expected a folder {folder} for {path}, found {found} there: create it "
+            f"with mkdir -p {folder}"
+        )
+    if path.exists() and not overwrite:
+        raise UserError(
+            f"expected a new file name, but {path} exists: choose another name or add --overwrite"
+        )
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(
+            f"expected a writable folder for {path}, got {folder}: choose a folder "
+            "that you may write to"
+        )
+    return path
+
+
+def explain_write_error(path: Path, error: OSError) -> str:
+    """One line for an OSError met while writing ``path``."""
+    if error.errno in _NO_SPACE:
+        return (
+            f"expected room for {path}, but the disk is full: free some space or write to "
+            "another disk"
+        )
+    reason = os.strerror(error.errno).lower() if error.errno else str(error).splitlines()[0]
+    return f"expected to write {path}, got '{reason}': choose a folder that you may write to"
+
+
+def temporary_path(path: PathLike) -> Path:
+    """A hidden unused name in ``path``'s folder with its suffix, for what is not whole yet."""
+    path = Path(path)
+    return path.with_name(f".{path.stem}.{os.getpid()}.{uuid.uuid4().hex[:8]}.part{path.suffix}")
+
+
+def remove_leftovers(path: str | os.PathLike[str]) -> None:
+    """Removes the temporary files that killed processes left beside ``path``. Nobody else may be
+    writing ``path``.
+    """
+    path = Path(path)
+    left = re.compile(rf"\.{re.escape(path.stem)}\.\d+(\.[0-9a-f]+)?\.part{re.escape(path.suffix)}")
+    for other in path.parent.iterdir():
+        if left.fullmatch(other.name):
+            other.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Gives a temporary name in the folder of ``path``; moves it to ``path`` when the block
+    succeeds, else removes it.
+
+    Raises:
+        UserError: when the operating system refuses.
+    """
+    path = Path(path)
+    temporary = temporary_path(path)
+    try:
+        yield temporary
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(explain_write_error(path, error)) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether an error, or one that caused it, came of a disk, quota or file size that ended."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _NO_SPACE:
+            return True
+        error = error.__cause__
+    return False
+
+
+DECIMALS = 4  # of every number in a JSON array: 1e-4 of the image side is far below a pixel
+PathLike = str | os.PathLike[str]
+
+
+def write_text_atomic(path: PathLike, text: str) -> None:
+    """Write ``text`` (UTF-8) so that ``path`` is either the old file or the whole new one; makes
+    the folder.
+
+    Raises:
+        UserError: when the operating system refuses.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def sha256_of(path: PathLike) -> str:
+    """Hex SHA-256 of a file."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def rounded(value: Any, decimals: int = DECIMALS) -> Any:
+    """``value`` as plain JSON types: arrays become lists, floats are rounded, NaN and infinity
+    become None.
+    """
+    if hasattr(value, "tolist"):  # numpy arrays and scalars, torch tensors
+        value = value.tolist()
+    if isinstance(value, float):
+        return round(value, decimals) if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): rounded(item, decimals) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [rounded(item, decimals) for item in value]
+    return value

@@ -1,0 +1,73 @@
+"""Names: those that packages export, loaded on first use, and those of release 0.1 that files still
+say.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+
+def lazy(
+    package: str, homes: Mapping[str, Sequence[str]]
+) -> tuple[list[str], Callable[[str], Any]]:
+    """Returns ``__all__`` and ``__getattr__`` of a package.
+
+    Args:
+        package: full name of the package.
+        homes: module of the package -> public names that it defines.
+    """
+    module_of = {name: f"{package}.{module}" for module, names in homes.items() for name in names}
+
+    def get(name: str) -> Any:
+        if name not in module_of:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        return getattr(importlib.import_module(module_of[name]), name)
+
+    return sorted(module_of), get
+
+
+# Modules of 0.1 that configuration files and checkpoints name -> where their classes are now.
+MOVED = {
+    "rest_lightning.models.autoencoder": "rest_lightning.models.vae",
+    "rest_lightning.tasks.checkpoints": "rest_lightning.tasks.base",
+    "rest_lightning.tasks.evaluate": "rest_lightning.tasks.predict",
+}
+
+
+def accept_old_names() -> None:
+    """Let modules of :data:`MOVED` be imported; each class that is taken from one is told on
+    stderr, in one line.
+    """
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        # the last one: it is asked for modules that nobody else has
+        sys.meta_path.append(_Finder())
+
+
+class _Finder(MetaPathFinder, Loader):
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        return ModuleSpec(fullname, self) if fullname in MOVED else None
+
+    def exec_module(self, module: ModuleType) -> None:
+        new = importlib.import_module(MOVED[module.__name__])
+
+        def get(name: str) -> Any:
+            found = getattr(new, name)
+            if not name.startswith("__"):
+                _tell(f"{module.__name__}.{name}", f"{new.__name__}.{name}")
+            return found
+
+        module.__dict__["__getattr__"] = get
+
+
+@functools.cache  # importing a class asks for it several times
+def _tell(old: str, new: str) -> None:
+    print(f"note: {old} is called {new} now", file=sys.stderr, flush=True)

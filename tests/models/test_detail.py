@@ -1,0 +1,138 @@
+"""The portrait's detail: what it computes, and that streaming it is exact."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from scipy.ndimage import gaussian_filter
+from tiny_head import make_head
+
+from rest_lightning.errors import UserError
+from rest_lightning.models.causal import Stream
+from rest_lightning.models.detail import AgreementDetail, DetailTransfer, LearnedDetail, warp
+from rest_lightning.streaming.engine import EngineOptions
+
+
+def pictures(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def learned() -> LearnedDetail:
+    torch.manual_seed(3)
+    detail = LearnedDetail(width=16, num_blocks=1)
+    for parameter in detail.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return detail.eval()
+
+
+DETAILS: list[Callable[[], DetailTransfer]] = [AgreementDetail, learned]
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (64, 96)])
+def test_agreement_is_its_formula(height: int, width: int) -> None:
+    reference, reconstruction = pictures(1, 3, height, width), pictures(1, 3, height, width, seed=1)
+    frames = reconstruction[:, :, None] + 0.1 * pictures(1, 3, 2, height, width, seed=2)
+    detail, stream = AgreementDetail(blur_px=3.0, tolerance=0.3), Stream()
+    detail.start(reference, reconstruction, stream)
+    for index in range(2):
+        frame = frames[0, :, index].numpy()
+        difference = np.square(frame - reconstruction[0].numpy()).mean(axis=0)
+        sigma = 3.0 * width / 256
+        blurred = gaussian_filter(
+            difference, sigma, mode="nearest", radius=max(1, round(3 * sigma))
+        )
+        expected = frame + (reference - reconstruction)[0].numpy() * np.exp(-blurred / 0.3**2)
+        np.testing.assert_allclose(detail(frames, stream)[0, :, index].numpy(), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("make_detail", [AgreementDetail, LearnedDetail])
+def test_frames_without_lost_detail_stay_as_they_are(
+    make_detail: Callable[[], DetailTransfer],
+) -> None:
+    reference, frames = pictures(1, 3, 64, 64), pictures(1, 3, 3, 64, 64, seed=1)
+    detail, stream = make_detail().eval(), Stream()
+    detail.start(reference, reference, stream)
+    torch.testing.assert_close(detail(frames, stream), frames, atol=1e-6, rtol=0)
+
+
+def test_a_still_comes_back_as_itself() -> None:
+    reference, reconstruction = pictures(2, 3, 64, 64), pictures(2, 3, 64, 64, seed=1)
+    detail, stream = AgreementDetail(), Stream()
+    detail.start(reference, reconstruction, stream)
+    again = detail(reconstruction[:, :, None], stream)[:, :, 0]
+    torch.testing.assert_close(again, reference, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("shift", [(0, 0), (3, -2), (-5, 4)])
+def test_warp_reads_whole_pixels_aside_exactly(shift: tuple[int, int]) -> None:
+    picture = pictures(1, 3, 32, 48)
+    flow = torch.tensor(shift, dtype=torch.float32).view(1, 2, 1, 1).expand(1, 2, 32, 48)
+    expected = torch.roll(picture, (-shift[1], -shift[0]), dims=(2, 3))
+    inner = (..., slice(6, -6), slice(6, -6))
+    torch.testing.assert_close(warp(picture, flow)[inner], expected[inner], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("make_detail", DETAILS)
+@pytest.mark.parametrize("cuts", [[1], [2, 3], [5]])
+def test_frames_do_not_depend_on_their_neighbours(
+    make_detail: Callable[[], DetailTransfer], cuts: list[int]
+) -> None:
+    detail, stream = make_detail(), Stream()
+    detail.start(pictures(1, 3, 64, 64), pictures(1, 3, 64, 64, seed=1), stream)
+    frames = pictures(1, 3, 6, 64, 64, seed=2)
+    with torch.no_grad():
+        whole = detail(frames, stream)
+        parts = [detail(part, stream) for part in torch.tensor_split(frames, cuts, dim=2)]
+    torch.testing.assert_close(torch.cat(parts, dim=2), whole, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("make_detail", DETAILS)
+def test_streams_carry_it_along(make_detail: Callable[[], DetailTransfer]) -> None:
+    """Any cutting of the speech, a snapshot, a row of a batch, another portrait: the detail is the
+    right one.
+    """
+    head = make_head(detail=make_detail())
+    samples = np.random.default_rng(0).normal(0, 0.2, 72 * 640).astype(np.float32)
+    first, second = pictures(3, 64, 64), pictures(3, 64, 64, seed=9)
+
+    def run(blocks: list[np.ndarray]) -> np.ndarray:
+        with head.open(first) as session:
+            parts = [session.push(block) for block in blocks]
+            session.switch_identity(second)
+            return np.concatenate([*parts, session.push(samples), session.flush()])
+
+    whole = run([samples])
+    assert np.array_equal(whole, run(np.split(samples, [700, 20_000])))
+    with head.open(first) as session:
+        before = session.push(samples[: 40 * 640])
+        state = session.snapshot()
+        after = session.push(samples[40 * 640 :])
+        session.restore(state)
+        assert np.array_equal(session.push(samples[40 * 640 :]), after)
+        assert np.array_equal(np.concatenate([before, after]), whole[: len(before) + len(after)])
+    with head.open(first, options=EngineOptions(detail="none")) as session:
+        assert not np.array_equal(session.push(samples), whole[:48])
+
+
+def test_batch_rows_equal_single_streams() -> None:
+    head = make_head(detail=learned())
+    samples = np.random.default_rng(0).normal(0, 0.2, (2, 48 * 640)).astype(np.float32)
+    portraits = [pictures(3, 64, 64, seed=seed) for seed in (4, 5)]
+    with head.open_batch(2) as batch:
+        for row, portrait in enumerate(portraits):
+            batch.start(row, portrait, seed=row)
+            batch.push(row, samples[row])
+        together = batch.step()
+    for row, portrait in enumerate(portraits):
+        with head.open(portrait, seed=row) as session:
+            alone = session.push(samples[row])
+        assert len(together[row])
+        assert np.abs(alone[:24].astype(int) - together[row].astype(int)).max() <= 1
+
+
+def test_unknown_detail_is_refused() -> None:
+    with pytest.raises(UserError, match="expected detail model, agreement or none, got 'sharp'"):
+        EngineOptions(detail="sharp")  # type: ignore[arg-type]
