@@ -49,9 +49,9 @@ train-embedded: $(VENV)/.stamp-test  ## train all stages of the embedded model (
 	$(TRAIN_ENV) $(BIN)/rest train-embedded --budget-min $(BUDGET_MIN)
 
 # asd.py and training_curves.py read a training run (make train-embedded), which a fresh checkout does not have; live.py
-# needs a Chromium and the extra `serve`.
+# needs a Chromium and the extra `serve`; gpu_job.py needs a GPU, or is rehearsed by a test.
 bench: $(VENV)/.stamp-test  ## run the benchmarks, an hour or more; every one writes JSON (the paper size where CUDA is)
-	@for file in $(filter-out benchmarks/asd.py benchmarks/training_curves.py benchmarks/live.py,$(wildcard benchmarks/[a-z]*.py)); do echo "$$file"; $(BIN)/python -m "benchmarks.$$(basename "$$file" .py)" || exit 1; done
+	@for file in $(filter-out benchmarks/asd.py benchmarks/training_curves.py benchmarks/live.py benchmarks/gpu_job.py,$(wildcard benchmarks/[a-z]*.py)); do echo "$$file"; $(BIN)/python -m "benchmarks.$$(basename "$$file" .py)" || exit 1; done
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
 		echo "benchmarks/streaming.py at paper size"; $(BIN)/python -m benchmarks.streaming --size paper --minutes 3; fi
 

@@ -28,6 +28,7 @@ from rest_lightning.models.speech import SpeechEncoder
 from rest_lightning.models.speech_ae import SpeechAE
 from rest_lightning.models.transformer import A2VDiT
 from rest_lightning.models.vae import VideoAutoencoder
+from rest_lightning.talking_head import TalkingHead
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 PARTS = {
@@ -189,6 +190,27 @@ def transformer_flops(
         "text": 2 * num_text * (caption * dim + dim**2 + depth * 2 * dim**2) if caption else 0,
         "inputs": proj_in + wave + 2 * num_text * caption * dim,
     }
+
+
+def clip_flops(head: TalkingHead, num_chunks: int) -> int:
+    """FLOPs of the backbone when a clip of so many chunks is streamed, guidance included."""
+    model, sampling, side = head.transformer, head.sampling, head.size_px // SPATIAL_RATIO
+    rows, cells = sampling.branches.num_branches, side * side
+    length, num_speech = int(model.cache_options.chunk_length), head.speech_ae.num_tokens
+    total = 0
+    for i in range(num_chunks):
+        window = (length * cells, (1 + (1 + (i > 0)) * length) * cells)
+        num_text = num_prompt_tokens(model)
+        terms = transformer_flops(model, rows, length, cells, [window], num_speech, num_text)
+        total += sampling.num_steps * (terms["blocks"] + terms["ends"])
+    return total
+
+
+def num_prompt_tokens(model: A2VDiT) -> int:
+    """Tokens of the model's own text that a stream attends to: those that are no padding."""
+    return (
+        0 if model.prompt_mask is None else int(model.prompt_mask.sum()) or len(model.prompt_mask)
+    )
 
 
 def training_windows(model: A2VDiT, num_frames: int, cells: int) -> list[tuple[int, int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 # Before anything imports torch or a hub client. One thread: tiny tensors gain nothing from two, and
 # one is repeatable.
@@ -11,13 +12,16 @@ os.environ.update(
     HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", MPLBACKEND="Agg"
 )
 
+# Triton's kernels run in its interpreter where there is no GPU; it looks when it is first imported.
+if not any(map(Path.exists, map(Path, ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")))):
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 import argparse
 import ipaddress
 import random
 import socket
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -67,11 +71,16 @@ def offline_guard() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def fixed_seeds() -> None:
-    """Seed the global generators; torch only where the test module imported it."""
+    """Seed the global generators; torch only where the test module imported it.
+
+    float32 is float32: convolutions on CUDA round to the 10 bits of TF32 unless told otherwise.
+    """
     random.seed(0)
     np.random.seed(0)
     if "torch" in sys.modules:
-        sys.modules["torch"].manual_seed(0)
+        torch = sys.modules["torch"]
+        torch.manual_seed(0)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
 
 @pytest.fixture(scope="session")

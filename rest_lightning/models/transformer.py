@@ -126,6 +126,16 @@ class Condition:
         ]
         return Condition(blocks, None if self.mask is None else self.mask.expand(batch, -1, -1, -1))
 
+    def repeat(self, batch: int) -> Condition:
+        """The condition of one row for ``batch`` rows, each in memory of its own."""
+        blocks = [(k.repeat(batch, 1, 1, 1), v.repeat(batch, 1, 1, 1)) for k, v in self.blocks]
+        return Condition(blocks, None if self.mask is None else self.mask.repeat(batch, 1, 1, 1))
+
+    def first(self, batch: int) -> Condition:
+        """The first ``batch`` rows, as views."""
+        blocks = [(k[:batch], v[:batch]) for k, v in self.blocks]
+        return Condition(blocks, None if self.mask is None else self.mask[:batch])
+
     def twice(self) -> Condition:
         """The condition of a batch that is repeated."""
         blocks = [(torch.cat([k, k]), torch.cat([v, v])) for k, v in self.blocks]
@@ -582,11 +592,19 @@ class A2VDiT(nn.Module):
             mask = ((1 - text_mask.to(blocks[0][0].dtype)) * -10000.0)[:, None, None]
         return Condition(blocks, mask)
 
-    def project_prompt(self, batch: int) -> Condition | None:
-        """Keys and values of the model's own text for ``batch`` rows; None where it has none."""
+    def project_prompt(self, batch: int, padded: bool = True) -> Condition | None:
+        """Keys and values of the model's own text for ``batch`` rows; None where it has none.
+
+        Args:
+            batch: number of rows.
+            padded: False leaves the padding out, and with it the mask. That waits for the device:
+                do it once.
+        """
         if self.prompt_embeds is None or self.prompt_mask is None:
             return None
-        return self.project_text(self.prompt_embeds[None], self.prompt_mask[None]).expand(batch)
+        if padded or not self.prompt_mask.any():  # a mask that hides everything hides nothing
+            return self.project_text(self.prompt_embeds[None], self.prompt_mask[None]).expand(batch)
+        return self.project_text(self.prompt_embeds[None, self.prompt_mask.bool()]).expand(batch)
 
     def _blocks(self) -> Iterable[Block]:
         yield from self.transformer_blocks  # type: ignore[misc]

@@ -131,8 +131,7 @@ class BatchSession:
             int, ...
         ] = ()  # the rows whose state is in the lanes, newer than their own
         with explain_out_of_memory(model, num_rows, self._sampling), self.clock.paused():
-            pack = self._options.packs(model.device, model.dtype)
-            first = StreamState(Tables(model, self._sampling, pack), 1)
+            first = StreamState(Tables(model, self._sampling, self._options), 1)
             # Any portrait tells how much a decoder remembers.
             first.start(torch.zeros(1, 3, model.size_px, model.size_px))
             lanes = first.for_batch(num_rows)

@@ -5,6 +5,7 @@ next chunk.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import numpy as np
@@ -37,6 +38,10 @@ class Program:
         self._capture = capture
         self._replays: dict[Hashable, Function] = {}
 
+    def again(self) -> Program:
+        """Another program with the same stream and memory for graphs; never run both at once."""
+        return Program(self._capture)
+
     @property
     def num_captured(self) -> int:
         """Variants captured so far."""
@@ -64,24 +69,34 @@ class Program:
         return True
 
 
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """Makes a CUDA device the current one: events, graphs and Triton's kernels go by that."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 def cuda_capture(device: torch.device) -> Capture:
-    """Captures into graphs that share one memory pool: those of one program never run at the same
-    time.
+    """Captures into graphs that share one memory pool and one stream.
+
+    The graphs of one program never run at the same time. The stream is the program's own, for
+    warming up and for capturing: cuBLAS keeps one workspace for each stream, and a graph goes on
+    using that of the stream it was captured on, so two programs that replay together need two.
     """
-    pool = torch.cuda.graph_pool_handle()
+    pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
 
     def capture(function: Function) -> Function:
-        current, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
-        side.wait_stream(current)
-        # libraries choose their kernels and allocate workspaces at their first calls
-        with torch.cuda.stream(side):
-            for _ in range(2):
+        with on_device(device):
+            current = torch.cuda.current_stream(device)
+            stream.wait_stream(current)
+            # libraries choose their kernels and allocate workspaces at their first calls
+            with torch.cuda.stream(stream):
+                for _ in range(2):
+                    function()
+            current.wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            # Other threads (a writer that pins memory) may go on calling CUDA meanwhile.
+            mode = "thread_local"
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode=mode):
                 function()
-        current.wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        # Other threads (a writer that pins memory) may go on calling CUDA meanwhile.
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            function()
         return graph.replay
 
     return capture

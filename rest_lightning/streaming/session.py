@@ -18,6 +18,7 @@ from rest_lightning.constants import SAMPLE_RATE, SAMPLES_PER_FRAME, TEMPORAL_RA
 from rest_lightning.errors import UserError
 from rest_lightning.streaming.device import Frames, Pending, Ready
 from rest_lightning.streaming.engine import ChunkEngine, EngineOptions, EngineState, StreamState
+from rest_lightning.streaming.idle import IDLE
 from rest_lightning.streaming.report import StreamClock, StreamReport
 
 if TYPE_CHECKING:
@@ -259,10 +260,10 @@ class StreamingSession:
         self.clock = StreamClock()
         self.configuration = describe(model, sampling, options) | {"seed": seed}
         reference = as_reference(portrait, model.size_px)
-        self.engine = ChunkEngine(model, 1, sampling, self.clock, options)
-        self._row = Row(self.engine, reference, seed)
-        if options.warms_up(model.device):
+        self.engine = IDLE.open(model, sampling, self.clock, options)
+        if options.warms_up(model.device) and not self.engine.num_captured:
             self.engine.warm_up()
+        self._row = Row(self.engine, reference, seed)
         self._under_way: deque[tuple[Pending, int, int]] = deque()
         self._closed = False
 
@@ -319,6 +320,7 @@ class StreamingSession:
 
     def switch_identity(self, portrait: Any) -> None:
         """Continue with another portrait from the next chunk on; costs one prefill."""
+        self._check_open()
         self._row.show(as_reference(portrait, self.model.size_px))
 
     def report(self) -> StreamReport:
@@ -327,6 +329,7 @@ class StreamingSession:
 
     def snapshot(self) -> SessionState:
         """A copy of everything that the following frames depend on."""
+        self._check_open()
         waiting = [
             (Ready(pending.frames()), num_frames, mark)
             for pending, num_frames, mark in self._under_way
@@ -339,14 +342,14 @@ class StreamingSession:
         """Go back to a snapshot: the same speech then gives the same frames, bit for bit.
 
         Raises:
-            UserError: a snapshot of another model, type, size or guidance; the session is as it was
-                then.
+            UserError: a snapshot of another model, type, size or guidance, or a session that is
+                closed; the session is as it was then.
         """
+        self._check_open()
         self._row.restore(state.row)
         self._under_way = deque(
             (Ready(frames[None]), len(frames), self.clock.mark()) for frames in state.waiting
         )
-        self._closed = False
 
     def __enter__(self) -> Self:
         return self
@@ -357,7 +360,13 @@ class StreamingSession:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if kind is None and not self._closed:  # an engine that failed is not trusted again
+            IDLE.close(self.engine)
         self._closed = True
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise UserError("expected an open session, got one that is closed: open a new session")
 
     def _feed(self, samples: Any) -> Iterator[Frames]:
         if self._closed or self._row.is_finished:
@@ -417,6 +426,9 @@ def describe(model: TalkingParts, sampling: Sampling, options: EngineOptions) ->
         "cuda_graphs": options.captures(model.device),
         "compile": options.compile,
         "packed": options.packs(model.device, model.dtype),
+        "fused": options.fuses(model.device, model.dtype),
+        "float8": options.float8,
+        "attention": options.attention,
         "overlap": options.overlap and model.device.type == "cuda",
         "first_chunk_length": options.first_length(model.transformer.cache_options.chunk_length),
     }
