@@ -50,6 +50,7 @@ class Size:
         batch_size, vae_batch: clips of one forward.
         accumulate: forwards per optimiser step.
         num_steps, guided: of the sampler.
+        trains_encoder: whether the VAE's stage trains its encoder.
     """
 
     parts: dict[str, Any]
@@ -62,6 +63,7 @@ class Size:
     accumulate: int
     num_steps: int = 8
     guided: bool = True
+    trains_encoder: bool = True
 
     @property
     def cells(self) -> int:
@@ -94,6 +96,7 @@ def read_size(name: str) -> Size:
         batch_size=data["batch_size"],
         vae_batch=vae_data["batch_size"],
         accumulate=trainer["trainer"].get("accumulate_grad_batches", 1),
+        trains_encoder=vae["model"]["init_args"].get("train_encoder", True),
     )
 
 

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +31,14 @@ from benchmarks._cost import (
     transformer_flops,
 )
 from benchmarks._result import origin, write_result
+from rest_lightning.callbacks.averaging import average_bytes, averaged_parameters
 from rest_lightning.constants import FPS, SAMPLES_PER_FRAME, TEMPORAL_RATIO, num_latent_frames
 from rest_lightning.diffusion.losses import asd_loss, flow_matching_loss, speech_ae_loss
 from rest_lightning.errors import UserError, exit_code
 from rest_lightning.models.causal import Stream, num_bytes
 from rest_lightning.models.transformer import A2VDiT
+from rest_lightning.tasks.a2v import freeze_decoder
+from rest_lightning.tasks.vae import freeze_encoder
 
 STAGES = ("vae", "speech_ae", "teacher", "student", "asd")
 
@@ -146,11 +151,30 @@ def training_memory(size: Size, stage: str) -> dict[str, int]:
     """Bytes of one training step in bf16-mixed: sizes with fake tensors.
 
     Returns:
-        ``weights`` of all parts, ``gradients``, ``optimizer`` (AdamW) and ``average`` (EMA copies
-        the whole stage), all float32; ``encoders_peak`` while the frozen parts read the batch;
+        ``weights`` of all parts, ``gradients``, ``optimizer`` (AdamW) and ``average`` (what
+        :class:`~rest_lightning.callbacks.MovingAverage` copies), all float32; ``encoders_peak`` while the frozen parts read the batch;
         ``activations_held`` from the forward for the backward pass; ``activations_peak`` of both
         passes; ``total``.
     """
+    with frozen_as_trained(size, stage):
+        return _training_memory(size, stage)
+
+
+@contextmanager
+def frozen_as_trained(size: Size, stage: str) -> Iterator[None]:
+    """Parameters that a stage leaves alone need no gradient meanwhile, by the stage's own rules."""
+    if stage == "vae" and not size.trains_encoder:
+        freeze_encoder(size.parts["vae"])
+    if stage in ("teacher", "student", "asd"):
+        freeze_decoder(size.parts["speech_ae"])
+    try:
+        yield
+    finally:
+        for part in trained_parts(size, stage).values():
+            part.requires_grad_(True)
+
+
+def _training_memory(size: Size, stage: str) -> dict[str, int]:
     trained, frozen = trained_parts(size, stage), frozen_parts(size, stage)
     parameters = [
         parameter
@@ -168,6 +192,9 @@ def training_memory(size: Size, stage: str) -> dict[str, int]:
     ]
     weights = sum(tensor.numel() * tensor.element_size() for tensor in everything)
     gradients = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+    average = average_bytes(
+        parameter for part in trained.values() for parameter in averaged_parameters(part).values()
+    )
     with LiveBytes([*everything, *(p.grad for p in parameters if p.grad is not None)]) as live:
         batch = read_batch(size, stage)
         encoders_peak, live.peak = live.peak, live.now
@@ -184,12 +211,12 @@ def training_memory(size: Size, stage: str) -> dict[str, int]:
         activations_peak = live.peak
     for parameter in parameters:
         parameter.grad = None
-    total = 2 * weights + 3 * gradients + max(encoders_peak, activations_peak)
+    total = weights + average + 3 * gradients + max(encoders_peak, activations_peak)
     return {
         "weights": weights,
         "gradients": gradients,
         "optimizer": 2 * gradients,
-        "average": weights,
+        "average": average,
         "encoders_peak": encoders_peak,
         "activations_held": held,
         "activations_peak": activations_peak,

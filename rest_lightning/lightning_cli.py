@@ -29,8 +29,6 @@ FINAL_CHECKPOINT = "final.ckpt"
 EXPECTED_WARNINGS = (
     "LightningCLI's args parameter",  # our own command line hands its words on
     r"Found \d+ module\(s\) in eval mode",  # frozen parts are
-    # sharded networks refuse the callback
-    "You're using the WeightAveraging callback with a model that overrides",
 )
 
 
@@ -71,10 +69,11 @@ class RestCLI(LightningCLI):
         """
         if not self.config["fit"]["final_checkpoint"] or self.trainer.interrupted:
             return
-        # The current weights are the averaged ones by now; without the callback the checkpoint
-        # holds them, together with the statistics that this validation measures.
+        # The module holds the averaged weights by now; without the callback the checkpoint holds
+        # them alone, together with the statistics that this validation measures.
         present: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
-        kept = [each for each in present if not isinstance(each, WeightAveraging)]
+        averaging = (callbacks.MovingAverage, WeightAveraging)
+        kept = [each for each in present if not isinstance(each, averaging)]
         self.trainer.callbacks = kept  # type: ignore[attr-defined]
         self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
         target = Path(self.trainer.default_root_dir) / FINAL_CHECKPOINT

@@ -215,7 +215,7 @@ def test_values_of_the_paper(chain: MetaChain) -> None:
             None,
         )
         assert {type(c).__name__ for c in trainer.callbacks} >= {
-            "EMAWeightAveraging",
+            "MovingAverage",
             "ModelCheckpoint",
         }
     asd = chain.clis["asd"].model

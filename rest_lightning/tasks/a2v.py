@@ -218,11 +218,7 @@ class A2VModule(StageModule):
             initial,
             optimizer,
         )
-        for name, parameter in speech_ae.named_parameters():
-            if name.startswith(
-                "decoder"
-            ):  # nothing reads it here, and DDP waits for every gradient that may come
-                parameter.requires_grad_(False)
+        freeze_decoder(speech_ae)
         self.noise = noise or NoiseSettings()
         self.mouth_weight, self.compile_blocks = mouth_weight, compile_blocks
         table = training_table(self.noise.num_levels, self.noise.mean, self.noise.std)
@@ -240,9 +236,8 @@ class A2VModule(StageModule):
         averaging = [c for c in self.trainer.callbacks if isinstance(c, WeightAveraging)]  # type: ignore[attr-defined]
         if averaging:  # it copies the whole module, which sharded networks cannot do
             raise UserError(
-                "expected no weight averaging with sharded networks, got "
-                f"{type(averaging[0]).__name__}: "
-                "take it out of trainer.callbacks"
+                "expected rest_lightning.callbacks.MovingAverage with sharded networks, got "
+                f"{type(averaging[0]).__name__}: put it in its place in trainer.callbacks"
             )
         for part in self.children():
             shard(part, self.device_mesh)
@@ -421,6 +416,16 @@ class A2VModule(StageModule):
     def validation_losses(self, inputs: TrainingInput) -> dict[str, Tensor]:
         """Losses by name: the flow loss, which all stages can be compared by."""
         return {"flow_loss": flow_matching_loss(self(inputs), inputs.path.velocity)}
+
+
+def freeze_decoder(speech_ae: SpeechAE) -> None:
+    """Take a SpeechAE's decoder out of the training of a transformer.
+
+    Nothing reads it there, and DDP waits for every gradient that may come.
+    """
+    for name, parameter in speech_ae.named_parameters():
+        if name.startswith("decoder"):
+            parameter.requires_grad_(False)
 
 
 def step_generator(device: torch.device) -> torch.Generator:

@@ -113,9 +113,7 @@ class VAEModule(StageModule):
         self.whitening = whitening
         self.train_encoder, self.latent_noise = train_encoder, latent_noise
         if not train_encoder:
-            for name, parameter in vae.named_parameters():
-                if any(piece.startswith("encoder") for piece in name.split(".")):
-                    parameter.requires_grad_(False)
+            freeze_encoder(vae)
         self.loss_weights = loss_weights or VAELossWeights()
         self.lpips: nn.Module | None = None
         if self.loss_weights.lpips:
@@ -252,6 +250,13 @@ class VAEModule(StageModule):
             mean, std = self._moments.compute()
             self.vae.latents_mean.copy_(mean)
             self.vae.latents_std.copy_(std)
+
+
+def freeze_encoder(vae: VideoAutoencoder) -> None:
+    """Keep the latents as they are: train the decoder alone."""
+    for name, parameter in vae.named_parameters():
+        if any(piece.startswith("encoder") for piece in name.split(".")):
+            parameter.requires_grad_(False)
 
 
 class LatentMoments:

@@ -28,6 +28,7 @@ from tiny_student import (
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from rest_lightning.callbacks import MovingAverage
 from rest_lightning.tasks.a2v import A2VModule, Conditions
 from rest_lightning.tasks.student import ASDSettings, DistillSettings, RolloutSettings
 from rest_lightning.torchvision_compat import ensure_torchvision
@@ -124,7 +125,7 @@ def train(
 
     module.training_step = training_step  # type: ignore[method-assign, assignment]
     torch.manual_seed(seed)
-    trainer = make_trainer(config, num_steps)
+    trainer = make_trainer(config, num_steps, MovingAverage(0.5))
     trainer.fit(module, range(1), ckpt_path=None if source is None else str(folder / source))
     trainer.save_checkpoint(folder / target)
 
