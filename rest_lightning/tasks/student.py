@@ -420,5 +420,11 @@ def _load_frozen(source: str, student: A2VDiT, role: str, attention: str) -> A2V
                 f"{source} against "
                 f"{student.config[name]}: use one transformer configuration for both stages"
             )
+    if frozen.rope.causal_ratio != student.rope.causal_ratio:
+        raise UserError(
+            f"expected a {role} with the student's causal_positions, got "
+            f"{frozen.config['causal_positions']} in {source} against "
+            f"{student.config['causal_positions']}: use one value in both stages"
+        )
     frozen.load_state_dict(state)
     return frozen
