@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from rest_lightning.constants import SAMPLES_PER_FRAME, TEMPORAL_RATIO
 from rest_lightning.diffusion.sampling import Guidance, Sampling, SamplingChanges, integrate
-from rest_lightning.diffusion.schedule import sampling_sigmas
 from rest_lightning.errors import UserError
 from rest_lightning.models.transformer import A2VDiT
 from rest_lightning.parts import open_part, open_speech_encoder
@@ -159,7 +158,7 @@ class Whole(Generator):
         reference = self.vae.encode(picture[None, :, None].to(device)).float()
         shape = (*reference.shape[:2], 1 + num_latents, *reference.shape[3:])
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(self.seed)).to(device)
-        sigmas = sampling_sigmas(self.sampling.num_steps, self.sampling.shift, noise[0, 0].numel())
+        sigmas = self.sampling.sigmas(noise[0, 0].numel())
         clip = generate_clip(
             self.transformer, reference, speech_latents, noise, sigmas, self.sampling.branches
         )

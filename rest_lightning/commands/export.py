@@ -39,6 +39,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--shift", type=float, help="shift of the sigma table to remember as default"
     )
     parser.add_argument(
+        "--table-steps",
+        type=int,
+        help="of a distilled student: steps of the sigma table that its source began with",
+    )
+    parser.add_argument(
         "--reference-guidance", type=float, help="the same for the reference alone (split guidance)"
     )
     parser.add_argument(
@@ -56,7 +61,9 @@ def run(args: argparse.Namespace) -> int:
     from rest_lightning.parts import open_part, open_speech_encoder
     from rest_lightning.talking_head import TalkingHead
 
-    changes = SamplingChanges(args.num_steps, args.guidance, args.shift, args.reference_guidance)
+    changes = SamplingChanges(
+        args.num_steps, args.guidance, args.shift, args.reference_guidance, args.table_steps
+    )
     sampling = changes.of(Sampling())
     sources = {"transformer": args.checkpoint, "speech_ae": args.speech_ae, "vae": args.vae}
     parts = {name: open_part(name, source or args.checkpoint) for name, source in sources.items()}

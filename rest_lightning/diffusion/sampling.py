@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rest_lightning.diffusion.noise import per_frame
+from rest_lightning.diffusion.schedule import sampling_sigmas
 from rest_lightning.errors import UserError
 
 if TYPE_CHECKING:
@@ -137,15 +138,19 @@ class Sampling:
             tokens.
         reference_guidance: weight ``a`` of the branch with the reference alone in split guidance
             (READ: 2); at 0 split guidance is joint guidance, and that branch does not run.
+        table_steps: of distilled models: steps of the sigma table whose every n-th level is taken;
+            None: ``num_steps``.
 
     Raises:
-        UserError: no step, a weight that is not finite, or a shift that is not positive.
+        UserError: no step, a weight that is not finite, a shift that is not positive, or a
+            ``table_steps`` that ``num_steps`` does not divide.
     """
 
     num_steps: int = 8
     guidance: float = 6.0
     shift: float | None = None
     reference_guidance: float = 0.0
+    table_steps: int | None = None
 
     def __post_init__(self) -> None:
         if self.num_steps < 1:
@@ -162,6 +167,15 @@ class Sampling:
                 f"expected a positive shift of the sigma table, got {self.shift}: 1 "
                 "leaves it straight"
             )
+        if self.table_steps is not None and self.table_steps % self.num_steps:
+            raise UserError(
+                f"expected a number of steps that divides table_steps {self.table_steps}, got "
+                f"{self.num_steps}: this model has learnt every n-th level of that table"
+            )
+
+    def sigmas(self, num_tokens: int) -> list[float]:
+        """Descending noise levels, ``num_steps + 1`` numbers, for ``num_tokens`` latent tokens."""
+        return sampling_sigmas(self.num_steps, self.shift, num_tokens, self.table_steps)
 
     @property
     def branches(self) -> Guidance:
@@ -177,6 +191,7 @@ class SamplingChanges:
     guidance: float | None = None
     shift: float | None = None
     reference_guidance: float | None = None
+    table_steps: int | None = None
 
     def of(self, settings: Sampling) -> Sampling:
         """``settings`` with the changes."""

@@ -102,17 +102,25 @@ def ltx_sigma_table(
     return sigma_table(num_steps, ltx_shift(num_tokens), terminal, device)
 
 
-def sampling_sigmas(num_steps: int, shift: float | None, num_tokens: int) -> list[float]:
+def sampling_sigmas(
+    num_steps: int, shift: float | None, num_tokens: int, table_steps: int | None = None
+) -> list[float]:
     """The levels of a sampler as plain numbers: nothing in its loop waits for a device to tell a
     noise level.
 
     ``shift`` None takes LTX's schedule for ``num_tokens`` latent tokens, a number
-    :func:`sigma_table`'s.
+    :func:`sigma_table`'s. ``table_steps``, a multiple of ``num_steps``, takes every n-th level of a
+    table of that many steps: those that a distilled student has learnt. (LTX's tables of 4 and of 8
+    steps end at the same level, so the shorter one is no part of the longer.)
     """
-    table = (
-        ltx_sigma_table(num_steps, num_tokens) if shift is None else sigma_table(num_steps, shift)
-    )
-    return [float(sigma) for sigma in table]
+    total = num_steps if table_steps is None else table_steps
+    if total % num_steps:
+        raise UserError(
+            f"expected a number of steps that divides table_steps {total}, got {num_steps}: use "
+            f"one of {', '.join(str(n) for n in range(1, total + 1) if total % n == 0)}"
+        )
+    table = ltx_sigma_table(total, num_tokens) if shift is None else sigma_table(total, shift)
+    return [float(sigma) for sigma in table[:: total // num_steps]]
 
 
 def training_table(

@@ -23,7 +23,6 @@ from torch import Tensor
 
 from rest_lightning.constants import SAMPLES_PER_FRAME, SPATIAL_RATIO, TEMPORAL_RATIO
 from rest_lightning.diffusion.sampling import integrate
-from rest_lightning.diffusion.schedule import sampling_sigmas
 from rest_lightning.errors import UserError
 from rest_lightning.models.cache import IDContextCache
 from rest_lightning.models.causal import Stream
@@ -166,9 +165,7 @@ class Tables:
         self.guidance = sampling.branches
         self.side = model.size_px // SPATIAL_RATIO
         options = model.transformer.cache_options
-        self.sigmas = sampling_sigmas(
-            sampling.num_steps, sampling.shift, options.num_slots * self.side**2
-        )
+        self.sigmas = sampling.sigmas(options.num_slots * self.side**2)
         self.levels = torch.tensor(self.sigmas, dtype=torch.float32, device=model.device)
         levels = [*self.sigmas[:-1], 0.0]
         self.embeddings = [

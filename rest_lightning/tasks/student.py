@@ -12,14 +12,13 @@ from torch import Tensor
 from rest_lightning.diffusion.distillation import (
     average_velocity,
     guided_velocity,
-    next_level,
-    refine_steps,
+    levels_of_steps,
     sample_sigmas_of_steps,
 )
 from rest_lightning.diffusion.losses import asd_loss, flow_matching_loss
 from rest_lightning.diffusion.noise import add_noise
 from rest_lightning.diffusion.rollout import Context, roll_out
-from rest_lightning.diffusion.schedule import ltx_shift, sampling_sigmas
+from rest_lightning.diffusion.schedule import sampling_sigmas
 from rest_lightning.errors import UserError
 from rest_lightning.models.speech import SpeechEncoder
 from rest_lightning.models.speech_ae import SpeechAE
@@ -45,12 +44,15 @@ class ASDSettings:
         alpha: weight of the contrastive loss.
         beta: weight of the smoothness loss.
         temperature: of the contrastive loss.
+        anchored: whether the smoothness loss begins with the reference (REST's sum over v_0, v_1,
+            ...); False begins with the first generated frame.
     """
 
     teacher: str
     alpha: float = 0.2
     beta: float = 0.2
     temperature: float = 0.1
+    anchored: bool = True
 
 
 @dataclass
@@ -106,7 +108,10 @@ class DistillSettings:
         num_steps: Euler steps of the source per chunk.
         student_steps: Euler steps of the student; divides ``num_steps``. Halve them stage by stage
             (8, 4, 2).
-        shift: shift of both sigma tables; None takes LTX's.
+        shift: shift of the source's sigma table; None takes LTX's. The student's table is every
+            n-th level of it, so that each of its steps ends where steps of the source end.
+        table_steps: steps of the table that the source's own levels are every n-th of, where the
+            source has been distilled before; None: its table has ``num_steps`` steps.
     """
 
     source: str
@@ -114,6 +119,7 @@ class DistillSettings:
     num_steps: int = 8
     student_steps: int = 4
     shift: float | None = None
+    table_steps: int | None = None
 
     def __post_init__(self) -> None:
         if self.student_steps < 1 or self.num_steps < 1 or self.num_steps % self.student_steps:
@@ -128,6 +134,16 @@ class DistillSettings:
                 "for both: "
                 "lower distill.student_steps"
             )
+        if self.table_steps is not None and self.table_steps % self.num_steps:
+            raise UserError(
+                f"expected distill.num_steps to divide table_steps, got {self.num_steps} and "
+                f"{self.table_steps}: take the num_steps that the source's table began with"
+            )
+
+    def sigmas(self, num_steps: int, num_tokens: int) -> list[float]:
+        """Levels of ``num_steps`` steps, from the one table of source and student."""
+        total = self.table_steps or self.num_steps
+        return sampling_sigmas(num_steps, self.shift, num_tokens, total)
 
 
 class StudentModule(A2VModule):
@@ -283,6 +299,7 @@ class StudentModule(A2VModule):
             beta=self.asd.beta,
             temperature=self.asd.temperature,
             mask=inputs.weights,
+            anchored=self.asd.anchored,
         )
         error = (velocity - teacher_velocity)[:, :, 1:].detach().float().square().mean()
         return {
@@ -362,12 +379,10 @@ class StudentModule(A2VModule):
         own, context = (
             self._truth(inputs, 0.0 if self._caches_clean else table[-2]) for table in tables
         )
-        shift = (
-            settings.shift if settings.shift is not None else ltx_shift(self._num_tokens(latents))
-        )
-        sigma_next = next_level(sigma, torch.tensor(tables[0], device=sigma.device))
-        levels = refine_steps(
-            sigma, sigma_next, settings.num_steps // settings.student_steps, shift
+        levels = levels_of_steps(
+            sigma,
+            torch.tensor(tables[1], device=sigma.device),
+            settings.num_steps // settings.student_steps,
         )
 
         source = self.source.with_chunk_length(inputs.chunk_length)
@@ -391,9 +406,10 @@ class StudentModule(A2VModule):
 
     def _sigmas(self, num_steps: int, latents: Tensor) -> list[float]:
         """Levels of a sampler of the stage's settings."""
-        settings = self.rollout or self.distill
-        assert settings is not None
-        return sampling_sigmas(num_steps, settings.shift, self._num_tokens(latents))
+        if self.distill is not None:
+            return self.distill.sigmas(num_steps, self._num_tokens(latents))
+        assert self.rollout is not None
+        return sampling_sigmas(num_steps, self.rollout.shift, self._num_tokens(latents))
 
     def _num_tokens(self, latents: Tensor) -> int:
         """Latent tokens of the window, which LTX's schedule follows."""
