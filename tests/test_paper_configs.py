@@ -15,6 +15,7 @@ from torch import nn
 from rest_lightning.data.module import TalkingHeadDataModule
 from rest_lightning.lightning_cli import LightningModule, RestCLI
 from rest_lightning.models.ltx import load_ltx
+from rest_lightning.models.ltx_vae import VERSIONS, check_compression
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 STAGES = ("vae", "speech_ae", "teacher", "student", "asd")
@@ -137,7 +138,7 @@ def test_other_parts_have_the_published_sizes(chain: MetaChain) -> None:
     from transformers import WhisperConfig, WhisperModel
 
     with torch.device("meta"):
-        ltx_vae = AutoencoderKLLTXVideo()
+        ltx_vae = AutoencoderKLLTXVideo(**VERSIONS["0.9.1"])
         whisper = WhisperModel(
             WhisperConfig(d_model=384, encoder_layers=4, encoder_attention_heads=6)
         )
@@ -145,6 +146,23 @@ def test_other_parts_have_the_published_sizes(chain: MetaChain) -> None:
     assert count(module.vae) == count(ltx_vae)
     assert count(module.speech_encoder) == count(whisper.encoder)
     assert module.speech_encoder.feature_dim == 5 * 384
+
+
+def test_vae_is_the_one_that_the_paper_describes(chain: MetaChain) -> None:
+    """REST sec. 3.1: 32x32x8, 128 channels, causal encoder, decoder with timestep and noise."""
+    for stage in ("vae", "teacher", "student", "asd"):
+        vae = chain.clis[stage].model.vae
+        config = vae.ltx.config
+        assert vae.latent_channels == 128
+        check_compression(vae.ltx)
+        assert config.encoder_causal
+        assert config.timestep_conditioning
+        assert sum(config.decoder_inject_noise) >= 2  # multi-layer noise
+        assert dict(config) == dict(chain.clis["vae"].model.vae.ltx.config)
+    vae_stage = chain.clis["vae"].model
+    trained = {name for name, weight in vae_stage.named_parameters() if weight.requires_grad}
+    assert trained
+    assert not any("encoder" in name for name in trained)  # statistics stay LTX's
 
 
 def test_speech_ae_has_the_parameters_of_its_layers(chain: MetaChain) -> None:
@@ -234,10 +252,8 @@ def test_files_of_the_stages_agree() -> None:
         assert all(each == given[0] for each in given)
     for name in ("speech_encoder", "speech_ae"):
         assert parts["speech_ae"][name] == parts["teacher"][name]
-    assert (
-        parts["vae"]["vae"]["init_args"]["ltx_config"]
-        == parts["teacher"]["vae"]["init_args"]["ltx_config"]
-    )
+    for name in ("ltx_config", "version"):
+        assert parts["vae"]["vae"]["init_args"][name] == parts["teacher"]["vae"]["init_args"][name]
     finals = {f"{file['trainer']['default_root_dir']}/final.ckpt" for file in files.values()}
     sources = [source for each in parts.values() for source in (each.get("initial") or {}).values()]
     sources.append(parts["asd"]["asd"]["teacher"])

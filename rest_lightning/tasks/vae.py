@@ -69,7 +69,8 @@ class VAEModule(StageModule):
             begins as a silent one with trained features.
         whitening: of the components, see :func:`~rest_lightning.models.vae.fit_principal_path`.
         train_encoder: False trains the decoder alone (and measures no statistics anew): latents
-            made before, and models trained on them, stay valid.
+            made before, and models trained on them, stay valid. Required where published statistics
+            of the latents rule (LTX-Video's VAE): they would no longer be those of the encoder.
         latent_noise: while training, the decoder reads normalised latents with noise of a random
             strength up to this: a generated latent is never exactly one that the encoder makes
             (decided here). Needs measured statistics.
@@ -79,8 +80,8 @@ class VAEModule(StageModule):
             should see, for the sake of their borders.
 
     Raises:
-        UserError: ``principal_batches`` for a network that has no principal path, or a ``crop_px``
-            that is no multiple of 32.
+        UserError: ``principal_batches`` for a network that has no principal path, a ``crop_px``
+            that is no multiple of 32, or ``train_encoder`` where published statistics rule.
     """
 
     vae: VideoAutoencoder
@@ -111,6 +112,12 @@ class VAEModule(StageModule):
             )
         self.principal_batches, self.starts_from_weights = principal_batches, bool(initial)
         self.whitening = whitening
+        if train_encoder and not vae.measures_statistics:
+            raise UserError(
+                f"expected train_encoder false for {type(vae).__name__}, whose published "
+                "statistics of the latents rule, got true: a trained encoder would make other "
+                "latents"
+            )
         self.train_encoder, self.latent_noise = train_encoder, latent_noise
         if not train_encoder:
             freeze_encoder(vae)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_ltx import make_vae
 
 from rest_lightning.diffusion.losses import speech_ae_loss
 from rest_lightning.errors import UserError
@@ -50,6 +51,15 @@ def test_vae_loss_falls_on_one_batch() -> None:
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0], losses[::10]
+
+
+def test_encoders_with_published_statistics_are_not_trained() -> None:
+    vae = make_vae("0.9.1")
+    with pytest.raises(UserError, match="expected train_encoder false for LTXVideoVAE"):
+        VAEModule(vae)
+    task = VAEModule(vae.requires_grad_(True), train_encoder=False)
+    trained = {name for name, weight in task.named_parameters() if weight.requires_grad}
+    assert {name.split(".")[2] for name in trained} == {"decoder"}
 
 
 def test_speech_ae_loss_falls_on_one_batch() -> None:
