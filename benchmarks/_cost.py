@@ -51,6 +51,7 @@ class Size:
         accumulate: forwards per optimiser step.
         num_steps, guided: of the sampler.
         trains_encoder: whether the VAE's stage trains its encoder.
+        teacher_speech_ae: the SpeechAE through which ASD's teacher hears; None: the student's.
     """
 
     parts: dict[str, Any]
@@ -64,6 +65,7 @@ class Size:
     num_steps: int = 8
     guided: bool = True
     trains_encoder: bool = True
+    teacher_speech_ae: SpeechAE | None = None
 
     @property
     def cells(self) -> int:
@@ -97,6 +99,7 @@ def read_size(name: str) -> Size:
         vae_batch=vae_data["batch_size"],
         accumulate=trainer["trainer"].get("accumulate_grad_batches", 1),
         trains_encoder=vae["model"]["init_args"].get("train_encoder", True),
+        teacher_speech_ae=type(parts["speech_ae"]).from_config(parts["speech_ae"].config),
     )
 
 

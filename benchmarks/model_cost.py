@@ -57,7 +57,10 @@ def frozen_parts(size: Size, stage: str) -> dict[str, nn.Module]:
     """The networks that a stage only reads."""
     names = {"vae": (), "speech_ae": ("speech_encoder",)}.get(stage, ("vae", "speech_encoder"))
     frozen = {name: size.parts[name] for name in names}
-    return {**frozen, "teacher": size.teacher} if stage == "asd" else frozen
+    if stage != "asd":
+        return frozen
+    own = {} if size.teacher_speech_ae is None else {"teacher_speech_ae": size.teacher_speech_ae}
+    return {**frozen, "teacher": size.teacher, **own}
 
 
 @torch.no_grad()
@@ -88,6 +91,15 @@ def train_autoencoder(size: Size, stage: str, batch: Tensor) -> Tensor:
     mean, log_variance = part.encode_moments(batch)
     latents = mean + torch.randn_like(mean) * torch.exp(0.5 * log_variance)
     return (part.decode_raw(latents).float() - batch).abs().mean() + mean.square().mean()
+
+
+def hear(size: Size, stage: str, features: Tensor) -> Tensor:
+    """Speech latents of what is trained; ASD's teacher hears through a SpeechAE of its own."""
+    if stage == "asd" and size.teacher_speech_ae is not None:
+        with torch.no_grad():
+            size.teacher_speech_ae.encode(features)
+    speech_latents: Tensor = size.parts["speech_ae"].encode(features)
+    return speech_latents
 
 
 def velocity_of(size: Size, stage: str, latents: Tensor, speech_latents: Tensor) -> Tensor:
@@ -129,7 +141,7 @@ def training_flops(size: Size, stage: str) -> dict[str, int]:
 
     def read_speech() -> None:
         nonlocal speech, leaf
-        speech = size.parts["speech_ae"].encode(features)
+        speech = hear(size, stage, features)
         leaf = speech.detach().requires_grad_()
 
     def predict() -> None:
@@ -152,8 +164,9 @@ def training_memory(size: Size, stage: str) -> dict[str, int]:
 
     Returns:
         ``weights`` of all parts, ``gradients``, ``optimizer`` (AdamW) and ``average`` (what
-        :class:`~rest_lightning.callbacks.MovingAverage` copies), all float32; ``encoders_peak`` while the frozen parts read the batch;
-        ``activations_held`` from the forward for the backward pass; ``activations_peak`` of both
+        :class:`~rest_lightning.callbacks.MovingAverage` copies), all float32; ``encoders_peak``
+        while the frozen parts read the batch; ``activations_held`` from the forward for the
+        backward pass; ``activations_peak`` of both
         passes; ``total``.
     """
     with frozen_as_trained(size, stage):
@@ -202,7 +215,7 @@ def _training_memory(size: Size, stage: str) -> dict[str, int]:
             if isinstance(batch, Tensor):
                 loss = train_autoencoder(size, stage, batch)
             else:
-                speech = size.parts["speech_ae"].encode(batch[1])
+                speech = hear(size, stage, batch[1])
                 velocity = velocity_of(size, stage, batch[0], speech)
                 loss = transformer_loss(size, stage, velocity, batch[0], speech)
                 del velocity, speech
@@ -359,7 +372,7 @@ def cost_of(name: str, tflops: float) -> dict[str, Any]:
             prompt_length(model),
         )
     parameters = parameters_of(size)
-    with fake_tensors(*size.parts.values(), size.teacher):
+    with fake_tensors(*size.parts.values(), size.teacher, *frozen_parts(size, "asd").values()):
         for stage in STAGES:
             training[stage]["bytes"] = training_memory(size, stage)
     for cost in training.values():

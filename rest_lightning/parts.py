@@ -43,6 +43,7 @@ PART_CLASSES = {
     "WhisperEncoder": "rest_lightning.models.speech",
     "SpeechAE": "rest_lightning.models.speech_ae",
     "SpeechPooling": "rest_lightning.models.speech_ae",
+    "SpeechProjection": "rest_lightning.models.speech_ae",
     "A2VDiT": "rest_lightning.models.transformer",
     "AgreementDetail": "rest_lightning.models.detail",
     "LearnedDetail": "rest_lightning.models.detail",

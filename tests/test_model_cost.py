@@ -200,14 +200,17 @@ def make_size(model_cost: ModuleType, checkpointing: bool) -> Any:
         "transformer": student,
     }
     teacher = A2VDiT.from_config({**student.config, "attention": "full"})
-    return model_cost.Size(parts, teacher, 64, 49, 9, batch_size=2, vae_batch=1, accumulate=4)
+    own = SpeechAE.from_config(parts["speech_ae"].config)
+    counts = {"batch_size": 2, "vae_batch": 1, "accumulate": 4}
+    return model_cost.Size(parts, teacher, 64, 49, 9, **counts, teacher_speech_ae=own)
 
 
 @pytest.mark.parametrize("stage", ["vae", "speech_ae", "teacher", "student", "asd"])
 def test_fake_bytes_are_real_bytes(model_cost: ModuleType, tools: ModuleType, stage: str) -> None:
     expected = model_cost.training_memory(make_size(model_cost, True), stage)
     size = make_size(model_cost, True)
-    with tools.fake_tensors(*size.parts.values(), size.teacher):
+    frozen = model_cost.frozen_parts(size, "asd").values()
+    with tools.fake_tensors(*size.parts.values(), size.teacher, *frozen):
         assert model_cost.training_memory(size, stage) == pytest.approx(expected, rel=0.005)
     names = {"vae": ["vae"], "speech_ae": ["speech_ae", "speech_encoder"]}.get(
         stage, list(size.parts)
@@ -215,9 +218,9 @@ def test_fake_bytes_are_real_bytes(model_cost: ModuleType, tools: ModuleType, st
     stored = sum(
         tensor.nbytes for name in names for tensor in size.parts[name].state_dict().values()
     )
-    stored += (
-        sum(tensor.nbytes for tensor in size.teacher.state_dict().values()) if stage == "asd" else 0
-    )
+    if stage == "asd":
+        for network in (size.teacher, size.teacher_speech_ae):
+            stored += sum(tensor.nbytes for tensor in network.state_dict().values())
     # Whisper's, in no checkpoint
     windows_and_filters = 4 * (400 + 201 * 8) if "speech_encoder" in names else 0
     assert expected["weights"] == stored + windows_and_filters

@@ -91,12 +91,13 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> MetaChain:
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_part_stands_on_the_meta_device(chain: MetaChain, stage: str) -> None:
     module = chain.clis[stage].model
-    parts = {"vae", "speech_ae", "speech_encoder", "transformer", "teacher"}
+    teachers = {"teacher", "teacher_speech_ae"}
+    parts = {"vae", "speech_ae", "speech_encoder", "transformer", *teachers}
     expected = {
         "vae": {"vae"},
         "speech_ae": {"speech_ae", "speech_encoder"},
         "asd": parts,
-    }.get(stage, parts - {"teacher"})
+    }.get(stage, parts - teachers)
     assert {name for name, _ in module.named_children()} == expected
     tensors = [*module.named_parameters(), *module.named_buffers()]
     assert {name.rsplit(".", 1)[-1] for name, tensor in tensors if not tensor.is_meta} <= {

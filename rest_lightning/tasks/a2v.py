@@ -123,18 +123,25 @@ class NoiseSettings:
 @dataclass(frozen=True)
 class Conditions:
     """Clean latents (B, C, f, h, w), slot 0 the reference; speech latents (B, f, n, d); weights (B,
-    1, f, h, w).
+    1, f, h, w); the teacher's own speech latents (B, f, n, d), None where it reads the student's.
     """
 
     latents: Tensor
     speech_latents: Tensor
     weights: Tensor | None = None
+    teacher_speech_latents: Tensor | None = None
 
     def whole_chunks(self, chunk_length: int) -> Conditions:
         """Returns the reference and as many whole chunks as there are; what is left over is cut."""
         end = 1 + (self.latents.shape[2] - 1) // chunk_length * chunk_length
         weights = None if self.weights is None else self.weights[:, :, :end]
-        return Conditions(self.latents[:, :, :end], self.speech_latents[:, :end], weights)
+        teacher = self.teacher_speech_latents
+        return Conditions(
+            self.latents[:, :, :end],
+            self.speech_latents[:, :end],
+            weights,
+            None if teacher is None else teacher[:, :end],
+        )
 
 
 @dataclass(frozen=True)
@@ -151,6 +158,7 @@ class TrainingInput:
             cache.
         weights: of the flow loss, (B, 1, f, h, w), or None.
         chunk_length: latent frames per chunk of this draw.
+        teacher_speech_latents: of the teacher's own SpeechAE, zero where dropped; None: the others.
         rolled_out: (B,), True where a student generates its own context; None where that is no
             question.
     """
@@ -162,6 +170,7 @@ class TrainingInput:
     weights: Tensor | None = None
     rolled_out: Tensor | None = None
     chunk_length: int = 3
+    teacher_speech_latents: Tensor | None = None
 
     @property
     def noise(self) -> Tensor:
@@ -284,8 +293,8 @@ class A2VModule(StageModule):
         length, several = self.noise.chunk_length, self.noise.chunk_lengths
         if several and latents.shape[2] <= max(several):
             raise UserError(
-                f"expected clips of more than {max(several)} latent frames, got {latents.shape[2]}: "
-                f"set data.num_frames to {8 * max(several)}k + 1"
+                f"expected clips of more than {max(several)} latent frames, got "
+                f"{latents.shape[2]}: set data.num_frames to {8 * max(several)}k + 1"
             )
         if not several and ((latents.shape[2] - 1) % length or latents.shape[2] < 2):
             raise UserError(
@@ -294,13 +303,18 @@ class A2VModule(StageModule):
                 f"{latents.shape[2] - 1}"
             )
         num_frames = 8 * (latents.shape[2] - 1) + 1
-        speech_latents = self.speech_ae.encode(self.speech_features(batch, num_frames))
+        features = self.speech_features(batch, num_frames)
+        speech_latents = self.speech_ae.encode(features)
         weights = None
         if self.mouth_weight != 1.0:
             weights = token_weights(
                 batch["landmarks"], latents.shape[3], latents.shape[4], self.mouth_weight
             )
-        return Conditions(latents, speech_latents, weights)
+        return Conditions(latents, speech_latents, weights, self.teacher_speech(features))
+
+    def teacher_speech(self, features: Tensor) -> Tensor | None:
+        """What a frozen teacher hears of speech features (B, F, 10, D_A); None: what is trained."""
+        return None
 
     @torch.no_grad()
     def encode_clip(self, frames: Tensor, reference: Tensor | None = None) -> Tensor:
@@ -362,8 +376,17 @@ class A2VModule(StageModule):
         speech_latents = drop_speech(conditions.speech_latents, drops.audio)
         clean_latents = drop_reference(latents, drops.identity)
         weights = conditions.weights
+        teacher_speech = conditions.teacher_speech_latents
+        if teacher_speech is not None:
+            teacher_speech = drop_speech(teacher_speech, drops.audio)
         return TrainingInput(
-            path, speech_latents, drops, clean_latents, weights, chunk_length=length
+            path,
+            speech_latents,
+            drops,
+            clean_latents,
+            weights,
+            chunk_length=length,
+            teacher_speech_latents=teacher_speech,
         )
 
     def sample_sigmas(

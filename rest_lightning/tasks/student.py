@@ -5,6 +5,7 @@ beyond REST.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from rest_lightning.models.speech import SpeechEncoder
 from rest_lightning.models.speech_ae import SpeechAE
 from rest_lightning.models.transformer import A2VDiT
 from rest_lightning.models.vae import VideoAutoencoder
-from rest_lightning.parts import build_part, read_part
+from rest_lightning.parts import build_part, open_part, read_part
 from rest_lightning.tasks.a2v import (
     A2VModule,
     Conditions,
@@ -33,6 +34,8 @@ from rest_lightning.tasks.a2v import (
     step_generator,
 )
 from rest_lightning.tasks.base import OptimizerSettings
+
+TeacherSpeech = Literal["own", "student"]
 
 
 @dataclass
@@ -46,6 +49,12 @@ class ASDSettings:
         temperature: of the contrastive loss.
         anchored: whether the smoothness loss begins with the reference (REST's sum over v_0, v_1,
             ...); False begins with the first generated frame.
+        teacher_speech: ``own``: the teacher hears speech through the SpeechAE that it was trained
+            with, frozen as it is; ``student``: through the student's, which goes on training. REST
+            does not say (decided here).
+
+    Raises:
+        UserError: another ``teacher_speech``.
     """
 
     teacher: str
@@ -53,6 +62,14 @@ class ASDSettings:
     beta: float = 0.2
     temperature: float = 0.1
     anchored: bool = True
+    teacher_speech: TeacherSpeech = "own"
+
+    def __post_init__(self) -> None:
+        if self.teacher_speech not in get_args(TeacherSpeech):
+            raise UserError(
+                f"expected asd.teacher_speech of {', '.join(get_args(TeacherSpeech))}, got "
+                f"{self.teacher_speech!r}"
+            )
 
 
 @dataclass
@@ -163,6 +180,7 @@ class StudentModule(A2VModule):
     """
 
     teacher: A2VDiT
+    teacher_speech_ae: SpeechAE
     source: A2VDiT
 
     def __init__(
@@ -213,6 +231,8 @@ class StudentModule(A2VModule):
         frozen: dict[str, torch.nn.Module] = {}
         if asd:
             frozen["teacher"] = _load_frozen(asd.teacher, transformer, "teacher", "full")
+            if asd.teacher_speech == "own":
+                frozen["teacher_speech_ae"] = open_part("speech_ae", asd.teacher)
         if distill:
             frozen["source"] = _load_frozen(distill.source, transformer, "source", "chunked")
         super().__init__(
@@ -256,6 +276,13 @@ class StudentModule(A2VModule):
         uniform = torch.rand(len(conditions.latents), generator=generator, device=generator.device)
         return replace(inputs, rolled_out=uniform < self.rollout.probability)
 
+    @torch.no_grad()
+    def teacher_speech(self, features: Tensor) -> Tensor | None:
+        """Speech latents of the teacher's own SpeechAE, with ``asd.teacher_speech: own``."""
+        if self.asd is None or self.asd.teacher_speech != "own":
+            return None
+        return self.teacher_speech_ae.encode(features)
+
     def forward(self, inputs: TrainingInput, context: Context | None = None) -> Tensor:
         """The network's velocity; later chunks read ``context``, by default what the draw holds of
         the ground truth.
@@ -288,9 +315,9 @@ class StudentModule(A2VModule):
         if self.asd is None:
             return {"loss": flow_matching_loss(velocity, inputs.path.velocity, inputs.weights)}
         with torch.no_grad():
-            teacher_velocity = self.teacher(
-                inputs.path.noisy_latents, inputs.path.sigma, inputs.speech_latents
-            )
+            own = inputs.teacher_speech_latents
+            speech = inputs.speech_latents if own is None else own
+            teacher_velocity = self.teacher(inputs.path.noisy_latents, inputs.path.sigma, speech)
         terms = asd_loss(
             velocity,
             teacher_velocity,

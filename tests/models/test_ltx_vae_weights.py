@@ -75,7 +75,7 @@ def test_versions(tmp_path: Path) -> None:
     names = "block_out_channels|decoder_block_out_channels|decoder_inject_noise"
     with pytest.raises(UserError, match=f"expected an LTX VAE 0.9.1 in .*, got ({names})"):
         LTXVideoVAE(str(tmp_path), version="0.9.1")
-    with pytest.raises(UserError, match="expected a version of 0.9.0, 0.9.1, 0.9.5, got '0.9.2'"):
+    with pytest.raises(UserError, match=r"expected a version of .*, 0\.9\.5, got '0\.9\.2'"):
         LTXVideoVAE(version="0.9.2")
     with torch.device("meta"):
         networks = {version: LTXVideoVAE(version=version) for version in VERSIONS}

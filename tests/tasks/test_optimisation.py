@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import strategy_run
 import torch
-from tiny_student import make_conditions, make_student, make_transformer
+from tiny_student import make_conditions, make_student, make_transformer, save_transformer
 from torch import Tensor
 
 from rest_lightning.callbacks import MovingAverage
 from rest_lightning.callbacks.averaging import average_bytes, averaged_parameters
 from rest_lightning.errors import UserError
-from rest_lightning.tasks.a2v import A2VModule
+from rest_lightning.tasks.a2v import A2VModule, Conditions
+from rest_lightning.tasks.student import ASDSettings
 from rest_lightning.torchvision_compat import ensure_torchvision
 
 ensure_torchvision()
@@ -240,6 +241,39 @@ def test_compiling_needs_a_compiler_and_whole_networks(
         UserError, match="expected no compile_blocks with sharded networks, got both:"
     ):
         module.configure_model()
+
+
+@pytest.mark.parametrize("whose", ["own", "student"])
+def test_the_teacher_hears_through_its_own_speech_ae(tmp_path: Path, whose: str) -> None:
+    """The student's SpeechAE goes on training; the teacher's speech must not go with it."""
+    teacher = save_transformer(make_transformer("full", seed=5), tmp_path / "teacher.ckpt")
+    settings = ASDSettings(teacher, teacher_speech=whose)  # type: ignore[arg-type]
+    module = make_student(asd=settings, audio_dropout=0.5)
+    trained = {name for name, weight in module.named_parameters() if weight.requires_grad}
+    assert not any(name.startswith("teacher") for name in trained)
+    heard: list[Tensor] = []
+    module.teacher.register_forward_pre_hook(lambda _, args: heard.append(args[2]))
+    features = torch.randn(4, 49, 10, 160)
+
+    def step() -> tuple[Tensor, Tensor]:
+        clean = make_conditions(4)
+        speech = module.speech_ae.encode(features)
+        conditions = Conditions(clean.latents, speech, None, module.teacher_speech(features))
+        inputs = module.draw(conditions, torch.Generator().manual_seed(0))
+        module.losses(inputs)["loss"].backward()
+        return heard[-1].detach(), inputs.speech_latents.detach()
+
+    first, student_first = step()
+    assert torch.equal(first, student_first)  # both begin with the teacher's SpeechAE
+    assert (first == 0).all(dim=(1, 2, 3)).any()  # dropped alike
+    with torch.no_grad():
+        for parameter in module.speech_ae.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    second, student_second = step()
+    assert not torch.equal(student_second, student_first)
+    assert torch.equal(second, first if whose == "own" else student_second)
+    with pytest.raises(UserError, match=r"expected asd\.teacher_speech of own, student, got 'x'"):
+        ASDSettings(teacher, teacher_speech="x")  # type: ignore[arg-type]
 
 
 def test_chunk_lengths_are_drawn_per_batch() -> None:
