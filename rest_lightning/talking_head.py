@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 INDEX_FILE = "model_index.json"
 EMBEDDED_FOLDER = Path(__file__).parent / "assets" / "embedded"
-MAX_SHARD_BYTES = 11_500_000
+MAX_SHARD_BYTES = 5_000_000_000  # as Hugging Face's libraries
 
 
 class TalkingHead(nn.Module):
@@ -211,10 +211,13 @@ class TalkingHead(nn.Module):
                 getattr(self, name).to(dtype=dtype)
 
     def save_pretrained(
-        self, path: str | os.PathLike[str], dtype: torch.dtype = torch.float32
+        self,
+        path: str | os.PathLike[str],
+        dtype: torch.dtype = torch.float32,
+        max_shard_bytes: int = MAX_SHARD_BYTES,
     ) -> None:
         """Write the folder: ``model_index.json`` and one folder per part with ``config.json`` and
-        safetensors shards.
+        ``model.safetensors``, or shards and the index of them that Hugging Face's libraries read.
 
         The folder appears whole or not at all; one that exists is replaced, and stays when writing
         fails.
@@ -222,13 +225,14 @@ class TalkingHead(nn.Module):
         Args:
             path: the folder.
             dtype: of the stored weights; statistics of the latents stay float32.
+            max_shard_bytes: of the tensors of one file; a larger part is cut into several.
         """
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
         try:
             for name in self.part_names:
-                _save_part(getattr(self, name), temporary / name, dtype)
+                _save_part(getattr(self, name), temporary / name, dtype, max_shard_bytes)
             index = {
                 "_class_name": "TalkingHead",
                 "version": VERSION,
@@ -312,22 +316,33 @@ def _size_of(transformer: A2VDiT) -> int:
     )
 
 
-def _save_part(part: nn.Module, folder: Path, dtype: torch.dtype) -> None:
+def _save_part(part: nn.Module, folder: Path, dtype: torch.dtype, max_shard_bytes: int) -> None:
     from safetensors.torch import save_file
 
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(describe_part(part), indent=2) + "\n")
     shards: list[dict[str, Tensor]] = [{}]
-    size = 0
+    size = total = 0
     for key, value in part.state_dict().items():
         keep = not value.is_floating_point() or key in ("latents_mean", "latents_std")
         value = (value if keep else value.to(dtype)).contiguous().cpu()
         num_bytes = value.numel() * value.element_size()
-        if shards[-1] and size + num_bytes > MAX_SHARD_BYTES:
+        if shards[-1] and size + num_bytes > max_shard_bytes:
             shards.append({})
             size = 0
         shards[-1][key] = value
         size += num_bytes
+        total += num_bytes
+    if not shards[0]:  # a part without weights
+        return
+    metadata = {"format": "pt"}
+    if len(shards) == 1:
+        save_file(shards[0], folder / "model.safetensors", metadata)
+        return
+    weight_map: dict[str, str] = {}
     for i, shard in enumerate(shards):
-        if shard:
-            save_file(shard, folder / f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors")
+        name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        save_file(shard, folder / name, metadata)
+        weight_map |= dict.fromkeys(shard, name)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")

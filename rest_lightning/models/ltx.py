@@ -356,15 +356,16 @@ def _stated_arguments(stated: dict[str, Any], path: Path) -> dict[str, Any]:
 
 @torch.no_grad()
 def encode_prompt(
-    folder: str | Path, text: str = PROMPT, length: int = PROMPT_LENGTH
+    folder: str | Path, text: str = PROMPT, length: int = PROMPT_LENGTH, masked: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """What LTX-Video's pipeline computes for ``text``: T5 over the padded tokens, without a mask
-    inside T5.
+    """T5's embedding of ``text``, with the tokens' mask inside T5 (REST sec. 4.1).
 
     Args:
         folder: of an LTX-Video pipeline in diffusers format (``text_encoder/`` and ``tokenizer/``).
         text: the prompt.
         length: tokens with padding; longer texts are refused, not cut.
+        masked: False lets tokens attend to the padding too, as diffusers' LTX pipeline does: for
+            models that were trained on such an embedding and did not keep it.
 
     Returns:
         Embeddings ``(length, C)``, float32, and mask ``(length,)``.
@@ -380,7 +381,8 @@ def encode_prompt(
             "it or raise --length"
         )
     tokens = tokenizer(text, padding="max_length", max_length=length, return_tensors="pt")
-    return model(tokens.input_ids)[0][0].float(), tokens.attention_mask[0].float()
+    mask = tokens.attention_mask
+    return model(tokens.input_ids, mask if masked else None)[0][0].float(), mask[0].float()
 
 
 def _load_t5(folder: Path) -> tuple[Any, Any]:

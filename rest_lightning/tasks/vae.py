@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,7 +127,7 @@ class VAEModule(StageModule):
             from rest_lightning.metrics.reconstruction import load_lpips
 
             self.lpips = load_lpips()
-        self._moments = LatentMoments()
+        self._moments = LatentMoments(self.vae.latent_channels)
 
     def forward(self, frames: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Frames to (reconstruction, mean, log-variance); latents are sampled while training."""
@@ -225,7 +225,7 @@ class VAEModule(StageModule):
 
     def on_validation_epoch_start(self) -> None:
         """Forget the statistics of the weights before."""
-        self._moments = LatentMoments()
+        self._moments = LatentMoments(self.vae.latent_channels)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Reconstruction quality, and the latents' statistics."""
@@ -236,25 +236,30 @@ class VAEModule(StageModule):
         self._moments.update(mean.float())
         mouth = region_weights(batch["landmarks"], frames.shape[-2:], 2.0, 1.0) - 1.0
         squared = (reconstruction.clamp(-1, 1) - frames).square()
-        self.log(
-            "val/psnr_db",
-            psnr_db(squared.mean(dim=(1, 2, 3, 4))).mean(),
-            prog_bar=True,
-            batch_size=size,
-        )
         mouth_error = (squared * mouth).sum(dim=(1, 2, 3, 4)) / (
             3 * mouth.sum(dim=(1, 2, 3, 4))
         ).clamp(min=1.0)
-        self.log("val/mouth_psnr_db", psnr_db(mouth_error).mean(), prog_bar=True, batch_size=size)
-        self.log(
-            "val/jump_ratio", border_jump_ratio(reconstruction), prog_bar=True, batch_size=size
-        )
-        self.log("val/jump_ratio_truth", border_jump_ratio(frames), batch_size=size)
+        shown = {
+            "val/psnr_db": psnr_db(squared.mean(dim=(1, 2, 3, 4))).mean(),
+            "val/mouth_psnr_db": psnr_db(mouth_error).mean(),
+            "val/jump_ratio": border_jump_ratio(reconstruction),
+        }
+        self.log_dict(shown, prog_bar=True, batch_size=size, sync_dist=True)
+        truth = border_jump_ratio(frames)
+        self.log("val/jump_ratio_truth", truth, batch_size=size, sync_dist=True)
 
     def on_validation_epoch_end(self) -> None:
-        """Keep the statistics in the network, where encoding and decoding read them."""
-        if self.train_encoder and self.vae.measures_statistics and self._moments.count[1] > 0:
-            mean, std = self._moments.compute()
+        """Keep the statistics of all processes' clips in the network, where encoding and decoding
+        read them.
+        """
+        if not (self.train_encoder and self.vae.measures_statistics):
+            return
+        strategy = self.trainer.strategy
+        moments = self._moments.reduced(
+            lambda x: strategy.reduce(x.to(self.device), reduce_op="sum").cpu()
+        )
+        if moments.count[1] > 0:
+            mean, std = moments.compute()
             self.vae.latents_mean.copy_(mean)
             self.vae.latents_std.copy_(std)
 
@@ -271,25 +276,30 @@ class LatentMoments:
     float64.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, num_channels: int) -> None:
         self.count = torch.zeros(2, 1, dtype=torch.float64)
-        self.sum: Tensor | float = 0.0
-        self.square_sum: Tensor | float = 0.0
+        self.sum = torch.zeros(2, num_channels, dtype=torch.float64)
+        self.square_sum = torch.zeros(2, num_channels, dtype=torch.float64)
 
     def update(self, latents: Tensor) -> None:
         """Take in raw latents (B, C, f, h, w)."""
         groups = [latents[:, :, :1], latents[:, :, 1:]]
         flat = [group.detach().double().cpu().movedim(1, 0).flatten(1) for group in groups]
-        self.count = self.count + torch.tensor(
-            [[group.shape[1]] for group in flat], dtype=torch.float64
-        )
-        self.sum = self.sum + torch.stack([group.sum(1) for group in flat])
-        self.square_sum = self.square_sum + torch.stack([group.square().sum(1) for group in flat])
+        self.count += torch.tensor([[group.shape[1]] for group in flat], dtype=torch.float64)
+        self.sum += torch.stack([group.sum(1) for group in flat])
+        self.square_sum += torch.stack([group.square().sum(1) for group in flat])
+
+    def reduced(self, total: Callable[[Tensor], Tensor]) -> LatentMoments:
+        """The moments of several processes together; ``total`` adds a tensor over them."""
+        together = LatentMoments(self.sum.shape[1])
+        for name in ("count", "sum", "square_sum"):
+            setattr(together, name, total(getattr(self, name).clone()))
+        return together
 
     def compute(self) -> tuple[Tensor, Tensor]:
         """(mean, std), both float32 (2, C)."""
         mean = self.sum / self.count
-        variance = (self.square_sum / self.count - mean.square()).clamp(min=1e-8)  # type: ignore[union-attr]
+        variance = (self.square_sum / self.count - mean.square()).clamp(min=1e-8)
         return mean.float(), variance.sqrt().float()
 
 

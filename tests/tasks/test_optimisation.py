@@ -255,11 +255,17 @@ def test_the_teacher_hears_through_its_own_speech_ae(tmp_path: Path, whose: str)
     module.teacher.register_forward_pre_hook(lambda _, args: heard.append(args[2]))
     features = torch.randn(4, 49, 10, 160)
 
+    def drops(seed: int) -> int:
+        drawn = module.draw(make_conditions(4), torch.Generator().manual_seed(seed))
+        return int(drawn.drops.audio.sum())
+
+    seed = next(seed for seed in range(100) if drops(seed) in (1, 2, 3))
+
     def step() -> tuple[Tensor, Tensor]:
         clean = make_conditions(4)
         speech = module.speech_ae.encode(features)
         conditions = Conditions(clean.latents, speech, None, module.teacher_speech(features))
-        inputs = module.draw(conditions, torch.Generator().manual_seed(0))
+        inputs = module.draw(conditions, torch.Generator().manual_seed(seed))
         module.losses(inputs)["loss"].backward()
         return heard[-1].detach(), inputs.speech_latents.detach()
 

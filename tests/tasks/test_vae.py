@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning import Trainer
 from tiny_ltx import make_vae
 
 from rest_lightning.diffusion.losses import speech_ae_loss
@@ -146,7 +147,7 @@ def test_final_checkpoint_holds_the_statistics_of_its_own_weights(recipe: Any) -
     vae.load_state_dict({key.removeprefix("vae."): value for key, value in state.items()})
     with torch.no_grad():
         mean = vae.encode_moments(data["frames"])[0]
-    moments = LatentMoments()
+    moments = LatentMoments(mean.shape[1])
     moments.update(mean)
     torch.testing.assert_close(vae.latents_mean, moments.compute()[0], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(vae.latents_std, moments.compute()[1], atol=1e-4, rtol=1e-4)
@@ -245,3 +246,33 @@ def test_principal_batches_need_the_data_module() -> None:
             VAEModule(vae, principal_batches=1),
             torch.utils.data.DataLoader([batch()], batch_size=None),
         )
+
+
+def test_moments_of_several_processes_are_those_of_one() -> None:
+    """Processes that saw other clips, one of them none: the sums are added, not the moments."""
+    latents = torch.randn(6, 3, 4, 2, 2) * torch.tensor([1.0, 3.0, 0.2]).view(1, 3, 1, 1, 1) + 2
+    ranks = [LatentMoments(3) for _ in range(3)]
+    whole = LatentMoments(3)
+    whole.update(latents)
+    for moments, rows in zip(ranks, (latents[:5], latents[5:]), strict=False):
+        moments.update(rows)
+    shares = {
+        name: [getattr(moments, name) for moments in ranks]
+        for name in ("count", "sum", "square_sum")
+    }
+    totals = iter(torch.stack(share).sum(0) for share in shares.values())
+    together = ranks[0].reduced(lambda own: next(totals))
+    for own, expected in zip(together.compute(), whole.compute(), strict=True):
+        torch.testing.assert_close(own, expected)
+    assert not torch.allclose(ranks[0].compute()[0], whole.compute()[0], atol=1e-3)
+
+
+def test_precisions_that_round_the_noise_table_are_refused() -> None:
+    for precision, is_good in (("bf16-true", False), ("bf16-mixed", True), ("32-true", True)):
+        task = module()
+        task.trainer = Trainer(accelerator="cpu", precision=precision, logger=False)  # type: ignore[arg-type]
+        if is_good:
+            task.setup("fit")
+            continue
+        with pytest.raises(UserError, match=r"got trainer\.precision bf16-true, .*use bf16-mixed"):
+            task.setup("fit")
