@@ -120,6 +120,7 @@ class TalkingHead(nn.Module):
         guidance: float | None = None,
         shift: float | None = None,
         reference_guidance: float | None = None,
+        table_steps: int | None = None,
         chunk_length: int | None = None,
         options: EngineOptions | None = None,
     ) -> StreamingSession:
@@ -129,7 +130,7 @@ class TalkingHead(nn.Module):
             portrait: path of an image, PIL image, uint8 array (H, W, 3), or float tensor (3, H, W)
                 in [-1, 1].
             seed: of the noise; the same seed, portrait and speech give the same frames.
-            num_steps, guidance, shift, reference_guidance: override :attr:`sampling`.
+            num_steps, guidance, shift, reference_guidance, table_steps: override :attr:`sampling`.
             chunk_length: latents per chunk, see :meth:`with_chunk_length`; None takes the model's.
             options: switches of the engine: graphs, compilation, overlap, warm-up, a short first
                 chunk.
@@ -137,7 +138,7 @@ class TalkingHead(nn.Module):
         Raises:
             UserError: a portrait or a value that is no good, or not enough memory.
         """
-        changes = SamplingChanges(num_steps, guidance, shift, reference_guidance)
+        changes = SamplingChanges(num_steps, guidance, shift, reference_guidance, table_steps)
         head = self if chunk_length is None else self.with_chunk_length(chunk_length)
         return StreamingSession(
             head, portrait, seed=seed, sampling=changes.of(self.sampling), options=options
@@ -151,6 +152,7 @@ class TalkingHead(nn.Module):
         guidance: float | None = None,
         shift: float | None = None,
         reference_guidance: float | None = None,
+        table_steps: int | None = None,
         chunk_length: int | None = None,
         options: EngineOptions | None = None,
         max_waiting_s: float = 60.0,
@@ -160,13 +162,15 @@ class TalkingHead(nn.Module):
 
         Args:
             num_rows: rows n; memory for all of them is taken now.
-            num_steps, guidance, shift, reference_guidance, chunk_length, options: see :meth:`open`.
+            num_steps, guidance, shift, reference_guidance, table_steps, chunk_length, options: see
+                :meth:`open`.
             max_waiting_s: speech that a row may hold before it is computed.
 
         Raises:
             UserError: no row, a value that is no good, or not enough memory.
         """
-        sampling = SamplingChanges(num_steps, guidance, shift, reference_guidance).of(self.sampling)
+        changes = SamplingChanges(num_steps, guidance, shift, reference_guidance, table_steps)
+        sampling = changes.of(self.sampling)
         head = self if chunk_length is None else self.with_chunk_length(chunk_length)
         return BatchSession(
             head, num_rows, sampling=sampling, options=options, max_waiting_s=max_waiting_s
