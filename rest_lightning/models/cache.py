@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CacheOptions:
-    """The choices that REST leaves open, and its two cache ablations; see METHOD.md section 6.
+    """The choices that REST leaves open, and its two cache ablations (docs/method.md#cache).
 
     Attributes:
         chunk_length: l, new latent frames per chunk.

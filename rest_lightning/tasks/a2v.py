@@ -87,7 +87,7 @@ SIGMA_SAMPLERS: dict[str, Callable[..., Tensor]] = {
 
 @dataclass
 class NoiseSettings:
-    """How training noise and dropouts are drawn (REST sec. 3.3; METHOD sec. 5).
+    """How training noise and dropouts are drawn (REST sec. 3.3; docs/method.md#noise).
 
     Attributes:
         schedule: ``cans`` (REST) or ``ans`` (READ).

@@ -30,7 +30,8 @@ PRINCIPAL_FRAMES = (
 
 @dataclass
 class VAELossWeights:
-    """Weights of the VAE's losses (METHOD sec. 2; the papers name no VAE losses: decided here).
+    """Weights of the VAE's losses (the papers name no VAE losses: decided here, see
+    docs/method.md#vae).
 
     Attributes:
         l1: absolute error of pixels.

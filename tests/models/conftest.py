@@ -127,7 +127,7 @@ def exact_rotations(dim: int, frames: int, height: int, width: int) -> tuple[Ten
     phases = (10000.0**exponents * math.pi / 2)[:, None] * (2 * grid[:, None] - 1)
     phases = phases.flatten(1).repeat_interleave(2, 1)
     phases = torch.cat([phases.new_zeros(len(phases), dim % 6), phases], 1)
-    return phases.cos(), phases.sin()
+    return phases.cos().float().double(), phases.sin().float().double()  # as tables are kept
 
 
 def definition(model: A2VDiT, clip: dict[str, Any], lengths: list[int] | None = None) -> Tensor:
