@@ -15,7 +15,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from rest_lightning.constants import SAMPLES_PER_FRAME, TEMPORAL_RATIO
-from rest_lightning.diffusion.sampling import Guidance, Sampling, SamplingChanges, integrate
+from rest_lightning.diffusion.sampling import (
+    Guidance,
+    Sampling,
+    SamplingChanges,
+    integrate,
+    warn_of_unseen_levels,
+)
 from rest_lightning.errors import UserError
 from rest_lightning.models.transformer import A2VDiT
 from rest_lightning.parts import open_part, open_speech_encoder
@@ -170,7 +176,9 @@ class Whole(Generator):
         reference = self.vae.encode(picture[None, :, None].to(device)).float()
         shape = (*reference.shape[:2], 1 + num_latents, *reference.shape[3:])
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(self.seed)).to(device)
-        sigmas = self.sampling.sigmas(noise[0, 0].numel())
+        num_tokens = noise[0, 0].numel()
+        sigmas = self.sampling.sigmas(num_tokens)
+        warn_of_unseen_levels(self.sampling, num_tokens, self.transformer.lowest_sigma)
         with torch.autocast(device.type, self._dtype, enabled=self._dtype != torch.float32):
             clip = generate_clip(
                 self.transformer, reference, speech_latents, noise, sigmas, self.sampling.branches

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rest_lightning.constants import SPATIAL_RATIO, VERSION
-from rest_lightning.diffusion.sampling import Sampling, SamplingChanges
+from rest_lightning.diffusion.sampling import Sampling, SamplingChanges, warn_of_unseen_levels
 from rest_lightning.errors import UserError
 from rest_lightning.parts import OPTIONAL_PART_NAMES, PART_NAMES, describe_part, dtype_on, open_part
 from rest_lightning.streaming.batch import BatchSession
@@ -139,10 +139,10 @@ class TalkingHead(nn.Module):
             UserError: a portrait or a value that is no good, or not enough memory.
         """
         changes = SamplingChanges(num_steps, guidance, shift, reference_guidance, table_steps)
+        sampling = changes.of(self.sampling)
         head = self if chunk_length is None else self.with_chunk_length(chunk_length)
-        return StreamingSession(
-            head, portrait, seed=seed, sampling=changes.of(self.sampling), options=options
-        )
+        head._warn_of_unseen_levels(sampling)
+        return StreamingSession(head, portrait, seed=seed, sampling=sampling, options=options)
 
     def open_batch(
         self,
@@ -172,9 +172,15 @@ class TalkingHead(nn.Module):
         changes = SamplingChanges(num_steps, guidance, shift, reference_guidance, table_steps)
         sampling = changes.of(self.sampling)
         head = self if chunk_length is None else self.with_chunk_length(chunk_length)
+        head._warn_of_unseen_levels(sampling)
         return BatchSession(
             head, num_rows, sampling=sampling, options=options, max_waiting_s=max_waiting_s
         )
+
+    def _warn_of_unseen_levels(self, sampling: Sampling) -> None:
+        slots = self.transformer.cache_options.num_slots
+        num_tokens = slots * (self.size_px // SPATIAL_RATIO) ** 2
+        warn_of_unseen_levels(sampling, num_tokens, self.transformer.lowest_sigma)
 
     @classmethod
     def from_pretrained(

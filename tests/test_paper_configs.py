@@ -206,6 +206,7 @@ def test_values_of_the_paper(chain: MetaChain) -> None:
         assert noise == {
             "schedule": "cans",
             "chunk_length": 3,
+            "chunk_lengths": (),
             "mean": 2.05,
             "std": 1.0,
             "num_levels": 1000,
@@ -213,6 +214,7 @@ def test_values_of_the_paper(chain: MetaChain) -> None:
             "identity_dropout": 0.1,
             "audio_dropout": 0.1,
             "joint_dropout": 0.0,
+            "uniform_share": 0.0,
         }
         model = module.transformer
         assert (model.num_layers, model.num_heads, model.dim, model.in_channels) == (

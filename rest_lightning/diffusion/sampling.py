@@ -5,6 +5,7 @@ sampled.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
@@ -181,6 +182,26 @@ class Sampling:
     def branches(self) -> Guidance:
         """The weights of guidance, with what is done with them."""
         return Guidance(self.guidance, self.reference_guidance)
+
+
+def warn_of_unseen_levels(sampling: Sampling, num_tokens: int, lowest_sigma: float | None) -> None:
+    """Warn where a sampler evaluates a model at a lower noise level than it was trained at.
+
+    What later chunks read from the cache comes from the sampler's last level, too.
+
+    Args:
+        sampling: the sampler.
+        num_tokens: latent tokens of the window.
+        lowest_sigma: of the training; None where it is not known.
+    """
+    last = sampling.sigmas(num_tokens)[-2]
+    if lowest_sigma is not None and last < 0.999 * lowest_sigma:
+        warnings.warn(
+            f"the sampler's last step, whose keys later chunks read, is at noise level {last:.3f}, "
+            f"and this model was trained at {lowest_sigma:.3f} and above: take fewer steps or a "
+            "larger shift, or train with noise.uniform_share (docs/method.md#noise)",
+            stacklevel=3,
+        )
 
 
 @dataclass

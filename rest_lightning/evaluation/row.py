@@ -74,8 +74,8 @@ class ResultRow:
         return self.num_clips + len({failure["clip"] for failure in self.failures})
 
     def to_dict(self) -> dict[str, Any]:
-        """The keys of a row (docs/leaderboard.md); ``source`` only where there is one; NaN and infinity are
-        null.
+        """The keys of a row (docs/leaderboard.md); ``source`` only where there is one; NaN and
+        infinity are null.
         """
         content = {key: _plain(value) for key, value in asdict(self).items()}
         if self.source is None:

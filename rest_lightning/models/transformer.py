@@ -372,6 +372,8 @@ class A2VDiT(nn.Module):
         attention: ``full`` (teacher) or ``chunked`` (student).
         cache_options: the student's window; see `CacheOptions`.
         gradient_checkpointing: recompute each block in the backward pass.
+        training_noise: arguments of `rest_lightning.diffusion.schedule.training_table` of the
+            levels that it was trained at; stages set it, and it stays with the weights.
     """
 
     def __init__(
@@ -401,6 +403,7 @@ class A2VDiT(nn.Module):
         cache_options: CacheOptions | None = None,
         gradient_checkpointing: bool = False,
         causal_positions: bool | None = None,
+        training_noise: dict[str, float] | None = None,
     ) -> None:
         config = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
         super().__init__()
@@ -480,6 +483,21 @@ class A2VDiT(nn.Module):
     def config(self) -> dict[str, Any]:
         """The constructor's arguments, ready for JSON; `from_config` takes them back."""
         return {**self._config, "cache_options": asdict(self.cache_options)}
+
+    @property
+    def lowest_sigma(self) -> float | None:
+        """Lowest noise level above 0 that training drew; None where it is not known."""
+        noise = self._config["training_noise"]
+        if noise is None:
+            return None
+        from rest_lightning.diffusion.schedule import training_table
+
+        with torch.device("cpu"):
+            return float(training_table(**noise)[0])
+
+    def remember_noise(self, noise: dict[str, float] | None) -> None:
+        """Set ``training_noise``, which is part of `config`."""
+        self._config["training_noise"] = noise
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:

@@ -96,6 +96,8 @@ class NoiseSettings:
             always that one.
         mean, std: of the logit-normal noise levels (READ: 2.05, 1.0).
         num_levels: size of the table.
+        uniform_share: share of levels drawn uniformly from 0 to 1 beside those (decided here): the
+            logit-normal alone has next to nothing at the low levels where samplers end.
         motion_dropout: probability that all chunks share one level.
         identity_dropout, audio_dropout: probabilities of a zeroed reference and of a zeroed speech
             condition.
@@ -112,6 +114,13 @@ class NoiseSettings:
     identity_dropout: float = 0.1
     audio_dropout: float = 0.1
     joint_dropout: float = 0.0
+    uniform_share: float = 0.0
+
+    @property
+    def table(self) -> dict[str, Any]:
+        """Arguments of :func:`~rest_lightning.diffusion.schedule.training_table`."""
+        names = ("num_levels", "mean", "std", "uniform_share")
+        return {name: getattr(self, name) for name in names}
 
     def __post_init__(self) -> None:
         if self.schedule not in SIGMA_SAMPLERS:
@@ -230,7 +239,8 @@ class A2VModule(StageModule):
         freeze_decoder(speech_ae)
         self.noise = noise or NoiseSettings()
         self.mouth_weight, self.compile_blocks = mouth_weight, compile_blocks
-        table = training_table(self.noise.num_levels, self.noise.mean, self.noise.std)
+        transformer.remember_noise(self.noise.table)
+        table = training_table(**self.noise.table)
         self.register_buffer("noise_table", table, persistent=False)
         self.noise_table: Tensor
 

@@ -248,6 +248,8 @@ class StudentModule(A2VModule):
             compile_blocks,
         )
         self.asd, self.rollout, self.distill = asd, rollout, distill
+        if distill:  # trained at the levels of its sampler, whatever the table holds
+            transformer.remember_noise(None)
 
     def sample_sigmas(
         self, latents: Tensor, chunk_length: int, generator: torch.Generator
