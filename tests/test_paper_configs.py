@@ -190,7 +190,7 @@ def test_values_of_the_paper(chain: MetaChain) -> None:
         optimizer = module.configure_optimizers()["optimizer"]
         assert {group["initial_lr"] for group in optimizer.param_groups} == {rate}
         trained = {"speech_ae"} if stage == "speech_ae" else {"speech_ae", "transformer"}
-        assert {group["name"] for group in optimizer.param_groups} == trained
+        assert {group["name"].split("/")[0] for group in optimizer.param_groups} == trained
     for stage in ("teacher", "student", "asd"):
         cli = chain.clis[stage]
         module, data, trainer = cli.model, cli.datamodule, cli.trainer

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import csv
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning import Trainer
+from lightning import Callback, Trainer
+from lightning.pytorch.loggers import CSVLogger
 from tiny_ltx import make_vae
 
 from rest_lightning.diffusion.losses import speech_ae_loss
@@ -246,6 +250,40 @@ def test_principal_batches_need_the_data_module() -> None:
             VAEModule(vae, principal_batches=1),
             torch.utils.data.DataLoader([batch()], batch_size=None),
         )
+
+
+def test_a_training_logs_its_speed_and_the_norms_of_its_gradients(tmp_path: Path) -> None:
+    class Clips(torch.utils.data.Dataset[dict[str, Any]]):
+        def __len__(self) -> int:
+            return 8
+
+        def __getitem__(self, index: int) -> dict[str, Any]:
+            time.sleep(0.02)
+            clip = {name: value[0] for name, value in batch().items()}
+            return {**clip, "clip_id": str(index)}
+
+    task = module()
+    norms: list[float] = []
+
+    class Norm(Callback):
+        def on_before_optimizer_step(self, *args: Any) -> None:
+            grads = [p.grad.flatten() for p in task.vae.parameters() if p.grad is not None]
+            norms.append(float(torch.cat(grads).norm()))
+
+    logger = CSVLogger(tmp_path, flush_logs_every_n_steps=1)
+    trainer = Trainer(
+        accelerator="cpu", max_steps=4, accumulate_grad_batches=2, log_every_n_steps=2,
+        gradient_clip_val=1e-3, logger=logger, callbacks=[Norm()], enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(task, torch.utils.data.DataLoader(Clips(), batch_size=1))
+    with (Path(logger.log_dir) / "metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["grad_norm/vae"]]
+    assert [int(row["step"]) for row in rows] == [1, 3]
+    assert [float(row["grad_norm/vae"]) for row in rows] == pytest.approx(norms[1::2], rel=1e-4)
+    for row in rows:
+        assert 0 < float(row["speed/data_wait"]) < 1
+        assert 0 < float(row["speed/samples_per_second"]) < 1 / 0.02
 
 
 def test_moments_of_several_processes_are_those_of_one() -> None:
