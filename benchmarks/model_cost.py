@@ -36,11 +36,13 @@ from rest_lightning.constants import FPS, SAMPLES_PER_FRAME, TEMPORAL_RATIO, num
 from rest_lightning.diffusion.losses import asd_loss, flow_matching_loss, speech_ae_loss
 from rest_lightning.errors import UserError, exit_code
 from rest_lightning.models.causal import Stream, num_bytes
+from rest_lightning.models.speech_ae import SpeechAE
 from rest_lightning.models.transformer import A2VDiT
-from rest_lightning.tasks.a2v import freeze_decoder
+from rest_lightning.tasks.a2v import BLOCK_METHODS, freeze_decoder
 from rest_lightning.tasks.vae import freeze_encoder
 
 STAGES = ("vae", "speech_ae", "teacher", "student", "asd")
+GPUS = (1, 8, 64)
 
 
 def trained_parts(size: Size, stage: str) -> dict[str, nn.Module]:
@@ -225,6 +227,7 @@ def _training_memory(size: Size, stage: str) -> dict[str, int]:
     for parameter in parameters:
         parameter.grad = None
     total = weights + average + 3 * gradients + max(encoders_peak, activations_peak)
+    units = [unit for part in everything_sharded(size, stage) for unit in sharding_units(part)]
     return {
         "weights": weights,
         "gradients": gradients,
@@ -234,7 +237,57 @@ def _training_memory(size: Size, stage: str) -> dict[str, int]:
         "activations_held": held,
         "activations_peak": activations_peak,
         "total": total,
+        "sharded_weights": sum(unit_bytes(unit) for unit in units),
+        "largest_unit": max((unit_bytes(unit) for unit in units), default=0),
     }
+
+
+def everything_sharded(size: Size, stage: str) -> list[nn.Module]:
+    """The networks of a stage that FSDP2 spreads, trained and frozen
+    (:func:`rest_lightning.tasks.a2v.shard`).
+    """
+    parts = {**trained_parts(size, stage), **frozen_parts(size, stage)}
+    is_spread = stage in ("teacher", "student", "asd")
+    return [part for part in parts.values() if is_spread and isinstance(part, (A2VDiT, SpeechAE))]
+
+
+def sharding_units(part: nn.Module) -> list[list[nn.Parameter]]:
+    """Parameters that FSDP2 gathers together: attentions and feed-forward layers one by one, and
+    the rest of a network.
+    """
+    layers: list[nn.Module] = []
+    if isinstance(part, A2VDiT):
+        blocks = list(part.transformer_blocks)
+        every = [getattr(block, name) for block in blocks for name in BLOCK_METHODS]
+        layers = [layer for layer in every if layer is not None]
+    units = [list(layer.parameters()) for layer in layers]
+    inside = {id(parameter) for unit in units for parameter in unit}
+    return [*units, [each for each in part.parameters() if id(each) not in inside]]
+
+
+def unit_bytes(parameters: list[nn.Parameter]) -> int:
+    """Bytes of parameters."""
+    return sum(each.numel() * each.element_size() for each in parameters)
+
+
+def memory_per_gpu(memory: dict[str, int], num_gpus: int, is_sharded: bool) -> int:
+    """Bytes of a training step on each of ``num_gpus``, one batch on each.
+
+    DDP holds everything on each (its buckets are the gradients). FSDP2 spreads weights, gradients,
+    moments and the average, and holds two gathered units at a time: the one that computes and the
+    one that comes next; gradients of one unit lie whole before they are spread.
+
+    Args:
+        memory: of :func:`training_memory`.
+        num_gpus: 1, 8, 64, ...
+        is_sharded: FSDP2 in place of DDP.
+    """
+    if not is_sharded or not memory["sharded_weights"] or num_gpus == 1:
+        return memory["total"]
+    spread = memory["sharded_weights"] + memory["gradients"]
+    spread += memory["optimizer"] + memory["average"]
+    gathered = 3 * memory["largest_unit"]
+    return memory["total"] - spread + -(-spread // num_gpus) + gathered
 
 
 # -- streaming -------------------------------------------------------------------------------------
@@ -374,7 +427,12 @@ def cost_of(name: str, tflops: float) -> dict[str, Any]:
     parameters = parameters_of(size)
     with fake_tensors(*size.parts.values(), size.teacher, *frozen_parts(size, "asd").values()):
         for stage in STAGES:
-            training[stage]["bytes"] = training_memory(size, stage)
+            memory = training_memory(size, stage)
+            training[stage]["bytes"] = memory
+            training[stage]["bytes_per_gpu"] = {
+                name: {str(count): memory_per_gpu(memory, count, is_sharded) for count in GPUS}
+                for name, is_sharded in (("ddp", False), ("fsdp", True))
+            }
     for cost in training.values():
         cost["forwards_per_optimizer_step"] = size.accumulate
         cost["optimizer_step_s"] = size.accumulate * cost["flops"]["total"] / tflops / 1e12
@@ -448,6 +506,12 @@ def table(name: str, cost: dict[str, Any], tflops: float) -> str:
             f"  {stage:12}{step['flops']['total'] / 1e12:>24,.3f}{step['optimizer_step_s']:>18.3g}"
             f"{memory['activations_peak'] / 1e9:>11,.2f} GB{memory['total'] / 1e9:>7,.2f} GB"
         )
+    counts = "".join(f"{count:>8} GPUs" for count in GPUS)
+    lines.append(f"  {'GB per GPU':24}{counts}")
+    for stage, step in cost["training"].items():
+        for strategy, sizes in step["bytes_per_gpu"].items():
+            figures = "".join(f"{number / 1e9:>13,.2f}" for number in sizes.values())
+            lines.append(f"  {stage:12}{strategy:12}{figures}")
     return "\n".join(lines)
 
 

@@ -337,3 +337,58 @@ def test_bad_input(
     (line,) = capsys.readouterr().err.splitlines()
     assert re.match(message, line)
     assert not (tmp_path / "cost.json").exists()
+
+
+@pytest.mark.parametrize("stage", ["vae", "speech_ae", "teacher", "student", "asd"])
+def test_units_hold_every_weight_once(model_cost: ModuleType, stage: str) -> None:
+    """What FSDP2 spreads and gathers, against the networks themselves."""
+    size = make_size(model_cost, True)
+    parts = model_cost.everything_sharded(size, stage)
+    kinds = sorted(type(part).__name__ for part in parts)
+    expected = {"teacher": 1, "student": 1, "asd": 2}.get(stage, 0)  # of each of the two kinds
+    assert kinds == ["A2VDiT"] * expected + ["SpeechAE"] * expected
+    for part in parts:
+        units = model_cost.sharding_units(part)
+        assert sorted(id(p) for unit in units for p in unit) == sorted(map(id, part.parameters()))
+        if isinstance(part, A2VDiT):
+            assert len(units) == 4 * part.num_layers + 1
+
+
+def test_memory_per_gpu(model_cost: ModuleType) -> None:
+    memory = {
+        "total": 1000, "gradients": 100, "optimizer": 200, "average": 100,
+        "sharded_weights": 160, "largest_unit": 10,
+    }  # fmt: skip
+    assert [model_cost.memory_per_gpu(memory, count, False) for count in (1, 8, 64)] == [1000] * 3
+    assert model_cost.memory_per_gpu(memory, 1, True) == 1000
+    # 560 bytes are spread, 440 are not, and three units of 10 are whole for a moment
+    assert model_cost.memory_per_gpu(memory, 8, True) == 440 + 70 + 30
+    assert model_cost.memory_per_gpu(memory, 64, True) == 440 + 9 + 30
+    unspread = {**memory, "sharded_weights": 0}
+    assert model_cost.memory_per_gpu(unspread, 64, True) == 1000
+
+
+def test_committed_table_is_that_of_the_code(model_cost: ModuleType) -> None:
+    """Weights, gradients, moments and averages of every stage at paper size, counted anew on the
+    meta device.
+    """
+    committed = json.loads((ROOT / "benchmarks/results/model_cost.json").read_text())
+    for name, cost in committed["sizes"].items():
+        with torch.device("meta"):
+            size = importlib.import_module("benchmarks._cost").read_size(name)
+        for stage, step in cost["training"].items():
+            memory = step["bytes"]
+            with model_cost.frozen_as_trained(size, stage):
+                trained = sum(
+                    parameter.numel()
+                    for part in model_cost.trained_parts(size, stage).values()
+                    for parameter in part.parameters()
+                    if parameter.requires_grad
+                )
+            assert memory["gradients"] == memory["average"] == 4 * trained
+            assert memory["optimizer"] == 8 * trained
+            for strategy, sizes in step["bytes_per_gpu"].items():
+                for count, number in sizes.items():
+                    is_sharded = strategy == "fsdp"
+                    expected = model_cost.memory_per_gpu(memory, int(count), is_sharded)
+                    assert number == expected
