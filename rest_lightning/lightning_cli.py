@@ -78,7 +78,8 @@ class RestCLI(LightningCLI):
         self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
         target = Path(self.trainer.default_root_dir) / FINAL_CHECKPOINT
         temporary = target.with_name(f".{FINAL_CHECKPOINT}.part")
-        self.trainer.save_checkpoint(temporary)
+        # Without the optimiser's states: what comes next starts from the weights.
+        self.trainer.save_checkpoint(temporary, weights_only=True)
         if self.trainer.is_global_zero:
             os.replace(temporary, target)
 

@@ -239,6 +239,7 @@ class A2VModule(StageModule):
         freeze_decoder(speech_ae)
         self.noise = noise or NoiseSettings()
         self.mouth_weight, self.compile_blocks = mouth_weight, compile_blocks
+        self._loss_table = LossTable()
         transformer.remember_noise(self.noise.table)
         table = training_table(**self.noise.table)
         self.register_buffer("noise_table", table, persistent=False)
@@ -448,7 +449,63 @@ class A2VModule(StageModule):
 
     def validation_losses(self, inputs: TrainingInput) -> dict[str, Tensor]:
         """Losses by name: the flow loss, which all stages can be compared by."""
-        return {"flow_loss": flow_matching_loss(self(inputs), inputs.path.velocity)}
+        velocity = self(inputs)
+        self._loss_table.add(velocity, inputs)
+        return {"flow_loss": flow_matching_loss(velocity, inputs.path.velocity)}
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget the losses of the weights before."""
+        self._loss_table = LossTable()
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the flow loss by chunk and by noise level, over the clips of all processes."""
+        strategy = self.trainer.strategy
+        for name, value in self._loss_table.means(
+            lambda x: strategy.reduce(x.to(self.device), reduce_op="sum").cpu()
+        ).items():
+            self.log(f"val/{name}", value, rank_zero_only=False)
+
+
+class LossTable:
+    """Flow loss of latent frames by their chunk and by their noise level, as running sums.
+
+    Losses differ more between noise levels than between models: a mean over all hides where a
+    model is weak.
+    """
+
+    MAX_CHUNKS = 8  # later ones count as the last
+    LEVELS = (0.5, 0.8, 0.95, 1.0)  # upper ends
+
+    def __init__(self) -> None:
+        # sum and count
+        self.by_chunk = torch.zeros(2, self.MAX_CHUNKS, dtype=torch.float64)
+        self.by_level = torch.zeros(2, len(self.LEVELS), dtype=torch.float64)
+
+    @torch.no_grad()
+    def add(self, velocity: Tensor, inputs: TrainingInput) -> None:
+        """Take in the velocities (B, C, f, h, w) of a draw."""
+        error = (velocity - inputs.path.velocity)[:, :, 1:].float().square().mean((1, 3, 4))
+        frames = torch.arange(error.shape[1]) // inputs.chunk_length
+        chunks = frames.clamp(max=self.MAX_CHUNKS - 1).expand(error.shape)
+        sigma = inputs.path.sigma[:, 1:].cpu()
+        levels = torch.bucketize(sigma, torch.tensor(self.LEVELS[:-1], dtype=sigma.dtype))
+        values = error.double().cpu()
+        for table, places in ((self.by_chunk, chunks), (self.by_level, levels)):
+            ones = torch.ones_like(values)
+            for row, numbers in enumerate((values, ones)):
+                table[row].index_add_(0, places.flatten(), numbers.flatten())
+
+    def means(self, total: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """Means by name where anything was counted; ``total`` adds a tensor over processes."""
+        low = (0.0, *self.LEVELS)
+        names = [f"flow_loss_chunk_{i + 1}" for i in range(self.MAX_CHUNKS)]
+        names += [f"flow_loss_sigma_{a:g}_{b:g}" for a, b in zip(low, self.LEVELS, strict=False)]
+        sums, counts = total(torch.cat([self.by_chunk, self.by_level], dim=1))
+        return {
+            name: float(value / count)
+            for name, value, count in zip(names, sums, counts, strict=True)
+            if count > 0
+        }
 
 
 def freeze_decoder(speech_ae: SpeechAE) -> None:

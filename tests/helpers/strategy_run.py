@@ -35,7 +35,7 @@ from rest_lightning.torchvision_compat import ensure_torchvision
 
 ensure_torchvision()
 import lightning  # noqa: E402
-from lightning.pytorch.strategies import ModelParallelStrategy, Strategy  # noqa: E402
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy  # noqa: E402
 
 NUM_ROWS = 2
 
@@ -69,13 +69,12 @@ def losses_of(module: A2VModule, rows: slice, num_rows: int = NUM_ROWS) -> dict[
     return module.losses(rows_of(inputs, rows))
 
 
-def read_strategy(config: Path) -> str | Strategy:
+def read_strategy(config: Path) -> Strategy:
     """The strategy of a file of configs/trainer/."""
     strategy = yaml.safe_load(config.read_text())["trainer"]["strategy"]
-    if isinstance(strategy, str):
-        return strategy
-    assert strategy["class_path"].rpartition(".")[2] == ModelParallelStrategy.__name__
-    return ModelParallelStrategy(**strategy["init_args"])
+    kinds = {kind.__name__: kind for kind in (DDPStrategy, ModelParallelStrategy)}
+    made: Strategy = kinds[strategy["class_path"].rpartition(".")[2]](**strategy["init_args"])
+    return made
 
 
 def full(tensor: Tensor) -> Tensor:

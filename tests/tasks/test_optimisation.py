@@ -16,7 +16,7 @@ from torch import Tensor
 from rest_lightning.callbacks import MovingAverage
 from rest_lightning.callbacks.averaging import average_bytes, averaged_parameters
 from rest_lightning.errors import UserError
-from rest_lightning.tasks.a2v import A2VModule, Conditions
+from rest_lightning.tasks.a2v import A2VModule, Conditions, LossTable
 from rest_lightning.tasks.student import ASDSettings
 from rest_lightning.torchvision_compat import ensure_torchvision
 
@@ -280,6 +280,35 @@ def test_the_teacher_hears_through_its_own_speech_ae(tmp_path: Path, whose: str)
     assert torch.equal(second, first if whose == "own" else student_second)
     with pytest.raises(UserError, match=r"expected asd\.teacher_speech of own, student, got 'x'"):
         ASDSettings(teacher, teacher_speech="x")  # type: ignore[arg-type]
+
+
+def test_losses_by_chunk_and_noise_level(tmp_path: Path) -> None:
+    """Two draws, against means over the very frames; none of the levels is left out."""
+    module = make_student(motion_dropout=0.0)
+    table, errors, sigmas = LossTable(), [], []
+    for seed in range(2):
+        inputs = module.draw(make_conditions(3, 7), torch.Generator().manual_seed(seed))
+        velocity = torch.randn_like(inputs.path.velocity)
+        table.add(velocity, inputs)
+        errors.append((velocity - inputs.path.velocity)[:, :, 1:].square().mean((1, 3, 4)))
+        sigmas.append(inputs.path.sigma[:, 1:])
+    error, sigma = torch.cat(errors), torch.cat(sigmas)
+    means = table.means(lambda x: x)
+    for chunk in (0, 1):
+        expected = float(error[:, 3 * chunk : 3 * chunk + 3].mean())
+        assert means[f"flow_loss_chunk_{chunk + 1}"] == pytest.approx(expected, rel=1e-5)
+    assert "flow_loss_chunk_3" not in means
+    total = 0
+    for low, high in ((0, 0.5), (0.5, 0.8), (0.8, 0.95), (0.95, 1)):
+        inside = (sigma > low) & (sigma <= high)
+        total += int(inside.sum())
+        name = f"flow_loss_sigma_{low:g}_{high:g}"
+        assert (name in means) == bool(inside.any())
+        if inside.any():
+            assert means[name] == pytest.approx(float(error[inside].mean()), rel=1e-5)
+    assert total == sigma.numel()
+    twice = table.means(lambda x: x + x)  # a second process with the same clips
+    assert twice == pytest.approx(means)
 
 
 def test_chunk_lengths_are_drawn_per_batch() -> None:

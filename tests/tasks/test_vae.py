@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from lightning import Callback, Trainer
-from lightning.pytorch.loggers import CSVLogger
 from tiny_ltx import make_vae
 
 from rest_lightning.diffusion.losses import speech_ae_loss
@@ -28,6 +26,11 @@ from rest_lightning.tasks.vae import (
     border_jump_ratio,
     psnr_db,
 )
+from rest_lightning.torchvision_compat import ensure_torchvision
+
+ensure_torchvision()
+from lightning import Callback, Trainer  # noqa: E402
+from lightning.pytorch.loggers import CSVLogger  # noqa: E402
 
 
 def module(**weights: float) -> VAEModule:
