@@ -51,6 +51,8 @@ class Size:
         batch_size, vae_batch: clips of one forward.
         accumulate: forwards per optimiser step.
         num_steps, guided: of the sampler.
+        trains_encoder: whether the VAE's stage trains its encoder.
+        teacher_speech_ae: the SpeechAE through which ASD's teacher hears; None: the student's.
     """
 
     parts: dict[str, Any]
@@ -63,6 +65,8 @@ class Size:
     accumulate: int
     num_steps: int = 8
     guided: bool = True
+    trains_encoder: bool = True
+    teacher_speech_ae: SpeechAE | None = None
 
     @property
     def cells(self) -> int:
@@ -95,6 +99,8 @@ def read_size(name: str) -> Size:
         batch_size=data["batch_size"],
         vae_batch=vae_data["batch_size"],
         accumulate=trainer["trainer"].get("accumulate_grad_batches", 1),
+        trains_encoder=vae["model"]["init_args"].get("train_encoder", True),
+        teacher_speech_ae=type(parts["speech_ae"]).from_config(parts["speech_ae"].config),
     )
 
 

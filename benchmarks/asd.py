@@ -202,7 +202,8 @@ def overlay(folder: Path, seed: int, args: argparse.Namespace) -> dict[str, Any]
     """What the stage's configuration cannot know. YAML reads JSON."""
     initial = {part: str(args.start) for part in ("transformer", "speech_ae")}
     logger = {"save_dir": str(folder), "name": "", "version": ""}
-    averaging, checkpoints = "EMAWeightAveraging", "ModelCheckpoint"
+    averaging = "rest_lightning.callbacks.averaging.MovingAverage"
+    checkpoints = "lightning.pytorch.callbacks.ModelCheckpoint"
     return {
         "seed_everything": seed,
         "trainer": {
@@ -217,12 +218,9 @@ def overlay(folder: Path, seed: int, args: argparse.Namespace) -> dict[str, Any]
             },
             "callbacks": [
                 {"class_path": "benchmarks.asd.SameDraws"},
+                {"class_path": averaging, "init_args": {"decay": 0.99}},
                 {
-                    "class_path": f"lightning.pytorch.callbacks.{averaging}",
-                    "init_args": {"decay": 0.99},
-                },
-                {
-                    "class_path": f"lightning.pytorch.callbacks.{checkpoints}",
+                    "class_path": checkpoints,
                     "init_args": {"save_last": True, "save_top_k": 1, "every_n_train_steps": 50},
                 },
             ],

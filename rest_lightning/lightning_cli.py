@@ -28,8 +28,6 @@ FINAL_CHECKPOINT = "final.ckpt"
 EXPECTED_WARNINGS = (
     "LightningCLI's args parameter",  # our own command line hands its words on
     r"Found \d+ module\(s\) in eval mode",  # frozen parts are
-    # sharded networks refuse the callback
-    "You're using the WeightAveraging callback with a model that overrides",
 )
 
 
@@ -70,15 +68,17 @@ class RestCLI(LightningCLI):
         """
         if not self.config["fit"]["final_checkpoint"] or self.trainer.interrupted:
             return
-        # The current weights are the averaged ones by now; without the callback the checkpoint
-        # holds them, together with the statistics that this validation measures.
+        # The module holds the averaged weights by now; without the callback the checkpoint holds
+        # them alone, together with the statistics that this validation measures.
         present: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
-        kept = [each for each in present if not isinstance(each, WeightAveraging)]
+        averaging = (callbacks.MovingAverage, WeightAveraging)
+        kept = [each for each in present if not isinstance(each, averaging)]
         self.trainer.callbacks = kept  # type: ignore[attr-defined]
         self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
         target = Path(self.trainer.default_root_dir) / FINAL_CHECKPOINT
         temporary = target.with_name(f".{FINAL_CHECKPOINT}.part")
-        self.trainer.save_checkpoint(temporary)
+        # Without the optimiser's states: what comes next starts from the weights.
+        self.trainer.save_checkpoint(temporary, weights_only=True)
         if self.trainer.is_global_zero:
             temporary.replace(target)
 

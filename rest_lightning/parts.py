@@ -43,6 +43,7 @@ PART_CLASSES = {
     "WhisperEncoder": "rest_lightning.models.speech",
     "SpeechAE": "rest_lightning.models.speech_ae",
     "SpeechPooling": "rest_lightning.models.speech_ae",
+    "SpeechProjection": "rest_lightning.models.speech_ae",
     "A2VDiT": "rest_lightning.models.transformer",
     "AgreementDetail": "rest_lightning.models.detail",
     "LearnedDetail": "rest_lightning.models.detail",
@@ -175,7 +176,8 @@ def read_part(name: str, source: str | Path) -> tuple[dict[str, Any], dict[str, 
             f"expected a checkpoint or a model folder for {name}, got no such file: {path}; "
             f"{way_out}"
         )
-    checkpoint = torch.load(path, map_location="cpu", weights_only=False)
+    # Mapped: the other parts and the optimiser's states are never read.
+    checkpoint = torch.load(path, map_location="cpu", weights_only=False, mmap=True)
     parts = checkpoint.get(PARTS_KEY, {}) if isinstance(checkpoint, dict) else {}
     if name not in parts:
         raise UserError(

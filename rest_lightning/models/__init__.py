@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rest_lightning.models.speech import WhisperEncoder as WhisperEncoder
     from rest_lightning.models.speech_ae import SpeechAE as SpeechAE
     from rest_lightning.models.speech_ae import SpeechPooling as SpeechPooling
+    from rest_lightning.models.speech_ae import SpeechProjection as SpeechProjection
     from rest_lightning.models.transformer import A2VDiT as A2VDiT
     from rest_lightning.models.vae import CompactVAE as CompactVAE
     from rest_lightning.models.vae import VideoAutoencoder as VideoAutoencoder
@@ -27,7 +28,7 @@ __all__, __getattr__ = lazy(
         "cache": ["CacheOptions", "IDContextCache"],
         "ltx_vae": ["LTXVideoVAE"],
         "speech": ["LogMelEncoder", "SpeechEncoder", "WhisperEncoder"],
-        "speech_ae": ["SpeechAE", "SpeechPooling"],
+        "speech_ae": ["SpeechAE", "SpeechPooling", "SpeechProjection"],
         "transformer": ["A2VDiT"],
         "vae": ["CompactVAE", "VideoAutoencoder"],
     },

@@ -40,7 +40,7 @@ from rest_lightning.models.attention import (
 
 @dataclass(frozen=True)
 class CacheOptions:
-    """The choices that REST leaves open, and its two cache ablations; see METHOD.md section 6.
+    """The choices that REST leaves open, and its two cache ablations (docs/method.md#cache).
 
     Attributes:
         chunk_length: l, new latent frames per chunk.

@@ -24,7 +24,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rest_lightning.constants import SAMPLES_PER_FRAME, SPATIAL_RATIO, TEMPORAL_RATIO
 from rest_lightning.diffusion.sampling import integrate
-from rest_lightning.diffusion.schedule import sampling_sigmas
 from rest_lightning.errors import UserError
 from rest_lightning.models.cache import IDContextCache
 from rest_lightning.models.causal import Stream
@@ -250,9 +249,7 @@ class Tables:
         self.guidance = sampling.branches
         self.side = model.size_px // SPATIAL_RATIO
         cache_options = model.transformer.cache_options
-        self.sigmas = sampling_sigmas(
-            sampling.num_steps, sampling.shift, cache_options.num_slots * self.side**2
-        )
+        self.sigmas = sampling.sigmas(cache_options.num_slots * self.side**2)
         self.levels = torch.tensor(self.sigmas, dtype=torch.float32, device=model.device)
         levels = [*self.sigmas[:-1], 0.0]
         self.embeddings = [
