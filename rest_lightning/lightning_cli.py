@@ -4,21 +4,36 @@ module.
 
 from __future__ import annotations
 
+import json
 import os
+import re
+import sys
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from rest_lightning.torchvision_compat import ensure_torchvision
 
 ensure_torchvision()  # lightning imports torchvision
+from jsonargparse import ActionConfigFile, Namespace  # noqa: E402
 from lightning.fabric.plugins import TorchCheckpointIO  # noqa: E402
 from lightning.pytorch import LightningModule, Trainer  # noqa: E402
 from lightning.pytorch.callbacks import Callback, WeightAveraging  # noqa: E402
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI  # noqa: E402
 from lightning.pytorch.utilities.exceptions import MisconfigurationException  # noqa: E402
+from lightning.pytorch.utilities.rank_zero import rank_zero_only  # noqa: E402
 
 from rest_lightning import callbacks, models, tasks  # noqa: E402
+from rest_lightning.config import (  # noqa: E402
+    Config,
+    Tree,
+    check_keys,
+    is_shipped,
+    nearest,
+    place_networks,
+    read_config,
+    reason_of,
+)
 from rest_lightning.data.module import TalkingHeadDataModule  # noqa: E402
 from rest_lightning.diffusion.sampling import SamplingChanges  # noqa: E402
 from rest_lightning.errors import UserError  # noqa: E402
@@ -34,10 +49,77 @@ EXPECTED_WARNINGS = (
 )
 
 
+class StageParser(LightningArgumentParser):
+    """Tells mistakes in one line: the file, the key and the nearest right one."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.configs: list[Config] = []  # those of the command line, in order
+
+    def known_options(self) -> dict[str, Any]:
+        """Returns the dotted name of every option with its type, where it has one."""
+        return {
+            action.dest: getattr(action, "_typehint", None)
+            for action in self._actions
+            if action.option_strings and action.dest not in ("help", "config", "print_config")
+        }
+
+    def read(self, name: str, earlier: Tree) -> Tree:
+        """Returns a configuration file with all that it builds on, checked key by key."""
+        config = read_config(name)
+        model = earlier.get("model")
+        stage = model.get("class_path") if isinstance(model, dict) else None
+        content = place_networks(config, stage)
+        check_keys(config, content, self.known_options(), earlier)
+        self.configs.append(config)
+        return content
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raises the user's mistake as one line."""
+        mistake = find_user_error(ex)
+        if mistake is not None:
+            raise mistake from None
+        parser = getattr(ex, "subcommand_parser", None) or self
+        raise UserError(parser.explain(message)) from None
+
+    def explain(self, message: str) -> str:
+        """Returns one line for what jsonargparse says in many."""
+        unknown = re.search(r"(?:does not accept option|[Uu]nrecognized arguments?:?) '?(\S+?)'?$",
+                            message.strip())  # fmt: skip
+        if unknown:
+            name = unknown[1].lstrip("-").partition("=")[0]
+            near = nearest(name, self.known_options())
+            hint = f"did you mean --{near}?" if near else f"see {self.prog} --help"
+            return f"expected a known option, got --{name}: {hint}"
+        key, reason = reason_of(message)
+        sources = [config.source_of(key.split(".")) for config in self.configs] if key else []
+        files = [f"{path}: " for path in sources if path is not None]
+        return f"{(files or [''])[-1]}{key + ': ' if key else ''}{reason}"
+
+
+class ConfigFile(ActionConfigFile):
+    """``--config``: a shipped name or a path, with the files that it builds on."""
+
+    def __call__(
+        self, parser: StageParser, cfg: Namespace, values: Any, option_string: str | None = None
+    ) -> None:
+        """Reads the file into the configuration."""
+        content = parser.read(str(values), cfg.clone().as_dict())
+        self.apply_config(parser, cfg, self.dest, json.dumps(content))
+        cfg[self.dest][-1] = str(parser.configs[-1].path)
+
+
 class RestCLI(LightningCLI):
     """LightningCLI whose model is any stage; after ``fit`` it validates once and writes
     ``final.ckpt``.
     """
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """A parser whose ``--config`` takes shipped names, too."""
+        parser = StageParser(**kwargs)
+        what = "shipped name, such as embedded/student, or a path; repeatable, later ones win"
+        parser.add_argument("-c", "--config", action=ConfigFile, help=what)
+        return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """A stage and its data are configured side by side; what generates videos shares one key,

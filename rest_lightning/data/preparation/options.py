@@ -9,9 +9,9 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any, Literal
 
+from rest_lightning.config import find_config, read_yaml
 from rest_lightning.errors import UserError
 
 SIZES_PX = (128, 256, 512)
@@ -182,7 +182,7 @@ def load_options(
     Raises:
         UserError: no such file, not YAML, an unknown name, a value of another kind.
     """
-    values = {} if path is None else _read_yaml(Path(path))
+    values = {} if path is None else read_yaml(find_config(path))
     values.update(overrides or {})
     known = [field.name for field in fields(PrepareOptions)]
     unknown = [str(name) for name in values if name not in known]
@@ -191,28 +191,6 @@ def load_options(
             f"expected options of {', '.join(known)}, got {', '.join(unknown)}: correct the name"
         )
     return PrepareOptions(**values)
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    import yaml
-
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"expected a configuration file {path}, got {error}: check the name"
-        ) from None
-    except yaml.YAMLError as error:
-        raise UserError(
-            f"expected YAML in {path}, got {' '.join(str(error).split())}: correct it"
-        ) from None
-    if content is not None and not isinstance(content, dict):
-        raise UserError(
-            f"expected names and values in {path}, got {type(content).__name__}: "
-            "write "
-            "`size_px: 256`"
-        )
-    return dict(content or {})
 
 
 def _checked(name: str, value: Any, hint: Any) -> Any:
