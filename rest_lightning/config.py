@@ -23,6 +23,7 @@ import importlib
 import inspect
 import os
 import re
+import sys
 import typing
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -74,10 +75,12 @@ def find_config(
     """
     text = os.fspath(name)
     path = (beside or Path()) / text
-    if path.is_file():
-        return path
     known = shipped_names(folder)
     stem = text.removesuffix(".yaml")
+    if path.is_file():
+        if stem in known:
+            print(f"note: took the file {path}, not the shipped one of this name", file=sys.stderr)
+        return path
     if stem in known:
         return configs_root() / folder / f"{stem}.yaml"
     if text.endswith((".yaml", ".yml", ".json")):
@@ -85,8 +88,10 @@ def find_config(
             f"expected {what}, but the file {text} does not exist: check the path"
             f"{_or_nearest(stem, known)}"
         )
-    siblings = [each for each in known if each.rpartition("/")[0] == stem.rpartition("/")[0]]
-    shown = ", ".join(siblings or sorted({each.split("/")[0] for each in known}))
+    above = stem.rpartition("/")[0]
+    siblings = [each for each in known if each.startswith(f"{above}/")] if above else []
+    folders = sorted({each.split("/")[0] + ("/..." if "/" in each else "") for each in known})
+    shown = ", ".join(siblings or (known if folder else folders))
     raise UserError(
         f"expected {what} (a file, or one of {shown}), got {text!r}: "
         f"{did_you_mean(stem, known) or 'check the name'}"
@@ -118,8 +123,11 @@ class Config:
         depths = [_depth(content, keys) for _, content in self.sources]
         if not any(depths):
             return None
-        return [path for (path, _), depth in zip(self.sources, depths, strict=True)
-                if depth == max(depths)][-1]
+        return [
+            path
+            for (path, _), depth in zip(self.sources, depths, strict=True)
+            if depth == max(depths)
+        ][-1]
 
 
 def read_config(
@@ -141,13 +149,13 @@ def read_config(
     return Config(path, content, sources)
 
 
-def network_of(config: Config, part: str) -> Tree:
-    """Returns class and arguments of a part, as a stage of this configuration would build it.
+def network_of(content: Tree, part: str) -> Tree:
+    """Returns class and arguments of a part, as a stage of this content would build it.
 
     Empty where the configuration has no such part.
     """
     found: Tree = {}
-    for of in (_get(config.content, NETWORKS, part), _get(config.content, "model", ARGUMENTS, part)):
+    for of in (_get(content, NETWORKS, part), _get(content, "model", ARGUMENTS, part)):
         merge(found, of or {})
     return found
 
@@ -174,7 +182,9 @@ def read_yaml(path: Path) -> Tree:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"expected a configuration in {path}, got {error}: check the file") from None
+        raise UserError(
+            f"expected a configuration in {path}, got {error}: check the file"
+        ) from None
     except yaml.YAMLError as error:
         reason = " ".join(str(error).split())
         raise UserError(f"expected YAML in {path}, got {reason}: correct it") from None
@@ -221,6 +231,7 @@ def reason_of(message: str) -> tuple[str, str]:
     lines = [line.strip(" -") for line in message.splitlines() if line.strip()]
     # The last of the alternatives that were tried for a class tells what is wrong inside.
     telling = [line for line in lines if re.search("Expected|not accepted|required", line)]
+    telling = [line for line in telling if "NoneType" not in line] or telling
     reason = (telling or lines)[-1]
     reason = re.sub(r'^.*Parser key "[^"]+":\s*', "", reason)
     reason = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", reason)
@@ -266,7 +277,7 @@ def place_networks(config: Config, stage: str | None = None) -> Tree:
             f"expected a stage that takes the networks of {config.path}, got none: put it behind a "
             "stage, as in --config embedded/student --config model/tiny"
         )
-    taken = _parameters(find_class(stage, "model.class_path", config.path))
+    taken = parameters_of(find_class(stage, "model.class_path", config.path))
     parts = {name: part for name, part in networks.items() if name in taken}
     model = {"model": {CLASS: stage, ARGUMENTS: parts}}
     return merge(model, content)
@@ -326,7 +337,9 @@ def _check(config: Config, keys: tuple[str, ...], value: Any, known: Mapping[str
     if dotted in known:
         _check_value(config, keys, value, known[dotted], earlier)
         return
-    below = {name[len(dotted) + 1 :].split(".")[0] for name in known if name.startswith(dotted + ".")}
+    below = {
+        name[len(dotted) + 1 :].split(".")[0] for name in known if name.startswith(dotted + ".")
+    }
     if not below:
         above = ".".join(keys[:-1])
         prefix = f"{above}." if above else ""
@@ -360,7 +373,7 @@ def _check_value(
         if "." not in class_path and nearest(class_path, dict(_exported())) is None:
             return  # of another package: jsonargparse knows it once it is loaded
         cls = find_class(class_path, ".".join((*keys, CLASS)), path)
-        names, arguments = _parameters(cls), value.get(ARGUMENTS) or {}
+        names, arguments = parameters_of(cls), value.get(ARGUMENTS) or {}
         before = before.get(ARGUMENTS) or {}
         keys = (*keys, ARGUMENTS)
     elif (cls := _dataclass_of(kind)) is not None:
@@ -386,8 +399,8 @@ def _unknown(config: Config, keys: tuple[str, ...], names: Iterable[str]) -> Use
     return UserError(f"{path}: expected a known key, got {where}: {hint}")
 
 
-def _parameters(cls: type) -> dict[str, Any]:
-    """Parameters of a constructor with their types; ``**`` where it takes any name."""
+def parameters_of(cls: type) -> dict[str, Any]:
+    """Returns the parameters of a constructor with their types; ``**`` where it takes any name."""
     hints = _hints(cls.__init__)
     parameters = inspect.signature(cls).parameters.values()
     return {

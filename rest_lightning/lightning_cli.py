@@ -7,7 +7,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import sys
 import warnings
 from pathlib import Path
 from typing import Any, NoReturn
@@ -21,14 +20,12 @@ from lightning.pytorch import LightningModule, Trainer  # noqa: E402
 from lightning.pytorch.callbacks import Callback, WeightAveraging  # noqa: E402
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI  # noqa: E402
 from lightning.pytorch.utilities.exceptions import MisconfigurationException  # noqa: E402
-from lightning.pytorch.utilities.rank_zero import rank_zero_only  # noqa: E402
 
 from rest_lightning import callbacks, models, tasks  # noqa: E402
 from rest_lightning.config import (  # noqa: E402
     Config,
     Tree,
     check_keys,
-    is_shipped,
     nearest,
     place_networks,
     read_config,
@@ -54,24 +51,27 @@ class StageParser(LightningArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.configs: list[Config] = []  # those of the command line, in order
+        self.stage: str | None = None  # class path that the files named so far
+        self.reading: Config | None = None  # the file that is being read
 
     def known_options(self) -> dict[str, Any]:
         """Returns the dotted name of every option with its type, where it has one."""
-        return {
+        options = {
             action.dest: getattr(action, "_typehint", None)
             for action in self._actions
             if action.option_strings and action.dest not in ("help", "config", "print_config")
         }
+        groups = {name.partition(".")[0] for name in options if not name.endswith(".help")}
+        groups -= {name for name, kind in options.items() if kind is not None}
+        return {name: kind for name, kind in options.items() if name not in groups or "." in name}
 
     def read(self, name: str, earlier: Tree) -> Tree:
         """Returns a configuration file with all that it builds on, checked key by key."""
         config = read_config(name)
-        model = earlier.get("model")
-        stage = model.get("class_path") if isinstance(model, dict) else None
-        content = place_networks(config, stage)
+        self.reading = config
+        content = place_networks(config, self.stage)
         check_keys(config, content, self.known_options(), earlier)
-        self.configs.append(config)
+        self.stage = (content.get("model") or {}).get("class_path", self.stage)
         return content
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -92,9 +92,15 @@ class StageParser(LightningArgumentParser):
             hint = f"did you mean --{near}?" if near else f"see {self.prog} --help"
             return f"expected a known option, got --{name}: {hint}"
         key, reason = reason_of(message)
-        sources = [config.source_of(key.split(".")) for config in self.configs] if key else []
-        files = [f"{path}: " for path in sources if path is not None]
-        return f"{(files or [''])[-1]}{key + ': ' if key else ''}{reason}"
+        misnamed = re.fullmatch(r"Option '(\w+)' is not accepted", reason)
+        if misnamed and self.stage:
+            known = parameters_of(find_class(self.stage, "model.class_path", None))
+            hint = did_you_mean(misnamed[1], known) or f"known are {', '.join(known)}"
+            reason = f"expected a known option, got {misnamed[1]}: {hint}"
+        if self.reading is None:
+            return f"--{key}: {reason}" if key else reason
+        path = self.reading.source_of(key.split(".")) or self.reading.path
+        return f"{path}: {key}: {reason}" if key else f"{path}: {reason}"
 
 
 class ConfigFile(ActionConfigFile):
@@ -106,7 +112,7 @@ class ConfigFile(ActionConfigFile):
         """Reads the file into the configuration."""
         content = parser.read(str(values), cfg.clone().as_dict())
         self.apply_config(parser, cfg, self.dest, json.dumps(content))
-        cfg[self.dest][-1] = str(parser.configs[-1].path)
+        parser.reading = None
 
 
 class RestCLI(LightningCLI):
@@ -116,7 +122,7 @@ class RestCLI(LightningCLI):
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """A parser whose ``--config`` takes shipped names, too."""
-        parser = StageParser(**kwargs)
+        parser = StageParser(**{"allow_abbrev": False} | kwargs)
         what = "shipped name, such as embedded/student, or a path; repeatable, later ones win"
         parser.add_argument("-c", "--config", action=ConfigFile, help=what)
         return parser

@@ -234,10 +234,7 @@ def open_speech_encoder(source: str | Path) -> nn.Module:
     if source.suffix in (".yaml", ".yml") and source.is_file():
         found = _described_in(source)
         if found is None:
-            raise UserError(
-                "expected a stage's configuration with a speech_encoder, got "
-                f"{source}"
-            )
+            raise UserError(f"expected a stage's configuration with a speech_encoder, got {source}")
         return build_part(found)
     if source.is_dir() or not source.is_file():
         return open_part("speech_encoder", source)
@@ -267,7 +264,7 @@ def _described_by_run(checkpoint: Path) -> dict[str, Any] | None:
 
 
 def _described_in(file: Path) -> dict[str, Any] | None:
-    found = network_of(read_config(file), "speech_encoder")
+    found = network_of(read_config(file).content, "speech_encoder")
     if not found:
         return None
     return {"class": found["class_path"].rsplit(".", 1)[-1], "config": found.get("init_args") or {}}

@@ -183,7 +183,9 @@ def _train(args: argparse.Namespace, variant: Variant, seed: int) -> None:
     overlay: dict[str, Any] = {"data": {"data_dir": str(args.data)}}
     if args.runs is not None:
         (stage,) = (stage for stage in STAGES if stage.name == args.stage)
-        overlay = stage_overlay(stage, args.runs, args.data, 1.0)
+        overlay = stage_overlay(stage, args.runs, args.data)
+        if not (args.runs / "speech").is_dir():
+            overlay["data"].pop("speech_dir")
     overlay["trainer"] = trainer_overlay(folder, args.budget_min, args.budget_steps)
     overlay["seed_everything"] = seed
     overlay["data"]["seed"] = seed
