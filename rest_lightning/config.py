@@ -401,12 +401,17 @@ def _unknown(config: Config, keys: tuple[str, ...], names: Iterable[str]) -> Use
 
 def parameters_of(cls: type) -> dict[str, Any]:
     """Returns the parameters of a constructor with their types; ``**`` where it takes any name."""
-    hints = _hints(cls.__init__)
-    parameters = inspect.signature(cls).parameters.values()
-    return {
-        "**" if each.kind is each.VAR_KEYWORD else each.name: hints.get(each.name)
-        for each in parameters
-    }
+    found: dict[str, Any] = {}
+    for each in cls.__mro__:  # a constructor of *args and **kwargs hands them to its parent's
+        if "__init__" not in vars(each):
+            continue
+        hints = _hints(each.__init__)
+        parameters = list(inspect.signature(each.__init__).parameters.values())[1:]
+        named = [one for one in parameters if one.kind not in (one.VAR_KEYWORD, one.VAR_POSITIONAL)]
+        found |= {one.name: hints.get(one.name) for one in named if one.name not in found}
+        if not any(one.kind is one.VAR_KEYWORD for one in parameters):
+            return found
+    return {**found, "**": None}
 
 
 def _hints(of: Any) -> dict[str, Any]:

@@ -4,17 +4,14 @@ module.
 
 from __future__ import annotations
 
-import json
 import os
-import re
 import warnings
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from rest_lightning.torchvision_compat import ensure_torchvision
 
 ensure_torchvision()  # lightning imports torchvision
-from jsonargparse import ActionConfigFile, Namespace  # noqa: E402
 from lightning.fabric.plugins import TorchCheckpointIO  # noqa: E402
 from lightning.pytorch import LightningModule, Trainer  # noqa: E402
 from lightning.pytorch.callbacks import Callback, WeightAveraging  # noqa: E402
@@ -22,19 +19,11 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI  # noqa:
 from lightning.pytorch.utilities.exceptions import MisconfigurationException  # noqa: E402
 
 from rest_lightning import callbacks, models, tasks  # noqa: E402
-from rest_lightning.config import (  # noqa: E402
-    Config,
-    Tree,
-    check_keys,
-    nearest,
-    place_networks,
-    read_config,
-    reason_of,
-)
 from rest_lightning.data.module import TalkingHeadDataModule  # noqa: E402
 from rest_lightning.diffusion.sampling import SamplingChanges  # noqa: E402
 from rest_lightning.errors import UserError  # noqa: E402
 from rest_lightning.names import accept_old_names  # noqa: E402
+from rest_lightning.options import ConfigFile, TellsMistakes, find_user_error  # noqa: E402
 from rest_lightning.tasks.base import AtomicCheckpointIO  # noqa: E402
 
 FINAL_CHECKPOINT = "final.ckpt"
@@ -46,73 +35,8 @@ EXPECTED_WARNINGS = (
 )
 
 
-class StageParser(LightningArgumentParser):
-    """Tells mistakes in one line: the file, the key and the nearest right one."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.stage: str | None = None  # class path that the files named so far
-        self.reading: Config | None = None  # the file that is being read
-
-    def known_options(self) -> dict[str, Any]:
-        """Returns the dotted name of every option with its type, where it has one."""
-        options = {
-            action.dest: getattr(action, "_typehint", None)
-            for action in self._actions
-            if action.option_strings and action.dest not in ("help", "config", "print_config")
-        }
-        groups = {name.partition(".")[0] for name in options if not name.endswith(".help")}
-        groups -= {name for name, kind in options.items() if kind is not None}
-        return {name: kind for name, kind in options.items() if name not in groups or "." in name}
-
-    def read(self, name: str, earlier: Tree) -> Tree:
-        """Returns a configuration file with all that it builds on, checked key by key."""
-        config = read_config(name)
-        self.reading = config
-        content = place_networks(config, self.stage)
-        check_keys(config, content, self.known_options(), earlier)
-        self.stage = (content.get("model") or {}).get("class_path", self.stage)
-        return content
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raises the user's mistake as one line."""
-        mistake = find_user_error(ex)
-        if mistake is not None:
-            raise mistake from None
-        parser = getattr(ex, "subcommand_parser", None) or self
-        raise UserError(parser.explain(message)) from None
-
-    def explain(self, message: str) -> str:
-        """Returns one line for what jsonargparse says in many."""
-        unknown = re.search(r"(?:does not accept option|[Uu]nrecognized arguments?:?) '?(\S+?)'?$",
-                            message.strip())  # fmt: skip
-        if unknown:
-            name = unknown[1].lstrip("-").partition("=")[0]
-            near = nearest(name, self.known_options())
-            hint = f"did you mean --{near}?" if near else f"see {self.prog} --help"
-            return f"expected a known option, got --{name}: {hint}"
-        key, reason = reason_of(message)
-        misnamed = re.fullmatch(r"Option '(\w+)' is not accepted", reason)
-        if misnamed and self.stage:
-            known = parameters_of(find_class(self.stage, "model.class_path", None))
-            hint = did_you_mean(misnamed[1], known) or f"known are {', '.join(known)}"
-            reason = f"expected a known option, got {misnamed[1]}: {hint}"
-        if self.reading is None:
-            return f"--{key}: {reason}" if key else reason
-        path = self.reading.source_of(key.split(".")) or self.reading.path
-        return f"{path}: {key}: {reason}" if key else f"{path}: {reason}"
-
-
-class ConfigFile(ActionConfigFile):
-    """``--config``: a shipped name or a path, with the files that it builds on."""
-
-    def __call__(
-        self, parser: StageParser, cfg: Namespace, values: Any, option_string: str | None = None
-    ) -> None:
-        """Reads the file into the configuration."""
-        content = parser.read(str(values), cfg.clone().as_dict())
-        self.apply_config(parser, cfg, self.dest, json.dumps(content))
-        parser.reading = None
+class StageParser(TellsMistakes, LightningArgumentParser):
+    """Lightning's parser, with our errors and configuration files."""
 
 
 class RestCLI(LightningCLI):
@@ -122,10 +46,17 @@ class RestCLI(LightningCLI):
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """A parser whose ``--config`` takes shipped names, too."""
-        parser = StageParser(**{"allow_abbrev": False} | kwargs)
+        parser = StageParser(**kwargs)
         what = "shipped name, such as embedded/student, or a path; repeatable, later ones win"
         parser.add_argument("-c", "--config", action=ConfigFile, help=what)
         return parser
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Lightning's, with mistakes told by the subcommand's parser."""
+        assert isinstance(parser, StageParser)
+        subparsers = getattr(self, "_subcommand_parsers", {})
+        parser.active = subparsers.get(args[0]) if isinstance(args, list) and args else None
+        super().parse_arguments(parser, args)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """A stage and its data are configured side by side; what generates videos shares one key,
@@ -215,12 +146,3 @@ def _know_short_names() -> None:
     for package in (callbacks, models, tasks):
         for name in package.__all__:
             getattr(package, name)
-
-
-def find_user_error(error: BaseException | None) -> UserError | None:
-    """The user's mistake behind an exception: jsonargparse wraps what a constructor raises into
-    errors of its own.
-    """
-    while error is not None and not isinstance(error, UserError):
-        error = error.__cause__ or error.__context__
-    return error

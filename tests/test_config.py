@@ -168,7 +168,7 @@ def test_a_protocol_is_checked(change: dict[str, Any], message: str) -> None:
 def test_a_protocol_is_read(elsewhere: Path) -> None:
     write(elsewhere, mine="name: p\nversion: 1\nnum_clips: 2\nnum_frames: 96\nsize_px: 64\n")
     assert read_protocol("mine.yaml") == Protocol("p", 1, 2, 96, 64)
-    with pytest.raises(UserError, match="mine.yaml: .*version"):
+    with pytest.raises(UserError, match=r"mine.yaml: .*version"):
         write(elsewhere, mine="name: p\n")
         read_protocol("mine.yaml")
     with pytest.raises(
