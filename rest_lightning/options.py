@@ -81,14 +81,16 @@ class TellsMistakes(ArgumentParser):
         text = " ".join(message.split())
         if unknown := _UNKNOWN.search(text):
             word = unknown[1].partition("=")[0]
-            options = [each for each in self._option_string_actions if each.startswith("--")]
-            near = nearest(word, options) if word.startswith("--") else None
-            hint = f"did you mean {near}?" if near else see
+            options = [each[2:] for each in self._option_string_actions if each.startswith("--")]
+            near = nearest(word[2:], options) if word.startswith("--") else None
+            hint = f"did you mean --{near}?" if near else see
             return f"expected a known option, got {word}: {hint}"
         if re.search(r"required: (\w+\.)?model$", text):
             return "expected a stage, got none: name one, such as --config embedded/student"
-        if text.startswith("argument ") or "arguments are required" in text:
-            return f"{text}: {see}"
+        if missing := re.search(r"arguments are required: (.+)$", text):
+            return f"expected {', '.join(map(self._shown, missing[1].split(', ')))}: {see}"
+        if text.startswith("argument "):
+            return f"{text.removeprefix('argument ')}: {see}"
         key, reason = reason_of(message)
         misnamed = re.fullmatch(r"Option '(\w+)' is not accepted", reason)
         if misnamed and self.stage:
@@ -96,9 +98,16 @@ class TellsMistakes(ArgumentParser):
             hint = did_you_mean(misnamed[1], known) or f"known are {', '.join(known)}"
             reason = f"expected a known option, got {misnamed[1]}: {hint}"
         if self.reading is None:
-            return f"--{key}: {reason}" if key else reason
+            return f"{self._shown(key)}: {reason}" if key else reason
         path = self.reading.source_of(key.split(".")) or self.reading.path
         return f"{path}: {key}: {reason}" if key else f"{path}: {reason}"
+
+    def _shown(self, dest: str) -> str:
+        """How an option is written on the command line."""
+        for action in self._actions:
+            if action.dest == dest:
+                return action.option_strings[-1] if action.option_strings else dest.upper()
+        return f"--{dest}"
 
 
 class ConfigFile(ActionConfigFile):
