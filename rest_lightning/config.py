@@ -25,7 +25,7 @@ import os
 import re
 import sys
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -236,7 +236,7 @@ def reason_of(message: str) -> tuple[str, str]:
     reason = re.sub(r'^.*Parser key "[^"]+":\s*', "", reason)
     reason = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", reason)
     reason = re.sub(r"^Expected an? ", "expected ", reason).replace(". Got value: ", ", got ")
-    return max(keys, key=len, default=""), " ".join(reason.split()).rstrip(".")
+    return max(keys, key=len, default="").rstrip("+"), " ".join(reason.split()).rstrip(".")
 
 
 def merge(into: Tree, content: Mapping[str, Any]) -> Tree:
@@ -309,6 +309,22 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
     if not found:  # embedded/ads of asd; a name without its folder
         found = [each for each in names if each.rpartition("/")[2] == name.rpartition("/")[2]][:1]
     return found[0] if found else None
+
+
+def hint_inside(stage: str, keys: Sequence[str]) -> str:
+    """Returns the way out of a mistyped argument of a stage, or of a dataclass inside it.
+
+    Args:
+        stage: class path.
+        keys: names, one inside the other, the mistyped one last.
+    """
+    names: Mapping[str, Any] = parameters_of(find_class(stage, "model.class_path", None))
+    for key in keys[:-1]:
+        inner = _dataclass_of(names.get(key))
+        if inner is None:
+            return ""
+        names = _hints(inner)
+    return did_you_mean(keys[-1], names) or f"known are {', '.join(names)}"
 
 
 def find_class(class_path: str, key: str, path: Path | None) -> type:

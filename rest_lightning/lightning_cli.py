@@ -122,6 +122,7 @@ def run(args: list[str]) -> Any:
             seed_everything_default=0,
             save_config_kwargs={"overwrite": True},
             auto_configure_optimizers=False,
+            parser_kwargs={"prog": "rest"},
             args=args,
         )
     except Exception as error:

@@ -18,10 +18,8 @@ from rest_lightning.config import (
     Config,
     Tree,
     check_keys,
-    did_you_mean,
-    find_class,
+    hint_inside,
     nearest,
-    parameters_of,
     place_networks,
     read_config,
     reason_of,
@@ -69,6 +67,8 @@ class TellsMistakes(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raises the mistake as a UserError of one line."""
+        if not self.exit_on_error:  # a parser that jsonargparse made for a class inside
+            super().error(message, ex)
         mistake = find_user_error(ex)
         if mistake is not None:
             raise mistake from None
@@ -92,11 +92,10 @@ class TellsMistakes(ArgumentParser):
         if text.startswith("argument "):
             return f"{text.removeprefix('argument ')}: {see}"
         key, reason = reason_of(message)
-        misnamed = re.fullmatch(r"Option '(\w+)' is not accepted", reason)
-        if misnamed and self.stage:
-            known = parameters_of(find_class(self.stage, "model.class_path", None))
-            hint = did_you_mean(misnamed[1], known) or f"known are {', '.join(known)}"
-            reason = f"expected a known option, got {misnamed[1]}: {hint}"
+        nested = re.search(r"NestedArg\(key='([\w.]+)'", message)
+        if nested and "is not accepted" in reason:
+            hint = self.stage and hint_inside(self.stage, nested[1].split("."))
+            return f"expected a known option, got --{key}.{nested[1]}: {hint or see}"
         if self.reading is None:
             return f"{self._shown(key)}: {reason}" if key else reason
         path = self.reading.source_of(key.split(".")) or self.reading.path

@@ -70,7 +70,12 @@ def test_in_a_file(
     [
         (["--data.num_frame", "97"], "got --data.num_frame: did you mean --data.num_frames?"),
         (["--trainer.max_step=3"], "got --trainer.max_step: did you mean --trainer.max_steps?"),
-        (["--model.mouth_wieght", "3"], "got mouth_wieght: did you mean mouth_weight?"),
+        (
+            ["--model.mouth_wieght", "3"],
+            "got --model.mouth_wieght: did you mean mouth_weight?",
+        ),
+        (["--model.noise.stt", "3"], "got --model.noise.stt: did you mean std?"),
+        (["--trainer.callbacks", "Nothing"], "--trainer.callbacks: expected dot import path"),
         (["--data.num_frames", "x"], "--data.num_frames: expected int, got x"),
         (["--conf", "embedded/asd"], "got --conf: "),
         (["stray"], "got stray: see rest fit --help"),
