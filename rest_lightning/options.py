@@ -92,10 +92,10 @@ class TellsMistakes(ArgumentParser):
         if text.startswith("argument "):
             return f"{text.removeprefix('argument ')}: {see}"
         key, reason = reason_of(message)
-        nested = re.search(r"NestedArg\(key='([\w.]+)'", message)
-        if nested and "is not accepted" in reason:
-            hint = self.stage and hint_inside(self.stage, nested[1].split("."))
-            return f"expected a known option, got --{key}.{nested[1]}: {hint or see}"
+        inside = max(re.findall(r"NestedArg\(key='([\w.]+)'", message), key=len, default="")
+        if inside and "is not accepted" in reason:
+            hint = self.stage and hint_inside(self.stage, inside.split("."))
+            return f"expected a known option, got --model.{inside}: {hint or see}"
         if self.reading is None:
             return f"{self._shown(key)}: {reason}" if key else reason
         path = self.reading.source_of(key.split(".")) or self.reading.path
@@ -105,7 +105,8 @@ class TellsMistakes(ArgumentParser):
         """How an option is written on the command line."""
         for action in self._actions:
             if action.dest == dest:
-                return action.option_strings[-1] if action.option_strings else dest.upper()
+                names = [name for name in action.option_strings if name.startswith("--")]
+                return names[0] if names else dest.upper()
         return f"--{dest}"
 
 

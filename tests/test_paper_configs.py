@@ -187,6 +187,7 @@ def test_values_of_the_paper(chain: MetaChain) -> None:
         assert noise == {
             "schedule": "cans",
             "chunk_length": 3,
+            "chunk_lengths": (),
             "mean": 2.05,
             "std": 1.0,
             "num_levels": 1000,
