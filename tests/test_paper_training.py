@@ -21,7 +21,6 @@ from rest_lightning.diffusion.sampling import Sampling
 from rest_lightning.errors import UserError
 from rest_lightning.torchvision_compat import ensure_torchvision
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 STAGES = ("vae", "speech_ae", "teacher", "student", "asd")
 VAE_CHANGES: dict[str, Any] = {
     "latent_channels": 4,
@@ -136,7 +135,7 @@ class TinyPaper:
         overlay.write_text(
             yaml.safe_dump({"model": {"init_args": model}, "data": data, "trainer": trainer})
         )
-        files = (CONFIGS / "trainer/paper.yaml", CONFIGS / f"paper/{stage}.yaml", overlay)
+        files = (f"paper/{stage}", overlay)
         return lightning_cli.run(
             ["fit", *(word for file in files for word in ("--config", str(file))), *words]
         )

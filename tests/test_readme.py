@@ -2,7 +2,7 @@
 the tree.
 
 Shell blocks run command by command, in process, in a temporary folder that holds ``portrait.png``,
-``speech.wav`` and a link to ``configs/``; ``TINY`` appends what makes a command small. Python
+``speech.wav``; ``TINY`` appends what makes a command small. Python
 blocks run as they stand.
 """
 
@@ -30,20 +30,9 @@ TINY = (
         "rest synthesize",
         ("--num_clips 6 --size_px 64 --num_frames 57 --val_fraction 0.17 --test_fraction 0.17"),
     ),
-    ("rest fit", "--config configs/trainer/tiny.yaml"),
-    ("embedded/vae.yaml", "--config configs/size/tiny/vae.yaml"),
-    ("embedded/speech_ae.yaml", "--config configs/size/tiny/speech_ae.yaml"),
     (
-        "embedded/teacher.yaml",
-        ("--config configs/size/tiny/dit.yaml --model.vae configs/size/tiny/frozen_vae.yaml"),
-    ),
-    (
-        "embedded/student.yaml",
-        ("--config configs/size/tiny/dit.yaml --model.vae configs/size/tiny/frozen_vae.yaml"),
-    ),
-    (
-        "embedded/asd.yaml",
-        ("--config configs/size/tiny/dit.yaml --model.vae configs/size/tiny/frozen_vae.yaml"),
+        "rest fit",
+        "--config trainer/tiny --config model/tiny --config data/tiny --data.data_dir data/talkers",
     ),
 )
 # Local files that the README links to and that are made later.
@@ -92,7 +81,6 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder as a reader has it after the two commands."""
     (tmp_path / "portrait.png").symlink_to(ASSETS / "portrait.png")
     (tmp_path / "speech.wav").symlink_to(ASSETS / "speech.wav")
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -178,6 +166,8 @@ def test_links_and_folders_exist() -> None:
 def test_named_configs_exist() -> None:
     for path in sorted(set(re.findall(r"configs/[\w/.-]+\.yaml", README))):
         assert (ROOT / path).is_file(), f"the README names {path}, which is not there"
+    for name in sorted(set(re.findall(r"--config ([\w/-]+)", README))):
+        assert (ROOT / f"configs/{name}.yaml").is_file(), f"the README names {name}: not there"
 
 
 def test_blocks_are_parsed() -> None:
@@ -190,8 +180,5 @@ def test_blocks_are_parsed() -> None:
     assert (first.name, first.language, first.line) == ("one", "sh", 3)
     assert commands(first.text) == [["rest", "talk", "a", "b", "-o", "c"]]
     assert (second.name, second.language, second.text) == (None, "python", "x = 1\n")
-    assert tiny_arguments(["rest", "fit", "configs/embedded/vae.yaml"])[1::2] == [
-        "configs/trainer/tiny.yaml",
-        "configs/size/tiny/vae.yaml",
-    ]
+    assert tiny_arguments(["rest", "fit", "embedded/vae"])[1:4:2] == ["trainer/tiny", "model/tiny"]
     assert tiny_arguments(["rest", "talk"]) == []

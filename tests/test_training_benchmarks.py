@@ -55,7 +55,7 @@ def asd_run(
         str(recipe.data),
     ]
     words += ["--steps", "2", "--seeds", "0", "5", "--draws", "3", "--runs", str(folder / "runs")]
-    for file in ("trainer/tiny", "size/tiny/dit"):
+    for file in ("trainer/tiny", "model/tiny", "data/tiny"):
         words += ["--config", str(recipe.configs / f"{file}.yaml")]
     words += ["--out", str(folder / "asd.json")]
     assert module.main(words) == 0

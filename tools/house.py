@@ -19,7 +19,16 @@ PACKAGE = "rest_lightning"
 # From the lowest floor to the highest: a package or module imports what stands on its own floor or
 # below.
 FLOORS = (
-    ("constants", "errors", "machine", "names", "ray_cluster", "torchvision_compat"),
+    (
+        "config",
+        "constants",
+        "errors",
+        "machine",
+        "names",
+        "options",
+        "ray_cluster",
+        "torchvision_compat",
+    ),
     ("media",),
     ("models", "metrics"),
     ("diffusion", "data"),

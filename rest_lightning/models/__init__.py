@@ -10,6 +10,9 @@ if TYPE_CHECKING:
     from rest_lightning.models.attention import Rope as Rope
     from rest_lightning.models.cache import CacheOptions as CacheOptions
     from rest_lightning.models.cache import IDContextCache as IDContextCache
+    from rest_lightning.models.detail import AgreementDetail as AgreementDetail
+    from rest_lightning.models.detail import DetailTransfer as DetailTransfer
+    from rest_lightning.models.detail import LearnedDetail as LearnedDetail
     from rest_lightning.models.ltx_vae import LTXVideoVAE as LTXVideoVAE
     from rest_lightning.models.speech import LogMelEncoder as LogMelEncoder
     from rest_lightning.models.speech import SpeechEncoder as SpeechEncoder
@@ -26,6 +29,7 @@ __all__, __getattr__ = lazy(
     {
         "attention": ["Rope"],
         "cache": ["CacheOptions", "IDContextCache"],
+        "detail": ["AgreementDetail", "DetailTransfer", "LearnedDetail"],
         "ltx_vae": ["LTXVideoVAE"],
         "speech": ["LogMelEncoder", "SpeechEncoder", "WhisperEncoder"],
         "speech_ae": ["SpeechAE", "SpeechPooling", "SpeechProjection"],

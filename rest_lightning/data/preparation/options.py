@@ -4,12 +4,9 @@ line fill.
 
 from __future__ import annotations
 
-import os
 import types
 import typing
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any, Literal
 
 from rest_lightning.errors import UserError
@@ -27,14 +24,14 @@ FINISHING = (
 
 @dataclass(frozen=True)
 class PrepareOptions:
-    """Sizes, thresholds and rules. None as a threshold switches its filter off; the score is stored
-    all the same.
+    """Sizes, thresholds and rules.
+
+    None as a threshold switches its filter off; the score is stored all the same.
 
     Attributes:
         size_px: side of the clips: 128, 256 or 512.
         crf: constant rate factor of x264.
-        detector: ``mediapipe`` or the import path ``package.module:Class`` of a
-            :class:`~rest_lightning.media.faces.FaceDetector`.
+        detector: mediapipe, or package.module:Class, the import path of a FaceDetector.
         min_confidence: of a detection, 0 to 1.
         detection_px: longer side of the frames that faces are looked for in.
         box: ``[x, y, w, h]`` in pixels of the upright source: no faces are looked for, this square
@@ -171,48 +168,6 @@ class PrepareOptions:
     def finds_faces(self) -> bool:
         """Whether a detector runs."""
         return self.box is None and not self.already_cropped
-
-
-def load_options(
-    path: str | os.PathLike[str] | None, overrides: Mapping[str, Any] | None = None
-) -> PrepareOptions:
-    """Options of a YAML file, with ``overrides`` on top (command line); names that are None there
-    are not given.
-
-    Raises:
-        UserError: no such file, not YAML, an unknown name, a value of another kind.
-    """
-    values = {} if path is None else _read_yaml(Path(path))
-    values.update(overrides or {})
-    known = [field.name for field in fields(PrepareOptions)]
-    unknown = [str(name) for name in values if name not in known]
-    if unknown:
-        raise UserError(
-            f"expected options of {', '.join(known)}, got {', '.join(unknown)}: correct the name"
-        )
-    return PrepareOptions(**values)
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    import yaml
-
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"expected a configuration file {path}, got {error}: check the name"
-        ) from None
-    except yaml.YAMLError as error:
-        raise UserError(
-            f"expected YAML in {path}, got {' '.join(str(error).split())}: correct it"
-        ) from None
-    if content is not None and not isinstance(content, dict):
-        raise UserError(
-            f"expected names and values in {path}, got {type(content).__name__}: "
-            "write "
-            "`size_px: 256`"
-        )
-    return dict(content or {})
 
 
 def _checked(name: str, value: Any, hint: Any) -> Any:
