@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 import numpy as np
 
 from rest_lightning.constants import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME, TEMPORAL_RATIO
-from rest_lightning.errors import UserError
+from rest_lightning.errors import UserError, note
 from rest_lightning.media.files import check_output
 
 if TYPE_CHECKING:
@@ -184,6 +184,8 @@ def talk(options: TalkOptions) -> StreamReport:
     _check_outputs(options)
     read_portrait(options.portrait, MIN_SIDE_PX, options.crop)
     speech = open_speech(options.speech, stdin=options.stdin)
+    for line in speech.notes:
+        note(line)
     from rest_lightning.talking_head import ModelOptions
 
     model = ModelOptions(

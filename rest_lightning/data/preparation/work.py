@@ -28,8 +28,6 @@ from rest_lightning.data.preparation.frames import (
     Probe,
     SourceError,
     probe,
-    reason_of,
-    start_s,
 )
 from rest_lightning.data.preparation.options import FINISHING, PrepareOptions
 from rest_lightning.data.preparation.rows import Row, sort_rows
@@ -45,6 +43,7 @@ from rest_lightning.data.preparation.tracks import (
     static_box,
 )
 from rest_lightning.errors import UserError
+from rest_lightning.media.container import reason_of
 from rest_lightning.media.faces import Box, FaceDetector, HandFinder, make_detector
 from rest_lightning.media.files import is_disk_full, rounded, write_text_atomic
 
@@ -203,6 +202,7 @@ class _Analysis:
     breaks: NDArray[np.int64]
     num_frames: int
     damage: str | None
+    origins_s: list[Fraction]
 
 
 class _Preparation:
@@ -224,7 +224,7 @@ class _Preparation:
                 stage,
                 analysis.damage or (f"expected a face, found none in {analysis.num_frames} frames"),
             )
-        with self._sound(header, analysis.num_frames) as sound:
+        with self._sound(header, analysis) as sound:
             rows = self._clips(header, tracks, sound)
         if analysis.damage:
             rows.append(
@@ -278,7 +278,7 @@ class _Preparation:
         if not options.finds_faces:
             # The frames that are there, as one "face" in each.
             seen = Seen(placed.copy(), np.zeros((len(placed), len(FIELDS)), np.float32))
-        return _Analysis(seen, breaks, num_frames, stream.damage)
+        return _Analysis(seen, breaks, num_frames, stream.damage, stream.origins_s)
 
     def _tracks(self, analysis: _Analysis) -> list[Track]:
         # Without a detector every box is the same one, whose overlap with itself is not asked.
@@ -338,15 +338,15 @@ class _Preparation:
         return None if sound is None else read_sound(sound, maker.track.start, maker.num_frames)
 
     @contextmanager
-    def _sound(self, header: Probe, num_frames: int) -> Iterator[Path | None]:
+    def _sound(self, header: Probe, analysis: _Analysis) -> Iterator[Path | None]:
         """The decoded sound in a file beside the record, for as long as the clips are made."""
         if not header.num_audio_tracks:
             yield None
             return
         file = self.out / "sources" / f".{self.key}.sound.part"
         try:
-            origin_s: Fraction = start_s(self.path)
-            damage = decode_sound(self.path, file, num_frames * SAMPLES_PER_FRAME, origin_s)
+            num_samples = analysis.num_frames * SAMPLES_PER_FRAME
+            damage = decode_sound(self.path, file, num_samples, analysis.origins_s)
             yield None if damage and not _has_samples(file) else file
         finally:
             with suppress(OSError):
