@@ -242,6 +242,9 @@ def _stream(
                     background.close()
                 session.clock.stop()
         report = session.report()
+        if speech.pipe is not None:
+            for line in session.level.notes():
+                note(line)
         report.configuration["writing_thread"] = background.threaded
         report.configuration["writing_thread_s"] = round(background.busy_s, 3)
     except KeyboardInterrupt:

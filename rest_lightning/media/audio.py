@@ -211,16 +211,17 @@ def survey(path: Path, longest_s: float | None = None) -> Survey:
         rate, claimed = context.sample_rate, _claimed_s(path, container, stream)
         kind = container.format.name
     losses, channels, meter = Losses(), _ChannelPowers(), LevelMeter(rate or SAMPLE_RATE)
-    length, end = Fraction(0), Fraction(0)
+    counts: dict[int, int] = {}  # samples of each rate; a few broadcasts change it on the way
+    end_s = 0.0
     for frame, planes in _decoded(path, losses):
         mixed = Mix().apply(frame, planes)
         channels.add(frame, planes, mixed)
         meter.add(mixed)
-        length += Fraction(frame.samples, frame.sample_rate)
-        if longest_s is not None and length > longest_s:
+        counts[frame.sample_rate] = counts.get(frame.sample_rate, 0) + frame.samples
+        if longest_s is not None and counts[frame.sample_rate] > longest_s * frame.sample_rate:
             raise UserError(f"expected at most {longest_s:g} s of sound, got more: cut it")
-        start = seconds(frame.pts, frame.time_base)
-        end = max(end + Fraction(frame.samples, frame.sample_rate), start or Fraction(0))
+        end_s = frame.time if frame.time is not None else end_s
+    length = sum((Fraction(count, rate) for rate, count in counts.items()), Fraction(0))
     if not length:
         raise UserError(_nothing(path, losses))
     notes = []
@@ -238,7 +239,7 @@ def survey(path: Path, longest_s: float | None = None) -> Survey:
             f"{losses.seconds:.1f} s of the sound from {losses.first_s or 0:.1f} s on cannot be "
             "decoded and are left out"
         )
-    if claimed is not None and max(end, length) < claimed - Fraction(15, 100) - claimed / 1000:
+    if claimed is not None and max(end_s, length) < 0.999 * float(claimed) - 0.15:
         notes.append(
             f"its header says {float(claimed):.1f} s, and {float(length):.1f} s are there: the "
             "rest is missing"

@@ -25,6 +25,7 @@ _SPEECH_RANGE_DB = 10.0  # speech swings by more than this between sounds and pa
 _LOUD_PERCENTILE, _PAUSE_PERCENTILE = 95.0, 10.0
 _FLOOR_DB, _TOP_DB = -120, 30
 _CLIPPED_SHARE = 0.01
+_BATCH_WINDOWS = 100
 _CLIPPED_FROM = 0.999
 
 
@@ -34,34 +35,55 @@ class LevelMeter:
     The result does not depend on how the sound was cut.
 
     Attributes:
-        peak: largest magnitude so far.
         num_samples: samples so far.
-        num_clipped: samples at full scale or beyond.
 
     Args:
         sample_rate: of the sound, in Hz.
     """
 
     def __init__(self, sample_rate: int = SAMPLE_RATE) -> None:
-        self.peak = 0.0
-        self.num_samples = self.num_clipped = 0
+        self.num_samples = 0
+        self._peak, self._num_clipped, self._num_looked = 0.0, 0, 0
         self._window = max(1, sample_rate // FPS)
-        self._rest = np.zeros(0, np.float32)
+        self._waiting: list[NDArray[np.float32]] = []
+        self._num_waiting = 0
         self._counts = np.zeros(_TOP_DB - _FLOOR_DB + 1, np.int64)
 
     def add(self, samples: NDArray[np.float32]) -> None:
         """Take in samples (n,), float32."""
-        if not len(samples):
-            return
-        size = np.abs(samples)
-        self.peak = max(self.peak, float(size.max()))
         self.num_samples += len(samples)
-        self.num_clipped += int((size >= _CLIPPED_FROM).sum())
-        waiting = np.concatenate([self._rest, samples])
+        self._waiting.append(samples)
+        self._num_waiting += len(samples)
+        if self._num_waiting > _BATCH_WINDOWS * self._window:  # one look at many is cheaper
+            self._look()
+
+    def _look(self) -> None:
+        """Measure what waits, but for the beginning of a window."""
+        if not self._num_waiting:
+            return
+        waiting = np.concatenate(self._waiting)
+        new = waiting[self._num_looked :]
+        if len(new):
+            size = np.abs(new)
+            self._peak = max(self._peak, float(size.max()))
+            self._num_clipped += int((size >= _CLIPPED_FROM).sum())
         whole = len(waiting) // self._window * self._window
-        self._rest = waiting[whole:].copy()
+        rest = waiting[whole:].copy()
+        self._waiting, self._num_waiting, self._num_looked = [rest], len(rest), len(rest)
         if whole:
             self._count(waiting[:whole].reshape(-1, self._window))
+
+    @property
+    def peak(self) -> float:
+        """Largest magnitude so far."""
+        self._look()
+        return self._peak
+
+    @property
+    def num_clipped(self) -> int:
+        """Samples at full scale or beyond, so far."""
+        self._look()
+        return self._num_clipped
 
     def _count(self, windows: NDArray[np.float32]) -> None:
         power = np.square(windows, dtype=np.float64).mean(axis=1)
@@ -73,6 +95,7 @@ class LevelMeter:
         """RMS of 40 ms stretches in dB of full scale, to 1 dB: ``percentile`` of them are not
         louder. -120 before the first 40 ms.
         """
+        self._look()
         total = int(self._counts.sum())
         if not total:
             return float(_FLOOR_DB)

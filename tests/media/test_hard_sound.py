@@ -277,6 +277,6 @@ def test_unknown_codecs_are_one_line(tmp_path: Path, tag: int, bits: int) -> Non
     if (tag, bits) in READABLE:
         assert open_speech(tmp_path / "a.wav").num_samples
         return
-    with pytest.raises(UserError, match="a.wav") as info:
+    with pytest.raises(UserError, match=r"a\.wav") as info:
         open_speech(tmp_path / "a.wav")
     assert "\n" not in str(info.value)
