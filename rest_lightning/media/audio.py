@@ -259,7 +259,7 @@ def _open(path: Path) -> av.container.InputContainer:
         container = open_media(path)
     except MediaError as error:
         raise UserError(
-            f"expected speech ({_KINDS}), but {path} cannot be read ({error}): "
+            f"expected speech ({_KINDS}), but {path} cannot be read ({error.reason}): "
             f"it is truncated or something else; copy or export it again; {_RAW}"
         ) from None
     if sound_stream(container) is not None:

@@ -34,7 +34,18 @@ HEADERLESS = (
 
 
 class MediaError(UserError):
-    """A file that FFmpeg cannot read; the message is FFmpeg's reason in a few words."""
+    """A file that FFmpeg cannot read.
+
+    Attributes:
+        reason: FFmpeg's, in a few words.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], reason: str) -> None:
+        super().__init__(
+            f"{os.fspath(path)}: expected sound or video, got a file that cannot be read "
+            f"({reason}): copy or export it again"
+        )
+        self.reason = reason
 
 
 @dataclass
@@ -77,7 +88,7 @@ def open_media(path: str | os.PathLike[str]) -> InputContainer:
     try:
         return av.open(f"file:{os.fspath(path)}", options=options, metadata_errors="ignore")
     except (av.FFmpegError, OSError, ValueError, MemoryError) as error:
-        raise MediaError(reason_of(error)) from None
+        raise MediaError(path, reason_of(error)) from None
 
 
 @cache
@@ -137,6 +148,60 @@ def keeps_its_promises(path: str | os.PathLike[str]) -> bool:
             return bool(num_packets == stream.frames)
     except (MediaError, av.FFmpegError, ValueError, MemoryError):
         return False
+
+
+def deinterlaced(frames: Iterator[Any]) -> Iterator[Any]:
+    """Frames of a video, interlaced ones (both fields in one frame) made whole by bwdif; frames of
+    progressive video are handed on as they are.
+    """
+    graph: Any = None
+    shape: tuple[Any, ...] = ()
+    for frame in frames:
+        now = (frame.width, frame.height, frame.format.name)
+        if graph is not None and now != shape:
+            yield from _pulled(graph, None)
+            graph = None
+        if graph is None and frame.interlaced_frame:
+            graph, shape = _deinterlacer(frame), now
+        if graph is None:
+            yield frame
+        else:
+            yield from _pulled(graph, frame)
+    if graph is not None:
+        yield from _pulled(graph, None)
+
+
+def _deinterlacer(frame: Any) -> Any:
+    graph = av.filter.Graph()
+    source = graph.add_buffer(
+        width=frame.width,
+        height=frame.height,
+        format=frame.format,
+        name="in",
+        time_base=frame.time_base or Fraction(1, 90_000),
+    )
+    bwdif, sink = graph.add("bwdif", "mode=send_frame:deint=interlaced"), graph.add("buffersink")
+    source.link_to(bwdif)
+    bwdif.link_to(sink)
+    graph.configure()
+    return graph
+
+
+def _pulled(graph: Any, frame: Any) -> Iterator[Any]:
+    graph.push(frame)
+    while True:
+        try:
+            yield graph.pull()
+        except (av.BlockingIOError, av.EOFError):
+            return
+
+
+def wide_colours(frame: Any) -> str | None:
+    """Name of the colours of a frame that an 8-bit sRGB picture cannot show as they are: HDR (HLG,
+    PQ) and BT.2020; None for all others.
+    """
+    transfer = {16: "HDR (PQ)", 18: "HDR (HLG)"}.get(int(frame.color_trc))
+    return transfer or ("BT.2020" if int(frame.color_primaries) == 9 else None)
 
 
 def decode_what_is_there(

@@ -165,6 +165,8 @@ def read_clip_audio(path: PathLike, num_frames: int) -> Samples:
             if low < high:
                 samples[low:high] = block[low - start : high - start]
             num_decoded += len(block)
+    except MediaError as error:
+        raise _broken(name, "decodable audio", error.reason) from None
     except UserError:
         raise
     except Exception as error:
@@ -186,7 +188,7 @@ def first_picture_s(path: PathLike) -> Fraction:
             start = None if stream is None else seconds(stream.start_time, stream.time_base)
             return start or Fraction(0)
     except MediaError as error:
-        raise _broken(os.fspath(path), "a readable video", error) from None
+        raise _broken(os.fspath(path), "a readable video", error.reason) from None
 
 
 def _check_clip_audio(name: str) -> Fraction:

@@ -22,11 +22,13 @@ from rest_lightning.errors import UserError
 from rest_lightning.media.audio import BACK_S
 from rest_lightning.media.container import (
     MediaError,
+    deinterlaced,
     open_media,
     picture_stream,
     quarter_turns,
     reason_of,
     seconds,
+    wide_colours,
 )
 from rest_lightning.media.faces import Picture
 
@@ -127,6 +129,13 @@ def probe(path: Path, min_fps: float = 0.0) -> Probe:
                 "decode",
                 ("expected frames, got none that can be decoded: the file is damaged or empty"),
             )
+        colours = wide_colours(first)
+        if colours is not None:
+            raise SourceError(
+                "probe",
+                f"expected colours of SDR video (BT.709 or BT.601), got {colours}: convert it, "
+                "for example with FFmpeg's zscale and tonemap",
+            )
         rotation = 90 * quarter_turns(first)
         aspect = stream.sample_aspect_ratio or Fraction(1)
         aspect = aspect if Fraction(1, 10) <= aspect <= 10 else Fraction(1)
@@ -170,7 +179,7 @@ class FrameStream:
             index, last = 0, Fraction(0)
             shown: VideoFrame | None = None
             clock = _Clock(usual, self.max_gap + _SPF)
-            for time, frame in clock.timed(decoded(container, stream, damage)):
+            for time, frame in clock.timed(deinterlaced(decoded(container, stream, damage))):
                 if shown is not None:
                     hole = time - last > self.max_gap
                     yield from self._repeat(shown, index, last + usual if hole else time)
@@ -276,7 +285,7 @@ def open_container(path: Path) -> Any:
     except MediaError as error:
         raise SourceError(
             "probe",
-            f"expected a video, got '{error}': the file is damaged or another kind",
+            f"expected a video, got '{error.reason}': the file is damaged or another kind",
         ) from None
 
 

@@ -16,6 +16,7 @@ from fractions import Fraction
 from importlib.util import find_spec
 from pathlib import Path
 
+import av
 import numpy as np
 from numpy.typing import NDArray
 
@@ -31,7 +32,7 @@ from rest_lightning.data.preparation.frames import (
 )
 from rest_lightning.data.preparation.options import FINISHING, PrepareOptions
 from rest_lightning.data.preparation.rows import Row, sort_rows
-from rest_lightning.data.preparation.scenes import scene_cuts, small_picture
+from rest_lightning.data.preparation.scenes import FaceChanges, scene_cuts, small_picture
 from rest_lightning.data.preparation.sound import decode_sound, read_sound
 from rest_lightning.data.preparation.tracks import (
     FIELDS,
@@ -47,7 +48,7 @@ from rest_lightning.media.container import reason_of
 from rest_lightning.media.faces import Box, FaceDetector, HandFinder, make_detector
 from rest_lightning.media.files import is_disk_full, rounded, write_text_atomic
 
-PREPARE_VERSION = 1
+PREPARE_VERSION = 2
 """Raised whenever the same video and options give other clips than before."""
 
 _NAME_CHARS = 48  # of a video's name in the names of its clips
@@ -89,20 +90,17 @@ def prepare_video(path: Path, root: Path, out: Path, options: PrepareOptions) ->
     except UserError:
         raise
     except (Exception, MemoryError) as error:  # one broken video never stops the run
-        if is_disk_full(error) or isinstance(error, OSError):
+        # FFmpeg's errors are OSErrors too: what it refuses inside a video is that video's fault.
+        is_writing = isinstance(error, OSError) and not isinstance(error, av.FFmpegError)
+        if is_disk_full(error) or is_writing:
             raise UserError(
                 f"expected to write {out}, got '{reason_of(error)}': free some space"
             ) from error
         remove_clips(out, key)
-        rows = [
-            Row(
-                source,
-                None,
-                "failed",
-                "decode",
-                (f"unexpected {type(error).__name__}: {reason_of(error)}"),
-            )
-        ]
+        reason = f"unexpected {type(error).__name__}: {reason_of(error)}"
+        if isinstance(error, av.FFmpegError):
+            reason = f"expected a video that FFmpeg converts, got '{reason_of(error)}'"
+        rows = [Row(source, None, "failed", "decode", reason)]
     write_record(out, key, stamp, rows)
     return rows
 
@@ -247,12 +245,14 @@ class _Preparation:
         numbers, values, differences, indices = array("q"), array("f"), array("f"), array("q")
         stream = FrameStream(self.path, header, options.max_gap_s)
         last: NDArray[np.float32] | None = None
+        face_changes = FaceChanges()
         found: list[NDArray[np.float32]] = []
         with self._detector() as detector:
             for frame in stream:
                 indices.append(frame.index)
                 if frame.is_repeat and last is not None:
                     differences.append(0.0)
+                    face_changes.repeat()
                 else:
                     picture = frame.picture(*size)
                     small = small_picture(picture)
@@ -261,6 +261,7 @@ class _Preparation:
                     if detector is not None:
                         faces = detector.detect(picture, frame.index / FPS)
                         found = [face_values(face, scale_x) for face in faces]
+                        face_changes.add(picture, [face.box for face in faces])
                 for face in found:
                     numbers.append(frame.index)
                     values.extend(face.tolist())
@@ -268,6 +269,7 @@ class _Preparation:
         cuts = scene_cuts(
             np.frombuffer(differences, np.float32), options.scene_threshold, options.scene_ratio
         )
+        cuts = np.union1d(cuts, face_changes.cuts(options.scene_threshold, options.scene_ratio))
         holes = np.flatnonzero(np.diff(placed) > 1) + 1
         breaks = placed[np.union1d(cuts, holes).astype(np.int64)]
         seen = Seen(
