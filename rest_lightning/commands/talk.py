@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 import numpy as np
 
 from rest_lightning.constants import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME, TEMPORAL_RATIO
-from rest_lightning.errors import UserError
+from rest_lightning.errors import UserError, note
 from rest_lightning.media.files import check_output
 
 if TYPE_CHECKING:
@@ -190,6 +190,8 @@ def talk(options: TalkOptions) -> StreamReport:
         for note in found.notes:
             print(f"note: {note}", file=sys.stderr)
     speech = open_speech(options.speech, stdin=options.stdin)
+    for line in speech.notes:
+        note(line)
     from rest_lightning.talking_head import ModelOptions
 
     model = ModelOptions(
@@ -258,6 +260,9 @@ def _stream(
                     background.close()
                 session.clock.stop()
         report = session.report()
+        if speech.pipe is not None:
+            for line in session.level.notes():
+                note(line)
         report.configuration["writing_thread"] = background.threaded
         report.configuration["writing_thread_s"] = round(background.busy_s, 3)
     except KeyboardInterrupt:

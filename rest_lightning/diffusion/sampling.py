@@ -4,7 +4,6 @@ sampled.
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -123,6 +122,9 @@ class Guidance:
         return split_guidance(v_none, v_ref[0], v_full, self.reference_weight, self.weight)
 
 
+_MAX_STEPS, _MAX_GUIDANCE, _MAX_SHIFT = 1000, 100.0, 1000.0
+
+
 @dataclass
 class Sampling:
     """How a model wants to be sampled; the defaults of ``open``.
@@ -139,8 +141,8 @@ class Sampling:
             None: ``num_steps``.
 
     Raises:
-        UserError: no step, a weight that is not finite, a shift that is not positive, or a
-            ``table_steps`` that ``num_steps`` does not divide.
+        UserError: steps outside 1 to 1000, a weight beyond 100 or not finite, a shift outside
+            0.001 to 1000, or a ``table_steps`` that ``num_steps`` does not divide.
     """
 
     num_steps: int = 8
@@ -150,19 +152,21 @@ class Sampling:
     table_steps: int | None = None
 
     def __post_init__(self) -> None:
-        if self.num_steps < 1:
+        if not 1 <= self.num_steps <= _MAX_STEPS:
             raise UserError(
-                f"expected at least 1 denoising step, got {self.num_steps}: 8 is the paper's choice"
+                f"expected 1 to {_MAX_STEPS} denoising steps (at least 1), got {self.num_steps}: 8 "
+                "is the paper's choice"
             )
         for name in ("guidance", "reference_guidance"):
-            if not math.isfinite(getattr(self, name)):
+            if not abs(getattr(self, name)) <= _MAX_GUIDANCE:  # NaN too
                 raise UserError(
-                    f"expected a finite {name}, got {getattr(self, name)}: READ's are 6 and 2"
+                    f"expected a finite {name} of at most {_MAX_GUIDANCE:g}, got "
+                    f"{getattr(self, name)}: READ's are 6 and 2"
                 )
-        if self.shift is not None and not 0.0 < self.shift < math.inf:
+        if self.shift is not None and not 1 / _MAX_SHIFT <= self.shift <= _MAX_SHIFT:
             raise UserError(
-                f"expected a positive shift of the sigma table, got {self.shift}: 1 "
-                "leaves it straight"
+                f"expected a positive shift of the sigma table ({1 / _MAX_SHIFT:g} to "
+                f"{_MAX_SHIFT:g}), got {self.shift}: 1 leaves it straight"
             )
         if self.table_steps is not None and self.table_steps % self.num_steps:
             raise UserError(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import numpy as np
 import torch
 
-from rest_lightning.constants import SAMPLE_RATE
+from rest_lightning.constants import FPS, SAMPLE_RATE
 from rest_lightning.errors import UserError
 from rest_lightning.streaming.device import Frames, Pending
 from rest_lightning.streaming.engine import (
@@ -25,6 +25,7 @@ from rest_lightning.streaming.engine import (
 )
 from rest_lightning.streaming.report import StreamClock, StreamReport
 from rest_lightning.streaming.session import (
+    NotFiniteError,
     Row,
     RowState,
     Samples,
@@ -127,9 +128,9 @@ class BatchSession:
         self.clock = StreamClock()
         self.configuration = describe(model, self._sampling, self._options) | {"num_rows": num_rows}
         self._closed = False
-        self._in_lanes: tuple[
-            int, ...
-        ] = ()  # the rows whose state is in the lanes, newer than their own
+        self._failed: dict[int, NotFiniteError] = {}
+        # The rows whose state is in the lanes, newer than their own.
+        self._in_lanes: tuple[int, ...] = ()
         with explain_out_of_memory(model, num_rows, self._sampling), self.clock.paused():
             first = StreamState(Tables(model, self._sampling, self._options), 1)
             # Any portrait tells how much a decoder remembers.
@@ -182,6 +183,7 @@ class BatchSession:
         reference = as_reference(portrait, self.model.size_px)
         self._settle([row])
         self._members[row] = None
+        self._failed.pop(row, None)
         with explain_out_of_memory(self.model, self.num_rows, self._sampling):
             self._members[row] = _Member(Row(self._widest, reference, seed, self._places[row]))
 
@@ -294,7 +296,9 @@ class BatchSession:
                 ``silence`` in place of what is missing, so that they go on moving.
 
         Returns:
-            Frames (n, H, W, 3) of the rows that were computed; nothing when none was ready.
+            Frames (n, H, W, 3) of the rows that were computed; nothing when none was ready. A row
+            whose frames are not finite has ended without them: the next call for it raises
+            :class:`~rest_lightning.streaming.session.NotFiniteError`.
         """
         self._check_open()
         if idle not in ("wait", "silence"):
@@ -312,16 +316,24 @@ class BatchSession:
         for rows in groups.values():
             pending, counts = self._launch(rows)
             computed = pending.frames()
-            frames |= {
-                row: computed[lane, :count]
-                for lane, (row, count) in enumerate(zip(rows, counts, strict=True))
-            }
+            for lane, (row, count) in enumerate(zip(rows, counts, strict=True)):
+                if pending.finite[lane]:
+                    frames[row] = computed[lane, :count]
+                else:
+                    self._give_up(row, count)
         if frames:
             self.clock.end_chunk(sum(map(len, frames.values())))
         for row in frames:
             self._member(row).top_up()
             self._release(row)
         return dict(sorted(frames.items()))
+
+    def _give_up(self, row: int, num_frames: int) -> None:
+        """End a row whose frames are no numbers; the others go on."""
+        at_s = (self._member(row).row.num_frames - num_frames) / FPS
+        self._settle([row])
+        self._members[row] = None
+        self._failed[row] = NotFiniteError(at_s)
 
     def _launch(self, rows: Sequence[int]) -> tuple[Pending, list[int]]:
         """Queue one chunk of rows that are alike in length; how many of each row's frames are to be
@@ -453,6 +465,8 @@ class BatchSession:
     def _member(self, row: int) -> _Member:
         self._check(row)
         member = self._members[row]
+        if member is None and row in self._failed:
+            raise self._failed[row]
         if member is None:
             raise UserError(
                 f"expected a row in use, but row {row} was not started or has ended: call "

@@ -556,9 +556,8 @@ class ChunkEngine:
                 Tables(model, sampling, self.options), batch, self._stage
             )
             self._static = widest.static(batch) if widest is not None else self._allocate()
-            self._noise, self._speech, self._latents, self._decoder_input, self._frames = (
-                self._static
-            )
+            self._noise, self._speech, self._latents, self._decoder_input, *shown = self._static
+            self._frames, self._finite = shown
             overlaps = model.device.type == "cuda" and self.options.overlap
             way: Device | Host = (
                 Device(model.device, self._frames.shape) if overlaps and widest is None else Host()
@@ -576,7 +575,7 @@ class ChunkEngine:
 
     def _allocate(self) -> tuple[Tensor, ...]:
         """Inputs and outputs of the two programs: noise, speech latents, latents, the decoder's own
-        latents, frames.
+        latents, frames, and which rows' frames are finite.
         """
         model = self.model
         speech = (
@@ -591,7 +590,9 @@ class ChunkEngine:
             inputs = [
                 torch.zeros(shape, device=model.device, dtype=model.dtype) for shape in shapes
             ]
-            return *inputs, torch.zeros(frames, device=model.device, dtype=torch.uint8)
+            shown = torch.zeros(frames, device=model.device, dtype=torch.uint8)
+            finite = torch.ones(self.batch, device=model.device, dtype=torch.bool)
+            return *inputs, shown, finite
 
     def static(self, batch: int) -> tuple[Tensor, ...]:
         """Inputs and outputs of the first ``batch`` streams."""
@@ -722,7 +723,7 @@ class ChunkEngine:
                 self._decoder_input[:, :, :num_latents].copy_, self._latents[:, :, :num_latents]
             )
             return self._way.launch(
-                take, partial(self._decode, num_latents), self._frames, num_frames
+                take, partial(self._decode, num_latents), self._frames, num_frames, self._finite
             )
 
     def denoise(self, noise: Tensor, speech_latents: Tensor) -> Tensor:
@@ -785,6 +786,8 @@ class ChunkEngine:
             frames = vae.decode_chunk(latents, decoder)
             if self.tables.detail is not None:
                 frames = self.tables.detail(frames, decoder)
+            # A sum is not finite where one of its terms is not: no copy, no wait for the device.
+            self._finite.copy_(frames.sum(dim=(1, 2, 3, 4), dtype=torch.float32).isfinite())
             to_uint8(frames, self._frames[:, : frames.shape[2]])
 
         with self._stage("vae"):

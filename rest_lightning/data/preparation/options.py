@@ -57,6 +57,8 @@ class PrepareOptions:
         min_sharpness: filter ``blur``: variance of the Laplacian of the grey face at 64x64, median.
         max_flow: filter ``motion``: mean optical flow per frame, in percent of the side, 95th
             percentile.
+        max_still_s: filter ``still``: longest stretch without any movement in the crop, in seconds
+            (a frozen picture, a photograph under speech).
         min_brightness: filter ``dark``: mean luma of the crop, 0 to 1.
         max_hands: filter ``hands``: share of looked-at frames with a hand over the face.
         max_text: filter ``text``: share of looked-at frames with a line of text in the lower third.
@@ -69,7 +71,8 @@ class PrepareOptions:
         min_sync_confidence: below it the offset means nothing, and the filter ``sync`` drops the
             clip.
         look_every_frames: hands and text are looked for in every so many frames.
-        max_duplicate_distance: bits in which two hashes of duplicates may differ.
+        max_duplicate_distance: bits in which two hashes of duplicates may differ, 0 to 32; None
+            keeps duplicates.
         keep_dropped: write the clips that a filter drops too; they stay out of manifest.jsonl.
         identity_rule, identity_map, val_fraction, test_fraction: who is seen, and the splits.
     """
@@ -96,6 +99,7 @@ class PrepareOptions:
     max_profile: float | None = 0.5
     min_sharpness: float | None = 30.0
     max_flow: float | None = 4.0
+    max_still_s: float | None = 3.0
     min_brightness: float | None = 0.12
     max_hands: float | None = 0.1
     max_text: float | None = 0.3
@@ -105,7 +109,7 @@ class PrepareOptions:
     max_offset_frames: float | None = 3.0
     min_sync_confidence: float | None = None
     look_every_frames: int = 5
-    max_duplicate_distance: int = 6
+    max_duplicate_distance: int | None = 6
     keep_dropped: bool = False
     identity_rule: Literal["auto", "hdtf", "mead", "file"] = "auto"
     identity_map: str | None = None
@@ -154,6 +158,12 @@ class PrepareOptions:
                 raise UserError(
                     f"expected {name} of at least 0, got {getattr(self, name)}: leave it out"
                 )
+        bits = self.max_duplicate_distance
+        if bits is not None and not 0 <= bits <= 32:
+            raise UserError(
+                f"expected max_duplicate_distance of 0 to 32 bits, got {bits}: null keeps "
+                "duplicates, 6 is the default"
+            )
         if (
             self.val_fraction < 0
             or self.test_fraction < 0
