@@ -5,9 +5,9 @@ The line above a fence is its mark:
     <!-- test: NAME -->          the block is run; `<!-- test: NAME, slow -->` with the slow tests
     <!-- not run: REASON -->     it is not, for this reason
 
-Blocks of make commands need none: their targets are looked up. Fences of ``text`` hold no code. Shell
-blocks run line by line in a copy of the folder that a reader has, a checkout, and Python blocks run
-there as they stand. :data:`TINY` makes long commands short.
+Blocks of make commands need none: their targets are looked up. Fences of ``text`` hold no code.
+Shell blocks run line by line in a copy of the folder that a reader has, a checkout; Python blocks
+run there as they stand. :data:`TINY` makes long commands short.
 """
 
 from __future__ import annotations
@@ -240,9 +240,8 @@ def test_links_lead_to_files(path: Path) -> None:
         target = (path.parent / file).resolve() if file else path
         if target.relative_to(ROOT).as_posix() in PENDING_LINKS and not target.exists():
             continue
-        if not target.exists():
-            missing.append(link)
-        elif anchor and target.suffix == ".md" and anchor not in anchors_of(target):
+        is_page = target.exists() and target.suffix == ".md"
+        if not target.exists() or (anchor and is_page and anchor not in anchors_of(target)):
             missing.append(link)
     assert not missing, f"{path.name} points to what is not there: {missing}"
 
@@ -285,8 +284,10 @@ def test_site_builds_strictly(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for page in tmp_path.rglob("*.html"):
-        loaded = re.findall(r"<(?:script|link|img)[^>]*(?:src|href)=\"(https?://[^\"]+)", page.read_text())
-        outside = [address for address in loaded if "rel=\"canonical\"" not in address]
+        loaded = re.findall(
+            r"<(?:script|link|img)[^>]*(?:src|href)=\"(https?://[^\"]+)", page.read_text()
+        )
+        outside = [address for address in loaded if 'rel="canonical"' not in address]
         assert not outside, f"{page.name} loads {outside}"
 
 
