@@ -14,7 +14,7 @@ TYPES := build/typecheck
 TYPED := $(patsubst %/,%,$(sort $(dir $(wildcard tests/*.py benchmarks/*.py tools/*.py))))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-agents lint format train-embedded bench clean distclean
+.PHONY: help demo test test-slow test-agents lint format docs train-embedded bench clean distclean
 
 help:  ## list the targets
 	@echo "usage: make TARGET [PYTHON=$(PYTHON)] [VENV=$(VENV)]"
@@ -44,6 +44,10 @@ lint: $(VENV)/.stamp-test  ## ruff and mypy over the whole tree
 format: $(VENV)/.stamp-test  ## format the code, sort imports and apply ruff's safe fixes
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(VENV)/.stamp-docs  ## build the documentation site into build/site, strictly and without network
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "open build/site/index.html"
 
 train-embedded: $(VENV)/.stamp-test  ## train all stages of the embedded model (BUDGET_MIN=100), resumable
 	$(TRAIN_ENV) $(BIN)/rest train-embedded --budget-min $(BUDGET_MIN)
@@ -81,7 +85,11 @@ $(AGENTS_VENV)/.stamp: pyproject.toml constraints.txt
 	@$(AGENTS_VENV)/bin/python -m pip --disable-pip-version-check install --progress-bar off -q -c $(AGENTS_VENV)/constraints.txt -e '.[test-agents]'
 	@touch $@
 
+$(VENV)/.stamp-docs: $(VENV)/.stamp-venv pyproject.toml constraints.txt
+	@$(PIP) -e '.[docs]'
+	@touch $@
+
 $(VENV)/.stamp-test: $(VENV)/.stamp-venv pyproject.toml constraints.txt
 	@echo "installing rest_lightning with its test tools into $(VENV) (about 2 minutes the first time)"
 	@$(PIP) -e '.[test]'
-	@touch $@ $(VENV)/.stamp-run
+	@touch $@ $(VENV)/.stamp-run $(VENV)/.stamp-docs

@@ -4,7 +4,7 @@ compression).
 
 from __future__ import annotations
 
-VERSION = "0.1.0"  # of the package; pyproject.toml names the same
+VERSION = "0.2.0"  # of the package; pyproject.toml names the same
 FPS = 25
 SAMPLE_RATE = 16_000
 SAMPLES_PER_FRAME = SAMPLE_RATE // FPS
