@@ -2,8 +2,8 @@
 
 * ``callbacks/`` lies at the top level and is imported as ``rest_lightning.callbacks``: links put it
   there for Griffe, which reads files without importing them.
-* Links from a page to a file outside ``docs/`` become links to the repository, where ``repo_url`` is
-  set, and plain text elsewhere.
+* Links from a page to a file outside ``docs/`` become links to the repository, where ``repo_url``
+  is set, and plain text elsewhere.
 * Roles in docstrings such as ``:class:`A2VDiT``` become code.
 """
 

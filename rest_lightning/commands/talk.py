@@ -303,17 +303,12 @@ def _console(options: TalkOptions) -> Console:
 
 
 def _draw_sheet(portrait: np.ndarray, report: StreamReport, options: TalkOptions) -> None:
+    from rest_lightning.media.face_models import mouth_openings
     from rest_lightning.media.sheet import draw_contact_sheet
-    from rest_lightning.metrics.mouth import mouth_opening, shipped_estimator
 
     assert options.sheet is not None
-    try:
-        shipped_estimator()
-        measure = mouth_opening
-    except UserError as error:
-        print(f"note: the contact sheet has no mouth opening: {error}", file=sys.stderr)
-        measure = None
-    draw_contact_sheet(options.sheet, options.out, portrait, measure, figures=sheet_figures(report))
+    figures = sheet_figures(report)
+    draw_contact_sheet(options.sheet, options.out, portrait, mouth_openings, figures=figures)
 
 
 def sheet_figures(report: StreamReport) -> dict[str, str]:
