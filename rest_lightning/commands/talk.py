@@ -376,9 +376,9 @@ def _crop(text: str) -> Any:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def positive(text: str) -> int:
+def positive(text: str | int) -> int:
     """Returns a number of at least 1, as argparse reads it."""
-    if not text.isdecimal() or int(text) < 1:
+    if not str(text).isdecimal() or int(text) < 1:  # the parser checks numbers of its own, too
         raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text!r}")
     return int(text)
 
