@@ -41,8 +41,8 @@ format: $(VENV)/.stamp-test  ## format the code, sort imports and apply ruff's s
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-train-embedded: $(VENV)/.stamp-test  ## train all stages of the embedded model (BUDGET_MIN=100), resumable
-	$(TRAIN_ENV) $(BIN)/rest train-embedded --budget-min $(BUDGET_MIN)
+train-embedded: $(VENV)/.stamp-test  ## train all stages of the embedded model (BUDGET_MIN=100 PORTRAITS=... DRIVERS=...), resumable
+	$(TRAIN_ENV) $(BIN)/rest train-embedded --budget-min $(BUDGET_MIN) $(addprefix --portraits ,$(PORTRAITS)) $(addprefix --drivers ,$(DRIVERS))
 
 # asd.py and training_curves.py read a training run (make train-embedded), which a fresh checkout does not have; live.py
 # needs a Chromium and the extra `serve`.
