@@ -49,8 +49,8 @@ docs: $(VENV)/.stamp-docs  ## build the documentation site into build/site, stri
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 	@echo "open build/site/index.html"
 
-train-embedded: $(VENV)/.stamp-test  ## train all stages of the embedded model (BUDGET_MIN=100), resumable
-	$(TRAIN_ENV) $(BIN)/rest train-embedded --budget-min $(BUDGET_MIN)
+train-embedded: $(VENV)/.stamp-test  ## train all stages of the embedded model (BUDGET_MIN=100 PORTRAITS=... DRIVERS=...), resumable
+	$(TRAIN_ENV) $(BIN)/rest train-embedded --budget-min $(BUDGET_MIN) $(addprefix --portraits ,$(PORTRAITS)) $(addprefix --drivers ,$(DRIVERS))
 
 # asd.py and training_curves.py read a training run (make train-embedded), which a fresh checkout does not have; live.py
 # needs a Chromium and the extra `serve`; gpu_job.py needs a GPU, or is rehearsed by a test.
