@@ -20,6 +20,7 @@ from rest_lightning.diffusion.sampling import (
     Guidance,
     Sampling,
     SamplingChanges,
+    euler_step,
     integrate,
     warn_of_unseen_levels,
 )

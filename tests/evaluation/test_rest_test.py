@@ -418,6 +418,7 @@ def test_protocols_of_the_repository(name: str, repository: Path) -> None:
     num_frames = content["data"]["num_frames"]
     assert num_frames % 8 == 1 and num_frames >= protocol.num_frames
     assert content["model"]["class_path"] == "rest_lightning.tasks.predict.EvaluateModule"
+    assert name != "rest-hdtf" or read_protocol("read-hdtf") == protocol  # READ's row, beside it
     if name.startswith("rest-"):  # REST's 121 frames: the reference, which is given, and 5 chunks
         assert (num_frames, protocol.num_frames) == (121, 5 * 24)
         assert content["model"]["init_args"]["dtype"] == "bfloat16"  # a model of paper size
