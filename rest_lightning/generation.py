@@ -4,6 +4,7 @@ for a teacher.
 
 from __future__ import annotations
 
+import itertools
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -19,6 +20,7 @@ from rest_lightning.diffusion.sampling import (
     Guidance,
     Sampling,
     SamplingChanges,
+    euler_step,
     integrate,
     warn_of_unseen_levels,
 )
@@ -131,6 +133,7 @@ class Whole(Generator):
     """A teacher: all latents of a clip at once, with full attention, on the session's clock.
 
     Internal frame 0 is the portrait with one frame of silence before the speech, as in a session.
+    With ``clip_latents`` clips of that length overlap, see :func:`generate_overlapping`.
     """
 
     mode = "whole clip"
@@ -144,8 +147,17 @@ class Whole(Generator):
         sampling: Sampling,
         seed: int = 0,
         size_px: int | None = None,
+        clip_latents: int | None = None,
     ) -> None:
         super().__init__(sampling, seed, transformer.cache_options.chunk_length)
+        self.clip_latents = clip_latents
+        if clip_latents is not None:
+            if clip_latents < 2:
+                raise UserError(
+                    f"expected clip_latents of at least 2 (a motion frame and a new one), got "
+                    f"{clip_latents}: use 12 (READ), or leave it out"
+                )
+            self.mode = f"clips of {clip_latents} latents, asynchronous"
         self.vae, self.speech_encoder, self.speech_ae, self.transformer = (
             vae,
             speech_encoder,
@@ -180,9 +192,11 @@ class Whole(Generator):
         sigmas = self.sampling.sigmas(num_tokens)
         warn_of_unseen_levels(self.sampling, num_tokens, self.transformer.lowest_sigma)
         with torch.autocast(device.type, self._dtype, enabled=self._dtype != torch.float32):
-            clip = generate_clip(
-                self.transformer, reference, speech_latents, noise, sigmas, self.sampling.branches
-            )
+            given = (reference, speech_latents, noise, sigmas, self.sampling.branches)
+            if self.clip_latents is None:
+                clip = generate_clip(self.transformer, *given)
+            else:
+                clip = generate_overlapping(self.transformer, *given, self.clip_latents)
         return to_uint8(self.vae.decode(clip))[0, 1 : 1 + num_frames].cpu().numpy()
 
 
@@ -191,6 +205,7 @@ def load_generator(
     vae: str | Path | None = None,
     sampling: SamplingChanges | None = None,
     seed: int = 0,
+    clip_latents: int | None = None,
 ) -> Generator:
     """The generator of a model folder, of a student's or a teacher's checkpoint, or of the embedded
     model.
@@ -201,9 +216,11 @@ def load_generator(
             frozen parts.
         sampling: changes of the model's own settings (for checkpoints: the paper's).
         seed: of the noise.
+        clip_latents: of a teacher: READ's overlapping clips of so many latents, see
+            :func:`generate_overlapping`; None: the whole clip at once.
 
     Raises:
-        UserError: no such model, or a checkpoint without a ``vae``.
+        UserError: no such model, a checkpoint without a ``vae``, or ``clip_latents`` for a student.
     """
     changes = sampling or SamplingChanges()
     if model is None or Path(model).is_dir():
@@ -211,6 +228,7 @@ def load_generator(
             raise UserError(
                 f"expected no vae beside a model folder, which has its own, got {vae}: leave it out"
             )
+        _refuse_clips(clip_latents)
         head = TalkingHead.from_pretrained(model)
         return Streamed(head, changes.of(head.sampling), seed)
     if vae is None and Path(model).is_file():
@@ -228,9 +246,24 @@ def load_generator(
     }
     settings = changes.of(Sampling())
     if transformer.config["attention"] == "chunked":
+        _refuse_clips(clip_latents)
         return Streamed(TalkingHead(**parts, sampling=settings), settings, seed)
-    generator = Whole(**parts, sampling=settings, seed=seed, size_px=_size_of(transformer))
+    generator = Whole(
+        **parts,
+        sampling=settings,
+        seed=seed,
+        size_px=_size_of(transformer),
+        clip_latents=clip_latents,
+    )
     return generator.requires_grad_(False).eval()
+
+
+def _refuse_clips(clip_latents: int | None) -> None:
+    if clip_latents is not None:
+        raise UserError(
+            f"expected a teacher's checkpoint with clip_latents, got {clip_latents} for a student, "
+            "which streams: leave it out"
+        )
 
 
 def describe_model(model: str | Path | None) -> dict[str, Any]:
@@ -272,6 +305,54 @@ def generate_clip(
         return guidance.combine(transformer(rows, levels, speech)[:, :, 1:])
 
     return torch.cat([reference_latent, integrate(velocity, noise[:, :, 1:], sigmas)], dim=2)
+
+
+@torch.no_grad()
+def generate_overlapping(
+    transformer: A2VDiT,
+    reference_latent: Tensor,
+    speech_latents: Tensor,
+    noise: Tensor,
+    sigmas: list[float],
+    guidance: Guidance,
+    clip_latents: int = 12,
+) -> Tensor:
+    """READ's asynchronous reverse process: clips of a teacher's own length, overlapping by one
+    latent frame, all of them denoised together.
+
+    The outer loop runs over Euler steps, the inner one over clips. The first frame of a clip, its
+    motion frame, is the last one of the clip before, which has taken this step already: so a clip
+    sees the levels (0, sigma_(s+1), sigma_s, ..., sigma_s) of READ's training (ANS). Nothing can be
+    shown before the last step: it does not stream.
+
+    Args:
+        transformer, reference_latent, speech_latents, noise, sigmas, guidance: see
+            :func:`generate_clip`.
+        clip_latents: frames of a clip behind the reference, at least 2; 12 is the training's.
+
+    Returns:
+        Latents (B, C, f, h, w), slot 0 the reference; for f - 1 <= ``clip_latents`` those of
+        :func:`generate_clip`.
+    """
+    num_frames = noise.shape[2] - 1
+    spans = [(0, min(clip_latents, num_frames))]
+    while spans[-1][1] < num_frames:
+        start = spans[-1][1] - 1
+        spans.append((start, min(start + clip_latents, num_frames)))
+    references, speech = guidance.references(reference_latent), guidance.speech(speech_latents)
+    sample = noise[:, :, 1:].clone()
+    for sigma, sigma_next in itertools.pairwise(sigmas):
+        for start, end in spans:
+            clip, num_motion = sample[:, :, start:end], int(start > 0)
+            rows = torch.cat([references, guidance.samples(clip)], dim=2)
+            levels = clip.new_full((rows.shape[0], rows.shape[2]), sigma)
+            levels[:, 0] = 0.0
+            levels[:, 1 : 1 + num_motion] = sigma_next
+            heard = torch.cat([speech[:, :1], speech[:, 1 + start : 1 + end]], dim=1)
+            velocity = guidance.combine(transformer(rows, levels, heard)[:, :, 1:])
+            moved = euler_step(clip, velocity, sigma, sigma_next)[:, :, num_motion:]
+            sample[:, :, start + num_motion : end] = moved
+    return torch.cat([reference_latent, sample], dim=2)
 
 
 def _fitted(portrait: Tensor, size_px: int) -> Tensor:

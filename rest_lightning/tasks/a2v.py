@@ -12,7 +12,11 @@ import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 
 from rest_lightning.diffusion.losses import flow_matching_loss
 from rest_lightning.diffusion.noise import (
@@ -50,9 +54,13 @@ BLOCK_METHODS = {
 }
 
 
-def shard(part: nn.Module, mesh: DeviceMesh) -> None:
+def shard(part: nn.Module, mesh: DeviceMesh, compute_dtype: torch.dtype | None = None) -> None:
     """Spread the parameters of a transformer or a SpeechAE over ``mesh``, in place; a second call
     does nothing.
+
+    With ``compute_dtype`` (bfloat16) weights are gathered in that type: half the traffic, and half
+    the memory of what is gathered. The shares and the sums of gradients stay float32. Inputs are
+    left alone: a noise level in bfloat16 would lose its last steps.
 
     The attentions and the feed-forward layer of each block are gathered one at a time; all that is
     small (norms, tables, embeddings) at once.
@@ -60,22 +68,27 @@ def shard(part: nn.Module, mesh: DeviceMesh) -> None:
     if type(part) not in (A2VDiT, SpeechAE):  # a sharded network has a class of its own
         return
     data_parallel = mesh[DATA_PARALLEL]
+    policy = MixedPrecisionPolicy(
+        param_dtype=compute_dtype,
+        reduce_dtype=None if compute_dtype is None else torch.float32,
+        cast_forward_inputs=False,
+    )
     if isinstance(part, SpeechAE):
         for (
             parameter
         ) in part.parameters():  # its convolutions lie channels-last, which FSDP2 does not take
             parameter.data = parameter.data.contiguous()
-        fully_shard(part, mesh=data_parallel)
+        fully_shard(part, mesh=data_parallel, mp_policy=policy)
         register_fsdp_forward_method(part, "encode")
         return
     for block in list(part.transformer_blocks):  # type: ignore[arg-type]
         for name, methods in BLOCK_METHODS.items():
             layer = getattr(block, name)
             if layer is not None:
-                fully_shard(layer, mesh=data_parallel)
+                fully_shard(layer, mesh=data_parallel, mp_policy=policy)
                 for method in methods:
                     register_fsdp_forward_method(layer, method)
-    fully_shard(part, mesh=data_parallel)
+    fully_shard(part, mesh=data_parallel, mp_policy=policy)
     register_fsdp_forward_method(part, "prefill")
 
 
@@ -259,8 +272,9 @@ class A2VModule(StageModule):
                 "expected rest_lightning.callbacks.MovingAverage with sharded networks, got "
                 f"{type(averaging[0]).__name__}: put it in its place in trainer.callbacks"
             )
+        is_mixed = str(self.trainer.precision) == "bf16-mixed"
         for part in self.children():
-            shard(part, self.device_mesh)
+            shard(part, self.device_mesh, torch.bfloat16 if is_mixed else None)
         self.strict_loading = (
             False  # that strategy reads checkpoints itself, and frozen parts are not in them
         )

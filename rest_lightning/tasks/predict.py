@@ -101,6 +101,7 @@ class EvaluateModule(LightningModule):
         seed: of the noise of every clip.
         dtype: of the model, as for ``rest talk``. A model of paper size is scored as it runs, in
             bfloat16; the row says so.
+        clip_latents: of a teacher: READ's overlapping clips in place of the whole one.
     """
 
     def __init__(
@@ -110,9 +111,10 @@ class EvaluateModule(LightningModule):
         sampling: SamplingChanges | None = None,
         seed: int = 0,
         dtype: DtypeName = "float32",
+        clip_latents: int | None = None,
     ) -> None:
         super().__init__()
-        self.generator = load_generator(model, vae, sampling, seed)
+        self.generator = load_generator(model, vae, sampling, seed, clip_latents)
         self.configuration: dict[str, Any] = describe_model(model)
         self.dtype_name = dtype
 

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+import itertools
 import json
 import warnings
 
 import pytest
 import torch
-from tiny_student import make_student
+from tiny_student import make_student, make_transformer
 
 from rest_lightning.diffusion.noise import add_noise
 from rest_lightning.diffusion.sampling import (
@@ -18,6 +19,7 @@ from rest_lightning.diffusion.sampling import (
     warn_of_unseen_levels,
 )
 from rest_lightning.diffusion.schedule import ltx_sigma_table, sigma_table
+from rest_lightning.generation import generate_clip, generate_overlapping
 from rest_lightning.models.transformer import A2VDiT
 
 SHAPE = (2, 4, 7, 2, 2)
@@ -138,3 +140,40 @@ def test_levels_below_those_of_the_training_are_told() -> None:
         warn_of_unseen_levels(Sampling(8, 1.0, None), 112, low)
         warn_of_unseen_levels(Sampling(4, 1.0, 5.0), 112, model.lowest_sigma)
         warn_of_unseen_levels(Sampling(8, 1.0, None), 112, None)
+
+
+@pytest.mark.parametrize(("weight", "reference_weight"), [(1.0, 0.0), (6.0, 2.0)])
+@pytest.mark.parametrize("num_frames", [4, 12, 15, 24])
+def test_overlapping_clips_are_read_s_asynchronous_reverse(
+    num_frames: int, weight: float, reference_weight: float
+) -> None:
+    """The levels that every clip sees, the frame that two clips share, and one clip as a whole."""
+    model = make_transformer("full", seed=3, std=0.1)
+    reference = torch.randn(1, 4, 1, 2, 2)
+    noise, speech = torch.randn(1, 4, 1 + num_frames, 2, 2), torch.randn(1, 1 + num_frames, 2, 8)
+    sigmas, guidance = [1.0, 0.6, 0.2, 0.0], Guidance(weight, reference_weight)
+    seen: list[tuple[torch.Tensor, ...]] = []
+    model.register_forward_pre_hook(lambda _, args: seen.append(args))
+    given = (model, reference, speech, noise, sigmas, guidance)
+    latents = generate_overlapping(*given)
+    assert latents.shape == noise.shape
+    assert torch.equal(latents[:, :, :1], reference)
+    starts = [0] if num_frames <= 12 else [0, 11] if num_frames <= 23 else [0, 11, 22]
+    assert len(seen) == 3 * len(starts)
+    calls = iter(seen.copy())
+    for sigma, sigma_next in itertools.pairwise(sigmas):
+        before = None
+        for start in starts:
+            rows, levels, heard = next(calls)
+            length = min(12, num_frames - start)
+            motion = [sigma_next] if start else [sigma]
+            expected = torch.tensor([0.0, *motion, *[sigma] * (length - 1)])
+            assert torch.equal(levels, expected.expand(guidance.num_branches, -1))
+            assert torch.equal(heard[:1, 1:], speech[:, 1 + start : 1 + start + length])
+            if before is not None:  # one Euler step ahead
+                velocity = guidance.combine(model(*before)[:, :, -1:])
+                moved = euler_step(before[0][:1, :, -1:], velocity, sigma, sigma_next)
+                torch.testing.assert_close(rows[:1, :, 1:2], moved, atol=1e-5, rtol=1e-5)
+            before = (rows, levels, heard)
+    if num_frames <= 12:
+        torch.testing.assert_close(latents, generate_clip(*given), atol=1e-6, rtol=1e-6)

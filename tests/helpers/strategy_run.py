@@ -38,6 +38,7 @@ import lightning  # noqa: E402
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy  # noqa: E402
 
 NUM_ROWS = 2
+MIXED = "_bf16"  # ends the name of a stage that runs in bf16-mixed
 
 
 def make_stage(stage: str, folder: Path) -> A2VModule:
@@ -83,13 +84,16 @@ def full(tensor: Tensor) -> Tensor:
     return whole.detach().clone()
 
 
-def make_trainer(config: Path, max_steps: int, *callbacks: lightning.Callback) -> lightning.Trainer:
+def make_trainer(
+    config: Path, max_steps: int, *callbacks: lightning.Callback, precision: str = "32-true"
+) -> lightning.Trainer:
     """Two CPU processes with the strategy of ``config``, and nothing that writes by itself."""
     return lightning.Trainer(
         accelerator="cpu",
         devices=2,
         strategy=read_strategy(config),
         max_steps=max_steps,
+        precision=precision,  # type: ignore[arg-type]
         gradient_clip_val=1.0,
         callbacks=list(callbacks),
         logger=False,
@@ -138,11 +142,11 @@ def resume(config: Path, folder: Path) -> None:
     train(config, folder, 4, "resumed.ckpt", "half.ckpt", seed=99)
 
 
-def run(config: Path, folder: Path, stage: str) -> None:
+def run(config: Path, folder: Path, stage: str, precision: str = "32-true") -> None:
     """One optimiser step; rank 0 saves gradients, ``Trainer`` the checkpoint, and every rank what
     it drew.
     """
-    module = make_stage(stage, folder)
+    module = make_stage(stage.removesuffix(MIXED), folder)
     results: dict[str, Any] = {}
 
     class OneRow(lightning.Callback):
@@ -167,7 +171,7 @@ def run(config: Path, folder: Path, stage: str) -> None:
     module.training_step = training_step  # type: ignore[method-assign, assignment]
     torch.manual_seed(0)
     # clips after the gradients are saved; AdamW's first step ignores it
-    trainer = make_trainer(config, 1, OneRow())
+    trainer = make_trainer(config, 1, OneRow(), precision=precision)
     trainer.fit(module, range(1))
     trainer.save_checkpoint(folder / f"{stage}.ckpt")
     torch.save(results, folder / f"{stage}-{trainer.global_rank}.pt")
@@ -178,4 +182,5 @@ if __name__ == "__main__":
         if name == "resume":
             resume(Path(sys.argv[1]), Path(sys.argv[2]))
         else:
-            run(Path(sys.argv[1]), Path(sys.argv[2]), name)
+            precision = "bf16-mixed" if name.endswith(MIXED) else "32-true"
+            run(Path(sys.argv[1]), Path(sys.argv[2]), name, precision)

@@ -39,7 +39,7 @@ def runs(
     config = repository / f"configs/trainer/{request.param}.yaml"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
-        [*command, strategy_run.__file__, str(config), str(folder), *STAGES, "resume"],
+        [*command, strategy_run.__file__, str(config), str(folder), *STAGES, "asd_bf16", "resume"],
         env=environment, cwd=repository, capture_output=True, text=True, timeout=900, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
@@ -64,6 +64,26 @@ def test_gradients_are_those_of_one_process(runs: Any, stage: str) -> None:
     local = [int(result["num_local"]) for result in results]
     assert sum(local) == (total if strategy == "fsdp" else 0)
     assert strategy == "ddp" or max(local) < 0.6 * total
+
+
+@pytest.mark.slow
+def test_mixed_precision_is_as_exact_as_in_one_process(runs: Any) -> None:
+    """FSDP2 gathers weights in bfloat16; shares, gradients and noise levels stay float32."""
+    _, folder = runs
+    vectors = []
+    for is_mixed in (False, True):
+        module = strategy_run.make_stage("asd", folder)
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_mixed):
+            loss = strategy_run.losses_of(module, slice(None))["loss"]
+        loss.backward()
+        trained = [(n, w) for n, w in module.named_parameters() if w.requires_grad]
+        vectors.append(torch.cat([w.grad.flatten() for _, w in trained if w.grad is not None]))
+    found = torch.load(folder / "asd_bf16-0.pt")["gradients"]
+    assert {grad.dtype for grad in found.values() if grad is not None} == {torch.float32}
+    sharded = torch.cat([found[n].flatten() for n, w in trained if w.grad is not None])
+    exact, mixed = vectors
+    rounding = float((mixed - exact).norm())
+    assert 0 < float((sharded - exact).norm()) < 1.5 * rounding
 
 
 @pytest.mark.slow
