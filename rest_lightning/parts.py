@@ -12,6 +12,7 @@ import hashlib
 import importlib
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
@@ -20,6 +21,7 @@ from torch import nn
 
 from rest_lightning.config import find_config, network_of, read_config, shipped_names
 from rest_lightning.errors import UserError
+from rest_lightning.model_folder import build_checked, read_json, read_weights
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -96,7 +98,7 @@ def describe_part(part: nn.Module) -> dict[str, Any]:
 def build_part(description: dict[str, Any]) -> nn.Module:
     """The untrained network of :func:`describe_part`."""
     name = description.get("class")
-    if name not in PART_CLASSES:
+    if not isinstance(name, str) or name not in PART_CLASSES:
         raise UserError(
             f"expected a part of class {', '.join(PART_CLASSES)}, got {name!r}: update "
             "rest-lightning"
@@ -195,20 +197,19 @@ def read_part(name: str, source: str | Path) -> tuple[dict[str, Any], dict[str, 
 
 
 def _read_folder_part(name: str, folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    from safetensors.torch import load_file
-
     config_file = folder / name / "config.json"
     if not config_file.is_file():
         raise UserError(
             f"expected a model folder with {name}/config.json, got {folder}: make one with `rest "
             "export`"
         )
-    state: dict[str, torch.Tensor] = {}
-    for shard in sorted((folder / name).glob("*.safetensors")):
-        state.update(load_file(shard))
-    return json.loads(config_file.read_text()), {
-        key: value.float() if value.is_floating_point() else value for key, value in state.items()
-    }
+    description = read_json(config_file)
+    if not isinstance(description.get("config"), dict):
+        raise UserError(
+            f"{config_file}: expected a class and its config, got "
+            f"{', '.join(description)[:100] or 'nothing'}: make the folder with `rest export`"
+        )
+    return description, read_weights(folder / name)
 
 
 def open_part(name: str, source: str | Path) -> nn.Module:
@@ -216,9 +217,9 @@ def open_part(name: str, source: str | Path) -> nn.Module:
     :func:`read_part`'s.
     """
     description, state = read_part(name, source)
-    part = build_part(description)
-    part.load_state_dict(state)
-    return part
+    path = Path(source)
+    described = path / name / "config.json" if path.is_dir() else path
+    return build_checked(described, partial(build_part, description), state)
 
 
 def open_speech_encoder(source: str | Path) -> nn.Module:

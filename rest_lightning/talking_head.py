@@ -18,6 +18,7 @@ from rest_lightning.constants import SPATIAL_RATIO, VERSION
 from rest_lightning.diffusion.sampling import Sampling, SamplingChanges, warn_of_unseen_levels
 from rest_lightning.errors import UserError
 from rest_lightning.media.portrait import load_portrait
+from rest_lightning.model_folder import check_index, read_json
 from rest_lightning.parts import (
     OPTIONAL_PART_NAMES,
     PART_NAMES,
@@ -218,10 +219,11 @@ class TalkingHead(nn.Module):
                 "export`, "
                 "or leave the path out for the embedded model"
             )
-        index = json.loads(index_file.read_text())
+        index = read_json(index_file)
+        size_px, sampling = check_index(index_file, index)
         optional = (name for name in OPTIONAL_PART_NAMES if name in index.get("parts", {}))
         parts = {name: open_part(name, folder) for name in (*PART_NAMES, *optional)}
-        head = cls(**parts, sampling=Sampling(**index["sampling"]), size_px=index["size_px"])  # type: ignore[arg-type]
+        head = cls(**parts, sampling=sampling, size_px=size_px)  # type: ignore[arg-type]
         _move(head, device)
         head.set_dtype(dtype)
         return head

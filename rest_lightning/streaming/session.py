@@ -48,6 +48,19 @@ class RowState:
     reference: Tensor
 
 
+def checked_seed(seed: int) -> int:
+    """The seed, if it is one of torch's.
+
+    Raises:
+        UserError: a number that does not fit into 64 bits.
+    """
+    if not -(2**63) <= seed < 2**64:
+        raise UserError(
+            f"expected a seed of 64 bits (0 to {2**64 - 1}), got {seed}: use a small one"
+        )
+    return seed
+
+
 class Row:
     """A stream of an engine: speech goes in with :meth:`fill`, and :meth:`take` gives what the next
     chunk needs.
@@ -71,7 +84,7 @@ class Row:
         self, engine: ChunkEngine, reference: Tensor, seed: int, place: StreamState | None = None
     ) -> None:
         self._engine, self._place, self.reference = engine, place or engine, reference
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator().manual_seed(checked_seed(seed))
         self._buffer: Samples = np.zeros(engine.window_samples, dtype=np.float32)
         self._filled = engine.model.speech_encoder.left_context_frames * SAMPLES_PER_FRAME
         self.num_samples = self.num_frames = 0

@@ -184,9 +184,8 @@ def test_pictures_that_stand_still_are_dropped(
 ) -> None:
     num_still = round(25 * still_s)
     moving = levels(150)
-    frames = np.concatenate(
-        [moving[: 150 - num_still], moving[149 - num_still : 150 - num_still].repeat(num_still, 0)]
-    )
+    last = max(0, 149 - num_still)
+    frames = np.concatenate([moving[: 150 - num_still], moving[[last] * num_still]])
     path = write_video(tmp_path / "a.mp4", frames, [speech_like(6.0)])
     (row,) = prepared(path)
     assert (row.filter == "still") == is_dropped, row.scores
