@@ -1,8 +1,8 @@
-"""What `make docs` does beside MkDocs: a hook, and an extension of Griffe, which reads docstrings.
+"""What `make docs` adds to MkDocs: a hook, and an extension of Griffe, which reads docstrings.
 
-* ``callbacks/`` lies at the top level and is imported as ``rest_lightning.callbacks``: a copy of the
-  sources has it there for Griffe, which reads files without importing them.
-* Links from a page to a file outside ``docs/`` become links to the repository, where ``repo_url`` is
+* ``callbacks/`` lies at the top level, but is imported as ``rest_lightning.callbacks``. A copy of
+  the sources has it there for Griffe, which reads files without importing them.
+* Links from a page to a file outside ``docs/`` lead to the repository where ``repo_url`` is
   set, and plain text elsewhere.
 * Roles in docstrings such as ``:class:`A2VDiT``` become code.
 """
