@@ -1,6 +1,7 @@
 # Two commands do everything on a fresh machine:  make demo  and  make test.  `make` alone lists the rest.
 PYTHON ?= python3
 VENV ?= .venv
+AGENTS_VENV ?= $(VENV)-agents
 OUT ?= outputs
 BUDGET_MIN ?= 100
 PYTEST_ARGS ?=
@@ -13,7 +14,7 @@ TYPES := build/typecheck
 TYPED := $(patsubst %/,%,$(sort $(dir $(wildcard tests/*.py benchmarks/*.py tools/*.py))))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format docs train-embedded bench clean distclean
+.PHONY: help demo test test-slow test-agents lint format docs train-embedded bench clean distclean
 
 help:  ## list the targets
 	@echo "usage: make TARGET [PYTHON=$(PYTHON)] [VENV=$(VENV)]"
@@ -27,6 +28,9 @@ test: $(VENV)/.stamp-test  ## run the tests that take seconds (PYTEST_ARGS=... g
 
 test-slow: $(VENV)/.stamp-test  ## run the others: whole runs, several processes, a browser, a Ray cluster
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+test-agents: $(AGENTS_VENV)/.stamp  ## run the tests of the LiveKit and Pipecat adapters, in an environment of their own
+	$(AGENTS_VENV)/bin/python -m pytest tests/avatar tests/integrations tests/test_agents_page.py $(PYTEST_ARGS)
 
 lint: $(VENV)/.stamp-test  ## ruff and mypy over the whole tree
 	$(BIN)/ruff format --check .
@@ -49,9 +53,9 @@ train-embedded: $(VENV)/.stamp-test  ## train all stages of the embedded model (
 	$(TRAIN_ENV) $(BIN)/rest train-embedded --budget-min $(BUDGET_MIN)
 
 # asd.py and training_curves.py read a training run (make train-embedded), which a fresh checkout does not have; live.py
-# needs a Chromium and the extra `serve`.
+# needs a Chromium and the extra `serve`; gpu_job.py needs a GPU, or is rehearsed by a test.
 bench: $(VENV)/.stamp-test  ## run the benchmarks, an hour or more; every one writes JSON (the paper size where CUDA is)
-	@for file in $(filter-out benchmarks/asd.py benchmarks/training_curves.py benchmarks/live.py,$(wildcard benchmarks/[a-z]*.py)); do echo "$$file"; $(BIN)/python -m "benchmarks.$$(basename "$$file" .py)" || exit 1; done
+	@for file in $(filter-out benchmarks/asd.py benchmarks/training_curves.py benchmarks/live.py benchmarks/gpu_job.py,$(wildcard benchmarks/[a-z]*.py)); do echo "$$file"; $(BIN)/python -m "benchmarks.$$(basename "$$file" .py)" || exit 1; done
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
 		echo "benchmarks/streaming.py at paper size"; $(BIN)/python -m benchmarks.streaming --size paper --minutes 3; fi
 
@@ -59,8 +63,8 @@ clean:  ## remove what builds and runs left behind, keep .venv, data and trained
 	rm -rf build dist *.egg-info outputs .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
-distclean: clean  ## also remove the virtual environment
-	rm -rf $(VENV)
+distclean: clean  ## also remove the virtual environments
+	rm -rf $(VENV) $(AGENTS_VENV)
 
 # Stamps: a second run installs nothing unless pyproject.toml or constraints.txt changed.
 $(VENV)/.stamp-venv:
@@ -72,6 +76,13 @@ $(VENV)/.stamp-venv:
 $(VENV)/.stamp-run: $(VENV)/.stamp-venv pyproject.toml constraints.txt
 	@echo "installing rest_lightning into $(VENV) (about 2 minutes the first time)"
 	@$(PIP) -e .
+	@touch $@
+
+# livekit-agents and pipecat-ai need a newer protobuf than mediapipe admits: without the constraints but for torch.
+$(AGENTS_VENV)/.stamp: pyproject.toml constraints.txt
+	@test -x $(AGENTS_VENV)/bin/python || $(PYTHON) -m venv $(AGENTS_VENV)
+	@grep -E '^(torch|torchvision|numpy|lightning|setuptools|av)==' constraints.txt > $(AGENTS_VENV)/constraints.txt
+	@$(AGENTS_VENV)/bin/python -m pip --disable-pip-version-check install --progress-bar off -q -c $(AGENTS_VENV)/constraints.txt -e '.[test-agents]'
 	@touch $@
 
 $(VENV)/.stamp-docs: $(VENV)/.stamp-venv pyproject.toml constraints.txt

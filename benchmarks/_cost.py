@@ -8,18 +8,17 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jsonargparse
 import torch
-import yaml
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from rest_lightning.config import find_class, read_stage, shipped_names
 from rest_lightning.constants import SPATIAL_RATIO
 from rest_lightning.errors import UserError
 from rest_lightning.models import attention
@@ -28,8 +27,8 @@ from rest_lightning.models.speech import SpeechEncoder
 from rest_lightning.models.speech_ae import SpeechAE
 from rest_lightning.models.transformer import A2VDiT
 from rest_lightning.models.vae import VideoAutoencoder
+from rest_lightning.talking_head import TalkingHead
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 PARTS = {
     "vae": VideoAutoencoder,
     "speech_encoder": SpeechEncoder,
@@ -50,6 +49,8 @@ class Size:
         batch_size, vae_batch: clips of one forward.
         accumulate: forwards per optimiser step.
         num_steps, guided: of the sampler.
+        trains_encoder: whether the VAE's stage trains its encoder.
+        teacher_speech_ae: the SpeechAE through which ASD's teacher hears; None: the student's.
     """
 
     parts: dict[str, Any]
@@ -62,6 +63,8 @@ class Size:
     accumulate: int
     num_steps: int = 8
     guided: bool = True
+    trains_encoder: bool = True
+    teacher_speech_ae: SpeechAE | None = None
 
     @property
     def cells(self) -> int:
@@ -81,7 +84,7 @@ def read_size(name: str) -> Size:
     Raises:
         UserError: no such configuration files.
     """
-    stage, vae, trainer = _read_configs(name, "{}/student.yaml", "{}/vae.yaml", "trainer/{}.yaml")
+    stage, vae = _read_configs(name, "student", "vae")
     parts = _build_parts(stage)
     model: A2VDiT = parts["transformer"]
     data, vae_data = stage["data"], vae["data"]
@@ -93,7 +96,9 @@ def read_size(name: str) -> Size:
         vae_frames=vae_data.get("num_frames_train") or vae_data["num_frames"],
         batch_size=data["batch_size"],
         vae_batch=vae_data["batch_size"],
-        accumulate=trainer["trainer"].get("accumulate_grad_batches", 1),
+        accumulate=stage["trainer"].get("accumulate_grad_batches", 1),
+        trains_encoder=vae["model"]["init_args"].get("train_encoder", True),
+        teacher_speech_ae=type(parts["speech_ae"]).from_config(parts["speech_ae"].config),
     )
 
 
@@ -101,20 +106,18 @@ def read_student(name: str) -> tuple[dict[str, Any], int]:
     """The four untrained parts of a size on the current device, and the side of its frames in
     pixels.
     """
-    (stage,) = _read_configs(name, "{}/student.yaml")
+    (stage,) = _read_configs(name, "student")
     parts = _build_parts(stage)
     return parts, _size_px(stage, parts["transformer"])
 
 
-def _read_configs(name: str, *files: str) -> list[dict[str, Any]]:
-    known = sorted(path.parent.name for path in CONFIGS.glob("*/student.yaml"))
+def _read_configs(name: str, *stages: str) -> list[dict[str, Any]]:
+    known = [each.removesuffix("/student") for each in shipped_names() if each.endswith("/student")]
     if name not in known:
         raise UserError(
             f"expected a size of {', '.join(known)} (folders of configs/), got {name!r}: choose one"
         )
-    return [
-        yaml.safe_load((CONFIGS / file.format(name)).read_text(encoding="utf-8")) for file in files
-    ]
+    return [read_stage(f"{name}/{stage}") for stage in stages]
 
 
 def _size_px(stage: dict[str, Any], model: A2VDiT) -> int:
@@ -126,6 +129,7 @@ def _size_px(stage: dict[str, Any], model: A2VDiT) -> int:
 def _build_parts(stage: dict[str, Any]) -> dict[str, Any]:
     given = {part: stage["model"]["init_args"][part] for part in PARTS}
     for part in given.values():
+        find_class(part["class_path"], "class_path", None)  # jsonargparse knows loaded names
         part.get("init_args", {}).pop("weights", None)
     if "Whisper" in given["speech_encoder"]["class_path"]:
         given["speech_encoder"]["init_args"]["weights"] = None
@@ -189,6 +193,27 @@ def transformer_flops(
         "text": 2 * num_text * (caption * dim + dim**2 + depth * 2 * dim**2) if caption else 0,
         "inputs": proj_in + wave + 2 * num_text * caption * dim,
     }
+
+
+def clip_flops(head: TalkingHead, num_chunks: int) -> int:
+    """FLOPs of the backbone when a clip of so many chunks is streamed, guidance included."""
+    model, sampling, side = head.transformer, head.sampling, head.size_px // SPATIAL_RATIO
+    rows, cells = sampling.branches.num_branches, side * side
+    length, num_speech = int(model.cache_options.chunk_length), head.speech_ae.num_tokens
+    total = 0
+    for i in range(num_chunks):
+        window = (length * cells, (1 + (1 + (i > 0)) * length) * cells)
+        num_text = num_prompt_tokens(model)
+        terms = transformer_flops(model, rows, length, cells, [window], num_speech, num_text)
+        total += sampling.num_steps * (terms["blocks"] + terms["ends"])
+    return total
+
+
+def num_prompt_tokens(model: A2VDiT) -> int:
+    """Tokens of the model's own text that a stream attends to: those that are no padding."""
+    return (
+        0 if model.prompt_mask is None else int(model.prompt_mask.sum()) or len(model.prompt_mask)
+    )
 
 
 def training_windows(model: A2VDiT, num_frames: int, cells: int) -> list[tuple[int, int]]:

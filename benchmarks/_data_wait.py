@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rest_lightning.cli import main as rest
-from rest_lightning.commands._runs import write_overlay
+from rest_lightning.commands._runs import trainer_overlay, write_overlay
 from rest_lightning.commands.train_embedded import STAGES, VAE_STAGE, Stage, stage_overlay
 from rest_lightning.data.layout import (
     read_dataset_json,
@@ -22,7 +22,6 @@ from rest_lightning.errors import UserError
 STAGE_NAMES = tuple(stage.name for stage in STAGES)
 TARGET_WAIT_SHARE = 0.05
 WARM_UP_STEPS = 5  # the first batches wait for the loader's processes to start
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 _NEXT, _STEP = "[_TrainingEpochLoop].train_dataloader_next", "run_training_batch"
 
 
@@ -46,7 +45,7 @@ def measure_waits(
             continue
         if stage.uses_latents and not (out / "latents").exists():
             words = ["encode", "--model", str(out / VAE_STAGE / "final.ckpt"), "--data", str(clips)]
-            window = "49" if size == "tiny" else "97"
+            window = "49" if size == "tiny" else "121"
             if rest([*words, "--out", str(out / "latents"), "--num-frames", window]):
                 raise UserError(
                     "expected latents of the training clips, got none: see the line above"
@@ -76,7 +75,7 @@ def needed(names: Sequence[str]) -> set[str]:
         found.add(stage.name)
         todo += [
             *stage.initial.values(),
-            *filter(None, [stage.teacher]),
+            *filter(None, [stage.teacher, stage.source]),
             *([VAE_STAGE] if stage.uses_latents else []),
         ]
     return found
@@ -88,15 +87,12 @@ def train(
     """Durations that Lightning's profiler recorded, in s, by action."""
     from rest_lightning import lightning_cli
 
-    files = ["trainer/embedded", f"embedded/{stage.name}"]
-    words = ["fit"]
-    if size == "tiny":
-        files += ["trainer/tiny", f"size/tiny/{'dit' if stage.uses_latents else _tiny_size(stage)}"]
-    for file in files:
-        words += ["--config", str(CONFIGS / f"{file}.yaml")]
-    if size == "tiny" and stage.uses_latents:
-        words += ["--model.vae", str(CONFIGS / "size/tiny/frozen_vae.yaml")]
-    path = write_overlay(out / stage.name, stage_overlay(stage, out, clips, minutes=600))
+    tiny = ("trainer/tiny", "model/tiny", "data/tiny") if size == "tiny" else ()
+    words = ["fit", *(word for file in (stage.config, *tiny) for word in ("--config", file))]
+    changes = stage_overlay(stage, out, clips)
+    changes["data"].pop("speech_dir", None)
+    changes["trainer"] = trainer_overlay(out / stage.name)
+    path = write_overlay(out / stage.name, changes)
     words += [
         "--config",
         str(path),
@@ -119,7 +115,3 @@ def subset(data: Path, out: Path, num_clips: int) -> Path:
     write_dataset_json(out, read_dataset_json(data))
     write_manifest(out, chosen)
     return out
-
-
-def _tiny_size(stage: Stage) -> str:
-    return "speech_ae" if stage.name == "speech_ae" else "vae"

@@ -8,24 +8,19 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor
 
-from benchmarks._cost import prompt_length, transformer_flops
+from benchmarks._cost import clip_flops
 from benchmarks._scenarios import Bench, Row, ratio, speech
-from rest_lightning.constants import FPS, SPATIAL_RATIO, num_latent_frames
-from rest_lightning.diffusion.sampling import integrate
-from rest_lightning.diffusion.schedule import sampling_sigmas
-from rest_lightning.models.transformer import Condition
+from rest_lightning.constants import FPS, num_latent_frames
 from rest_lightning.streaming.engine import ChunkEngine, EngineOptions
 
 
 @dataclass(frozen=True)
 class Backbone:
-    """The denoising of a clip alone, as the paper reports it (121 frames: 5 chunks), and its share
-    of what matmuls do.
+    """The denoising of a clip alone, as the paper reports it, and its share of what matmuls do.
 
-    The paper's figure: 4.416 s on an A100 (REST, table 1). Runs eagerly; the engine's captured
-    program is in the other scenarios.
+    121 frames are 5 chunks. It is the engine's own program, captured where sessions capture it; the
+    reference is prefilled before. The paper's figure: 4.416 s on an A100 (REST, table 1).
     """
 
     repeats: int
@@ -36,48 +31,27 @@ class Backbone:
     @torch.inference_mode()
     def run(self, bench: Bench) -> Row:
         """Seconds of the clip; FLOPs by the formula that tests/test_model_cost.py checks."""
-        model, settings, length = bench.transformer, bench.head.sampling, bench.chunk_length
-        rows, side = settings.branches.num_branches, bench.head.size_px // SPATIAL_RATIO
-        num_chunks = (num_latent_frames(self.num_frames) - 1) // length
-        sigmas = sampling_sigmas(settings.num_steps, settings.shift, (1 + 2 * length) * side * side)
-        like = bench.like
-        levels = [
-            model.embed_sigma(torch.full((1, 1), level, device=bench.head.device))
-            for level in sigmas[:-1]
-        ]
-        noise = torch.randn(rows, model.in_channels, length, side, side, **like)
-        tokens = torch.randn(
-            rows, length, bench.head.speech_ae.num_tokens, model.speech_dim or 1, **like
-        )
-        text = model.project_prompt(rows)
-        cache = model.new_cache(rows, side, side, num_steps=settings.num_steps)
-
-        def velocity(speech_keys: Condition, sample: Tensor, step: int) -> Tensor:
-            found: Tensor = model(sample, levels[step], speech_keys, text, cache=cache, step=step)
-            return found
+        head, like = bench.head, bench.like
+        num_chunks = (num_latent_frames(self.num_frames) - 1) // bench.chunk_length
+        engine = ChunkEngine(head, 1, head.sampling)
+        engine.show(bench.portrait())
+        noise = torch.randn(engine.latent_shape, **like)
+        width = head.transformer.speech_dim or 1
+        tokens = torch.randn(1, bench.chunk_length, head.speech_ae.num_tokens, width, **like)
 
         def clip() -> None:
-            cache.reset_rows()
-            model.prefill(noise[:, :, :1], cache, text_embeds=text)
+            engine.cache.reset_rows()
             for _ in range(num_chunks):
-                speech_keys = model.project_speech(tokens)
-                integrate(partial(velocity, speech_keys), noise, sigmas)
-                cache.commit()
+                engine.denoise(noise, tokens)
 
         a = torch.randn(self.matmul_size, self.matmul_size, **like)
         row = bench.alternate({"clip": clip, "matmul": lambda: a @ a}, self.repeats)
         matmul = 2 * self.matmul_size**3 / row["matmul"]["p50"] / 1e9
-        cells, flops = side * side, 0
-        for chunk in range(num_chunks):
-            window = (length * cells, (1 + (1 + (chunk > 0)) * length) * cells)
-            count = bench.head.speech_ae.num_tokens
-            terms = transformer_flops(
-                model, rows, length, cells, [window], count, prompt_length(model)
-            )
-            flops += settings.num_steps * (terms["blocks"] + terms["ends"])
+        flops = clip_flops(head, num_chunks)
         achieved = flops / row["clip"]["p50"] / 1e9
         return {
             "num_frames": self.num_frames,
+            "captured": engine.num_captured > 0,
             "ms": row,
             "backbone_s": round(row["clip"]["p50"] / 1000, 4),
             "tflop": round(flops / 1e12, 4),

@@ -101,7 +101,7 @@ def ltx_pair(head: TalkingHead) -> tuple[nn.Module, A2VDiT]:
             else config["caption_channels"],
         )
         ltx = ltx.to(dtype=head.dtype).eval().requires_grad_(False)
-        ours = A2VDiT.from_ltx(ltx, speech_dim=None)
+        ours = A2VDiT.from_ltx(ltx, causal_positions=False, speech_dim=None)
     return ltx, ours.to(head.device).eval().requires_grad_(False)
 
 

@@ -5,8 +5,10 @@ dictionary for JSON.
 from __future__ import annotations
 
 import gc
+import importlib.util
 import tempfile
 import time
+import wave
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -29,8 +31,6 @@ from rest_lightning.constants import (
 from rest_lightning.diffusion.sampling import integrate
 from rest_lightning.diffusion.schedule import sampling_sigmas
 from rest_lightning.machine import resident_memory_mb
-from rest_lightning.media.audio import open_speech
-from rest_lightning.media.writer import BackgroundWriter, Mp4Writer
 from rest_lightning.models.transformer import A2VDiT
 from rest_lightning.models.vae import VideoAutoencoder
 from rest_lightning.streaming.engine import ChunkEngine, EngineOptions
@@ -122,7 +122,10 @@ def speech(seconds: float) -> Iterator[NDArray[np.float32]]:
     """The bundled speech, again and again, in blocks of 0.25 s; no more than the recording is
     held.
     """
-    recording, position = open_speech(SPEECH).read_all(), 0
+    # 16 kHz, mono, 16 bits: a machine that only measures needs no PyAV
+    with wave.open(str(SPEECH)) as file:
+        samples = np.frombuffer(file.readframes(file.getnframes()), np.int16)
+    recording, position = samples.astype(np.float32) / 32768.0, 0
     for start in range(0, round(seconds * SAMPLE_RATE), BLOCK_SAMPLES):
         count = min(BLOCK_SAMPLES, round(seconds * SAMPLE_RATE) - start)
         yield recording.take(range(position, position + count), mode="wrap")
@@ -290,7 +293,13 @@ class Writing:
     name: str = "writing"
 
     def run(self, bench: Bench) -> Row:
-        """Frames per second; ``rest talk`` takes the thread with three cores or more."""
+        """Frames per second; ``rest talk`` takes the thread with three cores or more. Nothing
+        without PyAV.
+        """
+        if importlib.util.find_spec("av") is None:
+            return {"not_measured": "no PyAV"}
+        from rest_lightning.media.writer import BackgroundWriter, Mp4Writer
+
         blocks = list(speech(self.seconds))
         with bench.head.open(bench.portrait()[0]) as session:
             chunks = list(session.stream(blocks))
@@ -346,15 +355,14 @@ class CacheOrRecompute:
             rows, 1 + 2 * length, bench.head.speech_ae.num_tokens, model.speech_dim or 1, **like
         )
         tokens[:, 0] = 0.0
-        text = model.project_prompt(rows)
+        text = model.project_prompt(rows, padded=False)
         cache = model.new_cache(rows, side, side, num_steps=settings.num_steps)
         if cache.options.reference_attends == "self":
             model.prefill(window[:, :, :1], cache, text_embeds=text)
 
-        levels = [
-            model.embed_sigma(torch.full((1, 1), level, device=bench.head.device))
-            for level in sigmas[:-1]
-        ]
+        # On the device: a number from the host would be copied, and waited for, at every step.
+        levels = torch.tensor(sigmas, device=bench.head.device)
+        embedded = [model.embed_sigma(levels[i : i + 1, None]) for i in range(len(sigmas) - 1)]
         whole = []
         for level in sigmas[:-1]:
             frames = torch.full((1, 1 + 2 * length), level, device=bench.head.device)
@@ -366,11 +374,11 @@ class CacheOrRecompute:
 
             def velocity(sample: Tensor, step: int) -> Tensor:
                 found: Tensor = model(
-                    sample, levels[step], speech_keys, text, cache=cache, step=step
+                    sample, embedded[step], speech_keys, text, cache=cache, step=step
                 )
                 return found
 
-            integrate(velocity, window[:, :, -length:], sigmas)
+            integrate(velocity, window[:, :, -length:], levels)
             cache.commit()
 
         def recomputed() -> None:
@@ -381,7 +389,7 @@ class CacheOrRecompute:
                 found: Tensor = model(clip, whole[step], speech_keys, text)[:, :, -length:]
                 return found
 
-            integrate(velocity, window[:, :, -length:], sigmas)
+            integrate(velocity, window[:, :, -length:], levels)
 
         if not cache.reference_expected:
             cached()  # the first chunk has no previous one and is cheaper

@@ -12,6 +12,7 @@ that is done is not done again; one that was interrupted goes on. README.md expl
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import statistics
@@ -28,6 +29,7 @@ from torch import Tensor
 from benchmarks._result import origin, write_result
 from benchmarks.training_curves import curves_of
 from rest_lightning import lightning_cli  # first: it makes lightning importable
+from rest_lightning.config import read_config
 from rest_lightning.data.module import TalkingHeadDataModule
 from rest_lightning.data.window_cache import LatentsCache
 from rest_lightning.diffusion.losses import asd_loss
@@ -150,10 +152,10 @@ def train(folder: Path, arm: str, seed: int, args: argparse.Namespace) -> None:
         UserError: the folder holds a run with other settings.
     """
     files = {
-        "trainer": CONFIGS / "trainer/embedded.yaml",
         "stage": CONFIGS / "embedded/asd.yaml",
         **{f"overlay {number}": path for number, path in enumerate([*args.config, *ARMS[arm]])},
     }
+    texts = {name: json.dumps(read_config(path).content) for name, path in files.items()}
     settings = {
         "arm": arm,
         "seed": seed,
@@ -161,8 +163,9 @@ def train(folder: Path, arm: str, seed: int, args: argparse.Namespace) -> None:
         "data": sha256_of(args.latents / "index.json"),
         **{
             name: sha256_of(path)
-            for name, path in {"teacher": args.teacher, "start": args.start, **files}.items()
+            for name, path in {"teacher": args.teacher, "start": args.start}.items()
         },
+        **{name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()},
     }
     note = folder / "settings.json"
     if note.is_file() and (before := json.loads(note.read_text(encoding="utf-8"))) != settings:
@@ -176,7 +179,7 @@ def train(folder: Path, arm: str, seed: int, args: argparse.Namespace) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_text_atomic(note, json.dumps(settings))
     write_text_atomic(folder / "overlay.yaml", json.dumps(overlay(folder, seed, args), indent=2))
-    configs = [files["trainer"], files["stage"], *args.config, folder / "overlay.yaml", *ARMS[arm]]
+    configs = [files["stage"], *args.config, folder / "overlay.yaml", *ARMS[arm]]
     last = folder / "checkpoints" / "last.ckpt"
     resume = ["--ckpt_path", str(last)] if last.is_file() else []
     cli = lightning_cli.run(
@@ -202,7 +205,8 @@ def overlay(folder: Path, seed: int, args: argparse.Namespace) -> dict[str, Any]
     """What the stage's configuration cannot know. YAML reads JSON."""
     initial = {part: str(args.start) for part in ("transformer", "speech_ae")}
     logger = {"save_dir": str(folder), "name": "", "version": ""}
-    averaging, checkpoints = "EMAWeightAveraging", "ModelCheckpoint"
+    averaging = "rest_lightning.callbacks.averaging.MovingAverage"
+    checkpoints = "lightning.pytorch.callbacks.ModelCheckpoint"
     return {
         "seed_everything": seed,
         "trainer": {
@@ -217,12 +221,9 @@ def overlay(folder: Path, seed: int, args: argparse.Namespace) -> dict[str, Any]
             },
             "callbacks": [
                 {"class_path": "benchmarks.asd.SameDraws"},
+                {"class_path": averaging, "init_args": {"decay": 0.99}},
                 {
-                    "class_path": f"lightning.pytorch.callbacks.{averaging}",
-                    "init_args": {"decay": 0.99},
-                },
-                {
-                    "class_path": f"lightning.pytorch.callbacks.{checkpoints}",
+                    "class_path": checkpoints,
                     "init_args": {"save_last": True, "save_top_k": 1, "every_n_train_steps": 50},
                 },
             ],

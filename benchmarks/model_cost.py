@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +31,18 @@ from benchmarks._cost import (
     transformer_flops,
 )
 from benchmarks._result import origin, write_result
+from rest_lightning.callbacks.averaging import average_bytes, averaged_parameters
 from rest_lightning.constants import FPS, SAMPLES_PER_FRAME, TEMPORAL_RATIO, num_latent_frames
 from rest_lightning.diffusion.losses import asd_loss, flow_matching_loss, speech_ae_loss
 from rest_lightning.errors import UserError, exit_code
 from rest_lightning.models.causal import Stream, num_bytes
+from rest_lightning.models.speech_ae import SpeechAE
 from rest_lightning.models.transformer import A2VDiT
+from rest_lightning.tasks.a2v import BLOCK_METHODS, freeze_decoder
+from rest_lightning.tasks.vae import freeze_encoder
 
 STAGES = ("vae", "speech_ae", "teacher", "student", "asd")
+GPUS = (1, 8, 64)
 
 
 def trained_parts(size: Size, stage: str) -> dict[str, nn.Module]:
@@ -52,7 +59,10 @@ def frozen_parts(size: Size, stage: str) -> dict[str, nn.Module]:
     """The networks that a stage only reads."""
     names = {"vae": (), "speech_ae": ("speech_encoder",)}.get(stage, ("vae", "speech_encoder"))
     frozen = {name: size.parts[name] for name in names}
-    return {**frozen, "teacher": size.teacher} if stage == "asd" else frozen
+    if stage != "asd":
+        return frozen
+    own = {} if size.teacher_speech_ae is None else {"teacher_speech_ae": size.teacher_speech_ae}
+    return {**frozen, "teacher": size.teacher, **own}
 
 
 @torch.no_grad()
@@ -83,6 +93,15 @@ def train_autoencoder(size: Size, stage: str, batch: Tensor) -> Tensor:
     mean, log_variance = part.encode_moments(batch)
     latents = mean + torch.randn_like(mean) * torch.exp(0.5 * log_variance)
     return (part.decode_raw(latents).float() - batch).abs().mean() + mean.square().mean()
+
+
+def hear(size: Size, stage: str, features: Tensor) -> Tensor:
+    """Speech latents of what is trained; ASD's teacher hears through a SpeechAE of its own."""
+    if stage == "asd" and size.teacher_speech_ae is not None:
+        with torch.no_grad():
+            size.teacher_speech_ae.encode(features)
+    speech_latents: Tensor = size.parts["speech_ae"].encode(features)
+    return speech_latents
 
 
 def velocity_of(size: Size, stage: str, latents: Tensor, speech_latents: Tensor) -> Tensor:
@@ -124,7 +143,7 @@ def training_flops(size: Size, stage: str) -> dict[str, int]:
 
     def read_speech() -> None:
         nonlocal speech, leaf
-        speech = size.parts["speech_ae"].encode(features)
+        speech = hear(size, stage, features)
         leaf = speech.detach().requires_grad_()
 
     def predict() -> None:
@@ -146,11 +165,31 @@ def training_memory(size: Size, stage: str) -> dict[str, int]:
     """Bytes of one training step in bf16-mixed: sizes with fake tensors.
 
     Returns:
-        ``weights`` of all parts, ``gradients``, ``optimizer`` (AdamW) and ``average`` (EMA copies
-        the whole stage), all float32; ``encoders_peak`` while the frozen parts read the batch;
-        ``activations_held`` from the forward for the backward pass; ``activations_peak`` of both
+        ``weights`` of all parts, ``gradients``, ``optimizer`` (AdamW) and ``average`` (what
+        :class:`~rest_lightning.callbacks.MovingAverage` copies), all float32; ``encoders_peak``
+        while the frozen parts read the batch; ``activations_held`` from the forward for the
+        backward pass; ``activations_peak`` of both
         passes; ``total``.
     """
+    with frozen_as_trained(size, stage):
+        return _training_memory(size, stage)
+
+
+@contextmanager
+def frozen_as_trained(size: Size, stage: str) -> Iterator[None]:
+    """Parameters that a stage leaves alone need no gradient meanwhile, by the stage's own rules."""
+    if stage == "vae" and not size.trains_encoder:
+        freeze_encoder(size.parts["vae"])
+    if stage in ("teacher", "student", "asd"):
+        freeze_decoder(size.parts["speech_ae"])
+    try:
+        yield
+    finally:
+        for part in trained_parts(size, stage).values():
+            part.requires_grad_(True)
+
+
+def _training_memory(size: Size, stage: str) -> dict[str, int]:
     trained, frozen = trained_parts(size, stage), frozen_parts(size, stage)
     parameters = [
         parameter
@@ -168,6 +207,9 @@ def training_memory(size: Size, stage: str) -> dict[str, int]:
     ]
     weights = sum(tensor.numel() * tensor.element_size() for tensor in everything)
     gradients = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+    average = average_bytes(
+        parameter for part in trained.values() for parameter in averaged_parameters(part).values()
+    )
     with LiveBytes([*everything, *(p.grad for p in parameters if p.grad is not None)]) as live:
         batch = read_batch(size, stage)
         encoders_peak, live.peak = live.peak, live.now
@@ -175,7 +217,7 @@ def training_memory(size: Size, stage: str) -> dict[str, int]:
             if isinstance(batch, Tensor):
                 loss = train_autoencoder(size, stage, batch)
             else:
-                speech = size.parts["speech_ae"].encode(batch[1])
+                speech = hear(size, stage, batch[1])
                 velocity = velocity_of(size, stage, batch[0], speech)
                 loss = transformer_loss(size, stage, velocity, batch[0], speech)
                 del velocity, speech
@@ -184,17 +226,68 @@ def training_memory(size: Size, stage: str) -> dict[str, int]:
         activations_peak = live.peak
     for parameter in parameters:
         parameter.grad = None
-    total = 2 * weights + 3 * gradients + max(encoders_peak, activations_peak)
+    total = weights + average + 3 * gradients + max(encoders_peak, activations_peak)
+    units = [unit for part in everything_sharded(size, stage) for unit in sharding_units(part)]
     return {
         "weights": weights,
         "gradients": gradients,
         "optimizer": 2 * gradients,
-        "average": weights,
+        "average": average,
         "encoders_peak": encoders_peak,
         "activations_held": held,
         "activations_peak": activations_peak,
         "total": total,
+        "sharded_weights": sum(unit_bytes(unit) for unit in units),
+        "largest_unit": max((unit_bytes(unit) for unit in units), default=0),
     }
+
+
+def everything_sharded(size: Size, stage: str) -> list[nn.Module]:
+    """The networks of a stage that FSDP2 spreads, trained and frozen
+    (:func:`rest_lightning.tasks.a2v.shard`).
+    """
+    parts = {**trained_parts(size, stage), **frozen_parts(size, stage)}
+    is_spread = stage in ("teacher", "student", "asd")
+    return [part for part in parts.values() if is_spread and isinstance(part, (A2VDiT, SpeechAE))]
+
+
+def sharding_units(part: nn.Module) -> list[list[nn.Parameter]]:
+    """Parameters that FSDP2 gathers together: attentions and feed-forward layers one by one, and
+    the rest of a network.
+    """
+    layers: list[nn.Module] = []
+    if isinstance(part, A2VDiT):
+        blocks = list(part.transformer_blocks)
+        every = [getattr(block, name) for block in blocks for name in BLOCK_METHODS]
+        layers = [layer for layer in every if layer is not None]
+    units = [list(layer.parameters()) for layer in layers]
+    inside = {id(parameter) for unit in units for parameter in unit}
+    return [*units, [each for each in part.parameters() if id(each) not in inside]]
+
+
+def unit_bytes(parameters: list[nn.Parameter]) -> int:
+    """Bytes of parameters."""
+    return sum(each.numel() * each.element_size() for each in parameters)
+
+
+def memory_per_gpu(memory: dict[str, int], num_gpus: int, is_sharded: bool) -> int:
+    """Bytes of a training step on each of ``num_gpus``, one batch on each.
+
+    DDP holds everything on each (its buckets are the gradients). FSDP2 spreads weights, gradients,
+    moments and the average, and holds two gathered units at a time: the one that computes and the
+    one that comes next; gradients of one unit lie whole before they are spread.
+
+    Args:
+        memory: of :func:`training_memory`.
+        num_gpus: 1, 8, 64, ...
+        is_sharded: FSDP2 in place of DDP.
+    """
+    if not is_sharded or not memory["sharded_weights"] or num_gpus == 1:
+        return memory["total"]
+    spread = memory["sharded_weights"] + memory["gradients"]
+    spread += memory["optimizer"] + memory["average"]
+    gathered = 3 * memory["largest_unit"]
+    return memory["total"] - spread + -(-spread // num_gpus) + gathered
 
 
 # -- streaming -------------------------------------------------------------------------------------
@@ -332,9 +425,14 @@ def cost_of(name: str, tflops: float) -> dict[str, Any]:
             prompt_length(model),
         )
     parameters = parameters_of(size)
-    with fake_tensors(*size.parts.values(), size.teacher):
+    with fake_tensors(*size.parts.values(), size.teacher, *frozen_parts(size, "asd").values()):
         for stage in STAGES:
-            training[stage]["bytes"] = training_memory(size, stage)
+            memory = training_memory(size, stage)
+            training[stage]["bytes"] = memory
+            training[stage]["bytes_per_gpu"] = {
+                name: {str(count): memory_per_gpu(memory, count, is_sharded) for count in GPUS}
+                for name, is_sharded in (("ddp", False), ("fsdp", True))
+            }
     for cost in training.values():
         cost["forwards_per_optimizer_step"] = size.accumulate
         cost["optimizer_step_s"] = size.accumulate * cost["flops"]["total"] / tflops / 1e12
@@ -408,6 +506,12 @@ def table(name: str, cost: dict[str, Any], tflops: float) -> str:
             f"  {stage:12}{step['flops']['total'] / 1e12:>24,.3f}{step['optimizer_step_s']:>18.3g}"
             f"{memory['activations_peak'] / 1e9:>11,.2f} GB{memory['total'] / 1e9:>7,.2f} GB"
         )
+    counts = "".join(f"{count:>8} GPUs" for count in GPUS)
+    lines.append(f"  {'GB per GPU':24}{counts}")
+    for stage, step in cost["training"].items():
+        for strategy, sizes in step["bytes_per_gpu"].items():
+            figures = "".join(f"{number / 1e9:>13,.2f}" for number in sizes.values())
+            lines.append(f"  {stage:12}{strategy:12}{figures}")
     return "\n".join(lines)
 
 

@@ -311,7 +311,7 @@ class Benchmark:
         return torch.cat(pieces, dim=1).permute(1, 2, 3, 0).numpy()
 
     def result(self) -> dict[str, Any]:
-        """Everything as JSON: the keys of EVALUATION sec. 1, one entry of ``runs`` per sampler."""
+        """Everything as JSON: the keys of a result row, one entry of ``runs`` per sampler."""
         runs = [sampler.to_dict() for sampler in self.samplers]
         result: dict[str, Any] = {
             "protocol": PROTOCOL,

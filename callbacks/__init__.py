@@ -1,4 +1,5 @@
-"""Lightning callbacks, imported as ``rest_lightning.callbacks``: evaluation, previews, sinks.
+"""Lightning callbacks, imported as ``rest_lightning.callbacks``: averaging, evaluation, previews,
+sinks.
 
 The folder lies at the top level of the repository; setuptools' ``package-dir`` maps it into the
 package. Modules in here import the rest of the package relatively (``from ..streaming.writer import
@@ -14,6 +15,7 @@ from ..names import lazy
 from ..torchvision_compat import ensure_torchvision
 
 if TYPE_CHECKING:
+    from .averaging import MovingAverage as MovingAverage
     from .evaluation import Evaluation as Evaluation
     from .previews import SampleVideos as SampleVideos
     from .sink import VideoSink as VideoSink
@@ -24,6 +26,7 @@ ensure_torchvision()
 __all__, __getattr__ = lazy(
     __name__,
     {
+        "averaging": ["MovingAverage"],
         "evaluation": ["Evaluation"],
         "previews": ["SampleVideos"],
         "sink": ["VideoSink"],

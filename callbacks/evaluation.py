@@ -22,7 +22,7 @@ from ..data.layout import manifest_path, read_manifest, read_sidecar
 from ..diffusion.sampling import Sampling, SamplingChanges
 from ..errors import UserError
 from ..evaluation.faces import FaceFinder, MediapipeFaces, SidecarFaces
-from ..evaluation.protocol import Protocol
+from ..evaluation.protocol import Protocol, read_protocol
 from ..evaluation.row import ResultRow, write_row
 from ..evaluation.scorer import ClipPair, Scorer
 from ..generation import Generator, Streamed, Whole
@@ -48,7 +48,8 @@ class Evaluation(Callback):
     one.
 
     Args:
-        protocol: what to measure; its clips are the first ones of the split.
+        protocol: what to measure, or the name or file of a protocol; its clips are the first ones
+            of the split.
         out: file of the row; None: ``row.json`` of ``rest test`` in the trainer's folder.
         method: name in the row; None: that of the model.
         every_n_validations: of a training run.
@@ -61,7 +62,7 @@ class Evaluation(Callback):
 
     def __init__(
         self,
-        protocol: Protocol,
+        protocol: str | Protocol,
         out: str | None = None,
         method: str | None = None,
         every_n_validations: int = 1,
@@ -75,6 +76,7 @@ class Evaluation(Callback):
             raise UserError(
                 "expected every_n_validations, num_grid_frames and num_clips of at least 1"
             )
+        protocol = read_protocol(protocol) if isinstance(protocol, str) else protocol
         self.protocol, self.out, self.method = protocol, out, method
         self.every_n_validations, self.num_videos = every_n_validations, num_videos
         self.num_clips = min(protocol.num_clips, num_clips or protocol.num_clips)

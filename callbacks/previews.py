@@ -17,7 +17,6 @@ from torch import Tensor
 from ..constants import FPS, SAMPLES_PER_FRAME
 from ..data.clips import cut_audio
 from ..diffusion.sampling import Sampling, SamplingChanges
-from ..diffusion.schedule import sampling_sigmas
 from ..errors import UserError
 from ..generation import generate_clip
 from ..media.writer import Mp4Writer
@@ -156,9 +155,7 @@ class SampleVideos(Callback):
             return to_uint8(truth), self._stream(
                 module, reference, batch["audio"], noise, datamodule
             )
-        sigmas = sampling_sigmas(
-            self.sampling.num_steps, self.sampling.shift, latents[0, 0].numel()
-        )
+        sigmas = self.sampling.sigmas(latents[0, 0].numel())
         clip = generate_clip(
             module.transformer,
             latents[:, :, :1],

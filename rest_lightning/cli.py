@@ -9,7 +9,6 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from typing import NoReturn
 
 from rest_lightning.constants import VERSION
 from rest_lightning.errors import UserError
@@ -22,6 +21,7 @@ COMMANDS = {
     "talk": "a portrait and speech become a talking video",
     "demo": "the bundled portrait and speech become outputs/demo.mp4, with a report",
     "serve": "a page in the browser: speak, and the portrait speaks",
+    "converse": "a conversation in the browser: it listens, answers, and can be interrupted",
     "synthesize": "render synthetic talkers to train on",
     "prepare": "raw videos become prepared clips, with a reason for each that does not",
     "animate": "photographs and a speaking driver become training talkers",
@@ -46,13 +46,6 @@ STAGE_COMMANDS = {
 }
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
-
-
-class _Parser(argparse.ArgumentParser):
-    """Reports wrong arguments as every other mistake of a user."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}: see {self.prog} --help")
 
 
 def main(args: list[str] | None = None) -> int:
@@ -105,13 +98,11 @@ def _run(words: list[str]) -> int:
     command: Callable[[argparse.Namespace], int] = getattr(
         module, f"run_{variant}" if variant else "run"
     )
-    parser = _Parser(
-        prog=f"rest {name}",
-        description=inspect.getdoc(command if variant else module),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    from rest_lightning.options import CommandParser
+
+    parser = CommandParser(name, inspect.getdoc(command if variant else module))
     add_arguments(parser)
-    return command(parser.parse_args([_with_dashes(word) for word in words[1:]]))
+    return command(parser.parse(words[1:]))
 
 
 def usage() -> str:
@@ -126,16 +117,6 @@ def usage() -> str:
             "example: rest talk portrait.png speech.wav -o out.mp4",
         ]
     )
-
-
-def _with_dashes(word: str) -> str:
-    """``--num_clips=5`` as ``--num-clips=5``: both spellings are taken, as in configuration
-    files.
-    """
-    if not word.startswith("--"):
-        return word
-    option, equals, value = word.partition("=")
-    return option.replace("_", "-") + equals + value
 
 
 def _say(line: str) -> None:

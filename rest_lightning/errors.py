@@ -13,6 +13,11 @@ class UserError(ValueError):
     """
 
 
+def note(text: str) -> None:
+    """Tell what is odd and stops nothing: one line on stderr."""
+    print(f"note: {' '.join(text.split())}", file=sys.stderr, flush=True)
+
+
 def exit_code(run: Callable[[], int]) -> int:
     """The exit code of ``run()``; a user's mistake is one line on stderr and 2."""
     try:

@@ -15,8 +15,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from rest_lightning.constants import SAMPLES_PER_FRAME, TEMPORAL_RATIO
-from rest_lightning.diffusion.sampling import Guidance, Sampling, SamplingChanges, integrate
-from rest_lightning.diffusion.schedule import sampling_sigmas
+from rest_lightning.diffusion.sampling import (
+    Guidance,
+    Sampling,
+    SamplingChanges,
+    integrate,
+    warn_of_unseen_levels,
+)
 from rest_lightning.errors import UserError
 from rest_lightning.models.transformer import A2VDiT
 from rest_lightning.parts import open_part, open_speech_encoder
@@ -65,6 +70,10 @@ class Generator(nn.Module):
     def _generate(self, portrait: Tensor, speech: NDArray[np.float32]) -> Frames:
         raise NotImplementedError
 
+    def set_dtype(self, dtype: torch.dtype) -> None:
+        """Compute in a type; the speech encoder keeps float32."""
+        raise NotImplementedError
+
     def describe(self) -> dict[str, Any]:
         """The sampler of a result row."""
         return {**asdict(self.sampling), "seed": self.seed, "mode": self.mode}
@@ -99,6 +108,10 @@ class Streamed(Generator):
             sampling or head.sampling, seed, head.transformer.cache_options.chunk_length
         )
         self.head = head
+
+    def set_dtype(self, dtype: torch.dtype) -> None:
+        """See :meth:`Generator.set_dtype`: of the weights, as in a stream."""
+        self.head.set_dtype(dtype)
 
     def _generate(self, portrait: Tensor, speech: NDArray[np.float32]) -> Frames:
         blocks = [
@@ -139,7 +152,11 @@ class Whole(Generator):
             speech_ae,
             transformer,
         )
-        self.size_px = size_px
+        self.size_px, self._dtype = size_px, torch.float32
+
+    def set_dtype(self, dtype: torch.dtype) -> None:
+        """See :meth:`Generator.set_dtype`: by autocast, as in validation while training."""
+        self._dtype = dtype
 
     @torch.no_grad()
     def _generate(self, portrait: Tensor, speech: NDArray[np.float32]) -> Frames:
@@ -159,10 +176,13 @@ class Whole(Generator):
         reference = self.vae.encode(picture[None, :, None].to(device)).float()
         shape = (*reference.shape[:2], 1 + num_latents, *reference.shape[3:])
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(self.seed)).to(device)
-        sigmas = sampling_sigmas(self.sampling.num_steps, self.sampling.shift, noise[0, 0].numel())
-        clip = generate_clip(
-            self.transformer, reference, speech_latents, noise, sigmas, self.sampling.branches
-        )
+        num_tokens = noise[0, 0].numel()
+        sigmas = self.sampling.sigmas(num_tokens)
+        warn_of_unseen_levels(self.sampling, num_tokens, self.transformer.lowest_sigma)
+        with torch.autocast(device.type, self._dtype, enabled=self._dtype != torch.float32):
+            clip = generate_clip(
+                self.transformer, reference, speech_latents, noise, sigmas, self.sampling.branches
+            )
         return to_uint8(self.vae.decode(clip))[0, 1 : 1 + num_frames].cpu().numpy()
 
 

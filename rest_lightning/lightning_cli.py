@@ -22,21 +22,38 @@ from rest_lightning.data.module import TalkingHeadDataModule  # noqa: E402
 from rest_lightning.diffusion.sampling import SamplingChanges  # noqa: E402
 from rest_lightning.errors import UserError  # noqa: E402
 from rest_lightning.names import accept_old_names  # noqa: E402
+from rest_lightning.options import ConfigFile, TellsMistakes, find_user_error  # noqa: E402
 from rest_lightning.tasks.base import AtomicCheckpointIO  # noqa: E402
 
 FINAL_CHECKPOINT = "final.ckpt"
 EXPECTED_WARNINGS = (
     "LightningCLI's args parameter",  # our own command line hands its words on
     r"Found \d+ module\(s\) in eval mode",  # frozen parts are
-    # sharded networks refuse the callback
-    "You're using the WeightAveraging callback with a model that overrides",
 )
+
+
+class StageParser(TellsMistakes, LightningArgumentParser):
+    """Lightning's parser, with our errors and configuration files."""
 
 
 class RestCLI(LightningCLI):
     """LightningCLI whose model is any stage; after ``fit`` it validates once and writes
     ``final.ckpt``.
     """
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """A parser whose ``--config`` takes shipped names, too."""
+        parser = StageParser(**kwargs)
+        what = "shipped name, such as embedded/student, or a path; repeatable, later ones win"
+        parser.add_argument("-c", "--config", action=ConfigFile, help=what)
+        return parser
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Lightning's, with mistakes told by the subcommand's parser."""
+        assert isinstance(parser, StageParser)
+        subparsers = getattr(self, "_subcommand_parsers", {})
+        parser.active = subparsers.get(args[0]) if isinstance(args, list) and args else None
+        super().parse_arguments(parser, args)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """A stage and its data are configured side by side; what generates videos shares one key,
@@ -70,15 +87,17 @@ class RestCLI(LightningCLI):
         """
         if not self.config["fit"]["final_checkpoint"] or self.trainer.interrupted:
             return
-        # The current weights are the averaged ones by now; without the callback the checkpoint
-        # holds them, together with the statistics that this validation measures.
+        # The module holds the averaged weights by now; without the callback the checkpoint holds
+        # them alone, together with the statistics that this validation measures.
         present: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
-        kept = [each for each in present if not isinstance(each, WeightAveraging)]
+        averaging = (callbacks.MovingAverage, WeightAveraging)
+        kept = [each for each in present if not isinstance(each, averaging)]
         self.trainer.callbacks = kept  # type: ignore[attr-defined]
         self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
         target = Path(self.trainer.default_root_dir) / FINAL_CHECKPOINT
         temporary = target.with_name(f".{FINAL_CHECKPOINT}.part")
-        self.trainer.save_checkpoint(temporary)
+        # Without the optimiser's states: what comes next starts from the weights.
+        self.trainer.save_checkpoint(temporary, weights_only=True)
         if self.trainer.is_global_zero:
             temporary.replace(target)
 
@@ -102,6 +121,7 @@ def run(args: list[str]) -> Any:
             seed_everything_default=0,
             save_config_kwargs={"overwrite": True},
             auto_configure_optimizers=False,
+            parser_kwargs={"prog": "rest"},
             args=args,
         )
     except Exception as error:
@@ -126,12 +146,3 @@ def _know_short_names() -> None:
     for package in (callbacks, models, tasks):
         for name in package.__all__:
             getattr(package, name)
-
-
-def find_user_error(error: BaseException | None) -> UserError | None:
-    """The user's mistake behind an exception: jsonargparse wraps what a constructor raises into
-    errors of its own.
-    """
-    while error is not None and not isinstance(error, UserError):
-        error = error.__cause__ or error.__context__
-    return error

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 import torch
 from torch import nn
 
+from rest_lightning.config import find_config, network_of, read_config, shipped_names
 from rest_lightning.errors import UserError
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ PART_CLASSES = {
     "WhisperEncoder": "rest_lightning.models.speech",
     "SpeechAE": "rest_lightning.models.speech_ae",
     "SpeechPooling": "rest_lightning.models.speech_ae",
+    "SpeechProjection": "rest_lightning.models.speech_ae",
     "A2VDiT": "rest_lightning.models.transformer",
     "AgreementDetail": "rest_lightning.models.detail",
     "LearnedDetail": "rest_lightning.models.detail",
@@ -175,7 +177,8 @@ def read_part(name: str, source: str | Path) -> tuple[dict[str, Any], dict[str, 
             f"expected a checkpoint or a model folder for {name}, got no such file: {path}; "
             f"{way_out}"
         )
-    checkpoint = torch.load(path, map_location="cpu", weights_only=False)
+    # Mapped: the other parts and the optimiser's states are never read.
+    checkpoint = torch.load(path, map_location="cpu", weights_only=False, mmap=True)
     parts = checkpoint.get(PARTS_KEY, {}) if isinstance(checkpoint, dict) else {}
     if name not in parts:
         raise UserError(
@@ -227,14 +230,13 @@ def open_speech_encoder(source: str | Path) -> nn.Module:
     Raises:
         UserError: no speech encoder that can be built from the source.
     """
+    if not Path(source).exists() and str(source) in shipped_names():
+        source = find_config(source)
     source = Path(source)
     if source.suffix in (".yaml", ".yml") and source.is_file():
         found = _described_in(source)
         if found is None:
-            raise UserError(
-                "expected a stage's configuration with model.init_args.speech_encoder, got "
-                f"{source}"
-            )
+            raise UserError(f"expected a stage's configuration with a speech_encoder, got {source}")
         return build_part(found)
     if source.is_dir() or not source.is_file():
         return open_part("speech_encoder", source)
@@ -264,10 +266,7 @@ def _described_by_run(checkpoint: Path) -> dict[str, Any] | None:
 
 
 def _described_in(file: Path) -> dict[str, Any] | None:
-    import yaml
-
-    config = yaml.safe_load(file.read_text(encoding="utf-8"))
-    found = ((config.get("model") or {}).get("init_args") or {}).get("speech_encoder")
+    found = network_of(read_config(file).content, "speech_encoder")
     if not found:
         return None
     return {"class": found["class_path"].rsplit(".", 1)[-1], "config": found.get("init_args") or {}}

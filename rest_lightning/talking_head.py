@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rest_lightning.constants import SPATIAL_RATIO, VERSION
-from rest_lightning.diffusion.sampling import Sampling, SamplingChanges
+from rest_lightning.diffusion.sampling import Sampling, SamplingChanges, warn_of_unseen_levels
 from rest_lightning.errors import UserError
 from rest_lightning.media.portrait import load_portrait
 from rest_lightning.parts import (
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 INDEX_FILE = "model_index.json"
 EMBEDDED_FOLDER = Path(__file__).parent / "assets" / "embedded"
-MAX_SHARD_BYTES = 11_500_000
+MAX_SHARD_BYTES = 5_000_000_000  # as Hugging Face's libraries
 
 
 class TalkingHead(nn.Module):
@@ -129,6 +129,7 @@ class TalkingHead(nn.Module):
         guidance: float | None = None,
         shift: float | None = None,
         reference_guidance: float | None = None,
+        table_steps: int | None = None,
         chunk_length: int | None = None,
         options: EngineOptions | None = None,
     ) -> StreamingSession:
@@ -141,7 +142,7 @@ class TalkingHead(nn.Module):
                 (x, y, size) or (x, y, width, height); see
                 :func:`rest_lightning.media.portrait.find_portrait`.
             seed: of the noise; the same seed, portrait and speech give the same frames.
-            num_steps, guidance, shift, reference_guidance: override :attr:`sampling`.
+            num_steps, guidance, shift, reference_guidance, table_steps: override :attr:`sampling`.
             chunk_length: latents per chunk, see :meth:`with_chunk_length`; None takes the model's.
             options: switches of the engine: graphs, compilation, overlap, warm-up, a short first
                 chunk.
@@ -151,11 +152,11 @@ class TalkingHead(nn.Module):
         """
         if not isinstance(portrait, torch.Tensor):
             portrait = load_portrait(portrait, self.size_px, crop)
-        changes = SamplingChanges(num_steps, guidance, shift, reference_guidance)
+        changes = SamplingChanges(num_steps, guidance, shift, reference_guidance, table_steps)
+        sampling = changes.of(self.sampling)
         head = self if chunk_length is None else self.with_chunk_length(chunk_length)
-        return StreamingSession(
-            head, portrait, seed=seed, sampling=changes.of(self.sampling), options=options
-        )
+        head._warn_of_unseen_levels(sampling)
+        return StreamingSession(head, portrait, seed=seed, sampling=sampling, options=options)
 
     def open_batch(
         self,
@@ -165,6 +166,7 @@ class TalkingHead(nn.Module):
         guidance: float | None = None,
         shift: float | None = None,
         reference_guidance: float | None = None,
+        table_steps: int | None = None,
         chunk_length: int | None = None,
         options: EngineOptions | None = None,
         max_waiting_s: float = 60.0,
@@ -174,17 +176,25 @@ class TalkingHead(nn.Module):
 
         Args:
             num_rows: rows n; memory for all of them is taken now.
-            num_steps, guidance, shift, reference_guidance, chunk_length, options: see :meth:`open`.
+            num_steps, guidance, shift, reference_guidance, table_steps, chunk_length, options: see
+                :meth:`open`.
             max_waiting_s: speech that a row may hold before it is computed.
 
         Raises:
             UserError: no row, a value that is no good, or not enough memory.
         """
-        sampling = SamplingChanges(num_steps, guidance, shift, reference_guidance).of(self.sampling)
+        changes = SamplingChanges(num_steps, guidance, shift, reference_guidance, table_steps)
+        sampling = changes.of(self.sampling)
         head = self if chunk_length is None else self.with_chunk_length(chunk_length)
+        head._warn_of_unseen_levels(sampling)
         return BatchSession(
             head, num_rows, sampling=sampling, options=options, max_waiting_s=max_waiting_s
         )
+
+    def _warn_of_unseen_levels(self, sampling: Sampling) -> None:
+        slots = self.transformer.cache_options.num_slots
+        num_tokens = slots * (self.size_px // SPATIAL_RATIO) ** 2
+        warn_of_unseen_levels(sampling, num_tokens, self.transformer.lowest_sigma)
 
     @classmethod
     def from_pretrained(
@@ -225,10 +235,13 @@ class TalkingHead(nn.Module):
                 getattr(self, name).to(dtype=dtype)
 
     def save_pretrained(
-        self, path: str | os.PathLike[str], dtype: torch.dtype = torch.float32
+        self,
+        path: str | os.PathLike[str],
+        dtype: torch.dtype = torch.float32,
+        max_shard_bytes: int = MAX_SHARD_BYTES,
     ) -> None:
         """Write the folder: ``model_index.json`` and one folder per part with ``config.json`` and
-        safetensors shards.
+        ``model.safetensors``, or shards and the index of them that Hugging Face's libraries read.
 
         The folder appears whole or not at all; one that exists is replaced, and stays when writing
         fails.
@@ -236,13 +249,14 @@ class TalkingHead(nn.Module):
         Args:
             path: the folder.
             dtype: of the stored weights; statistics of the latents stay float32.
+            max_shard_bytes: of the tensors of one file; a larger part is cut into several.
         """
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
         try:
             for name in self.part_names:
-                _save_part(getattr(self, name), temporary / name, dtype)
+                _save_part(getattr(self, name), temporary / name, dtype, max_shard_bytes)
             index = {
                 "_class_name": "TalkingHead",
                 "version": VERSION,
@@ -326,22 +340,33 @@ def _size_of(transformer: A2VDiT) -> int:
     )
 
 
-def _save_part(part: nn.Module, folder: Path, dtype: torch.dtype) -> None:
+def _save_part(part: nn.Module, folder: Path, dtype: torch.dtype, max_shard_bytes: int) -> None:
     from safetensors.torch import save_file
 
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(describe_part(part), indent=2) + "\n")
     shards: list[dict[str, Tensor]] = [{}]
-    size = 0
+    size = total = 0
     for key, value in part.state_dict().items():
         keep = not value.is_floating_point() or key in ("latents_mean", "latents_std")
         value = (value if keep else value.to(dtype)).contiguous().cpu()
         num_bytes = value.numel() * value.element_size()
-        if shards[-1] and size + num_bytes > MAX_SHARD_BYTES:
+        if shards[-1] and size + num_bytes > max_shard_bytes:
             shards.append({})
             size = 0
         shards[-1][key] = value
         size += num_bytes
+        total += num_bytes
+    if not shards[0]:  # a part without weights
+        return
+    metadata = {"format": "pt"}
+    if len(shards) == 1:
+        save_file(shards[0], folder / "model.safetensors", metadata)
+        return
+    weight_map: dict[str, str] = {}
     for i, shard in enumerate(shards):
-        if shard:
-            save_file(shard, folder / f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors")
+        name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        save_file(shard, folder / name, metadata)
+        weight_map |= dict.fromkeys(shard, name)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")

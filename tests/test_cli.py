@@ -42,10 +42,7 @@ def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (
             ["talk"],
-            (
-                "the following arguments are required: portrait, speech, -o/--out: see rest talk "
-                "--help"
-            ),
+            "expected PORTRAIT, SPEECH, --out: see rest talk --help",
         ),
         (
             ["talk", "a.png", "a.wav", "-o", "a.mp4", "--steps", "0"],
@@ -55,10 +52,11 @@ def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
             ["talk", "a.png", "a.wav", "-o", "a.mp4", "--crop", "1,2"],
             "expected auto, centre, x,y,size",
         ),
-        (["talk", "a.png", "a.wav", "-o", "a.mp4", "--nope"], "unrecognized arguments: --nope"),
+        (["talk", "a.png", "a.wav", "-o", "a.mp4", "--nope"], "got --nope: see rest talk --help"),
+        (["talk", "a.png", "a.wav", "--ou", "a.mp4"], "got --ou: did you mean --out?"),
         (
             ["synthesize", "--out", "x", "--num_clips", "many"],
-            "argument --num-clips: invalid int value: 'many'",
+            "--num-clips: expected int, got many",
         ),
     ],
 )

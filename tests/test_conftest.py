@@ -8,6 +8,7 @@ import socket
 import urllib.request
 
 import pytest
+import torch
 
 
 # reserved for documentation
@@ -37,3 +38,8 @@ def test_loopback_works(host: str) -> None:
         assert client.recv(2) == b"ok"
         connection.close()
         client.close()
+
+
+def test_float32_is_not_rounded_to_tf32() -> None:
+    """Parity on CUDA is tested to 1e-5; TF32 keeps 10 bits."""
+    assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32

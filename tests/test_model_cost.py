@@ -200,14 +200,17 @@ def make_size(model_cost: ModuleType, checkpointing: bool) -> Any:
         "transformer": student,
     }
     teacher = A2VDiT.from_config({**student.config, "attention": "full"})
-    return model_cost.Size(parts, teacher, 64, 49, 9, batch_size=2, vae_batch=1, accumulate=4)
+    own = SpeechAE.from_config(parts["speech_ae"].config)
+    counts = {"batch_size": 2, "vae_batch": 1, "accumulate": 4}
+    return model_cost.Size(parts, teacher, 64, 49, 9, **counts, teacher_speech_ae=own)
 
 
 @pytest.mark.parametrize("stage", ["vae", "speech_ae", "teacher", "student", "asd"])
 def test_fake_bytes_are_real_bytes(model_cost: ModuleType, tools: ModuleType, stage: str) -> None:
     expected = model_cost.training_memory(make_size(model_cost, True), stage)
     size = make_size(model_cost, True)
-    with tools.fake_tensors(*size.parts.values(), size.teacher):
+    frozen = model_cost.frozen_parts(size, "asd").values()
+    with tools.fake_tensors(*size.parts.values(), size.teacher, *frozen):
         assert model_cost.training_memory(size, stage) == pytest.approx(expected, rel=0.005)
     names = {"vae": ["vae"], "speech_ae": ["speech_ae", "speech_encoder"]}.get(
         stage, list(size.parts)
@@ -215,16 +218,22 @@ def test_fake_bytes_are_real_bytes(model_cost: ModuleType, tools: ModuleType, st
     stored = sum(
         tensor.nbytes for name in names for tensor in size.parts[name].state_dict().values()
     )
-    stored += (
-        sum(tensor.nbytes for tensor in size.teacher.state_dict().values()) if stage == "asd" else 0
-    )
+    if stage == "asd":
+        for network in (size.teacher, size.teacher_speech_ae):
+            stored += sum(tensor.nbytes for tensor in network.state_dict().values())
     # Whisper's, in no checkpoint
     windows_and_filters = 4 * (400 + 201 * 8) if "speech_encoder" in names else 0
     assert expected["weights"] == stored + windows_and_filters
-    assert expected["gradients"] == 4 * sum(
+    is_dit = stage in ("teacher", "student", "asd")
+    trained = sum(
         p.numel()
         for part in model_cost.trained_parts(size, stage).values()
-        for p in part.parameters()
+        for name, p in part.named_parameters()
+        if not (is_dit and name.startswith("decoder"))
+    )
+    assert expected["gradients"] == expected["average"] == expected["optimizer"] / 2 == 4 * trained
+    assert expected["total"] == expected["weights"] + 16 * trained + max(
+        expected["encoders_peak"], expected["activations_peak"]
     )
 
 
@@ -328,3 +337,56 @@ def test_bad_input(
     (line,) = capsys.readouterr().err.splitlines()
     assert re.match(message, line)
     assert not (tmp_path / "cost.json").exists()
+
+
+@pytest.mark.parametrize("stage", ["vae", "speech_ae", "teacher", "student", "asd"])
+def test_units_hold_every_weight_once(model_cost: ModuleType, stage: str) -> None:
+    """What FSDP2 spreads and gathers, against the networks themselves."""
+    size = make_size(model_cost, True)
+    parts = model_cost.everything_sharded(size, stage)
+    kinds = sorted(type(part).__name__ for part in parts)
+    expected = {"teacher": 1, "student": 1, "asd": 2}.get(stage, 0)  # of each of the two kinds
+    assert kinds == ["A2VDiT"] * expected + ["SpeechAE"] * expected
+    for part in parts:
+        units = model_cost.sharding_units(part)
+        assert sorted(id(p) for unit in units for p in unit) == sorted(map(id, part.parameters()))
+        if isinstance(part, A2VDiT):
+            assert len(units) == 4 * part.num_layers + 1
+
+
+def test_memory_per_gpu(model_cost: ModuleType) -> None:
+    memory = {
+        "total": 1000, "gradients": 100, "optimizer": 200, "average": 100,
+        "sharded_weights": 160, "largest_unit": 10,
+    }  # fmt: skip
+    assert [model_cost.memory_per_gpu(memory, count, False) for count in (1, 8, 64)] == [1000] * 3
+    assert model_cost.memory_per_gpu(memory, 1, True) == 1000
+    # 560 bytes are spread, 440 are not, and three units of 10 are whole for a moment
+    assert model_cost.memory_per_gpu(memory, 8, True) == 440 + 70 + 30
+    assert model_cost.memory_per_gpu(memory, 64, True) == 440 + 9 + 30
+    unspread = {**memory, "sharded_weights": 0}
+    assert model_cost.memory_per_gpu(unspread, 64, True) == 1000
+
+
+def test_committed_table_is_that_of_the_code(model_cost: ModuleType) -> None:
+    """Weights, gradients, moments and averages of every stage at paper size, counted anew on the
+    meta device.
+    """
+    committed = json.loads((ROOT / "benchmarks/results/model_cost.json").read_text())
+    with torch.device("meta"):
+        size = importlib.import_module("benchmarks._cost").read_size("paper")
+    for stage, step in committed["sizes"]["paper"]["training"].items():
+        memory = step["bytes"]
+        with model_cost.frozen_as_trained(size, stage):
+            trained = sum(
+                parameter.numel()
+                for part in model_cost.trained_parts(size, stage).values()
+                for parameter in part.parameters()
+                if parameter.requires_grad
+            )
+        assert memory["gradients"] == memory["average"] == 4 * trained
+        assert memory["optimizer"] == 8 * trained
+        for strategy, sizes in step["bytes_per_gpu"].items():
+            for count, number in sizes.items():
+                is_sharded = strategy == "fsdp"
+                assert number == model_cost.memory_per_gpu(memory, int(count), is_sharded)

@@ -66,7 +66,10 @@ def constraints() -> dict[str, Requirement]:
 
 def package_folders() -> dict[str, Path]:
     """Import names of all packages in the tree and where they lie."""
-    found = {"rest_lightning.callbacks": ROOT / "callbacks"}
+    found = {
+        "rest_lightning.callbacks": ROOT / "callbacks",
+        "rest_lightning.configs": ROOT / "configs",
+    }
     for path in (ROOT / "rest_lightning").rglob("*.py"):
         found[".".join(path.parent.relative_to(ROOT).parts)] = path.parent
     return found
@@ -117,7 +120,7 @@ def test_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> None:
     tree.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tree)
-    for name in ("rest_lightning", "callbacks"):
+    for name in ("rest_lightning", "callbacks", "configs"):
         shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
     pip = [
         sys.executable,
@@ -144,7 +147,14 @@ def test_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> None:
         for path in (ROOT / "rest_lightning" / "assets").rglob("*")
         if path.suffix in {".safetensors", ".json", ".png", ".wav"}
     }
-    assert files >= modules | assets | {"rest_lightning/py.typed", "rest_lightning/media/page.html"}
+    configs = {
+        f"rest_lightning/{path.relative_to(ROOT).as_posix()}"
+        for path in (ROOT / "configs").rglob("*.yaml")
+    }
+    assert files >= modules | assets | configs | {
+        "rest_lightning/py.typed",
+        "rest_lightning/media/page.html",
+    }
     assert {name.split("/")[0].split("-")[0] for name in files} == {"rest_lightning"}
     assert not any(name.startswith("callbacks/") for name in files)
 

@@ -21,8 +21,11 @@ from rest_lightning.diffusion.sampling import Sampling
 from rest_lightning.errors import UserError
 from rest_lightning.torchvision_compat import ensure_torchvision
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 STAGES = ("vae", "speech_ae", "teacher", "student", "asd")
+VAE_CHANGES: dict[str, Any] = {
+    "latent_channels": 4,
+    "decoder_inject_noise": [True, True, True, False],
+}
 TINY_TRAINER = {
     "accelerator": "cpu",
     "max_steps": 1,
@@ -49,7 +52,7 @@ class TinyPaper:
             root / "prompt.safetensors",
         )
         torch.manual_seed(0)
-        make_ltx("0.9.0").save_pretrained(self.ltx / "vae")
+        make_ltx("0.9.1", **VAE_CHANGES).save_pretrained(self.ltx / "vae")
         self.transformer = LTXVideoTransformer3DModel(
             in_channels=4,
             out_channels=4,
@@ -84,7 +87,7 @@ class TinyPaper:
         """`rest fit` of a stage with the files of configs/paper and an overlay of sizes and
         paths.
         """
-        vae = {**LTX_CONFIGS["0.9.0"], "decoder_causal": True}
+        vae = {**LTX_CONFIGS["0.9.1"], **VAE_CHANGES, "decoder_causal": True}
         model: dict[str, Any] = {"vae": {"init_args": {"ltx_config": vae}}}
         data: dict[str, Any] = {
             "data_dir": str(self.data),
@@ -132,7 +135,7 @@ class TinyPaper:
         overlay.write_text(
             yaml.safe_dump({"model": {"init_args": model}, "data": data, "trainer": trainer})
         )
-        files = (CONFIGS / "trainer/paper.yaml", CONFIGS / f"paper/{stage}.yaml", overlay)
+        files = (f"paper/{stage}", overlay)
         return lightning_cli.run(
             ["fit", *(word for file in files for word in ("--config", str(file))), *words]
         )

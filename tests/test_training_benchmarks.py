@@ -55,7 +55,7 @@ def asd_run(
         str(recipe.data),
     ]
     words += ["--steps", "2", "--seeds", "0", "5", "--draws", "3", "--runs", str(folder / "runs")]
-    for file in ("trainer/tiny", "size/tiny/dit"):
+    for file in ("trainer/tiny", "model/tiny", "data/tiny"):
         words += ["--config", str(recipe.configs / f"{file}.yaml")]
     words += ["--out", str(folder / "asd.json")]
     assert module.main(words) == 0
@@ -177,6 +177,49 @@ def test_curves_tell_start_and_end(benchmark: Any, tmp_path: Path, capsys: Any) 
     assert "DID NOT FALL" in capsys.readouterr().out
     assert module.main([*words, "--stages", "absent"]) == 2
     assert "expected TensorBoard's event files of a stage" in capsys.readouterr().err
+
+
+def test_a_training_step_that_fails_keeps_the_rows_before(
+    benchmark: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = benchmark("training_step")
+    out = tmp_path / "step.json"
+    measured: list[int] = []
+
+    def measure(student: Any, batch_size: int, *rest: Any) -> dict[str, Any]:
+        assert (
+            len(json.loads(out.read_text())["rows"]) == len(measured)
+            if measured
+            else not out.exists()
+        )
+        if measured:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        measured.append(batch_size)
+        return {"time_ratio": 0.4, "memory_ratio": 1.0}
+
+    monkeypatch.setattr(module, "measure", measure)
+    with pytest.raises(torch.OutOfMemoryError):
+        module.run(module.parse(["--batch", "1", "2", "--out", str(out)]))
+    result = json.loads(out.read_text())
+    assert [row["batch_size"] for row in result["rows"]] == measured == [1]
+    assert result["target"]["reached"] == [True]
+
+
+def test_gradients_of_one_form_alone_are_kept(benchmark: Any) -> None:
+    module = benchmark("training_step")
+    weights = [torch.nn.Parameter(torch.ones(1000)) for _ in range(2)]
+
+    def step(factor: float) -> None:
+        sum(factor * weight.square().sum() for weight in weights).backward()
+
+    with module.LiveBytes([*weights]) as live:
+        found = module.gradient_difference(
+            weights, [lambda f=f: step(f) for f in (*[1.0] * 6, 1.5, 1.0)]
+        )  # type: ignore[misc]
+    assert found == pytest.approx(1 / 3)
+    assert (
+        live.peak < 6 * 4 * 1000 * 2
+    )  # the copy, the gradients, and what computes them: not one copy a form
 
 
 @pytest.mark.parametrize("compiles", [False, pytest.param(True, marks=pytest.mark.slow)])

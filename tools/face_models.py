@@ -153,12 +153,12 @@ def weights_of(layers: list[Layer], model: nn.Module, picture: Tensor) -> dict[s
         raise SystemExit(f"expected {len(used)} layers, got {len(layers)} in the file")
     state = {}
     for (name, module), (kind, arrays) in zip(used, layers, strict=True):
-        arrays = [torch.from_numpy(array) for array in arrays]
+        values = [torch.from_numpy(array) for array in arrays]
         if kind == "PRELU":
-            tensors = {"weight": arrays[0].flatten()}
+            tensors = {"weight": values[0].flatten()}
         else:  # kernels: output, row, column, input; of depthwise ones: 1, row, column, channel
             axes = (3, 0, 1, 2) if kind == "DEPTHWISE_CONV_2D" else (0, 3, 1, 2)
-            tensors = {"weight": arrays[0].permute(axes), "bias": arrays[1]}
+            tensors = {"weight": values[0].permute(axes), "bias": values[1]}
         for key, tensor in tensors.items():
             expected = getattr(module, key).shape
             if tensor.shape != expected:

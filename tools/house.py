@@ -19,16 +19,25 @@ PACKAGE = "rest_lightning"
 # From the lowest floor to the highest: a package or module imports what stands on its own floor or
 # below.
 FLOORS = (
-    ("constants", "errors", "machine", "names", "ray_cluster", "torchvision_compat"),
+    (
+        "config",
+        "constants",
+        "errors",
+        "machine",
+        "names",
+        "options",
+        "ray_cluster",
+        "torchvision_compat",
+    ),
     ("media",),
     ("models", "metrics"),
     ("diffusion", "data"),
     ("parts", "evaluation"),
     ("streaming",),
     ("talking_head",),
-    ("generation",),
+    ("generation", "avatar"),
     ("tasks", "serve"),
-    ("callbacks",),
+    ("callbacks", "integrations"),
     ("lightning_cli", "commands"),
     ("cli", "__main__"),
     ("",),  # the package itself, which lends names of all floors

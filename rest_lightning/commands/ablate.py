@@ -1,9 +1,8 @@
 r"""Train a base and its ablations within the same budget, score each, and put mean and spread into
 one table.
 
-  rest ablate --base configs/trainer/embedded.yaml configs/embedded/asd.yaml --runs runs/embedded \
-    --overlays configs/ablation/no_asd.yaml configs/ablation/no_context_cache.yaml \
-    --budget-min 10 --seeds 3
+  rest ablate --base embedded/asd --runs runs/embedded \
+    --overlays ablation/no_asd ablation/no_context_cache --budget-min 10 --seeds 3
 
 Every run has a folder OUT/<name>/seed-<n> with its checkpoint and its result row. A second call
 does only what is missing. An overlay with `sampling` alone is not trained: it samples the base's
@@ -21,6 +20,7 @@ from typing import Any
 
 from rest_lightning.commands._runs import FINAL, fit, rest, trainer_overlay, write_overlay
 from rest_lightning.commands.train_embedded import STAGES, VAE_STAGE, stage_overlay
+from rest_lightning.config import find_config, read_config
 from rest_lightning.errors import UserError
 
 BASE = "base"
@@ -83,7 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=("checkpoint or folder of the VAE to score with (default: that of --runs)"),
     )
     parser.add_argument(
-        "--protocol", default="synthetic", help=("name of a file in configs/eval, or a path")
+        "--protocol", default="synthetic", help="evaluation: a name of configs/eval, or a file"
     )
     parser.add_argument(
         "--eval-data",
@@ -117,11 +117,8 @@ def plan(args: argparse.Namespace) -> list[Variant]:
     Raises:
         UserError: files that are not there, two of one name, a budget or number of seeds below one.
     """
-    for path in [*args.base, *args.overlays]:
-        if not path.is_file():
-            raise UserError(
-                f"expected a configuration file, but {path} does not exist: check the name"
-            )
+    args.base = [find_config(path) for path in args.base]
+    args.overlays = [find_config(path) for path in args.overlays]
     if args.seeds < 1 or (args.budget_min or args.budget_steps or 0) <= 0:
         raise UserError("expected a budget and a number of seeds above 0: raise them")
     if args.runs is None and args.vae is None:
@@ -186,7 +183,9 @@ def _train(args: argparse.Namespace, variant: Variant, seed: int) -> None:
     overlay: dict[str, Any] = {"data": {"data_dir": str(args.data)}}
     if args.runs is not None:
         (stage,) = (stage for stage in STAGES if stage.name == args.stage)
-        overlay = stage_overlay(stage, args.runs, args.data, 1.0)
+        overlay = stage_overlay(stage, args.runs, args.data)
+        if not (args.runs / "speech").is_dir():
+            overlay["data"].pop("speech_dir")
     overlay["trainer"] = trainer_overlay(folder, args.budget_min, args.budget_steps)
     overlay["seed_everything"] = seed
     overlay["data"]["seed"] = seed
@@ -197,8 +196,6 @@ def _train(args: argparse.Namespace, variant: Variant, seed: int) -> None:
 
 def _score(args: argparse.Namespace, variant: Variant, seed: int, out: Path) -> None:
     """``rest test`` under the protocol, with the sampling of the base and of the overlay."""
-    from rest_lightning.evaluation.protocol import find_protocol
-
     folder = _folder(args, variant, seed)
     sampling: dict[str, Any] = {}
     for path in [*args.base, *([] if variant.overlay is None else [variant.overlay])]:
@@ -219,7 +216,8 @@ def _score(args: argparse.Namespace, variant: Variant, seed: int, out: Path) -> 
     words = [f"--trainer.callbacks.out={out}", f"--trainer.callbacks.method={variant.name}"]
     if args.num_clips is not None:
         words.append(f"--trainer.callbacks.num_clips={args.num_clips}")
-    configs = [find_protocol(args.protocol), write_overlay(folder, overlay, "score.yaml")]
+    evaluation = find_config(args.protocol, "eval", what="an evaluation")
+    configs = [evaluation, write_overlay(folder, overlay, "score.yaml")]
     print(f"{variant.name} seed {seed}: scoring", flush=True)
     rest("test", *(word for config in configs for word in ("--config", str(config))), *words)
 
@@ -274,11 +272,4 @@ def _has_begun(folder: Path) -> bool:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    import yaml
-
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(content, dict):
-        raise UserError(
-            f"expected a configuration in {path}, got {type(content).__name__}: correct it"
-        )
-    return content
+    return read_config(path).content

@@ -30,8 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--windows-per-clip",
         type=int,
-        default=1,
-        help=("windows spread over each clip (default 1)"),
+        default=0,
+        help=("windows spread over each clip (default 0: as many as cover it)"),
     )
     parser.add_argument(
         "--references-per-clip", type=int, default=0, help=("single frames for random references")
@@ -90,6 +90,11 @@ def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", type=Path, default=Path("weights/prompt.safetensors"), help="file to write"
     )
     parser.add_argument("--text", help="another prompt (default: REST's)")
+    parser.add_argument(
+        "--unmasked",
+        action="store_true",
+        help="let T5 attend to the padding, as diffusers' LTX pipeline does (default: as REST)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace the file")
     parser.add_argument(
         "--length", type=int, default=128, help=("tokens with padding (default 128, as LTX-Video)")
@@ -107,7 +112,9 @@ def run_prompt(args: argparse.Namespace) -> int:
 
     args.out.parent.mkdir(parents=True, exist_ok=True)
     check_output(args.out, args.overwrite, ".safetensors")
-    embeds, mask = encode_prompt(args.ltx, args.text or PROMPT, args.length)
+    embeds, mask = encode_prompt(
+        args.ltx, args.text or PROMPT, args.length, masked=not args.unmasked
+    )
     with whole_file(args.out) as temporary:
         save_file(
             {"prompt_embeds": embeds.contiguous(), "prompt_mask": mask.contiguous()}, temporary

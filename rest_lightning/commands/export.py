@@ -39,10 +39,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--shift", type=float, help="shift of the sigma table to remember as default"
     )
     parser.add_argument(
+        "--table-steps",
+        type=int,
+        help="of a distilled student: steps of the sigma table that its source began with",
+    )
+    parser.add_argument(
         "--reference-guidance", type=float, help="the same for the reference alone (split guidance)"
     )
     parser.add_argument(
         "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the stored weights"
+    )
+    parser.add_argument(
+        "--max-shard-mb",
+        type=float,
+        default=5000.0,
+        help="larger parts are cut into several files (default 5000; 11.5 for the repository)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a model folder")
 
@@ -56,7 +67,9 @@ def run(args: argparse.Namespace) -> int:
     from rest_lightning.parts import open_part, open_speech_encoder
     from rest_lightning.talking_head import TalkingHead
 
-    changes = SamplingChanges(args.num_steps, args.guidance, args.shift, args.reference_guidance)
+    changes = SamplingChanges(
+        args.num_steps, args.guidance, args.shift, args.reference_guidance, args.table_steps
+    )
     sampling = changes.of(Sampling())
     sources = {"transformer": args.checkpoint, "speech_ae": args.speech_ae, "vae": args.vae}
     parts = {name: open_part(name, source or args.checkpoint) for name, source in sources.items()}
@@ -64,7 +77,8 @@ def run(args: argparse.Namespace) -> int:
     if args.detail is not None:
         parts["detail"] = open_part("detail", args.detail)
     head = TalkingHead(**parts, sampling=sampling, size_px=args.size_px)  # type: ignore[arg-type]
-    head.save_pretrained(args.out, getattr(torch, args.dtype))
+    dtype = getattr(torch, args.dtype)
+    head.save_pretrained(args.out, dtype, max_shard_bytes=round(1e6 * args.max_shard_mb))
     size_mb = sum(file.stat().st_size for file in args.out.rglob("*") if file.is_file()) / 1e6
     print(
         f"{args.out}: {size_mb:.1f} MB; try rest talk portrait.png speech.wav -o out.mp4 --model "

@@ -2,31 +2,38 @@
 and split.
 
 Needs the extra: pip install 'rest_lightning[prepare]'; not with --box or --already-cropped. Run it
-again after an interruption, or when videos were added: what is done stays. All thresholds:
-configs/data/prepare.yaml, docs/prepare.md.
+again after an interruption, or when videos were added: what is done stays. A threshold of null
+switches its filter off. --config reads options from a file; data/prepare has the defaults.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections import Counter
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rest_lightning.errors import UserError
 
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the command."""
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Arguments of the command: where, how, and every option of ``PrepareOptions``."""
+    from rest_lightning.data.preparation.options import PrepareOptions
+
     parser.add_argument("videos", type=Path, nargs="?", help="folder of videos, or one video")
     parser.add_argument("--out", type=Path, help="folder of the dataset")
     parser.add_argument(
         "--inspect", type=Path, metavar="OUT", help=("print what a prepared folder holds, and stop")
     )
+    parser.add_argument("--num-workers", type=int, default=2, help="processes (default 2)")
     parser.add_argument(
-        "--config", type=Path, help=("YAML file of options, see configs/data/prepare.yaml")
+        "--engine", choices=("local", "ray"), default="local", help="where the work runs"
     )
-    parser.add_argument("--size-px", type=int, help="side of the clips: 128, 256 (default) or 512")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
     parser.add_argument(
         "--box",
         type=_numbers,
@@ -36,44 +43,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--already-cropped",
         action="store_true",
-        default=None,
         help=("the centred square of every video; finds no faces"),
     )
-    parser.add_argument("--detector", help="mediapipe (default) or package.module:Class")
-    parser.add_argument("--min-frames", type=int, help="shorter clips are dropped (default 97)")
-    parser.add_argument(
-        "--max-frames", type=int, help=("longer clips are cut into parts (default 750)")
-    )
-    parser.add_argument(
-        "--margin", type=float, help=("around the face, as a share of it (default 0.2)")
-    )
-    parser.add_argument("--identity-rule", help="auto (default), hdtf, mead or file")
-    parser.add_argument("--identity-map", help="JSON or CSV of videos or folders -> identities")
-    parser.add_argument(
-        "--val-fraction", type=float, help=("share of the validation split (default 0.05)")
-    )
-    parser.add_argument("--test-fraction", type=float, help="share of the test split (default 0)")
-    parser.add_argument(
-        "--sync-weights", help=("SyncNet for the filter of offsets: a file, published, or embedded")
-    )
-    parser.add_argument(
-        "--keep-dropped", action="store_true", default=None, help=("write filtered clips too")
-    )
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help=("any other option, e.g. --set max_text=null"),
-    )
-    parser.add_argument("--num-workers", type=int, default=2, help="processes (default 2)")
-    parser.add_argument(
-        "--engine", choices=("local", "ray"), default="local", help="where the work runs"
-    )
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
-
-
-_NO_OPTIONS = ("videos", "out", "inspect", "config", "set", "num_workers", "engine", "quiet")
+    parser.add_argument("--keep-dropped", action="store_true", help="write filtered clips too")
+    parser.add_class_arguments(PrepareOptions, skip={"box", "already_cropped", "keep_dropped"})
 
 
 def run(args: argparse.Namespace) -> int:
@@ -85,14 +58,10 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if args.videos is None or args.out is None:
         raise UserError("expected VIDEOS and --out FOLDER, got less: see rest prepare --help")
-    from rest_lightning.data.preparation.options import load_options
+    from rest_lightning.data.preparation.options import PrepareOptions
 
-    given = {
-        name: value
-        for name, value in vars(args).items()
-        if name not in _NO_OPTIONS and value is not None
-    }
-    options = load_options(args.config, given | _settings(args.set))
+    names = [field.name for field in fields(PrepareOptions)]
+    options = PrepareOptions(**{name: getattr(args, name) for name in names})
     from rest_lightning.data.preparation.engine_local import find_videos, locked
     from rest_lightning.data.preparation.finish import finish
 
@@ -123,28 +92,14 @@ def _engine(name: str) -> Any:
     return engine_local.run
 
 
-def _settings(pairs: list[str]) -> dict[str, Any]:
-    import yaml
-
-    settings = {}
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
-        if not (name and equals):
-            raise UserError(f"expected --set NAME=VALUE, got {pair!r}: write --set min_face_px=80")
-        try:
-            settings[name.replace("-", "_")] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise UserError(
-                f"expected a value in --set {pair}, got no YAML: write --set min_face_px=80"
-            ) from None
-    return settings
-
-
-def _numbers(text: str) -> list[float]:
+def _numbers(given: str | list[float] | None) -> list[float] | None:
+    """``0,0,256,256`` of the command line; a file has a list."""
+    if not isinstance(given, str):
+        return given
     try:
-        return [float(part) for part in text.split(",")]
+        return [float(part) for part in given.split(",")]
     except ValueError:
-        raise argparse.ArgumentTypeError(f"expected four numbers x,y,w,h, got {text!r}") from None
+        raise argparse.ArgumentTypeError(f"expected four numbers x,y,w,h, got {given!r}") from None
 
 
 def _check_packages(options: Any) -> None:

@@ -1,4 +1,4 @@
-"""Score any folder of videos, whoever made them, under a protocol of configs/eval: one result row.
+"""Score any folder of videos, whoever made them, under a protocol: one result row.
 
 Videos are paired with the true clips by file name. A video shows the first frame of its true clip
 speaking that clip's sound, frame k of the one belongs to frame k of the other, and it carries its
@@ -16,9 +16,7 @@ from rest_lightning.errors import UserError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
-    parser.add_argument(
-        "--protocol", required=True, help=("name of a file in configs/eval, or a path")
-    )
+    parser.add_argument("--protocol", required=True, help="name of configs/protocol, or a file")
     parser.add_argument("--generated", type=Path, required=True, help="folder of videos")
     parser.add_argument(
         "--truth", type=Path, required=True, help=("prepared clips, or a folder of videos")

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 import numpy as np
 
 from rest_lightning.constants import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME, TEMPORAL_RATIO
-from rest_lightning.errors import UserError
+from rest_lightning.errors import UserError, note
 from rest_lightning.media.files import check_output
 
 if TYPE_CHECKING:
@@ -190,6 +190,8 @@ def talk(options: TalkOptions) -> StreamReport:
         for note in found.notes:
             print(f"note: {note}", file=sys.stderr)
     speech = open_speech(options.speech, stdin=options.stdin)
+    for line in speech.notes:
+        note(line)
     from rest_lightning.talking_head import ModelOptions
 
     model = ModelOptions(
@@ -258,6 +260,9 @@ def _stream(
                     background.close()
                 session.clock.stop()
         report = session.report()
+        if speech.pipe is not None:
+            for line in session.level.notes():
+                note(line)
         report.configuration["writing_thread"] = background.threaded
         report.configuration["writing_thread_s"] = round(background.busy_s, 3)
     except KeyboardInterrupt:
@@ -298,17 +303,12 @@ def _console(options: TalkOptions) -> Console:
 
 
 def _draw_sheet(portrait: np.ndarray, report: StreamReport, options: TalkOptions) -> None:
+    from rest_lightning.media.face_models import mouth_openings
     from rest_lightning.media.sheet import draw_contact_sheet
-    from rest_lightning.metrics.mouth import mouth_opening, shipped_estimator
 
     assert options.sheet is not None
-    try:
-        shipped_estimator()
-        measure = mouth_opening
-    except UserError as error:
-        print(f"note: the contact sheet has no mouth opening: {error}", file=sys.stderr)
-        measure = None
-    draw_contact_sheet(options.sheet, options.out, portrait, measure, figures=sheet_figures(report))
+    figures = sheet_figures(report)
+    draw_contact_sheet(options.sheet, options.out, portrait, mouth_openings, figures=figures)
 
 
 def sheet_figures(report: StreamReport) -> dict[str, str]:

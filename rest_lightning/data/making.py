@@ -60,9 +60,11 @@ def is_finished(out: Path, clip_id: str, size_px: int, num_frames: int) -> bool:
         return False
     import av
 
+    from rest_lightning.media.container import open_media
+
     try:
         sidecar = layout.read_sidecar(out, clip_id)
-        with av.open(str(layout.clip_path(out, clip_id))) as container:
+        with open_media(layout.clip_path(out, clip_id)) as container:
             num_packets, duration = 0, 0
             for packet in container.demux():
                 if packet.is_corrupt:  # cut off

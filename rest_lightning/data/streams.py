@@ -13,7 +13,7 @@ from typing import Any, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
-from rest_lightning.errors import UserError
+from rest_lightning.errors import UserError, note
 from rest_lightning.media.audio import SpeechSource, open_speech
 from rest_lightning.media.portrait import parse_crop
 
@@ -126,6 +126,9 @@ class SpeechStream:
         self._sources = [
             open_speech(pair.speech, block_samples=block_samples) for pair in self.pairs
         ]
+        for source in self._sources:
+            for line in source.notes:
+                note(line)
         self._length = sum(_num_blocks(source) + 1 for source in self._sources)
 
     def __len__(self) -> int:

@@ -239,7 +239,9 @@ class WindowCache:
                 entries: dict[str, dict[str, Any]] = {}
                 for row in group:
                     bar.update()
-                    starts = _spread(row.num_frames - num_frames, windows_per_clip)
+                    # 0: as many windows as cover the clip; neighbours share a frame or more.
+                    count = windows_per_clip or -(-(row.num_frames - 1) // (num_frames - 1))
+                    starts = _spread(row.num_frames - num_frames, count)
                     # The first frame comes first, alone or not: clip_start asks for it.
                     frames = (
                         [0]
@@ -473,7 +475,7 @@ def encode_dataset(
         fingerprint: text that identifies the VAE's weights.
         num_frames: window length, 8n + 1.
         windows_per_clip: windows evenly spread over each clip (fewer where a clip has fewer
-            starts).
+            starts); 0: as many as cover the clip.
         references_per_clip: single frames, encoded on their own, for ``reference=random_frame`` and
             ``clip_start``: the clip's first, and others evenly spread behind it.
         splits: which clips.
@@ -594,7 +596,7 @@ def encode_speech(
         fingerprint: text that identifies the encoder's weights and settings.
         num_frames: window length, 8n + 1.
         windows_per_clip: windows evenly spread over each clip (fewer where a clip has fewer
-            starts).
+            starts); 0: as many as cover the clip.
         splits: which clips.
         device: where the encoder is; that of the training, for the features to be the same bit by
             bit.

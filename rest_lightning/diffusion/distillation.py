@@ -44,29 +44,23 @@ def sample_sigmas_of_steps(
     return torch.cat([sigma.new_zeros(batch, 1), sigma], dim=1)
 
 
-def next_level(sigma: Tensor, table: Tensor) -> Tensor:
-    """The highest level of ``table`` below each of ``sigma``: where its step ends; 0 stays 0."""
-    return torch.where(table < sigma[..., None], table, 0.0).amax(-1)
+def levels_of_steps(sigma: Tensor, table: Tensor, num_substeps: int) -> Tensor:
+    """Levels of the source's ``num_substeps`` steps from each of ``sigma`` (B, f), by index in its
+    table: (num_substeps + 1, B, f).
 
+    So the source is evaluated at levels of its own sampler alone, wherever its table has them (also
+    above LTX's terminal level, which no formula for single levels knows).
 
-def refine_steps(sigma: Tensor, sigma_next: Tensor, num_substeps: int, shift: float) -> Tensor:
-    """Levels of ``num_substeps`` steps from ``sigma`` to ``sigma_next`` (B, f): (num_substeps + 1,
-    B, f), ends exact.
-
-    Equal steps of the unshifted time, so that the table of n steps becomes that of ``num_substeps *
-    n`` steps of :func:`~rest_lightning.diffusion.schedule.sigma_table` with this shift (and no
-    terminal level).
+    Args:
+        sigma: levels at which steps of the student begin, every ``num_substeps``-th of ``table``
+            from the first on; 0 (the reference) stays 0.
+        table: descending levels of the source's sampler, from 1 to 0.
+        num_substeps: steps of the source for one of the student's.
     """
-
-    def unshift(level: Tensor) -> Tensor:
-        return level / (shift - (shift - 1) * level)
-
-    part = torch.linspace(0, 1, num_substeps + 1, device=sigma.device, dtype=sigma.dtype).view(
-        -1, *[1] * sigma.ndim
-    )
-    time = torch.lerp(unshift(sigma), unshift(sigma_next), part)
-    levels = shift * time / (1 + (shift - 1) * time)
-    return torch.cat([sigma[None], levels[1:-1], sigma_next[None]])
+    starts = table[::num_substeps]
+    index = num_substeps * (starts - sigma[..., None]).abs().argmin(-1)
+    steps = torch.arange(num_substeps + 1, device=sigma.device).view(-1, *[1] * sigma.ndim)
+    return table[(index + steps).clamp(max=len(table) - 1)].to(sigma.dtype)
 
 
 def average_velocity(

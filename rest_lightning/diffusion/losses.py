@@ -78,15 +78,23 @@ def contrastive_loss(student: Tensor, teacher: Tensor, temperature: float = 0.1)
     return -torch.log_softmax(logits, dim=-1).diagonal(dim1=1, dim2=2).mean()
 
 
-def smoothness_loss(student: Tensor, teacher: Tensor) -> Tensor:
+def smoothness_loss(student: Tensor, teacher: Tensor, anchored: bool = True) -> Tensor:
     """ASD's L_SMO (REST): squared difference of the second temporal differences of student and
     teacher.
 
-    ``mean((D v_S - D v_T)^2)`` with ``D v_i = v_(i+1) - 2 v_i + v_(i-1)`` over the generated
-    frames; the mean over frames and elements is decided here. A constant or linear-in-time offset
-    costs nothing; fewer than 3 generated frames give 0.
+    ``mean((D v_S - D v_T)^2)`` with ``D v_i = v_(i+1) - 2 v_i + v_(i-1)``, i = 1 .. f - 1 over
+    ``v_0 .. v_f``; the mean over frames and elements is decided here. v_0 is the reference, which
+    student and teacher share: their difference there is zero, whatever slot 0 holds. So a constant
+    offset costs something, at the first frame; an offset that grows linearly from the reference
+    costs nothing. Fewer than 2 generated frames give 0.
+
+    Args:
+        student, teacher: (B, C, 1 + f, h, w).
+        anchored: False sums over ``v_1 .. v_f`` alone (an ablation).
     """
     offset = _generated(student) - _generated(teacher)
+    if anchored:
+        offset = torch.cat([torch.zeros_like(offset[:, :, :1]), offset], dim=2)
     if offset.shape[2] < 3:
         return (offset * 0).sum()
     return (offset[:, :, 2:] - 2 * offset[:, :, 1:-1] + offset[:, :, :-2]).square().mean()
@@ -100,17 +108,18 @@ def asd_loss(
     beta: float = 0.2,
     temperature: float = 0.1,
     mask: Tensor | None = None,
+    anchored: bool = True,
 ) -> ASDLoss:
     """Asynchronous streaming distillation ``L_FM + alpha * L_CON + beta * L_SMO`` (REST, alpha =
     beta = 0.2).
 
     L_FM regresses to the ground truth ``target``, as the paper's equations say (one sentence of its
     appendix says the teacher's output). ``teacher`` comes from the same noise, sigmas and dropout
-    masks, without gradients.
+    masks, without gradients. ``anchored``: see :func:`smoothness_loss`.
     """
     flow = flow_matching_loss(student, target, mask)
     contrastive = contrastive_loss(student, teacher, temperature)
-    smoothness = smoothness_loss(student, teacher)
+    smoothness = smoothness_loss(student, teacher, anchored)
     return ASDLoss(flow + alpha * contrastive + beta * smoothness, flow, contrastive, smoothness)
 
 

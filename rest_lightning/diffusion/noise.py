@@ -102,8 +102,9 @@ def sample_sigmas_ans(
     after the reference.
 
     (t1, t2) are two different levels of the table, sorted (the draw is decided here). With
-    probability ``motion_dropout`` all frames share t2. Arguments: those of
-    :func:`sample_sigmas_cans`, on purpose.
+    probability ``motion_dropout`` all frames share one level instead, a draw of its own from the
+    whole table (READ's synchronous mode). Arguments: those of :func:`sample_sigmas_cans`, on
+    purpose.
     """
     num_levels, num_frames = len(table), num_chunks * chunk_length
     if num_levels < 2:
@@ -114,10 +115,11 @@ def sample_sigmas_ans(
     first = _random_indices(zeros, zeros + num_levels, generator)
     second = (first + _random_indices(zeros + 1, zeros + num_levels, generator)) % num_levels
     low, high = torch.minimum(first, second), torch.maximum(first, second)
+    shared = _random_indices(zeros, zeros + num_levels, generator)
     is_shared = (
         torch.rand((batch, 1), generator=generator, device=generator.device) < motion_dropout
     )
-    low = torch.where(is_shared, high, low)
+    low, high = torch.where(is_shared, shared, low), torch.where(is_shared, shared, high)
     indices = torch.cat([low, high.expand(-1, num_frames - 1)], dim=1)
     return _with_reference(table[indices.to(table.device)])
 

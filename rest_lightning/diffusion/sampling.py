@@ -4,19 +4,16 @@ sampled.
 
 from __future__ import annotations
 
-import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from rest_lightning.diffusion.noise import per_frame
+from rest_lightning.diffusion.schedule import sampling_sigmas
 from rest_lightning.errors import UserError
-
-if TYPE_CHECKING:
-    pass
 
 
 def euler_step(
@@ -125,6 +122,9 @@ class Guidance:
         return split_guidance(v_none, v_ref[0], v_full, self.reference_weight, self.weight)
 
 
+_MAX_STEPS, _MAX_GUIDANCE, _MAX_SHIFT = 1000, 100.0, 1000.0
+
+
 @dataclass
 class Sampling:
     """How a model wants to be sampled; the defaults of ``open``.
@@ -137,36 +137,71 @@ class Sampling:
             tokens.
         reference_guidance: weight ``a`` of the branch with the reference alone in split guidance
             (READ: 2); at 0 split guidance is joint guidance, and that branch does not run.
+        table_steps: of distilled models: steps of the sigma table whose every n-th level is taken;
+            None: ``num_steps``.
 
     Raises:
-        UserError: no step, a weight that is not finite, or a shift that is not positive.
+        UserError: steps outside 1 to 1000, a weight beyond 100 or not finite, a shift outside
+            0.001 to 1000, or a ``table_steps`` that ``num_steps`` does not divide.
     """
 
     num_steps: int = 8
     guidance: float = 6.0
     shift: float | None = None
     reference_guidance: float = 0.0
+    table_steps: int | None = None
 
     def __post_init__(self) -> None:
-        if self.num_steps < 1:
+        if not 1 <= self.num_steps <= _MAX_STEPS:
             raise UserError(
-                f"expected at least 1 denoising step, got {self.num_steps}: 8 is the paper's choice"
+                f"expected 1 to {_MAX_STEPS} denoising steps (at least 1), got {self.num_steps}: 8 "
+                "is the paper's choice"
             )
         for name in ("guidance", "reference_guidance"):
-            if not math.isfinite(getattr(self, name)):
+            if not abs(getattr(self, name)) <= _MAX_GUIDANCE:  # NaN too
                 raise UserError(
-                    f"expected a finite {name}, got {getattr(self, name)}: READ's are 6 and 2"
+                    f"expected a finite {name} of at most {_MAX_GUIDANCE:g}, got "
+                    f"{getattr(self, name)}: READ's are 6 and 2"
                 )
-        if self.shift is not None and not 0.0 < self.shift < math.inf:
+        if self.shift is not None and not 1 / _MAX_SHIFT <= self.shift <= _MAX_SHIFT:
             raise UserError(
-                f"expected a positive shift of the sigma table, got {self.shift}: 1 "
-                "leaves it straight"
+                f"expected a positive shift of the sigma table ({1 / _MAX_SHIFT:g} to "
+                f"{_MAX_SHIFT:g}), got {self.shift}: 1 leaves it straight"
             )
+        if self.table_steps is not None and self.table_steps % self.num_steps:
+            raise UserError(
+                f"expected a number of steps that divides table_steps {self.table_steps}, got "
+                f"{self.num_steps}: this model has learnt every n-th level of that table"
+            )
+
+    def sigmas(self, num_tokens: int) -> list[float]:
+        """Descending noise levels, ``num_steps + 1`` numbers, for ``num_tokens`` latent tokens."""
+        return sampling_sigmas(self.num_steps, self.shift, num_tokens, self.table_steps)
 
     @property
     def branches(self) -> Guidance:
         """The weights of guidance, with what is done with them."""
         return Guidance(self.guidance, self.reference_guidance)
+
+
+def warn_of_unseen_levels(sampling: Sampling, num_tokens: int, lowest_sigma: float | None) -> None:
+    """Warn where a sampler evaluates a model at a lower noise level than it was trained at.
+
+    What later chunks read from the cache comes from the sampler's last level, too.
+
+    Args:
+        sampling: the sampler.
+        num_tokens: latent tokens of the window.
+        lowest_sigma: of the training; None where it is not known.
+    """
+    last = sampling.sigmas(num_tokens)[-2]
+    if lowest_sigma is not None and last < 0.999 * lowest_sigma:
+        warnings.warn(
+            f"the sampler's last step, whose keys later chunks read, is at noise level {last:.3f}, "
+            f"and this model was trained at {lowest_sigma:.3f} and above: take fewer steps or a "
+            "larger shift, or train with noise.uniform_share (docs/method.md#noise)",
+            stacklevel=3,
+        )
 
 
 @dataclass
@@ -177,6 +212,7 @@ class SamplingChanges:
     guidance: float | None = None
     shift: float | None = None
     reference_guidance: float | None = None
+    table_steps: int | None = None
 
     def of(self, settings: Sampling) -> Sampling:
         """``settings`` with the changes."""

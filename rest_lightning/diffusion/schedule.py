@@ -102,17 +102,25 @@ def ltx_sigma_table(
     return sigma_table(num_steps, ltx_shift(num_tokens), terminal, device)
 
 
-def sampling_sigmas(num_steps: int, shift: float | None, num_tokens: int) -> list[float]:
+def sampling_sigmas(
+    num_steps: int, shift: float | None, num_tokens: int, table_steps: int | None = None
+) -> list[float]:
     """The levels of a sampler as plain numbers: nothing in its loop waits for a device to tell a
     noise level.
 
     ``shift`` None takes LTX's schedule for ``num_tokens`` latent tokens, a number
-    :func:`sigma_table`'s.
+    :func:`sigma_table`'s. ``table_steps``, a multiple of ``num_steps``, takes every n-th level of a
+    table of that many steps: those that a distilled student has learnt. (LTX's tables of 4 and of 8
+    steps end at the same level, so the shorter one is no part of the longer.)
     """
-    table = (
-        ltx_sigma_table(num_steps, num_tokens) if shift is None else sigma_table(num_steps, shift)
-    )
-    return [float(sigma) for sigma in table]
+    total = num_steps if table_steps is None else table_steps
+    if total % num_steps:
+        raise UserError(
+            f"expected a number of steps that divides table_steps {total}, got {num_steps}: use "
+            f"one of {', '.join(str(n) for n in range(1, total + 1) if total % n == 0)}"
+        )
+    table = ltx_sigma_table(total, num_tokens) if shift is None else sigma_table(total, shift)
+    return [float(sigma) for sigma in table[:: total // num_steps]]
 
 
 def training_table(
@@ -120,11 +128,23 @@ def training_table(
     mean: float = 2.05,
     std: float = 1.0,
     device: torch.device | str | None = None,
+    uniform_share: float = 0.0,
 ) -> Tensor:
     """Noise levels of training: float32 (num_levels,), strictly ascending, in (0, 1).
 
     The quantiles at (i + 0.5) / num_levels of ``sigmoid(Normal(mean, std))``, the shifted
-    logit-normal of READ (mean 2.05, std 1): a uniform index draws from that distribution.
+    logit-normal of READ (mean 2.05, std 1): a uniform index draws from that distribution. READ's
+    table of 1,000 levels begins at 0.224, above the 0.1 where LTX's sampler takes its last step.
+
+    Args:
+        num_levels: of the table.
+        mean, std: of the logit.
+        device: where the table is made.
+        uniform_share: u in [0, 1]: quantiles of ``(1 - u) * sigmoid(Normal(mean, std)) + u *
+            Uniform(0, 1)`` as a mixture, which reaches down to 0 (decided here).
+
+    Raises:
+        UserError: no level, a std that is not above 0, or a share outside [0, 1].
     """
     if num_levels < 1:
         raise UserError(
@@ -136,7 +156,19 @@ def training_table(
             f"{std}: "
             "use 1.0 (READ)"
         )
+    if not 0.0 <= uniform_share <= 1.0:
+        raise UserError(
+            f"expected a uniform_share of the training noise from 0 to 1, got {uniform_share}: "
+            "use 0 (READ) or a little, as 0.1"
+        )
     quantiles = (torch.arange(num_levels, dtype=torch.float64) + 0.5) / num_levels
-    return torch.sigmoid(mean + std * torch.special.ndtri(quantiles)).to(
-        dtype=torch.float32, device=device
-    )
+    levels = torch.sigmoid(mean + std * torch.special.ndtri(quantiles))
+    if uniform_share:
+        # The mixture's quantiles lie between those of its parts: halve the interval, to rounding.
+        low, high = torch.minimum(levels, quantiles), torch.maximum(levels, quantiles)
+        for _ in range(60):
+            levels = (low + high) / 2
+            normal = torch.special.ndtr((torch.logit(levels) - mean) / std)
+            is_low = (1 - uniform_share) * normal + uniform_share * levels < quantiles
+            low, high = torch.where(is_low, levels, low), torch.where(is_low, high, levels)
+    return levels.to(dtype=torch.float32, device=device)

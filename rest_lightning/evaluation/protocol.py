@@ -5,10 +5,9 @@ no torch.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field, fields
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, field
 
+from rest_lightning.config import find_config, read_dataclass, read_yaml
 from rest_lightning.constants import FPS
 from rest_lightning.errors import UserError
 
@@ -16,8 +15,6 @@ MEASURES = ("fid", "fvd", "fvd_videomae", "sync", "e_fid", "identity", "talking"
 PIECEWISE = ("fid", "e_fid", "identity", "talking")  # a video of any length in bounded memory
 FACES = ("prepared", "sidecar", "mediapipe")
 MAX_WHOLE_FRAMES = 3000  # two minutes: what the measures that need a whole clip may hold
-FOLDER = Path("configs") / "eval"
-_CALLBACK = "Evaluation"
 
 
 @dataclass(frozen=True)
@@ -93,62 +90,10 @@ class Protocol:
 
 
 def read_protocol(name: str | os.PathLike[str]) -> Protocol:
-    """The protocol of a file under ``configs/eval``, by its stem or its path: what its evaluation
-    callback is given.
+    """Returns a protocol of ``configs/protocol`` by its name, or that of a file.
 
     Raises:
-        UserError: no such file, or one without a protocol.
+        UserError: no such file, an unknown key, a value of another kind.
     """
-    path = find_protocol(name)
-    import yaml
-
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"expected a protocol in {path}, got {' '.join(str(error).split())}: correct it"
-        ) from None
-    try:
-        callbacks = content["trainer"]["callbacks"]
-        named = (each for each in callbacks if each["class_path"].rsplit(".", 1)[-1] == _CALLBACK)
-        (found,) = (each["init_args"]["protocol"] for each in named)
-    except (KeyError, TypeError, ValueError):
-        raise UserError(
-            f"expected trainer.callbacks with one {_CALLBACK} and its protocol in {path}, got "
-            f"none: see {FOLDER}"
-        ) from None
-    return make_protocol(found, str(path))
-
-
-def make_protocol(content: dict[str, Any], name: str) -> Protocol:
-    """A protocol from parsed YAML; ``name`` is used in errors."""
-    known = {f.name for f in fields(Protocol)}
-    if unknown := sorted(set(content) - known):
-        raise UserError(
-            f"{name}: expected the keys {', '.join(sorted(known))}, got {unknown[0]!r}: correct it"
-        )
-    needed = ("name", "version", "num_clips", "num_frames", "size_px")
-    if missing := [key for key in needed if key not in content]:
-        raise UserError(f"{name}: expected the key {missing[0]!r} of a protocol, got none: add it")
-    return Protocol(**content)
-
-
-def find_protocol(name: str | os.PathLike[str]) -> Path:
-    """The file of a protocol, by its stem (in configs/eval) or its path; UserError when there is
-    none.
-    """
-    name = os.fspath(name)
-    if name.endswith((".yaml", ".yml")) or os.sep in name:
-        if Path(name).is_file():
-            return Path(name)
-        raise UserError(f"expected a protocol file, but {name} does not exist: check the name")
-    # In a checkout, wherever it was started from; an installed package has no configs/.
-    folders = [FOLDER, Path(__file__).resolve().parents[2] / FOLDER]
-    for folder in folders:
-        if (folder / f"{name}.yaml").is_file():
-            return folder / f"{name}.yaml"
-    known = sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
-    raise UserError(
-        f"expected a protocol ({', '.join(known) or 'none here'}), got {name!r}: name one, or give "
-        "its file"
-    )
+    path = find_config(name, "protocol", what="a protocol")
+    return read_dataclass(Protocol, read_yaml(path), str(path))

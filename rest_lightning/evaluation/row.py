@@ -1,4 +1,4 @@
-"""A result row: what a number means, beside the number (EVALUATION sec. 1). Needs no torch."""
+"""A result row: what a number means, beside the number (docs/leaderboard.md). Needs no torch."""
 
 from __future__ import annotations
 
@@ -74,8 +74,8 @@ class ResultRow:
         return self.num_clips + len({failure["clip"] for failure in self.failures})
 
     def to_dict(self) -> dict[str, Any]:
-        """The keys of EVALUATION sec. 1; ``source`` only where there is one; NaN and infinity are
-        null.
+        """The keys of a row (docs/leaderboard.md); ``source`` only where there is one; NaN and
+        infinity are null.
         """
         content = {key: _plain(value) for key, value in asdict(self).items()}
         if self.source is None:

@@ -17,8 +17,8 @@ from rest_lightning.errors import UserError
 from rest_lightning.evaluation.faces import FaceFinder, MediapipeFaces, SidecarFaces
 from rest_lightning.evaluation.protocol import Protocol
 from rest_lightning.evaluation.scorer import ClipPair, Scorer
-from rest_lightning.media.audio import open_speech
-from rest_lightning.media.video import VideoFile, read_clip_audio
+from rest_lightning.media.audio import open_speech, sound_on_clock
+from rest_lightning.media.video import VideoFile, first_picture_s, read_clip_audio
 
 SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
 PIECE_FRAMES = 128
@@ -147,13 +147,14 @@ def _check_video(path: Path, protocol: Protocol) -> None:
             f"{path}: expected {protocol.num_frames} frames, got {num_frames}: too "
             "short for the protocol"
         )
-    duration_s = open_speech(path).duration_s
+    duration_s = open_speech(path, level=False).duration_s
     assert duration_s is not None
     video_s, needed_s = num_frames / FPS, protocol.num_frames / FPS
     if duration_s > video_s + AUDIO_TOLERANCE_S:
         raise UserError(
             f"{path}: expected sound as long as the video's {video_s:.2f} s, got {duration_s:.2f} "
-            "s: frames are missing"
+            "s: frames are missing, or the sound is too long; cut it: "
+            f"ffmpeg -i {path.name} -c copy -shortest OUT.mp4"
         )
     if duration_s < needed_s - AUDIO_TOLERANCE_S:
         raise UserError(
@@ -163,29 +164,17 @@ def _check_video(path: Path, protocol: Protocol) -> None:
 
 
 def _sound(path: Path, num_frames: int) -> NDArray[np.float32]:
-    source = open_speech(path)
+    """The sound of all pictures and more, each block at its time stamp."""
+    source = open_speech(path, level=False)
     if (source.sample_rate_hz, source.num_channels) == (SAMPLE_RATE, 1):
-        return read_clip_audio(path, num_frames)  # puts every block at its time stamp
-    samples, start = source.read_all(), _first_sample(path)
-    return samples[-start:] if start < 0 else np.pad(samples, (start, 0))
-
-
-def _first_sample(path: Path) -> int:
-    """Where the first decoded sample belongs, at 16 kHz from the first frame: negative for a
-    codec's priming.
-    """
-    import av
-
-    with av.open(str(path)) as container:
-        video = container.streams.video[0].start_time if container.streams.video else None
-        origin_s = float(video * container.streams.video[0].time_base) if video is not None else 0.0  # type: ignore[operator]
-        frame = next(container.decode(container.streams.audio[0]))
-        start_s = (
-            0.0
-            if frame.pts is None or frame.time_base is None
-            else float(frame.pts * frame.time_base)
-        )
-    return round((start_s - origin_s) * SAMPLE_RATE)
+        return read_clip_audio(path, num_frames)
+    blocks = list(sound_on_clock(path, [first_picture_s(path)], source.mix))
+    samples = np.zeros(max(0, *(start + len(block) for start, block in blocks)), np.float32)
+    for start, block in blocks:
+        low = max(start, 0)
+        if low < start + len(block):
+            samples[low : start + len(block)] = block[low - start :]
+    return samples
 
 
 def _pieces(made: Path, true: Path, num_frames: int) -> Iterator[tuple[Frames, Frames]]:

@@ -1,27 +1,58 @@
-"""Speech from any file or pipe as float32 blocks of 16 kHz mono, in bounded memory."""
+"""Speech from any file or pipe as float32 blocks of 16 kHz mono, in bounded memory.
+
+One reader for all commands. What is there is decoded; what cannot be decoded is left out and told;
+only a file without anything to decode is refused. What a header promises is never more than a
+note: writers that could not seek back leave placeholders, and FFmpeg's own lengths are estimates
+for several formats.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+import wave
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import av
 import numpy as np
 from av.audio.frame import AudioFrame
+from numpy.typing import NDArray
 
 from rest_lightning.constants import SAMPLE_RATE
 from rest_lightning.errors import UserError
+from rest_lightning.media.container import (
+    Losses,
+    MediaError,
+    decode_what_is_there,
+    open_media,
+    seconds,
+    sound_stream,
+)
+from rest_lightning.media.level import MAX_PEAK, LevelMeter
 
 BLOCK_SAMPLES = SAMPLE_RATE // 4
+Samples = NDArray[np.float32]
 _KINDS = "wav, mp3, flac, m4a, ogg or mp4"
 _TO_PIPE = "ffmpeg -i speech.wav -f s16le -ar 16000 -ac 1 - | rest talk portrait.png - -o out.mp4"
-_MAX_PEAK = 16.0  # float files beyond this hold integers by mistake, not loud speech
-# sizes that a wav header carries when its writer could not seek back
-_STREAMED_SIZES = (0, 0x7FFFFFFF, 0xFFFFFFFF)
+_RAW = (
+    "samples without a header go in through a pipe as 16 kHz mono s16le: rest talk portrait.png - "
+    "-o out.mp4 < FILE, or give them one: ffmpeg -f s16le -ar 16000 -ac 1 -i FILE speech.wav"
+)
+_RAW_SUFFIXES = (".raw", ".pcm", ".ulaw", ".ul", ".alaw", ".al", ".s16", ".s16le", ".sw", ".sln")
+# of a wav: a promise that reaches this far beyond the end is a placeholder
+_PLACEHOLDER_BYTES = 1 << 30
+_JUMP = Fraction(1, 25)  # time stamps further off than this are a gap, not jitter
+BACK_S = Fraction(1, 2)
+"""Time stamps that go back by more than this start again: another recording follows."""
+
+_CANCELLED = 0.1  # of the power that channels would have together if they had nothing in common
+# weights of FFmpeg's mix to mono; the low-frequency channel is left out
+_WEIGHTS = {"FL": 0.7071, "FR": 0.7071, "FC": 1.0, "LFE": 0.0, "LFE2": 0.0}
+_SURROUND = 0.5
 
 
 @dataclass(frozen=True)
@@ -36,6 +67,8 @@ class SpeechSource:
         codec: name of the codec.
         block_samples: length of the blocks at 16 kHz; the last one may be shorter. From ``stdin``
             they come as they arrive, and are that long at most.
+        gain: what the samples are multiplied with, see :mod:`rest_lightning.media.level`.
+        notes: what is odd about the sound or missing of it, one line each.
     """
 
     name: str
@@ -45,6 +78,9 @@ class SpeechSource:
     codec: str | None
     block_samples: int = BLOCK_SAMPLES
     pipe: BinaryIO | None = None
+    gain: float = 1.0
+    notes: tuple[str, ...] = ()
+    mix: Mix | None = field(default=None, repr=False)
 
     @property
     def duration_s(self) -> float | None:
@@ -55,11 +91,15 @@ class SpeechSource:
         """Blocks (block_samples,) of float32 mono at 16 kHz, in [-1, 1]."""
         if self.pipe is not None:
             return _read_pipe(self.pipe, self.block_samples)
-        return _blocks(_resample(Path(self.name)), self.block_samples, self.num_samples)
+        return _blocks(self._pieces(), self.block_samples, self.num_samples)
 
     def read_all(self) -> np.ndarray:
         """Everything at once, (num_samples,) float32: 3 hours take 690 MB."""
         return np.concatenate([np.zeros(0, np.float32), *self])
+
+    def _pieces(self) -> Iterator[Samples]:
+        for samples in _in_a_row(Path(self.name), self.mix or Mix()):
+            yield samples if self.gain == 1.0 else samples * np.float32(self.gain)
 
 
 def open_speech(
@@ -67,23 +107,28 @@ def open_speech(
     *,
     block_samples: int = BLOCK_SAMPLES,
     stdin: BinaryIO | None = None,
+    level: bool = True,
+    longest_s: float | None = None,
 ) -> SpeechSource:
     """Opens speech of any rate and channel count: what PyAV reads, the audio of a video too, or
     ``-`` for a pipe.
 
     A file is decoded once here without keeping it, 1000 times faster than it plays: its length is
-    then exact, and a broken file is refused before the first frame is rendered instead of after an
-    hour.
+    then exact, what is odd about it is known (``notes``), and a file that holds nothing is refused
+    before the first frame is rendered. Of several tracks the default one is read; samples follow
+    each other without the gaps of their time stamps.
 
     Args:
         path: a file, or ``-`` for raw 16 kHz mono signed 16-bit little-endian samples from
             ``stdin``.
         block_samples: length of the blocks.
         stdin: the pipe to read instead of the process's own.
+        level: raise quiet speech of a file by a constant gain, so that lips follow it.
+        longest_s: a file with more sound is refused, when so much of it is decoded.
 
     Raises:
-        UserError: no such file, a folder, not sound, truncated, no audio track, no samples, NaN
-            samples.
+        UserError: no such file, a folder, not sound, no sound track, nothing that can be decoded,
+            NaN samples.
     """
     if os.fspath(path) == "-":
         # Without its buffer: whoever waits for that in a thread holds a lock that Python needs at
@@ -106,169 +151,338 @@ def open_speech(
         return SpeechSource(str(path), None, None, None, None, block_samples)
     if path.stat().st_size == 0:
         raise UserError(f"expected speech, got the empty file {path}: record or export it again")
+    found = survey(path, longest_s)
+    gain_db = found.meter.gain_db if level else 0.0
+    notes = list(found.notes)
+    if gain_db > 0:
+        loud_db = found.meter.loud_db
+        notes.append(
+            f"very quiet speech ({loud_db:.0f} dB of full scale), raised by {gain_db:.0f} dB"
+        )
+    else:
+        notes += found.meter.notes()
+    return SpeechSource(
+        str(path),
+        found.num_samples,
+        found.sample_rate_hz,
+        found.num_channels,
+        found.codec,
+        block_samples,
+        gain=10 ** (gain_db / 20),
+        notes=tuple(f"{path.name}: {note}" for note in notes),
+        mix=found.mix,
+    )
+
+
+# -- one pass to know a file -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What one pass over the sound of a file has found.
+
+    Attributes:
+        num_samples: length at 16 kHz.
+        sample_rate_hz, num_channels, codec: of the track.
+        mix: how its channels become one.
+        meter: of the mix.
+        notes: what is missing, and channels that cancel.
+    """
+
+    num_samples: int
+    sample_rate_hz: int
+    num_channels: int
+    codec: str
+    mix: Mix
+    meter: LevelMeter
+    notes: tuple[str, ...]
+
+
+def survey(path: Path, longest_s: float | None = None) -> Survey:
+    """Decodes the sound of a file once, ``longest_s`` seconds of it at most.
+
+    Raises:
+        UserError: see :func:`open_speech`.
+    """
     with _open(path) as container:
-        stream = container.streams.audio[0]
-        codec, layout = stream.codec_context.name, stream.codec_context.layout
-        rate, num_channels = stream.codec_context.sample_rate, layout.nb_channels
-    return SpeechSource(str(path), _check(path), rate, num_channels, codec, block_samples)
+        stream = sound_stream(container)
+        context = stream.codec_context
+        codec, num_channels = context.name, context.layout.nb_channels
+        rate, claimed = context.sample_rate, _claimed_s(path, container, stream)
+        kind = container.format.name
+    losses, channels, meter = Losses(), _ChannelPowers(), LevelMeter(rate or SAMPLE_RATE)
+    counts: dict[int, int] = {}  # samples of each rate; a few broadcasts change it on the way
+    end_s = 0.0
+    for frame, planes in _decoded(path, losses):
+        mixed = Mix().apply(frame, planes)
+        channels.add(frame, planes, mixed)
+        meter.add(mixed)
+        counts[frame.sample_rate] = counts.get(frame.sample_rate, 0) + frame.samples
+        if longest_s is not None and counts[frame.sample_rate] > longest_s * frame.sample_rate:
+            raise UserError(f"expected at most {longest_s:g} s of sound, got more: cut it")
+        end_s = frame.time if frame.time is not None else end_s
+    length = sum((Fraction(count, rate) for rate, count in counts.items()), Fraction(0))
+    if not length:
+        raise UserError(_nothing(path, losses))
+    notes = []
+    mix = channels.mix()
+    if mix.channel is not None:
+        meter = LevelMeter(rate or SAMPLE_RATE)
+        for frame, planes in _decoded(path):
+            meter.add(mix.apply(frame, planes))
+        notes.append(
+            "its channels cancel each other when they are mixed (one is inverted): only channel "
+            f"{mix.channel + 1} is heard"
+        )
+    if losses.seconds > 0.1:
+        notes.append(
+            f"{losses.seconds:.1f} s of the sound from {losses.first_s or 0:.1f} s on cannot be "
+            "decoded and are left out"
+        )
+    if claimed is not None and max(end_s, length) < 0.999 * float(claimed) - 0.15:
+        notes.append(
+            f"its header says {float(claimed):.1f} s, and {float(length):.1f} s are there: the "
+            "rest is missing"
+        )
+    if claimed is not None and kind.startswith("mov") and 0 < length - claimed < Fraction(1, 10):
+        length = claimed  # the padding of the last packet is no speech
+    num_samples = max(1, round(length * SAMPLE_RATE))
+    return Survey(num_samples, rate, num_channels, codec, mix, meter, tuple(notes))
 
 
 def _open(path: Path) -> av.container.InputContainer:
+    if path.suffix.lower() in _RAW_SUFFIXES:
+        raise UserError(
+            f"expected speech ({_KINDS}), got {path}, a name of headerless sound: {_RAW}"
+        )
     try:
-        container = av.open(str(path))
-    except (av.FFmpegError, OSError, ValueError) as error:
-        reason = (getattr(error, "strerror", None) or type(error).__name__).lower()
+        container = open_media(path)
+    except MediaError as error:
         raise UserError(
-            f"expected speech ({_KINDS}), but {path} cannot be read ({reason}): "
-            "it is truncated or something else; copy or export it again"
-        ) from error
-    if not container.streams.audio:
-        tracks = ", ".join(sorted({stream.type for stream in container.streams})) or "no"
-        container.close()
+            f"expected speech ({_KINDS}), but {path} cannot be read ({error.reason}): "
+            f"it is truncated or something else; copy or export it again; {_RAW}"
+        ) from None
+    if sound_stream(container) is not None:
+        return container
+    has_sound = bool(container.streams.audio)
+    tracks = ", ".join(sorted({stream.type for stream in container.streams})) or "no"
+    container.close()
+    if has_sound:
         raise UserError(
-            f"expected an audio track, but {path} has {tracks} tracks only: choose a "
-            "file with sound"
+            f"expected sound in a codec that FFmpeg decodes, but {path} has another: convert it to "
+            "wav or flac with the program that made it"
         )
-    return container
-
-
-def _decode(path: Path) -> Iterator[AudioFrame]:
-    """Decoded frames of the first audio track; a few bad packets are skipped, many are an error."""
-    num_bad = num_good = num_samples = 0
-    with _open(path) as container:
-        stream = container.streams.audio[0]
-        packets = container.demux(stream)
-        while True:
-            try:
-                packet = next(packets, None)
-                frames = packet.decode() if packet is not None else []
-            except (av.FFmpegError, ValueError, ZeroDivisionError) as error:
-                num_bad += 1
-                if num_bad > 2 + num_good // 100:
-                    at_s = num_samples / max(1, stream.codec_context.sample_rate)
-                    raise UserError(
-                        f"expected speech, but {path} cannot be decoded at {at_s:.2f} s: it is "
-                        "damaged; export it again"
-                    ) from error
-                continue
-            if packet is None:
-                return
-            num_good += 1
-            for frame in frames:
-                if stream.codec_context.name.startswith("pcm_f"):
-                    _check_floats(path, frame, num_samples)
-                num_samples += frame.samples
-                yield frame
-
-
-def _check(path: Path) -> int:
-    """Decodes everything once; returns the number of samples at 16 kHz."""
-    with _open(path) as container:
-        claimed_s = _claimed_s(path, container)
-    seconds, num_samples = 0.0, 0
-    for frame in _decode(path):
-        num_samples += frame.samples
-        seconds += frame.samples / frame.sample_rate
-    if claimed_s is not None and seconds < claimed_s - 0.15 - 0.001 * claimed_s:
-        raise UserError(
-            f"expected {claimed_s:.2f} s of speech in {path} as its header says, found "
-            f"{seconds:.2f} s: "
-            "the file is truncated; copy or export it again"
-        )
-    if num_samples == 0:
-        raise UserError(f"expected speech, but {path} has no samples: record or export it again")
-    if claimed_s is not None and 0 < seconds - claimed_s < 0.1:
-        seconds = claimed_s  # the padding of the last packet is no speech
-    return max(1, round(seconds * SAMPLE_RATE))
-
-
-def _check_floats(path: Path, frame: AudioFrame, offset: int) -> None:
-    samples = frame.to_ndarray()
-    with np.errstate(invalid="ignore"):
-        peak = np.abs(samples).max(initial=0.0)
-    if peak <= _MAX_PEAK:
-        return
-    num_channels = 1 if frame.format.is_planar else frame.layout.nb_channels
-    position = (
-        offset + int(np.flatnonzero(~(np.abs(samples) <= _MAX_PEAK).all(axis=0))[0]) // num_channels
+    raise UserError(
+        f"expected an audio track, but {path} has {tracks} tracks only: choose a file with sound"
     )
-    where = f"at sample {position} ({position / frame.sample_rate:.3f} s)"
-    if np.isfinite(peak):
+
+
+def _nothing(path: Path, losses: Losses) -> str:
+    if losses.num_bad:
+        return (
+            f"expected speech, but {path} cannot be decoded ({losses.error}): it is damaged or "
+            f"something else; export it again; {_RAW}"
+        )
+    return f"expected speech, but {path} has no samples: record or export it again"
+
+
+def _claimed_s(path: Path, container: Any, stream: Any) -> Fraction | None:
+    """The length that a header promises; None where there is only an estimate of FFmpeg's."""
+    kind = container.format.name
+    if kind == "wav":
+        try:
+            with wave.open(str(path)) as file:
+                frame_bytes = file.getnchannels() * file.getsampwidth()
+                promised, rate = file.getnframes(), file.getframerate()
+        except (wave.Error, EOFError, OSError, ValueError, ZeroDivisionError):
+            return None
+        if promised * frame_bytes - path.stat().st_size > _PLACEHOLDER_BYTES or rate < 1:
+            return None
+        return Fraction(promised, rate)
+    if kind == "flac" or kind.startswith("mov"):
+        return seconds(stream.duration, stream.time_base)
+    return None
+
+
+# -- decoding --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Mix:
+    """How channels become one: a weighted mean, or one channel alone where they cancel.
+
+    Attributes:
+        channel: the one channel, counted from 0; None mixes all.
+    """
+
+    channel: int | None = None
+
+    def apply(self, frame: AudioFrame, planes: Samples) -> Samples:
+        """Mono samples (n,) of planes (channels, n)."""
+        if len(planes) == 1:
+            return planes[0]
+        if self.channel is not None and self.channel < len(planes):
+            return planes[self.channel]
+        return (_weights(frame) @ planes).astype(np.float32)
+
+
+def _weights(frame: AudioFrame) -> NDArray[np.float32]:
+    """Weights (channels,) that sum to one: the mix never clips."""
+    count = frame.layout.nb_channels
+    names = [channel.name for channel in frame.layout.channels]
+    weights = np.array([_WEIGHTS.get(name, _SURROUND) for name in names], np.float32)
+    if len(names) != count or "FL" not in names:  # a layout without names: all alike
+        weights = np.ones(count, np.float32)
+    return weights / weights.sum()
+
+
+class _ChannelPowers:
+    """Finds channels that cancel each other in the mix; the first layout of a file decides."""
+
+    def __init__(self) -> None:
+        self._powers: NDArray[np.float64] | None = None
+        self._apart = self._mixed = 0.0
+
+    def add(self, frame: AudioFrame, planes: Samples, mixed: Samples) -> None:
+        if len(planes) == 1:
+            return
+        power = np.square(planes, dtype=np.float64).sum(axis=1)
+        if self._powers is None:
+            self._powers = np.zeros(len(planes))
+        if len(power) != len(self._powers):
+            return
+        self._powers += power
+        self._apart += float(np.square(_weights(frame), dtype=np.float64) @ power)
+        self._mixed += float(np.square(mixed, dtype=np.float64).sum())
+
+    def mix(self) -> Mix:
+        if self._powers is None or self._mixed >= _CANCELLED * self._apart:
+            return Mix()
+        return Mix(int(self._powers.argmax()))
+
+
+def _decoded(path: Path, losses: Losses | None = None) -> Iterator[tuple[AudioFrame, Samples]]:
+    """Frames of the sound track with their samples (channels, n), float32 in [-1, 1].
+
+    Raises:
+        UserError: samples that are not finite, or beyond `MAX_PEAK`.
+    """
+    position = 0
+    with _open(path) as container:
+        for frame in decode_what_is_there(container, sound_stream(container), losses):
+            if not frame.samples or frame.sample_rate < 1:
+                continue
+            planes = _planes(frame)
+            peak = float(np.abs(planes).max())
+            if not peak <= MAX_PEAK:
+                _refuse(path, planes, position, frame.sample_rate)
+            position += frame.samples
+            yield frame, planes
+
+
+def _planes(frame: AudioFrame) -> Samples:
+    values = frame.to_ndarray()
+    if not frame.format.is_planar:
+        values = values.reshape(-1, frame.layout.nb_channels).T
+    if values.dtype == np.uint8:
+        return (values.astype(np.float32) - 128) / 128
+    if values.dtype.kind == "i":
+        return values.astype(np.float32) / -float(np.iinfo(values.dtype).min)
+    return values.astype(np.float32)
+
+
+def _refuse(path: Path, planes: Samples, offset: int, rate: int) -> None:
+    good = (np.abs(planes) <= MAX_PEAK).all(axis=0)
+    first = int(np.argmin(good))
+    where = f"at sample {offset + first} ({(offset + first) / rate:.3f} s)"
+    if np.isfinite(planes[:, first]).all():
         raise UserError(
-            f"expected samples in [-1, 1], but {path} has {peak:.6g} {where}: divide by the "
-            "largest integer"
+            f"expected samples in [-1, 1], but {path} has {np.abs(planes[:, first]).max():.6g} "
+            f"{where}: divide by the largest integer"
         )
     raise UserError(
         f"expected numbers, but {path} has NaN or infinite samples {where}: export it again"
     )
 
 
-def _claimed_s(path: Path, container: av.container.InputContainer) -> float | None:
-    """The length that the header promises, None where it only guesses (raw AAC, Ogg, MP3 without a
-    Xing header).
+class _ToRate:
+    """Mono pieces of any rate to 16 kHz."""
+
+    def __init__(self) -> None:
+        self._resampler: av.AudioResampler | None = None
+        self._rate = 0
+
+    def add(self, samples: Samples, rate: int) -> Samples:
+        """The next samples (n,); what comes out is late by the filter's length."""
+        rest = np.zeros(0, np.float32)
+        if rate != self._rate:  # a few broadcasts change their rate on the way
+            rest = self.finish()
+            self._resampler, self._rate = av.AudioResampler("fltp", "mono", SAMPLE_RATE), rate
+        frame = AudioFrame.from_ndarray(
+            np.ascontiguousarray(samples[None]), format="fltp", layout="mono"
+        )
+        frame.sample_rate = rate
+        return np.concatenate([rest, self._through(frame)])
+
+    def finish(self) -> Samples:
+        """What the filter still holds; the next samples begin anew."""
+        rest = self._through(None)
+        self._resampler, self._rate = None, 0
+        return rest
+
+    def _through(self, frame: AudioFrame | None) -> Samples:
+        pieces = [] if self._resampler is None else self._resampler.resample(frame)
+        return np.concatenate([np.zeros(0, np.float32), *(p.to_ndarray()[0] for p in pieces)])
+
+
+def _in_a_row(path: Path, mix: Mix) -> Iterator[Samples]:
+    """Mono pieces at 16 kHz of any length, one after another: gaps in the time stamps are no
+    speech.
     """
-    stream, kind = container.streams.audio[0], container.format.name
-    if kind == "wav":
-        header_s = _claimed_by_wav(path, stream.codec_context)
-        if header_s is not None:
-            return header_s
-    if kind in ("aac", "ogg"):
-        return None
-    if kind == "mp3":
-        with path.open("rb") as file:
-            head = file.read(10)
-            if head[:3] == b"ID3":  # the tag's size: four bytes of seven bits
-                file.seek(10 + (head[6] << 21 | head[7] << 14 | head[8] << 7 | head[9]))
-            head = file.read(4096)
-        if b"Xing" not in head and b"Info" not in head:
-            return None
-    if stream.duration is not None and stream.time_base is not None:
-        return float(stream.duration * stream.time_base)
-    if len(container.streams) == 1 and container.duration is not None:
-        return container.duration / av.time_base
-    return None
+    to_rate = _ToRate()
+    for frame, planes in _decoded(path):
+        yield to_rate.add(mix.apply(frame, planes), frame.sample_rate)
+    yield to_rate.finish()
 
 
-def _claimed_by_wav(path: Path, context: av.AudioCodecContext) -> float | None:
-    """Walks the RIFF chunks: FFmpeg quietly trusts the file's size where the data chunk promises
-    more.
+def sound_on_clock(
+    path: Path, origins_s: Sequence[Fraction], mix: Mix | None = None, losses: Losses | None = None
+) -> Iterator[tuple[int, Samples]]:
+    """Sound at the place where its time stamps put it: late starts and gaps stay where they are.
+
+    Args:
+        path: a file with a sound track.
+        origins_s: the time stamp that is time 0; where the time stamps of a file start again
+            (joined recordings), one for each part.
+        mix: of the channels, see :func:`survey`; None mixes all.
+        losses: counts what cannot be decoded.
+
+    Yields:
+        Number of the first sample at 16 kHz, negative before time 0, and samples (n,) float32.
     """
-    with path.open("rb") as file:
-        head, byte_rate = file.read(12), 0
-        while head[:4] == b"RIFF" and len(chunk := file.read(8)) == 8:
-            name, size = chunk[:4], int.from_bytes(chunk[4:], "little")
-            if name == b"data":
-                return None if size in _STREAMED_SIZES or not byte_rate else size / byte_rate
-            body = file.read(size + size % 2) if name == b"fmt " else b""
-            if name == b"fmt ":
-                byte_rate = int.from_bytes(body[8:12], "little")
-            else:
-                file.seek(size + size % 2, os.SEEK_CUR)
-    return None
-
-
-def _resample(path: Path) -> Iterator[np.ndarray]:
-    """Mono float32 pieces at 16 kHz of any length.
-
-    FFmpeg mixes down to integers with weights that sum to one, to floats with a gain of 3 dB that
-    clips: hence s32.
-    """
-
-    def convert(frame: AudioFrame | None) -> Iterator[np.ndarray]:
-        if resampler is not None:
-            for piece in resampler.resample(frame):
-                yield piece.to_ndarray()[0].astype(np.float32) / 2.0**31
-
-    resampler: av.AudioResampler | None = None
-    shape: tuple[str, int, int] | None = None
-    for frame in _decode(path):
-        now = (frame.format.name, frame.layout.nb_channels, frame.sample_rate)
-        if resampler is None or now != shape:  # a few broadcasts change their rate on the way
-            yield from convert(None)
-            resampler, shape = av.AudioResampler("s32p", "mono", SAMPLE_RATE), now
-        frame.pts = None  # gaps in the time stamps are no speech
-        yield from convert(frame)
-    yield from convert(None)
+    mix, to_rate = mix or Mix(), _ToRate()
+    part, position, heard = 0, 0, Fraction(0)  # next sample; where the sound put in so far ends
+    last_stamp: Fraction | None = None
+    is_first = True
+    for frame, planes in _decoded(path, losses):
+        stamp = seconds(frame.pts, frame.time_base)
+        if stamp is not None:
+            if last_stamp is not None and stamp < last_stamp - BACK_S:
+                part += 1
+            last_stamp = stamp
+            stamp -= origins_s[min(part, len(origins_s) - 1)]
+        if is_first or (stamp is not None and abs(stamp - heard) > _JUMP):
+            rest = to_rate.finish()
+            if len(rest):
+                yield position, rest
+            heard = stamp if stamp is not None else heard
+            position = round(heard * SAMPLE_RATE)
+            is_first = False
+        heard += Fraction(frame.samples, frame.sample_rate)
+        block = to_rate.add(mix.apply(frame, planes), frame.sample_rate)
+        yield position, block
+        position += len(block)
+    yield position, to_rate.finish()
 
 
 def _read_pipe(pipe: BinaryIO, block_samples: int) -> Iterator[np.ndarray]:

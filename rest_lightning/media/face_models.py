@@ -40,8 +40,7 @@ class DetectorNet(nn.Module):
     input's side.
 
     Fully convolutional: it runs on any size that 32 divides; it was trained on 192x192, where it
-        sees faces
-    of about 12 pixels up to the whole picture.
+    sees faces of about 12 pixels up to the whole picture.
     """
 
     stride = 4
@@ -567,8 +566,7 @@ class FaceMesh:
         """Yields the mesh of one face for every picture of a video, None where there is none.
 
         Follows MediaPipe: the region of a picture comes from the points of the one before; the
-            detector is asked where
-        the face was lost, and gives the largest.
+        detector is asked where the face was lost, and gives the largest.
 
         Args:
             pictures: uint8 RGB (H, W, 3) in the order of time, any number.
@@ -643,6 +641,26 @@ def _placed(points: NDArray[np.float32], region: _Region, size_px: int) -> NDArr
     z = points[:, 2] * (region.side / size_px)
     placed = np.stack([region.x + cos * x - sin * y, region.y + sin * x + cos * y, z], axis=1)
     return placed.astype(np.float32)
+
+
+def mouth_openings(frames: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Returns how far the mouth is open in every frame of a video: 0 closed, 1 as wide as it goes.
+
+    Args:
+        frames: uint8 RGB (n, H, W, 3) in the order of time.
+
+    Returns:
+        (n,) float32; NaN where no face is found.
+    """
+    finder = shared_finder()
+    assert finder.mesh is not None
+    found = finder.mesh.track(frames, finder)
+    gaps = [math.nan if face is None else face.mouth_opening() for face in found]
+    scaled = (np.array(gaps, np.float32) - _CLOSED_GAP) / (_WIDE_GAP - _CLOSED_GAP)
+    return np.clip(scaled, 0.0, 1.0)
+
+
+_CLOSED_GAP, _WIDE_GAP = 0.01, 0.16  # of the face's height
 
 
 @lru_cache(maxsize=1)

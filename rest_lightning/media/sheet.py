@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import av
 import numpy as np
 from numpy.typing import NDArray
 
 from rest_lightning.constants import FPS, SAMPLES_PER_FRAME
 from rest_lightning.errors import UserError
+from rest_lightning.media.container import open_media
 from rest_lightning.media.files import whole_file
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def summarise_video(
     num_frames: int = 2 * _COLUMNS - 1,
 ) -> VideoSummary:
     """Reads a video once, keeping only what the sheet shows. See :func:`draw_contact_sheet`."""
-    with av.open(os.fspath(video)) as container:
+    with open_media(video) as container:
         if not container.streams.video or not container.streams.video[0].frames:
             raise UserError(
                 f"expected a video with frames for the contact sheet, got {video}: choose an mp4"

@@ -21,6 +21,16 @@ from numpy.typing import NDArray
 
 from rest_lightning.constants import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME
 from rest_lightning.errors import UserError
+from rest_lightning.media.audio import sound_on_clock
+from rest_lightning.media.container import (
+    MediaError,
+    keeps_its_promises,
+    open_media,
+    picture_stream,
+    quarter_turns,
+    seconds,
+    sound_stream,
+)
 
 Backend = Literal["decord", "pyav"]
 Frames = NDArray[np.uint8]
@@ -43,8 +53,8 @@ class VideoFile:
 
     Args:
         path: any video that FFmpeg reads.
-        backend: ``decord`` or ``pyav``; None takes decord where it is installed, and PyAV where
-            decord fails.
+        backend: ``decord`` or ``pyav``; None takes decord where it is installed and the file holds
+            what its container says, else PyAV.
 
     Raises:
         UserError: the file is absent, is not a video, or is broken.
@@ -52,8 +62,9 @@ class VideoFile:
 
     def __init__(self, path: PathLike, backend: Backend | None = None) -> None:
         self.path = os.fspath(path)
-        self.backend: Backend = backend or ("decord" if has_decord() else "pyav")
         _check_file(self.path)
+        trusted = backend is None and has_decord() and keeps_its_promises(self.path)
+        self.backend: Backend = backend or ("decord" if trusted else "pyav")
         self._may_change = backend is None
         try:
             self._reader: _Reader = (
@@ -143,38 +154,19 @@ def read_clip_audio(path: PathLike, num_frames: int) -> Samples:
         UserError: no file, no audio stream, another rate or more channels, or data that cannot be
             decoded.
     """
-    import av
-
     name = os.fspath(path)
     _check_file(name)
     samples = np.zeros(num_frames * SAMPLES_PER_FRAME, np.float32)
+    num_decoded = 0
     try:
-        with av.open(name) as container:
-            if not container.streams.audio:
-                raise UserError(
-                    f"{name}: expected an audio stream, got none: remake the clip with its sound"
-                )
-            stream = container.streams.audio[0]
-            if stream.rate != SAMPLE_RATE or stream.channels != 1:
-                raise UserError(
-                    f"{name}: expected {SAMPLE_RATE} Hz mono audio, got {stream.rate} Hz with "
-                    f"{stream.channels} "
-                    "channels: encode its sound as 16 kHz mono"
-                )
-            video = container.streams.video[0] if container.streams.video else None
-            origin_s = _seconds(video.start_time, video.time_base) if video else 0.0
-            num_decoded, end = 0, 0
-            for frame in container.decode(stream):
-                block = _to_float(frame.to_ndarray())
-                if frame.pts is None:
-                    start = end
-                else:
-                    start = round((_seconds(frame.pts, frame.time_base) - origin_s) * SAMPLE_RATE)
-                end = start + len(block)
-                num_decoded += len(block)
-                low, high = max(start, 0), min(end, len(samples))
-                if low < high:
-                    samples[low:high] = block[low - start : high - start]
+        origin_s = _check_clip_audio(name)
+        for start, block in sound_on_clock(Path(name), [origin_s]):
+            low, high = max(start, 0), min(start + len(block), len(samples))
+            if low < high:
+                samples[low:high] = block[low - start : high - start]
+            num_decoded += len(block)
+    except MediaError as error:
+        raise _broken(name, "decodable audio", error.reason) from None
     except UserError:
         raise
     except Exception as error:
@@ -182,6 +174,38 @@ def read_clip_audio(path: PathLike, num_frames: int) -> Samples:
     if not num_decoded:
         raise _broken(name, "decodable audio", "no samples")
     return samples
+
+
+def first_picture_s(path: PathLike) -> Fraction:
+    """Time stamp of a video's first picture in seconds; 0 where there is none.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    try:
+        with open_media(path) as container:
+            stream = picture_stream(container)
+            start = None if stream is None else seconds(stream.start_time, stream.time_base)
+            return start or Fraction(0)
+    except MediaError as error:
+        raise _broken(os.fspath(path), "a readable video", error.reason) from None
+
+
+def _check_clip_audio(name: str) -> Fraction:
+    """The time stamp of the first picture, where the sound is 16 kHz mono."""
+    with open_media(name) as container:
+        stream = sound_stream(container)
+        if stream is None:
+            raise UserError(
+                f"{name}: expected an audio stream, got none: remake the clip with its sound"
+            )
+        rate, num_channels = stream.rate, stream.codec_context.layout.nb_channels
+    if rate != SAMPLE_RATE or num_channels != 1:
+        raise UserError(
+            f"{name}: expected {SAMPLE_RATE} Hz mono audio, got {rate} Hz with {num_channels} "
+            "channels: encode its sound as 16 kHz mono"
+        )
+    return first_picture_s(name)
 
 
 class _Reader(Protocol):
@@ -216,18 +240,16 @@ class _DecordReader:
 
 class _PyAVReader:
     def __init__(self, path: str) -> None:
-        import av
-
-        self._container = av.open(path)
-        if not self._container.streams.video:
+        self._container = open_media(path)
+        self._stream = picture_stream(self._container)
+        if self._stream is None:
             self._container.close()
             raise ValueError("no video stream")
-        self._stream = self._container.streams.video[0]
-        self._stream.codec_context.thread_count = 1
         self.fps = float(self._stream.average_rate or FPS)
-        self.num_frames = self._stream.frames or sum(
-            1 for _ in self._container.decode(self._stream)
-        )
+        claimed = self._stream.frames
+        if not claimed or claimed > Path(path).stat().st_size:  # a picture takes a byte at least
+            claimed = sum(1 for _ in self._container.decode(self._stream))
+        self.num_frames = claimed
         if not self.num_frames:
             raise ValueError("no frames")
 
@@ -290,23 +312,12 @@ class _PyAVReader:
 
 def _pixels(frame: Any) -> Frames:
     pixels: Frames = frame.to_ndarray(format="rgb24")
-    return pixels.astype(np.uint8, copy=False)
+    turns = quarter_turns(frame)
+    return np.ascontiguousarray(np.rot90(pixels, turns)) if turns else pixels
 
 
 def _stack(frames: list[Frames]) -> Frames:
     return np.stack(frames) if frames else np.empty((0, 0, 0, 3), np.uint8)
-
-
-def _to_float(block: NDArray[Any]) -> Samples:
-    if block.dtype.kind == "i":
-        return (block.reshape(-1) / -float(np.iinfo(block.dtype).min)).astype(np.float32)
-    return block.reshape(-1).astype(np.float32)
-
-
-def _seconds(time_stamp: int | None, time_base: Fraction | None) -> float:
-    return (
-        float(time_stamp * time_base) if time_stamp is not None and time_base is not None else 0.0
-    )
 
 
 def _check_file(path: str) -> None:

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal, Protocol, get_args
+from typing import Any, BinaryIO, Literal, Protocol, get_args
 
 import av
 import numpy as np
@@ -25,10 +25,8 @@ from av.video.reformatter import Colorspace, VideoReformatter
 from rest_lightning.constants import FPS, SAMPLE_RATE
 from rest_lightning.errors import UserError
 from rest_lightning.machine import num_usable_cores
+from rest_lightning.media.container import local_name
 from rest_lightning.media.files import check_output, explain_write_error, temporary_path
-
-if TYPE_CHECKING:
-    pass
 
 # IPTC's term for what a trained model has made; players and forensic tools show the comment.
 PROVENANCE = {
@@ -97,6 +95,8 @@ class Encoder:
         self.num_frames = self.num_samples = 0
         self._reformatter = VideoReformatter()
         options = {"movflags": movflags, **(container_options or {})}
+        if isinstance(target, str | os.PathLike):
+            target = local_name(target)
         self._container = av.open(target, "w", format="mp4", options=options)
         if generated:
             self._container.metadata.update(PROVENANCE)

@@ -294,7 +294,7 @@ _CLASSES: dict[str, Any] = {
 # weights are.
 #
 # Trained by ``python -m tools.extractors``; called ``embedded-*`` in
-# every row (EVALUATION sec. 3). Their numbers compare models of this project with each other on
+# every row (docs/metrics.md). Their numbers compare models of this project with each other on
 # synthetic talkers, and nothing else.
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets" / "metrics"

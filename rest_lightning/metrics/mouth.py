@@ -1,8 +1,8 @@
 """How far a mouth is open, read from pixels: the embedded estimator behind the lip metrics.
 
 Trained by ``python -m tools.mouth`` on synthetic talkers, where the renderer knows the truth,
-and on a VAE's reconstructions of them. In result rows it is called ``embedded-mouth`` (EVALUATION
-sec. 3); on faces that no renderer made it is out of its domain.
+and on a VAE's reconstructions of them. In result rows it is called ``embedded-mouth``
+(docs/metrics.md); on faces that no renderer made it is out of its domain.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def shipped_estimator() -> MouthOpeningEstimator:
 
 @cache
 def extractor() -> dict[str, str]:
-    """Name and SHA-256 of the shipped weights, for result rows (EVALUATION sec. 1)."""
+    """Name and SHA-256 of the shipped weights, for result rows (docs/leaderboard.md)."""
     shipped_estimator()
     return {"name": EXTRACTOR_NAME, "sha256": sha256_of_weights(ASSETS / WEIGHTS_FILE)}
 

@@ -15,14 +15,10 @@ import functools
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-if TYPE_CHECKING:
-    pass
 
 KeyValue = tuple[Tensor, Tensor]
 _MOST_SCORES = 2**20  # of a head that are held at once
@@ -33,7 +29,14 @@ class Rope:
     """3-D rotary embedding over the whole width, before the split into heads (LTX).
 
     Positions are seconds and pixels divided by the base sizes: a latent frame lasts ``frame_s``
-    seconds (8 / fps) and a latent cell spans ``cell_px`` pixels.
+    seconds (8 / fps) and a latent cell spans ``cell_px`` pixels. Latent frame i lies at
+    ``i * frame_s`` (LTX-Video 0.9.0 and 0.9.1).
+
+    Attributes:
+        causal_ratio: r pixel frames per latent frame: latent frame i lies at its first pixel frame,
+            ``max(0, r * i + 1 - r) * frame_s / r`` (LTX-Video 0.9.5 and later); None: as above.
+        exact: phases in float64. LTX computes them in float32, which is what its weights have seen;
+            far from the start of a stream that is too coarse.
     """
 
     dim: int
@@ -43,6 +46,8 @@ class Rope:
     base_height: float = 2048.0
     base_width: float = 2048.0
     theta: float = 10000.0
+    causal_ratio: int | None = None
+    exact: bool = False
 
     def table(
         self, first: int, num_frames: int, height: int, width: int, device: torch.device
@@ -60,26 +65,30 @@ def _rope_table(
     # Inference tensors cannot be saved for a later backward pass, and a table may first be wanted
     # in inference mode.
     with torch.inference_mode(False), torch.no_grad():
-        # float32 in LTX's own order of operations: phases reach 16,000 rad, where another order
+        # In float32 by LTX's own order of operations: phases reach 16,000 rad, where another order
         # differs by 1e-3.
-        def axis(start: int, length: int, scale: float, base: float) -> Tensor:
-            return (
-                torch.arange(start, start + length, dtype=torch.float32, device=device)
-                * scale
-                / base
-            )
+        dtype = torch.float64 if rope.exact else torch.float32
 
-        frames = axis(first, num_frames, rope.frame_s, rope.base_frames)
+        def axis(start: int, length: int, scale: float, base: float) -> Tensor:
+            return torch.arange(start, start + length, dtype=dtype, device=device) * scale / base
+
+        if rope.causal_ratio is None:
+            frames = axis(first, num_frames, rope.frame_s, rope.base_frames)
+        else:
+            ratio = rope.causal_ratio
+            index = torch.arange(first, first + num_frames, dtype=dtype, device=device)
+            pixel_frame = (ratio * index + 1 - ratio).clamp(min=0)
+            frames = pixel_frame * (rope.frame_s / ratio) / rope.base_frames
         rows = axis(0, height, rope.cell_px, rope.base_height)
         columns = axis(0, width, rope.cell_px, rope.base_width)
         grid = torch.stack(torch.meshgrid(frames, rows, columns, indexing="ij"), -1).flatten(0, 2)
-        exponents = torch.linspace(0.0, 1.0, rope.dim // 6, dtype=torch.float32, device=device)
+        exponents = torch.linspace(0.0, 1.0, rope.dim // 6, dtype=dtype, device=device)
         frequencies = rope.theta**exponents * math.pi / 2.0
         phases = (frequencies * (grid.unsqueeze(-1) * 2 - 1)).transpose(-1, -2).flatten(1)
         # channels beyond a multiple of 6 do not turn
         padding = phases.new_zeros(phases.shape[0], rope.dim % 6 // 2)
         phases = torch.cat([padding, phases], dim=-1)
-        return torch.complex(phases.cos(), phases.sin())
+        return torch.complex(phases.cos().float(), phases.sin().float())
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Protocol, Self, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -37,13 +37,10 @@ from rest_lightning.models.attention import (
     split_heads,
 )
 
-if TYPE_CHECKING:
-    pass
-
 
 @dataclass(frozen=True)
 class CacheOptions:
-    """The choices that REST leaves open, and its two cache ablations; see METHOD.md section 6.
+    """The choices that REST leaves open, and its two cache ablations (docs/method.md#cache).
 
     Attributes:
         chunk_length: l, new latent frames per chunk.
@@ -260,7 +257,8 @@ class IDContextCache:
     Attributes:
         keys, values: ``(num_steps, num_layers, rows, heads, tokens, D / heads)``: a head's lie
             together, as products want them. num_steps is 1 unless ``cache_noise`` is per_step.
-        mask: ``(rows, 1, 1, tokens)``, 0 where a row may look and -inf where not.
+        mask: ``(rows, 1, 1, tokens)``, 0 where a row may look and -inf where not; kept up to date
+            where it is needed.
         rotation: ``(rows, l * n, D / 2)``, of the current slot.
         num_frames: per row, latent frames committed since its start; 0 = the next chunk is its
             first.
@@ -384,10 +382,31 @@ class IDContextCache:
             self.write_sink(layer, k[:, :n], v[:, :n])
             k, v = k[:, n:], v[:, n:]
         keys, values = self.update(layer, k, v)
-        mask = self.mask[..., self._start : self._start + keys.shape[2]] if self._masked else None
-        return attend_heads(split_heads(q, num_heads).to(values.dtype), keys, values, mask).to(
-            v.dtype
-        )
+        queries = split_heads(q, num_heads).to(values.dtype)
+        return attend_heads(queries, keys, values, self.window_mask).to(v.dtype)
+
+    @property
+    def current_rotation(self) -> Tensor:
+        """Rotations ``(rows, f * n, D / 2)`` of the tokens of the forward under way."""
+        return self._rotation
+
+    @property
+    def window_mask(self) -> Tensor | None:
+        """Mask of the window of the forward under way, None where every row sees all of it."""
+        if not self._masked:
+            return None
+        end = (self.previous_frames + 1 + self.num_current) * self.num_tokens
+        return self.mask[..., self._start : end]
+
+    def slots(self, layer: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Where the forward under way writes keys and values, and the window that it attends to.
+
+        All four are views ``(rows, heads, tokens, D / heads)`` of the buffers.
+        """
+        plan = (self.step, self._start, self.num_current)
+        if plan not in self._views:
+            self._views[plan] = self._make_views(*plan)
+        return self._views[plan][layer]
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> KeyValue:
         """Write rotated keys and values ``(rows, f * n, D)`` to the current slot; returns the
@@ -400,10 +419,7 @@ class IDContextCache:
                 "expected torch.no_grad() with an IDContextCache, got tensors with a gradient: use "
                 "it"
             )
-        plan = (self.step, self._start, self.num_current)
-        if plan not in self._views:
-            self._views[plan] = self._make_views(*plan)
-        key_slot, value_slot, keys, values = self._views[plan][layer]
+        key_slot, value_slot, keys, values = self.slots(layer)
         key_slot.copy_(split_heads(k, self.num_heads))
         value_slot.copy_(split_heads(v, self.num_heads))
         return keys, values
@@ -460,11 +476,16 @@ class IDContextCache:
         n, f = self.num_tokens, self.num_current
         previous = slice((self.previous_frames - f) * n, self.previous_frames * n)
         current = slice((self.previous_frames + 1) * n, (self.previous_frames + 1 + f) * n)
-        keys = self.keys[..., current, :]
-        if self.options.positions == "window":
-            keys = split_heads(rotate(join_heads(keys), self._shift()), self.num_heads)
-        self.keys[..., previous, :] = keys
         self.values[..., previous, :] = self.values[..., current, :]
+        if self.options.positions != "window":
+            self.keys[..., previous, :] = self.keys[..., current, :]
+            return
+        # Layer by layer: what one of them takes in between, in float32, stays small and in a GPU's
+        # cache.
+        shift = self._shift()
+        for keys in self.keys.flatten(0, 1):
+            moved = rotate(join_heads(keys[..., current, :]), shift)
+            keys[..., previous, :] = split_heads(moved, self.num_heads)
 
     def _shift(self) -> Tensor:
         """Rotation from the current slot to the positions just before it: ``(rows, f * n, D /
@@ -486,6 +507,13 @@ class IDContextCache:
             self.num_frames[row] = self.num_previous[row] = 0
             self._clear_previous(row)
         self._refresh()
+
+    def clear(self) -> None:
+        """Empty all slots, in place; all rows start anew with their next chunk, and need sinks."""
+        self.keys.zero_()
+        self.values.zero_()
+        self.num_current = 0
+        self.reset_rows()
 
     def _clear_previous(self, row: int) -> None:
         for buffer in (self.keys, self.values):  # a hidden slot must still be finite: 0 * NaN = NaN
@@ -529,15 +557,14 @@ class IDContextCache:
             self._start = (self.previous_frames + 1) * n
         else:
             self._start = (self.previous_frames - self.num_previous[0]) * n
-        if visible != self._visible:
-            host = torch.zeros(self.mask.shape, dtype=self.mask.dtype)
+        if self._masked and visible != self._visible:
+            # Filled on the device: a copy from the host would be waited for.
+            start = self.previous_frames * n
+            self.mask.zero_()
             for row, (count, sink) in enumerate(visible):
-                host[row, ..., : (self.previous_frames - count) * n] = -torch.inf
+                self.mask[row, ..., : start - count * n].fill_(-torch.inf)
                 if not sink:
-                    host[
-                        row, ..., self.previous_frames * n : (self.previous_frames + 1) * n
-                    ] = -torch.inf
-            self.mask.copy_(host)
+                    self.mask[row, ..., start : start + n].fill_(-torch.inf)
             self._visible = visible
 
     # -- moving state ------------------------------------------------------------------------------

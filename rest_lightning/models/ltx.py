@@ -17,6 +17,46 @@ from rest_lightning.errors import UserError
 
 NEW_PARTS = ("speech_attn.", "speech_norm.", "spatial_embedding", "prompt_embeds", "prompt_mask")
 ORIGINAL_PREFIX = "model.diffusion_model."
+# What the original files state about the transformer: keys that must have one value here ...
+FIXED_KEYS: dict[str, Any] = {
+    "activation_fn": "gelu-approximate",
+    "adaptive_norm": "single_scale_shift",
+    "attention_type": "default",
+    "double_self_attention": False,
+    "num_vector_embeds": None,
+    "only_cross_attention": False,
+    "positional_embedding_type": "rope",
+    "qk_norm": "rms_norm",
+    "standardization_norm": "rms_norm",
+    "timestep_scale_multiplier": 1000,
+    "upcast_attention": False,
+}
+# ... keys that the tensors say as well, or that change nothing ...
+IDLE_KEYS = {
+    "_class_name",
+    "_diffusers_version",
+    "_name_or_path",
+    "attention_bias",
+    "attention_head_dim",
+    "caption_channels",
+    "cross_attention_dim",
+    "dropout",
+    "in_channels",
+    "norm_elementwise_affine",
+    "norm_num_groups",
+    "num_attention_heads",
+    "num_embeds_ada_norm",
+    "num_layers",
+    "out_channels",
+    "project_to_2d_pos",
+    "sample_size",
+    "use_linear_projection",
+    "use_tpu_flash_attention",
+}
+# ... and keys that are arguments of A2VDiT: norm_eps, positional_embedding_theta,
+# positional_embedding_max_pos and this one, which is absent before 0.9.5.
+CAUSAL_KEY = "causal_temporal_positioning"
+WHICH_VERSION = "false for LTX-Video 0.9.0 and 0.9.1, true for 0.9.5 to 0.9.8"
 HOW_TO_GET = (
     "get them with `hf download Lightricks/LTX-Video --include 'transformer/*' --local-dir FOLDER` "
     "and name FOLDER"
@@ -33,19 +73,37 @@ HOW_TO_GET_T5 = (
 )
 
 
-def read_ltx(source: str | Path | nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_ltx(
+    source: str | Path | nn.Module, causal_positions: bool | None = None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Returns arguments of `A2VDiT` and all tensors of LTX weights.
 
     Args:
         source: an ``LTXVideoTransformer3DModel``; a folder in diffusers format (the transformer's,
             or a pipeline's with ``transformer/`` in it); a single file in the original format; or a
             hub id.
+        causal_positions: whether these weights place frames at 0, 1/25, 9/25 s, ... (LTX-Video
+            0.9.5 and later) or at 0, 8/25, 16/25 s, ... (before). The tensors do not tell; of all
+            sources only an original file does. None takes its word.
 
     Raises:
-        UserError: no such weights, or an architecture that A2VDiT does not cover.
+        UserError: no such weights; an architecture, or a stated setting, that A2VDiT does not
+            cover; or a source that does not say where it places frames, or says otherwise.
     """
     config, state = _read(source)
-    return _arguments(config), state
+    stated = config.pop("causal_positions", None)
+    if causal_positions is None and stated is None:
+        raise UserError(
+            f"expected causal_positions with LTX weights of {_name(source)}, which do not say "
+            f"where they place frames, got none: {WHICH_VERSION}"
+        )
+    if None not in (causal_positions, stated) and causal_positions != stated:
+        raise UserError(
+            f"expected causal_positions {stated}, as {_name(source)} states, got "
+            f"{causal_positions}: leave it out or change it ({WHICH_VERSION})"
+        )
+    causal = stated if causal_positions is None else causal_positions
+    return {**_arguments(config), "causal_positions": causal}, state
 
 
 def load_ltx(model: nn.Module, source: str | Path | nn.Module) -> None:
@@ -53,11 +111,15 @@ def load_ltx(model: nn.Module, source: str | Path | nn.Module) -> None:
     `read_ltx`.
 
     Raises:
-        UserError: no such weights, another architecture than the model's, or a tensor left over or
-            missing.
+        UserError: no such weights, another architecture than the model's, a tensor left over or
+            missing, or frames at other positions than the model's ``causal_positions``.
     """
-    arguments, state = read_ltx(source)
     own: dict[str, Any] = model.config  # type: ignore[assignment]
+    arguments, state = read_ltx(source, own["causal_positions"])
+    if own["causal_positions"] is None:
+        arguments["causal_positions"] = (
+            arguments["causal_positions"] or None
+        )  # None: as before 0.9.5
     for name, value in arguments.items():
         if own[name] != value and not (name == "out_channels" and value is None):
             raise UserError(
@@ -138,6 +200,10 @@ def _arguments(config: dict[str, Any]) -> dict[str, Any]:
         "attention_out_bias",
         "norm_eps",
         "norm_elementwise_affine",
+        "rope_theta",
+        "rope_base_frames",
+        "rope_base_height",
+        "rope_base_width",
     )
     return {name: config[name] for name in names if name in config}
 
@@ -234,8 +300,8 @@ def _read_single_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     dim, in_channels = state["proj_in.weight"].shape
     # The number of heads leaves no trace in the shapes: newer files say it, all published sizes
     # have 32.
-    stated = json.loads(metadata.get("config", "{}")).get("transformer", {})
-    num_heads = stated.get("num_attention_heads", 32)
+    stated = json.loads(metadata.get("config", "{}")).get("transformer")
+    num_heads = (stated or {}).get("num_attention_heads", 32)
     config = {
         "in_channels": in_channels,
         "out_channels": state["proj_out.weight"].shape[0],
@@ -247,7 +313,42 @@ def _read_single_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "attention_out_bias": "transformer_blocks.0.attn1.to_out.0.bias" in state,
         "norm_elementwise_affine": "transformer_blocks.0.norm1.weight" in state,
     }
-    return config, state
+    return {**config, **({} if stated is None else _stated_arguments(stated, path))}, state
+
+
+def _stated_arguments(stated: dict[str, Any], path: Path) -> dict[str, Any]:
+    """What an original file says about its transformer and the tensors do not; see the keys above.
+
+    Raises:
+        UserError: a setting that A2VDiT does not cover, or does not know.
+    """
+    for name, value in FIXED_KEYS.items():
+        if stated.get(name, value) != value:
+            raise UserError(
+                f"expected an LTX transformer with {name} {value} in {path}, got {stated[name]}: "
+                "not covered"
+            )
+    arguments: dict[str, Any] = {"causal_positions": bool(stated.get(CAUSAL_KEY, False))}
+    if "norm_eps" in stated:
+        arguments["norm_eps"] = stated["norm_eps"]
+    if "positional_embedding_theta" in stated:
+        arguments["rope_theta"] = stated["positional_embedding_theta"]
+    sizes = stated.get("positional_embedding_max_pos", [20, 2048, 2048])
+    if len(sizes) != 3:
+        raise UserError(
+            f"expected 3 numbers as positional_embedding_max_pos in {path}, got {sizes}: not "
+            "covered"
+        )
+    names = ("rope_base_frames", "rope_base_height", "rope_base_width")
+    arguments |= dict(zip(names, sizes, strict=True))
+    ours = {CAUSAL_KEY, "norm_eps", "positional_embedding_theta", "positional_embedding_max_pos"}
+    unknown = sorted(stated.keys() - FIXED_KEYS.keys() - IDLE_KEYS - ours)
+    if unknown:
+        raise UserError(
+            f"expected settings of an LTX transformer 0.9.0 to 0.9.8 in {path}, got {unknown[0]}: "
+            "not covered"
+        )
+    return arguments
 
 
 # -- the fixed text --------------------------------------------------------------------------------
@@ -255,15 +356,16 @@ def _read_single_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 @torch.no_grad()
 def encode_prompt(
-    folder: str | Path, text: str = PROMPT, length: int = PROMPT_LENGTH
+    folder: str | Path, text: str = PROMPT, length: int = PROMPT_LENGTH, masked: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """What LTX-Video's pipeline computes for ``text``: T5 over the padded tokens, without a mask
-    inside T5.
+    """T5's embedding of ``text``, with the tokens' mask inside T5 (REST sec. 4.1).
 
     Args:
         folder: of an LTX-Video pipeline in diffusers format (``text_encoder/`` and ``tokenizer/``).
         text: the prompt.
         length: tokens with padding; longer texts are refused, not cut.
+        masked: False lets tokens attend to the padding too, as diffusers' LTX pipeline does: for
+            models that were trained on such an embedding and did not keep it.
 
     Returns:
         Embeddings ``(length, C)``, float32, and mask ``(length,)``.
@@ -279,7 +381,8 @@ def encode_prompt(
             "it or raise --length"
         )
     tokens = tokenizer(text, padding="max_length", max_length=length, return_tensors="pt")
-    return model(tokens.input_ids)[0][0].float(), tokens.attention_mask[0].float()
+    mask = tokens.attention_mask
+    return model(tokens.input_ids, mask if masked else None)[0][0].float(), mask[0].float()
 
 
 def _load_t5(folder: Path) -> tuple[Any, Any]:

@@ -27,6 +27,37 @@ from rest_lightning.errors import UserError
 from rest_lightning.models.causal import Stream, StreamedModule, is_first_piece, name_streams
 from rest_lightning.models.vae import VideoAutoencoder
 
+# Arguments of AutoencoderKLLTXVideo by version of LTX-Video, where they differ from diffusers'
+# defaults. The later ones' vae/config.json is that of 0.9.5.
+VERSIONS: dict[str, dict[str, Any]] = {
+    "0.9.0": {},
+    "0.9.1": {
+        "decoder_block_out_channels": [256, 512, 1024],
+        "decoder_layers_per_block": [5, 6, 7, 8],
+        "decoder_spatio_temporal_scaling": [True, True, True],
+        "decoder_inject_noise": [True, True, True, False],
+        "upsample_residual": [True, True, True],
+        "upsample_factor": [2, 2, 2],
+        "timestep_conditioning": True,
+    },
+    "0.9.5": {
+        "block_out_channels": [128, 256, 512, 1024, 2048],
+        "down_block_types": ["LTXVideo095DownBlock3D"] * 4,
+        "decoder_block_out_channels": [256, 512, 1024],
+        "layers_per_block": [4, 6, 6, 2, 2],
+        "decoder_layers_per_block": [5, 5, 5, 5],
+        "spatio_temporal_scaling": [True, True, True, True],
+        "decoder_spatio_temporal_scaling": [True, True, True],
+        "decoder_inject_noise": [False, False, False, False],
+        "downsample_type": ["spatial", "temporal", "spatiotemporal", "spatiotemporal"],
+        "upsample_residual": [True, True, True],
+        "upsample_factor": [2, 2, 2],
+        "timestep_conditioning": True,
+        "spatial_compression_ratio": 32,
+        "temporal_compression_ratio": 8,
+    },
+}
+
 # Keys of a stream beside the pasts of the convolutions.
 # latents seen so far, (B,), on the CPU: reading it never waits for a device
 NUM_LATENTS = "num_latents"
@@ -54,8 +85,11 @@ class LTXVideoVAE(VideoAutoencoder):
             on this machine. Nothing is downloaded. None leaves the network untrained.
         ltx_config: arguments of ``AutoencoderKLLTXVideo``. Beside a folder they replace single
             entries of its configuration, as in ``{decoder_causal: true}``, which turns a stock
-            decoder into a causal one to fine-tune. A single file has no configuration: what is not
-            given is diffusers' default, LTX-Video 0.9.0.
+            decoder into a causal one to fine-tune. What is given neither here nor by a folder or
+            ``version`` is diffusers' default, LTX-Video 0.9.0.
+        version: ``0.9.0``, ``0.9.1`` (REST's: the first whose decoder is conditioned on timestep
+            and noise) or ``0.9.5``: the arguments of that network, under those of ``ltx_config``. A
+            single file needs it; a folder that is of another version is an error.
         decode_timestep: decode timestep in [0, 1]; read by networks with timestep conditioning
             alone.
         decode_noise_scale: share of noise in the decoded latents, in [0, 1]; likewise.
@@ -80,6 +114,7 @@ class LTXVideoVAE(VideoAutoencoder):
         decode_timestep: float = 0.05,
         decode_noise_scale: float = 0.025,
         halo: int = 1,
+        version: str | None = None,
     ) -> None:
         for name, value in (
             ("decode_timestep", decode_timestep),
@@ -91,11 +126,18 @@ class LTXVideoVAE(VideoAutoencoder):
                 )
         if halo < 0:
             raise UserError(f"expected a halo of at least 0 latents, got {halo}")
-        ltx = (
-            build_ltx(ltx_config or {})
-            if weights is None
-            else load_ltx_vae(weights, ltx_config or {})
-        )
+        if version is not None and version not in VERSIONS:
+            raise UserError(
+                f"expected a version of {', '.join(VERSIONS)}, got {version!r}: 0.9.1 is REST's, "
+                "and 0.9.5 has the network of all later ones"
+            )
+        of_version, changes = VERSIONS[version or "0.9.0"], ltx_config or {}
+        if weights is None:
+            ltx = build_ltx({**of_version, **changes})
+        else:
+            ltx = load_ltx_vae(weights, changes, of_version)
+            if version is not None:
+                _check_version(ltx, weights, version, changes)
         check_compression(ltx)
         super().__init__(ltx.config.latent_channels)
         self.ltx = ltx
@@ -465,8 +507,12 @@ def check_compression(ltx: Any) -> None:
             )
 
 
-def load_ltx_vae(weights: str, config: dict[str, Any]) -> Any:
+def load_ltx_vae(
+    weights: str, config: dict[str, Any], of_version: dict[str, Any] | None = None
+) -> Any:
     """The ``AutoencoderKLLTXVideo`` of a folder, a single file or the hub's cache, in float32.
+
+    ``config`` replaces entries of a folder's configuration, or of a single file's version.
 
     Raises:
         UserError: no such weights, or weights of another architecture.
@@ -474,7 +520,7 @@ def load_ltx_vae(weights: str, config: dict[str, Any]) -> Any:
     _check_names(config)  # diffusers ignores names that it does not know
     path = Path(weights).expanduser()
     if path.is_file():
-        return _load_single_file(path, config)
+        return _load_single_file(path, {**(of_version or {}), **config})
     if path.is_dir():
         folder = path / "vae" if (path / "vae" / "config.json").is_file() else path
         _check_folder(folder)
@@ -490,6 +536,20 @@ def load_ltx_vae(weights: str, config: dict[str, Any]) -> Any:
     return _load_pretrained(
         weights, (f"{where} and the hub cache {HF_HUB_CACHE}"), config, subfolder="vae"
     )
+
+
+def _check_version(ltx: Any, weights: str, version: str, changes: dict[str, Any]) -> None:
+    """Raise a UserError where the configuration of a folder is not that of ``version``."""
+    defaults = inspect.signature(_model_class().__init__).parameters
+    for name in sorted({name for each in VERSIONS.values() for name in each} - changes.keys()):
+        expected = VERSIONS[version].get(name, defaults[name].default)
+        got = getattr(ltx.config, name)
+        plain = [list(x) if isinstance(x, tuple) else x for x in (expected, got)]
+        if plain[0] != plain[1]:
+            raise UserError(
+                f"expected an LTX VAE {version} in {weights}, got {name} {plain[1]} in place of "
+                f"{plain[0]}: name the folder of that version, or set `version` to its own"
+            )
 
 
 def _check_names(config: dict[str, Any]) -> None:

@@ -172,14 +172,56 @@ class SpeechAE(nn.Module):
             raise UserError(str(error)) from None
 
 
+class SpeechProjection(SpeechAE):
+    """The ablation *w/o SpeechAE* (READ): raw windows of features through one linear layer, in
+    SpeechAE's place in every stage.
+
+    Each of the 10 steps of the windows of a latent frame's 8 video frames is a token: 80 tokens per
+    latent frame, in order of time, with nothing added to them (READ does not say how the windows
+    are laid out: decided here). Frame 0, a latent frame of its own, is repeated. No latent frame
+    reads another, so it streams. The decoder is one linear layer, too.
+
+    Args:
+        feature_dim, latent_dim: see :class:`SpeechAE`.
+    """
+
+    def __init__(self, feature_dim: int = 1920, latent_dim: int = 2048) -> None:
+        nn.Module.__init__(self)  # none of SpeechAE's layers
+        self.feature_dim, self.latent_dim = feature_dim, latent_dim
+        self.num_tokens = TEMPORAL_RATIO * WINDOW_STEPS
+        self._config = {"feature_dim": feature_dim, "latent_dim": latent_dim}
+        self.encoder_out = nn.Linear(feature_dim, latent_dim)
+        self.decoder_out = nn.Linear(latent_dim, feature_dim)
+
+    def encode(self, features: Tensor, stream: Stream | None = None) -> Tensor:
+        """Shapes and errors of :meth:`SpeechAE.encode`."""
+        self._check(features, stream)
+        if is_first_piece(stream):  # frame 0 is a latent frame on its own
+            features = torch.cat([features[:, :1]] * (TEMPORAL_RATIO - 1) + [features], dim=1)
+        if stream is not None:
+            stream.started = True
+        return self.encoder_out(features.unflatten(1, (-1, TEMPORAL_RATIO)).flatten(2, 3))
+
+    def decode(self, latents: Tensor, stream: Stream | None = None) -> Tensor:
+        """Shapes of :meth:`SpeechAE.decode`."""
+        windows = self.decoder_out(latents).unflatten(2, (TEMPORAL_RATIO, WINDOW_STEPS))
+        frames = windows.flatten(1, 2)
+        if is_first_piece(stream):
+            frames = frames[:, TEMPORAL_RATIO - 1 :]
+        if stream is not None:
+            stream.started = True
+        return frames
+
+
 class SpeechPooling(SpeechAE):
-    """The ablation *w/o SpeechAE* (READ): means instead of a learned compression, in SpeechAE's
-    place in every stage.
+    """An ablation of SpeechAE: means instead of a learned compression, in SpeechAE's place in every
+    stage.
 
     The windows of a latent frame's 8 video frames are averaged, each over its 10 steps and then
     over ``num_tokens`` shares of time; every mean goes through one linear layer and the same norm
     as SpeechAE's latents. No latent frame reads another, so it streams. The decoder, one linear
-    layer too, repeats tokens. What takes SpeechAE's place READ does not say (decided here).
+    layer too, repeats tokens. It is the project's own; READ's ablation is
+    :class:`SpeechProjection`.
 
     Args:
         feature_dim, num_tokens, latent_dim: see :class:`SpeechAE`.

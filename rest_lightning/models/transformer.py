@@ -126,6 +126,16 @@ class Condition:
         ]
         return Condition(blocks, None if self.mask is None else self.mask.expand(batch, -1, -1, -1))
 
+    def repeat(self, batch: int) -> Condition:
+        """The condition of one row for ``batch`` rows, each in memory of its own."""
+        blocks = [(k.repeat(batch, 1, 1, 1), v.repeat(batch, 1, 1, 1)) for k, v in self.blocks]
+        return Condition(blocks, None if self.mask is None else self.mask.repeat(batch, 1, 1, 1))
+
+    def first(self, batch: int) -> Condition:
+        """The first ``batch`` rows, as views."""
+        blocks = [(k[:batch], v[:batch]) for k, v in self.blocks]
+        return Condition(blocks, None if self.mask is None else self.mask[:batch])
+
     def twice(self) -> Condition:
         """The condition of a batch that is repeated."""
         blocks = [(torch.cat([k, k]), torch.cat([v, v])) for k, v in self.blocks]
@@ -368,11 +378,18 @@ class A2VDiT(nn.Module):
             frame.
         temporal_ratio, spatial_ratio: pixel frames and pixels per latent.
         rope_base_frames, rope_base_height, rope_base_width, rope_theta: positions are divided by
-        these (LTX). attention_bias, attention_out_bias, norm_eps, norm_elementwise_affine: as in
-        diffusers. spatial_embedding: (h, w) of a learned absolute embedding, zero at the start
-        (decided here, for small models). attention: ``full`` (teacher) or ``chunked`` (student).
-        cache_options: the student's window; see `CacheOptions`. gradient_checkpointing: recompute
-        each block in the backward pass.
+            these (LTX).
+        causal_positions: True places latent frames at 0, 1/25, 9/25 s, ... (LTX-Video 0.9.5 and
+            later), False at 0, 8/25, 16/25 s, ... None is False, for a model whose weights are not
+            LTX's.
+        attention_bias, attention_out_bias, norm_eps, norm_elementwise_affine: as in diffusers.
+        spatial_embedding: (h, w) of a learned absolute embedding, zero at the start (decided here,
+            for small models).
+        attention: ``full`` (teacher) or ``chunked`` (student).
+        cache_options: the student's window; see `CacheOptions`.
+        gradient_checkpointing: recompute each block in the backward pass.
+        training_noise: arguments of `rest_lightning.diffusion.schedule.training_table` of the
+            levels that it was trained at; stages set it, and it stays with the weights.
     """
 
     def __init__(
@@ -401,6 +418,8 @@ class A2VDiT(nn.Module):
         attention: Literal["full", "chunked"] = "full",
         cache_options: CacheOptions | None = None,
         gradient_checkpointing: bool = False,
+        causal_positions: bool | None = None,
+        training_noise: dict[str, float] | None = None,
     ) -> None:
         config = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
         super().__init__()
@@ -437,7 +456,15 @@ class A2VDiT(nn.Module):
         self.dim = dim = num_attention_heads * attention_head_dim
         frame_s, cell_px = temporal_ratio / fps, float(spatial_ratio)
         self.rope = Rope(
-            dim, frame_s, cell_px, rope_base_frames, rope_base_height, rope_base_width, rope_theta
+            dim,
+            frame_s,
+            cell_px,
+            rope_base_frames,
+            rope_base_height,
+            rope_base_width,
+            rope_theta,
+            temporal_ratio if causal_positions else None,
+            exact=attention == "chunked" and self.cache_options.positions == "absolute",
         )
 
         self.proj_in = nn.Linear(in_channels, dim)
@@ -472,6 +499,21 @@ class A2VDiT(nn.Module):
     def config(self) -> dict[str, Any]:
         """The constructor's arguments, ready for JSON; `from_config` takes them back."""
         return {**self._config, "cache_options": asdict(self.cache_options)}
+
+    @property
+    def lowest_sigma(self) -> float | None:
+        """Lowest noise level above 0 that training drew; None where it is not known."""
+        noise = self._config["training_noise"]
+        if noise is None:
+            return None
+        from rest_lightning.diffusion.schedule import training_table
+
+        with torch.device("cpu"):
+            return float(training_table(**noise)[0])
+
+    def remember_noise(self, noise: dict[str, float] | None) -> None:
+        """Set ``training_noise``, which is part of `config`."""
+        self._config["training_noise"] = noise
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
@@ -509,11 +551,16 @@ class A2VDiT(nn.Module):
         return other
 
     @classmethod
-    def from_ltx(cls, source: str | Path | nn.Module, **overrides: Any) -> A2VDiT:
+    def from_ltx(
+        cls,
+        source: str | Path | nn.Module,
+        causal_positions: bool | None = None,
+        **overrides: Any,
+    ) -> A2VDiT:
         """Returns a teacher whose output equals LTX's own until the speech attention is trained.
 
         Args:
-            source: see `rest_lightning.models.ltx.read_ltx`.
+            source, causal_positions: see `rest_lightning.models.ltx.read_ltx`.
             overrides: arguments that LTX has no word for (``speech_dim``, ``fps``, ``attention``,
                 ...).
 
@@ -523,7 +570,7 @@ class A2VDiT(nn.Module):
         """
         from rest_lightning.models.ltx import fill_from_ltx, read_ltx
 
-        arguments, state = read_ltx(source)
+        arguments, state = read_ltx(source, causal_positions)
         model = cls(**{**arguments, **overrides}).to(state["proj_in.weight"])
         fill_from_ltx(model, state, "change the overrides")
         return model
@@ -582,11 +629,19 @@ class A2VDiT(nn.Module):
             mask = ((1 - text_mask.to(blocks[0][0].dtype)) * -10000.0)[:, None, None]
         return Condition(blocks, mask)
 
-    def project_prompt(self, batch: int) -> Condition | None:
-        """Keys and values of the model's own text for ``batch`` rows; None where it has none."""
+    def project_prompt(self, batch: int, padded: bool = True) -> Condition | None:
+        """Keys and values of the model's own text for ``batch`` rows; None where it has none.
+
+        Args:
+            batch: number of rows.
+            padded: False leaves the padding out, and with it the mask. That waits for the device:
+                do it once.
+        """
         if self.prompt_embeds is None or self.prompt_mask is None:
             return None
-        return self.project_text(self.prompt_embeds[None], self.prompt_mask[None]).expand(batch)
+        if padded or not self.prompt_mask.any():  # a mask that hides everything hides nothing
+            return self.project_text(self.prompt_embeds[None], self.prompt_mask[None]).expand(batch)
+        return self.project_text(self.prompt_embeds[None, self.prompt_mask.bool()]).expand(batch)
 
     def _blocks(self) -> Iterable[Block]:
         yield from self.transformer_blocks  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""Messages of the live page, version 1: a binary header of 16 bytes, and JSON. docs/protocol.md
+"""Messages of the live page, version 2: a binary header of 16 bytes, and JSON. docs/protocol.md
 describes them.
 """
 
@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from rest_lightning.constants import SAMPLES_PER_FRAME
 
-VERSION = 1
+VERSION = 2
+VERSIONS = (1, 2)  # that are understood; 1 is that of release 0.1
 HEADER = struct.Struct("<BBHIII")  # type, flags, zero, epoch, index, count
 SPEECH, H264, JPEG, SOUND = 1, 2, 3, 4
 KEYFRAME, IDLE = 1, 2
@@ -72,6 +73,7 @@ class Hello:
     codecs: tuple[str, ...] = ("h264", "jpeg")
     portrait: str | None = None
     seed: int = 0
+    version: int = 1
 
 
 @dataclass(frozen=True)
@@ -116,17 +118,17 @@ def parse_speech(data: bytes) -> Speech:
     """
     if len(data) < HEADER.size:
         raise ProtocolError(
-            "bad_message", (f"expected a header of {HEADER.size} bytes, got {len(data)} bytes")
+            "bad_message", f"expected a header of {HEADER.size} bytes, got {len(data)} bytes"
         )
     kind, flags, zero, epoch, index, count = HEADER.unpack_from(data)
     if kind != SPEECH or flags or zero:
         raise ProtocolError(
-            "bad_message", (f"expected speech (type {SPEECH}, no flags), got type {kind}")
+            "bad_message", f"expected speech (type {SPEECH}, no flags), got type {kind}"
         )
     if len(data) != HEADER.size + 2 * count:
         got = len(data) - HEADER.size
         raise ProtocolError(
-            "bad_message", (f"expected {count} samples in {2 * count} bytes, got {got} bytes")
+            "bad_message", f"expected {count} samples in {2 * count} bytes, got {got} bytes"
         )
     return Speech(
         epoch, index, np.frombuffer(data, "<i2", offset=HEADER.size).astype(np.int16, copy=False)
@@ -162,39 +164,40 @@ def parse_text(text: str) -> ClientMessage:
     """
     if len(text) > MAX_TEXT_CHARS:
         raise ProtocolError(
-            "too_long", (f"expected at most {MAX_TEXT_CHARS} characters of text, got {len(text)}")
+            "too_long", f"expected at most {MAX_TEXT_CHARS} characters of text, got {len(text)}"
         )
     try:
         fields = json.loads(text)
     except (ValueError, RecursionError):
         raise ProtocolError(
-            "bad_message", ("expected JSON in a text message, got something else")
+            "bad_message", "expected JSON in a text message, got something else"
         ) from None
     kind = fields.get("type") if isinstance(fields, dict) else None
     reader = _READERS.get(kind) if isinstance(kind, str) else None
     if reader is None:
         known = ", ".join(_READERS)
         raise ProtocolError(
-            "bad_message", (f"expected a message of type {known}, got {_short(kind)}")
+            "bad_message", f"expected a message of type {known}, got {_short(kind)}"
         )
     return reader(fields)
 
 
 def _hello(fields: dict[str, Any]) -> Hello:
     version = fields.get("version")
-    if version != VERSION or isinstance(version, bool):
+    if isinstance(version, bool) or version not in VERSIONS:
+        known = " or ".join(map(str, VERSIONS))
         raise ProtocolError(
-            "version", (f"expected version {VERSION} of the protocol, got {_short(version)}")
+            "version", f"expected version {known} of the protocol, got {_short(version)}"
         )
     codecs = fields.get("codecs", list(Hello.codecs))
     if not isinstance(codecs, list) or not all(isinstance(codec, str) for codec in codecs):
         raise ProtocolError(
-            "bad_message", (f"expected codecs as a list of names, got {_short(codecs)}")
+            "bad_message", f"expected codecs as a list of names, got {_short(codecs)}"
         )
     portrait = fields.get("portrait")
     if portrait is not None and not isinstance(portrait, str):
         raise ProtocolError("bad_message", f"expected the id of a portrait, got {_short(portrait)}")
-    return Hello(tuple(codecs), portrait, _integer(fields, "seed", 2**63 - 1, default=0))
+    return Hello(tuple(codecs), portrait, _integer(fields, "seed", 2**63 - 1, default=0), version)
 
 
 def _identity(fields: dict[str, Any]) -> Identity:
@@ -218,7 +221,7 @@ def _integer(fields: dict[str, Any], name: str, largest: int, default: int | Non
     value = fields.get(name, default)
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= largest:
         raise ProtocolError(
-            "bad_message", (f"expected {name} as an integer of at least 0, got {_short(value)}")
+            "bad_message", f"expected {name} as an integer of at least 0, got {_short(value)}"
         )
     return value
 

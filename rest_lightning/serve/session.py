@@ -24,7 +24,6 @@ from rest_lightning.serve.protocol import (
     KEYFRAME,
     MAX_EPOCH,
     SOUND,
-    VERSION,
     Channel,
     ChannelClosed,
     Hello,
@@ -323,7 +322,7 @@ class Session:
                 hello = self._parse(await self.channel.receive())
         except TimeoutError:
             raise ProtocolError(
-                "hello", (f"expected a hello within {limits.hello_s:g} s, got none")
+                "hello", f"expected a hello within {limits.hello_s:g} s, got none"
             ) from None
         if not isinstance(hello, Hello):
             raise ProtocolError("hello", "expected a hello first, got another message")
@@ -339,7 +338,7 @@ class Session:
             raise ProtocolError("portrait", str(error)) from None
         await asyncio.wrap_future(self.slot.start(portrait, hello.seed))
         fields: dict[str, object] = {
-            "version": VERSION,
+            "version": hello.version,
             "size_px": size_px,
             "fps": FPS,
             "sample_rate_hz": SAMPLE_RATE,
@@ -364,12 +363,12 @@ class Session:
         now_s = time.monotonic()
         if not self._messages.take(1.0, now_s):
             raise ProtocolError(
-                "flood", (f"expected at most {self._messages.rate:g} messages a second, got more")
+                "flood", f"expected at most {self._messages.rate:g} messages a second, got more"
             )
         if len(data) > self.service.limits.message_bytes:
             most = self.service.limits.message_bytes
             raise ProtocolError(
-                "too_long", (f"expected messages of at most {most} bytes, got {len(data)}")
+                "too_long", f"expected messages of at most {most} bytes, got {len(data)}"
             )
         return parse_text(data) if isinstance(data, str) else parse_speech(data)
 
@@ -398,7 +397,7 @@ class Session:
         if not self._speech_s.take(len(speech.samples) / SAMPLE_RATE, now_s):
             rate = self.service.limits.input_rate
             raise ProtocolError(
-                "input_rate", (f"expected speech at {rate:g} x real time at most, got it faster")
+                "input_rate", f"expected speech at {rate:g} x real time at most, got it faster"
             )
         if speech.epoch < self.epoch:
             self.service.metrics.dropped_s.labels("epoch").inc(len(speech.samples) / SAMPLE_RATE)
@@ -408,8 +407,8 @@ class Session:
             raise ProtocolError(
                 "index",
                 (
-                    f"expected speech from sample {self._next_index} of the epoch on, got "
-                    f"sample {speech.index}"
+                    f"expected speech from sample {self._next_index} of the epoch on, got sample "
+                    f"{speech.index}"
                 ),
             )
         self._next_index = speech.index + len(speech.samples)
@@ -430,12 +429,11 @@ class Session:
             return
         if epoch > self.epoch + 1 or epoch == MAX_EPOCH:
             raise ProtocolError(
-                "epoch", (f"expected epoch {self.epoch} or {self.epoch + 1}, got {epoch}")
+                "epoch", f"expected epoch {self.epoch} or {self.epoch + 1}, got {epoch}"
             )
         if not self._interrupts.take(1.0, time.monotonic()):
             raise ProtocolError(
-                "flood",
-                (f"expected at most {_INTERRUPTS_PER_S:g} interruptions a second, got more"),
+                "flood", f"expected at most {_INTERRUPTS_PER_S:g} interruptions a second, got more"
             )
         self.epoch, self._next_index = epoch, 0
         forgotten = self.intake.interrupt(time.monotonic())
@@ -462,7 +460,7 @@ class Session:
                 self.service.metrics.model_errors.inc()
                 LOG.warning("the model failed", exc_info=error.__cause__)
                 raise SessionOver(
-                    "model", ("the model failed in this session: start a new one")
+                    "model", "the model failed in this session: start a new one"
                 ) from error
             self.intake.note_wait(chunk.queued_ms / 1e3, time.monotonic())
             if epoch == self.epoch:
@@ -479,12 +477,12 @@ class Session:
             if now_s - self._start_s > limits.session_s:
                 raise SessionOver(
                     "too_long",
-                    (f"a session lasts {limits.session_s / 60:g} minutes: start a new one"),
+                    f"a session lasts {limits.session_s / 60:g} minutes: start a new one",
                 )
             if now_s - self._heard_s > limits.idle_s:
                 raise SessionOver(
                     "idle",
-                    (f"nothing was sent for {limits.idle_s / 60:g} minutes: start a new session"),
+                    f"nothing was sent for {limits.idle_s / 60:g} minutes: start a new session",
                 )
             if self.intake.advance(now_s):
                 return

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import numpy as np
 import torch
 
-from rest_lightning.constants import SAMPLE_RATE
+from rest_lightning.constants import FPS, SAMPLE_RATE
 from rest_lightning.errors import UserError
 from rest_lightning.streaming.device import Frames, Pending
 from rest_lightning.streaming.engine import (
@@ -25,6 +25,7 @@ from rest_lightning.streaming.engine import (
 )
 from rest_lightning.streaming.report import StreamClock, StreamReport
 from rest_lightning.streaming.session import (
+    NotFiniteError,
     Row,
     RowState,
     Samples,
@@ -59,19 +60,29 @@ class _Member:
             if count < len(block):
                 self.waiting.appendleft(block[count:])
 
-    def snapshot(self) -> tuple[RowState, Samples]:
-        return self.row.snapshot(), np.concatenate([np.zeros(0, np.float32), *self.waiting])
+    def snapshot(self) -> RowSnapshot:
+        return RowSnapshot(
+            self.row.snapshot(), np.concatenate([np.zeros(0, np.float32), *self.waiting])
+        )
 
-    def restore(self, saved: tuple[RowState, Samples]) -> None:
-        self.row.restore(saved[0])
-        self.waiting = deque([saved[1]] if len(saved[1]) else ())
+    def restore(self, saved: RowSnapshot) -> None:
+        self.row.restore(saved.row)
+        self.waiting = deque([saved.waiting] if len(saved.waiting) else ())
+
+
+@dataclass(frozen=True)
+class RowSnapshot:
+    """One row of a batch between two steps."""
+
+    row: RowState
+    waiting: Samples
 
 
 @dataclass(frozen=True)
 class BatchState:
     """All rows of a batch between two steps; None for a row that is not in use."""
 
-    rows: tuple[tuple[RowState, Samples] | None, ...]
+    rows: tuple[RowSnapshot | None, ...]
 
 
 class BatchSession:
@@ -117,11 +128,11 @@ class BatchSession:
         self.clock = StreamClock()
         self.configuration = describe(model, self._sampling, self._options) | {"num_rows": num_rows}
         self._closed = False
-        # the rows whose state is in the lanes, newer than their own
+        self._failed: dict[int, NotFiniteError] = {}
+        # The rows whose state is in the lanes, newer than their own.
         self._in_lanes: tuple[int, ...] = ()
         with explain_out_of_memory(model, num_rows, self._sampling), self.clock.paused():
-            pack = self._options.packs(model.device, model.dtype)
-            first = StreamState(Tables(model, self._sampling, pack), 1)
+            first = StreamState(Tables(model, self._sampling, self._options), 1)
             # Any portrait tells how much a decoder remembers.
             first.start(torch.zeros(1, 3, model.size_px, model.size_px))
             lanes = first.for_batch(num_rows)
@@ -172,6 +183,7 @@ class BatchSession:
         reference = as_reference(portrait, self.model.size_px)
         self._settle([row])
         self._members[row] = None
+        self._failed.pop(row, None)
         with explain_out_of_memory(self.model, self.num_rows, self._sampling):
             self._members[row] = _Member(Row(self._widest, reference, seed, self._places[row]))
 
@@ -200,6 +212,26 @@ class BatchSession:
             )
         member.waiting.append(block.copy())
         member.top_up()
+
+    def amend(self, row: int, samples: Any) -> None:
+        """Put other speech in the place of the last that was pushed to a row, as far as no chunk
+        has shown it.
+
+        After a step that is what the model reads ahead: the lookahead of the speech encoder.
+
+        Raises:
+            UserError: bad samples, or more than were not shown yet; nothing has changed then.
+        """
+        member = self._member(row)
+        block = as_samples(samples, member.row.num_samples - len(samples))
+        if member.num_waiting or member.row.is_finished or len(block) > member.row.num_unshown:
+            most = 0 if member.num_waiting or member.row.is_finished else member.row.num_unshown
+            raise UserError(
+                f"expected at most {most} samples in place of those that row {row} has not shown, "
+                f"got {len(block)}: "
+                "amend after a step"
+            )
+        member.row.amend(block)
 
     def finish(self, row: int) -> None:
         """End a row's speech: the next steps give what is left, and with its last frame the row is
@@ -232,6 +264,28 @@ class BatchSession:
         with explain_out_of_memory(self.model, self.num_rows, self._sampling):
             member.row.show(reference)
 
+    def snapshot_row(self, row: int) -> RowSnapshot:
+        """A copy of everything that the following frames of one row depend on; a few megabytes at
+        the embedded size.
+        """
+        member = self._member(row)
+        self._settle([row])
+        return member.snapshot()
+
+    def restore_row(self, row: int, state: RowSnapshot) -> None:
+        """Take one row back to a snapshot of it, or of a row of a batch like this one; the others
+        go on.
+
+        Raises:
+            UserError: no such row, one that is not in use, or a snapshot of another model; the row
+                is as it was then.
+        """
+        member = self._member(row)
+        self._places[row].check(state.row.engine)
+        self._settle([row])
+        with self.clock.paused():
+            member.restore(state)
+
     # -- computing ---------------------------------------------------------------------------------
 
     def step(self, idle: Idle = "wait") -> dict[int, Frames]:
@@ -242,7 +296,9 @@ class BatchSession:
                 ``silence`` in place of what is missing, so that they go on moving.
 
         Returns:
-            Frames (n, H, W, 3) of the rows that were computed; nothing when none was ready.
+            Frames (n, H, W, 3) of the rows that were computed; nothing when none was ready. A row
+            whose frames are not finite has ended without them: the next call for it raises
+            :class:`~rest_lightning.streaming.session.NotFiniteError`.
         """
         self._check_open()
         if idle not in ("wait", "silence"):
@@ -260,16 +316,24 @@ class BatchSession:
         for rows in groups.values():
             pending, counts = self._launch(rows)
             computed = pending.frames()
-            frames |= {
-                row: computed[lane, :count]
-                for lane, (row, count) in enumerate(zip(rows, counts, strict=True))
-            }
+            for lane, (row, count) in enumerate(zip(rows, counts, strict=True)):
+                if pending.finite[lane]:
+                    frames[row] = computed[lane, :count]
+                else:
+                    self._give_up(row, count)
         if frames:
             self.clock.end_chunk(sum(map(len, frames.values())))
         for row in frames:
             self._member(row).top_up()
             self._release(row)
         return dict(sorted(frames.items()))
+
+    def _give_up(self, row: int, num_frames: int) -> None:
+        """End a row whose frames are no numbers; the others go on."""
+        at_s = (self._member(row).row.num_frames - num_frames) / FPS
+        self._settle([row])
+        self._members[row] = None
+        self._failed[row] = NotFiniteError(at_s)
 
     def _launch(self, rows: Sequence[int]) -> tuple[Pending, list[int]]:
         """Queue one chunk of rows that are alike in length; how many of each row's frames are to be
@@ -351,13 +415,13 @@ class BatchSession:
             )
         for place, saved in zip(self._places, state.rows, strict=True):
             if saved is not None:
-                place.check(saved[0].engine)
+                place.check(saved.row.engine)
         self._settle(self._in_lanes)
         with self.clock.paused():
             for row, saved in enumerate(state.rows):
                 self._members[row] = None
                 if saved is not None:
-                    member = _Member(Row(self._widest, saved[0].reference, 0, self._places[row]))
+                    member = _Member(Row(self._widest, saved.row.reference, 0, self._places[row]))
                     member.restore(saved)
                     self._members[row] = member
 
@@ -394,13 +458,15 @@ class BatchSession:
         self._check_open()
         if not 0 <= row < self.num_rows:
             raise UserError(
-                f"expected a row from 0 to {self.num_rows - 1}, got {row}: open the "
-                "batch with more rows"
+                f"expected a row from 0 to {self.num_rows - 1}, got {row}: open the batch with "
+                "more rows"
             )
 
     def _member(self, row: int) -> _Member:
         self._check(row)
         member = self._members[row]
+        if member is None and row in self._failed:
+            raise self._failed[row]
         if member is None:
             raise UserError(
                 f"expected a row in use, but row {row} was not started or has ended: call "

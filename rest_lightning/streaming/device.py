@@ -5,6 +5,7 @@ next chunk.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import numpy as np
@@ -37,6 +38,10 @@ class Program:
         self._capture = capture
         self._replays: dict[Hashable, Function] = {}
 
+    def again(self) -> Program:
+        """Another program with the same stream and memory for graphs; never run both at once."""
+        return Program(self._capture)
+
     @property
     def num_captured(self) -> int:
         """Variants captured so far."""
@@ -64,24 +69,34 @@ class Program:
         return True
 
 
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """Makes a CUDA device the current one: events, graphs and Triton's kernels go by that."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 def cuda_capture(device: torch.device) -> Capture:
-    """Captures into graphs that share one memory pool: those of one program never run at the same
-    time.
+    """Captures into graphs that share one memory pool and one stream.
+
+    The graphs of one program never run at the same time. The stream is the program's own, for
+    warming up and for capturing: cuBLAS keeps one workspace for each stream, and a graph goes on
+    using that of the stream it was captured on, so two programs that replay together need two.
     """
-    pool = torch.cuda.graph_pool_handle()
+    pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
 
     def capture(function: Function) -> Function:
-        current, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
-        side.wait_stream(current)
-        # libraries choose their kernels and allocate workspaces at their first calls
-        with torch.cuda.stream(side):
-            for _ in range(2):
+        with on_device(device):
+            current = torch.cuda.current_stream(device)
+            stream.wait_stream(current)
+            # libraries choose their kernels and allocate workspaces at their first calls
+            with torch.cuda.stream(stream):
+                for _ in range(2):
+                    function()
+            current.wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            # Other threads (a writer that pins memory) may go on calling CUDA meanwhile.
+            mode = "thread_local"
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode=mode):
                 function()
-        current.wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        # Other threads (a writer that pins memory) may go on calling CUDA meanwhile.
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            function()
         return graph.replay
 
     return capture
@@ -100,14 +115,21 @@ class Pending(Protocol):
     def frames(self) -> Frames:
         """(B, F, H, W, 3), the caller's own; waits for this chunk alone."""
 
+    @property
+    def finite(self) -> NDArray[np.bool_]:
+        """(B,): whether a row's frames were numbers before they became pixels; after
+        :meth:`frames`.
+        """
+
 
 class Ready:
     """Frames that are on the host already."""
 
     is_ready = True
 
-    def __init__(self, frames: Frames) -> None:
+    def __init__(self, frames: Frames, finite: NDArray[np.bool_] | None = None) -> None:
         self._frames = frames
+        self.finite = np.ones(len(frames), np.bool_) if finite is None else finite
 
     def frames(self) -> Frames:
         """Returns the frames."""
@@ -125,11 +147,12 @@ class Host:
         decode: Callable[[], None],
         frames: Tensor,
         num_frames: int,
+        finite: Tensor,
     ) -> Pending:
         """Decode; see :meth:`Device.launch`."""
         take()
         decode()
-        return Ready(frames[:, :num_frames].cpu().numpy().copy())
+        return Ready(frames[:, :num_frames].cpu().numpy().copy(), finite.cpu().numpy().copy())
 
     def join(self) -> None:
         """Nothing is under way."""
@@ -149,6 +172,7 @@ class Device:
         self.device = device
         self.stream = torch.cuda.Stream(device)
         self.pinned = [torch.empty(shape, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+        self._flags = [torch.empty(shape[0], dtype=torch.bool, pin_memory=True) for _ in range(2)]
         self._holders: list[_OnDevice | None] = [None, None]
         self._turn = 0
 
@@ -158,6 +182,7 @@ class Device:
         decode: Callable[[], None],
         frames: Tensor,
         num_frames: int,
+        finite: Tensor,
     ) -> Pending:
         """Queue a chunk's decoding and its copy to the host.
 
@@ -168,6 +193,7 @@ class Device:
             frames: static memory on the device, uint8 (b, F, H, W, 3) with b up to B, that decoding
                 writes.
             num_frames: frames of the chunk, at most F.
+            finite: static memory on the device, bool (b,), that decoding writes.
         """
         turn, self._turn = self._turn, 1 - self._turn
         holder = self._holders[turn]
@@ -185,8 +211,10 @@ class Device:
             target = self.pinned[turn][: len(frames)]
             # all F: the frames of a short chunk do not lie in one piece
             target.copy_(frames, non_blocking=True)
+            flags = self._flags[turn][: len(frames)]
+            flags.copy_(finite, non_blocking=True)
             arrived = self.stream.record_event()
-        pending = self._holders[turn] = _OnDevice(target[:, :num_frames], arrived)
+        pending = self._holders[turn] = _OnDevice(target[:, :num_frames], flags, arrived)
         return pending
 
     def join(self) -> None:
@@ -199,8 +227,9 @@ class Device:
 class _OnDevice:
     """A chunk whose copy is queued; ``event`` fires when it has arrived in ``target``."""
 
-    def __init__(self, target: Tensor, event: torch.cuda.Event) -> None:
+    def __init__(self, target: Tensor, flags: Tensor, event: torch.cuda.Event) -> None:
         self._target: Tensor | None = target
+        self._flags = flags
         self._event = event
         self._frames: Frames | None = None
 
@@ -212,6 +241,7 @@ class _OnDevice:
         """Take the frames out of the shared buffer."""
         if self._target is not None:
             self._event.synchronize()
+            self.finite = self._flags.numpy().copy()
             self._frames, self._target = self._target.numpy().copy(), None
 
     def frames(self) -> Frames:

@@ -9,26 +9,34 @@ graphs; the CPU calls the same functions.
 from __future__ import annotations
 
 import copy
+import importlib.util
 import os
 import zlib
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
-from types import MethodType
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rest_lightning.constants import SAMPLES_PER_FRAME, SPATIAL_RATIO, TEMPORAL_RATIO
 from rest_lightning.diffusion.sampling import integrate
-from rest_lightning.diffusion.schedule import sampling_sigmas
 from rest_lightning.errors import UserError
 from rest_lightning.models.cache import IDContextCache
 from rest_lightning.models.causal import Stream
 from rest_lightning.models.detail import AgreementDetail
-from rest_lightning.streaming.device import Capture, Device, Host, Pending, Program, cuda_capture
+from rest_lightning.streaming.device import (
+    Capture,
+    Device,
+    Host,
+    Pending,
+    Program,
+    cuda_capture,
+    on_device,
+)
 from rest_lightning.streaming.packed import can_pack, packed
 from rest_lightning.streaming.report import StreamClock
 
@@ -39,11 +47,19 @@ if TYPE_CHECKING:
     from rest_lightning.parts import TalkingParts
 
 GRAPHS_VARIABLE = "REST_CUDA_GRAPHS"
+ATTENTION: dict[str, SDPBackend | None] = {
+    "auto": None,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
 
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """Switches of the engine. All but the last two change the speed alone.
+    """Switches of the engine. All but ``float8``, ``first_chunk_length`` and ``detail`` change
+    speed and memory alone.
 
     Attributes:
         graphs: capture the denoising steps and the decoding as CUDA graphs. None: on CUDA;
@@ -53,9 +69,22 @@ class EngineOptions:
         pack: lay the weights out once for the CPU's kernels, instead of at every call. None: on the
             CPU, where torch can. Packed weights lie beside the others, once for all sessions of a
             model. Not with ``compile``.
+        fuse: run the transformer and an LTX decoder on the Triton kernels of
+            :mod:`rest_lightning.models.fused`; needs CUDA and Triton. Joined and re-ordered weights
+            lie beside the others, once for all sessions of a model. Off until a GPU has measured
+            it. Not with ``compile`` or ``pack``.
+        float8: with ``fuse`` and a bfloat16 model, multiply self-attention's projections and the
+            feed-forward layers in float8, with a factor for every row. Costs accuracy; needs
+            compute capability 8.9.
+        attention: the back end of ``scaled_dot_product_attention`` on CUDA that is tried first,
+            ``flash``, ``cudnn``, ``efficient`` or ``math``; the others follow where it cannot.
+            ``auto``: torch's own order.
         overlap: on CUDA decode a chunk, and copy it to the host, while the next one is denoised.
         warm_up: run dummy chunks when a session opens, so that the first real one is as fast as the
-            others (and every graph is captured); the state is what it was before, bit for bit.
+            others (and every graph is captured); frames are the same, bit for bit. None: where
+            graphs are captured.
+        reuse: keep the engine of a session that is closed for the next one that is opened alike, at
+            most two a model: its graphs need not be captured again, and its memory stays taken.
             None: where graphs are captured.
         first_chunk_length: latents of a stream's first chunk, 1 to chunk_length: a short one needs
             less speech before the first frame. None takes chunk_length.
@@ -67,14 +96,22 @@ class EngineOptions:
     graphs: bool | None = None
     compile: bool = False
     pack: bool | None = None
+    fuse: bool = False
+    float8: bool = False
+    attention: Literal["auto", "flash", "cudnn", "efficient", "math"] = "auto"
     overlap: bool = True
     warm_up: bool | None = None
+    reuse: bool | None = None
     first_chunk_length: int | None = None
     detail: Literal["model", "agreement", "none"] = "model"
 
     def __post_init__(self) -> None:
         if self.detail not in ("model", "agreement", "none"):
             raise UserError(f"expected detail model, agreement or none, got {self.detail!r}")
+        if self.attention not in ATTENTION:
+            raise UserError(
+                f"expected attention to be one of {', '.join(ATTENTION)}, got {self.attention!r}"
+            )
 
     def captures(self, device: torch.device) -> bool:
         """Whether graphs are captured on ``device``.
@@ -99,7 +136,7 @@ class EngineOptions:
         Raises:
             UserError: asked for where torch has no such kernels, or together with ``compile``.
         """
-        possible = can_pack(device, dtype) and not self.compile
+        possible = can_pack(device, dtype) and not self.compile and not self.fuse
         if self.pack and not possible:
             raise UserError(
                 "expected an uncompiled float32 or bfloat16 model on a CPU with oneDNN for pack, "
@@ -108,9 +145,47 @@ class EngineOptions:
             )
         return possible and self.pack is not False
 
+    def fuses(self, device: torch.device, dtype: torch.dtype) -> bool:
+        """Whether a model of that type on ``device`` streams on fused kernels.
+
+        Raises:
+            UserError: asked for where they do not run, together with other forms of the weights, or
+                float8 without it.
+        """
+        if self.float8 and not (self.fuse and dtype == torch.bfloat16):
+            raise UserError(
+                f"expected fuse=True and a bfloat16 model for float8, got fuse={self.fuse} and "
+                f"{dtype}: set both"
+            )
+        if not self.fuse:
+            return False
+        if self.compile or self.pack:
+            raise UserError("expected fuse without compile and pack, got both: leave these out")
+        if importlib.util.find_spec("triton") is None:
+            raise UserError("expected Triton for fuse, got none: install it, or leave fuse out")
+        from rest_lightning.models.fused import can_fuse
+
+        if not can_fuse(device):
+            raise UserError(
+                f"expected a model on a CUDA device for fuse, got {device}: leave fuse out"
+            )
+        return True
+
+    def attention_order(self, device: torch.device) -> AbstractContextManager[None]:
+        """Returns the context in which attention runs, with the chosen back end first."""
+        first = ATTENTION[self.attention]
+        if first is None or device.type != "cuda":
+            return nullcontext()
+        others = [kind for kind in ATTENTION.values() if kind not in (None, first)]
+        return sdpa_kernel([first, *others], set_priority=True)
+
     def warms_up(self, device: torch.device) -> bool:
         """Whether a session on ``device`` runs dummy chunks when it opens."""
         return self.captures(device) if self.warm_up is None else self.warm_up
+
+    def reuses(self, device: torch.device) -> bool:
+        """Whether closed sessions on ``device`` leave their engines to later ones."""
+        return self.captures(device) if self.reuse is None else self.reuse
 
     def first_length(self, chunk_length: int) -> int:
         """Latents of the first chunk.
@@ -140,48 +215,54 @@ class Tables:
     session.
 
     Attributes:
-        vae, speech_ae, transformer: the model's, with packed weights if wanted.
+        vae, speech_ae, transformer: the model's, packed or fused as the options say.
         detail: what puts the portrait's detail into decoded frames; None: nothing.
         sigmas: noise levels of the Euler steps, from 1 to 0, as plain numbers.
         levels: the same on the device: a number from the host would be copied, and waited for, at
             every step.
         embeddings: modulations of every level but the last, and of 0 (the clean pass). Levels stay
             float32 as in training: bfloat16 would round 1000 * sigma to steps of 4.
-        text: the model's own prompt for one row; None where it has none.
+        text: the model's own prompt for one row, without padding and mask; None where it has none.
         signature: tells states of this model, type, size and guidance from those of others.
     """
 
     @torch.no_grad()
     def __init__(
-        self, model: TalkingParts, sampling: Sampling, pack: bool = False, detail: str = "model"
+        self, model: TalkingParts, sampling: Sampling, options: EngineOptions | None = None
     ) -> None:
         self.model, self.sampling = model, sampling
-        own = packed(model.detail) if pack and model.detail is not None else model.detail
+        switches = options or EngineOptions(pack=False)
+        own, self.vae, self.speech_ae = model.detail, model.vae, model.speech_ae
+        self.transformer = model.transformer
+        if switches.fuses(model.device, model.dtype):
+            from rest_lightning.models.fused import fused_transformer, fused_vae
+
+            self.transformer = fused_transformer(model.transformer, switches.float8)
+            self.vae = fused_vae(model.vae)
+        elif switches.packs(model.device, model.dtype):
+            own = packed(own) if own is not None else None
+            self.vae, self.speech_ae = packed(model.vae), packed(model.speech_ae)
+            self.transformer = packed(model.transformer)
         self.detail: DetailTransfer | None = {"model": own, "agreement": AgreementDetail()}.get(
-            detail
+            switches.detail
         )
-        self.vae = packed(model.vae) if pack else model.vae
-        self.speech_ae = packed(model.speech_ae) if pack else model.speech_ae
-        self.transformer = packed(model.transformer) if pack else model.transformer
         self.guidance = sampling.branches
         self.side = model.size_px // SPATIAL_RATIO
-        options = model.transformer.cache_options
-        self.sigmas = sampling_sigmas(
-            sampling.num_steps, sampling.shift, options.num_slots * self.side**2
-        )
+        cache_options = model.transformer.cache_options
+        self.sigmas = sampling.sigmas(cache_options.num_slots * self.side**2)
         self.levels = torch.tensor(self.sigmas, dtype=torch.float32, device=model.device)
         levels = [*self.sigmas[:-1], 0.0]
         self.embeddings = [
             model.transformer.embed_sigma(self.levels.new_full((1, 1), level)) for level in levels
         ]
-        self.text = model.transformer.project_prompt(1)
+        self.text = model.transformer.project_prompt(1, padded=False)
         self.signature: Hashable = (
             _fingerprint(model),
             str(model.dtype),
             model.size_px,
-            options,
+            cache_options,
             self.guidance.num_branches,
-            sampling.num_steps if options.cache_noise == "per_step" else None,
+            sampling.num_steps if cache_options.cache_noise == "per_step" else None,
         )
 
 
@@ -229,6 +310,8 @@ class StreamState:
     Attributes:
         cache: keys and values; speech, decoder: pasts of the SpeechAE and of the VAE's decoder.
         reference_rows: latents of the references, (branches * B, C, 1, h, w).
+        text: the model's prompt for all rows of the cache, each row in memory of its own: flash
+            attention takes no mask, and no rows that lie on one another.
     """
 
     def __init__(self, tables: Tables, batch: int, stage: Stage = _untimed) -> None:
@@ -238,6 +321,7 @@ class StreamState:
         self.cache = model.transformer.new_cache(
             rows, side, side, num_steps=tables.sampling.num_steps
         )
+        self.text = tables.text and tables.text.repeat(rows)
         self.speech, self.decoder = Stream(), Stream()
         with torch.inference_mode(False):
             shape = (rows, model.vae.latent_channels, 1, side, side)
@@ -249,7 +333,7 @@ class StreamState:
         any speech.
         """
         model = self.tables.model
-        with self._stage("speech"):
+        with on_device(model.device), self._stage("speech"):
             silence = torch.zeros(
                 self.batch, SAMPLES_PER_FRAME, device=model.device
             )  # frame 0 lies before the speech
@@ -264,14 +348,17 @@ class StreamState:
         """Go on with another portrait (B, 3, H, W): the speech continues, context and decoder begin
         anew.
         """
-        model, tables = self.tables.model, self.tables
+        model = self.tables.model
+        with on_device(model.device):
+            self._show(reference.to(model.device), model.dtype)
+
+    def _show(self, reference: Tensor, dtype: torch.dtype) -> None:
+        tables = self.tables
         with self._stage("vae"):
-            latent = tables.vae.encode(reference[:, :, None].to(model.device, model.dtype))
+            latent = tables.vae.encode(reference[:, :, None].to(dtype))
             reconstruction, decoder = tables.vae.start_decode(latent)
             if tables.detail is not None:
-                tables.detail.start(
-                    reference.to(model.device), reconstruction[:, :, 0].float(), decoder
-                )
+                tables.detail.start(reference, reconstruction[:, :, 0].float(), decoder)
             self.decoder.restore(decoder)
         with self._stage("dit"):
             self.cache.reset_rows()
@@ -279,10 +366,12 @@ class StreamState:
             if self.cache.options.reference_attends == "self":
                 tables.transformer.prefill(self.reference_rows, self.cache, text_embeds=self.text)
 
-    @property
-    def text(self) -> Any:
-        """The model's prompt for all rows of the cache, as views."""
-        return self.tables.text and self.tables.text.expand(self.cache.rows)
+    @torch.inference_mode()
+    def clear(self) -> None:
+        """Forget everything, in place: the streams have to be started again."""
+        self.cache.clear()
+        for past in (*self.speech.values(), *self.decoder.values(), self.reference_rows):
+            past.zero_()
 
     # -- rows --------------------------------------------------------------------------------------
 
@@ -300,6 +389,7 @@ class StreamState:
         narrow.batch, narrow.cache = batch, self.cache.narrow(rows)
         narrow.speech, narrow.decoder = self.speech.narrow(batch), self.decoder.narrow(batch)
         narrow.reference_rows = self.reference_rows[:rows]
+        narrow.text = self.text and self.text.first(rows)
         return narrow
 
     @torch.inference_mode()
@@ -370,7 +460,7 @@ def explain_out_of_memory(model: TalkingParts, batch: int, sampling: Sampling) -
     try:
         yield
     except (torch.OutOfMemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         branches = sampling.branches.num_branches
         weights_gb = sum(p.numel() * p.element_size() for p in model.parameters()) / 1e9
@@ -386,9 +476,15 @@ def explain_out_of_memory(model: TalkingParts, batch: int, sampling: Sampling) -
         ) from error
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error, or one that caused it, says that a device or the CPU had no memory left."""
     words = ("DefaultCPUAllocator", "CUDA out of memory", "Storage size calculation overflowed")
-    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
+    seen: BaseException | None = error
+    while seen is not None:  # ending a capture that ran out of memory raises one on top
+        if isinstance(seen, torch.OutOfMemoryError) or any(word in str(seen) for word in words):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
 
 
 def cache_num_bytes(model: TalkingParts, rows: int, num_steps: int) -> int:
@@ -434,7 +530,7 @@ class ChunkEngine:
         capture: Callable[[], Capture] | None = None,
         widest: ChunkEngine | None = None,
     ) -> None:
-        self.model, self.batch, self.sampling, self.clock = model, batch, sampling, clock
+        self.model, self.batch, self.sampling = model, batch, sampling
         self.options = options or EngineOptions()
         cache_options = model.transformer.cache_options
         self.chunk_length: int = cache_options.chunk_length
@@ -446,18 +542,22 @@ class ChunkEngine:
         if capture is None and self.options.captures(model.device):
             capture = partial(cuda_capture, model.device)
         self._capture = capture
-        self._denoising, self._decoding = (
-            Program(capture() if capture is not None else None) for _ in range(2)
-        )
-        with explain_out_of_memory(model, batch, sampling):
-            pack = self.options.packs(model.device, model.dtype)
+        if widest is None:
+            self._denoising = Program(capture() if capture is not None else None)
+            self._decoding = Program(capture() if capture is not None else None)
+        else:  # one of the two works at a time: they share streams and memory for graphs
+            self._denoising = widest._denoising.again()
+            self._decoding = widest._decoding.again()
+        with on_device(model.device), explain_out_of_memory(model, batch, sampling):
+            # Not a method of this engine: what the state holds must not hold the engine, or the
+            # memory of a closed session would wait for the garbage collector.
+            self._stage = Stages(clock, model.device)
             self.state = state or StreamState(
-                Tables(model, sampling, pack, self.options.detail), batch, self._stage
+                Tables(model, sampling, self.options), batch, self._stage
             )
             self._static = widest.static(batch) if widest is not None else self._allocate()
-            self._noise, self._speech, self._latents, self._decoder_input, self._frames = (
-                self._static
-            )
+            self._noise, self._speech, self._latents, self._decoder_input, *shown = self._static
+            self._frames, self._finite = shown
             overlaps = model.device.type == "cuda" and self.options.overlap
             way: Device | Host = (
                 Device(model.device, self._frames.shape) if overlaps and widest is None else Host()
@@ -471,14 +571,11 @@ class ChunkEngine:
         if self.options.compile:
             self._transformer = copy.copy(model.transformer)  # the same weights
             self._transformer.compile_blocks(streams=True)
-            # Slots and complex rotations are no matter for the compiler: it takes what lies before
-            # and behind.
-            opaque = MethodType(torch.compiler.disable(IDContextCache.attend), self.cache)
-            self.cache.attend = opaque  # type: ignore[method-assign]
+            self.cache.__class__ = _opaque_cache()
 
     def _allocate(self) -> tuple[Tensor, ...]:
         """Inputs and outputs of the two programs: noise, speech latents, latents, the decoder's own
-        latents, frames.
+        latents, frames, and which rows' frames are finite.
         """
         model = self.model
         speech = (
@@ -493,7 +590,9 @@ class ChunkEngine:
             inputs = [
                 torch.zeros(shape, device=model.device, dtype=model.dtype) for shape in shapes
             ]
-            return *inputs, torch.zeros(frames, device=model.device, dtype=torch.uint8)
+            shown = torch.zeros(frames, device=model.device, dtype=torch.uint8)
+            finite = torch.ones(self.batch, device=model.device, dtype=torch.bool)
+            return *inputs, shown, finite
 
     def static(self, batch: int) -> tuple[Tensor, ...]:
         """Inputs and outputs of the first ``batch`` streams."""
@@ -514,6 +613,22 @@ class ChunkEngine:
             self._capture,
             widest=self,
         )
+
+    def attach(self, model: TalkingParts, clock: StreamClock | None) -> None:
+        """Work for another session; the streams have to be started."""
+        self.model = self.tables.model = model
+        self._stage.clock = clock
+
+    def detach(self) -> None:
+        """Let go of the session and of the model; nothing but :meth:`attach` may follow."""
+        self.join()
+        self._stage.clock = None
+        del self.model, self.tables.model
+
+    @property
+    def clock(self) -> StreamClock | None:
+        """Charged with what the engine does."""
+        return self._stage.clock
 
     @property
     def cache(self) -> IDContextCache:
@@ -588,8 +703,8 @@ class ChunkEngine:
             Frames, uint8 (B, chunk_frames, H, W, 3), on the model's device.
         """
         self.launch(audio, noise)
-        self._way.join()
-        return self._frames[:, : TEMPORAL_RATIO * noise.shape[2]].clone()
+        with self._at_rest():
+            return self._frames[:, : TEMPORAL_RATIO * noise.shape[2]].clone()
 
     @torch.inference_mode()
     def launch(self, audio: Tensor, noise: Tensor) -> Pending:
@@ -597,7 +712,7 @@ class ChunkEngine:
         way.
         """
         model, num_latents = self.model, noise.shape[2]
-        with explain_out_of_memory(model, self.batch, self.sampling):
+        with on_device(model.device), explain_out_of_memory(model, self.batch, self.sampling):
             with self._stage("speech"):
                 features = model.speech_encoder(_upload(audio, model.device)).to(model.dtype)
                 speech_latents = self.tables.speech_ae.encode(features, self.speech)
@@ -608,14 +723,15 @@ class ChunkEngine:
                 self._decoder_input[:, :, :num_latents].copy_, self._latents[:, :, :num_latents]
             )
             return self._way.launch(
-                take, partial(self._decode, num_latents), self._frames, num_frames
+                take, partial(self._decode, num_latents), self._frames, num_frames, self._finite
             )
 
     def denoise(self, noise: Tensor, speech_latents: Tensor) -> Tensor:
         """Noise (B, C, l, h, w) and speech latents (B, l, n, d) to clean latents; moves the cache
         on by one chunk.
         """
-        return self._denoise(noise, speech_latents).clone()
+        with on_device(self.model.device):
+            return self._denoise(noise, speech_latents).clone()
 
     def _denoise(self, noise: Tensor, speech_latents: Tensor) -> Tensor:
         num_latents, cache = noise.shape[2], self.cache
@@ -623,7 +739,8 @@ class ChunkEngine:
         self._speech[:, :num_latents].copy_(speech_latents)
         # A graph does not run the cache's own bookkeeping, so it is told here what comes.
         cache.begin(num_latents + cache.reference_expected)
-        self._denoising.run(partial(self._integrate, num_latents), (num_latents, cache.variant))
+        with self.options.attention_order(self.model.device):
+            self._denoising.run(partial(self._integrate, num_latents), (num_latents, cache.variant))
         cache.commit()
         return self._latents[:, :, :num_latents]
 
@@ -669,6 +786,8 @@ class ChunkEngine:
             frames = vae.decode_chunk(latents, decoder)
             if self.tables.detail is not None:
                 frames = self.tables.detail(frames, decoder)
+            # A sum is not finite where one of its terms is not: no copy, no wait for the device.
+            self._finite.copy_(frames.sum(dim=(1, 2, 3, 4), dtype=torch.float32).isfinite())
             to_uint8(frames, self._frames[:, : frames.shape[2]])
 
         with self._stage("vae"):
@@ -679,31 +798,35 @@ class ChunkEngine:
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Run dummy chunks from a start to the usual chunk; state and clock are what they were
-        before.
+        """Run dummy chunks from a start to the usual chunk, before any stream has started.
+
+        The clock stands still, and the streams are empty afterwards: a start begins them as if
+        nothing had been. So nothing is kept meanwhile: a copy of the state would take as much
+        memory as the cache itself.
         """
-        saved = self.snapshot()
-        device = self.model.device
+        device, side = self.model.device, self.model.size_px
         with self.clock.paused() if self.clock is not None else nullcontext():
+            self.start(torch.zeros(self.batch, 3, side, side))
             # On CUDA three: a first chunk, one that sees a short predecessor, and one of all
             # others.
             lengths = (self.first_length, self.chunk_length, self.chunk_length)
             for length in lengths if device.type == "cuda" else lengths[:1]:
                 noise = torch.zeros(*self.latent_shape[:2], length, *self.latent_shape[3:])
                 self.launch(torch.zeros(self.batch, self.samples_of(length)), noise).frames()
-        self.restore(saved)
+            with self._at_rest():
+                self.state.clear()
 
     def snapshot(self) -> EngineState:
         """The state after the last chunk."""
-        self._way.join()
-        return self.state.snapshot()
+        with self._at_rest():
+            return self.state.snapshot()
 
     def restore(self, state: EngineState) -> None:
         """Go back to a snapshot of this engine or of one like it. See
         :meth:`StreamState.restore`.
         """
-        self._way.join()
-        self.state.restore(state)
+        with self._at_rest():
+            self.state.restore(state)
 
     def join(self) -> None:
         """Let what comes next on the device wait for what is under way."""
@@ -711,17 +834,37 @@ class ChunkEngine:
 
     @contextmanager
     def _at_rest(self) -> Iterator[None]:
-        self._way.join()
-        with explain_out_of_memory(self.model, self.batch, self.sampling):
+        model = self.model
+        with on_device(model.device), explain_out_of_memory(model, self.batch, self.sampling):
+            self._way.join()
             yield
 
-    def _stage(self, name: str) -> AbstractContextManager[None]:
-        if self.clock is None:
-            return nullcontext()
-        on_device = self.model.device.type == "cuda"
-        return self.clock.stage(
-            name, partial(torch.cuda.Event, enable_timing=True) if on_device else None
-        )
+
+class Stages:
+    """Charges a block to a stage of a clock, by events on CUDA; without a clock nothing is charged.
+
+    Attributes:
+        clock: of the session that the engine works for.
+    """
+
+    def __init__(self, clock: StreamClock | None, device: torch.device) -> None:
+        self.clock = clock
+        is_cuda = device.type == "cuda"
+        self._event = partial(torch.cuda.Event, enable_timing=True) if is_cuda else None
+
+    def __call__(self, name: str) -> AbstractContextManager[None]:
+        """Returns the context that charges a stage."""
+        return self.clock.stage(name, self._event) if self.clock is not None else nullcontext()
+
+
+@cache
+def _opaque_cache() -> type[IDContextCache]:
+    """A cache that the compiler leaves alone: it takes what lies before and behind."""
+
+    class OpaqueCache(IDContextCache):
+        attend = torch.compiler.disable(IDContextCache.attend)
+
+    return OpaqueCache
 
 
 def _upload(tensor: Tensor, device: torch.device) -> Tensor:

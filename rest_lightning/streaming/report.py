@@ -389,6 +389,7 @@ def _ms(value: float | int | None) -> str:
 
 _STAGE = "stage: "
 _OUTSIDE = "outside of stages"
+_KERNELS = "kernels on the device"
 
 
 @dataclass(frozen=True)
@@ -396,10 +397,12 @@ class OperatorTime:
     """What one operator cost within one stage, per chunk.
 
     Attributes:
-        stage, operator: names.
+        stage, operator: names. What runs on an accelerator stands by itself, under ``kernels on the
+            device``: a captured graph is launched as one, and no operator has the time of its
+            kernels.
         calls: per chunk.
         cpu_ms, device_ms: in the operator itself, without the operators that it calls; device_ms is
-            0 on the CPU.
+            that of kernels alone.
     """
 
     stage: str
@@ -438,6 +441,7 @@ class ChunkProfiler:
         self.stage_ms: dict[str, float] = {}
         self._seen = self.num_profiled = 0
         self._profile: Any = None
+        self._before_s: dict[str, float] = {}
 
     def step(self) -> None:
         """To be called after every chunk."""
@@ -473,6 +477,7 @@ class ChunkProfiler:
         activities = [torch.profiler.ProfilerActivity.CPU]
         if torch.cuda.is_available():
             activities.append(torch.profiler.ProfilerActivity.CUDA)
+        self._before_s = self.clock.stage_s
         self.clock.label = lambda name: torch.profiler.record_function(_STAGE + name)
         self._profile = torch.profiler.profile(activities=activities)
         self._profile.start()
@@ -491,19 +496,23 @@ class ChunkProfiler:
 
     def _sum(self, events: Any) -> None:
         sums: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0, 0.0, 0.0])
-        stages: dict[str, float] = defaultdict(float)
         for event in events:
-            if event.device_type != torch.autograd.DeviceType.CPU:
-                continue  # kernels: their time stands with the operator that launched them
             if event.name.startswith(_STAGE):
-                stages[event.name.removeprefix(_STAGE)] += event.cpu_time_total / 1000
-            else:
+                continue
+            if event.device_type == torch.autograd.DeviceType.CPU:
                 row = sums[_stage_of(event), event.name]
-                row[0] += 1
                 row[1] += event.self_cpu_time_total / 1000
-                row[2] += event.self_device_time_total / 1000
+            else:
+                row = sums[_KERNELS, event.name]
+                row[2] += event.time_range.elapsed_us() / 1000
+            row[0] += 1
         count = self.num_profiled
-        self.stage_ms = {name: total / count for name, total in stages.items()}
+        # By the clock, which asks the device: launching a graph takes no time, running it does.
+        passed_s = {
+            name: total_s - self._before_s.get(name, 0.0)
+            for name, total_s in self.clock.stage_s.items()
+        }
+        self.stage_ms = {name: 1000 * s / count for name, s in passed_s.items() if s > 0}
         rows = [
             OperatorTime(*names, *(value / count for value in row)) for names, row in sums.items()
         ]
@@ -527,11 +536,23 @@ class ChunkProfiler:
             )
             for row in [row for row in self.operators if row.stage == stage][:num_operators]:
                 share = f"{row.cpu_ms / total:.0%}" if total else ""
-                device = f"{row.device_ms:.2f}" if row.device_ms else ""
-                table.add_row(
-                    "", row.operator, f"{row.calls:.0f}", f"{row.cpu_ms:.2f}", device, share
-                )
+                table.add_row("", row.operator, f"{row.calls:.0f}", f"{row.cpu_ms:.2f}", "", share)
+        self._add_kernels(table, 2 * num_operators)
         return table
+
+    def _add_kernels(self, table: Table, num_kernels: int) -> None:
+        kernels = [row for row in self.operators if row.stage == _KERNELS]
+        device_ms = sum(row.device_ms for row in kernels)
+        if not device_ms:
+            return
+        calls = sum(row.calls for row in kernels)
+        table.add_section()
+        table.add_row(_KERNELS, "", f"{calls:.0f}", "", f"{device_ms:.2f}", "")
+        for row in kernels[:num_kernels]:
+            share = f"{row.device_ms / device_ms:.0%}"
+            table.add_row(
+                "", row.operator[:60], f"{row.calls:.0f}", "", f"{row.device_ms:.2f}", share
+            )
 
 
 def _stage_of(event: Any) -> str:

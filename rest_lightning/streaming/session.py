@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -14,10 +15,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rest_lightning.constants import SAMPLE_RATE, SAMPLES_PER_FRAME, TEMPORAL_RATIO
+from rest_lightning.constants import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME, TEMPORAL_RATIO
 from rest_lightning.errors import UserError
+from rest_lightning.media.level import MAX_PEAK, LevelMeter
 from rest_lightning.streaming.device import Frames, Pending, Ready
 from rest_lightning.streaming.engine import ChunkEngine, EngineOptions, EngineState, StreamState
+from rest_lightning.streaming.idle import IDLE
 from rest_lightning.streaming.report import StreamClock, StreamReport
 
 if TYPE_CHECKING:
@@ -105,6 +108,17 @@ class Row:
         self.num_samples += count
         return count
 
+    @property
+    def num_unshown(self) -> int:
+        """Samples taken in that no launched frame shows: those of the next chunk so far, and what
+        was read ahead.
+        """
+        return self.num_samples - SAMPLES_PER_FRAME * self.num_frames
+
+    def amend(self, block: Samples) -> None:
+        """Put other samples in the place of the last ones; at most :attr:`num_unshown`."""
+        self._buffer[self._filled - len(block) : self._filled] = block
+
     def take(self) -> tuple[Tensor, Tensor, int]:
         """Audio (1, samples) and noise (1, C, l, h, w) of the next chunk, and how many of its
         frames are shown.
@@ -156,15 +170,25 @@ class Row:
         self.generator.set_state(saved.generator)
 
 
+_MAX_PIXEL = 2.0  # in units of [-1, 1]: resampling may overshoot by a little
+
+
 def as_reference(portrait: Any, size_px: int) -> Tensor:
-    """A portrait as :meth:`TalkingHead.open` takes it, as a tensor (1, 3, size_px, size_px) in
-    [-1, 1].
+    """A portrait as :meth:`TalkingHead.open` takes it, as a tensor (1, 3, size_px, size_px) in [-1,
+    1].
 
     Raises:
-        UserError: a tensor of another shape, or what
+        UserError: a tensor of another shape, or with values far outside [-1, 1] or not finite; or
+            what
             :func:`rest_lightning.media.portrait.read_portrait` refuses.
     """
     if isinstance(portrait, Tensor) and portrait.is_floating_point():
+        largest = float(portrait.detach().abs().max()) if portrait.numel() else 0.0
+        if not largest <= _MAX_PIXEL:  # NaN too
+            raise UserError(
+                f"expected a portrait tensor with values in [-1, 1], got {largest:g}: divide "
+                "pixels of 0 to 255 by 127.5 and take 1 from them"
+            )
         if portrait.shape != (3, size_px, size_px):
             raise UserError(
                 f"expected a portrait tensor of shape (3, {size_px}, {size_px}), got "
@@ -184,7 +208,8 @@ def as_samples(samples: Any, position: int = 0) -> Samples:
         position: samples before this block, for the error's time stamp.
 
     Raises:
-        UserError: more than one dimension, an integer type other than int16, NaN or infinity.
+        UserError: more than one dimension, an integer type other than int16, NaN, infinity or
+            samples beyond 16.
     """
     block = samples.detach().cpu().numpy() if isinstance(samples, Tensor) else np.asarray(samples)
     if block.ndim != 1:
@@ -196,13 +221,20 @@ def as_samples(samples: Any, position: int = 0) -> Samples:
         return block.astype(np.float32) / 32768.0
     if not np.issubdtype(block.dtype, np.floating):
         raise UserError(
-            f"expected speech as float or int16, got {block.dtype}: convert it to "
-            "float32 in [-1, 1]"
+            f"expected speech as float or int16, got {block.dtype}: convert it to float32 in [-1, "
+            "1]"
         )
-    block = block.astype(np.float32)
-    finite = np.isfinite(block)
-    if not finite.all():
-        at_s = (position + int(np.argmin(finite))) / SAMPLE_RATE
+    with np.errstate(over="ignore"):
+        block = block.astype(np.float32)
+    good = np.abs(block) <= MAX_PEAK  # False for NaN
+    if not good.all():
+        first = int(np.argmin(good))
+        at_s = (position + first) / SAMPLE_RATE
+        if np.isfinite(block[first]):
+            raise UserError(
+                f"expected samples in [-1, 1], got {block[first]:g} at {at_s:.2f} s of the "
+                "speech: divide by the largest integer"
+            )
         raise UserError(
             f"expected finite samples, got NaN or infinity at {at_s:.2f} s of the speech: repair "
             "the source"
@@ -221,10 +253,44 @@ class SessionState:
     waiting: tuple[Frames, ...] = ()
 
 
+class NotFiniteError(UserError):
+    """A chunk whose frames are no numbers: the stream ends instead of showing black."""
+
+    def __init__(self, at_s: float) -> None:
+        super().__init__(
+            f"expected frames from the model, got NaN or infinity in the chunk at {at_s:.2f} s: "
+            "lower the guidance, use float32, or take another model (these weights may be damaged)"
+        )
+
+
+class _Alone:
+    """Lets one thread in at a time; a second one is refused, as the order of its speech would be
+    chance.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> None:
+        if not self._lock.acquire(blocking=False):
+            raise UserError(
+                "expected one thread at a time in a session, got a second one: give every thread a "
+                "session of its own, or call this one from one thread"
+            )
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+
 class StreamingSession:
     """Speech in, frames out, chunk by chunk, at a constant cost; made by :meth:`TalkingHead.open`.
 
-    The first emitted frame shows the first 40 ms of speech.
+    The first emitted frame shows the first 40 ms of speech. One thread at a time may use a session;
+    a second one is refused. A chunk whose frames are not finite ends the stream with a
+    `NotFiniteError`.
+
+    Attributes:
+        level: how loud the speech so far was, and what is odd about it.
 
     Args:
         model: the talking head.
@@ -248,12 +314,14 @@ class StreamingSession:
         self.clock = StreamClock()
         self.configuration = describe(model, sampling, options) | {"seed": seed}
         reference = as_reference(portrait, model.size_px)
-        self.engine = ChunkEngine(model, 1, sampling, self.clock, options)
-        self._row = Row(self.engine, reference, seed)
-        if options.warms_up(model.device):
+        self.engine = IDLE.open(model, sampling, self.clock, options)
+        if options.warms_up(model.device) and not self.engine.num_captured:
             self.engine.warm_up()
+        self._row = Row(self.engine, reference, seed)
         self._under_way: deque[tuple[Pending, int, int]] = deque()
         self._closed = False
+        self._alone = _Alone()
+        self.level = LevelMeter()
 
     @property
     def num_frames(self) -> int:
@@ -275,16 +343,19 @@ class StreamingSession:
             uint8 (n, H, W, 3), n a multiple of the chunk's frames and often 0.
 
         Raises:
-            UserError: a push after :meth:`flush`, more than one dimension, or samples that are not
-                finite.
+            UserError: a push after :meth:`flush`, more than one dimension, samples that are not
+                finite or beyond 16, or a second thread.
+            NotFiniteError: frames that are no numbers.
         """
-        return self._stack([*self._feed(samples), *self._collect()])
+        with self._alone:
+            return self._stack([*self._feed(samples), *self._collect()])
 
     def flush(self) -> Frames:
         """End the speech: the frames of what is left, so that the video is as long as the
         speech.
         """
-        return self._stack(list(self._drain()))
+        with self._alone:
+            return self._stack(list(self._drain()))
 
     def stream(self, blocks: Iterable[Any]) -> Iterator[Frames]:
         """Push every block, flush at the end, and yield each chunk's frames as soon as they are
@@ -302,13 +373,25 @@ class StreamingSession:
             except StopIteration:
                 break
             is_live = time.perf_counter() - asked_s > _LIVE_S
-            yield from self._feed(block)
-            yield from self._collect(0 if is_live else self.engine.depth)
-        yield from self._drain()
+            yield from self._one_by_one(self._feed(block))
+            yield from self._one_by_one(self._collect(0 if is_live else self.engine.depth))
+        yield from self._one_by_one(self._drain())
+
+    def _one_by_one(self, chunks: Iterator[Frames]) -> Iterator[Frames]:
+        """Chunks, each made without another thread in the session."""
+        while True:
+            with self._alone:
+                frames = next(chunks, None)
+            if frames is None:
+                return
+            yield frames
 
     def switch_identity(self, portrait: Any) -> None:
         """Continue with another portrait from the next chunk on; costs one prefill."""
-        self._row.show(as_reference(portrait, self.model.size_px))
+        self._check_open()
+        reference = as_reference(portrait, self.model.size_px)
+        with self._alone:
+            self._row.show(reference)
 
     def report(self) -> StreamReport:
         """Frames, speed, latency and memory so far."""
@@ -316,26 +399,29 @@ class StreamingSession:
 
     def snapshot(self) -> SessionState:
         """A copy of everything that the following frames depend on."""
-        waiting = [
-            (Ready(pending.frames()), num_frames, mark)
-            for pending, num_frames, mark in self._under_way
-        ]
-        self._under_way = deque(waiting)
-        frames = tuple(ready.frames()[0, :num_frames] for ready, num_frames, _ in waiting)
-        return SessionState(self._row.snapshot(), frames)
+        self._check_open()
+        with self._alone:
+            waiting = [
+                (Ready(pending.frames(), pending.finite), num_frames, mark)
+                for pending, num_frames, mark in self._under_way
+            ]
+            self._under_way = deque(waiting)
+            frames = tuple(ready.frames()[0, :num_frames] for ready, num_frames, _ in waiting)
+            return SessionState(self._row.snapshot(), frames)
 
     def restore(self, state: SessionState) -> None:
         """Go back to a snapshot: the same speech then gives the same frames, bit for bit.
 
         Raises:
-            UserError: a snapshot of another model, type, size or guidance; the session is as it was
-                then.
+            UserError: a snapshot of another model, type, size or guidance, or a session that is
+                closed; the session is as it was then.
         """
-        self._row.restore(state.row)
-        self._under_way = deque(
-            (Ready(frames[None]), len(frames), self.clock.mark()) for frames in state.waiting
-        )
-        self._closed = False
+        self._check_open()
+        with self._alone:
+            self._row.restore(state.row)
+            self._under_way = deque(
+                (Ready(frames[None]), len(frames), self.clock.mark()) for frames in state.waiting
+            )
 
     def __enter__(self) -> Self:
         return self
@@ -346,7 +432,13 @@ class StreamingSession:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if kind is None and not self._closed:  # an engine that failed is not trusted again
+            IDLE.close(self.engine)
         self._closed = True
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise UserError("expected an open session, got one that is closed: open a new session")
 
     def _feed(self, samples: Any) -> Iterator[Frames]:
         if self._closed or self._row.is_finished:
@@ -355,6 +447,7 @@ class StreamingSession:
                 "open a new session"
             )
         block = as_samples(samples, self._row.num_samples)
+        self.level.add(block)
         position = 0
         while position < len(block):
             position += self._row.fill(block[position:])
@@ -386,8 +479,12 @@ class StreamingSession:
         while self._under_way and (
             len(self._under_way) > num_left or self._under_way[0][0].is_ready
         ):
+            at_s = self.num_frames / FPS
             pending, num_frames, mark = self._under_way.popleft()
             frames = pending.frames()[0, :num_frames]
+            if not pending.finite[0]:
+                self._closed = True
+                raise NotFiniteError(at_s)
             self.clock.end_chunk(num_frames, mark)
             yield frames
 
@@ -406,6 +503,9 @@ def describe(model: TalkingParts, sampling: Sampling, options: EngineOptions) ->
         "cuda_graphs": options.captures(model.device),
         "compile": options.compile,
         "packed": options.packs(model.device, model.dtype),
+        "fused": options.fuses(model.device, model.dtype),
+        "float8": options.float8,
+        "attention": options.attention,
         "overlap": options.overlap and model.device.type == "cuda",
         "first_chunk_length": options.first_length(model.transformer.cache_options.chunk_length),
     }

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from rest_lightning.tasks.a2v import NoiseSettings as NoiseSettings
     from rest_lightning.tasks.base import OptimizerSettings as OptimizerSettings
     from rest_lightning.tasks.base import StageModule as StageModule
+    from rest_lightning.tasks.detail import DetailModule as DetailModule
     from rest_lightning.tasks.predict import EvaluateModule as EvaluateModule
     from rest_lightning.tasks.predict import PredictModule as PredictModule
     from rest_lightning.tasks.speech_ae import SpeechAEModule as SpeechAEModule
@@ -31,6 +32,7 @@ __all__, __getattr__ = lazy(
     {
         "a2v": ["A2VModule", "NoiseSettings"],
         "base": ["OptimizerSettings", "StageModule"],
+        "detail": ["DetailModule"],
         "predict": ["EvaluateModule", "PredictModule"],
         "speech_ae": ["SpeechAEModule"],
         "student": ["ASDSettings", "DistillSettings", "RolloutSettings", "StudentModule"],

@@ -87,7 +87,7 @@ SIGMA_SAMPLERS: dict[str, Callable[..., Tensor]] = {
 
 @dataclass
 class NoiseSettings:
-    """How training noise and dropouts are drawn (REST sec. 3.3; METHOD sec. 5).
+    """How training noise and dropouts are drawn (REST sec. 3.3; docs/method.md#noise).
 
     Attributes:
         schedule: ``cans`` (REST) or ``ans`` (READ).
@@ -96,6 +96,8 @@ class NoiseSettings:
             always that one.
         mean, std: of the logit-normal noise levels (READ: 2.05, 1.0).
         num_levels: size of the table.
+        uniform_share: share of levels drawn uniformly from 0 to 1 beside those (decided here): the
+            logit-normal alone has next to nothing at the low levels where samplers end.
         motion_dropout: probability that all chunks share one level.
         identity_dropout, audio_dropout: probabilities of a zeroed reference and of a zeroed speech
             condition.
@@ -112,6 +114,13 @@ class NoiseSettings:
     identity_dropout: float = 0.1
     audio_dropout: float = 0.1
     joint_dropout: float = 0.0
+    uniform_share: float = 0.0
+
+    @property
+    def table(self) -> dict[str, Any]:
+        """Arguments of :func:`~rest_lightning.diffusion.schedule.training_table`."""
+        names = ("num_levels", "mean", "std", "uniform_share")
+        return {name: getattr(self, name) for name in names}
 
     def __post_init__(self) -> None:
         if self.schedule not in SIGMA_SAMPLERS:
@@ -123,18 +132,25 @@ class NoiseSettings:
 @dataclass(frozen=True)
 class Conditions:
     """Clean latents (B, C, f, h, w), slot 0 the reference; speech latents (B, f, n, d); weights (B,
-    1, f, h, w).
+    1, f, h, w); the teacher's own speech latents (B, f, n, d), None where it reads the student's.
     """
 
     latents: Tensor
     speech_latents: Tensor
     weights: Tensor | None = None
+    teacher_speech_latents: Tensor | None = None
 
     def whole_chunks(self, chunk_length: int) -> Conditions:
         """Returns the reference and as many whole chunks as there are; what is left over is cut."""
         end = 1 + (self.latents.shape[2] - 1) // chunk_length * chunk_length
         weights = None if self.weights is None else self.weights[:, :, :end]
-        return Conditions(self.latents[:, :, :end], self.speech_latents[:, :end], weights)
+        teacher = self.teacher_speech_latents
+        return Conditions(
+            self.latents[:, :, :end],
+            self.speech_latents[:, :end],
+            weights,
+            None if teacher is None else teacher[:, :end],
+        )
 
 
 @dataclass(frozen=True)
@@ -151,6 +167,7 @@ class TrainingInput:
             cache.
         weights: of the flow loss, (B, 1, f, h, w), or None.
         chunk_length: latent frames per chunk of this draw.
+        teacher_speech_latents: of the teacher's own SpeechAE, zero where dropped; None: the others.
         rolled_out: (B,), True where a student generates its own context; None where that is no
             question.
     """
@@ -162,6 +179,7 @@ class TrainingInput:
     weights: Tensor | None = None
     rolled_out: Tensor | None = None
     chunk_length: int = 3
+    teacher_speech_latents: Tensor | None = None
 
     @property
     def noise(self) -> Tensor:
@@ -218,14 +236,12 @@ class A2VModule(StageModule):
             initial,
             optimizer,
         )
-        for name, parameter in speech_ae.named_parameters():
-            if name.startswith(
-                "decoder"
-            ):  # nothing reads it here, and DDP waits for every gradient that may come
-                parameter.requires_grad_(False)
+        freeze_decoder(speech_ae)
         self.noise = noise or NoiseSettings()
         self.mouth_weight, self.compile_blocks = mouth_weight, compile_blocks
-        table = training_table(self.noise.num_levels, self.noise.mean, self.noise.std)
+        self._loss_table = LossTable()
+        transformer.remember_noise(self.noise.table)
+        table = training_table(**self.noise.table)
         self.register_buffer("noise_table", table, persistent=False)
         self.noise_table: Tensor
 
@@ -240,9 +256,8 @@ class A2VModule(StageModule):
         averaging = [c for c in self.trainer.callbacks if isinstance(c, WeightAveraging)]  # type: ignore[attr-defined]
         if averaging:  # it copies the whole module, which sharded networks cannot do
             raise UserError(
-                "expected no weight averaging with sharded networks, got "
-                f"{type(averaging[0]).__name__}: "
-                "take it out of trainer.callbacks"
+                "expected rest_lightning.callbacks.MovingAverage with sharded networks, got "
+                f"{type(averaging[0]).__name__}: put it in its place in trainer.callbacks"
             )
         for part in self.children():
             shard(part, self.device_mesh)
@@ -289,8 +304,8 @@ class A2VModule(StageModule):
         length, several = self.noise.chunk_length, self.noise.chunk_lengths
         if several and latents.shape[2] <= max(several):
             raise UserError(
-                f"expected clips of more than {max(several)} latent frames, "
-                f"got {latents.shape[2]}: set data.num_frames to {8 * max(several)}k + 1"
+                f"expected clips of more than {max(several)} latent frames, got "
+                f"{latents.shape[2]}: set data.num_frames to {8 * max(several)}k + 1"
             )
         if not several and ((latents.shape[2] - 1) % length or latents.shape[2] < 2):
             raise UserError(
@@ -299,13 +314,18 @@ class A2VModule(StageModule):
                 f"{latents.shape[2] - 1}"
             )
         num_frames = 8 * (latents.shape[2] - 1) + 1
-        speech_latents = self.speech_ae.encode(self.speech_features(batch, num_frames))
+        features = self.speech_features(batch, num_frames)
+        speech_latents = self.speech_ae.encode(features)
         weights = None
         if self.mouth_weight != 1.0:
             weights = token_weights(
                 batch["landmarks"], latents.shape[3], latents.shape[4], self.mouth_weight
             )
-        return Conditions(latents, speech_latents, weights)
+        return Conditions(latents, speech_latents, weights, self.teacher_speech(features))
+
+    def teacher_speech(self, features: Tensor) -> Tensor | None:
+        """What a frozen teacher hears of speech features (B, F, 10, D_A); None: what is trained."""
+        return None
 
     @torch.no_grad()
     def encode_clip(self, frames: Tensor, reference: Tensor | None = None) -> Tensor:
@@ -367,8 +387,17 @@ class A2VModule(StageModule):
         speech_latents = drop_speech(conditions.speech_latents, drops.audio)
         clean_latents = drop_reference(latents, drops.identity)
         weights = conditions.weights
+        teacher_speech = conditions.teacher_speech_latents
+        if teacher_speech is not None:
+            teacher_speech = drop_speech(teacher_speech, drops.audio)
         return TrainingInput(
-            path, speech_latents, drops, clean_latents, weights, chunk_length=length
+            path,
+            speech_latents,
+            drops,
+            clean_latents,
+            weights,
+            chunk_length=length,
+            teacher_speech_latents=teacher_speech,
         )
 
     def sample_sigmas(
@@ -420,7 +449,73 @@ class A2VModule(StageModule):
 
     def validation_losses(self, inputs: TrainingInput) -> dict[str, Tensor]:
         """Losses by name: the flow loss, which all stages can be compared by."""
-        return {"flow_loss": flow_matching_loss(self(inputs), inputs.path.velocity)}
+        velocity = self(inputs)
+        self._loss_table.add(velocity, inputs)
+        return {"flow_loss": flow_matching_loss(velocity, inputs.path.velocity)}
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget the losses of the weights before."""
+        self._loss_table = LossTable()
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the flow loss by chunk and by noise level, over the clips of all processes."""
+        strategy = self.trainer.strategy
+        for name, value in self._loss_table.means(
+            lambda x: strategy.reduce(x.to(self.device), reduce_op="sum").cpu()
+        ).items():
+            self.log(f"val/{name}", value, rank_zero_only=False)
+
+
+class LossTable:
+    """Flow loss of latent frames by their chunk and by their noise level, as running sums.
+
+    Losses differ more between noise levels than between models: a mean over all hides where a
+    model is weak.
+    """
+
+    MAX_CHUNKS = 8  # later ones count as the last
+    LEVELS = (0.5, 0.8, 0.95, 1.0)  # upper ends
+
+    def __init__(self) -> None:
+        # sum and count
+        self.by_chunk = torch.zeros(2, self.MAX_CHUNKS, dtype=torch.float64)
+        self.by_level = torch.zeros(2, len(self.LEVELS), dtype=torch.float64)
+
+    @torch.no_grad()
+    def add(self, velocity: Tensor, inputs: TrainingInput) -> None:
+        """Take in the velocities (B, C, f, h, w) of a draw."""
+        error = (velocity - inputs.path.velocity)[:, :, 1:].float().square().mean((1, 3, 4))
+        frames = torch.arange(error.shape[1]) // inputs.chunk_length
+        chunks = frames.clamp(max=self.MAX_CHUNKS - 1).expand(error.shape)
+        sigma = inputs.path.sigma[:, 1:].cpu()
+        levels = torch.bucketize(sigma, torch.tensor(self.LEVELS[:-1], dtype=sigma.dtype))
+        values = error.double().cpu()
+        for table, places in ((self.by_chunk, chunks), (self.by_level, levels)):
+            ones = torch.ones_like(values)
+            for row, numbers in enumerate((values, ones)):
+                table[row].index_add_(0, places.flatten(), numbers.flatten())
+
+    def means(self, total: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """Means by name where anything was counted; ``total`` adds a tensor over processes."""
+        low = (0.0, *self.LEVELS)
+        names = [f"flow_loss_chunk_{i + 1}" for i in range(self.MAX_CHUNKS)]
+        names += [f"flow_loss_sigma_{a:g}_{b:g}" for a, b in zip(low, self.LEVELS, strict=False)]
+        sums, counts = total(torch.cat([self.by_chunk, self.by_level], dim=1))
+        return {
+            name: float(value / count)
+            for name, value, count in zip(names, sums, counts, strict=True)
+            if count > 0
+        }
+
+
+def freeze_decoder(speech_ae: SpeechAE) -> None:
+    """Take a SpeechAE's decoder out of the training of a transformer.
+
+    Nothing reads it there, and DDP waits for every gradient that may come.
+    """
+    for name, parameter in speech_ae.named_parameters():
+        if name.startswith("decoder"):
+            parameter.requires_grad_(False)
 
 
 def step_generator(device: torch.device) -> torch.Generator:

@@ -5,6 +5,7 @@ checkpoint carries.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,9 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.callbacks import Timer
 from torch import nn
+from torch.distributed.tensor import DTensor
 
+from rest_lightning.errors import UserError
 from rest_lightning.parts import FROZEN_PARTS_KEY, PARTS_KEY, describe_part, load_part
 
 RNG_KEY = "rest_rng_state"
@@ -29,7 +32,7 @@ class OptimizerSettings:
     Attributes:
         lr: learning rate of the stage.
         lr_factors: factor on ``lr`` by part name, for parts that learn at another rate.
-        betas, weight_decay: of AdamW.
+        betas, weight_decay: of AdamW; norms, biases and tables do not decay.
         warmup_steps: optimiser steps until ``lr`` is reached.
         decay_start: progress (0 .. 1) from which ``lr`` falls linearly; 1 keeps it constant.
         final_lr_fraction: what is left of ``lr`` at the end.
@@ -69,6 +72,7 @@ class StageModule(LightningModule):
         super().__init__()
         self.optimizer_settings = optimizer or OptimizerSettings()
         self._resumed_rng: dict[str, Any] | None = None
+        self._clock = _Clock(0)
         self.trained_parts = tuple(trained)
         self.frozen_parts = tuple(name for name, part in frozen.items() if part is not None)
         for name, part in [*trained.items(), *frozen.items()]:
@@ -78,28 +82,74 @@ class StageModule(LightningModule):
         for name, path in (initial or {}).items():
             load_part(getattr(self, name, None), name, path)
 
+    def setup(self, stage: str) -> None:
+        """Refuse a precision that rounds everything, buffers too.
+
+        In bfloat16 the 1,000 noise levels of the table become about 120, statistics of latents and
+        the moving average lose their last steps. Mixed precision computes as fast.
+
+        Raises:
+            UserError: ``bf16-true`` or another precision with weights of half the bits.
+        """
+        precision = str(self.trainer.precision)
+        if precision in (
+            "bf16-true",
+            "16-true",
+            "transformer-engine",
+            "transformer-engine-float16",
+        ):
+            raise UserError(
+                f"expected weights in float32, got trainer.precision {precision}, which also "
+                "rounds the table of noise levels: use bf16-mixed"
+            )
+
     def configure_optimizers(self) -> Any:
-        """AdamW over the trained parts; the schedule follows :meth:`progress`, one step at a
-        time.
+        """AdamW over the trained parts, fused on a GPU; the schedule follows :meth:`progress`, one
+        step at a time.
         """
         settings = self.optimizer_settings
+        parameters = dict(self.named_parameters())
         groups = [
             {
-                "params": [p for p in getattr(self, name).parameters() if p.requires_grad],
-                "lr": settings.lr * settings.lr_factors.get(name, 1.0),
-                "name": name,
+                "params": [parameters[name] for name in names],
+                "lr": settings.lr * settings.lr_factors.get(part, 1.0),
+                "weight_decay": settings.weight_decay if decays else 0.0,
+                "name": _group_name(part, decays),
             }
-            for name in self.trained_parts
+            for part, decays, names in self.parameter_groups()
         ]
-        groups = [group for group in groups if group["params"]]
+        is_fused = all(each.is_cuda for group in groups for each in group["params"])  # type: ignore[attr-defined]
         optimizer = torch.optim.AdamW(
-            groups, betas=settings.betas, weight_decay=settings.weight_decay
+            groups, betas=settings.betas, weight_decay=settings.weight_decay, fused=is_fused or None
         )
+        if is_fused:
+            # Lightning refuses to clip where this is set: such a kernel could unscale gradients
+            # itself. It does so only when it is given a scale, and nothing here gives it one.
+            optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.lr_fraction)
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
+
+    def parameter_groups(self) -> list[tuple[str, bool, list[str]]]:
+        """(part, whether its weights decay, names of its parameters), without empty groups.
+
+        Weight decay pulls to zero: right for the matrices of products, wrong for what zero is no
+        neutral value of (gains, biases, tables of places and modulations).
+        """
+        groups = []
+        for part in self.trained_parts:
+            trained = [
+                (f"{part}.{name}", parameter)
+                for name, parameter in getattr(self, part).named_parameters()
+                if parameter.requires_grad
+            ]
+            for decays in (True, False):
+                names = [name for name, each in trained if _decays(name, each) == decays]
+                if names:
+                    groups.append((part, decays, names))
+        return groups
 
     def lr_fraction(self, step: int) -> float:
         """Fraction of the learning rate at an optimiser step."""
@@ -146,6 +196,36 @@ class StageModule(LightningModule):
                 torch.cuda.set_rng_state_all(self._resumed_rng["cuda"])
             self._resumed_rng = None
 
+    def on_train_epoch_start(self) -> None:
+        """Begin to measure; what lies between two epochs is not the data's."""
+        self._clock = _Clock(self.global_step)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """The wait for this batch is over."""
+        self._clock.data_arrived()
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Log samples a second (of this process) and the share of time spent waiting for data."""
+        names = batch.get("clip_id") if isinstance(batch, dict) else None
+        self._clock.batch_done(0 if names is None else len(names))
+        # Lightning writes what is logged with the last batch of such a step.
+        is_due = self.global_step % max(1, self.trainer.log_every_n_steps) == 0  # type: ignore[attr-defined]
+        if names is not None and is_due and self.global_step != self._clock.step:
+            self.log_dict(self._clock.read())
+            self._clock = _Clock(self.global_step)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Log the norm of each part's gradient, before it is clipped."""
+        if (self.global_step + 1) % max(1, self.trainer.log_every_n_steps):  # type: ignore[attr-defined]
+            return
+        for part in self.trained_parts:
+            parameters = getattr(self, part).parameters()
+            gradients = [each.grad for each in parameters if each.grad is not None]
+            if gradients:
+                norm = torch.nn.utils.get_total_norm(gradients)
+                norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+                self.log(f"grad_norm/{part}", norm)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Describe the parts, leave the weights of frozen ones out; keep torch's random state
         (Lightning does not).
@@ -164,13 +244,78 @@ class StageModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put the frozen parts back, so that loading stays strict for everything else."""
+        self._regroup(checkpoint)
         self._resumed_rng = checkpoint.get(RNG_KEY)
         own = self.state_dict()
         for state in _model_states(checkpoint):
             state.update({key: own[key] for key in self._frozen_keys(own)})
 
+    def _regroup(self, checkpoint: dict[str, Any]) -> None:
+        """Bring the optimiser's state of a checkpoint with one group a part into today's groups."""
+        groups = self.parameter_groups()
+        for state in checkpoint.get("optimizer_states", ()):
+            before = {group.get("name"): group for group in state["param_groups"]}
+            if len(before) == len(groups) or before.keys() != {part for part, _, _ in groups}:
+                continue
+            places: dict[str, Any] = {}  # of parameters, in the old order
+            for part, group in before.items():
+                inside = [each for each in groups if each[0] == part]
+                known = {name for _, _, names in inside for name in names}
+                ordered = [name for name, _ in self.named_parameters() if name in known]
+                places |= dict(zip(ordered, group["params"], strict=True))
+            count, moved, regrouped = 0, {}, []
+            for part, decays, names in groups:
+                decay = before[part]["weight_decay"] if decays else 0.0
+                numbers = list(range(count, count + len(names)))
+                count += len(names)
+                changes = {"params": numbers, "weight_decay": decay}
+                regrouped.append({**before[part], **changes, "name": _group_name(part, decays)})
+                for number, name in zip(numbers, names, strict=True):
+                    if places[name] in state["state"]:
+                        moved[number] = state["state"][places[name]]
+            order = list(before)
+            for scheduler in checkpoint.get("lr_schedulers", ()):
+                for key in ("base_lrs", "_last_lr", "lr_lambdas"):
+                    if key in scheduler:
+                        scheduler[key] = [scheduler[key][order.index(g[0])] for g in groups]
+            state["param_groups"], state["state"] = regrouped, moved
+
     def _frozen_keys(self, keys: Iterable[str]) -> list[str]:
         return [key for key in keys if key.split(".", 1)[0] in self.frozen_parts]
+
+
+class _Clock:
+    """How long a training waits for its data, and how much it trains on, from a step on."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+        self._mark_s = self._start_s = time.perf_counter()
+        self._waited_s, self._num_samples = 0.0, 0
+
+    def data_arrived(self) -> None:
+        self._waited_s += time.perf_counter() - self._mark_s
+
+    def batch_done(self, num_samples: int) -> None:
+        self._num_samples += num_samples
+        self._mark_s = time.perf_counter()
+
+    def read(self) -> dict[str, float]:
+        taken_s = max(1e-9, time.perf_counter() - self._start_s)
+        return {
+            "speed/samples_per_second": self._num_samples / taken_s,
+            "speed/data_wait": self._waited_s / taken_s,
+        }
+
+
+TABLES = ("scale_shift_table", "spatial_embedding", "encoder_places", "decoder_places")
+
+
+def _decays(name: str, parameter: nn.Parameter) -> bool:
+    return parameter.ndim > 1 and name.rpartition(".")[2] not in TABLES
+
+
+def _group_name(part: str, decays: bool) -> str:
+    return part if decays else f"{part}/no_decay"
 
 
 def _model_states(checkpoint: dict[str, Any]) -> list[dict[str, Any]]:

@@ -99,6 +99,8 @@ class EvaluateModule(LightningModule):
         sampling: changes of the model's own; ``rest test`` takes them from the top-level key
             ``sampling``.
         seed: of the noise of every clip.
+        dtype: of the model, as for ``rest talk``. A model of paper size is scored as it runs, in
+            bfloat16; the row says so.
     """
 
     def __init__(
@@ -107,10 +109,19 @@ class EvaluateModule(LightningModule):
         vae: str | None = None,
         sampling: SamplingChanges | None = None,
         seed: int = 0,
+        dtype: DtypeName = "float32",
     ) -> None:
         super().__init__()
         self.generator = load_generator(model, vae, sampling, seed)
         self.configuration: dict[str, Any] = describe_model(model)
+        self.dtype_name = dtype
+
+    def setup(self, stage: str) -> None:
+        """Bring the model to its type."""
+        dtype = dtype_on(self.dtype_name, self.trainer.strategy.root_device.type)
+        if dtype != torch.float32:
+            self.generator.set_dtype(dtype)
+            self.configuration["dtype"] = str(dtype).removeprefix("torch.")
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Nothing: the callback generates and scores, clip by clip."""

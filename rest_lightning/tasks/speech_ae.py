@@ -79,6 +79,7 @@ class SpeechAEModule(StageModule):
                 getattr(terms, name),
                 prog_bar=name == "mse",
                 batch_size=len(batch["audio"]),
+                sync_dist=True,
             )
 
 

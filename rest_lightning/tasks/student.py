@@ -5,6 +5,7 @@ beyond REST.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -12,20 +13,19 @@ from torch import Tensor
 from rest_lightning.diffusion.distillation import (
     average_velocity,
     guided_velocity,
-    next_level,
-    refine_steps,
+    levels_of_steps,
     sample_sigmas_of_steps,
 )
 from rest_lightning.diffusion.losses import asd_loss, flow_matching_loss
 from rest_lightning.diffusion.noise import add_noise
 from rest_lightning.diffusion.rollout import Context, roll_out
-from rest_lightning.diffusion.schedule import ltx_shift, sampling_sigmas
+from rest_lightning.diffusion.schedule import sampling_sigmas
 from rest_lightning.errors import UserError
 from rest_lightning.models.speech import SpeechEncoder
 from rest_lightning.models.speech_ae import SpeechAE
 from rest_lightning.models.transformer import A2VDiT
 from rest_lightning.models.vae import VideoAutoencoder
-from rest_lightning.parts import build_part, read_part
+from rest_lightning.parts import build_part, open_part, read_part
 from rest_lightning.tasks.a2v import (
     A2VModule,
     Conditions,
@@ -34,6 +34,8 @@ from rest_lightning.tasks.a2v import (
     step_generator,
 )
 from rest_lightning.tasks.base import OptimizerSettings
+
+TeacherSpeech = Literal["own", "student"]
 
 
 @dataclass
@@ -45,12 +47,29 @@ class ASDSettings:
         alpha: weight of the contrastive loss.
         beta: weight of the smoothness loss.
         temperature: of the contrastive loss.
+        anchored: whether the smoothness loss begins with the reference (REST's sum over v_0, v_1,
+            ...); False begins with the first generated frame.
+        teacher_speech: ``own``: the teacher hears speech through the SpeechAE that it was trained
+            with, frozen as it is; ``student``: through the student's, which goes on training. REST
+            does not say (decided here).
+
+    Raises:
+        UserError: another ``teacher_speech``.
     """
 
     teacher: str
     alpha: float = 0.2
     beta: float = 0.2
     temperature: float = 0.1
+    anchored: bool = True
+    teacher_speech: TeacherSpeech = "own"
+
+    def __post_init__(self) -> None:
+        if self.teacher_speech not in get_args(TeacherSpeech):
+            raise UserError(
+                f"expected asd.teacher_speech of {', '.join(get_args(TeacherSpeech))}, got "
+                f"{self.teacher_speech!r}"
+            )
 
 
 @dataclass
@@ -106,7 +125,10 @@ class DistillSettings:
         num_steps: Euler steps of the source per chunk.
         student_steps: Euler steps of the student; divides ``num_steps``. Halve them stage by stage
             (8, 4, 2).
-        shift: shift of both sigma tables; None takes LTX's.
+        shift: shift of the source's sigma table; None takes LTX's. The student's table is every
+            n-th level of it, so that each of its steps ends where steps of the source end.
+        table_steps: steps of the table that the source's own levels are every n-th of, where the
+            source has been distilled before; None: its table has ``num_steps`` steps.
     """
 
     source: str
@@ -114,6 +136,7 @@ class DistillSettings:
     num_steps: int = 8
     student_steps: int = 4
     shift: float | None = None
+    table_steps: int | None = None
 
     def __post_init__(self) -> None:
         if self.student_steps < 1 or self.num_steps < 1 or self.num_steps % self.student_steps:
@@ -128,6 +151,16 @@ class DistillSettings:
                 "for both: "
                 "lower distill.student_steps"
             )
+        if self.table_steps is not None and self.table_steps % self.num_steps:
+            raise UserError(
+                f"expected distill.num_steps to divide table_steps, got {self.num_steps} and "
+                f"{self.table_steps}: take the num_steps that the source's table began with"
+            )
+
+    def sigmas(self, num_steps: int, num_tokens: int) -> list[float]:
+        """Levels of ``num_steps`` steps, from the one table of source and student."""
+        total = self.table_steps or self.num_steps
+        return sampling_sigmas(num_steps, self.shift, num_tokens, total)
 
 
 class StudentModule(A2VModule):
@@ -147,6 +180,7 @@ class StudentModule(A2VModule):
     """
 
     teacher: A2VDiT
+    teacher_speech_ae: SpeechAE
     source: A2VDiT
 
     def __init__(
@@ -197,6 +231,8 @@ class StudentModule(A2VModule):
         frozen: dict[str, torch.nn.Module] = {}
         if asd:
             frozen["teacher"] = _load_frozen(asd.teacher, transformer, "teacher", "full")
+            if asd.teacher_speech == "own":
+                frozen["teacher_speech_ae"] = open_part("speech_ae", asd.teacher)
         if distill:
             frozen["source"] = _load_frozen(distill.source, transformer, "source", "chunked")
         super().__init__(
@@ -212,6 +248,8 @@ class StudentModule(A2VModule):
             compile_blocks,
         )
         self.asd, self.rollout, self.distill = asd, rollout, distill
+        if distill:  # trained at the levels of its sampler, whatever the table holds
+            transformer.remember_noise(None)
 
     def sample_sigmas(
         self, latents: Tensor, chunk_length: int, generator: torch.Generator
@@ -239,6 +277,13 @@ class StudentModule(A2VModule):
             return inputs
         uniform = torch.rand(len(conditions.latents), generator=generator, device=generator.device)
         return replace(inputs, rolled_out=uniform < self.rollout.probability)
+
+    @torch.no_grad()
+    def teacher_speech(self, features: Tensor) -> Tensor | None:
+        """Speech latents of the teacher's own SpeechAE, with ``asd.teacher_speech: own``."""
+        if self.asd is None or self.asd.teacher_speech != "own":
+            return None
+        return self.teacher_speech_ae.encode(features)
 
     def forward(self, inputs: TrainingInput, context: Context | None = None) -> Tensor:
         """The network's velocity; later chunks read ``context``, by default what the draw holds of
@@ -272,9 +317,9 @@ class StudentModule(A2VModule):
         if self.asd is None:
             return {"loss": flow_matching_loss(velocity, inputs.path.velocity, inputs.weights)}
         with torch.no_grad():
-            teacher_velocity = self.teacher(
-                inputs.path.noisy_latents, inputs.path.sigma, inputs.speech_latents
-            )
+            own = inputs.teacher_speech_latents
+            speech = inputs.speech_latents if own is None else own
+            teacher_velocity = self.teacher(inputs.path.noisy_latents, inputs.path.sigma, speech)
         terms = asd_loss(
             velocity,
             teacher_velocity,
@@ -283,6 +328,7 @@ class StudentModule(A2VModule):
             beta=self.asd.beta,
             temperature=self.asd.temperature,
             mask=inputs.weights,
+            anchored=self.asd.anchored,
         )
         error = (velocity - teacher_velocity)[:, :, 1:].detach().float().square().mean()
         return {
@@ -362,12 +408,10 @@ class StudentModule(A2VModule):
         own, context = (
             self._truth(inputs, 0.0 if self._caches_clean else table[-2]) for table in tables
         )
-        shift = (
-            settings.shift if settings.shift is not None else ltx_shift(self._num_tokens(latents))
-        )
-        sigma_next = next_level(sigma, torch.tensor(tables[0], device=sigma.device))
-        levels = refine_steps(
-            sigma, sigma_next, settings.num_steps // settings.student_steps, shift
+        levels = levels_of_steps(
+            sigma,
+            torch.tensor(tables[1], device=sigma.device),
+            settings.num_steps // settings.student_steps,
         )
 
         source = self.source.with_chunk_length(inputs.chunk_length)
@@ -391,9 +435,10 @@ class StudentModule(A2VModule):
 
     def _sigmas(self, num_steps: int, latents: Tensor) -> list[float]:
         """Levels of a sampler of the stage's settings."""
-        settings = self.rollout or self.distill
-        assert settings is not None
-        return sampling_sigmas(num_steps, settings.shift, self._num_tokens(latents))
+        if self.distill is not None:
+            return self.distill.sigmas(num_steps, self._num_tokens(latents))
+        assert self.rollout is not None
+        return sampling_sigmas(num_steps, self.rollout.shift, self._num_tokens(latents))
 
     def _num_tokens(self, latents: Tensor) -> int:
         """Latent tokens of the window, which LTX's schedule follows."""
@@ -420,5 +465,11 @@ def _load_frozen(source: str, student: A2VDiT, role: str, attention: str) -> A2V
                 f"{source} against "
                 f"{student.config[name]}: use one transformer configuration for both stages"
             )
+    if frozen.rope.causal_ratio != student.rope.causal_ratio:
+        raise UserError(
+            f"expected a {role} with the student's causal_positions, got "
+            f"{frozen.config['causal_positions']} in {source} against "
+            f"{student.config['causal_positions']}: use one value in both stages"
+        )
     frozen.load_state_dict(state)
     return frozen

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +30,8 @@ PRINCIPAL_FRAMES = (
 
 @dataclass
 class VAELossWeights:
-    """Weights of the VAE's losses (METHOD sec. 2; the papers name no VAE losses: decided here).
+    """Weights of the VAE's losses (the papers name no VAE losses: decided here, see
+    docs/method.md#vae).
 
     Attributes:
         l1: absolute error of pixels.
@@ -69,7 +70,8 @@ class VAEModule(StageModule):
             begins as a silent one with trained features.
         whitening: of the components, see :func:`~rest_lightning.models.vae.fit_principal_path`.
         train_encoder: False trains the decoder alone (and measures no statistics anew): latents
-            made before, and models trained on them, stay valid.
+            made before, and models trained on them, stay valid. Required where published statistics
+            of the latents rule (LTX-Video's VAE): they would no longer be those of the encoder.
         latent_noise: while training, the decoder reads normalised latents with noise of a random
             strength up to this: a generated latent is never exactly one that the encoder makes
             (decided here). Needs measured statistics.
@@ -79,8 +81,8 @@ class VAEModule(StageModule):
             should see, for the sake of their borders.
 
     Raises:
-        UserError: ``principal_batches`` for a network that has no principal path, or a ``crop_px``
-            that is no multiple of 32.
+        UserError: ``principal_batches`` for a network that has no principal path, a ``crop_px``
+            that is no multiple of 32, or ``train_encoder`` where published statistics rule.
     """
 
     vae: VideoAutoencoder
@@ -111,18 +113,22 @@ class VAEModule(StageModule):
             )
         self.principal_batches, self.starts_from_weights = principal_batches, bool(initial)
         self.whitening = whitening
+        if train_encoder and not vae.measures_statistics:
+            raise UserError(
+                f"expected train_encoder false for {type(vae).__name__}, whose published "
+                "statistics of the latents rule, got true: a trained encoder would make other "
+                "latents"
+            )
         self.train_encoder, self.latent_noise = train_encoder, latent_noise
         if not train_encoder:
-            for name, parameter in vae.named_parameters():
-                if any(piece.startswith("encoder") for piece in name.split(".")):
-                    parameter.requires_grad_(False)
+            freeze_encoder(vae)
         self.loss_weights = loss_weights or VAELossWeights()
         self.lpips: nn.Module | None = None
         if self.loss_weights.lpips:
             from rest_lightning.metrics.reconstruction import load_lpips
 
             self.lpips = load_lpips()
-        self._moments = LatentMoments()
+        self._moments = LatentMoments(self.vae.latent_channels)
 
     def forward(self, frames: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Frames to (reconstruction, mean, log-variance); latents are sampled while training."""
@@ -220,7 +226,7 @@ class VAEModule(StageModule):
 
     def on_validation_epoch_start(self) -> None:
         """Forget the statistics of the weights before."""
-        self._moments = LatentMoments()
+        self._moments = LatentMoments(self.vae.latent_channels)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Reconstruction quality, and the latents' statistics."""
@@ -231,27 +237,39 @@ class VAEModule(StageModule):
         self._moments.update(mean.float())
         mouth = region_weights(batch["landmarks"], frames.shape[-2:], 2.0, 1.0) - 1.0
         squared = (reconstruction.clamp(-1, 1) - frames).square()
-        self.log(
-            "val/psnr_db",
-            psnr_db(squared.mean(dim=(1, 2, 3, 4))).mean(),
-            prog_bar=True,
-            batch_size=size,
-        )
         mouth_error = (squared * mouth).sum(dim=(1, 2, 3, 4)) / (
             3 * mouth.sum(dim=(1, 2, 3, 4))
         ).clamp(min=1.0)
-        self.log("val/mouth_psnr_db", psnr_db(mouth_error).mean(), prog_bar=True, batch_size=size)
-        self.log(
-            "val/jump_ratio", border_jump_ratio(reconstruction), prog_bar=True, batch_size=size
-        )
-        self.log("val/jump_ratio_truth", border_jump_ratio(frames), batch_size=size)
+        shown = {
+            "val/psnr_db": psnr_db(squared.mean(dim=(1, 2, 3, 4))).mean(),
+            "val/mouth_psnr_db": psnr_db(mouth_error).mean(),
+            "val/jump_ratio": border_jump_ratio(reconstruction),
+        }
+        self.log_dict(shown, prog_bar=True, batch_size=size, sync_dist=True)
+        truth = border_jump_ratio(frames)
+        self.log("val/jump_ratio_truth", truth, batch_size=size, sync_dist=True)
 
     def on_validation_epoch_end(self) -> None:
-        """Keep the statistics in the network, where encoding and decoding read them."""
-        if self.train_encoder and self.vae.measures_statistics and self._moments.count[1] > 0:
-            mean, std = self._moments.compute()
+        """Keep the statistics of all processes' clips in the network, where encoding and decoding
+        read them.
+        """
+        if not (self.train_encoder and self.vae.measures_statistics):
+            return
+        strategy = self.trainer.strategy
+        moments = self._moments.reduced(
+            lambda x: strategy.reduce(x.to(self.device), reduce_op="sum").cpu()
+        )
+        if moments.count[1] > 0:
+            mean, std = moments.compute()
             self.vae.latents_mean.copy_(mean)
             self.vae.latents_std.copy_(std)
+
+
+def freeze_encoder(vae: VideoAutoencoder) -> None:
+    """Keep the latents as they are: train the decoder alone."""
+    for name, parameter in vae.named_parameters():
+        if any(piece.startswith("encoder") for piece in name.split(".")):
+            parameter.requires_grad_(False)
 
 
 class LatentMoments:
@@ -259,25 +277,30 @@ class LatentMoments:
     float64.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, num_channels: int) -> None:
         self.count = torch.zeros(2, 1, dtype=torch.float64)
-        self.sum: Tensor | float = 0.0
-        self.square_sum: Tensor | float = 0.0
+        self.sum = torch.zeros(2, num_channels, dtype=torch.float64)
+        self.square_sum = torch.zeros(2, num_channels, dtype=torch.float64)
 
     def update(self, latents: Tensor) -> None:
         """Take in raw latents (B, C, f, h, w)."""
         groups = [latents[:, :, :1], latents[:, :, 1:]]
         flat = [group.detach().double().cpu().movedim(1, 0).flatten(1) for group in groups]
-        self.count = self.count + torch.tensor(
-            [[group.shape[1]] for group in flat], dtype=torch.float64
-        )
-        self.sum = self.sum + torch.stack([group.sum(1) for group in flat])
-        self.square_sum = self.square_sum + torch.stack([group.square().sum(1) for group in flat])
+        self.count += torch.tensor([[group.shape[1]] for group in flat], dtype=torch.float64)
+        self.sum += torch.stack([group.sum(1) for group in flat])
+        self.square_sum += torch.stack([group.square().sum(1) for group in flat])
+
+    def reduced(self, total: Callable[[Tensor], Tensor]) -> LatentMoments:
+        """The moments of several processes together; ``total`` adds a tensor over them."""
+        together = LatentMoments(self.sum.shape[1])
+        for name in ("count", "sum", "square_sum"):
+            setattr(together, name, total(getattr(self, name).clone()))
+        return together
 
     def compute(self) -> tuple[Tensor, Tensor]:
         """(mean, std), both float32 (2, C)."""
         mean = self.sum / self.count
-        variance = (self.square_sum / self.count - mean.square()).clamp(min=1e-8)  # type: ignore[union-attr]
+        variance = (self.square_sum / self.count - mean.square()).clamp(min=1e-8)
         return mean.float(), variance.sqrt().float()
 
 

@@ -98,10 +98,7 @@ def test_without_vae_training_goes_on_with_a_warning(recipe: Any, tmp_path: Path
         f"model: {{init_args: {{vae: null, initial: null}}}}\ndata: {{latents_dir: "
         f"{tmp_path / 'latents'}}}\n" + OVERLAY.replace("FOLDER", str(tmp_path))
     )
-    configs = [
-        f"{recipe.configs}/{name}.yaml"
-        for name in ("embedded/teacher", "trainer/tiny", "size/tiny/dit")
-    ]
+    configs = ["embedded/teacher", "trainer/tiny", "model/tiny", "data/tiny"]
     words = [word for config in [*configs, str(overlay)] for word in ("--config", config)]
     words += ["--data.data_dir", str(recipe.data), "--trainer.default_root_dir", str(tmp_path)]
     from rest_lightning import lightning_cli

@@ -38,8 +38,8 @@ def test_base_and_ablations(
 ) -> None:
     import yaml
 
-    content = yaml.safe_load((repository / "configs/eval/synthetic.yaml").read_text())
-    protocol = {
+    protocol = yaml.safe_load((repository / "configs/protocol/synthetic.yaml").read_text())
+    protocol |= {
         "name": "tiny",
         "num_clips": 1,
         "num_frames": 48,
@@ -47,34 +47,31 @@ def test_base_and_ablations(
         "min_clips": 1,
         "measures": ["talking"],
     }
-    content["trainer"]["callbacks"][0]["init_args"]["protocol"] |= protocol
-    content["trainer"] |= {"accelerator": "cpu", "enable_progress_bar": False}
-    content["data"] |= {"data_dir": str(recipe.data), "num_frames": 57, "progress": False}
+    (tmp_path / "protocol.yaml").write_text(yaml.safe_dump(protocol))
+    evaluation = {"protocol": str(tmp_path / "protocol.yaml")}
+    content = {
+        "base": "test",
+        "data": {"data_dir": str(recipe.data), "num_frames": 57, "progress": False},
+        "trainer": {
+            "accelerator": "cpu",
+            "enable_progress_bar": False,
+            "callbacks": [{"class_path": "Evaluation", "init_args": evaluation}],
+        },
+    }
     protocol_file = tmp_path / "tiny.yaml"
     protocol_file.write_text(yaml.safe_dump(content))
     runs = tmp_path / "runs"
     for stage in ("teacher", "student", recipe.vae_stage):
         (runs / stage).mkdir(parents=True)
         shutil.copy(recipe.final(stage), runs / stage)
-    # frames instead of latents, the tiny VAE, and a rehearsal's sampling
+    # a rehearsal's sampling
     own = tmp_path / "own.yaml"
-    vae = yaml.safe_load((recipe.configs / "size/tiny/frozen_vae.yaml").read_text())
-    own.write_text(
-        json.dumps(
-            {
-                "model": {"init_args": {"vae": vae}},
-                "sampling": {"num_steps": 1, "guidance": 1.0, "shift": 1.0},
-            }
-        )
-    )
+    own.write_text(json.dumps({"sampling": {"num_steps": 1, "guidance": 1.0, "shift": 1.0}}))
     sampled = tmp_path / "two_steps.yaml"
     sampled.write_text("# Are two steps better?\nsampling: {num_steps: 2}\n")
     wrong = tmp_path / "wrong.yaml"
     wrong.write_text("# What does a mistake do?\nmodel: {init_args: {mouth_weight: -1}}\n")
-    configs = [
-        f"{recipe.configs}/{name}.yaml"
-        for name in ("embedded/student", "trainer/tiny", "size/tiny/dit")
-    ]
+    configs = ["embedded/student", "trainer/tiny", "model/tiny", "data/tiny"]
     words = [
         "ablate",
         "--base",

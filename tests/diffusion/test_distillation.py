@@ -4,6 +4,7 @@ with caches.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,12 @@ from torch import Tensor
 from rest_lightning.diffusion.distillation import (
     average_velocity,
     guided_velocity,
-    next_level,
-    refine_steps,
+    levels_of_steps,
     sample_sigmas_of_steps,
 )
 from rest_lightning.diffusion.rollout import Context
-from rest_lightning.diffusion.sampling import euler_step, integrate, joint_guidance
-from rest_lightning.diffusion.schedule import ltx_shift, ltx_sigma_table, sigma_table
+from rest_lightning.diffusion.sampling import Sampling, euler_step, integrate, joint_guidance
+from rest_lightning.diffusion.schedule import ltx_sigma_table, sampling_sigmas, sigma_table
 from rest_lightning.errors import UserError
 from rest_lightning.models.transformer import A2VDiT
 from rest_lightning.tasks.a2v import TrainingInput
@@ -51,26 +51,41 @@ def test_levels_are_those_of_the_steps_and_equally_likely(
         assert agree == pytest.approx(1 / num_steps, abs=4 * 0.5 / batch**0.5)
 
 
-@pytest.mark.parametrize("num_steps", [1, 2, 5, 8])
-def test_next_level(num_steps: int) -> None:
-    table = ltx_sigma_table(num_steps, 112)
-    assert torch.equal(next_level(table[:-1][None], table), table[1:][None])
-    assert torch.equal(next_level(torch.zeros(2, 3), table), torch.zeros(2, 3))
-
-
-@pytest.mark.parametrize("shift", [0.5, 1.0, 3.0, 7.8])
-@pytest.mark.parametrize(("num_steps", "num_substeps"), [(1, 1), (1, 4), (2, 2), (4, 2), (3, 3)])
-def test_refined_steps_are_the_longer_table(
-    shift: float, num_steps: int, num_substeps: int
+@pytest.mark.parametrize("shift", [None, 0.5, 1.0, 7.8])
+@pytest.mark.parametrize(("num_steps", "student_steps"), [(1, 1), (4, 1), (4, 2), (8, 4), (9, 3)])
+def test_the_source_is_evaluated_where_its_sampler_goes(
+    shift: float | None, num_steps: int, student_steps: int
 ) -> None:
-    table, longer = sigma_table(num_steps, shift), sigma_table(num_steps * num_substeps, shift)
-    levels = refine_steps(table[:-1], table[1:], num_substeps, shift)
-    assert levels.shape == (num_substeps + 1, num_steps)
-    assert torch.equal(levels[0], table[:-1])
-    assert torch.equal(levels[-1], table[1:])
-    torch.testing.assert_close(levels[:-1].T.flatten(), longer[:-1], atol=1e-6, rtol=1e-6)
-    still = refine_steps(torch.zeros(2, 3), torch.zeros(2, 3), num_substeps, shift)
+    """Level by level, with LTX's terminal one as well: a step of the student is a run of those."""
+    source = torch.tensor(sampling_sigmas(num_steps, shift, 112))
+    student = torch.tensor(sampling_sigmas(student_steps, shift, 112, num_steps))
+    num_substeps = num_steps // student_steps
+    levels = levels_of_steps(student[:-1][None], source, num_substeps)
+    assert levels.shape == (num_substeps + 1, 1, student_steps)
+    assert torch.equal(levels[0, 0], student[:-1])
+    assert torch.equal(levels[-1, 0], student[1:])
+    assert torch.equal(levels[:-1, 0].T.flatten(), source[:-1])
+    still = levels_of_steps(torch.zeros(2, 3), source, num_substeps)
     assert torch.equal(still, torch.zeros(num_substeps + 1, 2, 3))
+    settings = DistillSettings("source", 6.0, num_steps, student_steps, shift)
+    assert settings.sigmas(student_steps, 112) == student.tolist()
+    sampler = Sampling(student_steps, 1.0, shift, table_steps=num_steps)
+    assert sampler.sigmas(112) == student.tolist()
+
+
+def test_a_distilled_student_is_distilled_again() -> None:
+    """8 to 4 to 2 steps: all levels stay those of the first table."""
+    table = sampling_sigmas(8, None, 112)
+    again = DistillSettings("source", 1.0, 4, 2, None, table_steps=8)
+    assert again.sigmas(4, 112) == table[::2]
+    assert again.sigmas(2, 112) == table[::4]
+    assert sampling_sigmas(4, None, 112) != table[::2]  # LTX's own table of 4 steps is another
+    with pytest.raises(
+        UserError, match=r"expected distill\.num_steps to divide table_steps, got 4"
+    ):
+        DistillSettings("source", 1.0, 4, 2, None, table_steps=6)
+    with pytest.raises(UserError, match="that divides table_steps 8, got 3"):
+        Sampling(num_steps=3, table_steps=8)
 
 
 @pytest.mark.parametrize("num_substeps", [1, 2, 4])
@@ -82,7 +97,8 @@ def test_average_velocity_ends_where_the_steps_end(num_substeps: int) -> None:
     batch, num_frames = 2, 4
     sigma = torch.rand(batch, num_frames, dtype=torch.float64).sort(1).values
     sigma[:, 0] = 0.0
-    levels = refine_steps(sigma, 0.4 * sigma, num_substeps, 2.0)
+    share = torch.linspace(1.0, 0.4, num_substeps + 1, dtype=torch.float64).view(-1, 1, 1)
+    levels = share * sigma
     sample = torch.randn(batch, 3, num_frames, 2, 2, dtype=torch.float64)
 
     def field(sample: Tensor, sigma: Tensor) -> Tensor:
@@ -126,7 +142,8 @@ def test_many_steps_average_to_the_exact_flow() -> None:
         slope = (level - (1 - level) * s**2) / deviation(level) ** 2
         return slope[:, None, :, None, None] * sample
 
-    average = average_velocity(field, sample, refine_steps(sigma, sigma_next, 400, 1.0))
+    share = torch.linspace(0, 1, 401).view(-1, 1, 1)
+    average = average_velocity(field, sample, torch.lerp(sigma, sigma_next, share))
     end = euler_step(sample, average, sigma, sigma_next)
     torch.testing.assert_close(
         end, sample * deviation(sigma_next) / deviation(sigma), atol=2e-3, rtol=0
@@ -212,7 +229,10 @@ def test_loss_is_the_distance_to_guided_streams(
     loss = module.losses(inputs)["loss"]
 
     def table(steps: int) -> Tensor:
-        return ltx_sigma_table(steps, 7 * 6) if shift is None else sigma_table(steps, shift)
+        whole = (
+            ltx_sigma_table(num_steps, 7 * 6) if shift is None else sigma_table(num_steps, shift)
+        )
+        return whole[:: num_steps // steps]
 
     def context(level: float) -> Context:
         sigma = inputs.path.sigma.new_full(
@@ -224,10 +244,13 @@ def test_loss_is_the_distance_to_guided_streams(
         return Context((1 - share) * inputs.clean_latents + share * noise, sigma)
 
     sigma = inputs.path.sigma
-    sigma_next = next_level(sigma, table(student_steps))
-    levels = refine_steps(
-        sigma, sigma_next, num_steps // student_steps, ltx_shift(7 * 6) if shift is None else shift
-    )
+    source_table, substeps = table(num_steps).tolist(), num_steps // student_steps
+    levels = torch.zeros(substeps + 1, *sigma.shape)
+    for row, frame in itertools.product(*map(range, sigma.shape)):
+        if frame:  # the reference stays at 0
+            start = source_table.index(float(sigma[row, frame]))
+            levels[:, row, frame] = torch.tensor(source_table[start : start + substeps + 1])
+    sigma_next = levels[-1]
     with torch.no_grad():
         end = streamed_steps(source, inputs, context(float(table(num_steps)[-2])), levels, guidance)
         start = inputs.path.noisy_latents[:, :, 1:]

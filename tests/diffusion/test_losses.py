@@ -80,27 +80,48 @@ def test_contrastive_gradient_is_finite_at_a_zero_start() -> None:
 
 def test_smoothness_by_hand() -> None:
     student, teacher = video([0.0], [1.0], [4.0], [9.0]), video([0.0], [0.0], [0.0], [1.0])
-    # second differences: student (2, 2), teacher (0, 1)
-    assert smoothness_loss(student, teacher).item() == pytest.approx((4 + 1) / 2)
+    # offsets from the reference on: 0, 0, 1, 4, 8; their second differences: 1, 2, 1
+    assert smoothness_loss(student, teacher).item() == pytest.approx((1 + 4 + 1) / 3)
+    # second differences without the reference: student (2, 2), teacher (0, 1)
+    assert smoothness_loss(student, teacher, anchored=False).item() == pytest.approx((4 + 1) / 2)
+
+
+def test_smoothness_anchors_the_first_frame() -> None:
+    """An offset of the first frame costs what the reference, shared by both, lets it cost."""
+    teacher = random_velocity(num_frames=5)
+    jump = torch.randn(2, 4, 1, 2, 2, dtype=torch.float64)
+    # a constant offset of all frames: second differences -jump at the first frame, else 0
+    student = teacher + jump
+    assert smoothness_loss(student, teacher).item() == pytest.approx(
+        (jump.square() / 3).mean().item()
+    )
+    student.requires_grad_()
+    smoothness_loss(student, teacher).backward()
+    assert student.grad is not None
+    assert float(student.grad[:, :, 1].abs().sum()) > 0
+    assert not student.grad[:, :, 0].any()
+    ramp = torch.arange(5, dtype=torch.float64).view(1, 1, -1, 1, 1)
+    assert smoothness_loss(teacher + jump * ramp, teacher).item() == pytest.approx(0, abs=1e-20)
 
 
 @pytest.mark.parametrize("num_frames", [4, 7, 13])
-def test_smoothness_ignores_constant_and_linear_offsets(num_frames: int) -> None:
+def test_smoothness_ignores_linear_offsets(num_frames: int) -> None:
     teacher = random_velocity(num_frames=num_frames)
     constant, slope = torch.randn(2, 2, 4, 1, 2, 2, dtype=torch.float64)
     time = torch.arange(num_frames, dtype=torch.float64).view(1, 1, -1, 1, 1)
-    assert smoothness_loss(teacher + constant + slope * time, teacher).item() == pytest.approx(
-        0, abs=1e-20
-    )
-    assert smoothness_loss(teacher + slope * time**2, teacher).item() == pytest.approx(
-        (4 * slope**2).mean().item()
-    )
+    student = teacher + constant + slope * time
+    assert smoothness_loss(student, teacher, anchored=False).item() == pytest.approx(0, abs=1e-20)
+    student = teacher + slope * time**2
+    for anchored in (False, True):
+        assert smoothness_loss(student, teacher, anchored).item() == pytest.approx(
+            (4 * slope**2).mean().item()
+        )
 
 
-@pytest.mark.parametrize("num_frames", [2, 3])
-def test_smoothness_of_short_clips_is_zero(num_frames: int) -> None:
+@pytest.mark.parametrize(("num_frames", "anchored"), [(2, True), (2, False), (3, False)])
+def test_smoothness_of_short_clips_is_zero(num_frames: int, anchored: bool) -> None:
     student = random_velocity(num_frames=num_frames).requires_grad_()
-    loss = smoothness_loss(student, random_velocity(num_frames=num_frames))
+    loss = smoothness_loss(student, random_velocity(num_frames=num_frames), anchored)
     loss.backward()
     assert loss.item() == 0
 

@@ -1,17 +1,24 @@
 from __future__ import annotations
 
+import json
+import warnings
+
 import pytest
 import torch
+from tiny_student import make_student
 
 from rest_lightning.diffusion.noise import add_noise
 from rest_lightning.diffusion.sampling import (
     Guidance,
+    Sampling,
     euler_step,
     integrate,
     joint_guidance,
     split_guidance,
+    warn_of_unseen_levels,
 )
 from rest_lightning.diffusion.schedule import ltx_sigma_table, sigma_table
+from rest_lightning.models.transformer import A2VDiT
 
 SHAPE = (2, 4, 7, 2, 2)
 
@@ -115,3 +122,19 @@ def test_branches_are_one_batch(
         + (1 - weight - reference_weight) * network(sample, zero, zero)
     )
     assert torch.allclose(guidance.combine(rows), expected, atol=1e-12)
+
+
+def test_levels_below_those_of_the_training_are_told() -> None:
+    """READ's table ends at 0.224, LTX's sampler at 0.1; the noise settings stay with the model."""
+    module = make_student()
+    config = json.loads(json.dumps(module.transformer.config))
+    model = A2VDiT.from_config(config)
+    assert model.lowest_sigma == pytest.approx(0.224, abs=1e-3)
+    with pytest.warns(UserWarning, match=r"is at noise level 0\.100, .* trained at 0\.224"):
+        warn_of_unseen_levels(Sampling(8, 1.0, None), 112, model.lowest_sigma)
+    low = make_student(uniform_share=0.1).transformer.lowest_sigma
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_unseen_levels(Sampling(8, 1.0, None), 112, low)
+        warn_of_unseen_levels(Sampling(4, 1.0, 5.0), 112, model.lowest_sigma)
+        warn_of_unseen_levels(Sampling(8, 1.0, None), 112, None)

@@ -86,6 +86,24 @@ def test_training_table_holds_the_quantiles(num_levels: int, mean: float, std: f
     assert table[-1] < 1
 
 
+@pytest.mark.parametrize("share", [0.05, 0.3, 1.0])
+def test_a_uniform_share_reaches_down(share: float) -> None:
+    """Quantiles of the mixture, by its distribution function."""
+    table = training_table(uniform_share=share)
+    assert (table.diff() > 0).all()
+    normal = NormalDist(2.05, 1.0)
+    shares = torch.tensor(
+        [
+            (1 - share) * normal.cdf(math.log(s / (1 - s))) + share * s
+            for s in table.double().tolist()
+        ]
+    )
+    expected = (torch.arange(1000) + 0.5) / 1000
+    assert torch.allclose(shares, expected, atol=1e-4)
+    assert float(training_table()[0]) == pytest.approx(0.224, abs=1e-3)
+    assert float(table[0]) < 0.1 * float(training_table()[0])
+
+
 def test_bad_arguments_are_named() -> None:
     with pytest.raises(UserError, match="at least 1 denoising step, got 0"):
         sigma_table(0)
@@ -97,3 +115,5 @@ def test_bad_arguments_are_named() -> None:
         training_table(0)
     with pytest.raises(UserError, match=r"standard deviation above 0 .* got 0"):
         training_table(std=0.0)
+    with pytest.raises(UserError, match=r"uniform_share .* from 0 to 1, got -0\.1"):
+        training_table(uniform_share=-0.1)

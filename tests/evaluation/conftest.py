@@ -40,13 +40,12 @@ def extractors(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def protocol_file(
     extractors: Path, repository: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """configs/eval/synthetic.yaml for three clips of 48 frames of 64x64, seen by the tiny
+    """The protocol `synthetic` for three clips of 48 frames of 64x64, seen by the tiny
     extractors.
     """
     import yaml
 
-    content = yaml.safe_load((repository / "configs/eval/synthetic.yaml").read_text())
-    protocol = content["trainer"]["callbacks"][0]["init_args"]["protocol"]
+    protocol = yaml.safe_load((repository / "configs/protocol/synthetic.yaml").read_text())
     protocol |= {
         "name": "tiny",
         "num_clips": 3,
@@ -55,7 +54,7 @@ def protocol_file(
         "extractors": str(extractors),
     }
     path = tmp_path_factory.mktemp("protocol") / "tiny.yaml"
-    path.write_text(yaml.safe_dump(content))
+    path.write_text(yaml.safe_dump(protocol))
     return path
 
 

@@ -19,6 +19,7 @@ import torch
 import yaml
 
 from rest_lightning.cli import main
+from rest_lightning.config import read_config
 from rest_lightning.data.clips import cut_audio
 from rest_lightning.data.layout import Sidecar, complete_clip_ids, finish_dataset, write_sidecar
 from rest_lightning.diffusion.sampling import SamplingChanges
@@ -60,11 +61,14 @@ def words(protocol_file: Path, data: Path, out: Path, *args: str) -> list[str]:
                     "accelerator": "cpu",
                     "default_root_dir": str(out),
                     "enable_progress_bar": False,
+                    "callbacks": [
+                        {"class_path": "Evaluation", "init_args": {"protocol": str(protocol_file)}}
+                    ],
                 },
             }
         )
     )
-    return ["test", "--config", str(protocol_file), "--config", str(overlay), *args]
+    return ["test", "--config", "test", "--config", str(overlay), *args]
 
 
 def windows(data: Path) -> list[tuple[str, np.ndarray, np.ndarray, np.ndarray]]:
@@ -341,8 +345,7 @@ def test_two_processes_make_the_row_of_one(
     changes = {"num_clips": 8, "num_frames": NUM_FRAMES}
     protocol = tmp_path / "protocol.yaml"
     content = yaml.safe_load(protocol_file.read_text())
-    content["trainer"]["callbacks"][0]["init_args"]["protocol"] |= changes
-    protocol.write_text(yaml.safe_dump(content))
+    protocol.write_text(yaml.safe_dump(content | changes))
     rows = []
     for num_processes in (1, 2):
         out = tmp_path / str(num_processes)
@@ -413,8 +416,13 @@ def test_clips_are_bounded_and_mistakes_told(
 def test_protocols_of_the_repository(name: str, repository: Path) -> None:
     protocol = read_protocol(name)
     assert protocol.name == name and protocol.version == 1
-    assert read_protocol(repository / "configs/eval" / f"{name}.yaml") == protocol
-    content = yaml.safe_load((repository / "configs/eval" / f"{name}.yaml").read_text())
+    assert read_protocol(repository / "configs/protocol" / f"{name}.yaml") == protocol
+    content = read_config(f"eval/{name}").content
     num_frames = content["data"]["num_frames"]
     assert num_frames % 8 == 1 and num_frames >= protocol.num_frames
-    assert content["model"]["class_path"] == "rest_lightning.tasks.predict.EvaluateModule"
+    if name.startswith("rest-"):  # REST's 121 frames: the reference, which is given, and 5 chunks
+        assert (num_frames, protocol.num_frames) == (121, 5 * 24)
+        assert content["model"]["init_args"]["dtype"] == "bfloat16"  # a model of paper size
+    assert content["model"]["class_path"] == "EvaluateModule"
+    (callback,) = content["trainer"]["callbacks"]
+    assert callback == {"class_path": "Evaluation", "init_args": {"protocol": name}}

@@ -28,13 +28,14 @@ from tiny_student import (
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from rest_lightning.callbacks import MovingAverage
 from rest_lightning.tasks.a2v import A2VModule, Conditions
 from rest_lightning.tasks.student import ASDSettings, DistillSettings, RolloutSettings
 from rest_lightning.torchvision_compat import ensure_torchvision
 
 ensure_torchvision()
 import lightning  # noqa: E402
-from lightning.pytorch.strategies import ModelParallelStrategy, Strategy  # noqa: E402
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy  # noqa: E402
 
 NUM_ROWS = 2
 
@@ -68,13 +69,12 @@ def losses_of(module: A2VModule, rows: slice, num_rows: int = NUM_ROWS) -> dict[
     return module.losses(rows_of(inputs, rows))
 
 
-def read_strategy(config: Path) -> str | Strategy:
+def read_strategy(config: Path) -> Strategy:
     """The strategy of a file of configs/trainer/."""
     strategy = yaml.safe_load(config.read_text())["trainer"]["strategy"]
-    if isinstance(strategy, str):
-        return strategy
-    assert strategy["class_path"].rpartition(".")[2] == ModelParallelStrategy.__name__
-    return ModelParallelStrategy(**strategy["init_args"])
+    kinds = {kind.__name__: kind for kind in (DDPStrategy, ModelParallelStrategy)}
+    made: Strategy = kinds[strategy["class_path"].rpartition(".")[2]](**strategy["init_args"])
+    return made
 
 
 def full(tensor: Tensor) -> Tensor:
@@ -124,7 +124,7 @@ def train(
 
     module.training_step = training_step  # type: ignore[method-assign, assignment]
     torch.manual_seed(seed)
-    trainer = make_trainer(config, num_steps)
+    trainer = make_trainer(config, num_steps, MovingAverage(0.5))
     trainer.fit(module, range(1), ckpt_path=None if source is None else str(folder / source))
     trainer.save_checkpoint(folder / target)
 

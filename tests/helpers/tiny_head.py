@@ -21,9 +21,13 @@ def make_head(
     lookahead_frames: int = 2,
     seed: int = 0,
     detail: DetailTransfer | None = None,
+    caption_channels: int | None = None,
     **cache_options: Any,
 ) -> TalkingHead:
-    """Random weights, also where training starts from zero, so that every input matters."""
+    """Random weights, also where training starts from zero, so that every input matters.
+
+    With ``caption_channels`` the transformer reads a prompt of 9 tokens, 4 of them padding.
+    """
     torch.manual_seed(seed)
     head = TalkingHead(
         CompactVAE(4, (8, 16, 16), (1, 1, 1), (1, 1, 1), ((4, 2), (2, 2)), patch_size=8),
@@ -34,7 +38,8 @@ def make_head(
             num_layers=2,
             num_attention_heads=2,
             attention_head_dim=16,
-            caption_channels=None,
+            caption_channels=caption_channels,
+            prompt_length=None if caption_channels is None else 9,
             speech_dim=8,
             attention="chunked",
             cache_options=CacheOptions(chunk_length=chunk_length, **cache_options),
@@ -43,6 +48,9 @@ def make_head(
         size_px=64,
         detail=detail,
     )
+    if head.transformer.prompt_embeds is not None and head.transformer.prompt_mask is not None:
+        head.transformer.prompt_embeds.normal_()
+        head.transformer.prompt_mask[5:] = 0
     for parameter in head.parameters():
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.2)

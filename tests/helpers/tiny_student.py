@@ -68,9 +68,15 @@ def make_teacher(**settings: Any) -> TeacherModule:
 
 
 def save_transformer(transformer: A2VDiT, path: Path) -> str:
-    """A checkpoint with this transformer, as a stage would have written it."""
-    state = {f"transformer.{name}": value for name, value in transformer.state_dict().items()}
-    torch.save({"state_dict": state, PARTS_KEY: {"transformer": describe_part(transformer)}}, path)
+    """A checkpoint with this transformer and a SpeechAE, as a stage would have written it."""
+    parts = {"transformer": transformer, "speech_ae": make_parts()["speech_ae"]}
+    state = {
+        f"{part}.{name}": value
+        for part, network in parts.items()
+        for name, value in network.state_dict().items()
+    }
+    descriptions = {part: describe_part(network) for part, network in parts.items()}
+    torch.save({"state_dict": state, PARTS_KEY: descriptions}, path)
     return str(path)
 
 

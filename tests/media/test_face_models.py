@@ -369,7 +369,7 @@ def test_weights_name_their_source() -> None:
 @pytest.fixture(scope="module")
 def solutions() -> Any:
     pytest.importorskip("mediapipe", reason="mediapipe has no wheel for this Python")
-    from rest_lightning.data.preparation.faces import mediapipe_solutions
+    from rest_lightning.media.faces import mediapipe_solutions
 
     return mediapipe_solutions()
 

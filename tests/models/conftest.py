@@ -116,8 +116,22 @@ def sequential(
     return torch.cat(out, 2)
 
 
+def exact_rotations(dim: int, frames: int, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """LTX's rotations in float64: cosines and sines ``(frames * height * width, dim)``."""
+    axes = [
+        torch.arange(count, dtype=torch.float64) * scale / base
+        for count, scale, base in ((frames, 8 / 25, 20), (height, 32, 2048), (width, 32, 2048))
+    ]
+    grid = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(0, 2)
+    exponents = torch.linspace(0.0, 1.0, dim // 6, dtype=torch.float64)
+    phases = (10000.0**exponents * math.pi / 2)[:, None] * (2 * grid[:, None] - 1)
+    phases = phases.flatten(1).repeat_interleave(2, 1)
+    phases = torch.cat([phases.new_zeros(len(phases), dim % 6), phases], 1)
+    return phases.cos().float().double(), phases.sin().float().double()  # as tables are kept
+
+
 def definition(model: A2VDiT, clip: dict[str, Any], lengths: list[int] | None = None) -> Tensor:  # noqa: C901  # the whole network
-    """The student by METHOD.md section 6, window by window and head by head, from nothing but the
+    """The student by REST sec. 3.4, window by window and head by head, from nothing but the
     weights.
     """
     ensure_torchvision()
@@ -137,10 +151,14 @@ def definition(model: A2VDiT, clip: dict[str, Any], lengths: list[int] | None = 
         normed = x / (x.square().mean(-1, keepdim=True) + eps).sqrt()
         return normed if name is None else normed * weights[name + ".weight"]
 
-    cos, sin = LTXVideoRotaryPosEmbed(dim)(
-        torch.zeros(1), num_frames + 2 * chunk, height, width, (8 / 25, 32, 32)
-    )
-    cos, sin = (x[0].double().unflatten(0, (-1, n)) for x in (cos, sin))
+    if options.positions == "absolute":
+        cos, sin = exact_rotations(dim, num_frames + 2 * chunk, height, width)
+    else:
+        cos, sin = LTXVideoRotaryPosEmbed(dim)(
+            torch.zeros(1), num_frames + 2 * chunk, height, width, (8 / 25, 32, 32)
+        )
+        cos, sin = cos[0].double(), sin[0].double()
+    cos, sin = (x.unflatten(0, (-1, n)) for x in (cos, sin))
 
     def turn(x: Tensor, positions: list[int]) -> Tensor:
         """x (B, frames, n, dim) -> the same at the given positions."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rest_lightning.models import attention
-from rest_lightning.models.attention import attend, join_heads, split_heads
+from rest_lightning.models.attention import Rope, attend, join_heads, split_heads
 
 
 def exact(q: Tensor, k: Tensor, v: Tensor, num_heads: int, mask: Tensor | None) -> Tensor:
@@ -86,3 +86,29 @@ def test_heads_split_and_join(shape: tuple[int, ...]) -> None:
         heads = split_heads(x, num_heads)
         assert heads.shape == (*shape[:-2], num_heads, shape[-2], shape[-1] // num_heads)
         assert torch.equal(join_heads(heads), x)
+
+
+@pytest.mark.parametrize("causal_ratio", [None, 8])
+def test_exact_rotations_keep_their_distance_far_from_the_start(causal_ratio: int | None) -> None:
+    """A day into a stream neighbouring frames are turned against each other as at its start;
+    in float32 they are not.
+    """
+    far = 270_000
+    for exact, tolerance in ((True, 1e-5), (False, None)):
+        rope = Rope(24, causal_ratio=causal_ratio, exact=exact)
+        near, late = (rope.table(first, 2, 1, 1, torch.device("cpu")) for first in (1, far))
+        turns = [table[1] * table[0].conj() for table in (near, late)]
+        error = float((turns[1] - turns[0]).abs().max())
+        assert error < tolerance if tolerance else error > 1e-2
+
+
+def test_causal_positions_are_the_times_of_first_pixel_frames() -> None:
+    """0, 1/25, 9/25, 17/25 s: one wave of a period of 40 s for each dimension, no position in
+    space.
+    """
+    rope = Rope(6, causal_ratio=8, exact=True)
+    table = rope.table(0, 4, 1, 1, torch.device("cpu"))[:, 0]
+    times = torch.tensor([0.0, 1 / 25, 9 / 25, 17 / 25], dtype=torch.float64)
+    phases = math.pi / 2 * (2 * times / 20 - 1)
+    assert torch.allclose(table.real.double(), phases.cos(), atol=1e-6)
+    assert torch.allclose(table.imag.double(), phases.sin(), atol=1e-6)

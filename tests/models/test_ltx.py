@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from rest_lightning.errors import UserError
+from rest_lightning.models.ltx import load_ltx
 from rest_lightning.models.transformer import A2VDiT
 from rest_lightning.torchvision_compat import ensure_torchvision
 
@@ -42,10 +44,26 @@ def make_ltx(seed: int = 0, **changes: Any) -> Any:
 
 
 def run_ltx(
-    ltx: nn.Module, latents: Tensor, sigma: Tensor, text: Tensor, mask: Tensor | None, fps: float
+    ltx: nn.Module,
+    latents: Tensor,
+    sigma: Tensor,
+    text: Tensor,
+    mask: Tensor | None,
+    fps: float,
+    causal: bool = False,
 ) -> Tensor:
-    """Diffusers' forward with a noise level per latent frame (as timesteps per token)."""
+    """Diffusers' forward with a noise level per latent frame (as timesteps per token).
+
+    ``causal``: the times of diffusers' pipeline for LTX-Video 0.9.5 and later.
+    """
     _, _, frames, height, width = latents.shape
+    coordinates = None
+    if causal:
+        from diffusers.pipelines.ltx.pipeline_ltx_condition import LTXConditionPipeline as Pipeline
+
+        ids = Pipeline._prepare_video_ids(len(latents), frames, height, width)
+        coordinates = Pipeline._scale_video_ids(ids, 32, 8, frame_index=0, device=None).float()
+        coordinates[:, 0] *= 1.0 / fps
     velocity = ltx(
         hidden_states=latents.flatten(2).transpose(1, 2),
         encoder_hidden_states=text,
@@ -55,6 +73,7 @@ def run_ltx(
         height=height,
         width=width,
         rope_interpolation_scale=(8 / fps, 32, 32),
+        video_coords=coordinates,
         return_dict=False,
     )[0]
     return velocity.transpose(1, 2).unflatten(2, (frames, height, width))
@@ -72,6 +91,7 @@ def random_inputs(
     )
 
 
+@pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(
     ("heads", "head_dim", "layers", "frames", "height", "width", "fps", "changes"),
     [
@@ -92,16 +112,18 @@ def test_equals_ltx(
     width: int,
     fps: float,
     changes: dict[str, Any],
+    causal: bool,
 ) -> None:
+    """Random weights in the shape of LTX-Video 0.9.0 and 0.9.1, and of 0.9.5 and later (causal)."""
     ltx = make_ltx(
         num_attention_heads=heads, attention_head_dim=head_dim, num_layers=layers, **changes
     )
-    model = A2VDiT.from_ltx(ltx, speech_dim=10, fps=fps)
+    model = A2VDiT.from_ltx(ltx, causal, speech_dim=10, fps=fps)
     latents, sigma, text, mask = random_inputs(ltx.config.in_channels, frames, height, width)
     speech = torch.randn(2, frames, 2, 10)  # heard, but the speech attention's output is still zero
     with torch.no_grad():
         for text_mask in (None, mask):
-            expected = run_ltx(ltx, latents, sigma, text, text_mask, fps)
+            expected = run_ltx(ltx, latents, sigma, text, text_mask, fps, causal)
             actual = model(latents, sigma, speech, text, text_mask)
             assert float((actual - expected).abs().max()) <= 1e-5 * max(
                 1.0, float(expected.abs().max())
@@ -110,7 +132,7 @@ def test_equals_ltx(
 
 def test_gradients_equal_ltx() -> None:
     ltx = make_ltx()
-    model = A2VDiT.from_ltx(ltx, speech_dim=None)
+    model = A2VDiT.from_ltx(ltx, False, speech_dim=None)
     latents, sigma, text, mask = random_inputs(6, 4, 2, 3)
     run_ltx(ltx, latents, sigma, text, mask, 25).square().mean().backward()
     model(latents, sigma, None, text, mask).square().mean().backward()
@@ -153,7 +175,7 @@ def test_loads_from_disk(kind: str, tmp_path: Path) -> None:
         )
         metadata = {"config": json.dumps({"transformer": {"num_attention_heads": 2}})}
         save_file({**state, "vae.decoder.conv_in.bias": torch.zeros(1)}, source, metadata)
-    model = A2VDiT.from_ltx(source, speech_dim=10)
+    model = A2VDiT.from_ltx(source, False, speech_dim=10)
     assert model.config["num_attention_heads"] == 2
     for name, value in ltx.state_dict().items():
         assert torch.equal(model.state_dict()[name], value), name
@@ -165,9 +187,100 @@ def test_loads_from_disk(kind: str, tmp_path: Path) -> None:
     assert float(difference.abs().max()) <= 1e-5
 
 
+# As the original files of these versions state it.
+STATED = {
+    "num_attention_heads": 2,
+    "num_layers": 2,
+    "norm_eps": 1e-6,
+    "qk_norm": "rms_norm",
+    "positional_embedding_type": "rope",
+    "positional_embedding_theta": 10000.0,
+    "positional_embedding_max_pos": [20, 2048, 2048],
+    "timestep_scale_multiplier": 1000,
+    "adaptive_norm": "single_scale_shift",
+}
+
+
+@pytest.mark.parametrize(
+    ("version", "stated", "causal", "scale"),
+    [
+        ("0.9.1", {}, False, {}),
+        ("0.9.5", {"causal_temporal_positioning": True}, True, {}),
+        (
+            "another",
+            {
+                "causal_temporal_positioning": True,
+                "positional_embedding_theta": 100.0,
+                "positional_embedding_max_pos": [10, 64, 32],
+                "norm_eps": 1e-3,
+            },
+            True,
+            {"theta": 100.0, "base_num_frames": 10, "base_height": 64, "base_width": 32},
+        ),
+    ],
+)
+def test_single_file_says_what_its_version_is(
+    tmp_path: Path, version: str, stated: dict[str, Any], causal: bool, scale: dict[str, Any]
+) -> None:
+    ltx = make_ltx(norm_eps=stated.get("norm_eps", 1e-6))
+    for name, value in scale.items():
+        setattr(ltx.rope, name, value)
+    source = tmp_path / f"ltx-{version}.safetensors"
+    config = {"transformer": {**STATED, **stated}}
+    save_file(original_names(ltx.state_dict()), source, {"config": json.dumps(config)})
+    model = A2VDiT.from_ltx(source, speech_dim=10)
+    assert model.config["causal_positions"] is causal
+    latents, sigma, text, mask = random_inputs(6, 4, 2, 3)
+    with torch.no_grad():
+        expected = run_ltx(ltx, latents, sigma, text, mask, 25, causal)
+        difference = model(latents, sigma, None, text, mask) - expected
+        other = run_ltx(ltx, latents, sigma, text, mask, 25, not causal)
+    assert float(difference.abs().max()) <= 1e-5
+    assert float((other - expected).abs().max()) > 1e-3
+    with pytest.raises(UserError, match=f"expected causal_positions {causal}, as .* states, got"):
+        A2VDiT.from_ltx(source, not causal)
+    again = A2VDiT.from_config(json.loads(json.dumps(model.config)))
+    assert again.rope == model.rope
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("timestep_scale_multiplier", 1),
+        ("qk_norm", "layer_norm"),
+        ("adaptive_norm", "single_scale"),
+        ("positional_embedding_type", "sinusoidal"),
+        ("positional_embedding_max_pos", [20]),
+        ("use_middle_indices_grid", True),
+    ],
+)
+def test_stated_settings_that_are_not_covered_are_named(
+    tmp_path: Path, name: str, value: Any
+) -> None:
+    source = tmp_path / "ltx.safetensors"
+    metadata = {"config": json.dumps({"transformer": {**STATED, name: value}})}
+    save_file(original_names(make_ltx().state_dict()), source, metadata)
+    with pytest.raises(UserError, match=f"{name}.*not covered"):
+        A2VDiT.from_ltx(source)
+
+
+def test_sources_that_do_not_say_where_frames_are_need_a_word(tmp_path: Path) -> None:
+    ltx = make_ltx()
+    ltx.save_pretrained(tmp_path)
+    message = "expected causal_positions .*0.9.0 and 0.9.1, true for 0.9.5 to 0.9.8"
+    for source in (ltx, tmp_path):
+        with pytest.raises(UserError, match=message):
+            A2VDiT.from_ltx(source)
+        model = A2VDiT.from_ltx(source, True, speech_dim=10)
+        load_ltx(model, source)
+        unsaid = A2VDiT.from_config({**model.config, "causal_positions": None})
+        with pytest.raises(UserError, match=message):
+            load_ltx(unsaid, source)
+
+
 def test_keeps_dtype_and_overrides() -> None:
     model = A2VDiT.from_ltx(
-        make_ltx().bfloat16(), speech_dim=10, spatial_embedding=(2, 3), attention="chunked"
+        make_ltx().bfloat16(), False, speech_dim=10, spatial_embedding=(2, 3), attention="chunked"
     )
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert model.attention == "chunked"
@@ -207,7 +320,7 @@ def test_left_over_tensors_of_a_folder_are_named(tmp_path: Path) -> None:
         tmp_path / "diffusion_pytorch_model.safetensors",
     )
     with pytest.raises(ValueError, match=r"left over.*extra.weight"):
-        A2VDiT.from_ltx(tmp_path)
+        A2VDiT.from_ltx(tmp_path, False)
 
 
 def test_bad_sources(tmp_path: Path) -> None:
@@ -220,6 +333,6 @@ def test_bad_sources(tmp_path: Path) -> None:
     ]
     for source, message in sources:
         with pytest.raises(ValueError, match=message):
-            A2VDiT.from_ltx(source)
+            A2VDiT.from_ltx(source, False)
     with pytest.raises(ValueError, match="patch_size=1, got 2"):
-        A2VDiT.from_ltx(make_ltx(patch_size=2))
+        A2VDiT.from_ltx(make_ltx(patch_size=2), False)

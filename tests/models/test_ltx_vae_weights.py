@@ -14,9 +14,10 @@ from tiny_ltx import CONFIGS, assert_close, make_ltx, make_vae, random_latents, 
 from torch import Tensor
 
 from rest_lightning.diffusion.sampling import Sampling
+from rest_lightning.errors import UserError
 from rest_lightning.models.cache import CacheOptions
 from rest_lightning.models.causal import Stream
-from rest_lightning.models.ltx_vae import LTXVideoVAE, streamed_decode
+from rest_lightning.models.ltx_vae import VERSIONS, LTXVideoVAE, streamed_decode
 from rest_lightning.models.speech import LogMelEncoder
 from rest_lightning.models.speech_ae import SpeechAE
 from rest_lightning.models.transformer import A2VDiT
@@ -67,6 +68,21 @@ def test_folder_with_changes(tmp_path: Path) -> None:
     latents = random_latents(vae, 5)
     assert_close(vae.decode(latents), make_vae().decode(latents))
     assert_close(streamed_decode(vae, latents, 2), vae.decode(latents))
+
+
+def test_versions(tmp_path: Path) -> None:
+    make_ltx("0.9.0").save_pretrained(tmp_path)
+    names = "block_out_channels|decoder_block_out_channels|decoder_inject_noise"
+    with pytest.raises(UserError, match=f"expected an LTX VAE 0.9.1 in .*, got ({names})"):
+        LTXVideoVAE(str(tmp_path), version="0.9.1")
+    with pytest.raises(UserError, match=r"expected a version of .*, 0\.9\.5, got '0\.9\.2'"):
+        LTXVideoVAE(version="0.9.2")
+    with torch.device("meta"):
+        networks = {version: LTXVideoVAE(version=version) for version in VERSIONS}
+    conditioned = {name: vae.ltx.config.timestep_conditioning for name, vae in networks.items()}
+    assert conditioned == {"0.9.0": False, "0.9.1": True, "0.9.5": True}
+    injected = {name: any(vae.ltx.config.decoder_inject_noise) for name, vae in networks.items()}
+    assert injected == {"0.9.0": False, "0.9.1": True, "0.9.5": False}
 
 
 # Blocks of LTX-Video 0.9.0's single file in their order there, under diffusers' names.

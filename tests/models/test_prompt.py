@@ -74,6 +74,7 @@ def test_encodes_as_the_pipeline_of_ltx(pipeline_folder: Path, tmp_path: Path, l
                 str(out),
                 "--length",
                 str(length),
+                "--unmasked",
             ]
         )
         == 0
@@ -96,6 +97,20 @@ def test_encodes_as_the_pipeline_of_ltx(pipeline_folder: Path, tmp_path: Path, l
     assert torch.equal(state["prompt_mask"].bool(), mask[0].bool())
     assert 0 < state["prompt_mask"].sum() < length
     assert torch.allclose(state["prompt_embeds"], embeds[0], atol=1e-6)
+
+
+def test_padding_does_not_reach_the_tokens_of_the_prompt(pipeline_folder: Path) -> None:
+    """REST's form: the embedding of the tokens is that of the text alone, however long the
+    padding.
+    """
+    with_mask = [encode_prompt(pipeline_folder, length=length) for length in (32, 64)]
+    without = [encode_prompt(pipeline_folder, length=n, masked=False) for n in (32, 64)]
+    num_tokens = int(with_mask[0][1].sum())
+    assert num_tokens == int(with_mask[1][1].sum()) < 32
+    first, second = (embeds[:num_tokens] for embeds, _ in with_mask)
+    assert torch.allclose(first, second, atol=1e-5)
+    first, second = (embeds[:num_tokens] for embeds, _ in without)
+    assert not torch.allclose(first, second, atol=1e-3)
 
 
 @pytest.mark.parametrize("attention", ["full", "chunked"])

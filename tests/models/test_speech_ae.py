@@ -10,7 +10,7 @@ from torch import nn
 from rest_lightning.diffusion.losses import speech_ae_loss
 from rest_lightning.errors import UserError
 from rest_lightning.models.causal import Stream, num_bytes
-from rest_lightning.models.speech_ae import SpeechAE, SpeechPooling
+from rest_lightning.models.speech_ae import SpeechAE, SpeechPooling, SpeechProjection
 from rest_lightning.parts import build_part, describe_part
 
 
@@ -218,3 +218,29 @@ def test_pooling_is_a_part_and_names_bad_input() -> None:
         model.encode(features(9, feature_dim=11))
     with pytest.raises(UserError, match="1 to 10 speech tokens per latent frame, got 0"):
         SpeechPooling(num_tokens=0)
+
+
+@pytest.mark.parametrize("pieces", [[17], [1, 8, 8], [9, 8]])
+def test_projection_is_one_linear_layer_over_raw_windows(pieces: list[int]) -> None:
+    """READ's w/o SpeechAE: step by step, whole and streamed."""
+    model = SpeechProjection(feature_dim=12, latent_dim=6)
+    assert {name for name, _ in model.named_parameters() if name.startswith("encoder")} == {
+        "encoder_out.weight",
+        "encoder_out.bias",
+    }
+    features = torch.randn(2, 17, 10, 12)
+    stream = Stream()
+    latents = torch.cat([model.encode(x, stream) for x in features.split(pieces, 1)], 1)
+    assert latents.shape == (2, 3, 80, 6)
+    assert torch.allclose(latents, model.encode(features), atol=1e-6)
+    for frame in range(1, 17):
+        slot, place = (frame - 1) // 8 + 1, (frame - 1) % 8 * 10
+        expected = model.encoder_out(features[:, frame])
+        assert torch.allclose(latents[:, slot, place : place + 10], expected, atol=1e-6)
+    assert torch.allclose(latents[:, 0, -10:], model.encoder_out(features[:, 0]), atol=1e-6)
+    decoded = model.decode(latents)
+    assert decoded.shape == features.shape
+    expected = model.decoder_out(model.encoder_out(features))
+    assert torch.allclose(decoded, expected, atol=1e-6)
+    again = build_part(describe_part(model))
+    assert type(again) is SpeechProjection

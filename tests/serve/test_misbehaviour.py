@@ -101,7 +101,7 @@ MISDEEDS: dict[str, tuple[Misdeed, str, str]] = {
     "large": (
         lambda client: client.send(np.zeros(40_000, np.int16)),
         "too_long",
-        ("at most 65536 bytes, got 80016"),
+        "at most 65536 bytes, got 80016",
     ),
     "second hello": (
         lambda client: _text(client, message("hello", version=1)),
@@ -115,7 +115,7 @@ MISDEEDS: dict[str, tuple[Misdeed, str, str]] = {
     "model": (
         lambda client: client.send(np.full(9000, 32767, np.int16)),
         "model",
-        ("the model failed in this session"),
+        "the model failed in this session",
     ),
 }
 
@@ -156,13 +156,16 @@ def test_whoever_breaks_the_rules_is_told_in_one_line_and_the_others_go_on(
 
 
 FIRST_WORDS = {
-    '{"type": "hello", "version": 2}': ("version", "expected version 1"),
+    '{"type": "hello", "version": 3}': (
+        "version",
+        "expected version 1 or 2 of the protocol, got 3",
+    ),
     '{"type": "end"}': ("hello", "expected a hello first"),
-    ('{"type": "hello", "version": 1, "codecs": ["vp9"]}'): (
+    '{"type": "hello", "version": 1, "codecs": ["vp9"]}': (
         "codec",
         "expected a codec of h264, jpeg",
     ),
-    ('{"type": "hello", "version": 1, "portrait": "../../etc/passwd"}'): (
+    '{"type": "hello", "version": 1, "portrait": "../../etc/passwd"}': (
         "portrait",
         "expected the id of a portrait",
     ),
@@ -296,8 +299,9 @@ def test_clients_that_vanish_leave_nothing(head: TalkingHead) -> None:
                 await settled(server)
             text = server.service.metrics.exposition().decode()
             assert (
-                'rest_sessions_ended_total{reason="gone"} 6.0'
-            ) in text and "rest_sessions 0.0" in text
+                'rest_sessions_ended_total{reason="gone"} 6.0' in text
+                and "rest_sessions 0.0" in text
+            )
 
     asyncio.run(scenario())
     gc.collect()

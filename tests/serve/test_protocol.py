@@ -44,11 +44,11 @@ def test_frames_are_laid_out_as_documented() -> None:
         (b"", "expected a header of 16 bytes, got 0 bytes"),
         (
             pack_speech(0, 0, np.zeros(2, np.int16))[:9],
-            ("expected a header of 16 bytes, got 9 bytes"),
+            "expected a header of 16 bytes, got 9 bytes",
         ),
         (
             pack_speech(0, 0, np.zeros(2, np.int16))[:-1],
-            ("expected 2 samples in 4 bytes, got 3 bytes"),
+            "expected 2 samples in 4 bytes, got 3 bytes",
         ),
         (pack_speech(0, 0, np.zeros(2, np.int16)) + b"\0", "got 5 bytes"),
         (pack(4, 0, 0, 0, 0, b""), "got type 4"),
@@ -64,7 +64,8 @@ def test_bad_speech_is_told(data: bytes, told: str) -> None:
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [
-        ({"type": "hello", "version": 1}, Hello(("h264", "jpeg"), None, 0)),
+        ({"type": "hello", "version": 1}, Hello(("h264", "jpeg"), None, 0, 1)),
+        ({"type": "hello", "version": 2}, Hello(("h264", "jpeg"), None, 0, 2)),
         (
             {
                 "type": "hello",
@@ -98,11 +99,11 @@ def test_text_is_read(fields: dict[str, object], expected: object) -> None:
         ("[1]", "bad_message", "expected a message of type hello, .* got None"),
         ('{"type": ["hello"]}', "bad_message", "got \\['hello'\\]"),
         ('{"type": "shout"}', "bad_message", "got 'shout'"),
-        ('{"type": "hello"}', "version", "expected version 1 of the protocol, got None"),
+        ('{"type": "hello"}', "version", "expected version 1 or 2 of the protocol, got None"),
         ('{"type": "hello", "version": true}', "version", "got True"),
         ('{"type": "hello", "version": 1, "codecs": "h264"}', "bad_message", "codecs as a list"),
         (
-            ('{"type": "hello", "version": 1, "portrait": 3}'),
+            '{"type": "hello", "version": 1, "portrait": 3}',
             "bad_message",
             "id of a portrait, got 3",
         ),

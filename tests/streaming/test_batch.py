@@ -55,8 +55,9 @@ def assert_same_state(actual: EngineState, expected: EngineState, tolerance: flo
     )
     pairs = [(actual.reference_rows, expected.reference_rows)]
     for name in ("keys", "values"):
-        # of previous, sink and current; chunks of 3
-        num_past = actual.cache[name].shape[3] * 4 // 7
+        num_past = (
+            actual.cache[name].shape[3] * 4 // 7
+        )  # of previous, sink and current; chunks of 3
         pairs.append(
             (actual.cache[name][..., :num_past, :], expected.cache[name][..., :num_past, :])
         )
@@ -128,8 +129,8 @@ def test_a_row_is_a_session_alone(
 def test_states_of_rows_are_those_of_sessions_alone(head: TalkingHead) -> None:
     batch = head.open_batch(3)
     sessions = []
+    # Row r has had 2 - r chunks when the last comes in: its first is computed with their third.
     for row in range(3):
-        # Row r has had 2 - r chunks when the last row comes in.
         batch.start(row, portrait(row), seed=row)
         sessions.append(head.open(portrait(row), seed=row))
         for other in range(row + 1):
@@ -139,7 +140,7 @@ def test_states_of_rows_are_those_of_sessions_alone(head: TalkingHead) -> None:
         assert sorted(batch.step()) == list(range(row + 1))
     for saved, session in zip(batch.snapshot().rows, sessions, strict=True):
         assert saved is not None
-        assert_same_state(saved[0].engine, session.snapshot().row.engine)
+        assert_same_state(saved.row.engine, session.snapshot().row.engine)
 
 
 def test_switch_restart_and_stop_leave_the_others_alone(head: TalkingHead) -> None:
@@ -199,8 +200,9 @@ def test_a_switch_does_not_show_in_a_row_that_is_computed_with_it(head: TalkingH
         if switches:
             batch.switch_identity(0, portrait(7))
         videos.append(batch.step()[1])
-    # row 0 is at its first chunk again: the attention of both is masked for one chunk
-    assert_same_frames(*videos)
+    assert_same_frames(
+        *videos
+    )  # row 0 is at its first chunk again: the attention of both is masked for one chunk
     assert videos[0].std() > 5
 
 
@@ -259,17 +261,88 @@ def test_snapshot_and_restore_are_bit_identical(
     for video in videos[1:]:
         assert all(np.array_equal(video[row], videos[0][row]) for row in range(3))
     with pytest.raises(
-        ValueError,
-        match=("expected a snapshot of 2 rows, got one of 3: restore it in a batch with"),
+        ValueError, match="expected a snapshot of 2 rows, got one of 3: restore it in a batch with"
     ):
         head.open_batch(2, guidance=2.0).restore(state)
     stranger = make(seed=1).open_batch(3, guidance=2.0)
     stranger.start(1, portrait(1))
     with pytest.raises(
-        ValueError, match=("got one of another: restore it in a session that was opened alike")
+        ValueError, match="got one of another: restore it in a session that was opened alike"
     ):
         stranger.restore(state)
     assert stranger.rows == [1]
+
+
+def test_one_row_goes_back_and_the_others_go_on(
+    make: Callable[..., TalkingHead], head: TalkingHead
+) -> None:
+    batch = head.open_batch(3)
+    frames: dict[int, list[np.ndarray]] = {}
+    for row in (0, 1):
+        batch.start(row, portrait(row), seed=row)
+        batch.push(row, speech(26, seed=row))
+    drain(batch, frames)
+    state = batch.snapshot_row(1)
+    for row in (0, 1):
+        batch.push(row, speech(24, seed=10 + row))
+    drain(batch, frames)
+    dropped = frames[1].pop()
+    batch.restore_row(1, state)
+    for row, seed in ((0, 20), (1, 30)):
+        batch.push(row, speech(24, seed=seed))
+    drain(batch, frames)
+    spoken = {
+        0: np.concatenate([speech(26, seed=0), speech(24, seed=10), speech(24, seed=20)]),
+        1: np.concatenate([speech(26, seed=1), speech(24, seed=30)]),
+    }
+    for row, samples in spoken.items():
+        video = np.concatenate(frames[row])
+        assert_same_frames(video, alone(head, row, samples)[0][: len(video)])
+    assert not np.array_equal(dropped, frames[1][-1])
+    with pytest.raises(
+        ValueError, match="expected a row in use, but row 2 was not started or has ended"
+    ):
+        batch.restore_row(2, state)
+    stranger = make(seed=1).open_batch(1)
+    stranger.start(0, portrait(0))
+    with pytest.raises(
+        ValueError, match="got one of another: restore it in a session that was opened alike"
+    ):
+        stranger.restore_row(0, state)
+
+
+def test_what_was_read_ahead_can_be_amended(head: TalkingHead) -> None:
+    batch = head.open_batch(2)
+    frames: dict[int, list[np.ndarray]] = {}
+    first, second, other = speech(26, seed=1), speech(24, seed=2), speech(2, seed=3)
+    for row in (0, 1):
+        batch.start(row, portrait(row), seed=row)
+        batch.push(row, first)
+    drain(batch, frames)
+    with pytest.raises(
+        ValueError, match="expected at most 1280 samples in place of those that row 0 has not shown"
+    ):
+        batch.amend(0, speech(3))
+    batch.amend(0, other)
+    for row in (0, 1):
+        batch.push(row, second)
+    drain(batch, frames)
+    amended = np.concatenate([first[: -2 * 640], other, second])
+    for row, samples in ((0, amended), (1, np.concatenate([first, second]))):
+        heard = alone(head, row, samples)[0][
+            24:48
+        ]  # the first chunk was computed with what was there before
+        again = np.concatenate(frames[row])[24:]
+        if row:
+            assert_same_frames(again, heard)
+        else:
+            assert (
+                np.abs(again.astype(int) - heard.astype(int)).mean()
+                < np.abs(
+                    again.astype(int)
+                    - alone(head, row, np.concatenate([first, second]))[0][24:48].astype(int)
+                ).mean()
+            )
 
 
 def test_memory_is_that_of_the_start(head: TalkingHead) -> None:
@@ -308,16 +381,12 @@ def test_bad_use(head: TalkingHead) -> None:
     for row in (-1, 2):
         with pytest.raises(
             ValueError,
-            match=(f"expected a row from 0 to 1, got {row}: open the batch with more rows"),
+            match=f"expected a row from 0 to 1, got {row}: open the batch with more rows",
         ):
             batch.start(row, portrait())
     for name, more in (("finish", ()), ("stop", ()), ("num_frames", ()), ("push", (speech(1),))):
         with pytest.raises(
-            ValueError,
-            match=(
-                r"row 1 was not started or has ended: call start\(1, "
-                r"...\)"
-            ),
+            ValueError, match=r"row 1 was not started or has ended: call start\(1, ...\)"
         ):
             getattr(batch, name)(1, *more)
     batch.start(0, portrait())
@@ -325,10 +394,7 @@ def test_bad_use(head: TalkingHead) -> None:
         batch.push(0, np.array([np.nan], np.float32))
     with pytest.raises(
         ValueError,
-        match=(
-            r"expected at most 2 s of speech waiting in row 0, got "
-            r"600\.0 s: call step"
-        ),
+        match=r"expected at most 2 s of speech waiting in row 0, got 600\.0 s: call step",
     ):
         batch.push(0, np.zeros(600 * 16_000, np.float32))
     batch.push(0, speech(1))
@@ -337,11 +403,7 @@ def test_bad_use(head: TalkingHead) -> None:
     batch.finish(0)
     with pytest.raises(
         ValueError,
-        match=(
-            r"expected speech before finish\(0\), got a push after it: start the "
-            r"row "
-            r"anew"
-        ),
+        match=r"expected speech before finish\(0\), got a push after it: start the row anew",
     ):
         batch.push(0, speech(1))
     with pytest.raises(ValueError, match=r"expected a portrait tensor of shape \(3, 64, 64\)"):
@@ -356,7 +418,7 @@ def test_bad_use(head: TalkingHead) -> None:
     ):
         with pytest.raises(
             ValueError,
-            match=("expected an open batch, got a closed one: open a new one with open_batch"),
+            match="expected an open batch, got a closed one: open a new one with open_batch",
         ):
             call()
     with pytest.raises(ValueError, match="expected a batch of at least 1 row, got 0"):
@@ -366,7 +428,7 @@ def test_bad_use(head: TalkingHead) -> None:
 
 
 @pytest.mark.skipif(
-    sys.platform != "linux", reason=("only Linux holds a process to its limit of address space")
+    sys.platform != "linux", reason="only Linux holds a process to its limit of address space"
 )
 def test_too_little_memory_says_what_was_needed(head: TalkingHead) -> None:
     import resource
@@ -378,12 +440,7 @@ def test_too_little_memory_says_what_was_needed(head: TalkingHead) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 200_000_000, hard))
     try:
         with pytest.raises(
-            ValueError,
-            match=(
-                r"lower the number of streams or size_px, .* "
-                r"guidance "
-                r"to 1"
-            ),
+            ValueError, match=r"lower the number of streams or size_px, .* guidance to 1"
         ) as caught:
             head.open_batch(num_rows)
     finally:

@@ -57,8 +57,8 @@ def streamed(
 def uncached(
     head: TalkingHead, sampling: Sampling, portraits: Tensor, noise: Tensor, speech: Tensor
 ) -> Tensor:
-    """The stream by METHOD's formula: each branch alone, every step a forward over all chunks so
-    far, no cache.
+    """The stream by REST's formula (sec. 3.5): each branch alone, every step a forward over all
+    chunks so far, no cache.
 
     Earlier chunks stand in that forward as they were when their keys were made; which step's that
     is, ``cache_noise`` says.

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_student import make_student
 from torch import nn
 
 from rest_lightning.errors import UserError
@@ -83,12 +84,16 @@ def test_schedule_is_stepped_by_steps_and_parts_have_rates_of_their_own(recipe: 
     module.optimizer_settings = OptimizerSettings(lr=1e-3, lr_factors={"speech_ae": 0.1})
     configured = module.configure_optimizers()
     assert configured["lr_scheduler"]["interval"] == "step"
-    rates = {group["name"]: group["initial_lr"] for group in configured["optimizer"].param_groups}
-    assert rates == pytest.approx({"transformer": 1e-3, "speech_ae": 1e-4})
-    sizes = {
-        group["name"]: sum(p.numel() for p in group["params"])
-        for group in configured["optimizer"].param_groups
-    }
+    groups = configured["optimizer"].param_groups
+    rates = {group["name"]: group["initial_lr"] for group in groups}
+    assert {name: rates[name] for name in module.trained_parts} == pytest.approx(
+        {"transformer": 1e-3, "speech_ae": 1e-4}
+    )
+    sizes = dict.fromkeys(module.trained_parts, 0)
+    for group in groups:
+        part = group["name"].split("/")[0]
+        sizes[part] += sum(p.numel() for p in group["params"])
+        assert group["initial_lr"] == rates[part]
     assert sizes["transformer"] == sum(p.numel() for p in module.transformer.parameters())
     read = [p for name, p in module.speech_ae.named_parameters() if not name.startswith("decoder")]
     # nothing reads the decoder in this stage
@@ -100,8 +105,8 @@ def test_schedule_is_stepped_by_steps_and_parts_have_rates_of_their_own(recipe: 
     [
         ("teacher", {"vae"}),
         ("student", {"vae"}),
-        ("asd", {"vae", "teacher"}),
-        ("rollout", {"vae", "teacher"}),
+        ("asd", {"vae", "teacher", "teacher_speech_ae"}),
+        ("rollout", {"vae", "teacher", "teacher_speech_ae"}),
         ("distill", {"vae", "source"}),
     ],
 )
@@ -235,3 +240,67 @@ def test_checkpoint_of_somebody_else(tmp_path: Path) -> None:
     torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
     with pytest.raises(UserError, match="none of ours"):
         VAEModule(tiny_vae(), initial={"vae": str(tmp_path / "other.ckpt")})
+
+
+def test_norms_biases_and_tables_do_not_decay() -> None:
+    module = make_student()
+    module.optimizer_settings.weight_decay = 0.3
+    optimizer = module.configure_optimizers()["optimizer"]
+    names = {id(weight): name for name, weight in module.named_parameters()}
+    decays = {
+        names[id(weight)]: group["weight_decay"]
+        for group in optimizer.param_groups
+        for weight in group["params"]
+    }
+    assert decays.keys() == {n for n, weight in module.named_parameters() if weight.requires_grad}
+    for name, decay in decays.items():
+        is_matrix = name.endswith(".weight") and "norm" not in name
+        assert decay == (0.3 if is_matrix else 0.0), name
+    assert decays["transformer.transformer_blocks.0.scale_shift_table"] == 0.0
+    assert decays["transformer.transformer_blocks.0.attn1.to_q.weight"] == 0.3
+
+
+def test_checkpoints_with_one_group_a_part_go_on() -> None:
+    """Moments, rates and settings find their parameters: a step after loading is the same step."""
+    steps = []
+    for is_old in (True, False):
+        module, other = make_student(), make_student()
+        optimizer = module.configure_optimizers()["optimizer"]
+        gradients = {
+            name: torch.randn(weight.shape, generator=torch.Generator().manual_seed(i))
+            for i, (name, weight) in enumerate(module.named_parameters())
+        }
+        if is_old:
+            parts = [
+                {
+                    "params": [p for p in getattr(module, part).parameters() if p.requires_grad],
+                    "name": part,
+                    "weight_decay": 0.01,
+                }
+                for part in module.trained_parts
+            ]
+            optimizer = torch.optim.AdamW(parts, lr=3e-3, betas=(0.9, 0.95))
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+        for name, weight in module.named_parameters():
+            weight.grad = gradients[name] if weight.requires_grad else None
+        optimizer.step()
+        checkpoint = {
+            "state_dict": module.state_dict(),
+            "optimizer_states": [optimizer.state_dict()],
+            "lr_schedulers": [scheduler.state_dict()],
+        }
+        other.on_load_checkpoint(checkpoint)
+        other.load_state_dict(checkpoint["state_dict"])
+        configured = other.configure_optimizers()
+        configured["optimizer"].load_state_dict(checkpoint["optimizer_states"][0])
+        configured["lr_scheduler"]["scheduler"].load_state_dict(checkpoint["lr_schedulers"][0])
+        groups = configured["optimizer"].param_groups
+        assert len(groups) == 4
+        assert {group["weight_decay"] for group in groups} == {0.0, 0.01}
+        before = {name: weight.clone() for name, weight in other.named_parameters()}
+        for name, weight in other.named_parameters():
+            weight.grad = gradients[name] if weight.requires_grad else None
+        configured["optimizer"].step()
+        steps.append({n: weight - before[n] for n, weight in other.named_parameters()})
+    for name, step in steps[0].items():
+        torch.testing.assert_close(step, steps[1][name], atol=1e-6, rtol=1e-3)

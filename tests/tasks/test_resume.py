@@ -17,7 +17,7 @@ OVERLAY = """
 trainer:
   max_steps: 6
   callbacks:
-    - class_path: lightning.pytorch.callbacks.EMAWeightAveraging
+    - class_path: rest_lightning.callbacks.averaging.MovingAverage
       init_args: {decay: 0.9}
     - class_path: lightning.pytorch.callbacks.ModelCheckpoint
       init_args: {dirpath: FOLDER, filename: "{step}", save_top_k: -1, every_n_train_steps: 3}
@@ -30,7 +30,7 @@ trainer:
   max_steps: 6
   accumulate_grad_batches: 2
   callbacks:
-    - class_path: lightning.pytorch.callbacks.EMAWeightAveraging
+    - class_path: rest_lightning.callbacks.averaging.MovingAverage
       init_args: {decay: 0.9}
     - class_path: lightning.pytorch.callbacks.ModelCheckpoint
       init_args:

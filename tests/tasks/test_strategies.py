@@ -110,7 +110,8 @@ def test_resumed_training_is_the_uninterrupted_one(runs: Any) -> None:
         torch.load(runs[1] / f"{name}.ckpt", weights_only=False) for name in RESUMED
     )
     assert (whole["global_step"], half["global_step"]) == (4, 2)
-    for key in ("state_dict", "optimizer_states", "lr_schedulers", "rest_rng_state", "global_step"):
+    keys = ("state_dict", "current_model_state", "averaging_state", "optimizer_states")
+    for key in (*keys, "lr_schedulers", "rest_rng_state", "global_step"):
         # By path: under FSDP2 AdamW's pair of betas comes back as a list.
         ours, theirs = (
             dict(tree_flatten_with_path(checkpoint[key])[0]) for checkpoint in (whole, resumed)
@@ -123,6 +124,10 @@ def test_resumed_training_is_the_uninterrupted_one(runs: Any) -> None:
                 else value == theirs[path]
             )
             assert same, (key, path)
+    for name, current in half["current_model_state"].items():  # averages of two steps
+        averaged = half["state_dict"][name]
+        assert averaged.shape == current.shape
+        assert "transformer" not in name or not torch.equal(averaged, current)
     before, after = (
         {k: v for k, v in c["state_dict"].items() if "transformer" in k} for c in (half, whole)
     )
@@ -142,11 +147,10 @@ def test_command_line_takes_the_file(
     given = yaml.safe_load(file.read_text())["trainer"]
     printed = yaml.safe_load(capsys.readouterr().out)["trainer"]
     assert printed["devices"] == given["devices"]
-    if strategy == "ddp":
-        assert printed["strategy"] == "ddp"
-    else:
-        assert printed["strategy"]["class_path"] == given["strategy"]["class_path"]
-        assert printed["strategy"]["init_args"].items() >= given["strategy"]["init_args"].items()
+    assert printed["strategy"]["class_path"] == given["strategy"]["class_path"]
+    assert printed["strategy"]["init_args"].items() >= given["strategy"]["init_args"].items()
+    if strategy == "fsdp":
         assert [callback["class_path"].rpartition(".")[2] for callback in printed["callbacks"]] == [
-            "ModelCheckpoint"
+            "MovingAverage",
+            "ModelCheckpoint",
         ]

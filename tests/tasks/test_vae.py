@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import csv
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tiny_ltx import make_vae
 
 from rest_lightning.diffusion.losses import speech_ae_loss
 from rest_lightning.errors import UserError
@@ -22,6 +26,11 @@ from rest_lightning.tasks.vae import (
     border_jump_ratio,
     psnr_db,
 )
+from rest_lightning.torchvision_compat import ensure_torchvision
+
+ensure_torchvision()
+from lightning import Callback, Trainer  # noqa: E402
+from lightning.pytorch.loggers import CSVLogger  # noqa: E402
 
 
 def module(**weights: float) -> VAEModule:
@@ -50,6 +59,15 @@ def test_vae_loss_falls_on_one_batch() -> None:
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0], losses[::10]
+
+
+def test_encoders_with_published_statistics_are_not_trained() -> None:
+    vae = make_vae("0.9.1")
+    with pytest.raises(UserError, match="expected train_encoder false for LTXVideoVAE"):
+        VAEModule(vae)
+    task = VAEModule(vae.requires_grad_(True), train_encoder=False)
+    trained = {name for name, weight in task.named_parameters() if weight.requires_grad}
+    assert {name.split(".")[2] for name in trained} == {"decoder"}
 
 
 def test_speech_ae_loss_falls_on_one_batch() -> None:
@@ -136,7 +154,7 @@ def test_final_checkpoint_holds_the_statistics_of_its_own_weights(recipe: Any) -
     vae.load_state_dict({key.removeprefix("vae."): value for key, value in state.items()})
     with torch.no_grad():
         mean = vae.encode_moments(data["frames"])[0]
-    moments = LatentMoments()
+    moments = LatentMoments(mean.shape[1])
     moments.update(mean)
     torch.testing.assert_close(vae.latents_mean, moments.compute()[0], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(vae.latents_std, moments.compute()[1], atol=1e-4, rtol=1e-4)
@@ -235,3 +253,67 @@ def test_principal_batches_need_the_data_module() -> None:
             VAEModule(vae, principal_batches=1),
             torch.utils.data.DataLoader([batch()], batch_size=None),
         )
+
+
+def test_a_training_logs_its_speed_and_the_norms_of_its_gradients(tmp_path: Path) -> None:
+    class Clips(torch.utils.data.Dataset[dict[str, Any]]):
+        def __len__(self) -> int:
+            return 8
+
+        def __getitem__(self, index: int) -> dict[str, Any]:
+            time.sleep(0.02)
+            clip = {name: value[0] for name, value in batch().items()}
+            return {**clip, "clip_id": str(index)}
+
+    task = module()
+    norms: list[float] = []
+
+    class Norm(Callback):
+        def on_before_optimizer_step(self, *args: Any) -> None:
+            grads = [p.grad.flatten() for p in task.vae.parameters() if p.grad is not None]
+            norms.append(float(torch.cat(grads).norm()))
+
+    logger = CSVLogger(tmp_path, flush_logs_every_n_steps=1)
+    trainer = Trainer(
+        accelerator="cpu", max_steps=4, accumulate_grad_batches=2, log_every_n_steps=2,
+        gradient_clip_val=1e-3, logger=logger, callbacks=[Norm()], enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(task, torch.utils.data.DataLoader(Clips(), batch_size=1))
+    with (Path(logger.log_dir) / "metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["grad_norm/vae"]]
+    assert [int(row["step"]) for row in rows] == [1, 3]
+    assert [float(row["grad_norm/vae"]) for row in rows] == pytest.approx(norms[1::2], rel=1e-4)
+    for row in rows:
+        assert 0 < float(row["speed/data_wait"]) < 1
+        assert 0 < float(row["speed/samples_per_second"]) < 1 / 0.02
+
+
+def test_moments_of_several_processes_are_those_of_one() -> None:
+    """Processes that saw other clips, one of them none: the sums are added, not the moments."""
+    latents = torch.randn(6, 3, 4, 2, 2) * torch.tensor([1.0, 3.0, 0.2]).view(1, 3, 1, 1, 1) + 2
+    ranks = [LatentMoments(3) for _ in range(3)]
+    whole = LatentMoments(3)
+    whole.update(latents)
+    for moments, rows in zip(ranks, (latents[:5], latents[5:]), strict=False):
+        moments.update(rows)
+    shares = {
+        name: [getattr(moments, name) for moments in ranks]
+        for name in ("count", "sum", "square_sum")
+    }
+    totals = iter(torch.stack(share).sum(0) for share in shares.values())
+    together = ranks[0].reduced(lambda own: next(totals))
+    for own, expected in zip(together.compute(), whole.compute(), strict=True):
+        torch.testing.assert_close(own, expected)
+    assert not torch.allclose(ranks[0].compute()[0], whole.compute()[0], atol=1e-3)
+
+
+def test_precisions_that_round_the_noise_table_are_refused() -> None:
+    for precision, is_good in (("bf16-true", False), ("bf16-mixed", True), ("32-true", True)):
+        task = module()
+        task.trainer = Trainer(accelerator="cpu", precision=precision, logger=False)  # type: ignore[arg-type]
+        if is_good:
+            task.setup("fit")
+            continue
+        with pytest.raises(UserError, match=r"got trainer\.precision bf16-true, .*use bf16-mixed"):
+            task.setup("fit")

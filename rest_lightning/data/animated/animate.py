@@ -380,10 +380,7 @@ def _colour_table(style: Style) -> Callable[[NDArray[np.uint8]], NDArray[np.uint
     tables = np.clip(table[None] * gains[:, None] + 0.5, 0, 255).astype(np.uint8)
 
     def change(pictures: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        channels = [
-            cv2.LUT(pictures[..., c].reshape(len(pictures), -1), tables[c]) for c in range(3)
-        ]
-        result = np.stack(channels, axis=-1).reshape(pictures.shape)
+        result = np.stack([tables[c][pictures[..., c]] for c in range(3)], axis=-1)
         if style.saturation != 1.0:
             grey = result.astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)
             mixed = grey[..., None] + style.saturation * (result - grey[..., None])

@@ -8,6 +8,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -169,7 +170,7 @@ def change_speed(driver: Driver, factor: float) -> Driver:
 
     samples = np.arange(count * SAMPLES_PER_FRAME) * factor
     audio = np.interp(samples, np.arange(len(driver.audio)), driver.audio).astype(np.float32)
-    smooth = {
+    smooth: dict[str, Any] = {
         name: resample(getattr(driver, name)) for name in ("expression", "rotation", "shift", "gap")
     }
     nearest = np.minimum(np.round(times).astype(int), driver.num_frames - 1)
@@ -189,7 +190,7 @@ _PER_FRAME = ("expression", "rotation", "shift", "gap", "mesh", "frames")
 def _join_two(first: Driver, second: Driver) -> Driver:
     n = min(_JOIN_FRAMES, first.num_frames - 1, second.num_frames - 1)
     weight = np.linspace(0, 1, n + 2)[1:-1]
-    arrays = {}
+    arrays: dict[str, Any] = {}
     for name in _PER_FRAME:
         a, b = getattr(first, name), getattr(second, name)
         w = weight.reshape(-1, *[1] * (a.ndim - 1))

@@ -186,10 +186,11 @@ def frame_portrait(
     target = np.array([framing.x, framing.y]) * size_px
     affine = np.concatenate([matrix, (target - matrix @ centre)[:, None]], axis=1)
     if scale < 0.75:  # warpAffine has no area filter
-        still = cv2.GaussianBlur(still, (0, 0), 0.45 / scale)
-    picture = cv2.warpAffine(
+        still = np.asarray(cv2.GaussianBlur(still, (0, 0), 0.45 / scale), np.uint8)
+    cut = cv2.warpAffine(
         still, affine, (size_px, size_px), flags=cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE
     )
+    picture = np.asarray(cut, np.uint8)
     moved = mesh.copy()
     moved[:, :2] = mesh[:, :2] @ matrix.T + affine[:, 2]
     moved[:, 2] *= scale
@@ -198,9 +199,10 @@ def frame_portrait(
     alpha = alpha * alpha * (3 - 2 * alpha)
     person = (seen > 0.1).astype(np.uint8)
     kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (5, 5))
-    outside = cv2.dilate(person, kernel)
-    inside = cv2.erode(person, kernel, iterations=_INPAINT_PX // 2)
-    background = cv2.inpaint(picture, outside & (1 - inside), 3, cv2.INPAINT_TELEA)
+    outside = np.asarray(cv2.dilate(person, kernel), np.uint8)
+    inside = np.asarray(cv2.erode(person, kernel, iterations=_INPAINT_PX // 2), np.uint8)
+    painted = cv2.inpaint(picture, outside & (1 - inside), 3, cv2.INPAINT_TELEA)
+    background = np.asarray(painted, np.uint8)
     return Portrait(
         name,
         picture,

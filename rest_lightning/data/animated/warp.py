@@ -75,13 +75,13 @@ class MeshWarp:
         for number in np.flatnonzero(~flat):
             cv2.fillConvexPoly(labels, fixed[number], int(number), cv2.LINE_8, _SUBPIXEL_BITS)
         extra = []
-        for number, layer in enumerate(self._layers):
+        for index, layer in enumerate(self._layers):
             matrix = fit_similarity(moved[layer.anchors], self.points[layer.anchors])
             if layer_shifts is not None:
-                matrix[:, 2] -= matrix[:, :2] @ layer_shifts[number]
+                matrix[:, 2] -= matrix[:, :2] @ layer_shifts[index]
             extra.append(matrix)
             polygon = np.round(moved[layer.polygon] * (1 << _SUBPIXEL_BITS)).astype(np.int32)
-            cv2.fillPoly(labels, [polygon], len(affine) + number, cv2.LINE_8, _SUBPIXEL_BITS)
+            cv2.fillPoly(labels, [polygon], len(affine) + index, cv2.LINE_8, _SUBPIXEL_BITS)
         table = np.concatenate([affine, np.array(extra).reshape(-1, 2, 3)]).astype(np.float32)
         rows, columns = np.mgrid[0:height, 0:width].astype(np.float32)
         chosen = table[labels]
@@ -107,7 +107,5 @@ def remap(
     picture: NDArray[np.uint8], x: NDArray[np.float32], y: NDArray[np.float32]
 ) -> NDArray[np.uint8]:
     """Returns the picture (H, W[, C]) read at (x, y), cubic, borders repeated."""
-    result: NDArray[np.uint8] = cv2.remap(
-        picture, x, y, cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE
-    )
-    return result
+    read = cv2.remap(picture, x, y, cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE)
+    return np.asarray(read, np.uint8)

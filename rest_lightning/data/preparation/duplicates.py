@@ -30,7 +30,6 @@ from numpy.typing import NDArray
 from rest_lightning.constants import SAMPLE_RATE
 from rest_lightning.data.preparation.options import PrepareOptions
 from rest_lightning.data.preparation.rows import Row
-from rest_lightning.errors import UserError
 
 FILTER = "duplicate"
 MAX_SOUND_DISTANCE = 12  # of 64 bits; two different sentences are about 32 apart
@@ -100,16 +99,10 @@ def mark_duplicates(rows: Iterable[Row], options: PrepareOptions) -> list[Row]:
     Of several, that with the largest face stays (its box in source pixels), then the longest, then
     the first by name. The result depends neither on the order of the rows nor on what an earlier
     call has marked.
-
-    Raises:
-        UserError: ``max_duplicate_distance`` outside 0..32.
     """
-    if not 0 <= options.max_duplicate_distance <= 32:
-        raise UserError(
-            "expected max_duplicate_distance of 0 to 32 bits, got "
-            f"{options.max_duplicate_distance}: 6 is usual"
-        )
     out = [_unmarked(row) for row in rows]
+    if options.max_duplicate_distance is None:
+        return out
     places = [
         i
         for i, row in enumerate(out)

@@ -26,6 +26,7 @@ RULES = (
     Rule("profile", "max_profile", "max", "eye distances from the nose to the middle"),
     Rule("blur", "min_sharpness", "min", "as variance of the Laplacian"),
     Rule("motion", "max_flow", "max", "percent of the side as optical flow"),
+    Rule("still", "max_still_s", "max", "s without any movement"),
     Rule("dark", "min_brightness", "min", "of full brightness"),
     Rule("hands", "max_hands", "max", "of the frames with a hand over the face"),
     Rule("text", "max_text", "max", "of the frames with text in the lower third"),

@@ -19,6 +19,17 @@ from av.video.reformatter import VideoReformatter
 
 from rest_lightning.constants import FPS
 from rest_lightning.errors import UserError
+from rest_lightning.media.audio import BACK_S
+from rest_lightning.media.container import (
+    MediaError,
+    deinterlaced,
+    open_media,
+    picture_stream,
+    quarter_turns,
+    reason_of,
+    seconds,
+    wide_colours,
+)
 from rest_lightning.media.faces import Picture
 
 MIN_SIDE_PX = 32
@@ -118,7 +129,14 @@ def probe(path: Path, min_fps: float = 0.0) -> Probe:
                 "decode",
                 ("expected frames, got none that can be decoded: the file is damaged or empty"),
             )
-        rotation = round(first.rotation / 90) * 90 % 360
+        colours = wide_colours(first)
+        if colours is not None:
+            raise SourceError(
+                "probe",
+                f"expected colours of SDR video (BT.709 or BT.601), got {colours}: convert it, "
+                "for example with FFmpeg's zscale and tonemap",
+            )
+        rotation = 90 * quarter_turns(first)
         aspect = stream.sample_aspect_ratio or Fraction(1)
         aspect = aspect if Fraction(1, 10) <= aspect <= 10 else Fraction(1)
         width, height = round(first.width * aspect), first.height
@@ -138,6 +156,8 @@ class FrameStream:
 
     Attributes:
         damage: after the iteration: what was wrong with the file, or None.
+        origins_s: after the iteration: the time stamp of time 0, of each part where they start
+            again.
 
     Args:
         path: the video.
@@ -148,6 +168,7 @@ class FrameStream:
     def __init__(self, path: Path, probe: Probe, max_gap_s: float = 2.0) -> None:
         self.path, self.probe, self.max_gap = path, probe, Fraction(max_gap_s)
         self.damage: str | None = None
+        self.origins_s = [Fraction(0)]
         self._reformatter = VideoReformatter()
 
     def __iter__(self) -> Iterator[Frame]:
@@ -157,7 +178,8 @@ class FrameStream:
             usual = 1 / stream.average_rate if stream.average_rate else _SPF
             index, last = 0, Fraction(0)
             shown: VideoFrame | None = None
-            for time, frame in _timed(decoded(container, stream, damage), usual):
+            clock = _Clock(usual, self.max_gap + _SPF)
+            for time, frame in clock.timed(deinterlaced(decoded(container, stream, damage))):
                 if shown is not None:
                     hole = time - last > self.max_gap
                     yield from self._repeat(shown, index, last + usual if hole else time)
@@ -165,6 +187,7 @@ class FrameStream:
                 shown, last = frame, time
             if shown is not None:
                 yield from self._repeat(shown, index, last + usual)
+        self.origins_s = clock.origins_s or [Fraction(0)]
         self.damage = (
             damage[0]
             if damage
@@ -186,36 +209,42 @@ class FrameStream:
         )
 
 
-def start_s(path: Path) -> Fraction:
-    """Time stamp of the first decoded frame in seconds: time 0 of a `FrameStream`."""
-    with open_container(path) as container:
-        stream = video_stream(container)
-        first = next(decoded(container, stream), None)
-        if first is None or first.pts is None or first.time_base is None:
-            return Fraction(0)
-        return first.pts * first.time_base
-
-
 def _next_index(time: Fraction) -> int:
     """Number of the first frame whose middle does not lie before ``time``."""
     return max(0, -((_SPF / 2 - time) // _SPF))
 
 
-def _timed(frames: Iterator[VideoFrame], usual: Fraction) -> Iterator[tuple[Fraction, VideoFrame]]:
-    """Frames with their times from the first one on; those that go back in time are left out."""
-    origin: Fraction | None = None
-    last = -usual
-    for frame in frames:
-        if frame.pts is None or frame.time_base is None:
-            time = last + usual
-        else:
-            stamp = frame.pts * frame.time_base
-            origin = stamp - max(last + usual, Fraction(0)) if origin is None else origin
-            time = stamp - origin
-        if time < last + _BACKWARDS_S and last >= 0:
-            continue
-        yield time, frame
-        last = time
+class _Clock:
+    """Times of frames from the first one on.
+
+    Frames that go back in time a little are left out. Where time stamps start again (joined
+    recordings, a discontinuity of MPEG-TS) another part begins, after a hole that ends every clip.
+
+    Attributes:
+        origins_s: time stamp that is time 0, of each part.
+    """
+
+    def __init__(self, usual: Fraction, hole: Fraction) -> None:
+        self.origins_s: list[Fraction] = []
+        self._usual, self._hole = usual, hole
+
+    def timed(self, frames: Iterator[VideoFrame]) -> Iterator[tuple[Fraction, VideoFrame]]:
+        """Each frame with its time."""
+        last = -self._usual
+        for frame in frames:
+            stamp = seconds(frame.pts, frame.time_base)
+            if stamp is None:
+                time = last + self._usual
+            else:
+                if not self.origins_s:
+                    self.origins_s.append(stamp - max(last + self._usual, Fraction(0)))
+                elif stamp - self.origins_s[-1] < last - BACK_S:
+                    self.origins_s.append(stamp - (last + self._usual + self._hole))
+                time = stamp - self.origins_s[-1]
+            if time < last + _BACKWARDS_S and last >= 0:
+                continue
+            yield time, frame
+            last = time
 
 
 def decoded(
@@ -252,12 +281,11 @@ def decoded(
 def open_container(path: Path) -> Any:
     """An open PyAV container. Raises SourceError."""
     try:
-        # Names such as "a:b.mp4" are files, not protocols.
-        return av.open(f"file:{path}", metadata_errors="ignore")
-    except (av.FFmpegError, OSError, ValueError) as error:
+        return open_media(path)
+    except MediaError as error:
         raise SourceError(
             "probe",
-            (f"expected a video, got '{reason_of(error)}': the file is damaged or another kind"),
+            f"expected a video, got '{error.reason}': the file is damaged or another kind",
         ) from None
 
 
@@ -266,29 +294,20 @@ def video_stream(container: Any) -> Any:
     name = container.format.name
     if name in _STILL or name.endswith("_pipe"):
         raise SourceError("probe", "expected a video, got a still image")
-    moving = [s for s in container.streams.video if not is_picture(s)]
-    if not moving:
-        if container.streams.audio:
-            raise SourceError("probe", "expected a video stream, got sound only")
-        kinds = ", ".join(sorted({s.type for s in container.streams})) or "nothing"
-        raise SourceError("probe", f"expected a video stream, got {kinds} only")
-    stream = next((s for s in moving if s.disposition & av.stream.Disposition.default), moving[0])
-    if stream.codec_context is None:
+    stream = picture_stream(container)
+    if stream is not None:
+        return stream
+    if any(not is_picture(s) for s in container.streams.video):
         raise SourceError("probe", "expected a video codec that FFmpeg decodes, got another")
-    # every thread more holds frames of its own: memory stays bounded
-    stream.codec_context.thread_count = 1
-    return stream
+    if container.streams.audio:
+        raise SourceError("probe", "expected a video stream, got sound only")
+    kinds = ", ".join(sorted({s.type for s in container.streams})) or "nothing"
+    raise SourceError("probe", f"expected a video stream, got {kinds} only")
 
 
 def is_picture(stream: Any) -> bool:
     """Whether a video stream is the cover picture of a sound file."""
     return bool(stream.disposition & av.stream.Disposition.attached_pic)
-
-
-def reason_of(error: BaseException) -> str:
-    """A few words for what a library raised."""
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return " ".join(str(text).split()).lower()[:120]
 
 
 def _duration_s(container: Any, stream: Any) -> float | None:

@@ -4,12 +4,9 @@ line fill.
 
 from __future__ import annotations
 
-import os
 import types
 import typing
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any, Literal
 
 from rest_lightning.errors import UserError
@@ -27,14 +24,14 @@ FINISHING = (
 
 @dataclass(frozen=True)
 class PrepareOptions:
-    """Sizes, thresholds and rules. None as a threshold switches its filter off; the score is stored
-    all the same.
+    """Sizes, thresholds and rules.
+
+    None as a threshold switches its filter off; the score is stored all the same.
 
     Attributes:
         size_px: side of the clips: 128, 256 or 512.
         crf: constant rate factor of x264.
-        detector: ``mediapipe`` or the import path ``package.module:Class`` of a
-            :class:`~rest_lightning.media.faces.FaceDetector`.
+        detector: mediapipe, or package.module:Class, the import path of a FaceDetector.
         min_confidence: of a detection, 0 to 1.
         detection_px: longer side of the frames that faces are looked for in.
         box: ``[x, y, w, h]`` in pixels of the upright source: no faces are looked for, this square
@@ -60,6 +57,8 @@ class PrepareOptions:
         min_sharpness: filter ``blur``: variance of the Laplacian of the grey face at 64x64, median.
         max_flow: filter ``motion``: mean optical flow per frame, in percent of the side, 95th
             percentile.
+        max_still_s: filter ``still``: longest stretch without any movement in the crop, in seconds
+            (a frozen picture, a photograph under speech).
         min_brightness: filter ``dark``: mean luma of the crop, 0 to 1.
         max_hands: filter ``hands``: share of looked-at frames with a hand over the face.
         max_text: filter ``text``: share of looked-at frames with a line of text in the lower third.
@@ -72,7 +71,8 @@ class PrepareOptions:
         min_sync_confidence: below it the offset means nothing, and the filter ``sync`` drops the
             clip.
         look_every_frames: hands and text are looked for in every so many frames.
-        max_duplicate_distance: bits in which two hashes of duplicates may differ.
+        max_duplicate_distance: bits in which two hashes of duplicates may differ, 0 to 32; None
+            keeps duplicates.
         keep_dropped: write the clips that a filter drops too; they stay out of manifest.jsonl.
         identity_rule, identity_map, val_fraction, test_fraction: who is seen, and the splits.
     """
@@ -99,6 +99,7 @@ class PrepareOptions:
     max_profile: float | None = 0.5
     min_sharpness: float | None = 30.0
     max_flow: float | None = 4.0
+    max_still_s: float | None = 3.0
     min_brightness: float | None = 0.12
     max_hands: float | None = 0.1
     max_text: float | None = 0.3
@@ -108,7 +109,7 @@ class PrepareOptions:
     max_offset_frames: float | None = 3.0
     min_sync_confidence: float | None = None
     look_every_frames: int = 5
-    max_duplicate_distance: int = 6
+    max_duplicate_distance: int | None = 6
     keep_dropped: bool = False
     identity_rule: Literal["auto", "hdtf", "mead", "file"] = "auto"
     identity_map: str | None = None
@@ -157,6 +158,12 @@ class PrepareOptions:
                 raise UserError(
                     f"expected {name} of at least 0, got {getattr(self, name)}: leave it out"
                 )
+        bits = self.max_duplicate_distance
+        if bits is not None and not 0 <= bits <= 32:
+            raise UserError(
+                f"expected max_duplicate_distance of 0 to 32 bits, got {bits}: null keeps "
+                "duplicates, 6 is the default"
+            )
         if (
             self.val_fraction < 0
             or self.test_fraction < 0
@@ -171,48 +178,6 @@ class PrepareOptions:
     def finds_faces(self) -> bool:
         """Whether a detector runs."""
         return self.box is None and not self.already_cropped
-
-
-def load_options(
-    path: str | os.PathLike[str] | None, overrides: Mapping[str, Any] | None = None
-) -> PrepareOptions:
-    """Options of a YAML file, with ``overrides`` on top (command line); names that are None there
-    are not given.
-
-    Raises:
-        UserError: no such file, not YAML, an unknown name, a value of another kind.
-    """
-    values = {} if path is None else _read_yaml(Path(path))
-    values.update(overrides or {})
-    known = [field.name for field in fields(PrepareOptions)]
-    unknown = [str(name) for name in values if name not in known]
-    if unknown:
-        raise UserError(
-            f"expected options of {', '.join(known)}, got {', '.join(unknown)}: correct the name"
-        )
-    return PrepareOptions(**values)
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    import yaml
-
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"expected a configuration file {path}, got {error}: check the name"
-        ) from None
-    except yaml.YAMLError as error:
-        raise UserError(
-            f"expected YAML in {path}, got {' '.join(str(error).split())}: correct it"
-        ) from None
-    if content is not None and not isinstance(content, dict):
-        raise UserError(
-            f"expected names and values in {path}, got {type(content).__name__}: "
-            "write "
-            "`size_px: 256`"
-        )
-    return dict(content or {})
 
 
 def _checked(name: str, value: Any, hint: Any) -> Any:

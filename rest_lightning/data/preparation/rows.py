@@ -23,6 +23,7 @@ FILTERS = (
     "profile",
     "blur",
     "motion",
+    "still",
     "dark",
     "hands",
     "text",

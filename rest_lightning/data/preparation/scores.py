@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rest_lightning.constants import FPS
 from rest_lightning.data.preparation.options import PrepareOptions
 from rest_lightning.media.faces import Box, HandFinder, Picture, hands_over
 
@@ -22,6 +23,7 @@ _GREY_PX = 64
 _FLOW_PX = 64
 _TEXT_PX = (256, 86)  # the lower third of a square
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
+_STILL = 0.15  # mean difference of grey levels at 64x64
 _MIN_CONTRAST, _MIN_TEXT_WIDTH, _MIN_STROKES = 60, 0.2, 10
 
 Grey = NDArray[np.uint8]
@@ -42,6 +44,8 @@ class ClipScores:
         self.flow: list[float] = []
         self.with_hands: list[bool] = []
         self.with_text: list[bool] = []
+        self.longest_still = 0  # frames
+        self._still, self._anchor = 0, np.zeros(0, np.float32)
         self._last: Grey | None = None
         self._flow: Any = None
         if find_spec("cv2") is not None:
@@ -59,8 +63,9 @@ class ClipScores:
         grey = to_grey(crop)
         self.brightness.append(float(grey.mean()) / 255)
         self.sharpness.append(sharpness(cut(grey, face)))
+        small = resized(grey, _FLOW_PX, _FLOW_PX)
+        self._watch(small.astype(np.float32))
         if self._flow is not None:
-            small = resized(grey, _FLOW_PX, _FLOW_PX)
             if self._last is not None:
                 moved = self._flow.calc(self._last, small, None)
                 self.flow.append(100 * float(np.linalg.norm(moved, axis=2).mean()) / _FLOW_PX)
@@ -74,10 +79,12 @@ class ClipScores:
             values.append(values[-1])
         if self._last is not None:
             self.flow.append(0.0)
+        self._watch(self._anchor)
 
     def result(self) -> dict[str, float]:
         """Scores under the names of their filters."""
         scores = {"blur": float(np.median(self.sharpness)), "dark": float(np.mean(self.brightness))}
+        scores["still"] = self.longest_still / FPS
         if self.flow:
             scores["motion"] = float(np.percentile(self.flow, 95))
         if self.with_hands:
@@ -85,6 +92,16 @@ class ClipScores:
         if self.with_text:
             scores["text"] = float(np.mean(self.with_text))
         return scores
+
+    def _watch(self, small: NDArray[np.float32]) -> None:
+        """Count frames that show what an earlier one showed: slow movement adds up until it is
+        seen, the noise of a codec does not.
+        """
+        is_still = self._anchor.size and float(np.abs(small - self._anchor).mean()) < _STILL
+        self._still = self._still + 1 if is_still else 0
+        if not is_still:
+            self._anchor = small
+        self.longest_still = max(self.longest_still, self._still)
 
     def _look(self, crop: Picture, grey: Grey, face: Box | None) -> None:
         if self.hands is not None and face is not None:

@@ -4,34 +4,36 @@ and not in memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
-import av
 import numpy as np
 from numpy.typing import NDArray
 
-from rest_lightning.constants import SAMPLE_RATE, SAMPLES_PER_FRAME
-from rest_lightning.data.preparation.frames import decoded, open_container
+from rest_lightning.constants import SAMPLES_PER_FRAME
+from rest_lightning.errors import UserError
+from rest_lightning.media.audio import sound_on_clock, survey
+from rest_lightning.media.container import Losses
 
-_JUMP_SAMPLES = SAMPLE_RATE // 25  # time stamps further off than this are a gap, not jitter
 _SILENCE = 1e-5  # of full scale: -100 dB
 
 
-def decode_sound(path: Path, target: Path, num_samples: int, origin_s: Fraction) -> str | None:
+def decode_sound(
+    path: Path, target: Path, num_samples: int, origins_s: Sequence[Fraction]
+) -> str | None:
     """Write the sound of a video as raw int16 samples.
 
     Every block is put where its time stamp says: sound that begins late or stops between is silence
-    there, and what is heard before the first frame is left out.
+    there, and what is heard before the first frame is left out. The track marked as default is
+    taken, else the first; channels are mixed down as by
+    :func:`rest_lightning.media.audio.open_speech`.
 
     Args:
-        path: the video; the track marked as default is taken, else the first; more channels are
-            mixed down.
+        path: the video.
         target: gets exactly ``num_samples`` samples.
         num_samples: at 16 kHz.
-        origin_s: time stamp of the first frame.
+        origins_s: time stamp of the first frame; of each part where they start again.
 
     Returns:
         What was wrong, in one line; None if nothing was.
@@ -39,26 +41,30 @@ def decode_sound(path: Path, target: Path, num_samples: int, origin_s: Fraction)
     Raises:
         OSError: the target cannot be written.
     """
-    damage: list[str] = []
+    losses, num_written = Losses(), 0
     with open(target, "wb") as file:
         file.truncate(2 * num_samples)
-        with open_container(path) as container:
-            streams = container.streams.audio
-            if not streams:
-                return "expected an audio stream, got none"
-            stream = next(
-                (s for s in streams if s.disposition & av.stream.Disposition.default), streams[0]
-            )
-            num_written = 0
-            for position, block in _placed(decoded(container, stream, damage, "sound"), origin_s):
+        try:
+            mix = survey(path).mix
+            for position, block in sound_on_clock(path, origins_s, mix, losses):
                 low, high = max(position, 0), min(position + len(block), num_samples)
                 if low < high:
+                    part = block[low - position : high - position]
                     file.seek(2 * low)
-                    file.write(block[low - position : high - position].tobytes())
+                    file.write(_as_int16(part).tobytes())
                     num_written += high - low
-    if not num_written:
-        damage.append("expected sound beside the frames, got none that can be decoded")
-    return damage[0] if damage else None
+        except UserError as error:
+            return str(error).replace(str(path), path.name)
+    if losses.seconds > 0.1:
+        return (
+            f"expected sound that can be decoded, got '{losses.error}' for {losses.seconds:.2f} s "
+            f"from {losses.first_s or 0:.2f} s on"
+        )
+    return None if num_written else "expected sound beside the frames, got none"
+
+
+def _as_int16(samples: NDArray[np.float32]) -> NDArray[np.int16]:
+    return np.clip(np.round(samples * 32768.0), -32768, 32767).astype("<i2")
 
 
 def read_sound(source: Path, start_frame: int, num_frames: int) -> NDArray[np.float32]:
@@ -78,43 +84,3 @@ def silent_share(samples: NDArray[np.float32], silence_db: float) -> float:
     """
     power = np.square(samples.reshape(-1, SAMPLES_PER_FRAME), dtype=np.float64).mean(axis=1)
     return float(np.mean(10 * np.log10(power + _SILENCE**2) < silence_db))
-
-
-def _placed(frames: Iterator[Any], origin_s: Fraction) -> Iterator[tuple[int, NDArray[np.int16]]]:
-    """Blocks of samples, and the number of the first of each, counted from ``origin_s``."""
-    resampler: av.AudioResampler | None = None
-    shape: tuple[Any, ...] = ()
-    position, heard = 0, Fraction(0)  # the next sample; where the sound put in so far ends
-
-    def convert(frame: Any) -> NDArray[np.int16]:
-        # Integers: FFmpeg mixes channels down with weights that sum to one there, to floats with a
-        # gain that clips.
-        pieces = (
-            []
-            if resampler is None
-            else [piece.to_ndarray()[0] for piece in resampler.resample(frame)]
-        )
-        return np.concatenate([np.zeros(0, np.int16), *pieces])
-
-    for frame in frames:
-        now = (frame.format.name, frame.layout.name, frame.sample_rate)
-        stamp = (
-            None
-            if frame.pts is None or frame.time_base is None
-            else frame.pts * frame.time_base - origin_s
-        )
-        jumps = stamp is not None and abs(stamp - heard) * SAMPLE_RATE > _JUMP_SAMPLES
-        if resampler is None or now != shape or jumps:
-            rest = convert(None)
-            if len(rest):
-                yield position, rest
-            resampler, shape = av.AudioResampler("s16", "mono", SAMPLE_RATE), now
-            heard = stamp if stamp is not None else heard
-            position = round(heard * SAMPLE_RATE)
-        heard += Fraction(frame.samples, frame.sample_rate)
-        frame.pts = None
-        block = convert(frame)
-        yield position, block
-        position += len(block)
-    rest = convert(None)
-    yield position, rest

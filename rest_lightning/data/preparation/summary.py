@@ -23,6 +23,7 @@ NOUNS = {
     "profile": "turn of the head in eye distances",
     "blur": "sharpness (variance of the Laplacian)",
     "motion": "optical flow in % of the side",
+    "still": "longest stretch without movement in s",
     "dark": "brightness",
     "hands": "share of frames with a hand over the face",
     "text": "share of frames with text below",

@@ -16,6 +16,7 @@ from fractions import Fraction
 from importlib.util import find_spec
 from pathlib import Path
 
+import av
 import numpy as np
 from numpy.typing import NDArray
 
@@ -28,12 +29,10 @@ from rest_lightning.data.preparation.frames import (
     Probe,
     SourceError,
     probe,
-    reason_of,
-    start_s,
 )
 from rest_lightning.data.preparation.options import FINISHING, PrepareOptions
 from rest_lightning.data.preparation.rows import Row, sort_rows
-from rest_lightning.data.preparation.scenes import scene_cuts, small_picture
+from rest_lightning.data.preparation.scenes import FaceChanges, scene_cuts, small_picture
 from rest_lightning.data.preparation.sound import decode_sound, read_sound
 from rest_lightning.data.preparation.tracks import (
     FIELDS,
@@ -45,10 +44,11 @@ from rest_lightning.data.preparation.tracks import (
     static_box,
 )
 from rest_lightning.errors import UserError
+from rest_lightning.media.container import reason_of
 from rest_lightning.media.faces import Box, FaceDetector, HandFinder, make_detector
 from rest_lightning.media.files import is_disk_full, rounded, write_text_atomic
 
-PREPARE_VERSION = 1
+PREPARE_VERSION = 2
 """Raised whenever the same video and options give other clips than before."""
 
 _NAME_CHARS = 48  # of a video's name in the names of its clips
@@ -90,20 +90,17 @@ def prepare_video(path: Path, root: Path, out: Path, options: PrepareOptions) ->
     except UserError:
         raise
     except (Exception, MemoryError) as error:  # one broken video never stops the run
-        if is_disk_full(error) or isinstance(error, OSError):
+        # FFmpeg's errors are OSErrors too: what it refuses inside a video is that video's fault.
+        is_writing = isinstance(error, OSError) and not isinstance(error, av.FFmpegError)
+        if is_disk_full(error) or is_writing:
             raise UserError(
                 f"expected to write {out}, got '{reason_of(error)}': free some space"
             ) from error
         remove_clips(out, key)
-        rows = [
-            Row(
-                source,
-                None,
-                "failed",
-                "decode",
-                (f"unexpected {type(error).__name__}: {reason_of(error)}"),
-            )
-        ]
+        reason = f"unexpected {type(error).__name__}: {reason_of(error)}"
+        if isinstance(error, av.FFmpegError):
+            reason = f"expected a video that FFmpeg converts, got '{reason_of(error)}'"
+        rows = [Row(source, None, "failed", "decode", reason)]
     write_record(out, key, stamp, rows)
     return rows
 
@@ -203,6 +200,7 @@ class _Analysis:
     breaks: NDArray[np.int64]
     num_frames: int
     damage: str | None
+    origins_s: list[Fraction]
 
 
 class _Preparation:
@@ -224,7 +222,7 @@ class _Preparation:
                 stage,
                 analysis.damage or (f"expected a face, found none in {analysis.num_frames} frames"),
             )
-        with self._sound(header, analysis.num_frames) as sound:
+        with self._sound(header, analysis) as sound:
             rows = self._clips(header, tracks, sound)
         if analysis.damage:
             rows.append(
@@ -247,12 +245,14 @@ class _Preparation:
         numbers, values, differences, indices = array("q"), array("f"), array("f"), array("q")
         stream = FrameStream(self.path, header, options.max_gap_s)
         last: NDArray[np.float32] | None = None
+        face_changes = FaceChanges()
         found: list[NDArray[np.float32]] = []
         with self._detector() as detector:
             for frame in stream:
                 indices.append(frame.index)
                 if frame.is_repeat and last is not None:
                     differences.append(0.0)
+                    face_changes.repeat()
                 else:
                     picture = frame.picture(*size)
                     small = small_picture(picture)
@@ -261,6 +261,7 @@ class _Preparation:
                     if detector is not None:
                         faces = detector.detect(picture, frame.index / FPS)
                         found = [face_values(face, scale_x) for face in faces]
+                        face_changes.add(picture, [face.box for face in faces])
                 for face in found:
                     numbers.append(frame.index)
                     values.extend(face.tolist())
@@ -268,6 +269,7 @@ class _Preparation:
         cuts = scene_cuts(
             np.frombuffer(differences, np.float32), options.scene_threshold, options.scene_ratio
         )
+        cuts = np.union1d(cuts, face_changes.cuts(options.scene_threshold, options.scene_ratio))
         holes = np.flatnonzero(np.diff(placed) > 1) + 1
         breaks = placed[np.union1d(cuts, holes).astype(np.int64)]
         seen = Seen(
@@ -278,7 +280,7 @@ class _Preparation:
         if not options.finds_faces:
             # The frames that are there, as one "face" in each.
             seen = Seen(placed.copy(), np.zeros((len(placed), len(FIELDS)), np.float32))
-        return _Analysis(seen, breaks, num_frames, stream.damage)
+        return _Analysis(seen, breaks, num_frames, stream.damage, stream.origins_s)
 
     def _tracks(self, analysis: _Analysis) -> list[Track]:
         # Without a detector every box is the same one, whose overlap with itself is not asked.
@@ -338,15 +340,15 @@ class _Preparation:
         return None if sound is None else read_sound(sound, maker.track.start, maker.num_frames)
 
     @contextmanager
-    def _sound(self, header: Probe, num_frames: int) -> Iterator[Path | None]:
+    def _sound(self, header: Probe, analysis: _Analysis) -> Iterator[Path | None]:
         """The decoded sound in a file beside the record, for as long as the clips are made."""
         if not header.num_audio_tracks:
             yield None
             return
         file = self.out / "sources" / f".{self.key}.sound.part"
         try:
-            origin_s: Fraction = start_s(self.path)
-            damage = decode_sound(self.path, file, num_frames * SAMPLES_PER_FRAME, origin_s)
+            num_samples = analysis.num_frames * SAMPLES_PER_FRAME
+            damage = decode_sound(self.path, file, num_samples, analysis.origins_s)
             yield None if damage and not _has_samples(file) else file
         finally:
             with suppress(OSError):

@@ -69,6 +69,7 @@ async function open() {
       onSourceEnd: () => { say("The sound file has ended; the portrait idles."); refresh(); },
       onIdentity: (id) => rest(id),
       onError: (line) => say(line, "error"),
+      onCaption: (who, text) => say(`${who === "user" ? "You" : "Portrait"}: ${text}`),
       onClosed: (line, isLost) => closed(session, line, isLost),
     });
     session.player.setRest(app.restImage);

@@ -1,6 +1,6 @@
 // Sound and picture in step. The AudioContext is the one clock: a frame is drawn when its sound is heard.
 
-import { FPS, SAMPLE_RATE, SAMPLES_PER_FRAME, TYPE, toFloats } from "./protocol.js";
+import { FPS, SAMPLE_RATE, TYPE, toFloats } from "./protocol.js";
 import { Picture } from "./picture.js";
 import { Resampler } from "./resample.js";
 import { Timeline } from "./timeline.js";
@@ -32,7 +32,8 @@ export class Player {
   }
 
   /** @param {object} hello of the server */
-  start({ size_px: size, codec_string: codecString, cushion_ms: cushionMs }) {
+  start({ size_px: size, codec_string: codecString, cushion_ms: cushionMs, sample_rate_hz: rate = SAMPLE_RATE }) {
+    this.rate = rate;
     this.timeline = new Timeline(this.isLoopback ? cushionMs / 1000 : null);
     this.canvas.width = this.canvas.height = size;
     this.showRest();
@@ -74,11 +75,11 @@ export class Player {
   schedule({ index, count, epoch, isIdle, data }) {
     if (epoch < this.epoch) return;
     const samples = toFloats(data);
-    const chunk = { index, count: Math.round(count / SAMPLES_PER_FRAME), epoch, isIdle };
+    const chunk = { index, count: Math.round((count * FPS) / this.rate), epoch, isIdle };
     const placed = this.timeline.place(chunk, this.context.currentTime);
     if (!placed) return;
     if (!placed.isJoined || !this.resampler) {
-      this.resampler = new Resampler(SAMPLE_RATE, this.context.sampleRate);
+      this.resampler = new Resampler(this.rate, this.context.sampleRate);
       this.runStart = placed.start;
     }
     const at = this.runStart + this.resampler.numOut / this.context.sampleRate;
@@ -99,12 +100,17 @@ export class Player {
 
   /** Silence and the resting portrait at once; messages of earlier epochs are ignored from now on. */
   interrupt(epoch) {
+    this.beInterrupted(epoch);
+    this.showRest();
+  }
+
+  /** Silence at once; the last picture stays until the next one comes. */
+  beInterrupted(epoch) {
     this.epoch = epoch;
     this.hush();
     this.timeline?.clear();
     this.resampler = null;
     this.current = null;
-    this.showRest();
   }
 
   hush() {

@@ -1,6 +1,6 @@
 // Messages between page and server; docs/protocol.md describes them.
 
-export const VERSION = 1;
+export const VERSION = 2;
 export const FPS = 25;
 export const SAMPLE_RATE = 16000;
 export const SAMPLES_PER_FRAME = SAMPLE_RATE / FPS;

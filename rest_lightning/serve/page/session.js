@@ -101,6 +101,15 @@ export class Session {
     if (this.source instanceof SoundFile) this.endSource(this.source);
   }
 
+  /** The server says that what it sent before is void: somebody has begun to speak. The face goes on. */
+  beInterrupted(epoch) {
+    if (epoch <= this.epoch) return;
+    this.epoch = epoch;
+    this.numSamples = 0;
+    this.captured = [];
+    this.player.beInterrupted(epoch);
+  }
+
   changeIdentity(portrait) { this.connection.send({ type: "identity", portrait }); }
 
   close() {
@@ -117,7 +126,11 @@ export class Session {
   // -- what comes back ------------------------------------------------------------------------------------------------
 
   onMessage(message) {
-    if (message.type === "chunk") {
+    if (message.type === "interrupt") {
+      this.beInterrupted(message.epoch);
+    } else if (message.type === "caption") {
+      this.events.onCaption?.(message.who, message.text);
+    } else if (message.type === "chunk") {
       this.chunks.push(message);
       if (this.chunks.length > KEPT_CHUNKS) this.chunks.shift();
     } else if (message.type === "identity") {

@@ -24,7 +24,6 @@ from rest_lightning.data.preparation.duplicates import (
 )
 from rest_lightning.data.preparation.options import PrepareOptions
 from rest_lightning.data.preparation.rows import Row
-from rest_lightning.errors import UserError
 from rest_lightning.media.video import read_clip_audio, read_frames
 
 OPTIONS = PrepareOptions()
@@ -251,10 +250,3 @@ def test_work_grows_with_the_clips_and_not_with_their_pairs() -> None:
 
     small, large = seconds(2000), seconds(16_000)
     assert large < 24 * small, "eight times the clips; all pairs would be 64 times the work"
-
-
-def test_a_wrong_distance_is_named() -> None:
-    with pytest.raises(
-        UserError, match=("expected max_duplicate_distance of 0 to 32 bits, got 40: 6 is usual")
-    ):
-        mark_duplicates([row("a.mp4")], replace(OPTIONS, max_duplicate_distance=40))

@@ -11,29 +11,37 @@ import pytest
 import yaml
 
 from rest_lightning.cli import main
-from rest_lightning.data.preparation.options import PrepareOptions, load_options
+from rest_lightning.commands import prepare
+from rest_lightning.config import read_dataclass, read_yaml
+from rest_lightning.data.preparation.options import PrepareOptions
 from rest_lightning.data.preparation.rows import Row, read_rows, write_rows
 from rest_lightning.errors import UserError
+from rest_lightning.options import CommandParser
 
 
 def test_the_file_of_defaults_is_the_defaults(repository: Path) -> None:
     path = repository / "configs" / "data" / "prepare.yaml"
-    assert load_options(path) == PrepareOptions()
+    assert read_dataclass(PrepareOptions, read_yaml(path), "it") == PrepareOptions()
     assert list(yaml.safe_load(path.read_text())) == list(asdict(PrepareOptions()))
 
 
 def test_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
     path = tmp_path / "a.yaml"
     path.write_text("size_px: 512\nmax_text: null\nbox: [0, 0, 64, 64]\n")
-    options = load_options(path, {"size_px": 128, "min_face_px": 80})
+    parser = CommandParser("prepare", None)
+    prepare.add_arguments(parser)
+    words = ["--config", str(path), "--size-px", "128", "--min_face_px=80"]
+    options = parser.parse(words)
     assert (options.size_px, options.max_text, options.min_face_px) == (128, None, 80.0)
-    assert options.box == (0.0, 0.0, 64.0, 64.0)
+    assert options.box == [0, 0, 64, 64]
+    given = parser.parse(["--max-flow", "null", "--already-cropped", "--box", "0,0,64,64"])
+    assert (given.max_flow, given.already_cropped, given.keep_dropped) == (None, True, False)
+    assert given.box == [0.0, 0.0, 64.0, 64.0]
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"sise_px": 128}, "got sise_px: correct the name"),
         ({"size_px": 200}, "expected size_px of 128, 256 or 512, got 200"),
         ({"size_px": "128"}, "expected size_px as int, got '128'"),
         ({"max_text": "much"}, "expected max_text as float, got 'much'"),
@@ -50,7 +58,7 @@ def test_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
 )
 def test_wrong_options_are_told(values: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message.replace("[", r"\[")):
-        load_options(None, values)
+        PrepareOptions(**values)
 
 
 @pytest.mark.parametrize(
@@ -63,10 +71,12 @@ def test_wrong_options_are_told(values: dict[str, Any], message: str) -> None:
         ),
         (["prepare", ".", "--out", "o", "--box", "1,2"], "expected box of 4 numbers"),
         (["prepare", ".", "--out", "o", "--box", "a,b"], "expected four numbers x,y,w,h"),
-        (["prepare", ".", "--out", "o", "--set", "max_text"], "expected --set NAME=VALUE"),
+        (["prepare", ".", "--out", "o", "--max-txt=1"], "did you mean --max_text?"),
+        (["prepare", ".", "--out", "o", "--max-text=much"], "--max_text: expected float"),
+        (["prepare", ".", "--out", "o", "--max-t=1"], "got --max-t"),
         (
             ["prepare", ".", "--out", "o", "--config", "no.yaml"],
-            ("expected a configuration file no.yaml"),
+            ("expected a configuration, but the file no.yaml does not exist"),
         ),
         (
             ["prepare", ".", "--out", "o", "--detector", "yolo"],

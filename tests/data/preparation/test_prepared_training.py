@@ -65,7 +65,7 @@ def prepared(talkers: Path, make: Any, tmp_path_factory: pytest.TempPathFactory)
         "--quiet",
     ]
     for name in ("max_text", "max_flow", "min_sharpness"):
-        words += ["--set", f"{name}=null"]
+        words += [f"--{name}", "null"]
     assert main(words) == 0
     return out
 

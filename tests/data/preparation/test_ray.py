@@ -48,7 +48,7 @@ def words(videos: Path, out: Path, *more: str) -> list[str]:
     limits = [
         word
         for name in ("min_face_px", "min_sharpness", "max_flow", "max_hands")
-        for word in ("--set", f"{name}=null")
+        for word in (f"--{name}", "null")
     ]
     return ["prepare", str(videos), "--out", str(out), *options, *limits, *more]
 

@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 from videos import levels, speech_like, write_video
 
-from rest_lightning.data.preparation.frames import start_s
+from rest_lightning.data.preparation.frames import FrameStream, probe
 from rest_lightning.data.preparation.sound import decode_sound, read_sound, silent_share
 
 
 def decoded(path: Path, num_frames: int = 50) -> np.ndarray:
     target = path.with_suffix(".raw")
-    assert decode_sound(path, target, 640 * num_frames, start_s(path)) is None
+    stream = FrameStream(path, probe(path))
+    assert list(stream)
+    assert decode_sound(path, target, 640 * num_frames, stream.origins_s) is None
     assert target.stat().st_size == 2 * 640 * num_frames
     return read_sound(target, 0, num_frames)
 
@@ -92,8 +94,8 @@ def test_of_two_tracks_the_default_one_is_heard(tmp_path: Path, default: int) ->
 
 def test_no_sound_is_told(tmp_path: Path) -> None:
     path = write_video(tmp_path / "a.mp4", levels(5))
-    assert decode_sound(path, tmp_path / "raw", 3200, Fraction(0)) == (
-        "expected an audio stream, got none"
+    assert decode_sound(path, tmp_path / "raw", 3200, [Fraction(0)]) == (
+        "expected an audio track, but a.mp4 has video tracks only: choose a file with sound"
     )
 
 

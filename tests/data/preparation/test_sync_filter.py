@@ -45,7 +45,7 @@ def test_offset_and_confidence_are_those_of_the_metric(tmp_path: Path) -> None:
 
     header = probe(video)
     crops = np.stack([frame.picture(128, 128) for frame in FrameStream(video, header)])
-    assert decode_sound(video, tmp_path / "raw", 30 * 640, Fraction(0)) is None
+    assert decode_sound(video, tmp_path / "raw", 30 * 640, [Fraction(0)]) is None
     sync = sync_of_clip(
         crops, read_sound(tmp_path / "raw", 0, 30), load_extractor("sync", tmp_path / "net")
     )

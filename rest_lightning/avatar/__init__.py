@@ -1,0 +1,14 @@
+"""The seam for voice agents: a face that idles, speaks what it is given, and can be interrupted."""
+
+from rest_lightning.avatar.avatar import FRAME_S, Avatar, AvatarFrame, AvatarSettings, AvatarStats
+from rest_lightning.avatar.pool import AvatarPool, ModelError
+
+__all__ = [
+    "FRAME_S",
+    "Avatar",
+    "AvatarFrame",
+    "AvatarPool",
+    "AvatarSettings",
+    "AvatarStats",
+    "ModelError",
+]

@@ -1,0 +1,126 @@
+"""Talk with a portrait in the browser: it listens, answers, and can be interrupted.
+
+What it hears and says is the work of a realtime server (--realtime ws://...), such as Hugging
+Face's speech-to-speech: speech recognition, a language model and speech synthesis behind OpenAI's
+Realtime protocol. Its key, where it wants one, is read from REALTIME_API_KEY or OPENAI_API_KEY.
+Without a server --realtime echo answers with what you said, and --realtime espeak with a sentence
+of espeak-ng (extra `synthetic`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import signal
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+from rest_lightning.commands.serve import spin_briefly
+from rest_lightning.commands.talk import positive
+from rest_lightning.errors import UserError
+
+LOOPBACKS = ("echo", "espeak")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    realtime = (
+        "address of a realtime server (ws:// or wss://), or echo or espeak for a built-in one"
+    )
+    parser.add_argument(
+        "--realtime", required=True, type=_realtime, metavar="URL|echo|espeak", help=realtime
+    )
+    instructions = "what the agent is told to be (default: the realtime server's own)"
+    parser.add_argument("--instructions", help=instructions)
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine)"
+    )
+    parser.add_argument(
+        "--port", type=int, default=8766, help="port (default 8766; 0 takes any free one)"
+    )
+    parser.add_argument("--cert", type=Path, help="TLS certificate, PEM")
+    parser.add_argument("--key", type=Path, help="its key, PEM")
+    parser.add_argument(
+        "--max-sessions", type=positive, default=1, help="conversations at once (default 1)"
+    )
+    parser.add_argument("--model", type=Path, help="model folder (default: the embedded model)")
+    chunk = "latents of 0.32 s per chunk, where the model was trained for several"
+    parser.add_argument("--chunk-length", type=positive, help=chunk)
+    parser.add_argument(
+        "--threads",
+        dest="num_threads",
+        type=positive,
+        help="threads of torch (default: its choice)",
+    )
+    parser.add_argument(
+        "--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the model"
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default auto)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve until told to stop."""
+    spin_briefly()
+    try:
+        from rest_lightning.serve.server import ServerOptions
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"expected the package {error.name}, found none: pip install 'rest-lightning[converse]'"
+        ) from None
+    options = ServerOptions(args.host, args.port, (), args.cert, args.key)
+    options.tls()  # before the model is loaded
+    if not 0 <= args.port <= 65535:
+        raise UserError(f"expected a port from 0 to 65535, got {args.port}: 8766 is the default")
+    from rest_lightning.talking_head import ModelOptions
+
+    model = ModelOptions(
+        args.model, args.chunk_length, args.num_threads, args.dtype, args.device
+    ).load()
+    asyncio.run(_converse(args, model, options))
+    return 0
+
+
+async def _converse(args: argparse.Namespace, model: object, options: object) -> None:
+    from rest_lightning.avatar import AvatarPool
+    from rest_lightning.serve.converse import ConverseServer
+    from rest_lightning.serve.limits import Limits
+    from rest_lightning.serve.loopback import espeak_voice, loopback_server
+    from rest_lightning.serve.realtime import KEY_VARIABLES, RealtimeClient
+
+    key = next(filter(None, map(os.environ.get, KEY_VARIABLES)), None)
+    limits = Limits(max_sessions=args.max_sessions, max_per_address=args.max_sessions)
+    asked = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, asked.set)
+    async with AsyncExitStack() as stack:
+        url, session = args.realtime, None
+        if url in LOOPBACKS:
+            voice = await asyncio.to_thread(espeak_voice) if url == "espeak" else None
+            url, key = await stack.enter_async_context(loopback_server(voice)), None
+        elif args.instructions is not None:
+            session = {"type": "realtime", "instructions": args.instructions}
+        async with RealtimeClient(url, key):
+            pass  # a server that is absent is told before the model has warmed up
+        print("warming up the model", flush=True)
+        pool = AvatarPool(model, args.max_sessions)  # type: ignore[arg-type]
+        await pool.start()
+        server = ConverseServer(
+            pool,
+            lambda: RealtimeClient(url, key, session),
+            options,  # type: ignore[arg-type]
+            limits,
+        )
+        stack.push_async_callback(server.aclose)
+        await server.start()
+        stack.push_async_callback(server.stop, 0.0)
+        print(f"open {server.url} in a browser, press Speak and talk; Ctrl-C stops", flush=True)
+        await asked.wait()
+
+
+def _realtime(text: str) -> str:
+    if text not in LOOPBACKS and not text.startswith(("ws://", "wss://")):
+        raise argparse.ArgumentTypeError(
+            f"expected ws://..., wss://..., echo or espeak, got {text}"
+        )
+    return text

@@ -1,0 +1,1 @@
+"""Avatars for LiveKit and Pipecat. Each module needs the extra of its name."""
