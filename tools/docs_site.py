@@ -1,9 +1,9 @@
-"""What `make docs` does beside MkDocs: a hook, and an extension of Griffe, which reads docstrings.
+"""What `make docs` adds to MkDocs: a hook, and an extension of Griffe, which reads docstrings.
 
-* ``callbacks/`` lies at the top level and is imported as ``rest_lightning.callbacks``: links put it
-  there for Griffe, which reads files without importing them.
-* Links from a page to a file outside ``docs/`` become links to the repository, where ``repo_url``
-  is set, and plain text elsewhere.
+* ``callbacks/`` lies at the top level, but is imported as ``rest_lightning.callbacks``. A copy of
+  the sources has it there for Griffe, which reads files without importing them.
+* Links from a page to a file outside ``docs/`` lead to the repository where ``repo_url`` is
+  set, and plain text elsewhere.
 * Roles in docstrings such as ``:class:`A2VDiT``` become code.
 """
 
@@ -19,6 +19,7 @@ import griffe
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 SOURCE = ROOT / "build" / "docs" / "source"
+CALLBACKS = "rest_lightning/callbacks"
 # Pages that other work adds; delete a name when its page is there.
 PENDING = frozenset({"agents.md", "method.md", "security.md"})
 
@@ -27,13 +28,13 @@ _ROLE = re.compile(r":(?:attr|class|data|exc|func|meth|mod):`(?P<short>~?)(?P<na
 
 
 def on_config(config: Any) -> Any:
-    """Lays the links, and takes pages that are not there yet out of the navigation."""
+    """Copies the sources, and takes pages that are not there yet out of the navigation."""
     shutil.rmtree(SOURCE, ignore_errors=True)
-    package = SOURCE / "rest_lightning"
-    package.mkdir(parents=True)
-    for path in sorted((ROOT / "rest_lightning").iterdir()):
-        (package / path.name).symlink_to(path)
-    (package / "callbacks").symlink_to(ROOT / "callbacks")
+    for folder, name in (("rest_lightning", "rest_lightning"), ("callbacks", CALLBACKS)):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            target = SOURCE / name / path.relative_to(ROOT / folder)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, target)
     config.nav = [_without_missing(entry) for entry in config.nav]
     return config
 
