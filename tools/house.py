@@ -32,7 +32,7 @@ FLOORS = (
     ("media",),
     ("models", "metrics"),
     ("diffusion", "data"),
-    ("parts", "evaluation"),
+    ("model_folder", "parts", "evaluation"),
     ("streaming",),
     ("talking_head",),
     ("generation", "avatar"),
