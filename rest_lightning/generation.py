@@ -190,7 +190,7 @@ class Whole(Generator):
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(self.seed)).to(device)
         num_tokens = noise[0, 0].numel()
         sigmas = self.sampling.sigmas(num_tokens)
-        warn_of_unseen_levels(self.sampling, num_tokens, self.transformer.lowest_sigma)
+        warn_of_unseen_levels(self.sampling, num_tokens, self.transformer.training_noise)
         with torch.autocast(device.type, self._dtype, enabled=self._dtype != torch.float32):
             given = (reference, speech_latents, noise, sigmas, self.sampling.branches)
             if self.clip_latents is None:

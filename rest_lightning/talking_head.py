@@ -195,7 +195,7 @@ class TalkingHead(nn.Module):
     def _warn_of_unseen_levels(self, sampling: Sampling) -> None:
         slots = self.transformer.cache_options.num_slots
         num_tokens = slots * (self.size_px // SPATIAL_RATIO) ** 2
-        warn_of_unseen_levels(sampling, num_tokens, self.transformer.lowest_sigma)
+        warn_of_unseen_levels(sampling, num_tokens, self.transformer.training_noise)
 
     @classmethod
     def from_pretrained(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rest_lightning.diffusion.noise import per_frame
-from rest_lightning.diffusion.schedule import sampling_sigmas
+from rest_lightning.diffusion.schedule import lowest_level, sampling_sigmas
 from rest_lightning.errors import UserError
 
 
@@ -184,7 +184,9 @@ class Sampling:
         return Guidance(self.guidance, self.reference_guidance)
 
 
-def warn_of_unseen_levels(sampling: Sampling, num_tokens: int, lowest_sigma: float | None) -> None:
+def warn_of_unseen_levels(
+    sampling: Sampling, num_tokens: int, training_noise: dict[str, float] | None
+) -> None:
     """Warn where a sampler evaluates a model at a lower noise level than it was trained at.
 
     What later chunks read from the cache comes from the sampler's last level, too.
@@ -192,13 +194,15 @@ def warn_of_unseen_levels(sampling: Sampling, num_tokens: int, lowest_sigma: flo
     Args:
         sampling: the sampler.
         num_tokens: latent tokens of the window.
-        lowest_sigma: of the training; None where it is not known.
+        training_noise: `A2VDiT.training_noise` of the model; None where it is not known.
     """
-    last = sampling.sigmas(num_tokens)[-2]
-    if lowest_sigma is not None and last < 0.999 * lowest_sigma:
+    if training_noise is None:
+        return
+    last, lowest = sampling.sigmas(num_tokens)[-2], lowest_level(training_noise)
+    if last < 0.999 * lowest:
         warnings.warn(
             f"the sampler's last step, whose keys later chunks read, is at noise level {last:.3f}, "
-            f"and this model was trained at {lowest_sigma:.3f} and above: take fewer steps or a "
+            f"and this model was trained at {lowest:.3f} and above: take fewer steps or a "
             "larger shift, or train with noise.uniform_share (docs/method.md#noise)",
             stacklevel=3,
         )

@@ -172,3 +172,11 @@ def training_table(
             is_low = (1 - uniform_share) * normal + uniform_share * levels < quantiles
             low, high = torch.where(is_low, levels, low), torch.where(is_low, high, levels)
     return levels.to(dtype=torch.float32, device=device)
+
+
+def lowest_level(training_noise: dict[str, float]) -> float:
+    """Returns the lowest noise level above 0 of a training with these arguments of
+    :func:`training_table`.
+    """
+    with torch.device("cpu"):
+        return float(training_table(**training_noise)[0])

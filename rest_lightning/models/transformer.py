@@ -501,15 +501,10 @@ class A2VDiT(nn.Module):
         return {**self._config, "cache_options": asdict(self.cache_options)}
 
     @property
-    def lowest_sigma(self) -> float | None:
-        """Lowest noise level above 0 that training drew; None where it is not known."""
-        noise = self._config["training_noise"]
-        if noise is None:
-            return None
-        from rest_lightning.diffusion.schedule import training_table
-
-        with torch.device("cpu"):
-            return float(training_table(**noise)[0])
+    def training_noise(self) -> dict[str, float] | None:
+        """Arguments of the table of noise levels that it was trained at; None: not known."""
+        noise: dict[str, float] | None = self._config["training_noise"]
+        return noise
 
     def remember_noise(self, noise: dict[str, float] | None) -> None:
         """Set ``training_noise``, which is part of `config`."""

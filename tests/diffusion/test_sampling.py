@@ -18,7 +18,7 @@ from rest_lightning.diffusion.sampling import (
     split_guidance,
     warn_of_unseen_levels,
 )
-from rest_lightning.diffusion.schedule import ltx_sigma_table, sigma_table
+from rest_lightning.diffusion.schedule import lowest_level, ltx_sigma_table, sigma_table
 from rest_lightning.generation import generate_clip, generate_overlapping
 from rest_lightning.models.transformer import A2VDiT
 
@@ -131,14 +131,14 @@ def test_levels_below_those_of_the_training_are_told() -> None:
     module = make_student()
     config = json.loads(json.dumps(module.transformer.config))
     model = A2VDiT.from_config(config)
-    assert model.lowest_sigma == pytest.approx(0.224, abs=1e-3)
+    assert lowest_level(model.training_noise) == pytest.approx(0.224, abs=1e-3)
     with pytest.warns(UserWarning, match=r"is at noise level 0\.100, .* trained at 0\.224"):
-        warn_of_unseen_levels(Sampling(8, 1.0, None), 112, model.lowest_sigma)
-    low = make_student(uniform_share=0.1).transformer.lowest_sigma
+        warn_of_unseen_levels(Sampling(8, 1.0, None), 112, model.training_noise)
+    low = make_student(uniform_share=0.1).transformer.training_noise
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warn_of_unseen_levels(Sampling(8, 1.0, None), 112, low)
-        warn_of_unseen_levels(Sampling(4, 1.0, 5.0), 112, model.lowest_sigma)
+        warn_of_unseen_levels(Sampling(4, 1.0, 5.0), 112, model.training_noise)
         warn_of_unseen_levels(Sampling(8, 1.0, None), 112, None)
 
 
