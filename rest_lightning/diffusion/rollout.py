@@ -76,11 +76,9 @@ def roll_out(
         frames = slice(start, start + options.chunk_length)
         is_joined = cache.reference_expected
         joined = reference if is_joined else None
-        speech = (
-            None
-            if speech_latents is None
-            else speech_latents[:, 0 if is_joined else start : frames.stop]
-        )
+        speech = None if speech_latents is None else speech_latents[:, frames]
+        if speech is not None and is_joined:
+            speech = torch.cat([torch.zeros_like(speech[:, :1]), speech], dim=1)
         sample, fed = _generate_chunk(model, joined, latents[:, :, frames], speech, sigmas, cache)
         level = sigmas[-2]
         if options.cache_noise == "clean_pass":

@@ -53,7 +53,9 @@ class CacheOptions:
         use_context: False hides the preceding chunk (w/o Context-Cache).
         reference_attends: ``self``: the reference sees itself only, so its keys are prefilled
             before any speech. ``first_chunk``: it is computed together with the first chunk, and
-            attends to it.
+            attends to it. ``every_chunk``: it comes along in every chunk and attends to that
+            chunk's window; its keys are those of the present chunk and step (REST's Algorithm 1 may
+            be read so).
         cache_noise: what later chunks read. ``last_step``: keys of the chunk's last denoising step.
             ``clean_pass``: keys of one more forward at sigma 0. ``per_step``: step s reads the
             previous chunk's keys of step s.
@@ -66,7 +68,7 @@ class CacheOptions:
     positions: Literal["window", "absolute"] = "window"
     use_sink: bool = True
     use_context: bool = True
-    reference_attends: Literal["self", "first_chunk"] = "self"
+    reference_attends: Literal["self", "first_chunk", "every_chunk"] = "self"
     cache_noise: Literal["last_step", "clean_pass", "per_step"] = "last_step"
     cache_gradient: Literal["full", "detached"] = "full"
     first_chunk_slot: Literal["current", "adjacent"] = "current"
@@ -96,6 +98,12 @@ class CacheOptions:
             raise UserError(
                 "expected first_chunk_slot `current` with absolute positions, got `adjacent`: "
                 "leave it out"
+            )
+
+        if self.reference_attends == "every_chunk" and not self.use_sink:
+            raise UserError(
+                "expected use_sink true with reference_attends every_chunk, got false: a reference "
+                "that comes along in every chunk is its sink"
             )
 
     def with_chunk_length(self, chunk_length: int) -> CacheOptions:
@@ -150,7 +158,8 @@ class ChunkedContext:
     ``window`` positions a key is rotated once per slot in which it appears.
 
     With ``two_streams`` the batch holds ``[noisy; context]``: the second half feeds the cache of
-    both halves.
+    both halves. With ``reference_attends: every_chunk`` the tokens are ``[reference, chunk 1,
+    reference, chunk 2, ...]``, a copy of the reference for every chunk (`repeat_reference`).
     """
 
     def __init__(
@@ -187,6 +196,8 @@ class ChunkedContext:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> list[Tensor]:
         """See `AttentionContext.attend`."""
         n, chunk, num_later = self.num_reference, self.num_chunk, self.num_chunks - 1
+        if self.options.reference_attends == "every_chunk":
+            return self._attend_repeated(q, k, v, num_heads)
         # Split, not indexed: a single concatenation takes the gradients of the pieces back.
         (q_start, q_later), (k_start, k_later), (v_start, v_later) = (
             x.split([n + chunk, num_later * chunk], 1) for x in (q, k, v)
@@ -216,6 +227,28 @@ class ChunkedContext:
             values = self._windows(v_start[:, :n], v_previous, v_later)
             later = attend(rotate(q_later, self.later_table).flatten(0, 1), keys, values, num_heads)
             out.append(later.unflatten(0, (-1, num_later)).flatten(1, 2))
+        return out
+
+    def _attend_repeated(self, q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> list[Tensor]:
+        n, num_later = self.num_reference, self.num_chunks - 1
+        q, k, v = (x.unflatten(1, (self.num_chunks, -1)) for x in (q, k, v))
+        queries, keys = (rotate(x[:, 0], self.start_table) for x in (q, k))
+        out = [attend(queries, keys, v[:, 0], num_heads)]
+        if not num_later:
+            return out
+        places = self.later_table
+        reference = self.start_table[:n]
+        if places.ndim == 3:  # absolute: each chunk at places of its own
+            reference = reference.expand(num_later, -1, -1)
+        table = torch.cat([reference, places], -2)
+        queries, keys, values = rotate(q[:, 1:], table), rotate(k[:, 1:], table), v[:, 1:]
+        if self.options.use_context:
+            previous = rotate(k[:, :-1, n:], self.previous_table)
+            keys = torch.cat([self._cached(previous), keys], 2)
+            values = torch.cat([self._cached(v[:, :-1, n:]), values], 2)
+        windows = (x.flatten(0, 1) for x in (queries, keys, values))
+        later = attend(*windows, num_heads)
+        out.append(later.unflatten(0, (-1, num_later)).flatten(1, 2))
         return out
 
     def _first_window(self, start: Tensor) -> Tensor:
@@ -249,6 +282,15 @@ class ChunkedContext:
             context = x[x.shape[0] // 2 :]
             x = torch.cat([context, context])
         return x.detach() if self.options.cache_gradient == "detached" else x
+
+
+def repeat_reference(x: Tensor, num_chunks: int, dim: int) -> Tensor:
+    """``[reference, chunk 1, ..., chunk K]`` along ``dim`` to ``[reference, chunk 1, reference,
+    chunk 2, ...]``.
+    """
+    reference, chunks = x.split([1, x.shape[dim] - 1], dim)
+    pieces = chunks.chunk(num_chunks, dim)
+    return torch.cat([each for piece in pieces for each in (reference, piece)], dim)
 
 
 class IDContextCache:
@@ -321,10 +363,11 @@ class IDContextCache:
 
     @property
     def reference_expected(self) -> bool:
-        """Whether the next chunk comes with the reference in front (``reference_attends:
-        first_chunk``).
+        """Whether the next chunk comes with the reference in front: every one, or the first
+        (``reference_attends``).
         """
-        return self.options.reference_attends == "first_chunk" and 0 in self.num_frames
+        attends = self.options.reference_attends
+        return attends == "every_chunk" or (attends == "first_chunk" and 0 in self.num_frames)
 
     @property
     def variant(self) -> Hashable:
@@ -344,7 +387,8 @@ class IDContextCache:
                 is due.
         """
         has_reference = self.reference_expected
-        if has_reference and any(self.num_frames):
+        first_alone = self.options.reference_attends == "first_chunk"
+        if has_reference and first_alone and any(self.num_frames):
             raise UserError(
                 "expected all rows at their first chunk with reference_attends=first_chunk, got "
                 "rows in mid-stream: "

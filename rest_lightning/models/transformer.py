@@ -32,6 +32,7 @@ from rest_lightning.models.cache import (
     FullContext,
     IDContextCache,
     SinkContext,
+    repeat_reference,
 )
 
 if TYPE_CHECKING:
@@ -660,7 +661,7 @@ class A2VDiT(nn.Module):
         Args:
             noisy_latents: ``(B, C, f, h, w)``. Slot 0 is the reference, 1 + K * l frames for a
                 student; with a cache one chunk of at most l frames, without the reference (unless
-                ``reference_attends`` is ``first_chunk`` and this is the first chunk).
+                ``reference_attends`` brings it along: ``cache.reference_expected``).
             sigma: noise levels ``(B, f)`` in [0, 1], 0 for the reference.
             speech_latents: ``(B, f, n, d_A)``; None = zeros (dropped speech). The reference always
                 reads zeros, whatever its slot holds: its keys are prefilled before any speech
@@ -696,10 +697,21 @@ class A2VDiT(nn.Module):
         else:
             context = FullContext(self.rope.table(0, *size, noisy_latents.device))
 
-        speech = self._speech(speech_latents, batch, size[0], num_references, noisy_latents)
+        repeats = isinstance(context, ChunkedContext) and (
+            self.cache_options.reference_attends == "every_chunk"
+        )
+        num_chunks = (size[0] - 1) // self.cache_options.chunk_length
+        if isinstance(speech_latents, Tensor) and repeats:
+            check_speech(self, speech_latents, batch, size[0])
+            speech_latents = torch.cat(
+                [torch.zeros_like(speech_latents[:, :1]), speech_latents[:, 1:]], dim=1
+            )
+            speech_latents = repeat_reference(speech_latents, num_chunks, 1)
+        num_speech = size[0] - 1 + num_chunks if repeats else size[0]
+        speech = self._speech(speech_latents, batch, num_speech, num_references, noisy_latents)
         text = self._text(text_embeds, text_mask, batch)
         if context_latents is None:
-            return self._run(noisy_latents, sigma, context, text, speech)
+            return self._run_repeated(noisy_latents, sigma, context, text, speech, repeats)
         if self.attention != "chunked" or cache is not None or isinstance(sigma, SigmaEmbedding):
             raise UserError(
                 "expected context_latents in the student's parallel form only, got a cache or a "
@@ -718,7 +730,30 @@ class A2VDiT(nn.Module):
             torch.cat([sigma, context_sigma]),
         )
         text, speech = text and text.twice(), speech and speech.twice()
-        return self._run(both, both_sigmas, context, text, speech)[:batch]
+        return self._run_repeated(both, both_sigmas, context, text, speech, repeats)[:batch]
+
+    def _run_repeated(
+        self,
+        latents: Tensor,
+        sigma: Tensor | SigmaEmbedding,
+        context: AttentionContext,
+        text: Condition | None,
+        speech: Condition | None,
+        repeats: bool,
+    ) -> Tensor:
+        """`_run`; with ``repeats`` a copy of the reference stands before every chunk of a clip."""
+        if not repeats:
+            return self._run(latents, sigma, context, text, speech)
+        assert isinstance(sigma, Tensor), "a whole clip has levels of its own"
+        length = self.cache_options.chunk_length
+        num_chunks = (latents.shape[2] - 1) // length
+        latents, sigma = (
+            repeat_reference(latents, num_chunks, 2),
+            repeat_reference(sigma, num_chunks, 1),
+        )
+        velocity = self._run(latents, sigma, context, text, speech)
+        chunks = velocity.unflatten(2, (num_chunks, 1 + length))
+        return torch.cat([chunks[:, :, 0, :1], chunks[:, :, :, 1:].flatten(2, 3)], 2)
 
     def new_cache(
         self,
@@ -781,8 +816,8 @@ class A2VDiT(nn.Module):
         """
         if cache.options.reference_attends != "self":
             raise UserError(
-                "expected reference_attends=self for prefill, got first_chunk: put it before the "
-                "first chunk"
+                "expected reference_attends=self for prefill, got "
+                f"{cache.options.reference_attends}: put it before the first chunk, or every one"
             )
         check_latents(self, reference_latent)
         num_rows = cache.rows if rows is None else len(rows)
@@ -870,12 +905,9 @@ class A2VDiT(nn.Module):
             return speech
         if speech is None:
             speech = like.new_zeros(batch, num_frames, 1, self.speech_dim or 0)
-        elif speech.shape[:2] != (batch, num_frames):
-            raise UserError(
-                f"expected speech_latents of shape ({batch}, {num_frames}, n, {self.speech_dim}), "
-                f"got {tuple(speech.shape)}: one set of speech tokens per latent frame"
-            )
-        elif num_references:
+        else:
+            check_speech(self, speech, batch, num_frames)
+        if num_references:
             speech = torch.cat([torch.zeros_like(speech[:, :1]), speech[:, 1:]], dim=1)
         return self.project_speech(speech)
 
@@ -913,6 +945,15 @@ def check_latents(model: A2VDiT, latents: Tensor) -> None:
             f"expected latents of {model.spatial_size[0]}x{model.spatial_size[1]} "
             "(spatial_embedding), "
             f"got {latents.shape[3]}x{latents.shape[4]}: use the size that the model was trained at"
+        )
+
+
+def check_speech(model: A2VDiT, speech: Tensor, batch: int, num_frames: int) -> None:
+    """Raise a UserError unless ``speech`` is (B, f, n, d_A)."""
+    if speech.shape[:2] != (batch, num_frames):
+        raise UserError(
+            f"expected speech_latents of shape ({batch}, {num_frames}, n, {model.speech_dim}), "
+            f"got {tuple(speech.shape)}: one set of speech tokens per latent frame"
         )
 
 

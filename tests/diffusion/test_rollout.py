@@ -39,6 +39,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "absolute": {"positions": "absolute"},
     "no_sink": {"use_sink": False},
     "first_chunk": {"reference_attends": "first_chunk"},
+    "every_chunk": {"reference_attends": "every_chunk"},
     "clean_pass": {"cache_noise": "clean_pass"},
     "detached": {"cache_gradient": "detached"},
     "adjacent": {"first_chunk_slot": "adjacent"},

@@ -91,15 +91,15 @@ def sequential(
     latents, sigma, speech = clip["noisy_latents"], clip["sigma"], clip["speech_latents"]
     text = {"text_embeds": clip["text_embeds"], "text_mask": clip["text_mask"]}
     clean = clean_latents(clip)
-    together = options.reference_attends == "first_chunk"
+    together = options.reference_attends != "self"
     if not together and prefill:
         model.prefill(latents[:, :, :1], cache, **text)
     out, start = [], 1
     for length in lengths or [options.chunk_length] * (
         (latents.shape[2] - 1) // options.chunk_length
     ):
-        has_reference = together and start == 1
-        frames = slice(0 if has_reference else start, start + length)
+        has_reference = cache.reference_expected
+        frames = [0] * has_reference + list(range(start, start + length))
         condition = None if speech is None else speech[:, frames]
         velocity = model(latents[:, :, frames], sigma[:, frames], condition, **text, cache=cache)
         out.append(velocity[:, :, 1:] if has_reference else velocity)
@@ -177,7 +177,22 @@ def definition(model: A2VDiT, clip: dict[str, Any], lengths: list[int] | None = 
     # Windows: for each chunk its frames and positions, and those of the frames that it reads from
     # the cache.
     starts = [1 + sum(lengths[:i]) for i in range(len(lengths))]
-    absolute, together = options.positions == "absolute", options.reference_attends == "first_chunk"
+    absolute, together = options.positions == "absolute", options.reference_attends != "self"
+    every, num_given = options.reference_attends == "every_chunk", num_frames
+    if every:  # further copies of the reference behind the clip, one for each later chunk
+        order = [*range(num_frames), *[0] * (len(lengths) - 1)]
+        clean = clean_latents(clip)[:, :, order]
+        clip = {
+            name: value if value is None or name.startswith("text") else value[:, order]
+            for name, value in {
+                **clip,
+                "noisy_latents": clip["noisy_latents"].transpose(1, 2),
+            }.items()
+        }
+        clip["noisy_latents"] = clip["noisy_latents"].transpose(1, 2)
+        num_frames = len(order)
+    else:
+        clean = clean_latents(clip)
     windows = []
     for i, (start, length) in enumerate(zip(starts, lengths, strict=True)):
         own = list(range(start, start + length))
@@ -190,15 +205,16 @@ def definition(model: A2VDiT, clip: dict[str, Any], lengths: list[int] | None = 
             before = list(range(starts[i - 1], start))
             cached += before
             cached_places += before if absolute else list(range(1 + chunk - len(before), 1 + chunk))
-        if together and i == 0:
-            own, places, cached, cached_places = [0, *own], [0, *places], [], []
+        if together and (every or i == 0):
+            own, places = [num_given + i - 1 if i else 0, *own], [0, *places]
+            cached, cached_places = cached[1:], cached_places[1:]
         windows.append((own, places, cached, cached_places))
     if not together:
         windows.insert(0, ([0], [0], [], []))
 
     streams = [(clip["noisy_latents"], clip["sigma"])]
     if options.cache_noise == "clean_pass":
-        streams.append((clean_latents(clip), torch.zeros_like(clip["sigma"])))
+        streams.append((clean, torch.zeros_like(clip["sigma"])))
     xs, moods, finals = [], [], []
     for latents, sigma in streams:
         waves = get_timestep_embedding(
@@ -215,7 +231,7 @@ def definition(model: A2VDiT, clip: dict[str, Any], lengths: list[int] | None = 
     speech = clip["speech_latents"]
     speech = torch.zeros(batch, num_frames, 1, SPEECH_DIM) if speech is None else speech.clone()
     speech = speech.double()
-    speech[:, 0] = 0
+    speech[:, [0, *range(num_given, num_frames)]] = 0
     text = clip["text_embeds"]
     if text is not None:
         text = torch.nn.functional.gelu(
@@ -267,7 +283,8 @@ def definition(model: A2VDiT, clip: dict[str, Any], lengths: list[int] | None = 
             xs[s] = x + linear(hidden, block + "ff.net.2") * m[5]
     shift, scale = (weights["scale_shift_table"] + finals[0][:, :, None]).unsqueeze(3).unbind(2)
     x = torch.nn.functional.layer_norm(xs[0], (dim,), eps=1e-6) * (1 + scale) + shift
-    return linear(x, "proj_out").permute(0, 3, 1, 2).unflatten(-1, (height, width))
+    velocity = linear(x, "proj_out")[:, :num_given]
+    return velocity.permute(0, 3, 1, 2).unflatten(-1, (height, width))
 
 
 def assert_close(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:

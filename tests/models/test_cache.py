@@ -22,6 +22,17 @@ OPTIONS = {
     "no_context": {"use_context": False},
     "no_sink_no_context": {"use_sink": False, "use_context": False},
     "first_chunk": {"reference_attends": "first_chunk"},
+    "every_chunk": {"reference_attends": "every_chunk"},
+    "every_chunk_clean_absolute": {
+        "reference_attends": "every_chunk",
+        "cache_noise": "clean_pass",
+        "positions": "absolute",
+    },
+    "every_chunk_adjacent_no_context": {
+        "reference_attends": "every_chunk",
+        "first_chunk_slot": "adjacent",
+        "use_context": False,
+    },
     "clean_pass": {"cache_noise": "clean_pass"},
     "per_step": {"cache_noise": "per_step"},
     "detached": {"cache_gradient": "detached"},

@@ -116,6 +116,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"cache_noise": "clean_pass"},
     {"cache_noise": "per_step"},
     {"reference_attends": "first_chunk"},
+    {"reference_attends": "every_chunk"},
     {"positions": "absolute", "use_sink": False},
 ]
 
