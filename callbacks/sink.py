@@ -11,8 +11,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from ..data.streams import PredictPair, SpeechBlock
-from ..errors import UserError
-from ..media.files import remove_leftovers
+from ..errors import UserError, note
+from ..media.files import remove_leftovers, sha256_of, write_text_atomic
 from ..media.writer import BackgroundWriter, Mp4Writer
 from ..tasks.predict import PredictModule
 
@@ -22,9 +22,10 @@ class VideoSink(Callback):
     bounded memory.
 
     A run that was interrupted leaves what it has as ``<name>.partial.mp4``, which plays. The next
-    run skips the finished pairs: those with both files, made from the same portrait and speech with
-    the same settings. So a run that was killed, with no time to leave anything, does one pair again
-    at most.
+    run skips the finished pairs: those with both files, made from the same portrait and speech (by
+    their content) with the same settings. So a run that was killed, with no time to leave anything,
+    does one pair again at most. A pair that cannot be made is left out: a row of ``failed.jsonl``
+    says why.
 
     Args:
         out_dir: folder of the videos; made when absent.
@@ -37,6 +38,7 @@ class VideoSink(Callback):
         self._file: Mp4Writer | None = None
         self._writer: BackgroundWriter | None = None
         self._pair: PredictPair | None = None
+        self._failed: list[dict[str, str]] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Take the finished pairs out of the data module's list.
@@ -79,7 +81,11 @@ class VideoSink(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Write the frames and the samples of one block; at the end of a pair, finish its files."""
-        assert isinstance(pl_module, PredictModule) and pl_module.session is not None
+        assert isinstance(pl_module, PredictModule)
+        if pl_module.failure is not None:
+            self._give_up(batch["pair"], pl_module.failure)
+            return
+        assert pl_module.session is not None
         clock = pl_module.session.clock
         with clock.stage("writing"):
             if batch["is_first"]:
@@ -92,6 +98,8 @@ class VideoSink(Callback):
             self._writer.drain()
         report = pl_module.session.report()
         report.configuration.update(_expected(self._pair, pl_module.configuration))
+        report.configuration["portrait"] = os.path.abspath(self._pair.portrait)
+        report.configuration["speech"] = os.path.abspath(self._pair.speech)
         report.configuration["writing_thread"] = self._writer.threaded
         report.configuration["writing_thread_s"] = round(self._writer.busy_s, 3)
         # The report first: a pair counts as finished once the video has its final name.
@@ -99,6 +107,27 @@ class VideoSink(Callback):
         self._writer.close()
         self._path(self._pair, ".partial.mp4").unlink(missing_ok=True)
         self._file = self._writer = self._pair = None
+
+    def _give_up(self, pair: PredictPair, reason: str) -> None:
+        """Leave a pair out whose stream has failed; told once."""
+        if self._writer is not None:
+            self._writer.abort()
+        self._file = self._writer = self._pair = None
+        if not self._failed or self._failed[-1]["name"] != pair.name:
+            note(f"{pair.name} is left out: {reason}")
+            self._failed.append(_failed_row(pair, reason))
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write ``failed.jsonl``: one row for each pair that was left out, with its reason; none
+        when all are made.
+        """
+        before = getattr(trainer.datamodule, "failed_pairs", [])  # type: ignore[attr-defined]
+        rows = [_failed_row(pair, reason) for pair, reason in before] + self._failed
+        path = self.out_dir / "failed.jsonl"
+        path.unlink(missing_ok=True)
+        if rows:
+            write_text_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
+            rank_zero_info(f"{len(rows)} pairs were left out: {path} says why")
 
     def _open(self, pair: PredictPair, size_px: int) -> None:
         for suffix in (".mp4", ".json"):
@@ -150,6 +179,19 @@ class VideoSink(Callback):
         return True
 
 
+def _failed_row(pair: PredictPair, reason: str) -> dict[str, str]:
+    return {
+        "name": pair.name,
+        "portrait": str(pair.portrait),
+        "speech": str(pair.speech),
+        "reason": reason,
+    }
+
+
 def _expected(pair: PredictPair, configuration: dict[str, Any]) -> dict[str, Any]:
-    files = {"portrait": os.path.abspath(pair.portrait), "speech": os.path.abspath(pair.speech)}
+    """What a finished video was made from: the content of its files, wherever they lie."""
+    files = {
+        "portrait_sha256": sha256_of(pair.portrait),
+        "speech_sha256": sha256_of(pair.speech),
+    }
     return {**configuration, **files}

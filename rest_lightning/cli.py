@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import importlib
 import inspect
+import io
 import os
 import signal
 import sys
 from collections.abc import Callable
 
 from rest_lightning.constants import VERSION
-from rest_lightning.errors import UserError
+from rest_lightning.errors import Terminated, UserError
 
 # Modules are imported when their command is called: `rest --help` and a wrong file name do not wait
 # for torch. A module of `rest_lightning.commands` has `add_arguments(parser)` and `run(args) ->
@@ -50,12 +51,16 @@ EXIT_INTERRUPTED = 130
 
 def main(args: list[str] | None = None) -> int:
     """Runs a command and returns its exit code: 0 done, 2 a user's mistake (one line on stderr),
-    130 interrupted.
+    130 interrupted by Ctrl-C, 143 by SIGTERM and 129 by SIGHUP where a command keeps what it has.
 
     Args:
         args: the command and its arguments; None takes those of the process.
     """
     words = list(sys.argv[1:] if args is None else args)
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal of another encoding shows "?" in place of a character that it does not have.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         return _run(words)
     except UserError as error:
@@ -63,7 +68,8 @@ def main(args: list[str] | None = None) -> int:
         return EXIT_USER_ERROR
     except KeyboardInterrupt as interrupt:
         _say(str(interrupt) or "interrupted: nothing was written")
-        return EXIT_INTERRUPTED
+        cause = interrupt if isinstance(interrupt, Terminated) else interrupt.__cause__
+        return 128 + cause.number if isinstance(cause, Terminated) else EXIT_INTERRUPTED
     except BrokenPipeError:  # `rest ... | head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE

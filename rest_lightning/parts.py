@@ -291,6 +291,28 @@ def natural_dtype(capabilities: Mapping[str, Any]) -> str:
     )
 
 
+def device_named(name: str) -> str:
+    """The device of that name; ``auto`` is a CUDA device where there is one. The one check of
+    ``--device`` for all commands.
+
+    Raises:
+        UserError: an unknown name, or a CUDA device that is not there.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, number = name.partition(":")
+    is_there = name == "cpu" or (
+        kind == "cuda"
+        and torch.cuda.is_available()
+        and (not number or (number.isdecimal() and int(number) < torch.cuda.device_count()))
+    )
+    if not is_there:
+        raise UserError(
+            f"expected device auto, cpu or an available cuda, got {name}: try --device cpu"
+        )
+    return name
+
+
 def dtype_on(name: str, device: str) -> torch.dtype:
     """The type of that name; ``auto`` is what the device (``cpu``, ``cuda``, ...) multiplies
     natively.

@@ -23,6 +23,7 @@ from rest_lightning.parts import (
     OPTIONAL_PART_NAMES,
     PART_NAMES,
     describe_part,
+    device_named,
     dtype_on,
     open_part,
 )
@@ -309,13 +310,7 @@ class ModelOptions:
         """
         if self.num_threads is not None:
             torch.set_num_threads(self.num_threads)
-        device = self.device
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        elif device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
-            raise UserError(
-                f"expected device auto, cpu or an available cuda, got {device}: try --device cpu"
-            )
+        device = device_named(self.device)
         dtype = dtype_on(self.dtype, device.partition(":")[0])
         head = TalkingHead.from_pretrained(self.model, device=device, dtype=dtype)
         return head if self.chunk_length is None else head.with_chunk_length(self.chunk_length)

@@ -7,6 +7,7 @@ A second run continues where the first one stopped.
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Encode what is missing."""
+    from rest_lightning.parts import device_named
+
+    args.device = device_named(args.device)
     shared = ("num_frames", "windows_per_clip", "device", "overwrite")
     options = {name: getattr(args, name) for name in shared}
     if args.speech_encoder is not None:
@@ -63,8 +67,7 @@ def run(args: argparse.Namespace) -> int:
         name: getattr(args, name) for name in ("references_per_clip", "dtype", "batch_size")
     }
     cache = encode_dataset(vae, args.data, args.out, fingerprint=fingerprint_of(vae), **options)  # type: ignore[arg-type]
-    print(f"{args.out}: latents of {len(cache.index['clips'])} clips")
-    return 0
+    return _told(args, "latents", len(cache.index["clips"]))
 
 
 def _run_speech(args: argparse.Namespace, options: dict[str, Any]) -> int:
@@ -74,8 +77,20 @@ def _run_speech(args: argparse.Namespace, options: dict[str, Any]) -> int:
     encoder = open_speech_encoder(args.speech_encoder).requires_grad_(False).eval().to(args.device)
     fingerprint = fingerprint_of(encoder, with_config=True)
     cache = encode_speech(encoder, args.data, args.out, fingerprint=fingerprint, **options)  # type: ignore[arg-type]
-    print(f"{args.out}: speech features of {len(cache.index['clips'])} clips")
-    return 0
+    return _told(args, "speech features", len(cache.index["clips"]))
+
+
+def _told(args: argparse.Namespace, what: str, num_clips: int) -> int:
+    """The exit code; nothing made is no success."""
+    print(f"{args.out}: {what} of {num_clips} clips")
+    if num_clips:
+        return 0
+    print(
+        f"expected clips of at least {args.num_frames} frames in {args.data}, got none: lower "
+        "--num-frames, or prepare longer clips",
+        file=sys.stderr,
+    )
+    return 1
 
 
 def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:

@@ -50,7 +50,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prepare, or inspect."""
+    """Prepare, or inspect. Exit code 1 when no clip was kept."""
     if args.inspect is not None:
         from rest_lightning.data.preparation.summary import inspect
 
@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
             ) from None
         rows = finish(args.out, rows, options)
     _summarise(args.out, len(sources), rows)
-    return 0
+    return 0 if any(row.status == "kept" for row in rows) else 1  # nothing made is no success
 
 
 def _engine(name: str) -> Any:

@@ -45,8 +45,14 @@ def run(args: argparse.Namespace) -> int:
     """Score all pairs and write the row. Exit code 1 when a clip failed."""
     from rest_lightning.evaluation.protocol import read_protocol
     from rest_lightning.media.files import check_output
+    from rest_lightning.parts import device_named
 
     protocol = read_protocol(args.protocol)
+    args.device = device_named(args.device)
+    if args.chunk_frames < 1:
+        raise UserError(
+            f"expected --chunk-frames of at least 1, got {args.chunk_frames}: 24 is usual"
+        )
     if args.num_frames is not None:
         protocol = replace(protocol, num_frames=args.num_frames)
     args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 import numpy as np
 
 from rest_lightning.constants import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME, TEMPORAL_RATIO
-from rest_lightning.errors import UserError, note
+from rest_lightning.errors import Terminated, UserError, ends_as_by_ctrl_c, note
 from rest_lightning.media.files import check_output
 
 if TYPE_CHECKING:
@@ -169,7 +169,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Make the video, the table and what else was asked for."""
-    talk(TalkOptions(**vars(args)))
+    with ends_as_by_ctrl_c():
+        talk(TalkOptions(**vars(args)))
     return 0
 
 
@@ -265,14 +266,14 @@ def _stream(
                 note(line)
         report.configuration["writing_thread"] = background.threaded
         report.configuration["writing_thread_s"] = round(background.busy_s, 3)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         if not writer.num_frames:
             raise
         kept = "sent" if options.to_pipe else "kept"
         where = "to stdout" if options.to_pipe else f"in {options.out}"
         raise KeyboardInterrupt(
             f"interrupted: {kept} {writer.duration_s:.2f} s of video {where}"
-        ) from None
+        ) from (interrupt if isinstance(interrupt, Terminated) else None)
     except BrokenPipeError:
         if not options.quiet:
             print(

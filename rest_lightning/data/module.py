@@ -217,7 +217,9 @@ class TalkingHeadDataModule(lightning.LightningDataModule):
     def predict_dataloader(self) -> SpeechStream:
         """The speech of ``pairs`` in blocks; devices take turns."""
         rank, world_size = self._rank()
-        return SpeechStream(self.pairs[rank::world_size], self.predict_block_samples)
+        stream = SpeechStream(self.pairs[rank::world_size], self.predict_block_samples)
+        self.failed_pairs = stream.failed
+        return stream
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int = 0) -> Batch:
         """Turn uint8 pictures into the models' floats, on the device."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 
 from rest_lightning.errors import UserError, note
 from rest_lightning.media.audio import SpeechSource, open_speech
-from rest_lightning.media.portrait import parse_crop
+from rest_lightning.media.portrait import find_portrait, parse_crop
 
 BLOCK_SAMPLES = 16_000
 _FORM = '{"portrait": "a.png", "speech": "a.wav", "name": "optional"}'
@@ -114,7 +115,12 @@ class SpeechStream:
         block_samples: samples per block, at 16 kHz.
 
     Raises:
-        UserError: a speech file that cannot be read; all are checked before the first block.
+        UserError: not a single pair can be read. All are checked before the first block, and bad
+            ones are left out.
+
+    Attributes:
+        pairs: what will be made.
+        failed: what is left out, with the reason.
     """
 
     def __init__(self, pairs: Sequence[PredictPair], block_samples: int = BLOCK_SAMPLES) -> None:
@@ -123,9 +129,21 @@ class SpeechStream:
                 f"expected block_samples of at least 1, got {block_samples}: 16000 are one second"
             )
         self.pairs = list(pairs)
-        self._sources = [
-            open_speech(pair.speech, block_samples=block_samples) for pair in self.pairs
-        ]
+        self.failed: list[tuple[PredictPair, str]] = []
+        self._sources: list[SpeechSource] = []
+        good: list[PredictPair] = []
+        for pair in self.pairs:
+            try:
+                find_portrait(pair.portrait, parse_crop(pair.crop))
+                self._sources.append(open_speech(pair.speech, block_samples=block_samples))
+            except UserError as error:
+                self.failed.append((pair, str(error)))
+                note(f"{pair.name} is left out: {error}")
+            else:
+                good.append(pair)
+        if self.pairs and not good:
+            raise UserError(self.failed[0][1])
+        self.pairs = good
         for source in self._sources:
             for line in source.notes:
                 note(line)
@@ -155,11 +173,9 @@ def _num_blocks(source: SpeechSource) -> int:
 
 def _read_rows(path: Path) -> list[Any]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # Excel begins a file with a mark
         if path.suffix == ".csv":
-            return [
-                {k: v for k, v in row.items() if v} for row in csv.DictReader(text.splitlines())
-            ]
+            return _read_csv(path, text)
         if path.suffix == ".json":
             rows = json.loads(text)
         elif path.suffix in (".yaml", ".yml"):
@@ -189,6 +205,21 @@ def _read_rows(path: Path) -> list[Any]:
             f"expected a list of pairs in {path}, got {type(rows).__name__}: write [{_FORM}]"
         )
     return rows
+
+
+def _read_csv(path: Path, text: str) -> list[dict[str, str]]:
+    """Rows of a CSV with commas, or with the semicolons of Excel in many languages."""
+    first = text.split("\n", 1)[0]
+    comma = ";" if first.count(";") > first.count(",") else ","
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=comma)
+    names = [(name or "").strip().lower() for name in reader.fieldnames or []]
+    if not {"portrait", "speech"} <= set(names):
+        raise UserError(
+            f"expected the columns portrait,speech[,name] in the first line of {path}, got "
+            f"{first.strip()[:80]!r}: add that line"
+        )
+    reader.fieldnames = names
+    return [{k: v for k, v in row.items() if v} for row in reader]
 
 
 def _beside(path: Path, row: Any) -> Any:

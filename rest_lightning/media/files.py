@@ -68,7 +68,50 @@ def explain_write_error(path: Path, error: OSError) -> str:
 def temporary_path(path: PathLike) -> Path:
     """A hidden unused name in ``path``'s folder with its suffix, for what is not whole yet."""
     path = Path(path)
-    return path.with_name(f".{path.stem}.{os.getpid()}.{uuid.uuid4().hex[:8]}.part{path.suffix}")
+    number = uuid.uuid4().hex[:8]
+    return path.with_name(f".{_short_stem(path)}.{os.getpid()}.{number}.part{path.suffix}")
+
+
+_STEM_BYTES = 100  # a name has 255 bytes on most file systems, and a temporary one is longer
+
+
+def _short_stem(path: Path) -> str:
+    """The name without its ending; of a long one its beginning and a hash."""
+    data = os.fsencode(path.stem)
+    if len(data) <= _STEM_BYTES:
+        return path.stem
+    start = data[:_STEM_BYTES].decode("utf-8", "ignore")
+    return f"{start}-{hashlib.sha256(data).hexdigest()[:12]}"
+
+
+def publish(temporary: Path, path: Path, overwrite: bool) -> None:
+    """Give a whole file its final name; without ``overwrite`` never over a file that came
+    meanwhile.
+
+    Raises:
+        UserError: the name is taken by now; the temporary file is removed.
+        OSError: the system refuses.
+    """
+    if overwrite:
+        temporary.replace(path)
+        return
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        temporary.unlink(missing_ok=True)
+        raise UserError(
+            f"expected a new file name, but {path} exists by now, another run has written it: "
+            "choose another name or add --overwrite"
+        ) from None
+    except OSError:  # a file system without hard links
+        if path.exists():
+            temporary.unlink(missing_ok=True)
+            raise UserError(
+                f"expected a new file name, but {path} exists by now: choose another name"
+            ) from None
+        temporary.replace(path)
+        return
+    temporary.unlink(missing_ok=True)
 
 
 def remove_leftovers(path: str | os.PathLike[str]) -> None:
@@ -76,7 +119,9 @@ def remove_leftovers(path: str | os.PathLike[str]) -> None:
     writing ``path``.
     """
     path = Path(path)
-    left = re.compile(rf"\.{re.escape(path.stem)}\.\d+(\.[0-9a-f]+)?\.part{re.escape(path.suffix)}")
+    left = re.compile(
+        rf"\.{re.escape(_short_stem(path))}\.\d+(\.[0-9a-f]+)?\.part{re.escape(path.suffix)}"
+    )
     for other in path.parent.iterdir():
         if left.fullmatch(other.name):
             other.unlink(missing_ok=True)

@@ -30,6 +30,9 @@ MIN_FACE_PX = 40
 # the square, as in the clips that the shipped model was trained on.
 MARGIN, MARGIN_TOP = 0.4, 0.49
 MAX_PIXELS = 100_000_000
+MAX_BYTES = 800_000_000
+"""Of a picture while it is decoded and brought to 8-bit RGB."""
+_BYTES_PER_PIXEL = {"1": 4, "L": 4, "RGB": 6, "P": 7, "I;16": 7, "I": 8, "F": 8, "RGBA": 15}
 _BACKDROP = (200, 200, 200)  # behind transparent pixels: a light grey studio wall
 _FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "TIFF", "BMP", "GIF", "PPM", "TGA", "JPEG2000", "ICO")
 
@@ -216,9 +219,10 @@ def _from_file(path: Path) -> Image.Image:
 
 def _decoded(image: Image.Image, name: str) -> Image.Image:
     width, height = image.size
-    if width * height > MAX_PIXELS:
+    most = min(MAX_PIXELS, MAX_BYTES // _BYTES_PER_PIXEL.get(image.mode, 8))
+    if width * height > most:
         raise UserError(
-            f"expected at most {MAX_PIXELS // 1_000_000} megapixels, but {name} has "
+            f"expected at most {most // 1_000_000} megapixels of {image.mode}, but {name} has "
             f"{width}x{height}: scale it down"
         )
     try:
@@ -256,17 +260,35 @@ def _in_srgb(image: Image.Image) -> Image.Image:
     return converted
 
 
+def _grey_8_bit(image: Image.Image) -> Image.Image:
+    """Grey of 16 or 32 bits, or of floats, with 8 bits; some rows at a time, so that memory is that
+    of the picture.
+    """
+    rows = max(1, 2_000_000 // image.width)
+    tops = range(0, image.height, rows)
+
+    def band(top: int) -> np.ndarray:
+        part = image.crop((0, top, image.width, min(top + rows, image.height)))
+        return np.nan_to_num(np.asarray(part, dtype=np.float64))
+
+    largest = max(band(top).max(initial=0.0) for top in tops)
+    factor = 1.0
+    if image.mode == "F" and largest <= 1.0:
+        factor = 255.0
+    elif image.mode.startswith("I;16") or largest > 255.0:
+        factor = 1 / 257.0  # 65535 -> 255
+    grey = Image.new("L", image.size)
+    for top in tops:
+        values = (band(top) * factor).round().clip(0, 255).astype(np.uint8)
+        grey.paste(Image.fromarray(values), (0, top))
+    return grey
+
+
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     """Opaque 8-bit RGB of any mode, in sRGB."""
     image = _in_srgb(image)
     if image.mode.startswith("I") or image.mode == "F":
-        values = np.nan_to_num(np.asarray(image, dtype=np.float64))
-        top = values.max(initial=0.0)
-        if image.mode == "F" and top <= 1.0:
-            values = values * 255.0
-        elif image.mode.startswith("I;16") or top > 255.0:
-            values = values / 257.0  # 65535 -> 255
-        return Image.fromarray(values.round().clip(0, 255).astype(np.uint8)).convert("RGB")
+        return _grey_8_bit(image).convert("RGB")
     try:
         if image.has_transparency_data:
             image = image.convert("RGBA")

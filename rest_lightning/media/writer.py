@@ -26,7 +26,12 @@ from rest_lightning.constants import FPS, SAMPLE_RATE
 from rest_lightning.errors import UserError
 from rest_lightning.machine import num_usable_cores
 from rest_lightning.media.container import local_name
-from rest_lightning.media.files import check_output, explain_write_error, temporary_path
+from rest_lightning.media.files import (
+    check_output,
+    explain_write_error,
+    publish,
+    temporary_path,
+)
 
 # IPTC's term for what a trained model has made; players and forensic tools show the comment.
 PROVENANCE = {
@@ -198,7 +203,7 @@ class Mp4Writer:
     ) -> None:
         self.path = Path(path)
         even_sides(size_px)
-        self.closed, self._has_audio = False, audio
+        self.closed, self._has_audio, self._overwrite = False, audio, overwrite
         self._encoder: Encoder | None = None
         check_output(self.path, overwrite)
         self._temporary = temporary_path(self.path)
@@ -266,7 +271,7 @@ class Mp4Writer:
                 )
             with self._temporary.open("rb+") as file:
                 os.fsync(file.fileno())  # a full disk may tell only now
-            self._temporary.replace(self.path)
+            publish(self._temporary, self.path, self._overwrite)
             self.closed = True
 
     def abort(self) -> None:

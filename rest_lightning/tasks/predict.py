@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from rest_lightning.data.streams import SpeechBlock
 from rest_lightning.diffusion.sampling import SamplingChanges
+from rest_lightning.errors import UserError
 from rest_lightning.generation import describe_model, load_generator
 from rest_lightning.media.portrait import parse_crop
 from rest_lightning.parts import DtypeName, dtype_on
@@ -46,6 +47,7 @@ class PredictModule(LightningModule):
         self.sampling = (sampling or SamplingChanges()).of(self.head.sampling)
         self.model_name, self.seed, self.dtype_name = model or "embedded", seed, dtype
         self.session: StreamingSession | None = None
+        self.failure: str | None = None
 
     @property
     def configuration(self) -> dict[str, Any]:
@@ -77,16 +79,30 @@ class PredictModule(LightningModule):
         """Open a session when another pair begins: the ID-Sink is filled before its first
         samples.
         """
-        if batch["is_first"]:
-            pair = batch["pair"]
+        if not batch["is_first"]:
+            return
+        self.failure, pair = None, batch["pair"]
+        try:
             crop = parse_crop(pair.crop)
             self.session = self.head.open(
                 pair.portrait, crop=crop, seed=self.seed, **asdict(self.sampling)
             )
+        except UserError as error:
+            self.failure = str(error)
 
     def predict_step(self, batch: SpeechBlock, batch_idx: int) -> NDArray[np.uint8]:
-        """The frames that this block completes, uint8 (n, H, W, 3)."""
-        return self.session.flush() if batch["is_end"] else self.session.push(batch["samples"])  # type: ignore[union-attr]
+        """The frames that this block completes, uint8 (n, H, W, 3); none of a pair that has failed
+        (``failure`` says why), and the list goes on.
+        """
+        if self.failure is None:
+            assert self.session is not None
+            try:
+                if batch["is_end"]:
+                    return self.session.flush()
+                return self.session.push(batch["samples"])
+            except UserError as error:
+                self.failure = str(error)
+        return np.zeros((0, self.size_px, self.size_px, 3), np.uint8)
 
 
 class EvaluateModule(LightningModule):

@@ -155,3 +155,36 @@ def test_devices_take_turns(pairs: list[dict[str, str]]) -> None:
     data = TalkingHeadDataModule(predict_pairs=pairs)
     data.setup("predict")
     assert [batch["pair"].name for batch in data.predict_dataloader() if batch["is_end"]] == NAMES
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize("what", ["portrait", "speech"])
+def test_a_bad_pair_is_a_row_and_the_list_goes_on(
+    tmp_path: Path, model_folder: Path, pairs: list[dict[str, str]], place: int, what: str
+) -> None:
+    bad = tmp_path / "bad.bin"
+    bad.write_bytes(b"neither one nor the other")
+    listed = [dict(pair) for pair in pairs]
+    listed[place] |= {what: str(bad), "name": "bad"}
+    predict(model_folder, listed, VideoSink(str(tmp_path / "out")))
+    made = sorted(path.stem for path in (tmp_path / "out").glob("*.mp4"))
+    assert made == sorted(name for k, name in enumerate(NAMES) if k != place)
+    (row,) = (tmp_path / "out" / "failed.jsonl").read_text().splitlines()
+    assert json.loads(row)["name"] == "bad" and "bad.bin" in json.loads(row)["reason"]
+    predict(model_folder, [pairs[place]], VideoSink(str(tmp_path / "out")))
+    assert not (tmp_path / "out" / "failed.jsonl").exists()
+
+
+def test_finished_means_the_same_content_wherever_it_lies(
+    tmp_path: Path, model_folder: Path, pairs: list[dict[str, str]]
+) -> None:
+    pair = {**pairs[0], "name": "a"}
+    predict(model_folder, [pair], VideoSink(str(tmp_path / "out")))
+    before = files(tmp_path / "out")
+    moved = tmp_path / "moved.wav"
+    moved.write_bytes(Path(pair["speech"]).read_bytes())
+    predict(model_folder, [{**pair, "speech": str(moved)}], VideoSink(str(tmp_path / "out")))
+    assert files(tmp_path / "out") == before
+    moved.write_bytes(Path(pairs[1]["speech"]).read_bytes())
+    with pytest.raises(UserError, match="speech_sha256"):
+        predict(model_folder, [{**pair, "speech": str(moved)}], VideoSink(str(tmp_path / "out")))

@@ -96,14 +96,42 @@ def test_bad_lists(tmp_path: Path, name: str, text: str | None, message: str) ->
     assert "\n" not in str(caught.value)
 
 
-def test_speech_that_cannot_be_read_is_refused_before_the_first_block(
-    pairs: list[Any], tmp_path: Path
+@pytest.mark.parametrize("what", ["portrait", "speech"])
+def test_a_bad_pair_is_left_out_before_the_first_block(
+    pairs: list[Any], tmp_path: Path, what: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     broken = tmp_path / "broken.wav"
     broken.write_bytes(b"RIFF")
+    bad = {**pairs[0], what: str(broken), "name": "bad"}
+    stream = SpeechStream(read_pairs([bad, *pairs]))
+    assert [pair.name for pair, _ in stream.failed] == ["bad"]
+    assert len(stream.pairs) == len(pairs) and len(list(stream)) == len(stream)
+    assert "bad is left out" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"broken\.wav"):
-        SpeechStream(
-            read_pairs([*pairs, {"portrait": pairs[0]["portrait"], "speech": str(broken)}])
-        )
+        SpeechStream(read_pairs([bad]))
     with pytest.raises(UserError, match="block_samples of at least 1"):
         SpeechStream(read_pairs(pairs), 0)
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+@pytest.mark.parametrize("comma", [",", ";"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_csv_as_excel_saves_it(
+    pairs: list[Any], tmp_path: Path, mark: str, comma: str, end: str
+) -> None:
+    rows = [("Portrait", " speech ", "name")] + [
+        (pair["portrait"], pair["speech"], f"n{number}") for number, pair in enumerate(pairs)
+    ]
+    text = mark + "".join(comma.join(row) + end for row in rows)
+    (tmp_path / "pairs.csv").write_bytes(text.encode())
+    assert [pair.name for pair in read_pairs(tmp_path / "pairs.csv")] == [
+        f"n{number}" for number in range(len(pairs))
+    ]
+
+
+@pytest.mark.parametrize("text", ["a.png,b.wav,a\n", "", "face;sound\n1;2\n", "portrait\na.png\n"])
+def test_a_csv_without_its_columns_says_which(tmp_path: Path, text: str) -> None:
+    (tmp_path / "pairs.csv").write_text(text)
+    with pytest.raises(UserError, match=r"columns portrait,speech.*pairs\.csv") as info:
+        read_pairs(tmp_path / "pairs.csv")
+    assert "\n" not in str(info.value)
