@@ -174,8 +174,8 @@ def test_sampling_ablation_serves_previews(recipe: Any, tmp_path: Path, file: st
         cli = recipe.run("asd", tmp_path, overlays=(previews, CONFIGS / file), command="validate")
     given = {key.removeprefix("sampling."): value for key, value in values(file).items()}
     (callback,) = (c for c in cli.trainer.callbacks if type(c).__name__ == "SampleVideos")
-    others = {"num_steps": 3, "guidance": 2.5, "shift": 1.0, "reference_guidance": 0.0}
-    others["table_steps"] = None
+    others: dict[str, float | None] = {"num_steps": 3, "guidance": 2.5, "shift": 1.0}
+    others |= {"reference_guidance": 0.0, "table_steps": None}
     assert asdict(callback.sampling) == others | given
     assert len(list(tmp_path.rglob("samples/step-*.mp4"))) == 1
 

@@ -188,8 +188,8 @@ def talk(options: TalkOptions) -> StreamReport:
     _check_outputs(options)
     found = find_portrait(options.portrait, options.crop, option="--crop")
     if not options.quiet:
-        for note in found.notes:
-            print(f"note: {note}", file=sys.stderr)
+        for line in found.notes:
+            note(line)
     speech = open_speech(options.speech, stdin=options.stdin)
     for line in speech.notes:
         note(line)

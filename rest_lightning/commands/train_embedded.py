@@ -162,7 +162,8 @@ def check(args: argparse.Namespace) -> None:
     check_folder(args.export or args.out / "model", overwrite=True)
     overlays = [find_config(name) for name in args.config]
     content: Tree = {}
-    for name in ("model/embedded", *overlays):
+    names: list[str | Path] = ["model/embedded", *overlays]
+    for name in names:
         merge(content, read_config(name).content)
     encoder = network_of(content, "speech_encoder")
     if encoder["class_path"].endswith("WhisperEncoder"):

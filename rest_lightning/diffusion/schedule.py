@@ -8,6 +8,7 @@ only one in this package).
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -174,7 +175,7 @@ def training_table(
     return levels.to(dtype=torch.float32, device=device)
 
 
-def lowest_level(training_noise: dict[str, float]) -> float:
+def lowest_level(training_noise: dict[str, Any]) -> float:
     """Returns the lowest noise level above 0 of a training with these arguments of
     :func:`training_table`.
     """

@@ -239,7 +239,7 @@ def survey(path: Path, longest_s: float | None = None) -> Survey:
             f"{losses.seconds:.1f} s of the sound from {losses.first_s or 0:.1f} s on cannot be "
             "decoded and are left out"
         )
-    if claimed is not None and max(end_s, length) < 0.999 * float(claimed) - 0.15:
+    if claimed is not None and max(float(end_s), float(length)) < 0.999 * float(claimed) - 0.15:
         notes.append(
             f"its header says {float(claimed):.1f} s, and {float(length):.1f} s are there: the "
             "rest is missing"
@@ -385,9 +385,10 @@ def _planes(frame: AudioFrame) -> Samples:
     if not frame.format.is_planar:
         values = values.reshape(-1, frame.layout.nb_channels).T
     if values.dtype == np.uint8:
-        return (values.astype(np.float32) - 128) / 128
+        return ((values.astype(np.float32) - 128) / 128).astype(np.float32)
     if values.dtype.kind == "i":
-        return values.astype(np.float32) / -float(np.iinfo(values.dtype).min)
+        full_scale = 2.0 ** (8 * values.dtype.itemsize - 1)
+        return (values.astype(np.float32) / full_scale).astype(np.float32)
     return values.astype(np.float32)
 
 

@@ -246,8 +246,7 @@ class ChunkedContext:
             previous = rotate(k[:, :-1, n:], self.previous_table)
             keys = torch.cat([self._cached(previous), keys], 2)
             values = torch.cat([self._cached(v[:, :-1, n:]), values], 2)
-        windows = (x.flatten(0, 1) for x in (queries, keys, values))
-        later = attend(*windows, num_heads)
+        later = attend(queries.flatten(0, 1), keys.flatten(0, 1), values.flatten(0, 1), num_heads)
         out.append(later.unflatten(0, (-1, num_later)).flatten(1, 2))
         return out
 

@@ -248,8 +248,8 @@ def test_loss_is_the_distance_to_guided_streams(
     levels = torch.zeros(substeps + 1, *sigma.shape)
     for row, frame in itertools.product(*map(range, sigma.shape)):
         if frame:  # the reference stays at 0
-            start = source_table.index(float(sigma[row, frame]))
-            levels[:, row, frame] = torch.tensor(source_table[start : start + substeps + 1])
+            at = source_table.index(float(sigma[row, frame]))
+            levels[:, row, frame] = torch.tensor(source_table[at : at + substeps + 1])
     sigma_next = levels[-1]
     with torch.no_grad():
         end = streamed_steps(source, inputs, context(float(table(num_steps)[-2])), levels, guidance)

@@ -126,7 +126,7 @@ def test_region_weights_of_known_and_unknown_landmarks() -> None:
 
 def test_moments_are_those_of_all_latents_together() -> None:
     pieces = [torch.randn(2, 4, 3, 2, 2) * 3 + 1, torch.randn(1, 4, 5, 2, 2)]
-    moments = LatentMoments()
+    moments = LatentMoments(4)
     for piece in pieces:
         moments.update(piece)
     mean, std = moments.compute()
