@@ -392,9 +392,8 @@ def _check_value(
         names, arguments = parameters_of(cls), value.get(ARGUMENTS) or {}
         before = before.get(ARGUMENTS) or {}
         keys = (*keys, ARGUMENTS)
-    elif (cls := _dataclass_of(kind)) is not None:
-        names = {field.name: field.type for field in dataclasses.fields(cls)}
-        names |= _hints(cls)
+    elif (inner := _dataclass_of(kind)) is not None:
+        names = _hints(inner)
         arguments, before = value, earlier if isinstance(earlier, Mapping) else {}
     else:
         return
@@ -421,8 +420,9 @@ def parameters_of(cls: type) -> dict[str, Any]:
     for each in cls.__mro__:  # a constructor of *args and **kwargs hands them to its parent's
         if "__init__" not in vars(each):
             continue
-        hints = _hints(each.__init__)
-        parameters = list(inspect.signature(each.__init__).parameters.values())[1:]
+        constructor = vars(each)["__init__"]
+        hints = _hints(constructor)
+        parameters = list(inspect.signature(constructor).parameters.values())[1:]
         named = [one for one in parameters if one.kind not in (one.VAR_KEYWORD, one.VAR_POSITIONAL)]
         found |= {one.name: hints.get(one.name) for one in named if one.name not in found}
         if not any(one.kind is one.VAR_KEYWORD for one in parameters):
