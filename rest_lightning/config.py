@@ -32,6 +32,7 @@ from typing import Any
 from rest_lightning.errors import UserError
 
 BASE, NETWORKS = "base", "networks"
+PARTS = ("vae", "speech_encoder", "speech_ae", "transformer", "detail")
 CLASS, ARGUMENTS = "class_path", "init_args"
 EXPORTING_PACKAGES = ("rest_lightning.tasks", "rest_lightning.models", "rest_lightning.callbacks")
 Tree = dict[str, Any]
@@ -265,7 +266,7 @@ def place_networks(config: Config, stage: str | None = None) -> Tree:
         stage: class path of the stage, where the content itself names none.
 
     Raises:
-        UserError: networks without a stage.
+        UserError: networks without a stage, or of an unknown part.
     """
     content = merge({}, config.content)
     networks = content.pop(NETWORKS, None)
@@ -277,6 +278,8 @@ def place_networks(config: Config, stage: str | None = None) -> Tree:
             f"expected a stage that takes the networks of {config.path}, got none: put it behind a "
             "stage, as in --config embedded/student --config model/tiny"
         )
+    if wrong := [name for name in networks if name not in PARTS]:
+        raise _unknown(config, (NETWORKS, wrong[0]), PARTS)
     taken = parameters_of(find_class(stage, "model.class_path", config.path))
     parts = {name: part for name, part in networks.items() if name in taken}
     model = {"model": {CLASS: stage, ARGUMENTS: parts}}
@@ -392,9 +395,8 @@ def _check_value(
         names, arguments = parameters_of(cls), value.get(ARGUMENTS) or {}
         before = before.get(ARGUMENTS) or {}
         keys = (*keys, ARGUMENTS)
-    elif (of := _dataclass_of(kind)) is not None:
-        names = {field.name: field.type for field in dataclasses.fields(of)}
-        names |= _hints(of)
+    elif (inner := _dataclass_of(kind)) is not None:
+        names = _hints(inner)
         arguments, before = value, earlier if isinstance(earlier, Mapping) else {}
     else:
         return
@@ -417,6 +419,8 @@ def _unknown(config: Config, keys: tuple[str, ...], names: Iterable[str]) -> Use
 
 def parameters_of(cls: type) -> dict[str, Any]:
     """Returns the parameters of a constructor with their types; ``**`` where it takes any name."""
+    if not isinstance(cls, type):  # a function that makes one
+        return {"**": None}
     found: dict[str, Any] = {}
     for each in cls.__mro__:  # a constructor of *args and **kwargs hands them to its parent's
         constructor = vars(each).get("__init__")

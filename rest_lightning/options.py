@@ -94,8 +94,8 @@ class TellsMistakes(ArgumentParser):
         key, reason = reason_of(message)
         inside = max(re.findall(r"NestedArg\(key='([\w.]+)'", message), key=len, default="")
         if inside and "is not accepted" in reason:
-            inner = hint_inside(self.stage, inside.split(".")) if self.stage else None
-            return f"expected a known option, got --model.{inside}: {inner or see}"
+            way_out = hint_inside(self.stage, inside.split(".")) if self.stage else ""
+            return f"expected a known option, got --model.{inside}: {way_out or see}"
         if self.reading is None:
             return f"{self._shown(key)}: {reason}" if key else reason
         path = self.reading.source_of(key.split(".")) or self.reading.path
@@ -113,7 +113,7 @@ class TellsMistakes(ArgumentParser):
 class ConfigFile(ActionConfigFile):
     """``--config``: a shipped name or a path, with the files that it builds on."""
 
-    def __call__(  # type: ignore[override]  # jsonargparse's own actions narrow these, too
+    def __call__(  # type: ignore[override]  # jsonargparse gives its own parser and namespace
         self, parser: TellsMistakes, cfg: Namespace, values: Any, option_string: str | None = None
     ) -> None:
         """Reads the file into the options."""

@@ -34,6 +34,7 @@ TINY = ("--config", "embedded/asd", "--config", "model/tiny")
             {"networks": {"transformer": {"init_args": {"num_layer": 2}}}},
             "model.init_args.transformer.init_args.num_layer: did you mean num_layers?",
         ),
+        ({"networks": {"transfomer": {}}}, "networks.transfomer: did you mean transformer?"),
         (
             {"model": {"class_path": "StudentModul"}},
             "expected a class at model.class_path, got 'StudentModul': did you mean StudentModule?",

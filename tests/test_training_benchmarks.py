@@ -312,7 +312,7 @@ def test_reading_times_the_stages_that_train(benchmark: Any, talkers: Path, tmp_
         "--steps",
         "3",
         "--stages",
-        "vae_start",
+        "vae",
         "teacher",
     ]
     words += [
@@ -330,11 +330,11 @@ def test_reading_times_the_stages_that_train(benchmark: Any, talkers: Path, tmp_
     words += ["--clip-frames", "20", "--window", "9", "--seconds", "0.01"]
     assert module.main([*words, "--out", str(tmp_path / "reading.json")]) == 0
     result = json.loads((tmp_path / "reading.json").read_text())
-    assert [row["stage"] for row in result["data_wait"]] == ["vae_start", "teacher"]
+    assert [row["stage"] for row in result["data_wait"]] == ["vae", "teacher"]
     for row in result["data_wait"]:
         assert 0 < row["wait_ms"] < row["step_ms"]
         assert row["wait_share"] == pytest.approx(row["wait_ms"] / row["step_ms"])
-    assert set(result["targets"]["met"]) == {"vae_start", "teacher"}
+    assert set(result["targets"]["met"]) == {"vae", "teacher"}
 
 
 @pytest.mark.slow

@@ -162,9 +162,8 @@ def check(args: argparse.Namespace) -> None:
     check_folder(args.export or args.out / "model", overwrite=True)
     overlays = [find_config(name) for name in args.config]
     content: Tree = {}
-    names: list[str | Path] = ["model/embedded", *overlays]
-    for name in names:
-        merge(content, read_config(name).content)
+    for path in (find_config("model/embedded"), *overlays):
+        merge(content, read_config(path).content)
     encoder = network_of(content, "speech_encoder")
     if encoder["class_path"].endswith("WhisperEncoder"):
         weights = args.whisper or Path(encoder["init_args"]["weights"])

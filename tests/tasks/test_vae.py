@@ -164,7 +164,7 @@ def test_final_checkpoint_holds_the_statistics_of_its_own_weights(recipe: Any) -
 def test_principal_path_is_set_before_the_first_stage_and_never_trained(recipe: Any) -> None:
     states = [
         torch.load(recipe.final(stage), weights_only=False)["state_dict"]
-        for stage in ("vae_start", "vae")
+        for stage in ("vae", "vae_whole")
     ]
     keys = [key for key in states[0] if key.startswith("vae.principal.")]
     assert keys

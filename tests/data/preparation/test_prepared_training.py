@@ -119,11 +119,12 @@ def test_it_trains_a_vae_and_a_teacher(
     prepared: Path, recipe_class: Any, repository: Path, tmp_path: Path
 ) -> None:
     recipe = recipe_class(tmp_path, prepared, repository)
-    recipe.vae_stage = "vae_start"
+    recipe.vae_stage = "vae"
     # 128 pixels where the tiny configuration has 64
+    large = "--data.size_px=128"
     wider = "--model.transformer.init_args.spatial_embedding=[4,4]"
-    for stage, words in (("vae_start", ()), ("speech_ae", ()), ("teacher", (wider,))):
-        cli = recipe.run(stage, tmp_path / stage, *words)
+    for stage, words in (("vae", ()), ("speech_ae", ()), ("teacher", (wider,))):
+        cli = recipe.run(stage, tmp_path / stage, large, *words)
         assert cli.trainer.global_step == 3
         losses = [
             value
@@ -135,7 +136,12 @@ def test_it_trains_a_vae_and_a_teacher(
         assert recipe.final(stage).is_file()
         assert not list(tmp_path.rglob("corrupt_clips.jsonl"))
     start = recipe.run(
-        "teacher", tmp_path / "none", wider, "--trainer.max_steps=0", "--final_checkpoint=false"
+        "teacher",
+        tmp_path / "none",
+        large,
+        wider,
+        "--trainer.max_steps=0",
+        "--final_checkpoint=false",
     )
     before, after = start.model.transformer.state_dict(), cli.model.transformer.state_dict()
     assert any(not torch.equal(value, after[name]) for name, value in before.items())
