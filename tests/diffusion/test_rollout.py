@@ -153,7 +153,7 @@ def sequential(module: StudentModule, inputs: Any, context: Context) -> Tensor:
     out, length = [], model.cache_options.chunk_length
     for start in range(1, num_frames, length):
         together = cache.reference_expected
-        read = slice(0 if together else start, start + length)
+        read = [0] * together + list(range(start, start + length))
         out.append(
             model(noisy[:, :, read], sigma[:, read], speech[:, read], cache=cache)[:, :, -length:]
         )
