@@ -370,20 +370,26 @@ def as_frames(frames: np.ndarray, height: int, width: int) -> np.ndarray:
 
 @contextmanager
 def interrupt_later() -> Iterator[None]:
-    """Holds Ctrl-C back until the block is done: half a packet in the file would be a broken
-    video.
+    """Holds Ctrl-C, and SIGTERM and SIGHUP where they are caught, back until the block is done:
+    half a packet in the file would be a broken video.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     pending: list[tuple[int, FrameType | None]] = []
-    previous = signal.signal(signal.SIGINT, lambda number, frame: pending.append((number, frame)))
+    numbers = [getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP")]
+    handlers = {number: signal.getsignal(number) for number in numbers if number is not None}
+    caught = {number: handler for number, handler in handlers.items() if callable(handler)}
+    for number in caught:
+        signal.signal(number, lambda number, frame: pending.append((number, frame)))
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, previous if previous is not None else signal.SIG_DFL)
-    if pending and callable(previous):
-        previous(*pending[0])
+        for number, handler in caught.items():
+            signal.signal(number, handler)
+    if pending:
+        number, frame = pending[0]
+        caught[signal.Signals(number)](number, frame)
 
 
 # -- pipes -----------------------------------------------------------------------------------------

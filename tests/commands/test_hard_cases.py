@@ -148,8 +148,8 @@ def test_a_device_that_is_not_there_is_one_line(
 def test_large_pictures_of_many_bits_take_bounded_memory(
     tmp_path: Path, mode: str, ending: str
 ) -> None:
-    if mode == "F" and ending == "png":
-        pytest.skip("PNG has no floats")
+    if mode != "I;16" and ending == "png":
+        pytest.skip("PNG has 16 bits at most")
     path = tmp_path / f"a.{ending}"
     values = np.zeros((6000, 6000), {"F": np.float32, "I": np.int32, "I;16": np.uint16}[mode])
     values[::2] = 1 if mode == "F" else 60_000
