@@ -26,7 +26,11 @@ class Limits:
         send_buffer_bytes: what the system keeps of it; then it counts as unread.
         upload_bytes, sound_s, image_side_px: of uploads; num_uploads: decoded at once, of at most
             max_uploads that come in; receive_s, upload_s: time for sending and for decoding one.
-        max_portraits: uploaded portraits that are kept; portrait_s: how long an unused one is.
+        uploads_per_address: of those that come in, of one address.
+        max_connections: in all; connections_per_address: of one; header_s: time for the head of a
+            request.
+        max_portraits: uploaded portraits that are kept, a quarter of them of one address;
+            portrait_s: how long an unused one is.
         grace_s: how long sessions may go on when the server is told to stop.
     """
 
@@ -48,6 +52,10 @@ class Limits:
     image_side_px: int = 8192
     num_uploads: int = 2
     max_uploads: int = 8
+    uploads_per_address: int = 3
+    max_connections: int = 400
+    connections_per_address: int = 64
+    header_s: float = 15.0
     receive_s: float = 120.0
     upload_s: float = 20.0
     max_portraits: int = 64
@@ -97,7 +105,8 @@ class Admission:
                 "address",
                 (f"this address has {share} of {share} sessions: end one, then try again"),
             )
-        if self.num_active + kept.total() >= self.limits.max_sessions:
+        full = self.num_active + kept.total() >= self.limits.max_sessions
+        if full and not self._take_back(address, kept):
             most = self.limits.max_sessions
             raise Refused(
                 "full", (f"the server is full ({most} of {most} sessions): try again later")
@@ -105,6 +114,17 @@ class Admission:
         token = secrets.token_urlsafe(24)
         self._tokens[token] = (address, self._clock() + self.limits.token_s)
         return token
+
+    def _take_back(self, address: str, kept: Counter[str]) -> bool:
+        """Free a place that another address keeps without using it, where that one has more places
+        than this one would have; whether there was one.
+        """
+        owner = max(kept, key=lambda other: self._active[other] + kept[other], default=address)
+        has = self._active[address] + kept[address]
+        if self._active[owner] + kept[owner] < has + 2:
+            return False
+        self.revoke(next(token for token, (other, _) in self._tokens.items() if other == owner))
+        return True
 
     def enter(self, token: str, address: str) -> None:
         """Turn a token into a session; :meth:`leave` must follow.
@@ -146,3 +166,7 @@ class Bucket:
         self._left = min(self.burst, self._left + self.rate * (now_s - self._at_s)) - amount
         self._at_s = now_s
         return self._left >= 0.0
+
+    def give(self, amount: float) -> None:
+        """Take an amount back that was not used."""
+        self._left = min(self.burst, self._left + amount)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import traceback
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prometheus_client import (
@@ -93,11 +95,27 @@ def log_as_json() -> logging.Handler:
     """Let everything that serves write to stderr from now on; remove the handler from ``LOG`` to
     end that.
     """
+    from rest_lightning.serve.gate import Sparing
+
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter())
+    handler.addFilter(Sparing())
     LOG.addHandler(handler)
     LOG.setLevel(logging.INFO)
     return handler
+
+
+def _where(error: BaseException | None) -> list[str]:
+    """Kind of an error and the places it came through, without its message: that may hold what a
+    client sent.
+    """
+    places = []
+    while error is not None:
+        frames = traceback.extract_tb(error.__traceback__)[-6:]
+        at = " < ".join(f"{Path(f.filename).name}:{f.lineno} {f.name}" for f in reversed(frames))
+        places.append(f"{type(error).__name__} at {at}")
+        error = error.__cause__
+    return places
 
 
 class JsonFormatter(logging.Formatter):
@@ -118,5 +136,5 @@ class JsonFormatter(logging.Formatter):
             if name not in self._USUAL and name[0] != "_"
         }
         if record.exc_info:
-            line["error"] = self.formatException(record.exc_info)
+            line["error"] = _where(record.exc_info[1])
         return json.dumps(line, default=str)

@@ -64,9 +64,9 @@ class SharedPortraits(Portraits):
         super().__init__()
         self._book = book
 
-    def add(self, png: bytes) -> str:
+    def add(self, png: bytes, owner: str = "") -> str:
         """Keep an uploaded portrait; returns its id."""
-        name: str = ray.get(self._book.add.remote(png))
+        name: str = ray.get(self._book.add.remote(png, owner))
         return name
 
     def png(self, name: str) -> bytes:
@@ -115,6 +115,7 @@ class ReplicaServer(LiveServer):
     def make_app(self) -> web.Application:
         """The routes."""
         app = web.Application(middlewares=[self._guard])
+        app.on_response_prepare.append(self._add_headers)
         app.add_routes(self.inner_routes())
         return app
 

@@ -6,6 +6,7 @@ import asyncio
 import socket
 import ssl
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +15,13 @@ from typing import Protocol, Self
 from aiohttp import BodyPartReader, web
 
 from rest_lightning.errors import UserError
+from rest_lightning.serve.gate import LOOPBACK, Gate, expect_head, head_came, tell_loop_errors_once
 from rest_lightning.serve.limits import Admission, Limits, Refused
 from rest_lightning.serve.metrics import LOG, Metrics
 from rest_lightning.serve.protocol import HEARTBEAT_S, AioChannel, Channel
 from rest_lightning.serve.scheduler import Scheduler
 from rest_lightning.serve.session import Service, run_session
-from rest_lightning.serve.uploads import Portraits, Uploads
+from rest_lightning.serve.uploads import Portraits, Uploads, remove_stale_uploads
 
 PAGE_FOLDER = Path(__file__).parent / "page"
 _LARGEST_BYTES = 2**20  # of a message: beyond the limits' own, which are told in words
@@ -104,6 +106,8 @@ class PageServer(ABC):
         self.url, self._num_uploads, self._size_px = "", 0, size_px
         self._origins: frozenset[str] = frozenset()
         self._runner: web.AppRunner | None = None
+        self._listener: asyncio.Server | None = None
+        self._sending: Counter[str] = Counter()
 
     @abstractmethod
     async def run_session(self, channel: Channel, token: str, address: str) -> None:
@@ -125,6 +129,13 @@ class PageServer(ABC):
         """The client's address."""
         return request.remote or ""
 
+    def _owner_of(self, request: web.Request) -> str:
+        """Who has a share of uploads: the client's address; nobody for this machine's own, where a
+        proxy speaks for many.
+        """
+        address = self.address_of(request)
+        return "" if address in LOOPBACK else address
+
     def inner_routes(self) -> list[web.RouteDef]:
         """The socket of sessions, and what watches over them."""
         return [
@@ -138,6 +149,7 @@ class PageServer(ABC):
         app = web.Application(
             middlewares=[self._guard], client_max_size=self.limits.upload_bytes + 65_536
         )
+        app.on_response_prepare.append(self._add_headers)
         app.add_routes(
             [
                 web.get("/", self._page),
@@ -165,9 +177,19 @@ class PageServer(ABC):
             self.make_app(), access_log=None, handle_signals=False, shutdown_timeout=1.0
         )
         await self._runner.setup()
-        site = web.TCPSite(self._runner, self.options.host, self.options.port, ssl_context=tls)
+        remove_stale_uploads()
+        loop = asyncio.get_running_loop()
+        tell_loop_errors_once(loop, LOG)
+        assert self._runner.server is not None
+        gate = Gate(
+            self._runner.server,
+            self.limits,
+            lambda why: self.metrics.refused.labels(why).inc(),
+        )
         try:
-            await site.start()
+            self._listener = await loop.create_server(
+                gate, self.options.host, self.options.port, ssl=tls
+            )
         except OSError as error:
             await self._runner.cleanup()
             where = f"{self.options.host}:{self.options.port}"
@@ -175,7 +197,7 @@ class PageServer(ABC):
             raise UserError(
                 f"expected to listen on {where}, got '{reason}': try another --port or --host"
             ) from None
-        port = self._runner.addresses[0][1]
+        port = self._listener.sockets[0].getsockname()[1]
         scheme = "https" if tls else "http"
         self.url = f"{scheme}://{_in_url(_reachable(self.options.host))}:{port}"
         hosts = {self.options.host, "localhost", "127.0.0.1", "::1"}
@@ -201,6 +223,8 @@ class PageServer(ABC):
         end_s = loop.time() + 3.0
         while self.sessions and loop.time() < end_s:
             await asyncio.sleep(0.05)
+        if self._listener is not None:
+            self._listener.close()
         if self._runner is not None:
             await self._runner.cleanup()
 
@@ -218,6 +242,13 @@ class PageServer(ABC):
         """Refuses foreign pages, turns errors into one line, adds the headers that keep a page to
         itself.
         """
+        head_came(request)
+        try:
+            return await self._answer(request, handler)
+        finally:
+            expect_head(request)
+
+    async def _answer(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         origin = request.headers.get("Origin")
         needs_origin = request.method != "GET" or request.path == "/ws"
         try:
@@ -239,12 +270,16 @@ class PageServer(ABC):
             response = web.json_response({"error": str(error)}, status=400)
         except web.HTTPException as error:
             response = web.json_response({"error": error.reason.lower()}, status=error.status)
-        except Exception:
-            LOG.exception("request failed", extra={"path": request.path})
+        except Exception as error:
+            if isinstance(error, OSError | ValueError) and request.path.startswith("/page/"):
+                # a name that no file can have
+                return web.json_response({"error": "not found"}, status=404)
+            LOG.exception("request failed", extra={"route": _route_of(request)})
             response = web.json_response({"error": "the server failed at this request"}, status=500)
-        if not response.prepared:
-            response.headers.update(self._headers())
         return response
+
+    async def _add_headers(self, request: web.Request, response: web.StreamResponse) -> None:
+        response.headers.update(self._headers())
 
     def _headers(self) -> dict[str, str]:
         sockets = " ".join(
@@ -256,7 +291,10 @@ class PageServer(ABC):
             "worker-src 'self' blob:; object-src 'none'; base-uri 'none'; frame-ancestors 'none'; "
             "form-action 'none'"
         )
+        tls = {"Strict-Transport-Security": "max-age=31536000"} if self.options.cert else {}
         return {
+            **tls,
+            "Server": "rest",  # without versions
             "Content-Security-Policy": policy,
             "X-Content-Type-Options": "nosniff",
             "Referrer-Policy": "no-referrer",
@@ -331,7 +369,8 @@ class PageServer(ABC):
         png = await self._decoded(
             request, "portrait", lambda data: self.uploads.portrait(data, size_px)
         )
-        return web.json_response({"id": await asyncio.to_thread(self.portraits.add, png)})
+        owner = self._owner_of(request)
+        return web.json_response({"id": await asyncio.to_thread(self.portraits.add, png, owner)})
 
     async def _speech(self, request: web.Request) -> web.StreamResponse:
         samples = await self._decoded(request, "sound", self.uploads.sound)
@@ -343,7 +382,11 @@ class PageServer(ABC):
         outcome, limits = "refused", self.limits
         if self._num_uploads >= limits.max_uploads:
             raise Refused("uploads", "too many files are being sent at once: try again in a minute")
+        address = self._owner_of(request)
+        if address and self._sending[address] >= limits.uploads_per_address:
+            raise Refused("uploads", "this address is sending files already: wait for them")
         self._num_uploads += 1
+        self._sending[address] += 1
         try:
             async with asyncio.timeout(limits.receive_s):
                 data = await self._uploaded(request)
@@ -356,6 +399,8 @@ class PageServer(ABC):
             ) from None
         finally:
             self._num_uploads -= 1
+            self._sending[address] -= 1
+            self._sending += Counter()  # forgets addresses that send nothing
             self.metrics.uploads.labels(kind, outcome).inc()
 
     async def _uploaded(self, request: web.Request) -> bytes:
@@ -379,9 +424,9 @@ class PageServer(ABC):
                 data += block
                 if len(data) > most:
                     raise too_large
-        except ValueError as error:
-            if isinstance(error, UserError):
-                raise
+        except (UserError, TimeoutError, ConnectionError):
+            raise
+        except Exception:  # aiohttp's reader of forms raises all kinds on broken ones
             raise UserError(
                 "expected a form with one file (multipart/form-data), got a broken one"
             ) from None
@@ -429,6 +474,12 @@ class LiveServer(PageServer):
     async def is_alive(self) -> bool:
         """Whether the model's thread works."""
         return self.service.scheduler.is_alive
+
+
+def _route_of(request: web.Request) -> str:
+    """The route that a request took: nothing that a client has written."""
+    resource = request.match_info.route.resource
+    return "unknown" if resource is None else resource.canonical
 
 
 def _reachable(host: str) -> str:

@@ -12,6 +12,7 @@ import asyncio
 import io
 import os
 import secrets
+import shutil
 import sys
 import tempfile
 import threading
@@ -37,6 +38,7 @@ class _Portrait:
     name: str
     png: bytes
     used_s: float
+    owner: str = ""
 
 
 class Portraits:
@@ -59,16 +61,23 @@ class Portraits:
         """Ids and names of the bundled portraits."""
         return [{"id": name, "name": name.replace("_", " ").capitalize()} for name in self._bundled]
 
-    def add(self, png: bytes) -> str:
-        """Keep an uploaded portrait; returns its id."""
+    def add(self, png: bytes, owner: str = "") -> str:
+        """Keep an uploaded portrait; returns its id.
+
+        An owner (an address) that has a quarter of all places loses its own oldest one, and no one
+        else's.
+        """
         name = "u" + secrets.token_urlsafe(12)
         with self._lock:
             self._expire()
+            own = [name for name, each in self._uploaded.items() if each.owner == owner]
+            if owner and len(own) >= max(1, self._max // 4):
+                del self._uploaded[min(own, key=lambda name: self._uploaded[name].used_s)]
             while len(self._uploaded) >= self._max:
                 del self._uploaded[
                     min(self._uploaded, key=lambda name: self._uploaded[name].used_s)
                 ]
-            self._uploaded[name] = _Portrait(name, png, time.monotonic())
+            self._uploaded[name] = _Portrait(name, png, time.monotonic(), owner)
         return name
 
     def png(self, name: str) -> bytes:
@@ -126,6 +135,35 @@ _SOUND_STARTS = (
 )
 
 
+_FOLDER = "rest_upload_"
+
+
+def remove_stale_uploads() -> int:
+    """Remove the temporary folders of servers that were killed while a file came in; returns how
+    many. A folder's name holds the number of the process it belongs to.
+    """
+    num_removed = 0
+    for folder in Path(tempfile.gettempdir()).glob(f"{_FOLDER}*"):
+        number = folder.name.removeprefix(_FOLDER).partition("_")[0]
+        if not number.isdecimal() or folder.is_symlink() or _is_alive(int(number)):
+            continue
+        with suppress(OSError):
+            if folder.stat().st_uid == os.getuid():
+                shutil.rmtree(folder)
+                num_removed += 1
+    return num_removed
+
+
+def _is_alive(number: int) -> bool:
+    try:
+        os.kill(number, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):  # another user's
+        return True
+    return True
+
+
 class Uploads:
     """Decodes a few uploads at a time.
 
@@ -167,7 +205,7 @@ class Uploads:
 
     async def _decode(self, data: bytes, *arguments: str) -> bytes:
         async with self._places:
-            with tempfile.TemporaryDirectory(prefix="rest_upload_") as folder:
+            with tempfile.TemporaryDirectory(prefix=f"{_FOLDER}{os.getpid()}_") as folder:
                 await asyncio.to_thread((Path(folder) / _NAME).write_bytes, data)
                 return await self._run(folder, arguments)
 

@@ -107,7 +107,7 @@ def test_signals_leave_a_video_that_plays(
     process.send_signal(number)
     _, told = process.communicate(timeout=120)
     assert process.returncode == 128 + number
-    assert len(told.strip().splitlines()) == 1 and "kept" in told
+    assert len(told.strip().splitlines()) == 1 and "kept" in told, told
     assert [path.name for path in out.parent.iterdir()] == ["a.mp4"]
     with av.open(str(out)) as container:
         assert sum(1 for _ in container.decode(video=0)) >= 24
