@@ -283,20 +283,15 @@ class _Alone:
 
 
 class StreamingSession:
-    """Speech in, frames out, chunk by chunk, at a constant cost; made by :meth:`TalkingHead.open`.
+    """Speech in, frames out, chunk by chunk, at a constant cost. :meth:`TalkingHead.open` makes it.
 
-    The first emitted frame shows the first 40 ms of speech. One thread at a time may use a session;
-    a second one is refused. A chunk whose frames are not finite ends the stream with a
-    `NotFiniteError`.
-
-    Attributes:
-        level: how loud the speech so far was, and what is odd about it.
+    The first frame that comes out shows the first 40 ms of speech.
 
     Args:
         model: the talking head.
         portrait: see :meth:`TalkingHead.open`.
         seed: see :meth:`TalkingHead.open`.
-        sampling: None takes the model's own.
+        sampling: steps and guidance; None takes the model's own.
         options: switches of the engine.
     """
 
@@ -325,7 +320,7 @@ class StreamingSession:
 
     @property
     def num_frames(self) -> int:
-        """Frames emitted so far."""
+        """The number of frames that came out so far."""
         return self._row.num_frames - sum(num_frames for _, num_frames, _ in self._under_way)
 
     @property
@@ -334,25 +329,25 @@ class StreamingSession:
         return self._row.reference
 
     def push(self, samples: Any) -> Frames:
-        """Take in speech and return the frames that became ready.
+        """Takes speech in, and returns the frames that became ready.
 
         Args:
             samples: float samples in about [-1, 1], or int16; one dimension, 16 kHz, any length.
 
         Returns:
-            uint8 (n, H, W, 3), n a multiple of the chunk's frames and often 0.
+            uint8 (n, H, W, 3). n is a multiple of the chunk's frames, and often 0.
 
         Raises:
-            UserError: a push after :meth:`flush`, more than one dimension, samples that are not
-                finite or beyond 16, or a second thread.
-            NotFiniteError: frames that are no numbers.
+            UserError: a push after :meth:`flush`, more than one dimension, or samples that are not
+                finite.
         """
         with self._alone:
             return self._stack([*self._feed(samples), *self._collect()])
 
     def flush(self) -> Frames:
-        """End the speech: the frames of what is left, so that the video is as long as the
-        speech.
+        """Ends the speech, and returns the frames of what is left.
+
+        The video is then as long as the speech.
         """
         with self._alone:
             return self._stack(list(self._drain()))
