@@ -353,12 +353,11 @@ class StreamingSession:
             return self._stack(list(self._drain()))
 
     def stream(self, blocks: Iterable[Any]) -> Iterator[Frames]:
-        """Push every block, flush at the end, and yield each chunk's frames as soon as they are
-        ready.
+        """Pushes every block, flushes at the end, and yields frames as soon as they are ready.
 
-        On CUDA a chunk is decoded while the next one is denoised. Where the source is live, that is
-        where it lets us wait for a block, nothing is held back for that: frames are handed out
-        before the next block is asked for.
+        On CUDA a chunk is decoded while the next one is denoised. A live source is one that keeps
+        us waiting for a block. For such a source nothing is held back: frames are handed out before
+        the next block is asked for.
         """
         source = iter(blocks)
         while True:
@@ -382,18 +381,21 @@ class StreamingSession:
             yield frames
 
     def switch_identity(self, portrait: Any) -> None:
-        """Continue with another portrait from the next chunk on; costs one prefill."""
+        """Continues with another portrait from the next chunk on.
+
+        This costs one prefill.
+        """
         self._check_open()
         reference = as_reference(portrait, self.model.size_px)
         with self._alone:
             self._row.show(reference)
 
     def report(self) -> StreamReport:
-        """Frames, speed, latency and memory so far."""
+        """Returns frames, speed, latency and memory so far."""
         return self.clock.report(self.configuration)
 
     def snapshot(self) -> SessionState:
-        """A copy of everything that the following frames depend on."""
+        """Returns a copy of everything that the following frames depend on."""
         self._check_open()
         with self._alone:
             waiting = [
@@ -405,11 +407,11 @@ class StreamingSession:
             return SessionState(self._row.snapshot(), frames)
 
     def restore(self, state: SessionState) -> None:
-        """Go back to a snapshot: the same speech then gives the same frames, bit for bit.
+        """Goes back to a snapshot: the same speech then gives the same frames, bit for bit.
 
         Raises:
-            UserError: a snapshot of another model, type, size or guidance, or a session that is
-                closed; the session is as it was then.
+            UserError: a snapshot of another model, type, size or guidance; the session is then
+                unchanged.
         """
         self._check_open()
         with self._alone:
