@@ -1,4 +1,4 @@
-"""What the metric classes of result rows share: sums as states, and an extractor that is no state."""
+"""What the metric classes of result rows share: states that are sums, and an extractor."""
 
 from __future__ import annotations
 
