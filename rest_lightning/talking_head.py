@@ -91,25 +91,25 @@ class TalkingHead(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return next(self.transformer.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the transformer's weights."""
+        """The type of the transformer's weights."""
         return next(self.transformer.parameters()).dtype
 
     @property
     def part_names(self) -> tuple[str, ...]:
-        """Names of the parts that this head has."""
+        """The names of the parts that this head has."""
         optional = (name for name in OPTIONAL_PART_NAMES if getattr(self, name) is not None)
         return (*PART_NAMES, *optional)
 
     def with_chunk_length(self, chunk_length: int) -> Self:
-        """Returns this head for chunks of another length, in latents of 0.32 s: the same weights,
-        in the same memory.
+        """Returns this head for chunks of another length, in latents of 0.32 s.
 
-        Short chunks answer sooner, long ones cost less.
+        The weights are the same ones, in the same memory. Short chunks answer sooner, long ones
+        cost less.
 
         Raises:
             UserError: a length that the model was not trained with.
@@ -135,22 +135,23 @@ class TalkingHead(nn.Module):
         chunk_length: int | None = None,
         options: EngineOptions | None = None,
     ) -> StreamingSession:
-        """A session for one portrait; its ID-Sink is filled before any speech arrives.
+        """Opens a session for one portrait; its ID-Sink is filled before any speech arrives.
 
         Args:
             portrait: path of an image, PIL image, uint8 array (H, W, 3), or float tensor (3, H, W)
                 in [-1, 1].
-            crop: of a portrait that is no tensor: ``auto`` (the head that is found), ``centre``,
-                (x, y, size) or (x, y, width, height); see
+            crop: which square of the portrait to take, unless it is a tensor: ``auto`` (around the
+                head that is found), ``centre``, (x, y, size) or (x, y, width, height); see
                 :func:`rest_lightning.media.portrait.find_portrait`.
-            seed: of the noise; the same seed, portrait and speech give the same frames.
-            num_steps, guidance, shift, reference_guidance, table_steps: override :attr:`sampling`.
-            chunk_length: latents per chunk, see :meth:`with_chunk_length`; None takes the model's.
+            seed: seed of the noise; the same seed, portrait and speech give the same frames.
+            num_steps, guidance, shift, reference_guidance: override :attr:`sampling`.
+            chunk_length: latents per chunk, see :meth:`with_chunk_length`; None takes the model's
+                default.
             options: switches of the engine: graphs, compilation, overlap, warm-up, a short first
                 chunk.
 
         Raises:
-            UserError: a portrait or a value that is no good, or not enough memory.
+            UserError: a portrait or a value that cannot be used, or not enough memory.
         """
         if not isinstance(portrait, torch.Tensor):
             portrait = load_portrait(portrait, self.size_px, crop)
@@ -173,17 +174,17 @@ class TalkingHead(nn.Module):
         options: EngineOptions | None = None,
         max_waiting_s: float = 60.0,
     ) -> BatchSession:
-        """Up to ``num_rows`` streams that are computed together; rows come and go independently,
-        chunk by chunk.
+        """Opens up to ``num_rows`` streams that are computed together.
+
+        Rows come and go independently, chunk by chunk.
 
         Args:
-            num_rows: rows n; memory for all of them is taken now.
-            num_steps, guidance, shift, reference_guidance, table_steps, chunk_length, options: see
-                :meth:`open`.
-            max_waiting_s: speech that a row may hold before it is computed.
+            num_rows: number of rows n; memory for all of them is taken now.
+            num_steps, guidance, shift, reference_guidance, chunk_length, options: see :meth:`open`.
+            max_waiting_s: seconds of speech that a row may hold before it is computed.
 
         Raises:
-            UserError: no row, a value that is no good, or not enough memory.
+            UserError: no row, a value that cannot be used, or not enough memory.
         """
         changes = SamplingChanges(num_steps, guidance, shift, reference_guidance, table_steps)
         sampling = changes.of(self.sampling)
@@ -230,8 +231,9 @@ class TalkingHead(nn.Module):
         return head
 
     def set_dtype(self, dtype: torch.dtype) -> None:
-        """Bring the weights to a type; the speech encoder computes in float32 whatever it is, as in
-        training.
+        """Converts the weights to a type.
+
+        The speech encoder stays in float32, as in training.
         """
         for name in self.part_names:
             if name != "speech_encoder":

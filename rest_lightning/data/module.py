@@ -129,8 +129,9 @@ class TalkingHeadDataModule(lightning.LightningDataModule):
         self._loaders: list[ClipLoader] = []
 
     def setup(self, stage: str | None = None) -> None:
-        """Open the splits of a stage (fit, validate, test) and decode them if asked to; predict
-        reads its pairs.
+        """Opens the splits of a stage (fit, validate, test), and decodes them where asked to.
+
+        For predict it reads the pairs.
         """
         if stage == "predict":
             if self.predict_pairs is None:
@@ -147,15 +148,20 @@ class TalkingHeadDataModule(lightning.LightningDataModule):
                 self._datasets[split] = self._open(split) if known else None
 
     def teardown(self, stage: str | None = None) -> None:
-        """End the worker processes of the stage's loaders; decoded clips stay for the next
-        stage.
+        """Ends the worker processes of the stage's loaders.
+
+        Decoded clips stay for the next stage.
         """
         for loader in self._loaders:
             loader.close()
         self._loaders.clear()
 
     def dataset(self, split: str) -> PreparedClips:
-        """The clips of ``split``, opened if need be; UserError when there are none."""
+        """Returns the clips of ``split``, opened if need be.
+
+        Raises:
+            UserError: there are none.
+        """
         if self._datasets.get(split) is None:
             self._datasets[split] = self._open(split)
         dataset = self._datasets[split]
@@ -177,7 +183,10 @@ class TalkingHeadDataModule(lightning.LightningDataModule):
             (self._speech or SpeechCache(self.speech_dir)).check_fingerprint(fingerprint)
 
     def train_dataloader(self) -> ClipLoader:
-        """Endless sequence of shuffled windows, cut into epochs of ``len(loader)`` batches."""
+        """Returns an endless sequence of shuffled windows.
+
+        It is cut into epochs of ``len(loader)`` batches.
+        """
         dataset = self.dataset("train")
         rank, world_size = self._rank()
         sampler = _TrainSampler(
@@ -207,33 +216,36 @@ class TalkingHeadDataModule(lightning.LightningDataModule):
             loader.close()
 
     def val_dataloader(self) -> ClipLoader | list[Any]:
-        """The middle window of every validation clip; an empty list when the set has none."""
+        """Returns the middle window of every validation clip.
+
+        An empty list when the set has none.
+        """
         return self._ordered_loader("val") if self._has("val") else []
 
     def test_dataloader(self) -> ClipLoader:
-        """The middle window of every test clip."""
+        """Returns the middle window of every test clip."""
         return self._ordered_loader("test")
 
     def predict_dataloader(self) -> SpeechStream:
-        """The speech of ``pairs`` in blocks; devices take turns."""
+        """Returns the speech of ``pairs`` in blocks; devices take turns."""
         rank, world_size = self._rank()
         stream = SpeechStream(self.pairs[rank::world_size], self.predict_block_samples)
         self.failed_pairs = stream.failed
         return stream
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int = 0) -> Batch:
-        """Turn uint8 pictures into the models' floats, on the device."""
+        """Turns uint8 pictures into the models' floats, on the device."""
         return to_model_batch(batch)
 
     def state_dict(self) -> dict[str, Any]:
-        """How many training samples were handed out, over all devices."""
+        """Returns how many training samples were handed out, over all devices."""
         return {
             "num_samples": self._position.num_batches * self.batch_size * self._rank()[1],
             "seed": self.seed,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue after ``state_dict["num_samples"]`` samples."""
+        """Continues after ``state_dict["num_samples"]`` samples."""
         if state_dict["seed"] != self.seed:
             raise UserError(
                 f"expected the checkpoint's data seed {state_dict['seed']}, got {self.seed}: set "

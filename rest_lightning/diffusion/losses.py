@@ -1,8 +1,7 @@
-"""Training losses: flow matching, asynchronous streaming distillation (ASD), SpeechAE pre-training.
-Pure functions.
+"""Training losses as pure functions: flow matching, distillation (ASD), SpeechAE pre-training.
 
-Velocities are (B, C, f, h, w) with the reference in slot 0; every loss leaves that slot out. Losses
-are computed in at least float32 and are 0-d.
+Velocities are (B, C, f, h, w) with the reference in slot 0, and every loss leaves that slot out.
+Losses are computed at least in float32 and are 0-d.
 """
 
 from __future__ import annotations
@@ -34,13 +33,14 @@ class SpeechAELoss:
 
 
 def _generated(velocity: Tensor) -> Tensor:
-    """The frames that are generated, without the reference, in at least float32."""
+    """Returns the generated frames, without the reference, at least in float32."""
     return velocity[:, :, 1:].to(torch.promote_types(velocity.dtype, torch.float32))
 
 
 def _frame_vectors(frames: Tensor) -> Tensor:
-    """(B, f, D) unit vectors of flattened frames (B, f, ...); eps keeps the gradient bounded at a
-    zero start.
+    """Returns flattened frames (B, f, ...) as unit vectors (B, f, D).
+
+    A small epsilon keeps the gradient bounded when the frames start at zero.
     """
     return F.normalize(frames.flatten(2), dim=-1, eps=1e-3)
 
@@ -79,14 +79,13 @@ def contrastive_loss(student: Tensor, teacher: Tensor, temperature: float = 0.1)
 
 
 def smoothness_loss(student: Tensor, teacher: Tensor, anchored: bool = True) -> Tensor:
-    """ASD's L_SMO (REST): squared difference of the second temporal differences of student and
-    teacher.
+    """Returns ASD's L_SMO (REST): how differently student and teacher bend in time.
 
     ``mean((D v_S - D v_T)^2)`` with ``D v_i = v_(i+1) - 2 v_i + v_(i-1)``, i = 1 .. f - 1 over
-    ``v_0 .. v_f``; the mean over frames and elements is decided here. v_0 is the reference, which
-    student and teacher share: their difference there is zero, whatever slot 0 holds. So a constant
-    offset costs something, at the first frame; an offset that grows linearly from the reference
-    costs nothing. Fewer than 2 generated frames give 0.
+    ``v_0 .. v_f``. The papers do not name the mean; here it runs over frames and elements. v_0 is
+    the reference, which student and teacher share: their difference there is zero, whatever slot 0
+    holds. So a constant offset costs something, at the first frame; an offset that grows linearly
+    from the reference costs nothing. Fewer than 2 generated frames give 0.
 
     Args:
         student, teacher: (B, C, 1 + f, h, w).
@@ -131,7 +130,7 @@ def speech_contrastive_loss(
 
     s_ij is the cosine similarity of reconstructed frame i and true frame j of the same clip,
     windows flattened. READ's denominator leaves out j = i, so the loss can be negative; temperature
-    0.1 is decided here. One frame alone gives 0.
+    0.1 is a choice of this project, which READ leaves open. One frame alone gives 0.
 
     Args:
         reconstruction: (B, F, ...), ``features``: same shape; F video frames.

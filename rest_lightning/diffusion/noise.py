@@ -1,9 +1,8 @@
-"""The forward process of training: which noise level each latent frame gets, what is dropped, and
-the noising itself.
+"""The forward process of training: noise levels, dropped conditions, and the noising itself.
 
-Every random number comes from the generator that the caller passes, on the generator's device: the
-same seed gives the same noise levels and masks to teacher and student, whatever the device of the
-model.
+Every random number comes from the generator that the caller passes, on the generator's device. So
+the same seed gives the teacher and the student the same noise levels and masks, whatever device the
+model is on.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from rest_lightning.errors import UserError
 
 @dataclass(frozen=True)
 class Drops:
-    """Which samples of a batch lose a condition: two bool tensors (B,), True = dropped."""
+    """Which samples of a batch lose a condition: two bool tensors (B,), True where dropped."""
 
     identity: Tensor
     audio: Tensor
@@ -26,8 +25,12 @@ class Drops:
 
 @dataclass(frozen=True)
 class NoisyPath:
-    """A point on the straight path from data to noise: noisy_latents and velocity (B, C, f, h, w),
-    sigma (B, f).
+    """A point on the straight path from data to noise.
+
+    Attributes:
+        noisy_latents: (B, C, f, h, w).
+        velocity: (B, C, f, h, w).
+        sigma: noise levels (B, f).
     """
 
     noisy_latents: Tensor
@@ -36,8 +39,9 @@ class NoisyPath:
 
 
 def _random_indices(low: Tensor, high: Tensor, generator: torch.Generator) -> Tensor:
-    """Uniform integers in [low, high), elementwise; float64 draws, so that every index is equally
-    likely.
+    """Returns uniform integers in [low, high), elementwise.
+
+    Draws are float64, so that every index is equally likely.
     """
     uniform = torch.rand(
         low.shape, generator=generator, device=generator.device, dtype=torch.float64
@@ -54,7 +58,7 @@ def sample_sigmas_cans(
     *,
     generator: torch.Generator,
 ) -> Tensor:
-    """Chunk-wise asynchronous noise levels (CANS, REST; K chunks instead of 4 decided here).
+    """Returns chunk-wise asynchronous noise levels (CANS, REST) for any number of chunks K.
 
     The table is cut into ``num_chunks`` equal bins; chunk i draws uniformly from bin i, so earlier
     chunks are strictly cleaner, and all frames of a chunk share the level. With probability
@@ -101,10 +105,10 @@ def sample_sigmas_ans(
     """READ's asynchronous noise levels [0, t1, t2, ..., t2] with t1 < t2: one cleaner motion frame
     after the reference.
 
-    (t1, t2) are two different levels of the table, sorted (the draw is decided here). With
-    probability ``motion_dropout`` all frames share one level instead, a draw of its own from the
-    whole table (READ's synchronous mode). Arguments: those of :func:`sample_sigmas_cans`, on
-    purpose.
+    (t1, t2) are two different levels of the table, sorted. READ does not say how they are drawn.
+    With probability ``motion_dropout`` all frames share one level instead, a draw of its own from
+    the whole table (READ's synchronous mode). The arguments are those of
+    :func:`sample_sigmas_cans`, so that the two can be exchanged.
     """
     num_levels, num_frames = len(table), num_chunks * chunk_length
     if num_levels < 2:
@@ -136,11 +140,11 @@ def sample_drops(
     *,
     generator: torch.Generator,
 ) -> Drops:
-    """Condition dropout (REST: 0.1 and 0.1, independent).
+    """Returns which samples lose the reference or the speech (REST: 0.1 and 0.1, independent).
 
-    ``joint`` drops both at once with this further probability: it trains the unconditional branch
-    of joint guidance directly, which independent dropout reaches in one sample of a hundred only
-    (decided here).
+    ``joint`` is a further probability that a sample loses both. It trains the unconditional branch
+    of joint guidance directly; independent dropout reaches that branch in only one sample of a
+    hundred. REST has no such probability.
     """
     uniform = torch.rand((3, batch), generator=generator, device=generator.device)
     both = uniform[2] < joint
@@ -148,22 +152,21 @@ def sample_drops(
 
 
 def drop_reference(latents: Tensor, dropped: Tensor) -> Tensor:
-    """Zero slot 0 of ``latents`` (B, C, f, h, w) where ``dropped`` (B,) is True; a new tensor."""
+    """Returns ``latents`` (B, C, f, h, w) with slot 0 zeroed where ``dropped`` (B,) is True."""
     keep = (~dropped).to(device=latents.device, dtype=latents.dtype).view(-1, 1, 1, 1, 1)
     return torch.cat([latents[:, :, :1] * keep, latents[:, :, 1:]], dim=2)
 
 
 def drop_speech(speech_latents: Tensor, dropped: Tensor) -> Tensor:
-    """Zero the speech condition (B, ...) of the samples where ``dropped`` (B,) is True; a new
-    tensor.
-    """
+    """Returns the speech condition (B, ...), zeroed for samples where ``dropped`` (B,) is True."""
     keep = (~dropped).to(device=speech_latents.device, dtype=speech_latents.dtype)
     return speech_latents * keep.view(-1, *[1] * (speech_latents.ndim - 1))
 
 
 def per_frame(sigma: Tensor | float, like: Tensor) -> Tensor:
-    """Noise levels shaped to broadcast over ``like`` (B, C, f, h, w): a number, or one level per
-    frame (B, f).
+    """Returns noise levels, shaped to broadcast over ``like`` (B, C, f, h, w).
+
+    Levels are a number, or one per frame (B, f).
     """
     sigma = torch.as_tensor(
         sigma, device=like.device, dtype=torch.promote_types(like.dtype, torch.float32)
@@ -177,27 +180,30 @@ def per_frame(sigma: Tensor | float, like: Tensor) -> Tensor:
 
 
 def add_noise(latents: Tensor, noise: Tensor, sigma: Tensor | float) -> Tensor:
-    """``(1 - sigma) * latents + sigma * noise``: latents (B, C, f, h, w), sigma (B, f) or a number;
-    exact at 0, 1.
+    """Returns ``(1 - sigma) * latents + sigma * noise``, exact at 0 and at 1.
+
+    Latents are (B, C, f, h, w); sigma is (B, f) or a number.
     """
     level = per_frame(sigma, latents)
     return ((1 - level) * latents + level * noise).to(latents.dtype)
 
 
 def velocity_target(latents: Tensor, noise: Tensor) -> Tensor:
-    """What the network regresses to: ``noise - latents``, the time derivative of the straight
-    path.
+    """Returns what the network regresses to: ``noise - latents``.
+
+    That is the time derivative of the straight path.
     """
     return noise - latents
 
 
 def denoised(noisy_latents: Tensor, velocity: Tensor, sigma: Tensor | float) -> Tensor:
-    """The clean latents that a velocity implies: ``noisy_latents - sigma * velocity``; shapes of
-    :func:`add_noise`.
+    """Returns the clean latents that a velocity implies: ``noisy_latents - sigma * velocity``.
+
+    Shapes are those of :func:`add_noise`.
     """
     return (noisy_latents - per_frame(sigma, noisy_latents) * velocity).to(noisy_latents.dtype)
 
 
 def noisy_path(latents: Tensor, noise: Tensor, sigma: Tensor) -> NoisyPath:
-    """Noisy latents, target velocity and noise levels of one training example, together."""
+    """Returns noisy latents, target velocity and noise levels of one training example."""
     return NoisyPath(add_noise(latents, noise, sigma), velocity_target(latents, noise), sigma)

@@ -26,7 +26,7 @@ class Context:
     """What the student's cache is fed with in the parallel form.
 
     Attributes:
-        latents: (B, C, f, h, w), slot 0 the reference.
+        latents: (B, C, f, h, w), slot 0 is the reference.
         sigma: their noise levels (B, f), 0 for the reference.
     """
 
@@ -119,8 +119,9 @@ def _velocity(
     speech_latents: Tensor | None,
     cache: IDContextCache,
 ) -> Tensor:
-    """Velocity of one chunk at one level; ``reference`` comes in front where the first chunk is
-    computed with it.
+    """Returns the velocity of one chunk at one level.
+
+    Where the first chunk is computed together with the reference, ``reference`` comes in front.
     """
     level = torch.full((sample.shape[0], sample.shape[2]), sigma, device=sample.device)
     if reference is None:

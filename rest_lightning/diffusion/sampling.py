@@ -1,6 +1,4 @@
-"""From noise to data: the Euler loop, classifier-free guidance, and how a model wants to be
-sampled.
-"""
+"""From noise to data: the Euler loop, classifier-free guidance, and a model's sampling settings."""
 
 from __future__ import annotations
 
@@ -87,17 +85,17 @@ class Guidance:
 
     @property
     def num_branches(self) -> int:
-        """1, 2 or 3."""
+        """Number of branches: 1, 2 or 3."""
         if self.reference_weight != 0.0:
             return 3
         return 1 if self.weight == 1.0 else 2
 
     def samples(self, sample: Tensor) -> Tensor:
-        """(B, ...) -> (num_branches * B, ...): all branches denoise the same sample."""
+        """Repeats samples (B, ...) for all branches: (num_branches * B, ...)."""
         return torch.cat([sample] * self.num_branches) if self.num_branches > 1 else sample
 
     def references(self, reference_latent: Tensor) -> Tensor:
-        """(B, ...) -> (num_branches * B, ...): zeroed in the last branch."""
+        """Repeats references (B, ...) for all branches; they are zero in the last one."""
         if self.num_branches == 1:
             return reference_latent
         return torch.cat(
@@ -105,7 +103,7 @@ class Guidance:
         )
 
     def speech(self, speech_latents: Tensor) -> Tensor:
-        """(B, ...) -> (num_branches * B, ...): zeroed in all branches but the first."""
+        """Repeats speech (B, ...) for all branches; it is zero in all but the first."""
         if self.num_branches == 1:
             return speech_latents
         return torch.cat(
@@ -113,7 +111,7 @@ class Guidance:
         )
 
     def combine(self, velocity: Tensor) -> Tensor:
-        """Velocities of all branches (num_branches * B, ...) to the guided velocity (B, ...)."""
+        """Combines velocities (num_branches * B, ...) into the guided velocity (B, ...)."""
         if self.num_branches == 1:
             return velocity
         v_full, *v_ref, v_none = velocity.chunk(self.num_branches)
@@ -210,7 +208,7 @@ def warn_of_unseen_levels(
 
 @dataclass
 class SamplingChanges:
-    """What is to differ from a model's own :class:`Sampling`; None keeps a value as it is."""
+    """Changes to a model's own :class:`Sampling`; None keeps a value."""
 
     num_steps: int | None = None
     guidance: float | None = None
@@ -219,7 +217,7 @@ class SamplingChanges:
     table_steps: int | None = None
 
     def of(self, settings: Sampling) -> Sampling:
-        """``settings`` with the changes."""
+        """Returns ``settings`` with the changes applied."""
         return replace(
             settings, **{name: value for name, value in asdict(self).items() if value is not None}
         )

@@ -1,8 +1,7 @@
-"""Noise levels: the descending tables that sampling walks and the ascending table that training
-draws from.
+"""Noise levels: descending tables for sampling, an ascending table for training.
 
-sigma = 1 is pure noise, sigma = 0 is clean data (the convention of LTX and diffusers, and the
-only one in this package).
+sigma = 1 is pure noise and sigma = 0 is clean data. LTX and diffusers use the same convention; no
+other one occurs in this package.
 """
 
 from __future__ import annotations
@@ -142,7 +141,7 @@ def training_table(
         mean, std: of the logit.
         device: where the table is made.
         uniform_share: u in [0, 1]: quantiles of ``(1 - u) * sigmoid(Normal(mean, std)) + u *
-            Uniform(0, 1)`` as a mixture, which reaches down to 0 (decided here).
+            Uniform(0, 1)`` as a mixture, which reaches down to 0 (READ has none).
 
     Raises:
         UserError: no level, a std that is not above 0, or a share outside [0, 1].

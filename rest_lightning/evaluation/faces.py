@@ -14,7 +14,7 @@ from rest_lightning.media.faces import FaceBoxes
 MAX_GAP_FRAMES = 25  # a face that is lost for longer ends a track there
 # intersection over union with the last box: less is another face, as in SyncNet's pipeline
 MIN_OVERLAP = 0.5
-EYES_TO_MOUTH_PER_SIDE = 0.36  # of a detector's box on an upright face (decided here)
+EYES_TO_MOUTH_PER_SIDE = 0.36  # of a detector's box on an upright face
 
 Frames = NDArray[np.uint8]
 Boxes = NDArray[np.float64]
@@ -90,16 +90,17 @@ class MediapipeFaces:
 
 
 def follow(boxes: Sequence[Boxes], last: Boxes | None) -> Boxes | None:
-    """The box, of those found in a frame, that goes on with a track: the largest first, then the
-    one that moved least.
+    """Returns the box, of those found in a frame, that continues a track.
+
+    The largest wins, then the one that moved least.
 
     Args:
         boxes: left, top, right and bottom, each (4,).
         last: the track's last box, None where it begins.
 
     Returns:
-        None when there is none, or none that overlaps the last one enough: other people are left
-        alone.
+        None when there is no box, or none that overlaps the last one enough: other people are
+            ignored.
     """
     if last is None:
         return max(boxes, key=lambda box: box[2] - box[0], default=None)

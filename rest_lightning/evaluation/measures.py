@@ -32,11 +32,12 @@ SECONDS_PER_MINUTE = 60
 
 
 class Measure:
-    """Base. A clip is ``start``, any number of ``push``, ``finish``; whoever calls takes a failed
-    clip back.
+    """Base class of measures. A clip is ``start``, any number of ``push``, then ``finish``.
+
+    When a clip fails half-way, the caller restores the states.
 
     Attributes:
-        metrics: of the generated clips and of the true ones.
+        metrics: the metric of the generated clips and that of the true ones.
     """
 
     def __init__(
@@ -46,17 +47,20 @@ class Measure:
         self.extractors = extractors
 
     def start(self, clip: Any) -> None:
-        """A new clip begins."""
+        """Begins a clip."""
 
     def push(self, generated: Frames, truth: Frames) -> None:
-        """The next frames of both, uint8 (n, H, W, 3)."""
+        """Takes in the next frames of both, uint8 (n, H, W, 3)."""
         raise NotImplementedError
 
     def finish(self, clip: Any) -> None:
-        """The clip is complete."""
+        """Ends a clip."""
 
     def notes(self) -> list[str]:
-        """What readers must know, of the clips of all processes: call it on every one."""
+        """Returns what readers must know, of the clips of all processes.
+
+        Call it on every process.
+        """
         # `compute` has given the states back to their processes
         with self.metrics["generated"].sync_context():
             return self.metrics["generated"].notes()
@@ -144,7 +148,7 @@ class Identity(Measure):
 
 
 class Sync(Measure):
-    """Sync-C, Sync-D and the offset, of each clip's own sound; the truth's of the truth's."""
+    """Sync-C, Sync-D and the offset, each clip against its own sound."""
 
     def __init__(self, extractor: FeatureExtractor) -> None:
         super().__init__(SyncScore(extractor), SyncScore(extractor), {"sync_c": extractor.row()})
@@ -228,12 +232,12 @@ class Talking(Measure):
 def make_measures(
     protocol: Protocol, chunk_frames: int, load: Load = load_extractor
 ) -> dict[str, Measure]:
-    """The measures of a protocol by name.
+    """Returns the measures of a protocol by name.
 
     Args:
         protocol: what to measure.
         chunk_frames: period of chunk borders, for the seam ratio.
-        load: ``load_extractor``, or what stands for it.
+        load: ``load_extractor``, or a function that takes its place.
 
     Raises:
         UserError: weights that are not there.

@@ -52,12 +52,12 @@ class ClipPair:
 
 
 class Scorer:
-    """Takes clips in and makes a row.
+    """Scores clips and makes a result row of them.
 
     Args:
         protocol: what to measure.
-        chunk_frames: period of chunk borders of the method, for the seam ratio.
-        device: of the networks.
+        chunk_frames: period of the method's chunk borders, for the seam ratio.
+        device: device of the networks.
         load: where extractors come from.
     """
 
@@ -81,8 +81,9 @@ class Scorer:
 
     @torch.no_grad()
     def add(self, clip: ClipPair) -> bool:
-        """Score one clip; returns whether it counts. A user's error on the way is a failure of this
-        clip.
+        """Scores one clip, and returns whether it counts.
+
+        A user's error on the way is a failure of this clip.
         """
         before = self._states()
         try:
@@ -112,7 +113,7 @@ class Scorer:
         return True
 
     def fail(self, name: str, reason: str) -> None:
-        """Count a clip that could not be scored."""
+        """Records a clip that could not be scored."""
         self.failures.append({"clip": name, "reason": " ".join(reason.split())})
 
     def row(
@@ -122,7 +123,7 @@ class Scorer:
         speed: Mapping[str, Any] | None = None,
         config: Mapping[str, Any] | None = None,
     ) -> ResultRow:
-        """The row of all clips so far; call it on every process.
+        """Returns the row of all clips so far; call it on every process.
 
         Raises:
             UserError: fewer usable clips than the protocol or a metric needs.

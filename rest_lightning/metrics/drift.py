@@ -1,4 +1,4 @@
-"""Slow change of what should stand still: the background, the colours."""
+"""Slow change of what should stand still: the background and the colours."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rest_lightning.constants import FPS
 
 Frames = NDArray[np.uint8]
 # (distance from the left or right edge, lowest row), in fractions of the image: no head or hair
-# there (decided here).
+# there.
 _SIDES = ((0.08, 0.50), (0.16, 0.16))
 COLOUR_WINDOW_S = 10.0
 _LINEAR_TO_XYZ = (
@@ -22,8 +22,9 @@ _LINEAR_TO_XYZ = (
 
 
 def background_mask(height: int, width: int) -> NDArray[np.bool_]:
-    """Pixels (H, W) that show background in every prepared clip: upper halves of both sides, both
-    top corners.
+    """Returns the pixels (H, W) that show background in every prepared clip.
+
+    They are the upper halves of both sides and both top corners.
     """
     y = ((np.arange(height) + 0.5) / height)[:, None]
     x = ((np.arange(width) + 0.5) / width)[None, :]
@@ -34,7 +35,9 @@ def background_mask(height: int, width: int) -> NDArray[np.bool_]:
 
 
 def background_drift(start: Frames, now: Frames) -> float:
-    """Mean absolute difference of background pixels in grey levels of 255 (decided here).
+    """Returns the mean absolute difference of background pixels, in grey levels (0 to 255).
+
+    This measure is a choice of this project.
 
     Args:
         start: one frame, uint8 (H, W, 3).
@@ -46,12 +49,15 @@ def background_drift(start: Frames, now: Frames) -> float:
 
 
 def mean_lab(frames: Frames) -> NDArray[np.float64]:
-    """Mean CIE L*a*b* colour (D65) of frames, uint8 sRGB (n, H, W, 3): three numbers."""
+    """Returns the mean CIE L*a*b* colour (D65) of frames, uint8 sRGB (n, H, W, 3)."""
     return np.mean([srgb_to_lab(frame).reshape(-1, 3).mean(axis=0) for frame in frames], axis=0)
 
 
 def srgb_to_lab(frame: Frames) -> NDArray[np.float64]:
-    """sRGB (..., 3) uint8 to CIE L*a*b* with the D65 white point (IEC 61966-2-1, CIE 15)."""
+    """Converts sRGB (..., 3) uint8 to CIE L*a*b*.
+
+    The white point is D65 (IEC 61966-2-1, CIE 15).
+    """
     value = np.arange(256) / 255.0
     linear = np.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4)[frame]
     to_xyz = np.array(_LINEAR_TO_XYZ)
@@ -73,7 +79,7 @@ class Drift:
         background: drift of the last second against the first frame, see :func:`background_drift`.
         background_by_second: the same for every second.
         colour_lab_per_minute: distance of the mean L*a*b* colours of the first and the last ten
-            seconds (of the first and last half of a video below 20 s), by the minutes between their
+            seconds (of the two halves of a video below 20 s), divided by the minutes between their
             middles; NaN below two seconds.
     """
 
@@ -83,7 +89,7 @@ class Drift:
 
 
 class DriftTracker:
-    """Drift of one video that arrives piece by piece, in bounded memory.
+    """Measures the drift of one video that arrives piece by piece, in bounded memory.
 
     Args:
         start: what background is compared with, uint8 (H, W, 3); None takes the first frame that
@@ -98,7 +104,7 @@ class DriftTracker:
         self._lab: list[NDArray[np.float64]] = []
 
     def update(self, frames: Frames) -> None:
-        """Take in the next frames, uint8 (n, H, W, 3)."""
+        """Takes in the next frames, uint8 (n, H, W, 3)."""
         for frame in frames:
             if self.start is None:
                 self.start = frame.copy()
@@ -107,7 +113,10 @@ class DriftTracker:
             self._tail.append(frame.copy())
 
     def compute(self) -> Drift:
-        """The drift so far; a last second that is not full counts when it is at least half."""
+        """Returns the drift so far.
+
+        A last second that is not full counts when it is at least half full.
+        """
         if self._tail and (2 * len(self._tail) >= self.fps or not self._seconds):
             self._close_second()
         nan = float("nan")

@@ -1,6 +1,4 @@
-"""The networks that the metrics look through: published weights, or the embedded ones, behind one
-interface.
-"""
+"""The networks that the metrics look through: published weights, or the embedded ones."""
 
 from __future__ import annotations
 
@@ -32,7 +30,7 @@ _RESIZED_TOGETHER, _CPU_BATCH = 8, 4  # frames
 
 
 def load_extractor(metric: str, source: str | Path = "embedded") -> FeatureExtractor:
-    """The network of a metric, frozen, in evaluation mode, on the CPU.
+    """Returns the network of a metric, frozen, in evaluation mode, on the CPU.
 
     Args:
         metric: ``fid``, ``fvd``, ``fvd_videomae``, ``sync``, ``e_fid`` or ``identity``.
@@ -40,7 +38,7 @@ def load_extractor(metric: str, source: str | Path = "embedded") -> FeatureExtra
             published weights, or a folder that the embedded networks' training command wrote.
 
     Raises:
-        UserError: an unknown metric, no such weights, a metric that has no such network.
+        UserError: an unknown metric, no such weights, or a metric that has no such network.
     """
     if metric not in METRICS:
         raise UserError(

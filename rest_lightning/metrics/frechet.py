@@ -1,6 +1,4 @@
-"""Frechet distances between two sets of features: FID, FVD, E-FID. One computation, three
-extractors.
-"""
+"""Frechet distances between two sets of features: FID, FVD and E-FID share one computation."""
 
 from __future__ import annotations
 
@@ -17,14 +15,18 @@ _SIDES = {True: "real", False: "generated"}
 
 
 def feature_sums(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Number, sum (D,) and sum of outer products (D, D) of features (m, D), in float64."""
+    """Returns number, sum (D,) and sum of outer products (D, D) of features (m, D).
+
+    All are float64.
+    """
     x = features.detach().to(torch.float64)
     return torch.tensor(float(len(x)), dtype=torch.float64, device=x.device), x.sum(dim=0), x.T @ x
 
 
 def moments(num: Tensor, total: Tensor, outer: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean (D,) and covariance (D, D) of :func:`feature_sums`; the covariance has n - 1 below, as
-    numpy's.
+    """Returns mean (D,) and covariance (D, D) of :func:`feature_sums`.
+
+    The covariance is divided by n - 1, as numpy's.
     """
     mean = total / num
     covariance = (outer - num * torch.outer(mean, mean)) / (num - 1)
@@ -47,8 +49,9 @@ def trace_of_root(a: Tensor, b: Tensor) -> Tensor:
 def frechet_distance(
     mean_a: Tensor, covariance_a: Tensor, mean_b: Tensor, covariance_b: Tensor
 ) -> Tensor:
-    """Squared Frechet distance of two Gaussians (Dowson and Landau 1982), as FID and FVD report it;
-    never negative.
+    """Returns the squared Frechet distance of two Gaussians, as FID and FVD report it.
+
+    It is never negative (Dowson and Landau 1982).
     """
     traces = (
         covariance_a.trace() + covariance_b.trace() - 2 * trace_of_root(covariance_a, covariance_b)
@@ -57,11 +60,11 @@ def frechet_distance(
 
 
 class FrechetDistance(RowMetric):
-    """Frechet distance between real and generated features (m, D) that come in any number of calls.
+    """Frechet distance between real and generated features (m, D), in any number of calls.
 
     Args:
         num_features: D.
-        key: of the number in ``compute()``.
+        key: name of the number in ``compute()``.
         extractor: see :class:`RowMetric`; subclasses look through it.
     """
 
@@ -84,11 +87,11 @@ class FrechetDistance(RowMetric):
             self.add_sum(f"outer_{side}", num_features, num_features)
 
     def update(self, features: Tensor, real: bool) -> None:
-        """Take in features (m, D).
+        """Takes in features (m, D).
 
         Raises:
-            UserError: another shape, or features that are not numbers; the states stay as they
-                were.
+            UserError: another shape, or features that are not numbers; the states are then
+                unchanged.
         """
         if features.ndim != 2 or features.shape[1] != self.num_features:
             raise UserError(
@@ -110,7 +113,7 @@ class FrechetDistance(RowMetric):
             getattr(self, f"{name}_{side}").add_(value)
 
     def compute(self) -> dict[str, Tensor]:
-        """``{key: distance}``, a float64 scalar.
+        """Returns ``{key: distance}``, a float64 scalar.
 
         Raises:
             UserError: fewer than two features on a side.
@@ -127,8 +130,9 @@ class FrechetDistance(RowMetric):
         return {self.key: frechet_distance(*real, *generated)}
 
     def notes(self) -> list[str]:
-        """A set of no more samples than features has a singular covariance: the distance is biased
-        upwards.
+        """Warns of sets with no more samples than features.
+
+        Their covariance is singular, and the distance is biased upwards.
         """
         counts = {side: int(getattr(self, f"num_{side}")) for side in _SIDES.values()}
         few = [f"{count} {side}" for side, count in counts.items() if count <= self.num_features]
@@ -151,7 +155,7 @@ class ClipFrechetDistance(FrechetDistance):
         super().__init__(extractor.num_features, key, extractor, **kwargs)
 
     def update(self, frames: Frames, real: bool) -> None:  # type: ignore[override]
-        """Take in one clip, uint8 (n, H, W, 3).
+        """Takes in one clip, uint8 (n, H, W, 3).
 
         Raises:
             UserError: no such frames, too few of them, or features that are not numbers.
@@ -168,8 +172,9 @@ def _default(metric: str, extractor: Any) -> Any:
 
 
 class FID(ClipFrechetDistance):
-    """Frechet inception distance: every frame is a sample. ``None`` takes the embedded image
-    network.
+    """Frechet inception distance; every frame is a sample.
+
+    An extractor of None takes the embedded image network.
     """
 
     def __init__(self, extractor: Any = None, key: str = "fid", **kwargs: Any) -> None:
@@ -177,8 +182,9 @@ class FID(ClipFrechetDistance):
 
 
 class FVD(ClipFrechetDistance):
-    """Frechet video distance: clips, or their windows, are samples. ``None`` takes the embedded
-    video network.
+    """Frechet video distance; clips, or their windows, are samples.
+
+    An extractor of None takes the embedded video network.
     """
 
     def __init__(self, extractor: Any = None, key: str = "fvd", **kwargs: Any) -> None:
@@ -186,8 +192,9 @@ class FVD(ClipFrechetDistance):
 
 
 class EFID(ClipFrechetDistance):
-    """Frechet distance of expression coefficients; the extractor's name labels them
-    (implementations differ).
+    """Frechet distance of expression coefficients.
+
+    Implementations differ, so the extractor's name labels the number.
     """
 
     def __init__(self, extractor: Any = None, key: str = "e_fid", **kwargs: Any) -> None:

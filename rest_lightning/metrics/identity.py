@@ -13,12 +13,12 @@ from rest_lightning.metrics.sums import Frames, MeanMetric, check_clip
 
 
 def identity_similarity(frames: Frames, reference: Frames, extractor: Any) -> float:
-    """Mean cosine of the identity of every frame with that of the reference, -1 to 1.
+    """Returns the mean cosine of every frame's identity with that of the reference, -1 to 1.
 
     Args:
         frames: uint8 (n, H, W, 3).
         reference: uint8 (H, W, 3).
-        extractor: of ``load_extractor("identity")``.
+        extractor: that of ``load_extractor("identity")``.
 
     Raises:
         UserError: no such frames, or identities that are not numbers.
@@ -34,7 +34,10 @@ def identity_similarity(frames: Frames, reference: Frames, extractor: Any) -> fl
 
 
 class IdentitySimilarity(MeanMetric):
-    """Mean over clips of :func:`identity_similarity`. ``None`` takes the embedded extractor."""
+    """Mean over clips of :func:`identity_similarity`.
+
+    An extractor of None takes the embedded one.
+    """
 
     higher_is_better = True
 
@@ -46,6 +49,6 @@ class IdentitySimilarity(MeanMetric):
         )
 
     def update(self, frames: Frames, reference: Frames) -> None:  # type: ignore[override]
-        """One clip and its reference image."""
+        """Takes in one clip and its reference image."""
         self.extractor.to(self.device)
         self.add({"identity_similarity": identity_similarity(frames, reference, self.extractor)})

@@ -17,15 +17,17 @@ _LUMA = (0.299, 0.587, 0.114)  # BT.601
 
 
 def psnr_db(squared_error: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB from the mean squared error of frames in [-1, 1]; at most
-    106 dB.
+    """Returns the peak signal-to-noise ratio in dB, at most 106 dB.
+
+    It is computed from the mean squared error of frames in [-1, 1].
     """
     return 10.0 * torch.log10(4.0 / squared_error.clamp(min=1e-10))
 
 
 def video_psnr_db(frames: Frames, truth: Frames, mask: Tensor | None = None) -> float:
-    """PSNR in dB of a whole video: of the mean squared error over all frames, as video coding has
-    it.
+    """Returns the PSNR in dB of a whole video.
+
+    It is computed from the mean squared error over all frames, as in video coding.
 
     Args:
         frames, truth: uint8 (n, H, W, 3).
@@ -52,7 +54,7 @@ def video_psnr_db(frames: Frames, truth: Frames, mask: Tensor | None = None) -> 
 def box_mask(
     centres: ArrayLike, size: tuple[int, int], box: tuple[float, float] = MOUTH_BOX
 ) -> Tensor:
-    """Pixels within a box around a landmark.
+    """Returns the pixels within a box around a landmark.
 
     Args:
         centres: (n, 2), x and y in fractions of the image; NaN gives an empty mask.
@@ -71,16 +73,18 @@ def box_mask(
 
 
 def mouth_psnr_db(frames: Frames, truth: Frames, mouth: ArrayLike) -> float:
-    """PSNR in dB of the mouth's box; ``mouth`` (n, 2) holds the true centres in fractions of the
-    image.
+    """Returns the PSNR in dB of the mouth's box.
+
+    ``mouth`` (n, 2) holds the true centres in fractions of the image.
     """
     size = (int(truth.shape[1]), int(truth.shape[2]))
     return video_psnr_db(frames, truth, box_mask(mouth, size))
 
 
 def sharpness(frames: Frames, mask: Tensor | None = None) -> float:
-    """Root mean square of the Laplacian of the luma, in grey levels of 255: falls when a video
-    blurs (decided here).
+    """Returns the root mean square of the luma's Laplacian, in grey levels (0 to 255).
+
+    It falls when a video blurs. The measure is a choice of this project.
 
     Args:
         frames: uint8 (n, H, W, 3).
@@ -107,7 +111,7 @@ def sharpness(frames: Frames, mask: Tensor | None = None) -> float:
 def border_jump_ratio(
     frames: Tensor, period: int = 8, first_frame: int = 0, ignore_period: int | None = None
 ) -> Tensor:
-    """Mean |frame difference| across borders over the mean elsewhere; 1 = no jumps (decided here).
+    """Returns the mean |frame difference| across borders over the mean elsewhere; 1 is no jump.
 
     Internal frame 0 is the reference, on its own; borders lie between internal frames 8k and 8k +
     1, k > 0. The step from frame 0 to 1 leaves the image-like frame: it is a border of its own kind
@@ -144,7 +148,7 @@ class BorderJumps:
         self._steps: list[float] = []  # one number a frame: 90,000 an hour
 
     def update(self, frames: NDArray[np.uint8]) -> None:
-        """Take in the next frames, uint8 (n, H, W, 3)."""
+        """Takes in the next frames, uint8 (n, H, W, 3)."""
         for frame in frames:
             if self._last is not None:
                 self._steps.append(float(np.abs(frame.astype(np.int16) - self._last).mean()))
@@ -153,7 +157,7 @@ class BorderJumps:
             self._last = self._last.copy()  # of the frame, so that the piece can go
 
     def compute(self, period: int = 8, ignore_period: int | None = None) -> float:
-        """The ratio so far; see :func:`border_jump_ratio`."""
+        """Returns the ratio so far; see :func:`border_jump_ratio`."""
         steps = torch.tensor(self._steps, dtype=torch.float64)
         at_border, elsewhere = _sides(
             torch.arange(len(steps)) + self.first_frame, period, ignore_period

@@ -37,8 +37,9 @@ class LaggedCorrelation:
 
 
 def pearson(a: ArrayLike, b: ArrayLike) -> float:
-    """Pearson correlation of two curves (n,); NaN when one of them is constant or has fewer than
-    two values.
+    """Returns the Pearson correlation of two curves (n,).
+
+    NaN when one of them is constant or has fewer than two values.
 
     Raises:
         ValueError: curves of different lengths.
@@ -57,8 +58,9 @@ def pearson(a: ArrayLike, b: ArrayLike) -> float:
 
 
 def spearman(a: ArrayLike, b: ArrayLike) -> float:
-    """Rank correlation of two curves (n,), equal values sharing their mean rank; NaN as
-    :func:`pearson`.
+    """Returns the rank correlation of two curves (n,).
+
+    Equal values share their mean rank. NaN as in :func:`pearson`.
     """
     from scipy.stats import rankdata
 
@@ -91,7 +93,7 @@ def lip_correlation(
 
 
 def by_quarter(estimated: ArrayLike, true: ArrayLike) -> list[float]:
-    """Pearson correlation in each quarter of a clip: does it hold to the end?"""
+    """Returns the Pearson correlation in each quarter of a clip: does it hold to the end?"""
     a, b = np.asarray(estimated), np.asarray(true)
     edges = np.linspace(0, len(a), 5).round().astype(int)
     return [pearson(a[low:high], b[low:high]) for low, high in pairwise(edges)]

@@ -1,6 +1,4 @@
-"""What the metric classes of result rows share: sums as states, an extractor that is not a
-state.
-"""
+"""What the metric classes of result rows share: states that are sums, and an extractor."""
 
 from __future__ import annotations
 
@@ -23,10 +21,10 @@ Frames = NDArray[np.uint8] | Tensor
 
 
 def check_clip(frames: Frames, min_frames: int = 1) -> Tensor:
-    """A clip as uint8 (n, H, W, 3) tensor.
+    """Returns a clip as a uint8 (n, H, W, 3) tensor.
 
     Raises:
-        UserError: another type or shape, or fewer frames.
+        UserError: another type or shape, or fewer frames than ``min_frames``.
     """
     clip = torch.as_tensor(frames)
     if clip.ndim != 4 or clip.shape[-1] != 3 or clip.dtype != torch.uint8 or 0 in clip.shape[1:3]:
@@ -40,7 +38,9 @@ def check_clip(frames: Frames, min_frames: int = 1) -> Tensor:
 
 
 class RowMetric(Metric):
-    """Base: float64 sums that processes add up; ``compute`` gives scalars by their key in a result
+    """Base class of metrics whose numbers stand in result rows.
+
+    States are float64 sums that processes add up. ``compute`` returns scalars by their key in a
     row.
 
     Args:
@@ -61,20 +61,21 @@ class RowMetric(Metric):
         return self._held[0]
 
     def add_sum(self, name: str, *shape: int) -> None:
-        """A state of zeros, float64, summed over processes."""
+        """Adds a state of float64 zeros that is summed over processes."""
         self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
 
     def notes(self) -> list[str]:
-        """What a reader of the numbers must know; mostly nothing."""
+        """Returns what a reader of the numbers must know; mostly nothing."""
         return []
 
 
 class MeanMetric(RowMetric):
-    """Means over clips of numbers by name; a clip where a number is not defined (NaN) does not
-    count for it.
+    """Means over clips of named numbers.
+
+    A clip for which a number is not defined (NaN) does not count for that number.
 
     Args:
-        names: of the numbers, the keys of a result row.
+        names: names of the numbers, the keys of a result row.
         extractor: see :class:`RowMetric`.
     """
 
@@ -90,8 +91,9 @@ class MeanMetric(RowMetric):
         self.add_sum("num_clips")
 
     def add(self, scores: Mapping[str, float]) -> None:
-        """Take in the numbers of one clip; names that are missing are not defined, other names are
-        left out.
+        """Takes in the numbers of one clip.
+
+        Missing names count as not defined; other names are ignored.
         """
         values = torch.tensor(
             [float(scores.get(name, float("nan"))) for name in self.names], dtype=torch.float64
@@ -103,11 +105,11 @@ class MeanMetric(RowMetric):
         self.num_clips += 1
 
     def update(self, scores: Mapping[str, float]) -> None:
-        """One clip, see :meth:`add`."""
+        """Takes in one clip, see :meth:`add`."""
         self.add(scores)
 
     def compute(self) -> dict[str, Tensor]:
-        """Means by name, NaN where no clip defined it.
+        """Returns the means by name; NaN where no clip defined the number.
 
         Raises:
             UserError: no clip so far.
@@ -121,7 +123,7 @@ class MeanMetric(RowMetric):
         return dict(zip(self.names, means.unbind(), strict=True))
 
     def notes(self) -> list[str]:
-        """Numbers that some clips, but not all, had no value for."""
+        """Names the numbers that some clips, but not all, had no value for."""
         counts = zip(self.names, self.num_defined.tolist(), strict=True)
         partial = [(name, int(count)) for name, count in counts if 0 < count < self.num_clips]
         return [

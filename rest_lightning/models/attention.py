@@ -92,8 +92,9 @@ def _rope_table(
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Turn neighbouring channel pairs of ``x (..., T, D)`` by ``table (..., T, D / 2)``, in float32
-    or better.
+    """Rotates neighbouring channel pairs of ``x (..., T, D)`` by ``table (..., T, D / 2)``.
+
+    Computes in float32 or better.
     """
     wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
     if torch.compiler.is_compiling():  # the compiler has no complex arithmetic
@@ -106,12 +107,12 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
-    """``(..., T, D) -> (..., heads, T, D / heads)``, a view."""
+    """Returns ``(..., T, D)`` as a view ``(..., heads, T, D / heads)``."""
     return x.unflatten(-1, (num_heads, -1)).transpose(-3, -2)
 
 
 def join_heads(x: Tensor) -> Tensor:
-    """``(..., heads, T, D / heads) -> (..., T, D)``, the inverse of `split_heads`."""
+    """Returns ``(..., heads, T, D / heads)`` as ``(..., T, D)``, the inverse of `split_heads`."""
     return x.transpose(-3, -2).flatten(-2)
 
 

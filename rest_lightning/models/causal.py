@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 
 class Stream(dict[str, Tensor]):
-    """The past of every causal convolution of one network, by module name; owned by a session,
-    never by a module.
+    """The past of every causal convolution of one network, by module name.
+
+    A session owns it; a module never does.
 
     Attributes:
         started: False until the first piece has gone through the whole network.
@@ -30,53 +31,60 @@ class Stream(dict[str, Tensor]):
         self.started = started
 
     def snapshot(self) -> Stream:
-        """A copy that later pieces leave untouched."""
+        """Returns a copy that later pieces do not change."""
         return Stream(((name, past.clone()) for name, past in self.items()), self.started)
 
     def restore(self, other: Stream) -> None:
-        """Take the values of a snapshot, in place where there is a place."""
+        """Takes over the values of a snapshot, in place where memory is there already."""
         for name, past in other.items():
             self.remember(name, past)
         self.started = other.started
 
     def remember(self, name: str, past: Tensor) -> None:
-        """Store the past of one module; the address stays the same from the first piece on."""
+        """Stores the past of one module.
+
+        Its address stays the same from the first piece on.
+        """
         if name in self and self[name].shape == past.shape:
             self[name].copy_(past)
         else:
             self[name] = past.clone()
 
     def for_batch(self, batch: int) -> Stream:
-        """An empty stream of the same network for another number of rows."""
+        """Returns an empty stream of the same network for another number of rows."""
         return Stream(
             ((name, past.new_zeros(batch, *past.shape[1:])) for name, past in self.items()),
             self.started,
         )
 
     def narrow(self, batch: int) -> Stream:
-        """The first rows, in the same memory."""
+        """Returns the first rows as a stream in the same memory."""
         return Stream(((name, past[:batch]) for name, past in self.items()), self.started)
 
     def copy_row(self, row: int, source: Stream, source_row: int = 0) -> None:
-        """Overwrite one batch row with a row of another stream of the same network."""
+        """Overwrites one batch row with a row of another stream of the same network."""
         for name, past in source.items():
             self[name][row].copy_(past[source_row])
 
 
 def is_first_piece(stream: Stream | None) -> bool:
-    """Whether the coming frames have no past: a whole clip, or the first piece of a stream."""
+    """Returns whether the coming frames have no past.
+
+    That is so for a whole clip and for the first piece of a stream.
+    """
     return stream is None or not stream.started
 
 
 class StreamedModule(nn.Module):
-    """A module with a past; its key in a :class:`Stream` is its name within the network."""
+    """A module with a past. Its key in a :class:`Stream` is its name within the network."""
 
     stream_name = ""
 
 
 def name_streams(network: nn.Module) -> None:
-    """Tell every streamed module of ``network`` its own name; call at the end of the network's
-    ``__init__``.
+    """Tells every streamed module of ``network`` its name.
+
+    Call it at the end of the network's ``__init__``.
     """
     for name, module in network.named_modules():
         if isinstance(module, StreamedModule):
@@ -98,7 +106,10 @@ class RMSNorm(nn.Module):
 
 
 class SpatialConv(nn.Module):
-    """A 2-D convolution in every frame: (B, F, H, W, C_in) -> (B, F, H, W, C_out), zero padded."""
+    """A 2-D convolution in every frame, zero padded.
+
+    (B, F, H, W, C_in) -> (B, F, H, W, C_out).
+    """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 3) -> None:
         super().__init__()
@@ -115,7 +126,10 @@ class SpatialConv(nn.Module):
 
 
 class TemporalConv(StreamedModule):
-    """A causal convolution along time at every place: (B, F, ..., C_in) -> (B, F, ..., C_out)."""
+    """A causal convolution along time at every place.
+
+    (B, F, ..., C_in) -> (B, F, ..., C_out).
+    """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 3) -> None:
         super().__init__()
@@ -140,8 +154,10 @@ class TemporalConv(StreamedModule):
 
 
 class ResBlock(nn.Module):
-    """Norm, SiLU, spatial convolution, norm, SiLU, causal temporal convolution (zero at the start),
-    plus the input.
+    """A residual block: spatial convolution, then causal temporal convolution.
+
+    Each follows a norm and a SiLU. The temporal convolution starts at zero, so that the block
+    starts as the identity.
     """
 
     def __init__(self, channels: int) -> None:
@@ -161,8 +177,9 @@ class ResBlock(nn.Module):
 
 
 class TemporalResBlock(nn.Module):
-    """Two causal temporal convolutions (the second zero at the start) plus the input; for
-    (B, F, ..., C).
+    """A residual block of two causal temporal convolutions, for (B, F, ..., C).
+
+    The second one starts at zero, so that the block starts as the identity.
     """
 
     def __init__(self, channels: int, kernel_size: int = 3) -> None:
@@ -181,10 +198,11 @@ class TemporalResBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Fold ``time`` frames and ``space`` x ``space`` places into channels, then a linear layer.
+    """Folds ``time`` frames and ``space`` x ``space`` places into channels, then applies a linear
+    layer.
 
-    The first frame is kept on its own: ``time - 1`` copies of it are prepended, so 1 + k * time
-    frames become 1 + k. ``space`` must be 1 for inputs without two spatial dimensions.
+    The first frame is kept on its own: ``time - 1`` copies of it are prepended, so that 1 + k *
+    time frames become 1 + k. ``space`` must be 1 for inputs without two spatial dimensions.
     """
 
     def __init__(self, in_channels: int, out_channels: int, time: int = 2, space: int = 1) -> None:
@@ -216,10 +234,10 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """A linear layer, then unfold channels into ``time`` frames and ``space`` x ``space`` places.
+    """Applies a linear layer, then unfolds channels into frames and places.
 
-    The counterpart of :class:`Downsample`: on the first piece the first ``time - 1`` frames are
-    dropped.
+    It is the counterpart of :class:`Downsample`. On the first piece the first ``time - 1`` frames
+    are dropped.
     """
 
     def __init__(self, in_channels: int, out_channels: int, time: int = 2, space: int = 1) -> None:

@@ -170,8 +170,10 @@ class _Block(nn.Module):
 
 
 def warp(pictures: Tensor, flow: Tensor) -> Tensor:
-    """Pictures (N, C, H, W) read ``flow`` (N, 2, H, W; x, y) pixels aside, bilinear, borders
-    repeated.
+    """Returns pictures (N, C, H, W) read at places moved by ``flow``.
+
+    Args:
+        flow: (N, 2, H, W), x and y in pixels; reading is bilinear, and borders are repeated.
     """
     height, width = pictures.shape[-2:]
     y, x = torch.meshgrid(

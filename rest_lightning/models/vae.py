@@ -209,12 +209,13 @@ def _set(linear: nn.Linear, weight: Tensor, bias: Tensor) -> None:
 
 
 class VideoAutoencoder(nn.Module):
-    """What every VAE of this project offers; frames (B, 3, F, H, W) in [-1, 1], latents (B, C, f,
-    h, w) normalised.
+    """What every VAE offers: frames (B, 3, F, H, W) in [-1, 1] to normalised latents and back.
+
+    Latents are (B, C, f, h, w).
 
     Slot 0 of a clip is image-like (one frame), the others video-like (eight frames): they are
-    normalised with statistics of their own (decided here). Row 0 of the buffers belongs to slot 0,
-    row 1 to all others.
+    normalised with statistics of their own, a choice of this project. Row 0 of the buffers belongs
+    to slot 0, row 1 to all others.
 
     Attributes:
         latent_channels: C.
@@ -240,16 +241,17 @@ class VideoAutoencoder(nn.Module):
         raise NotImplementedError
 
     def encode_moments(self, frames: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log-variance of the raw (not normalised) latents, both (B, C, f, h, w)."""
+        """Returns mean and log-variance of the raw latents, both (B, C, f, h, w)."""
         raise NotImplementedError
 
     def decode_raw(self, latents: Tensor, stream: Stream | None = None) -> Tensor:
-        """Raw latents to frames; with a stream, the continuation of what it has seen."""
+        """Decodes raw latents to frames; with a stream, continues what it has seen."""
         raise NotImplementedError
 
     def encode(self, frames: Tensor) -> Tensor:
-        """Frames (B, 3, F, H, W) to the mean of the normalised latents (B, C, f, h, w); F = 8 (f -
-        1) + 1.
+        """Encodes frames (B, 3, F, H, W) to normalised latents (B, C, f, h, w), the mean.
+
+        F = 8 (f - 1) + 1.
 
         Raises:
             ValueError: a frame count other than 8n+1, or a side that is not a multiple of 32.
@@ -258,20 +260,23 @@ class VideoAutoencoder(nn.Module):
         return self.normalise(self.encode_moments(frames)[0])
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Normalised latents of a whole clip, slot 0 first, to frames (B, 3, F, H, W)."""
+        """Decodes normalised latents of a whole clip, slot 0 first, to frames (B, 3, F, H, W)."""
         return self.decode_raw(self.denormalise(latents))
 
     def start_decode(self, reference_latent: Tensor) -> tuple[Tensor, Stream]:
-        """Begin a streamed decode from slot 0 (B, C, 1, h, w): its frame (B, 3, 1, H, W), and the
-        stream.
+        """Begins a streamed decode from slot 0, (B, C, 1, h, w).
+
+        Returns:
+            Its frame (B, 3, 1, H, W), and the stream.
         """
         stream = Stream()
         frames = self.decode_raw(self.denormalise(reference_latent), stream)
         return frames, stream
 
     def decode_chunk(self, latents: Tensor, stream: Stream) -> Tensor:
-        """The next l latents (B, C, l, h, w) to 8 l frames (B, 3, 8 l, H, W); equals :meth:`decode`
-        of all.
+        """Decodes the next l latents (B, C, l, h, w) to 8 l frames (B, 3, 8 l, H, W).
+
+        All chunks together equal :meth:`decode` of the whole clip.
         """
         return self.decode_raw(self.denormalise(latents, first_slot=1), stream)
 
@@ -283,12 +288,13 @@ class VideoAutoencoder(nn.Module):
         return stream.started
 
     def count_decoded(self, stream: Stream, num_latents: int) -> None:
-        """What :meth:`decode_chunk` does on the host alone, to be done when a captured graph ran in
-        its place.
+        """Does what :meth:`decode_chunk` does on the host alone.
+
+        To be called when a captured graph ran in its place.
         """
 
     def normalise(self, latents: Tensor) -> Tensor:
-        """Raw latents of a whole clip to zero mean and unit variance per channel."""
+        """Brings raw latents of a whole clip to zero mean and unit variance per channel."""
         mean, std = self._statistics(latents, 0)
         return (latents - mean) / std
 

@@ -153,7 +153,7 @@ class BatchSession:
 
     @property
     def rows(self) -> list[int]:
-        """Rows in use: started, and neither stopped nor finished to the last frame."""
+        """Rows in use: started, and neither stopped nor finished."""
         return [row for row, member in enumerate(self._members) if member is not None]
 
     @property
@@ -162,11 +162,11 @@ class BatchSession:
         return [row for row in self.rows if self._member(row).row.has_chunk]
 
     def num_frames(self, row: int) -> int:
-        """Frames of a row's stream so far."""
+        """Returns how many frames a row's stream has given so far."""
         return self._member(row).row.num_frames
 
     def waiting_s(self, row: int) -> float:
-        """Seconds of speech that a row holds beyond its next chunk."""
+        """Returns the seconds of speech that a row holds beyond its next chunk."""
         return self._member(row).num_waiting / SAMPLE_RATE
 
     # -- rows come, change and go ------------------------------------------------------------------
@@ -234,29 +234,33 @@ class BatchSession:
         member.row.amend(block)
 
     def finish(self, row: int) -> None:
-        """End a row's speech: the next steps give what is left, and with its last frame the row is
-        free again.
+        """Ends a row's speech.
+
+        The next steps give what is left; with its last frame the row is free again.
         """
         member = self._member(row)
         member.row.is_finished = True
         self._release(row)
 
     def stop(self, row: int) -> None:
-        """End a row's stream at once; what it held is dropped, and the row is free."""
+        """Ends a row's stream at once; what it held is dropped, and the row is free."""
         self._member(row)
         self._members[row] = None
 
     def drop_waiting(self, row: int) -> float:
-        """Forget the speech that waits beyond a row's next chunk (an interruption); returns how
-        many seconds it was.
+        """Drops the speech that waits beyond a row's next chunk, for an interruption.
+
+        Returns:
+            Seconds of speech that were dropped.
         """
         dropped_s = self.waiting_s(row)
         self._member(row).waiting.clear()
         return dropped_s
 
     def switch_identity(self, row: int, portrait: Any) -> None:
-        """Continue a row with another portrait from its next chunk on; costs one prefill of this
-        row.
+        """Continues a row with another portrait from its next chunk on.
+
+        This costs one prefill of this row.
         """
         member = self._member(row)
         reference = as_reference(portrait, self.model.size_px)
@@ -388,7 +392,10 @@ class BatchSession:
     # -- the whole batch ---------------------------------------------------------------------------
 
     def report(self) -> StreamReport:
-        """Frames, speed, latency and memory so far, of all rows together; a chunk is one step."""
+        """Returns frames, speed, latency and memory so far, of all rows together.
+
+        A chunk in it is one step.
+        """
         return self.clock.report(self.configuration)
 
     def snapshot(self) -> BatchState:
@@ -426,7 +433,7 @@ class BatchSession:
                     self._members[row] = member
 
     def close(self) -> None:
-        """End all streams. Nothing but :meth:`report` can be called afterwards."""
+        """Ends all streams; only :meth:`report` can be called afterwards."""
         self._widest.join()
         self._members = [None] * self.num_rows
         self._closed = True

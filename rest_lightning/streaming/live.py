@@ -23,27 +23,26 @@ class _End:
 
 
 class LiveSpeech:
-    """Blocks of a source that may pause, without pauses: silence takes the place of what does not
-    come.
+    """Passes blocks on as they arrive, and fills pauses of their source with silence.
 
-    A thread reads the source into a bounded queue. What is there is handed on at once. When the
-    speech so far would have ended ``pause_s`` ago had it been played from the start on, that long a
-    piece of silence is handed on: a stream behind it goes on at the pace of the clock, idle and
-    with resting lips, and is never ahead of the clock because of silence. A source that delivers
-    faster than it plays (text to speech) is therefore not interrupted: its pause begins where its
-    speech ends. Pauses shorter than ``pause_s`` are waited for.
+    A thread reads the source into a bounded queue, and what is there is passed on at once. When the
+    speech so far would have ended ``pause_s`` ago, had it been played from the start, a piece of
+    silence of that length is passed on. So a stream behind it goes on at the pace of the clock,
+    idle and with resting lips, and silence never puts it ahead of the clock. A source that delivers
+    faster than it plays (text to speech) is not interrupted: its pause begins where its speech
+    ends. Pauses shorter than ``pause_s`` are waited for.
 
     Nothing is lost: what comes out is what came in, in order, with ``num_silent`` zeros more. The
     thread may outlive the iteration by one read of the source.
 
     Args:
         blocks: arrays of mono samples, any length; read once.
-        pause_s: seconds of stream time after which silence takes over; less than a chunk's duration
-            makes little sense.
+        pause_s: seconds of stream time after which silence takes over; less than the duration of a
+            chunk makes little sense.
         max_waiting: blocks in the queue; beyond them the source has to wait.
 
     Attributes:
-        num_samples: samples handed on, silence included.
+        num_samples: samples passed on, silence included.
         num_silent: samples of silence among them.
     """
 
@@ -54,7 +53,7 @@ class LiveSpeech:
         self._stopped = threading.Event()
 
     def __iter__(self) -> Iterator[Any]:
-        """The blocks and the silence between them.
+        """Yields the blocks and the silence between them.
 
         Raises:
             Exception: whatever the source raises, after the blocks before it.

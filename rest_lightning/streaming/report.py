@@ -241,7 +241,7 @@ class StreamClock:
         return 1000.0 * (self.first_frame_s - self.first_input_s)
 
     def report(self, configuration: dict[str, Any] | None = None) -> StreamReport:
-        """The numbers so far, with the machine and the versions."""
+        """Returns the numbers so far, with the machine and the versions."""
         return StreamReport(
             num_frames=self.num_frames,
             wall_s=self.wall_s,
@@ -295,7 +295,7 @@ class StreamReport:
 
     @property
     def frames_per_second(self) -> float:
-        """End to end: all frames by all seconds."""
+        """Frames by seconds, end to end."""
         return self.num_frames / self.wall_s if self.wall_s > 0 else 0.0
 
     @property
@@ -304,7 +304,7 @@ class StreamReport:
         return self.frames_per_second / self.fps
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
+        """Returns plain values, ready for JSON."""
         return {
             "num_frames": self.num_frames,
             "video_s": round(self.video_s, 3),
@@ -324,7 +324,7 @@ class StreamReport:
         }
 
     def to_json(self) -> str:
-        """The same as text."""
+        """Returns :meth:`to_dict` as text."""
         return json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -333,7 +333,7 @@ class StreamReport:
             temporary.write_text(self.to_json(), encoding="utf-8")
 
     def table(self, title: str = "stream") -> Table:
-        """The same for people, as a rich table."""
+        """Returns the numbers for people, as a rich table."""
         from rich.table import Table
 
         table = Table(title=title, title_justify="left", show_header=False)

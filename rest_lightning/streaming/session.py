@@ -296,20 +296,15 @@ class _Alone:
 
 
 class StreamingSession:
-    """Speech in, frames out, chunk by chunk, at a constant cost; made by :meth:`TalkingHead.open`.
+    """Speech in, frames out, chunk by chunk, at a constant cost. :meth:`TalkingHead.open` makes it.
 
-    The first emitted frame shows the first 40 ms of speech. One thread at a time may use a session;
-    a second one is refused. A chunk whose frames are not finite ends the stream with a
-    `NotFiniteError`.
-
-    Attributes:
-        level: how loud the speech so far was, and what is odd about it.
+    The first frame that comes out shows the first 40 ms of speech.
 
     Args:
         model: the talking head.
         portrait: see :meth:`TalkingHead.open`.
         seed: see :meth:`TalkingHead.open`.
-        sampling: None takes the model's own.
+        sampling: steps and guidance; None takes the model's own.
         options: switches of the engine.
     """
 
@@ -338,7 +333,7 @@ class StreamingSession:
 
     @property
     def num_frames(self) -> int:
-        """Frames emitted so far."""
+        """The number of frames that came out so far."""
         return self._row.num_frames - sum(num_frames for _, num_frames, _ in self._under_way)
 
     @property
@@ -347,36 +342,35 @@ class StreamingSession:
         return self._row.reference
 
     def push(self, samples: Any) -> Frames:
-        """Take in speech and return the frames that became ready.
+        """Takes speech in, and returns the frames that became ready.
 
         Args:
             samples: float samples in about [-1, 1], or int16; one dimension, 16 kHz, any length.
 
         Returns:
-            uint8 (n, H, W, 3), n a multiple of the chunk's frames and often 0.
+            uint8 (n, H, W, 3). n is a multiple of the chunk's frames, and often 0.
 
         Raises:
-            UserError: a push after :meth:`flush`, more than one dimension, samples that are not
-                finite or beyond 16, or a second thread.
-            NotFiniteError: frames that are no numbers.
+            UserError: a push after :meth:`flush`, more than one dimension, or samples that are not
+                finite.
         """
         with self._alone:
             return self._stack([*self._feed(samples), *self._collect()])
 
     def flush(self) -> Frames:
-        """End the speech: the frames of what is left, so that the video is as long as the
-        speech.
+        """Ends the speech, and returns the frames of what is left.
+
+        The video is then as long as the speech.
         """
         with self._alone:
             return self._stack(list(self._drain()))
 
     def stream(self, blocks: Iterable[Any]) -> Iterator[Frames]:
-        """Push every block, flush at the end, and yield each chunk's frames as soon as they are
-        ready.
+        """Pushes every block, flushes at the end, and yields frames as soon as they are ready.
 
-        On CUDA a chunk is decoded while the next one is denoised. Where the source is live, that is
-        where it lets us wait for a block, nothing is held back for that: frames are handed out
-        before the next block is asked for.
+        On CUDA a chunk is decoded while the next one is denoised. A live source is one that keeps
+        us waiting for a block. For such a source nothing is held back: frames are handed out before
+        the next block is asked for.
         """
         source = iter(blocks)
         while True:
@@ -400,18 +394,21 @@ class StreamingSession:
             yield frames
 
     def switch_identity(self, portrait: Any) -> None:
-        """Continue with another portrait from the next chunk on; costs one prefill."""
+        """Continues with another portrait from the next chunk on.
+
+        This costs one prefill.
+        """
         self._check_open()
         reference = as_reference(portrait, self.model.size_px)
         with self._alone:
             self._row.show(reference)
 
     def report(self) -> StreamReport:
-        """Frames, speed, latency and memory so far."""
+        """Returns frames, speed, latency and memory so far."""
         return self.clock.report(self.configuration)
 
     def snapshot(self) -> SessionState:
-        """A copy of everything that the following frames depend on."""
+        """Returns a copy of everything that the following frames depend on."""
         self._check_open()
         with self._alone:
             waiting = [
@@ -423,11 +420,11 @@ class StreamingSession:
             return SessionState(self._row.snapshot(), frames)
 
     def restore(self, state: SessionState) -> None:
-        """Go back to a snapshot: the same speech then gives the same frames, bit for bit.
+        """Goes back to a snapshot: the same speech then gives the same frames, bit for bit.
 
         Raises:
-            UserError: a snapshot of another model, type, size or guidance, or a session that is
-                closed; the session is as it was then.
+            UserError: a snapshot of another model, type, size or guidance; the session is then
+                unchanged.
         """
         self._check_open()
         with self._alone:

@@ -104,8 +104,9 @@ class StageModule(LightningModule):
             )
 
     def configure_optimizers(self) -> Any:
-        """AdamW over the trained parts, fused on a GPU; the schedule follows :meth:`progress`, one
-        step at a time.
+        """Returns AdamW over the trained parts, and its schedule.
+
+        The schedule follows :meth:`progress`, one step at a time.
         """
         settings = self.optimizer_settings
         parameters = dict(self.named_parameters())
@@ -152,7 +153,7 @@ class StageModule(LightningModule):
         return groups
 
     def lr_fraction(self, step: int) -> float:
-        """Fraction of the learning rate at an optimiser step."""
+        """Returns the fraction of the learning rate at an optimiser step."""
         settings = self.optimizer_settings
         warmup = min(1.0, (step + 1) / max(1, settings.warmup_steps))
         if settings.decay_start >= 1.0:
@@ -161,8 +162,9 @@ class StageModule(LightningModule):
         return warmup * max(settings.final_lr_fraction, remaining)
 
     def progress(self, step: int) -> float:
-        """How much of the stage is done, 0 .. 1, by steps or by the time budget, whichever is
-        further.
+        """Returns how much of the stage is done, 0 to 1.
+
+        By steps or by the time budget, whichever is further.
         """
         trainer = self._trainer
         if trainer is None:
@@ -177,15 +179,16 @@ class StageModule(LightningModule):
         return min(1.0, max(done))
 
     def train(self, mode: bool = True) -> StageModule:
-        """Switch the trained parts; frozen ones stay in eval mode."""
+        """Switches the trained parts; frozen ones stay in evaluation mode."""
         super().train(mode)
         for name in self.frozen_parts:
             getattr(self, name).eval()
         return self
 
     def on_train_start(self) -> None:
-        """Go on with the random numbers of the checkpoint; what comes before the first step may
-        draw some.
+        """Restores the random numbers of the checkpoint.
+
+        Here and not earlier, since what comes before the first step may draw some.
         """
         if self._resumed_rng is not None:
             torch.set_rng_state(self._resumed_rng["cpu"])
@@ -243,7 +246,10 @@ class StageModule(LightningModule):
                 del state[key]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Put the frozen parts back, so that loading stays strict for everything else."""
+        """Puts the frozen parts back.
+
+        Loading then stays strict for everything else.
+        """
         self._regroup(checkpoint)
         self._resumed_rng = checkpoint.get(RNG_KEY)
         own = self.state_dict()
