@@ -33,7 +33,7 @@ sampling: {num_steps: 2, guidance: 1.5, shift: 1.0}
 # A validation after each epoch of two batches (VAE) or four, and the one after training.
 @pytest.mark.parametrize(
     ("stage", "num_frames", "steps"),
-    [("vae", 25, [2, 3]), ("teacher", 49, [3]), ("student", 49, [3])],
+    [("vae", 49, [2, 3]), ("teacher", 49, [3]), ("student", 49, [3])],
 )
 def test_samples_are_written_and_training_is_the_same(
     recipe: Any, tmp_path: Path, stage: str, num_frames: int, steps: list[int]
@@ -91,6 +91,7 @@ def test_without_vae_training_goes_on_with_a_warning(recipe: Any, tmp_path: Path
             tmp_path / "latents",
             fingerprint="tiny",
             num_frames=49,
+            references_per_clip=1,
             progress=False,
         )
     overlay = tmp_path / "overlay.yaml"

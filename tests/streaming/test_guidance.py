@@ -237,17 +237,23 @@ def test_changes_keep_what_they_do_not_name() -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"num_steps": 0}, "expected at least 1 denoising step, got 0: 8 is"),
-        ({"guidance": float("nan")}, "expected a finite guidance, got nan: READ's are 6 and 2"),
+        ({"num_steps": 0}, r"expected 1 to 1000 denoising steps \(at least 1\), got 0: 8 is"),
+        (
+            {"guidance": float("nan")},
+            "expected a finite guidance of at most 100, got nan: READ's are 6 and 2",
+        ),
         (
             {"reference_guidance": float("inf")},
-            ("expected a finite reference_guidance, got inf: READ's are 6 and 2"),
+            "expected a finite reference_guidance of at most 100, got inf: READ's are 6 and 2",
         ),
         (
             {"shift": 0.0},
-            ("expected a positive shift of the sigma table, got 0.0: 1 leaves it straight"),
+            r"expected a positive shift of the sigma table \(0.001 to 1000\), got 0.0: 1 leaves it straight",
         ),
-        ({"shift": float("nan")}, "expected a positive shift of the sigma table, got nan"),
+        (
+            {"shift": float("nan")},
+            r"expected a positive shift of the sigma table \(0.001 to 1000\), got nan",
+        ),
     ],
 )
 def test_bad_settings(head: TalkingHead, wrong: dict[str, Any], message: str) -> None:

@@ -51,6 +51,7 @@ class Worker:
         decode: Callable[[], None],
         frames: Tensor,
         num_frames: int,
+        finite: Tensor,
     ) -> Any:
         self.num_launched += 1
 
@@ -58,10 +59,10 @@ class Worker:
             with torch.inference_mode():
                 return function()
 
-        def decoded() -> np.ndarray:
+        def decoded() -> tuple[np.ndarray, np.ndarray]:
             self.gate.wait(10)
             decode()
-            return frames[:, :num_frames].numpy().copy()
+            return frames[:, :num_frames].numpy().copy(), finite.numpy().copy()
 
         self.pool.submit(work, take).result()
         return InThread(self.pool.submit(work, decoded))
@@ -71,7 +72,7 @@ class Worker:
 
 
 class InThread:
-    def __init__(self, future: Future[np.ndarray]) -> None:
+    def __init__(self, future: Future[tuple[np.ndarray, np.ndarray]]) -> None:
         self.future = future
 
     @property
@@ -79,7 +80,11 @@ class InThread:
         return self.future.done()
 
     def frames(self) -> np.ndarray:
-        return self.future.result(10)
+        return self.future.result(10)[0]
+
+    @property
+    def finite(self) -> np.ndarray:
+        return self.future.result(10)[1]
 
 
 def open_overlapped(head: TalkingHead) -> tuple[StreamingSession, Worker]:
