@@ -457,6 +457,8 @@ def _fix_noise(module: nn.Module, args: tuple[Any, ...], seed: int) -> tuple[Any
     starts anew.
     """
     x, temb = args[:2]
+    if x.is_meta:  # nothing is drawn there, and it has no generator
+        return x, temb, None
     return x, temb, torch.Generator(x.device).manual_seed(seed)
 
 
