@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from rest_lightning.config import find_class, read_stage, shipped_names
+from rest_lightning.config import find_class, network_of, read_config, shipped_names
 from rest_lightning.constants import SPATIAL_RATIO
 from rest_lightning.errors import UserError
 from rest_lightning.models import attention
@@ -117,7 +117,8 @@ def _read_configs(name: str, *stages: str) -> list[dict[str, Any]]:
         raise UserError(
             f"expected a size of {', '.join(known)} (folders of configs/), got {name!r}: choose one"
         )
-    return [read_stage(f"{name}/{stage}") for stage in stages]
+    # Not read_stage: it imports the stage's class, which needs Lightning.
+    return [read_config(f"{name}/{stage}").content for stage in stages]
 
 
 def _size_px(stage: dict[str, Any], model: A2VDiT) -> int:
@@ -127,7 +128,7 @@ def _size_px(stage: dict[str, Any], model: A2VDiT) -> int:
 
 
 def _build_parts(stage: dict[str, Any]) -> dict[str, Any]:
-    given = {part: stage["model"]["init_args"][part] for part in PARTS}
+    given = {part: network_of(stage, part) for part in PARTS}
     for part in given.values():
         find_class(part["class_path"], "class_path", None)  # jsonargparse knows loaded names
         part.get("init_args", {}).pop("weights", None)

@@ -176,6 +176,8 @@ class VideoSink(Callback):
                     f"{made_from.get(key, 'no report')}: "
                     "choose another out_dir, or set overwrite"
                 )
+        if video.stat().st_nlink > 1:  # killed before its temporary name was taken away
+            remove_leftovers(video)
         return True
 
 

@@ -432,6 +432,8 @@ def parameters_of(cls: type) -> dict[str, Any]:
         found |= {one.name: hints.get(one.name) for one in named if one.name not in found}
         if not any(one.kind is one.VAR_KEYWORD for one in parameters):
             return found
+        if not each.__module__.startswith("rest_lightning."):
+            break  # a foreign one may hand them to any other: DDPStrategy's are torch's
     return {**found, "**": None}
 
 

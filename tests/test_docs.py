@@ -60,7 +60,7 @@ TINY = (
     ("rest serve", "--help"),
 )
 # Files that other work adds to the tree.
-PENDING_LINKS = {"docs/security.md", "rest_lightning/assets/embedded/README.md"}
+PENDING_LINKS = {"rest_lightning/assets/embedded/README.md"}
 
 
 @dataclass(frozen=True)

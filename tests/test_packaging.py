@@ -29,6 +29,8 @@ DISTRIBUTION = {
     "skia": "skia-python",
     "cv2": "opencv-contrib-python",
     "yaml": "pyyaml",
+    "livekit": "livekit-agents",
+    "pipecat": "pipecat-ai",
 }
 # Imported, but certain to be there: what a declared requirement cannot be installed without.
 IMPLIED = {
@@ -36,18 +38,27 @@ IMPLIED = {
     "yaml": "jsonargparse",
     "huggingface_hub": "transformers",
     "packaging": "lightning",
+    "aiortc": "pipecat-ai",  # of its extra for WebRTC; its absence is caught
 }
 # Only these files may import what an extra installs.
 EXTRA_FILES = {
     "synthetic": "rest_lightning/data/synthetic/",
-    "prepare": "rest_lightning/data/preparation/",
+    "prepare": ("rest_lightning/data/preparation/", "rest_lightning/data/animated/"),
     "ray": (
         "rest_lightning/data/preparation/",
         "rest_lightning/serve/",
         "rest_lightning/ray_cluster.py",
     ),
     "serve": "rest_lightning/serve/",
+    "livekit": "rest_lightning/integrations/livekit.py",
+    "pipecat": "rest_lightning/integrations/pipecat.py",
+    # Triton: the engine looks for it before it imports this file.
+    "test": "rest_lightning/models/fused.py",
 }
+# Extras that exclude `prepare`, which constraints.txt holds: they have an environment of their own.
+APART = ("livekit", "pipecat", "test-agents")
+# Not pinned: a CUDA build of torch brings the release that it fits.
+UNPINNED = {"triton"}
 OURSELVES = "rest-lightning"  # an extra may ask for others
 
 
@@ -183,8 +194,10 @@ def test_constraints_are_exact_and_satisfy_every_bound() -> None:
             f"expected an exact pin, got {pin}"
         )
         assert pin.url is None
-    asked = [*requirements(), *(r for extra in EXTRAS for r in requirements(extra))]
-    for requirement in (r for r in asked if canonicalize_name(r.name) != OURSELVES):
+    extras = [extra for extra in EXTRAS if extra not in APART]
+    asked = [*requirements(), *(r for extra in extras for r in requirements(extra))]
+    unpinned = {OURSELVES, *UNPINNED}
+    for requirement in (r for r in asked if canonicalize_name(r.name) not in unpinned):
         (exact,) = pins[canonicalize_name(requirement.name)].specifier
         assert exact.version in requirement.specifier, (
             f"{requirement} excludes the pin {exact.version}"
@@ -219,7 +232,7 @@ def closure(roots: list[Requirement]) -> set[str]:
 
 
 def test_constraints_cover_what_is_installed() -> None:
-    needed = closure([*requirements(), *requirements("test")]) - {OURSELVES}
+    needed = closure([*requirements(), *requirements("test")]) - {OURSELVES, *UNPINNED}
     assert not needed - set(constraints()), (
         "add the versions that `pip freeze` shows to constraints.txt"
     )

@@ -21,7 +21,7 @@ DOCS = ROOT / "docs"
 SOURCE = ROOT / "build" / "docs" / "source"
 CALLBACKS = "rest_lightning/callbacks"
 # Pages that other work adds; delete a name when its page is there.
-PENDING = frozenset({"security.md"})
+PENDING: frozenset[str] = frozenset()
 
 _LINK = re.compile(r"(?<!!)\[(?P<text>[^\]]+)\]\((?P<target>[^)\s:#]+)(?P<anchor>#[^)\s]*)?\)")
 _ROLE = re.compile(r":(?:attr|class|data|exc|func|meth|mod):`(?P<short>~?)(?P<name>[^`]+)`")

@@ -42,6 +42,7 @@ class Gate:
         self._connections: Counter[str] = Counter()
 
     def __call__(self) -> asyncio.Protocol:
+        """The protocol of one connection."""
         return _Connection(self)
 
     def enter(self, address: str) -> str | None:

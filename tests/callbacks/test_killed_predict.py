@@ -64,7 +64,7 @@ def pairs(tmp_path: Path) -> Path:
     with wave.open(str(tmp_path / "speech.wav"), "wb") as file:
         file.setparams((1, 2, 16_000, 0, "NONE", ""))
         file.writeframes(rng.normal(scale=3000, size=20_000).astype("<i2").tobytes())
-    rows = ["portrait,speech,name", *(f"face.png,speech.wav,{name}" for name in NAMES)]
+    rows = ["portrait,speech,name,crop", *(f"face.png,speech.wav,{name},centre" for name in NAMES)]
     (tmp_path / "pairs.csv").write_text("\n".join(rows))
     return tmp_path / "pairs.csv"
 

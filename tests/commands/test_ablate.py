@@ -104,6 +104,7 @@ def test_base_and_ablations(
         runs / "latents",
         fingerprint=fingerprint_of(trained_vae),
         num_frames=49,
+        references_per_clip=1,
         progress=False,
     )
     overlays = [f"{recipe.configs}/ablation/no_context_cache.yaml", str(sampled), str(wrong)]

@@ -40,14 +40,17 @@ def kill_at(moment: str, count: int) -> None:  # noqa: C901  # one moment after 
         calls += name == moment
         return name == moment and calls == count
 
-    replace, save = os.replace, torch.save
+    save = torch.save
 
-    def killing_replace(*args: Any, **kwargs: Any) -> None:
-        if arrived("before_rename"):
-            die()
-        replace(*args, **kwargs)
-        if arrived("after_rename"):
-            die()
+    def killing(rename: Any) -> Any:
+        def killing_rename(*args: Any, **kwargs: Any) -> None:
+            if arrived("before_rename"):
+                die()
+            rename(*args, **kwargs)
+            if arrived("after_rename"):
+                die()
+
+        return killing_rename
 
     def killing_save(obj: Any, file: Any, **kwargs: Any) -> None:
         if arrived("half_written"):
@@ -56,7 +59,9 @@ def kill_at(moment: str, count: int) -> None:  # noqa: C901  # one moment after 
             die()
         save(obj, file, **kwargs)
 
-    os.replace, torch.save = killing_replace, killing_save  # type: ignore[assignment]
+    # a file that must not replace another gets its final name by a link
+    os.replace, os.link = killing(os.replace), killing(os.link)
+    torch.save = killing_save  # type: ignore[assignment]
 
     class Kill(Callback):
         def on_train_batch_start(self, *args: Any) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from stills import face
 
 from rest_lightning.diffusion.sampling import Sampling
 from rest_lightning.models.speech import LogMelEncoder
@@ -70,7 +71,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         file.setsampwidth(2)
         file.setframerate(16000)
         file.writeframes(speech.tobytes())
-    Image.new("RGB", (80, 80), (90, 120, 160)).save(root / "real" / "portrait.png")
+    face(80, 80).save(root / "real" / "portrait.png")
     return root
 
 

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ImageEnhance
+from stills import face
 
 pytest.importorskip("aiohttp", reason="aiohttp (extra `serve`) serves the page")
 pytest.importorskip("playwright", reason="playwright (extra `test`) drives the browser")
@@ -317,7 +318,7 @@ def test_identity_changes_without_a_restart(open_page: Open) -> None:
     page.speak()
     page.wait(1)
     image = io.BytesIO()
-    Image.new("RGB", (90, 60), (10, 10, 30)).save(image, "PNG")
+    ImageEnhance.Brightness(face(256, 256)).enhance(0.2).save(image, "PNG")
     page.page.set_input_files(
         "#image", {"name": "dark.png", "mimeType": "image/png", "buffer": image.getvalue()}
     )

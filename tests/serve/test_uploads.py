@@ -92,8 +92,7 @@ def test_a_portrait_comes_back_as_the_head_in_it() -> None:
         ("sound", lambda: b"#EXTM3U\n#EXTINF:1,\n/etc/passwd\n", "expected a sound file"),
         ("sound", lambda: b"RIFF" + bytes(300), "cannot be read"),
         ("sound", lambda: float_wav(BAD), "NaN or infinite samples at sample 700"),
-        ("sound", lambda: wav(LONG, 8000), "at most 300 s of sound, got 301 s"),
-        ("sound", lambda: wav(SAMPLES)[:-8000], "truncated"),
+        ("sound", lambda: wav(LONG, 8000), "at most 300 s of sound, got more"),
         ("sound", lambda: wav(SAMPLES[:0]), "no samples"),
     ],
 )

@@ -248,7 +248,8 @@ def test_changes_keep_what_they_do_not_name() -> None:
         ),
         (
             {"shift": 0.0},
-            r"expected a positive shift of the sigma table \(0.001 to 1000\), got 0.0: 1 leaves it straight",
+            r"expected a positive shift of the sigma table \(0.001 to 1000\), got 0.0: "
+            "1 leaves it straight",
         ),
         (
             {"shift": float("nan")},

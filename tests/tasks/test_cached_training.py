@@ -14,16 +14,17 @@ from rest_lightning.errors import UserError
 DIT = ("--data.augment=false", "--final_checkpoint=false")
 
 
-def encode(recipe: Any, option: str, source: Path, out: Path) -> None:
+def encode(recipe: Any, option: str, source: Path, out: Path, *more: str) -> None:
     words = ["encode", option, str(source), "--data", str(recipe.data), "--out", str(out)]
-    assert main([*words, "--num-frames", "49", "--windows-per-clip", "3"]) == 0
+    assert main([*words, "--num-frames", "49", "--windows-per-clip", "3", *more]) == 0
 
 
 @pytest.fixture(scope="module")
 def caches(recipe: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Latents and speech features of the recipe's clips, made by its own stages."""
     folder = tmp_path_factory.mktemp("caches")
-    encode(recipe, "--model", recipe.final(recipe.vae_stage), folder / "latents")
+    vae, references = recipe.final(recipe.vae_stage), ("--references-per-clip", "1")
+    encode(recipe, "--model", vae, folder / "latents", *references)
     encode(recipe, "--speech-encoder", recipe.final("speech_ae"), folder / "speech")
     return folder
 
@@ -73,4 +74,4 @@ def test_stale_features_end_the_run(recipe: Any, caches: Path, tmp_path: Path, s
     ):
         recipe.run(stage, tmp_path, *DIT, *words, overlays=(overlay,))
     with pytest.raises(UserError, match="expected augment false with speech_dir"):
-        recipe.run(stage, tmp_path, *words)
+        recipe.run(stage, tmp_path, *words, "--data.augment=true")

@@ -95,6 +95,7 @@ def test_neither_mediapipe_nor_torch_is_needed(video: Path, tmp_path: Path) -> N
         "--min-frames",
         "5",
         "--quiet",
+        *(f"--{name}=null" for name in LIMITS),  # that a clip is kept: exit code 0
     ]
     (tmp_path / "bare.py").write_text(program)
     command = [sys.executable, str(tmp_path / "bare.py"), "prepare", *words, "--num-workers", "1"]

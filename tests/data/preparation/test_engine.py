@@ -23,7 +23,7 @@ from rest_lightning.errors import UserError
 
 HELPERS = str(Path(__file__).resolve().parents[2] / "helpers")
 NO_LIMITS = ("max_hands", "min_sharpness", "max_text", "min_brightness", "max_flow", "min_face_px")
-LOOSE = " ".join(f"--set={name}=null" for name in NO_LIMITS)
+LOOSE = " ".join(f"--{name}=null" for name in NO_LIMITS)
 
 
 def words(root: Path, out: Path, *more: str, workers: int = 1) -> list[str]:
