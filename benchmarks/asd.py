@@ -52,7 +52,10 @@ METRICS = (
     "contrastive",
     "smoothness",
 )
-DATA_KEYS = ("num_frames", "batch_size", "audio_left_frames", "audio_right_frames", "size_px")
+DATA_KEYS = (
+    *("num_frames", "batch_size", "audio_left_frames", "audio_right_frames", "size_px"),
+    "reference",
+)
 
 
 def main(arguments: list[str] | None = None) -> int:

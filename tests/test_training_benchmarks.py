@@ -103,7 +103,8 @@ def test_errors_are_those_of_the_definition(asd_run: Any, recipe: Any) -> None:
         return network.eval()
 
     student, teacher = load("transformer", final), load("transformer", recipe.final("teacher"))
-    clips = PreparedClips(recipe.data, "test", 49, latents=LatentsCache(folder / "latents"))
+    latents = LatentsCache(folder / "latents")
+    clips = PreparedClips(recipe.data, "test", 49, latents=latents, reference="clip_start")
     errors, flows = [], []
     noise = NoiseSettings(
         chunk_lengths=(1, 2, 3), mean=1.0, std=1.0, identity_dropout=0.0, audio_dropout=0.0
@@ -121,8 +122,9 @@ def test_errors_are_those_of_the_definition(asd_run: Any, recipe: Any) -> None:
     with torch.no_grad():
         for draw in range(3):
             conditions = Conditions(latents, stage.speech_ae.encode(features))
-            path = stage.draw(conditions, torch.Generator().manual_seed(draw)).path
-            own = student(path.noisy_latents, path.sigma, conditions.speech_latents)[:, :, 1:]
+            inputs = stage.draw(conditions, torch.Generator().manual_seed(draw))
+            path, chunked = inputs.path, student.with_chunk_length(inputs.chunk_length)
+            own = chunked(path.noisy_latents, path.sigma, conditions.speech_latents)[:, :, 1:]
             theirs = teacher(
                 path.noisy_latents,
                 path.sigma,

@@ -207,7 +207,8 @@ def write_stage(
 
 def encode_latents(config: Path, out: Path, data: Path) -> None:
     """Make the latents of all clips with the trained VAE; what is done stays."""
-    words = ("--model", str(out / VAE_STAGE / FINAL), "--data", str(data))
+    words = ["--model", str(out / VAE_STAGE / FINAL), "--data", str(data)]
+    words += ["--references-per-clip", "1"]  # a clip's first frame: data.reference is clip_start
     rest("encode", *words, "--out", str(out / "latents"), *_windows(read_config(config)))
 
 

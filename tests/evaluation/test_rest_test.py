@@ -215,7 +215,7 @@ def test_stage_is_evaluated_while_it_trains_and_does_not_notice(
     )
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "no evaluation")
-        recipe.run(stage, tmp_path, overlays=(overlay,))
+        cli = recipe.run(stage, tmp_path, overlays=(overlay,))
     files = sorted((tmp_path / "evaluation").iterdir())
     row = ResultRow.from_dict(json.loads(files[-1].read_text()))
     assert row.config["split"] == "val" and row.num_clips == 1 and row.config["step"] == 3
@@ -231,8 +231,9 @@ def test_stage_is_evaluated_while_it_trains_and_does_not_notice(
     (last,) = tmp_path.rglob("last.ckpt")  # final.ckpt holds weights alone
     callbacks = torch.load(last, weights_only=False)["callbacks"]
     (state,) = (value for key, value in callbacks.items() if key.startswith("Evaluation"))
-    print(state, len(files))
-    assert state["num_validations"] <= len(files)
+    assert state["num_validations"] == 0, "it is of step 2; the one validation comes after step 3"
+    (callback,) = (each for each in cli.trainer.callbacks if type(each).__name__ == "Evaluation")
+    assert callback.state_dict()["num_validations"] == len(files)
 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
