@@ -137,8 +137,8 @@ def _build_parts(stage: dict[str, Any]) -> dict[str, Any]:
     if given["transformer"]["init_args"].pop("prompt", None):
         given["transformer"]["init_args"]["prompt_length"] = PROMPT_LENGTH
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
-    for part, base in PARTS.items():
-        parser.add_argument(f"--{part}", type=base)
+    for name, base in PARTS.items():
+        parser.add_argument(f"--{name}", type=base)
     parts: dict[str, Any] = parser.instantiate(parser.parse_object(given)).as_dict()
     parts["speech_encoder"].requires_grad_(False)
     return parts

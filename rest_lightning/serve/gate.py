@@ -35,9 +35,7 @@ class Gate:
         refused: told a word for each connection that is closed unasked.
     """
 
-    def __init__(
-        self, server: web.Server[Any], limits: Limits, refused: Callable[[str], object]
-    ) -> None:
+    def __init__(self, server: Any, limits: Limits, refused: Callable[[str], object]) -> None:
         self.server, self.limits, self.refused = server, limits, refused
         self._connections: Counter[str] = Counter()
 
@@ -72,7 +70,7 @@ class _Connection(web.RequestHandler):
             gate.server,
             loop=asyncio.get_running_loop(),
             keepalive_timeout=gate.limits.header_s,
-            access_log=None,
+            access_log=None,  # type: ignore[arg-type]  # aiohttp takes None for no log
             logger=_QUIET,
         )
         self._gate = gate

@@ -128,8 +128,8 @@ def test_what_is_no_request_is_no_500_and_no_line_of_its_own(head: TalkingHead) 
         async with serving(head, 1) as server:
             origin = f"Origin: {server.url}\r\n".encode()
             for path in PATHS:
-                request = f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
-                told = await answer(server, request.encode("latin-1"))
+                line = f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+                told = await answer(server, line.encode("latin-1"))
                 assert told.split(b" ", 2)[1] in (b"400", b"403", b"404", b"414"), (
                     path,
                     told[:200],
