@@ -101,7 +101,9 @@ def test_signals_leave_a_video_that_plays(
         text=True,
     )
     deadline = time.monotonic() + 300
-    while time.monotonic() < deadline and not any(p.stat().st_size for p in out.parent.iterdir()):
+    while time.monotonic() < deadline and not any(
+        p.stat().st_size > 20_000 for p in out.parent.iterdir()
+    ):
         time.sleep(0.1)
     process.send_signal(number)
     _, told = process.communicate(timeout=300)
