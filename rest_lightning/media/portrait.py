@@ -222,8 +222,8 @@ def _decoded(image: Image.Image, name: str) -> Image.Image:
     most = min(MAX_PIXELS, MAX_BYTES // _BYTES_PER_PIXEL.get(image.mode, 8))
     if width * height > most:
         raise UserError(
-            f"expected at most {most // 1_000_000} megapixels of {image.mode}, but {name} has "
-            f"{width}x{height}: scale it down"
+            f"expected at most {most // 1_000_000} megapixels, but {name} has {width}x{height} of "
+            f"mode {image.mode}: scale it down"
         )
     try:
         image.load()
