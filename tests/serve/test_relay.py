@@ -15,6 +15,9 @@ from aiohttp import WSMsgType, web
 
 from rest_lightning.serve.limits import Limits
 from rest_lightning.serve.protocol import ChannelClosed
+
+pytest.importorskip("ray.serve", reason="the extra `ray` serves replicas")
+
 from rest_lightning.serve.ray_engine import LOST, Relay
 
 Replica = Callable[[web.Request, web.WebSocketResponse], Awaitable[None]]
