@@ -159,7 +159,7 @@ def bomb(width: int, height: int) -> bytes:
         ("stub.jpg", "not one that can be read|truncated"),
         ("one.png", "at least 32x32 pixels, but .* is of 1x1: use a larger image"),
         ("line.png", "is of 500x20"),
-        ("bomb.png", "at most 100 megapixels of RGB, but .* has 11000x10000"),
+        ("bomb.png", "at most 100 megapixels, but .* has 11000x10000"),
         ("big_bomb.png", "at most 100 megapixels, but .* claims more"),
     ],
 )

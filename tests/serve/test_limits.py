@@ -40,10 +40,11 @@ def test_places_are_counted_with_those_that_are_kept() -> None:
         admission.grant("a")
     assert caught.value.code == "address"
     token = admission.grant("b")
+    admission.grant("c")  # takes the place that "a" keeps beside its session and does not use
     with pytest.raises(Refused, match=r"the server is full \(3 of 3 sessions\)") as caught:
-        admission.grant("c")
+        admission.grant("d")
     assert caught.value.code == "full"
-    clock.now_s = 31  # two tokens were never used
+    clock.now_s = 31  # the other tokens were never used
     admission.enter(admission.grant("c"), "c")
     assert admission.num_active == 2
     admission.leave("a")
