@@ -45,6 +45,7 @@ def measure_waits(
             continue
         if stage.uses_latents and not (out / "latents").exists():
             words = ["encode", "--model", str(out / VAE_STAGE / "final.ckpt"), "--data", str(clips)]
+            words += ["--references-per-clip", "1"]  # the stages begin with a clip's first frame
             window = "49" if size == "tiny" else "121"
             if rest([*words, "--out", str(out / "latents"), "--num-frames", window]):
                 raise UserError(

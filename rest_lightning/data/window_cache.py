@@ -436,7 +436,7 @@ class LatentsCache(WindowCache):
                 raise UserError(
                     f"{self.folder}: expected latents of reference frames for "
                     f"reference={reference}, got none: "
-                    "make them with `rest encode --references_per_clip 4` (1 is the clip's first "
+                    "make them with `rest encode --references-per-clip 4` (1 is the clip's first "
                     "frame)"
                 )
             choice = (
