@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+import pickle
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -179,8 +180,7 @@ def read_part(name: str, source: str | Path) -> tuple[dict[str, Any], dict[str, 
             f"expected a checkpoint or a model folder for {name}, got no such file: {path}; "
             f"{way_out}"
         )
-    # Mapped: the other parts and the optimiser's states are never read.
-    checkpoint = torch.load(path, map_location="cpu", weights_only=False, mmap=True)
+    checkpoint = _read_checkpoint(path)
     parts = checkpoint.get(PARTS_KEY, {}) if isinstance(checkpoint, dict) else {}
     if name not in parts:
         raise UserError(
@@ -194,6 +194,23 @@ def read_part(name: str, source: str | Path) -> tuple[dict[str, Any], dict[str, 
         if key.startswith(prefix)
     }
     return parts[name], state
+
+
+def _read_checkpoint(path: Path) -> dict[str, Any]:
+    """A stage's checkpoint: tensors and plain values, never code of the file's author.
+
+    Mapped: what is not asked for, such as the optimiser's states, is never read.
+
+    Raises:
+        UserError: a file that holds other objects, which could run code when they are read.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"expected a checkpoint of tensors and plain values, got {path} with other objects, "
+            "which could run code: train that stage again, or take a model folder"
+        ) from error
 
 
 def _read_folder_part(name: str, folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -241,7 +258,7 @@ def open_speech_encoder(source: str | Path) -> nn.Module:
         return build_part(found)
     if source.is_dir() or not source.is_file():
         return open_part("speech_encoder", source)
-    checkpoint = torch.load(source, map_location="cpu", weights_only=False)
+    checkpoint = _read_checkpoint(source)
     if "speech_encoder" in checkpoint.get(PARTS_KEY, {}):
         return open_part("speech_encoder", source)
     for description in (
