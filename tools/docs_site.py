@@ -27,14 +27,20 @@ _LINK = re.compile(r"(?<!!)\[(?P<text>[^\]]+)\]\((?P<target>[^)\s:#]+)(?P<anchor
 _ROLE = re.compile(r":(?:attr|class|data|exc|func|meth|mod):`(?P<short>~?)(?P<name>[^`]+)`")
 
 
-def on_config(config: Any) -> Any:
-    """Copies the sources, and takes pages that are not there yet out of the navigation."""
+def on_startup(command: str, dirty: bool) -> None:
+    """Copies the sources. mkdocstrings drops search paths that are not there when it reads its
+    options, so in a fresh checkout a later event would be too late.
+    """
     shutil.rmtree(SOURCE, ignore_errors=True)
     for folder, name in (("rest_lightning", "rest_lightning"), ("callbacks", CALLBACKS)):
         for path in sorted((ROOT / folder).rglob("*.py")):
             target = SOURCE / name / path.relative_to(ROOT / folder)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, target)
+
+
+def on_config(config: Any) -> Any:
+    """Takes pages that are not there yet out of the navigation."""
     config.nav = [_without_missing(entry) for entry in config.nav]
     return config
 
