@@ -105,10 +105,13 @@ class SigmaEmbedding:
     output.
 
     All are ``(B, f, 1, D)``; with B = f = 1 they serve any batch and any number of frames.
+    ``skip``: factors of the input and of the network's output, ``(B, f, 1, 1)``, in a preconditioned
+    network.
     """
 
     blocks: list[Modulation]
     out: tuple[Tensor, Tensor]
+    skip: tuple[Tensor, Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -357,6 +360,20 @@ class Block(nn.Module):
         return torch.addcmul(x, self.ff(normed), gate_2)
 
 
+def precondition(sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors ``a, b`` of ``velocity = a * noisy + b * layers``, such that latents of unit variance
+    leave the layers a target of unit variance at every ``sigma``.
+
+    For ``noisy = (1 - sigma) * latents + sigma * noise`` the best linear guess of ``noise -
+    latents`` is ``a = (2 sigma - 1) / d`` times ``noisy``, with ``d = (1 - sigma)^2 + sigma^2``;
+    what is left has the variance ``b^2 = 1 / d``. That is EDM's preconditioning (Karras et al.,
+    arXiv 2206.00364, sec. 5) for flow matching. At sigma = 1 the layers predict the negative
+    latents, at sigma = 0 the noise.
+    """
+    variance = (1 - sigma).square() + sigma.square()
+    return (2 * sigma - 1) / variance, variance.rsqrt()
+
+
 def run_block(block: nn.Module, *arguments: Any) -> Tensor:
     """A block's forward as a function: compiled once, it serves all blocks."""
     out: Tensor = block(*arguments)
@@ -391,6 +408,9 @@ class A2VDiT(nn.Module):
         gradient_checkpointing: recompute each block in the backward pass.
         training_noise: arguments of `rest_lightning.diffusion.schedule.training_table` of the
             levels that it was trained at; stages set it, and it stays with the weights.
+        preconditioned: let the layers predict only what the noisy latents do not tell by themselves,
+            see `precondition` (decided here: else noise of C channels has to pass through all
+            layers, which a narrow network cannot spare the room for).
     """
 
     def __init__(
@@ -421,6 +441,7 @@ class A2VDiT(nn.Module):
         gradient_checkpointing: bool = False,
         causal_positions: bool | None = None,
         training_noise: dict[str, float] | None = None,
+        preconditioned: bool = False,
     ) -> None:
         config = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
         super().__init__()
@@ -440,7 +461,7 @@ class A2VDiT(nn.Module):
             speech_dim,
             caption_channels,
         )
-        self.gradient_checkpointing = gradient_checkpointing
+        self.gradient_checkpointing, self.preconditioned = gradient_checkpointing, preconditioned
         self._run_block: Callable[..., Tensor] = run_block
         self._compiles_streams = False
         embeds, mask = start_of_prompt(prompt, prompt_length, caption_channels)
@@ -581,7 +602,9 @@ class A2VDiT(nn.Module):
         modulation = modulation.unflatten(-1, (6, 1, -1))
         shift, scale = (self.scale_shift_table[:, None] + embedding[:, :, None, None]).unbind(2)
         return SigmaEmbedding(
-            [block.modulation(modulation) for block in self._blocks()], (shift, 1 + scale)
+            [block.modulation(modulation) for block in self._blocks()],
+            (shift, 1 + scale),
+            precondition(sigma[:, :, None, None]) if self.preconditioned else None,
         )
 
     def project_speech(self, speech_latents: Tensor) -> Condition:
@@ -844,7 +867,8 @@ class A2VDiT(nn.Module):
     ) -> Tensor:
         height, width = latents.shape[3:]
         embedding = sigma if isinstance(sigma, SigmaEmbedding) else self.embed_sigma(sigma)
-        x = self.proj_in(latents.flatten(3).permute(0, 2, 3, 1))
+        tokens = latents.flatten(3).permute(0, 2, 3, 1)
+        x = self.proj_in(tokens)
         if self.spatial_size is not None:
             x = x + self.spatial_embedding
         fills, streams = isinstance(context, SinkContext), isinstance(context, IDContextCache)
@@ -869,6 +893,9 @@ class A2VDiT(nn.Module):
         # In place, where addcmul would make two more tensors in its backward pass, at the peak of a
         # training step.
         x = self.proj_out((F.layer_norm(x, (self.dim,), eps=1e-6) * scale).add_(shift))
+        if embedding.skip is not None:
+            of_input, of_output = embedding.skip
+            x = of_input * tokens + of_output * x
         return x.permute(0, 3, 1, 2).unflatten(-1, (height, width))
 
     def compile_blocks(self, streams: bool = False) -> None:
