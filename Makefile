@@ -5,6 +5,7 @@ AGENTS_VENV ?= $(VENV)-agents
 OUT ?= outputs
 BUDGET_MIN ?= 100
 PYTEST_ARGS ?=
+TEST_WORKERS ?= 2
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --progress-bar off -q -c constraints.txt
@@ -23,8 +24,8 @@ help:  ## list the targets
 demo: $(VENV)/.stamp-run  ## stream the bundled portrait and speech to outputs/demo.mp4, with a report
 	$(BIN)/rest demo --out $(OUT)
 
-test: $(VENV)/.stamp-test  ## run the tests that take seconds (PYTEST_ARGS=... goes to pytest)
-	$(BIN)/python -m pytest -m 'not slow' $(PYTEST_ARGS)
+test: $(VENV)/.stamp-test  ## run the tests that take seconds (PYTEST_ARGS=... goes to pytest, TEST_WORKERS=2 processes)
+	$(BIN)/python -m pytest -m 'not slow' -n $(TEST_WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.stamp-test  ## run the others: whole runs, several processes, a browser, a Ray cluster
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)

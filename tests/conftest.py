@@ -27,6 +27,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from rest_lightning.torchvision_compat import ensure_torchvision
+
+# pytest-xdist imports the modules of the warnings that its workers send, lightning among them.
+ensure_torchvision()
+
 WEIGHTS_VARIABLE = "REST_LIGHTNING_WEIGHTS"
 
 

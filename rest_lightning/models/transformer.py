@@ -105,8 +105,8 @@ class SigmaEmbedding:
     output.
 
     All are ``(B, f, 1, D)``; with B = f = 1 they serve any batch and any number of frames.
-    ``skip``: factors of the input and of the network's output, ``(B, f, 1, 1)``, in a preconditioned
-    network.
+    ``skip``: factors of the input and of the layers' output, ``(B, f, 1, 1)``, in a
+    preconditioned network.
     """
 
     blocks: list[Modulation]
@@ -408,9 +408,9 @@ class A2VDiT(nn.Module):
         gradient_checkpointing: recompute each block in the backward pass.
         training_noise: arguments of `rest_lightning.diffusion.schedule.training_table` of the
             levels that it was trained at; stages set it, and it stays with the weights.
-        preconditioned: let the layers predict only what the noisy latents do not tell by themselves,
-            see `precondition` (decided here: else noise of C channels has to pass through all
-            layers, which a narrow network cannot spare the room for).
+        preconditioned: let the layers predict only what the noisy latents do not tell by
+            themselves, see `precondition` (decided here: else the noise of all C channels has to
+            pass through every layer, and a narrow network has no room to spare).
     """
 
     def __init__(
@@ -894,7 +894,7 @@ class A2VDiT(nn.Module):
         # training step.
         x = self.proj_out((F.layer_norm(x, (self.dim,), eps=1e-6) * scale).add_(shift))
         if embedding.skip is not None:
-            of_input, of_output = embedding.skip
+            of_input, of_output = (factor.to(tokens.dtype) for factor in embedding.skip)
             x = of_input * tokens + of_output * x
         return x.permute(0, 3, 1, 2).unflatten(-1, (height, width))
 

@@ -14,7 +14,7 @@ import torch
 
 from rest_lightning.models.attention import Rope, rotate
 from rest_lightning.models.cache import CacheOptions
-from rest_lightning.models.transformer import A2VDiT
+from rest_lightning.models.transformer import A2VDiT, precondition
 
 TINY: dict[str, Any] = {
     "in_channels": 6,
@@ -133,6 +133,36 @@ def test_embedded_sigmas_and_projected_conditions_give_the_same(lab: SimpleNames
         shared = model.embed_sigma(torch.tensor([[0.4]]))  # one level for all rows and frames
         prepared = model(latents, shared, model.project_speech(speech), text, cache=caches[1])
     lab.assert_close(prepared, plain, 1e-6)
+
+
+def test_preconditioning_is_the_best_linear_guess() -> None:
+    generator = torch.Generator().manual_seed(0)
+    latents, noise = torch.randn(2, 200_000, generator=generator, dtype=torch.float64)
+    for level in (0.0, 0.1, 0.5, 0.8, 1.0):
+        noisy, velocity = (1 - level) * latents + level * noise, noise - latents
+        slope = (noisy @ velocity) / (noisy @ noisy)  # least squares
+        left = (velocity - slope * noisy).std()
+        of_input, of_output = precondition(torch.tensor(level, dtype=torch.float64))
+        assert float(of_input) == pytest.approx(float(slope), abs=0.02)
+        assert float(of_output) == pytest.approx(float(left), rel=0.02)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_preconditioned_network_adds_its_input(lab: SimpleNamespace, dtype: torch.dtype) -> None:
+    plain = lab.make_student().to(dtype)
+    model = A2VDiT.from_config({**plain.config, "preconditioned": True}).to(dtype)
+    model.load_state_dict(plain.state_dict())
+    clip = lab.make_clip(plain, 2)
+    clip = {k: v if v is None or k == "sigma" else v.to(dtype) for k, v in clip.items()}
+    with torch.no_grad():
+        layers = plain(**clip)
+        a, b = (x.to(dtype)[:, None] for x in precondition(clip["sigma"][:, :, None, None]))
+        expected = a * clip["noisy_latents"] + b * layers
+        assert model(**clip).dtype == dtype
+        tolerance = 1e-5 if dtype == torch.float32 else 0.05
+        lab.assert_close(model(**clip), expected, tolerance)
+        cache = model.new_cache(2, 2, 3)
+        lab.assert_close(lab.sequential(model, clip, cache), expected[:, :, 1:], tolerance)
 
 
 @pytest.mark.parametrize("attention", ["full", "chunked"])
