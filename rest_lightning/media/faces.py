@@ -12,13 +12,13 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rest_lightning.errors import UserError
+from rest_lightning.media.files import Closing
 
 Picture = NDArray[np.uint8]
 Points = NDArray[np.float64]
@@ -119,7 +119,7 @@ def mediapipe_solutions() -> Any:
     return mediapipe.solutions
 
 
-class FaceBoxes:
+class FaceBoxes(Closing):
     """mediapipe's full-range face detector, 192x192 inside.
 
     Args:
@@ -149,17 +149,6 @@ class FaceBoxes:
     def close(self) -> None:
         """Releases the model."""
         self._net.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 class MediapipeDetector:

@@ -13,7 +13,6 @@ from functools import cache, cached_property
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -31,6 +30,7 @@ from rest_lightning.media.container import (
     seconds,
     sound_stream,
 )
+from rest_lightning.media.files import Closing
 
 Backend = Literal["decord", "pyav"]
 Frames = NDArray[np.uint8]
@@ -44,7 +44,7 @@ def has_decord() -> bool:
     return find_spec("decord") is not None
 
 
-class VideoFile:
+class VideoFile(Closing):
     """Random access to the frames of a video file, decoded on one thread.
 
     Attributes:
@@ -117,17 +117,6 @@ class VideoFile:
     def close(self) -> None:
         """Release the decoder. Closing twice is fine."""
         self._reader.close()
-
-    def __enter__(self) -> VideoFile:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def read_frames(

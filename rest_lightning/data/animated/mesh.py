@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rest_lightning.media.faces import mediapipe_solutions
+from rest_lightning.media.files import Closing
 
 Picture = NDArray[np.uint8]
 Points = NDArray[np.float64]
@@ -104,7 +104,7 @@ class HeadPose:
         return (points - self.shift) @ self.rotation / self.scale
 
 
-class MeshTracker:
+class MeshTracker(Closing):
     """Follows the one face of a video with mediapipe's mesh with attention to lips and eyes (extra
     ``prepare``).
 
@@ -138,17 +138,6 @@ class MeshTracker:
     def close(self) -> None:
         """Releases the model."""
         self._net.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def head_pose(points: Points) -> HeadPose:
