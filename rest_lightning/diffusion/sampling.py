@@ -68,10 +68,11 @@ def split_guidance(v_none: Tensor, v_ref: Tensor, v_full: Tensor, a: float, b: f
 
 @dataclass(frozen=True)
 class Guidance:
-    """The branches of a guided velocity, run as one batch: (reference, speech) first, (none) last.
+    """The branches of a guided velocity, run as one batch: (reference, speech) first, then
+    (reference), then (none).
 
-    READ's third branch, (reference), stands between them and runs only where it has a weight of its
-    own.
+    A branch without a weight does not run: (reference) in REST's joint guidance, (none) where the
+    two weights add up to 1, which guides by the speech alone.
 
     Args:
         weight: of (reference, speech): ``a`` of joint, ``b`` of split guidance. 1 alone is no
@@ -86,18 +87,21 @@ class Guidance:
     @property
     def num_branches(self) -> int:
         """Number of branches: 1, 2 or 3."""
-        if self.reference_weight != 0.0:
-            return 3
-        return 1 if self.weight == 1.0 else 2
+        return 1 + (self.reference_weight != 0.0) + self.has_none
+
+    @property
+    def has_none(self) -> bool:
+        """Whether the branch without reference and speech has a weight."""
+        return self.weight + self.reference_weight != 1.0
 
     def samples(self, sample: Tensor) -> Tensor:
         """Repeats samples (B, ...) for all branches: (num_branches * B, ...)."""
         return torch.cat([sample] * self.num_branches) if self.num_branches > 1 else sample
 
     def references(self, reference_latent: Tensor) -> Tensor:
-        """Repeats references (B, ...) for all branches; they are zero in the last one."""
-        if self.num_branches == 1:
-            return reference_latent
+        """Repeats references (B, ...) for all branches; they are zero in (none)."""
+        if not self.has_none:
+            return self.samples(reference_latent)
         return torch.cat(
             [reference_latent] * (self.num_branches - 1) + [torch.zeros_like(reference_latent)]
         )
@@ -114,10 +118,11 @@ class Guidance:
         """Combines velocities (num_branches * B, ...) into the guided velocity (B, ...)."""
         if self.num_branches == 1:
             return velocity
-        v_full, *v_ref, v_none = velocity.chunk(self.num_branches)
-        if not v_ref:
-            return joint_guidance(v_none, v_full, self.weight)
-        return split_guidance(v_none, v_ref[0], v_full, self.reference_weight, self.weight)
+        v_full, *others = velocity.chunk(self.num_branches)
+        if len(others) == 1:  # whichever it is: the weights of the two add up to 1
+            return joint_guidance(others[0], v_full, self.weight)
+        v_ref, v_none = others
+        return split_guidance(v_none, v_ref, v_full, self.reference_weight, self.weight)
 
 
 _MAX_STEPS, _MAX_GUIDANCE, _MAX_SHIFT = 1000, 100.0, 1000.0
@@ -134,7 +139,8 @@ class Sampling:
         shift: shift of the sigma table (SD3's form); None takes LTX's, which follows the number of
             tokens.
         reference_guidance: weight ``a`` of the branch with the reference alone in split guidance
-            (READ: 2); at 0 split guidance is joint guidance, and that branch does not run.
+            (READ: 2); at 0 split guidance is joint guidance, and that branch does not run. At ``1 -
+            guidance`` the branch without a reference does not run.
         table_steps: of distilled models: steps of the sigma table whose every n-th level is taken;
             None: ``num_steps``.
 

@@ -261,7 +261,7 @@ class Tables:
             str(model.dtype),
             model.size_px,
             cache_options,
-            self.guidance.num_branches,
+            (self.guidance.num_branches, self.guidance.has_none),
             sampling.num_steps if cache_options.cache_noise == "per_step" else None,
         )
 

@@ -99,7 +99,15 @@ def test_guidance_algebra() -> None:
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize(
     ("weight", "reference_weight", "num_branches"),
-    [(1.0, 0.0, 1), (6.0, 0.0, 2), (0.0, 0.0, 2), (6.0, 2.0, 3), (1.0, 0.5, 3), (0.0, -1.0, 3)],
+    [
+        (1.0, 0.0, 1),
+        (6.0, 0.0, 2),
+        (0.0, 0.0, 2),
+        (6.0, 2.0, 3),
+        (1.0, 0.5, 3),
+        (0.0, -1.0, 3),
+        (4.0, -3.0, 2),
+    ],
 )
 def test_branches_are_one_batch(
     batch: int, weight: float, reference_weight: float, num_branches: int
