@@ -59,7 +59,7 @@ class FakeHub(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     server: FakeHub
-    protocol_version = "HTTP/1.1"
+    # HTTP/1.0: a connection a request, so that none outlives the server.
 
     def log_message(self, format: str, *args: Any) -> None:
         pass
