@@ -117,6 +117,31 @@ from rest_lightning import TalkingHead'
     cd ..
 }
 
+cannot_hub() { :; }
+way_hub() {
+    build_wheel
+    new_venv env "$wheel_python"
+    local bin=$PWD/env/bin assets talk url stop
+    assets=$("$bin/python" -c 'import pathlib, rest_lightning; print(pathlib.Path(rest_lightning.__file__).parent / "assets")')
+    talk=(talk "$assets/portrait.png" "$assets/speech.wav" --quiet)
+    # The hub itself cannot be asked from everywhere: a fake of its interface stands in, on this machine.
+    exec {stop}> >(exec "$bin/python" "$repo/tests/helpers/fake_hub.py" >address)
+    for _ in $(seq 100); do [ -s address ] && break; sleep 0.1; done
+    url=$(cat address)
+    export HF_ENDPOINT=$url HF_HOME=$PWD/hf HF_HUB_DISABLE_XET=1
+    say "a hub at $url"
+    run env HF_TOKEN=hf_good "$bin/python" -c 'from rest_lightning import TalkingHead
+print(TalkingHead.from_pretrained().push_to_hub("me/head", license="apache-2.0"))'
+    run "$bin/rest" "${talk[@]}" -o out.mp4 --model me/head
+    exec {stop}>&-
+    say "the hub is gone"
+    run env HF_HUB_OFFLINE=1 "$bin/rest" "${talk[@]}" -o offline.mp4 --model me/head@main
+    run "$bin/python" -c 'from rest_lightning.models import CompactVAE
+print(type(CompactVAE.from_pretrained("me/head", subfolder="vae", local_files_only=True)).__name__)'
+    cmp out.mp4 offline.mp4
+    unset HF_ENDPOINT HF_HOME HF_HUB_DISABLE_XET
+}
+
 # -- dispatch --------------------------------------------------------------------------------------
 
 known=$(declare -F | sed -n 's/^declare -f way_//p')

@@ -1,7 +1,7 @@
 """Say what this installation can do: versions, devices, codecs, threads, speed, and which extra is
 missing for which command.
 
-The exit code is 1 when `rest talk` cannot work here. --json prints the same for programs and for
+The exit code is 1 when something is wrong with what `rest talk` needs. --json prints the same for programs and for
 reports of errors; it names no file, user or address.
 """
 
@@ -14,6 +14,7 @@ import os
 from importlib import metadata
 from typing import Any
 
+from rest_lightning.constants import VERSION
 from rest_lightning.errors import UserError
 
 DISTRIBUTION = "rest_lightning"
@@ -65,11 +66,11 @@ def examine(seconds: float) -> dict[str, Any]:
 
     Returns:
         ``versions``, ``hardware``, ``devices``, ``threads``, ``codecs``, ``extras``, ``speed``, and
-        ``problems``: what keeps ``rest talk`` from working, a line each.
+        ``problems``: what is wrong with what ``rest talk`` needs, a line each.
     """
     if not 0 <= seconds <= 600:
         raise UserError(f"expected --seconds from 0 to 600, got {seconds:g}: 5 is the default")
-    problems = []
+    problems = _other_versions()
     for name in NEEDED:
         try:
             importlib.import_module(name)
@@ -142,6 +143,16 @@ def extras_missing(lines: list[str], extra: str) -> list[str]:
         and requirement.marker.evaluate({"extra": extra})
     ]
     return [problem for requirement in wanted if (problem := _problem_of(requirement))]
+
+
+def _other_versions() -> list[str]:
+    """What an older or newer installation left beside this one."""
+    found = {each.version for each in metadata.distributions(name=DISTRIBUTION)}
+    return [
+        f"rest_lightning {VERSION} runs, but {other} is installed, too: pip uninstall "
+        "rest_lightning until none is left, and install it again"
+        for other in sorted(found - {VERSION})
+    ]
 
 
 def _problem_of(requirement: Any) -> str | None:

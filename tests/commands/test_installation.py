@@ -47,6 +47,18 @@ def test_doctor_names_what_is_missing(
     assert "rest converse: needs aiohttp" in text
 
 
+def test_doctor_finds_an_old_version_beside(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = tmp_path / "rest_lightning-0.0.9.dist-info"
+    old.mkdir()
+    (old / "METADATA").write_text("Metadata-Version: 2.4\nName: rest_lightning\nVersion: 0.0.9\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert main(["doctor", "--json", "--seconds", "0"]) == 1
+    (problem,) = json.loads(capsys.readouterr().out)["problems"]
+    assert "0.0.9 is installed, too: pip uninstall" in problem
+
+
 def test_doctor_refuses_a_long_test(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--seconds", "-1"]) == 2
     assert "expected --seconds from 0 to 600, got -1" in capsys.readouterr().err
