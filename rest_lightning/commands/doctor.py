@@ -1,8 +1,8 @@
 """Say what this installation can do: versions, devices, codecs, threads, speed, and which extra is
 missing for which command.
 
-The exit code is 1 when something is wrong with what `rest talk` needs. --json prints the same for programs and for
-reports of errors; it names no file, user or address.
+The exit code is 1 when something is wrong with what `rest talk` needs. --json prints the same for
+programs and for reports of errors; it names no file, user or address.
 """
 
 from __future__ import annotations
