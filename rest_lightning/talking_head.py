@@ -20,8 +20,8 @@ from rest_lightning.diffusion.sampling import Sampling, SamplingChanges, warn_of
 from rest_lightning.errors import UserError
 from rest_lightning.hub import CARD_FILE, find_folder, is_cached, note_licence, publish
 from rest_lightning.media.portrait import load_portrait
-from rest_lightning.model_folder import MAX_SHARD_BYTES, read_json, refuse, write_part
 from rest_lightning.model_card import make_card, with_licence
+from rest_lightning.model_folder import MAX_SHARD_BYTES, read_json, refuse, write_part
 from rest_lightning.parts import (
     OPTIONAL_PART_NAMES,
     PART_NAMES,
