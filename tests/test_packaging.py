@@ -51,6 +51,7 @@ EXTRA_FILES = {
     ),
     "serve": "rest_lightning/serve/",
     "completion": "rest_lightning/commands/completion.py",
+    "metrics": "rest_lightning/evaluation/clips.py",
     "livekit": "rest_lightning/integrations/livekit.py",
     "pipecat": "rest_lightning/integrations/pipecat.py",
     # Triton: the engine looks for it before it imports this file.

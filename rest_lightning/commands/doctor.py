@@ -24,7 +24,7 @@ EXTRA_USES = {
     "completion": "rest completion",
     "converse": "rest converse",
     "livekit": "rest_lightning.integrations.livekit",
-    "metrics": "rest score with FID of the published network",
+    "metrics": "rest score with FID of the published network, and Parquet",
     "pipecat": "rest_lightning.integrations.pipecat",
     "prepare": "rest prepare, rest animate",
     "provenance": "signing of videos",
