@@ -21,6 +21,7 @@ from ..data.clips import load_frames
 from ..data.layout import manifest_path, read_manifest, read_sidecar
 from ..diffusion.sampling import Sampling, SamplingChanges
 from ..errors import UserError
+from ..evaluation.clips import write_clips
 from ..evaluation.faces import FaceFinder, MediapipeFaces, SidecarFaces
 from ..evaluation.protocol import Protocol, read_protocol
 from ..evaluation.row import ResultRow, write_row
@@ -40,12 +41,12 @@ class Evaluation(Callback):
     """FID, FVD, Sync-C and the rest of a protocol on generated clips, one at a time, the true clips
     beside.
 
-    ``rest test`` of an `EvaluateModule` writes the row, and beside it the first clip (true |
-    generated). With a teacher or student stage it runs at every n-th validation of ``rest fit`` and
-    at ``rest validate`` on the validation clips, logs ``eval/<metric>`` and writes
-    ``evaluation/step-<step>.json``; there an evaluation that fails is a warning. A clip shows its
-    first frame speaking from there on: frame k of the generated one belongs to frame k of the true
-    one.
+    ``rest test`` of an `EvaluateModule` writes the row, and beside it one row per clip
+    (``row.clips.csv``) and the first clip (true | generated). With a teacher or student stage it
+    runs at every n-th validation of ``rest fit`` and at ``rest validate`` on the validation clips,
+    logs ``eval/<metric>`` and writes ``evaluation/step-<step>.json``; there an evaluation that
+    fails is a warning. A clip shows its first frame speaking from there on: frame k of the
+    generated one belongs to frame k of the true one.
 
     Args:
         protocol: what to measure, or the name or file of a protocol; its clips are the first ones
@@ -380,8 +381,10 @@ class Evaluation(Callback):
         }
         for name, value in (numbers | truths).items():
             module.log(name, value, rank_zero_only=True)
+        clips = self._scorer.clips()
         if trainer.is_global_zero:
             write_row(self.row, path)
+            write_clips(clips, path)
             rank_zero_info(f"{path}: {self.row.num_clips} clips, {len(self.row.failures)} failed")
 
 

@@ -33,6 +33,9 @@ COMMANDS = {
     "leaderboard": "result rows become Markdown, a self-contained HTML page and JSON",
     "ablate": "train and score a base and its ablations within the same budget",
     "train-embedded": "all stages of the embedded model within a time budget",
+    "bench": "how fast this machine streams, and how many streams at once",
+    "doctor": "what this installation can do, and which extra is missing for what",
+    "completion": "a script that lets the shell complete commands and options",
 }
 SECOND_COMMANDS = {
     "demo": ("talk", "demo"),
@@ -45,6 +48,7 @@ STAGE_COMMANDS = {
     "test": "run the test of a stage",
     "predict": "run the prediction of a stage",
 }
+Command = Callable[..., int]
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 
@@ -98,17 +102,26 @@ def _run(words: list[str]) -> int:
     if name not in COMMANDS:
         known = ", ".join([*COMMANDS, *STAGE_COMMANDS])
         raise UserError(f"expected a command ({known}), got {words[0]!r}: see rest --help")
+    about, add_arguments, command = _find(name)
+    from rest_lightning.options import CommandParser
+
+    parser = CommandParser(name, about)
+    add_arguments(parser)
+    args = parser.parse(words[1:])
+    if name == "completion":  # it has to know all others
+        return command(
+            args, {each: (COMMANDS[each], _find(each)[1]) for each in COMMANDS}, STAGE_COMMANDS
+        )
+    return command(args)
+
+
+def _find(name: str) -> tuple[str | None, Callable[[argparse.ArgumentParser], None], Command]:
+    """Returns a command's text of help, what adds its arguments to a parser, and what runs it."""
     home, variant = SECOND_COMMANDS.get(name, (name.replace("-", "_"), ""))
     module = importlib.import_module(f"rest_lightning.commands.{home}")
     add_arguments = getattr(module, f"add_{variant}_arguments" if variant else "add_arguments")
-    command: Callable[[argparse.Namespace], int] = getattr(
-        module, f"run_{variant}" if variant else "run"
-    )
-    from rest_lightning.options import CommandParser
-
-    parser = CommandParser(name, inspect.getdoc(command if variant else module))
-    add_arguments(parser)
-    return command(parser.parse(words[1:]))
+    command: Command = getattr(module, f"run_{variant}" if variant else "run")
+    return inspect.getdoc(command if variant else module), add_arguments, command
 
 
 def usage() -> str:

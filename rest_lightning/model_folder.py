@@ -21,16 +21,15 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from rest_lightning.constants import SPATIAL_RATIO
-from rest_lightning.diffusion.sampling import Sampling
 from rest_lightning.errors import UserError
 
+CONFIG_FILE = "config.json"
+MAX_SHARD_BYTES = 5_000_000_000  # as Hugging Face's libraries
 MAX_JSON_BYTES = 1_000_000
 MAX_WHOLE_NUMBER = 65_536
 MAX_NUMBER = 1e6
 MAX_REPEATS = 256
 MAX_ENTRIES, MAX_DEPTH, MAX_TEXT = 1024, 5, 10_000
-SIZES_PX = range(SPATIAL_RATIO, 2048 + 1, SPATIAL_RATIO)
 _POINTER = b"version https://git-lfs"
 _SHARD = re.compile(r".+-(\d{5})-of-(\d{5})\.safetensors")
 
@@ -45,44 +44,40 @@ def read_json(path: Path) -> dict[str, Any]:
         with path.open("rb") as file:
             data = file.read(MAX_JSON_BYTES + 1)
     except OSError as error:
-        _refuse(path, "a JSON file", (error.strerror or str(error)).lower())
+        refuse(path, "a JSON file", (error.strerror or str(error)).lower())
     if len(data) > MAX_JSON_BYTES:
-        _refuse(path, f"at most {MAX_JSON_BYTES // 1_000_000} MB of JSON", "more")
+        refuse(path, f"at most {MAX_JSON_BYTES // 1_000_000} MB of JSON", "more")
     if data.startswith(_POINTER):
         _refuse_pointer(path)
     try:
         content = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        _refuse(path, "JSON", " ".join(str(error).split())[:100])
+        refuse(path, "JSON", " ".join(str(error).split())[:100])
     if not isinstance(content, dict):
-        _refuse(path, "a JSON object", type(content).__name__)
+        refuse(path, "a JSON object", type(content).__name__)
     _check_values(path, content, "")
     return content
 
 
-def check_index(path: Path, index: Mapping[str, Any]) -> tuple[int, Sampling]:
-    """Size of the frames and sampling of a ``model_index.json``.
+def read_description(folder: Path) -> dict[str, Any]:
+    """The ``config.json`` of a part: its ``class`` and the arguments (``config``) to build it.
 
     Raises:
-        UserError: a size, or a value of the sampling, that is no good.
+        UserError: no such file, or one that :func:`read_json` refuses.
     """
-    size_px, sampling = index.get("size_px"), index.get("sampling")
-    if type(size_px) is not int or size_px not in SIZES_PX:
-        _refuse(
-            path,
-            f"size_px from {SIZES_PX[0]} to {SIZES_PX[-1]} in steps of {SPATIAL_RATIO}",
-            size_px,
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise UserError(
+            f"expected a model folder with {folder.name}/{CONFIG_FILE}, got {folder.parent}: make "
+            "one with `rest export`"
         )
-    if not isinstance(sampling, dict):
-        _refuse(path, "sampling with num_steps, guidance and shift", sampling)
-    if not isinstance(index.get("parts", {}), dict):
-        _refuse(path, "parts with their classes", index["parts"])
-    try:
-        return size_px, Sampling(**sampling)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    except TypeError as error:
-        _refuse(path, "sampling of num_steps, guidance, shift and reference_guidance", error)
+    description = read_json(path)
+    if not isinstance(description.get("config"), dict):
+        raise UserError(
+            f"{path}: expected a class and its config, got "
+            f"{', '.join(description)[:100] or 'nothing'}: make the folder with `rest export`"
+        )
+    return description
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
@@ -113,7 +108,7 @@ def read_shard(path: Path) -> dict[str, Tensor]:
     except (SafetensorError, OSError, ValueError, KeyError, RuntimeError, MemoryError) as error:
         if isinstance(error, UserError):
             raise
-        _refuse(path, "whole safetensors weights", _one_line(error))
+        refuse(path, "whole safetensors weights", _one_line(error))
     for name, value in tensors.items():
         if not value.is_floating_point():
             continue
@@ -145,7 +140,7 @@ def build_checked(
         with torch.device("meta"):
             shapes = {name: value.shape for name, value in build().state_dict().items()}
     except Exception as error:  # constructors raise all kinds of errors on values they do not know
-        _refuse(path, "a description that a network can be built from", _one_line(error))
+        refuse(path, "a description that a network can be built from", _one_line(error))
     missing, extra = sorted(shapes.keys() - weights.keys()), sorted(weights.keys() - shapes.keys())
     wrong = sorted(n for n in shapes.keys() & weights.keys() if shapes[n] != weights[n].shape)
     for problem, names in (("no", missing), ("an unknown", extra), ("another shape of", wrong)):
@@ -158,16 +153,64 @@ def build_checked(
         part = build()
         part.load_state_dict(dict(weights))
     except Exception as error:  # as above
-        _refuse(path, "a description that a network can be built from", _one_line(error))
+        refuse(path, "a description that a network can be built from", _one_line(error))
     return part
+
+
+def write_part(
+    folder: Path,
+    description: Mapping[str, Any],
+    state: Mapping[str, Tensor],
+    dtype: torch.dtype = torch.float32,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Writes what :func:`read_description` and :func:`read_weights` read: ``config.json``, and
+    ``model.safetensors`` or shards with the index of them that Hugging Face's libraries read.
+
+    Args:
+        folder: of the part; made here.
+        description: class and config of the part.
+        state: its weights by name. Statistics of latents stay float32.
+        dtype: of the stored weights.
+        max_shard_bytes: of the tensors of one file.
+    """
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG_FILE).write_text(json.dumps(description, indent=2) + "\n")
+    shards: list[dict[str, Tensor]] = [{}]
+    size = total = 0
+    for key, value in state.items():
+        keep = not value.is_floating_point() or key in ("latents_mean", "latents_std")
+        value = (value if keep else value.to(dtype)).contiguous().cpu()
+        num_bytes = value.numel() * value.element_size()
+        if shards[-1] and size + num_bytes > max_shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][key] = value
+        size += num_bytes
+        total += num_bytes
+    if not shards[0]:  # a part without weights
+        return
+    metadata = {"format": "pt"}
+    if len(shards) == 1:
+        save_file(shards[0], folder / "model.safetensors", metadata)
+        return
+    weight_map: dict[str, str] = {}
+    for i, shard in enumerate(shards):
+        name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        save_file(shard, folder / name, metadata)
+        weight_map |= dict.fromkeys(shard, name)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _check_values(path: Path, value: Any, name: str, depth: int = 0) -> None:
     what = name or "the file"
     if depth > MAX_DEPTH:
-        _refuse(path, f"at most {MAX_DEPTH} levels", f"more in {what}")
+        refuse(path, f"at most {MAX_DEPTH} levels", f"more in {what}")
     if isinstance(value, dict | list) and len(value) > MAX_ENTRIES:
-        _refuse(path, f"at most {MAX_ENTRIES} entries in {what}", len(value))
+        refuse(path, f"at most {MAX_ENTRIES} entries in {what}", len(value))
     if isinstance(value, dict):
         for key, item in value.items():
             _check_values(path, item, str(key)[:60], depth + 1)
@@ -175,13 +218,13 @@ def _check_values(path: Path, value: Any, name: str, depth: int = 0) -> None:
         for item in value:
             _check_values(path, item, name, depth + 1)
     elif isinstance(value, str) and len(value) > MAX_TEXT:
-        _refuse(path, f"at most {MAX_TEXT} characters in {what}", len(value))
+        refuse(path, f"at most {MAX_TEXT} characters in {what}", len(value))
     elif type(value) is int:
         most = MAX_REPEATS if "layers" in name or "blocks" in name else MAX_WHOLE_NUMBER
         if not -1 <= value <= most:
-            _refuse(path, f"{what} from -1 to {most}", value)
+            refuse(path, f"{what} from -1 to {most}", value)
     elif isinstance(value, float) and not abs(value) <= MAX_NUMBER:  # NaN too
-        _refuse(path, f"{what} from -{MAX_NUMBER:g} to {MAX_NUMBER:g}", value)
+        refuse(path, f"{what} from -{MAX_NUMBER:g} to {MAX_NUMBER:g}", value)
 
 
 def _check_complete(folder: Path, shards: list[Path]) -> None:
@@ -204,7 +247,8 @@ def _refuse_pointer(path: Path) -> NoReturn:
     )
 
 
-def _refuse(path: Path, expected: str, came: object) -> NoReturn:
+def refuse(path: Path, expected: str, came: object) -> NoReturn:
+    """Raises a UserError about a file of a model folder."""
     raise UserError(
         f"{path}: expected {expected}, got {_short(came)}: fetch the model again, or make it with "
         "`rest export`"

@@ -22,7 +22,7 @@ from torch import nn
 
 from rest_lightning.config import find_config, network_of, read_config, shipped_names
 from rest_lightning.errors import UserError
-from rest_lightning.model_folder import build_checked, read_json, read_weights
+from rest_lightning.model_folder import build_checked, read_description, read_weights
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -180,7 +180,7 @@ def read_part(name: str, source: str | Path) -> tuple[dict[str, Any], dict[str, 
             f"expected a checkpoint or a model folder for {name}, got no such file: {path}; "
             f"{way_out}"
         )
-    checkpoint = _read_checkpoint(path)
+    checkpoint = read_checkpoint(path)
     parts = checkpoint.get(PARTS_KEY, {}) if isinstance(checkpoint, dict) else {}
     if name not in parts:
         raise UserError(
@@ -196,7 +196,7 @@ def read_part(name: str, source: str | Path) -> tuple[dict[str, Any], dict[str, 
     return parts[name], state
 
 
-def _read_checkpoint(path: Path) -> dict[str, Any]:
+def read_checkpoint(path: Path) -> dict[str, Any]:
     """A stage's checkpoint: tensors and plain values, never code of the file's author.
 
     Mapped: what is not asked for, such as the optimiser's states, is never read.
@@ -214,19 +214,7 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def _read_folder_part(name: str, folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    config_file = folder / name / "config.json"
-    if not config_file.is_file():
-        raise UserError(
-            f"expected a model folder with {name}/config.json, got {folder}: make one with `rest "
-            "export`"
-        )
-    description = read_json(config_file)
-    if not isinstance(description.get("config"), dict):
-        raise UserError(
-            f"{config_file}: expected a class and its config, got "
-            f"{', '.join(description)[:100] or 'nothing'}: make the folder with `rest export`"
-        )
-    return description, read_weights(folder / name)
+    return read_description(folder / name), read_weights(folder / name)
 
 
 def open_part(name: str, source: str | Path) -> nn.Module:
@@ -258,7 +246,7 @@ def open_speech_encoder(source: str | Path) -> nn.Module:
         return build_part(found)
     if source.is_dir() or not source.is_file():
         return open_part("speech_encoder", source)
-    checkpoint = _read_checkpoint(source)
+    checkpoint = read_checkpoint(source)
     if "speech_encoder" in checkpoint.get(PARTS_KEY, {}):
         return open_part("speech_encoder", source)
     for description in (
@@ -277,10 +265,13 @@ def open_speech_encoder(source: str | Path) -> nn.Module:
 
 
 def _described_by_run(checkpoint: Path) -> dict[str, Any] | None:
-    for folder in checkpoint.resolve().parents[:4]:
-        if (folder / "config.yaml").is_file() and (found := _described_in(folder / "config.yaml")):
-            return found
-    return None
+    return next((found for file in run_configs(checkpoint) if (found := _described_in(file))), None)
+
+
+def run_configs(checkpoint: Path) -> list[Path]:
+    """Returns the config.yaml files of the run that wrote a checkpoint, nearest first."""
+    folders = checkpoint.resolve().parents[:4]
+    return [folder / "config.yaml" for folder in folders if (folder / "config.yaml").is_file()]
 
 
 def _described_in(file: Path) -> dict[str, Any] | None:

@@ -7,18 +7,21 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from rest_lightning.constants import SPATIAL_RATIO, VERSION
 from rest_lightning.diffusion.sampling import Sampling, SamplingChanges, warn_of_unseen_levels
 from rest_lightning.errors import UserError
+from rest_lightning.hub import CARD_FILE, find_folder, is_cached, note_licence, publish
 from rest_lightning.media.portrait import load_portrait
-from rest_lightning.model_folder import check_index, read_json
+from rest_lightning.model_card import make_card, with_licence
+from rest_lightning.model_folder import MAX_SHARD_BYTES, read_json, refuse, write_part
 from rest_lightning.parts import (
     OPTIONAL_PART_NAMES,
     PART_NAMES,
@@ -41,7 +44,7 @@ if TYPE_CHECKING:
 
 INDEX_FILE = "model_index.json"
 EMBEDDED_FOLDER = Path(__file__).parent / "assets" / "embedded"
-MAX_SHARD_BYTES = 5_000_000_000  # as Hugging Face's libraries
+SIZES_PX = range(SPATIAL_RATIO, 2048 + 1, SPATIAL_RATIO)
 
 
 class TalkingHead(nn.Module):
@@ -55,6 +58,9 @@ class TalkingHead(nn.Module):
         sampling: defaults of :meth:`open`.
         size_px: side of the square frames; None: what the transformer has a place for, or 512 where
             any size will do.
+
+    Attributes:
+        card: the model card (Markdown with a head of YAML) that goes with the weights, or None.
     """
 
     def __init__(
@@ -85,6 +91,7 @@ class TalkingHead(nn.Module):
             transformer,
         )
         self.detail = detail
+        self.card: str | None = None
         self.sampling = sampling or Sampling()
         self.size_px: int = size_px or _size_of(transformer)
         self.requires_grad_(False).eval()
@@ -206,26 +213,39 @@ class TalkingHead(nn.Module):
         *,
         device: str = "cpu",
         dtype: torch.dtype = torch.float32,
+        **hub: Any,
     ) -> TalkingHead:
-        """Load a model folder, or the embedded model when ``path`` is None.
+        """Load a model folder, a model of the Hugging Face hub, or the embedded model.
+
+        Args:
+            path: a folder, or ``org/name`` (or ``org/name@revision``) on the hub; None is the
+                embedded model. Of the hub's files only JSON, safetensors and the card are fetched.
+            device: where the weights go.
+            dtype: of the weights; the speech encoder stays in float32.
+            hub: ``revision``, ``token``, ``cache_dir``, ``local_files_only``, ``force_download``;
+                see :func:`rest_lightning.hub.find_folder`.
 
         Raises:
-            UserError: no such folder, or one without ``model_index.json``; no CUDA, or too little
-                memory.
+            UserError: no such model, or a folder without ``model_index.json``; a file that is
+                damaged; no CUDA, or too little memory; and what
+                :func:`rest_lightning.hub.find_folder` raises.
         """
-        folder = EMBEDDED_FOLDER if path is None else Path(path)
+        folder = EMBEDDED_FOLDER if path is None else find_folder(path, **hub)
+        if path is not None and is_cached(folder):
+            note_licence(folder, path)
         index_file = folder / INDEX_FILE
         if not index_file.is_file():
             raise UserError(
                 f"expected a model folder with {INDEX_FILE}, got {folder}: make one with `rest "
-                "export`, "
-                "or leave the path out for the embedded model"
+                "export`, or leave the path out for the embedded model"
             )
         index = read_json(index_file)
-        size_px, sampling = check_index(index_file, index)
+        size_px, sampling = _check_index(index_file, index)
         optional = (name for name in OPTIONAL_PART_NAMES if name in index.get("parts", {}))
         parts = {name: open_part(name, folder) for name in (*PART_NAMES, *optional)}
         head = cls(**parts, sampling=sampling, size_px=size_px)  # type: ignore[arg-type]
+        if (folder / CARD_FILE).is_file():
+            head.card = (folder / CARD_FILE).read_text(encoding="utf-8", errors="replace")
         _move(head, device)
         head.set_dtype(dtype)
         return head
@@ -246,7 +266,8 @@ class TalkingHead(nn.Module):
         max_shard_bytes: int = MAX_SHARD_BYTES,
     ) -> None:
         """Write the folder: ``model_index.json`` and one folder per part with ``config.json`` and
-        ``model.safetensors``, or shards and the index of them that Hugging Face's libraries read.
+        ``model.safetensors``, or shards and the index of them that Hugging Face's libraries read;
+        and :attr:`card` as ``README.md``, where there is one.
 
         The folder appears whole or not at all; one that exists is replaced, and stays when writing
         fails.
@@ -261,7 +282,9 @@ class TalkingHead(nn.Module):
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
         try:
             for name in self.part_names:
-                _save_part(getattr(self, name), temporary / name, dtype, max_shard_bytes)
+                part = getattr(self, name)
+                state = part.state_dict()
+                write_part(temporary / name, describe_part(part), state, dtype, max_shard_bytes)
             index = {
                 "_class_name": "TalkingHead",
                 "version": VERSION,
@@ -270,6 +293,8 @@ class TalkingHead(nn.Module):
                 "parts": {name: type(getattr(self, name)).__name__ for name in self.part_names},
             }
             (temporary / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+            if self.card is not None:
+                (temporary / CARD_FILE).write_text(self.card, encoding="utf-8")
             temporary.chmod(0o755)
             replaced = temporary.with_name(f"{temporary.name}.old")
             if target.exists():
@@ -284,13 +309,62 @@ class TalkingHead(nn.Module):
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        license: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        commit_message: str = "Upload a talking head",
+        dtype: torch.dtype = torch.float32,
+        max_shard_bytes: int = MAX_SHARD_BYTES,
+    ) -> str:
+        """Uploads the model folder to the Hugging Face hub, in one commit.
+
+        The card is :attr:`card`, or a new one with what is known of the parts.
+
+        Args:
+            repo_id: ``org/name``; made where there is none.
+            license: identifier of the hub, such as ``cc-by-4.0``; None keeps that of the card.
+            revision: branch; None takes ``main``.
+            private: of a repository that is made.
+            token: None takes that of ``hf auth login``.
+            commit_message: of the commit.
+            dtype, max_shard_bytes: see :meth:`save_pretrained`.
+
+        Returns:
+            Address of the commit.
+
+        Raises:
+            UserError: no licence, no access, or no network.
+        """
+        before = self.card
+        card = before or make_card(self, name=repo_id)
+        try:
+            self.card = card if license is None else with_licence(card, license)
+            with tempfile.TemporaryDirectory(prefix="rest-push-") as scratch:
+                folder = Path(scratch) / "model"
+                self.save_pretrained(folder, dtype, max_shard_bytes)
+                return publish(
+                    folder,
+                    repo_id,
+                    revision=revision,
+                    private=private,
+                    token=token,
+                    commit_message=commit_message,
+                )
+        finally:
+            self.card = before
+
 
 @dataclass(frozen=True)
 class ModelOptions:
     """Which model a command loads, and how it computes.
 
     Attributes:
-        model: model folder; None takes the embedded model.
+        model: model folder, or ``org/name`` on the hub; None takes the embedded model.
         chunk_length: latents (of 0.32 s) per chunk, where the model was trained for several; None
             takes its default.
         num_threads: of torch; None leaves its choice.
@@ -339,33 +413,26 @@ def _size_of(transformer: A2VDiT) -> int:
     )
 
 
-def _save_part(part: nn.Module, folder: Path, dtype: torch.dtype, max_shard_bytes: int) -> None:
-    from safetensors.torch import save_file
+def _check_index(path: Path, index: Mapping[str, Any]) -> tuple[int, Sampling]:
+    """Size of the frames and sampling of a ``model_index.json``.
 
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(describe_part(part), indent=2) + "\n")
-    shards: list[dict[str, Tensor]] = [{}]
-    size = total = 0
-    for key, value in part.state_dict().items():
-        keep = not value.is_floating_point() or key in ("latents_mean", "latents_std")
-        value = (value if keep else value.to(dtype)).contiguous().cpu()
-        num_bytes = value.numel() * value.element_size()
-        if shards[-1] and size + num_bytes > max_shard_bytes:
-            shards.append({})
-            size = 0
-        shards[-1][key] = value
-        size += num_bytes
-        total += num_bytes
-    if not shards[0]:  # a part without weights
-        return
-    metadata = {"format": "pt"}
-    if len(shards) == 1:
-        save_file(shards[0], folder / "model.safetensors", metadata)
-        return
-    weight_map: dict[str, str] = {}
-    for i, shard in enumerate(shards):
-        name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        save_file(shard, folder / name, metadata)
-        weight_map |= dict.fromkeys(shard, name)
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    Raises:
+        UserError: a size, or a value of the sampling, that is no good.
+    """
+    size_px, sampling = index.get("size_px"), index.get("sampling")
+    if type(size_px) is not int or size_px not in SIZES_PX:
+        refuse(
+            path,
+            f"size_px from {SIZES_PX[0]} to {SIZES_PX[-1]} in steps of {SPATIAL_RATIO}",
+            size_px,
+        )
+    if not isinstance(sampling, dict):
+        refuse(path, "sampling with num_steps, guidance and shift", sampling)
+    if not isinstance(index.get("parts", {}), dict):
+        refuse(path, "parts with their classes", index["parts"])
+    try:
+        return size_px, Sampling(**sampling)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except TypeError as error:
+        refuse(path, "sampling of num_steps, guidance, shift and reference_guidance", error)

@@ -50,6 +50,8 @@ EXTRA_FILES = {
         "rest_lightning/ray_cluster.py",
     ),
     "serve": "rest_lightning/serve/",
+    "completion": "rest_lightning/commands/completion.py",
+    "metrics": "rest_lightning/evaluation/clips.py",
     "livekit": "rest_lightning/integrations/livekit.py",
     "pipecat": "rest_lightning/integrations/pipecat.py",
     # Triton: the engine looks for it before it imports this file.

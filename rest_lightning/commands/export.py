@@ -1,5 +1,5 @@
-"""Turn a student's checkpoint into a model folder: model_index.json, and a config and safetensors
-per part.
+"""Turn a student's checkpoint into a model folder: model_index.json, a config and safetensors per
+part, and a model card (README.md) of what the runs recorded.
 """
 
 from __future__ import annotations
@@ -55,6 +55,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=5000.0,
         help="larger parts are cut into several files (default 5000; 11.5 for the repository)",
     )
+    parser.add_argument(
+        "--license", help="for the card, such as cc-by-4.0; a model on the hub needs one"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace a model folder")
 
 
@@ -64,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from rest_lightning.diffusion.sampling import Sampling, SamplingChanges
+    from rest_lightning.model_card import make_card, run_facts
     from rest_lightning.parts import open_part, open_speech_encoder
     from rest_lightning.talking_head import TalkingHead
 
@@ -77,6 +81,11 @@ def run(args: argparse.Namespace) -> int:
     if args.detail is not None:
         parts["detail"] = open_part("detail", args.detail)
     head = TalkingHead(**parts, sampling=sampling, size_px=args.size_px)  # type: ignore[arg-type]
+    used = {name: source or args.checkpoint for name, source in sources.items()}
+    if args.detail is not None:
+        used["detail"] = args.detail
+    runs = {name: facts for name, source in used.items() if (facts := run_facts(source))}
+    head.card = make_card(head, name=args.out.name, licence=args.license, runs=runs)
     dtype = getattr(torch, args.dtype)
     head.save_pretrained(args.out, dtype, max_shard_bytes=round(1e6 * args.max_shard_mb))
     size_mb = sum(file.stat().st_size for file in args.out.rglob("*") if file.is_file()) / 1e6

@@ -1,4 +1,5 @@
-"""Score any folder of videos, whoever made them, under a protocol: one result row.
+"""Score any folder of videos, whoever made them, under a protocol: one result row, and one row
+per clip beside it (OUT.clips.csv, and .parquet where pyarrow is installed), the worst first.
 
 Videos are paired with the true clips by file name. A video shows the first frame of its true clip
 speaking that clip's sound, frame k of the one belongs to frame k of the other, and it carries its
@@ -63,6 +64,7 @@ def run(args: argparse.Namespace) -> int:
             "for the protocol's"
         )
 
+    from rest_lightning.evaluation.clips import write_clips
     from rest_lightning.evaluation.row import write_row
     from rest_lightning.evaluation.scorer import Scorer
     from rest_lightning.evaluation.videos import pair_folders, score_folders
@@ -92,5 +94,6 @@ def run(args: argparse.Namespace) -> int:
     }
     row = scorer.row(args.method or args.generated.resolve().name, config=config)
     write_row(row, args.out)
+    write_clips(scorer.clips(), args.out)
     print(f"{args.out}: {row.num_clips} clips, {len(row.failures)} failed")
     return 1 if row.failures else 0

@@ -122,7 +122,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments about the model, shared with ``rest demo``."""
-    parser.add_argument("--model", type=Path, help="model folder (default: the embedded model)")
+    parser.add_argument(
+        "--model", type=Path, help="model folder, or org/name on the hub (default: the embedded)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the noise (default 0)")
     parser.add_argument(
         "--steps",

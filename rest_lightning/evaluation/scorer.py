@@ -16,12 +16,14 @@ from torch.nn import functional
 
 from rest_lightning.constants import SAMPLES_PER_FRAME
 from rest_lightning.errors import UserError
+from rest_lightning.evaluation.clips import intervals
 from rest_lightning.evaluation.faces import FaceFinder
-from rest_lightning.evaluation.measures import Load, Measure, assemble, make_measures
+from rest_lightning.evaluation.measures import CURVE, Load, Measure, assemble, make_measures
 from rest_lightning.evaluation.protocol import Protocol
-from rest_lightning.evaluation.row import ResultRow
+from rest_lightning.evaluation.row import DECIMALS, ResultRow
 from rest_lightning.machine import commit, hardware, versions
 from rest_lightning.metrics.extractors import load_extractor
+from rest_lightning.metrics.sums import MeanMetric
 from rest_lightning.metrics.video import CHUNK_FRAMES
 
 Frames = NDArray[np.uint8]
@@ -74,6 +76,7 @@ class Scorer:
         self.resized: set[int] = set()
         self.remarks: list[str] = []  # further notes of the row
         self.num_clips = 0
+        self._clips: list[dict[str, Any]] = []
         for measure in self.measures.values():
             for metric in measure.metrics.values():
                 metric.persistent(True)
@@ -110,7 +113,15 @@ class Scorer:
             self.fail(clip.name, str(error))
             return False
         self.num_clips += 1
+        self._clips.append({"clip": clip.name, **self._scores_since(before)})
         return True
+
+    def clips(self) -> list[dict[str, Any]]:
+        """Returns the scores of each clip that counts (``clip`` is its name, None a number that is
+        not defined), of all processes; call it on every process. Frechet distances are those of
+        all clips together: no clip has one.
+        """
+        return [clip for part in _gathered(self._clips) for clip in part]
 
     def fail(self, name: str, reason: str) -> None:
         """Records a clip that could not be scored."""
@@ -137,6 +148,7 @@ class Scorer:
                 f"{self.protocol.name}, got {num_clips}"
                 f"; {len(failures)} failed{first}: mend them or give more clips"
             )
+        known = intervals(self.clips())
         sides: dict[str, dict[str, Any]] = {}
         for side in ("generated", "truth"):
             values: dict[str, Any] = {}
@@ -167,6 +179,7 @@ class Scorer:
                 "size_px": self.protocol.size_px,
                 "fps": self.protocol.fps,
                 "notes": self.notes(),
+                "intervals_95": known,
                 "protocol": asdict(self.protocol),
                 "versions": versions(),
                 **(config or {}),
@@ -202,6 +215,7 @@ class Scorer:
             "failures": list(self.failures),
             "num_clips": self.num_clips,
             "resized": sorted(self.resized),
+            "clips": list(self._clips),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -213,6 +227,7 @@ class Scorer:
                 metric._update_count = saved["num_updates"]
         self.failures, self.num_clips = list(state["failures"]), state["num_clips"]
         self.resized = set(state["resized"])
+        self._clips = list(state.get("clips", []))
 
     def _check(self, clip: ClipPair) -> None:
         needed = self.protocol.num_frames * SAMPLES_PER_FRAME
@@ -266,6 +281,22 @@ class Scorer:
             )
             for m in metrics
         ]
+
+    def _scores_since(self, before: list[tuple[Any, int, dict[str, Any]]]) -> dict[str, Any]:
+        """What the one clip since then added to the means."""
+        earlier = {id(metric): state for metric, _, state in before}
+        scores: dict[str, Any] = {}
+        for measure in self.measures.values():
+            metric = measure.metrics["generated"]
+            if not isinstance(metric, MeanMetric):
+                continue
+            state = earlier[id(metric)]
+            added = (metric.total - state["total"]).tolist()
+            is_defined = (metric.num_defined - state["num_defined"]).tolist()
+            for name, value, defined in zip(metric.names, added, is_defined, strict=True):
+                if CURVE not in name:
+                    scores[name] = round(value, DECIMALS) if defined else None
+        return scores
 
     @staticmethod
     def _restore(states: list[tuple[Any, int, dict[str, Any]]]) -> None:

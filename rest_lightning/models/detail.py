@@ -8,13 +8,14 @@ stays causal and exact under any cutting.
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rest_lightning.models.causal import RMSNorm, SpatialConv, Stream, patchify, unpatchify
+from rest_lightning.models.pretrained import PretrainedPart
 
 _RESIDUAL, _RECONSTRUCTION, _FEATURES = (
     "detail.residual",
@@ -23,23 +24,13 @@ _RESIDUAL, _RECONSTRUCTION, _FEATURES = (
 )
 
 
-class DetailTransfer(nn.Module):
+class DetailTransfer(PretrainedPart):
     """What every way to put detail back offers. Frames are (B, 3, F, H, W) in [-1, 1].
 
     What belongs to the portrait is kept in the decoder's
     :class:`~rest_lightning.models.causal.Stream`, beside the past of its convolutions, so that
     snapshots, rows and changes of identity carry it along.
     """
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """The constructor's arguments, for ``config.json``."""
-        raise NotImplementedError
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> Self:
-        """Builds an untrained network from :attr:`config`."""
-        return cls(**config)
 
     def start(self, reference: Tensor, reconstruction: Tensor, stream: Stream) -> None:
         """Remembers a portrait.

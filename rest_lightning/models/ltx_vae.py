@@ -17,7 +17,7 @@ from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -171,11 +171,6 @@ class LTXVideoVAE(VideoAutoencoder):
             "decode_noise_scale": self.decode_noise_scale,
             "halo": self.halo,
         }
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> Self:
-        """Build an untrained network from :attr:`config`."""
-        return cls(**config)
 
     @property
     def decoder_causal(self) -> bool:

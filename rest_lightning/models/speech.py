@@ -11,15 +11,17 @@ left_context_frames), 640 (b + lookahead_frames)), so a stream gives what the wh
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from rest_lightning.constants import SAMPLE_RATE, SAMPLES_PER_FRAME
 from rest_lightning.errors import UserError
+from rest_lightning.models.pretrained import PretrainedPart
 from rest_lightning.torchvision_compat import ensure_torchvision
 
 if TYPE_CHECKING:
@@ -78,7 +80,7 @@ def slide_windows(steps: Tensor) -> Tensor:
     return steps.unfold(1, WINDOW_STEPS, STEPS_PER_FRAME).transpose(2, 3)
 
 
-class SpeechEncoder(nn.Module):
+class SpeechEncoder(PretrainedPart):
     """Base of the speech encoders; frozen, called like a function.
 
     Attributes:
@@ -96,16 +98,6 @@ class SpeechEncoder(nn.Module):
     feature_dim: int
     left_context_frames: int
     lookahead_frames: int
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """The constructor's arguments, for ``config.json``."""
-        raise NotImplementedError
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> Self:
-        """Build from :attr:`config`."""
-        return cls(**config)
 
     def forward(self, audio: Tensor) -> Tensor:
         """Samples (B, 640 * (left_context + F + lookahead)) in [-1, 1] to features (B, F, 10,
@@ -327,9 +319,16 @@ class WhisperEncoder(SpeechEncoder):
         self.register_buffer("filters", filters, persistent=False)
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, **arguments: Any) -> Self:
-        """``WhisperEncoder(weights=path, ...)``: from a local folder, never from the network."""
-        return cls(weights=str(path), **arguments)
+    def from_pretrained(
+        cls, source: str | os.PathLike[str], *, subfolder: str | None = None, **arguments: Any
+    ) -> Self:
+        """``WhisperEncoder(weights=source, ...)``: from a local folder, never from the network.
+        With a ``subfolder`` it is a part of a model folder, see
+        :meth:`~rest_lightning.models.pretrained.PretrainedPart.from_pretrained`.
+        """
+        if subfolder is not None:
+            return super().from_pretrained(source, subfolder=subfolder, **arguments)
+        return cls(weights=os.fspath(source), **arguments)
 
     @property
     def config(self) -> dict[str, Any]:

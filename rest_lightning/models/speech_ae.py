@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,12 +21,13 @@ from rest_lightning.models.causal import (
     is_first_piece,
     name_streams,
 )
+from rest_lightning.models.pretrained import PretrainedPart
 from rest_lightning.models.speech import WINDOW_STEPS
 
 NUM_LEVELS = 3  # halvings of the frame rate: 2 ** 3 = TEMPORAL_RATIO
 
 
-class SpeechAE(nn.Module):
+class SpeechAE(PretrainedPart):
     """Convolutional autoencoder of speech features, causal in both directions, so that it streams
     (REST, READ).
 
@@ -103,11 +104,6 @@ class SpeechAE(nn.Module):
     def config(self) -> dict[str, Any]:
         """The constructor's arguments, for ``config.json``."""
         return dict(self._config)
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> Self:
-        """Build an untrained network from :attr:`config`."""
-        return cls(**config)
 
     def forward(self, features: Tensor) -> Tensor:
         """The reconstruction of (B, 8n + 1, 10, feature_dim), same shape."""

@@ -34,6 +34,7 @@ from rest_lightning.models.cache import (
     SinkContext,
     repeat_reference,
 )
+from rest_lightning.models.pretrained import PretrainedPart
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -380,7 +381,7 @@ def run_block(block: nn.Module, *arguments: Any) -> Tensor:
     return out
 
 
-class A2VDiT(nn.Module):
+class A2VDiT(PretrainedPart):
     """The network that predicts velocity = noise - latents.
 
     Args:

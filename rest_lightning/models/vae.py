@@ -25,6 +25,7 @@ from rest_lightning.models.causal import (
     patchify,
     unpatchify,
 )
+from rest_lightning.models.pretrained import PretrainedPart
 
 # -- the linear path -------------------------------------------------------------------------------
 # A linear path from pixels to latents and back, set to the data's principal components before
@@ -208,7 +209,7 @@ def _set(linear: nn.Linear, weight: Tensor, bias: Tensor) -> None:
     linear.bias.copy_(bias)
 
 
-class VideoAutoencoder(nn.Module):
+class VideoAutoencoder(PretrainedPart):
     """What every VAE offers: frames (B, 3, F, H, W) in [-1, 1] to normalised latents and back.
 
     Latents are (B, C, f, h, w).

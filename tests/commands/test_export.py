@@ -100,6 +100,56 @@ def test_speech_encoder_of_the_run(checkpoints: tuple[Path, Path], tmp_path: Pat
     assert TalkingHead.from_pretrained(tmp_path / "out").speech_encoder.lookahead_frames == 1
 
 
+def test_card_tells_what_the_run_recorded(
+    checkpoints: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Steps, data, settings; what is not known is said; no path of the machine."""
+    run, data = tmp_path / "run", tmp_path / "my_clips"
+    run.mkdir()
+    data.mkdir()
+    content = torch.load(checkpoints[0], weights_only=False)
+    content |= {
+        "global_step": 12_345,
+        "TalkingHeadDataModule": {"num_samples": 49_380, "seed": 0},
+        "callbacks": {"Timer": {"time_elapsed": {"train": 5400.0}}},
+    }
+    torch.save(content, run / "final.ckpt")
+    (data / "dataset.json").write_text(json.dumps({"kind": "prepared videos", "num_clips": 1500}))
+    config = {
+        "seed_everything": 7,
+        "trainer": {"precision": "bf16-mixed"},
+        "model": {
+            "class_path": "rest_lightning.tasks.student.StudentModule",
+            "init_args": {"optimizer": {"lr": 0.001}},
+        },
+        "data": {"data_dir": str(data), "batch_size": 4},
+    }
+    (run / "config.yaml").write_text(json.dumps(config))
+    out = tmp_path / "head"
+    words = words_of((run / "final.ckpt", checkpoints[1]), out, "--license", "CC-BY-4.0")
+    assert main(words) == 0
+    card = (out / "README.md").read_text()
+    assert card.startswith("---\nlicense: cc-by-4.0\nlibrary_name: rest_lightning\n")
+    student = card.split("transformer:\n")[1].split("vae:\n")[0]
+    for line in (
+        "stage: StudentModule",
+        "optimiser steps: 12,345",
+        "training clips seen: 49,380",
+        "time: 1.5 h",
+        "data: my_clips, prepared videos, 1,500 clips",
+        "batch size: 4",
+        "learning rate: 0.001",
+        "precision: bf16-mixed",
+        "seed: 7",
+    ):
+        assert f"- {line}\n" in student
+    assert "- optimiser steps: not recorded\n" in card.split("vae:\n")[1]
+    assert "| vae | CompactVAE | " in card and str(tmp_path) not in card
+    assert TalkingHead.from_pretrained(out).card == card
+    assert main([*words[:-1], "free for: all", "--overwrite"]) == 2
+    assert "expected a licence's identifier" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("kind", ["file", "other", "model"])
 def test_nothing_is_replaced_by_accident(
     kind: str,

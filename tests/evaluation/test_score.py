@@ -4,6 +4,7 @@ leaves no trace.
 
 from __future__ import annotations
 
+import csv
 import pickle
 import shutil
 from collections.abc import Callable
@@ -75,7 +76,11 @@ def score(protocol_file: Path, truth: Path, tmp_path: Path) -> Callable[..., tup
 
 
 def test_row_equals_the_metric_classes(
-    score: Callable[..., tuple[int, ResultRow]], generated: Path, truth: Path, extractors: Path
+    score: Callable[..., tuple[int, ResultRow]],
+    generated: Path,
+    truth: Path,
+    extractors: Path,
+    tmp_path: Path,
 ) -> None:
     code, row = score(generated)
     assert code == 0 and row.failures == [] and row.num_clips == 3 and row.num_frames == NUM_FRAMES
@@ -126,6 +131,17 @@ def test_row_equals_the_metric_classes(
                 assert scalars[key] == pytest.approx(float(value), rel=1e-4, abs=2e-6), key
             else:
                 assert scalars[key] is None, key
+    table = list(csv.DictReader((tmp_path / "rows" / "row.clips.csv").open()))
+    assert {line["clip"] for line in table} == {path.stem for path in truth.glob("*.mp4")}
+    sync = [float(line["sync_c"]) for line in table]
+    assert sync == sorted(sync)  # the worst first
+    intervals = row.config["intervals_95"]
+    for key in ("sync_c", "identity_similarity", "sync_d"):
+        values = [float(line[key]) for line in table if line[key]]
+        assert np.mean(values) == pytest.approx(row.metrics[key], abs=2e-6), key
+        low, high = intervals[key]
+        assert min(values) - 1e-5 <= low <= row.metrics[key] <= high <= max(values) + 1e-5, key
+    assert "fid" not in table[0] and "fid" not in intervals
     assert row.metrics["fid"] > 1e-3
     assert len(row.metrics["background_drift_by_second"]) == 2
     assert set(row.extractors) == {

@@ -1,0 +1,173 @@
+#!/usr/bin/env bash
+# Does what a newcomer does, each way from an empty folder outside the repository, and says which ways work.
+#
+#   tools/newcomer.sh [--over VENV] [WAY...]
+#
+# Ways are the functions way_NAME below; without names all run that this machine can. Where cannot_NAME prints a
+# reason, the way is skipped, or is a failure if it was named. A way runs in its own empty folder with $repo,
+# $wheel_python and $over set; it prints what it does and fails with the first command that fails.
+#
+#   --over VENV   take the dependencies of another environment in place of installing them (minutes less)
+#   PYTHONS       interpreters of the way `wheel`, such as "3.11 3.12 3.13" (default: that of $PYTHON, or python3)
+set -euo pipefail
+repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+wheel_python=${PYTHON:-$(command -v python3.11 || command -v python3)}
+over=
+ways=()
+while [ $# -gt 0 ]; do
+    case $1 in
+        --over) over=$(cd "$2" && pwd); shift 2 ;;
+        -h | --help) sed -n '2,/^set/{/^set/!s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; exit 0 ;;
+        *) ways+=("$1"); shift ;;
+    esac
+done
+unset PYTHONPATH VIRTUAL_ENV
+export PIP_NO_INPUT=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONDONTWRITEBYTECODE=1
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+
+say() { printf '%s\n' "-- $*"; }
+
+# run COMMAND...: print it, run it.
+run() {
+    printf '%s\n' "\$ $*"
+    "$@"
+}
+
+# build_wheel: sdist and wheel into $scratch/dist, once, from a copy of what git knows or would add; checked.
+build_wheel() {
+    [ -d "$scratch/dist" ] && return
+    local tools=$scratch/tools tree=$scratch/tree
+    mkdir "$tree"
+    (cd "$repo" && git ls-files -z --cached --others --exclude-standard | xargs -0 -I{} sh -c 'test -e "$1" && cp --parents "$1" "$2"' _ {} "$tree" || true)
+    "$wheel_python" -m venv "$tools"
+    "$tools/bin/python" -m pip install -qq build twine check-wheel-contents
+    "$tools/bin/python" -m build -o "$scratch/dist" "$tree" >"$scratch/build.log" 2>&1 || { tail -20 "$scratch/build.log"; return 1; }
+    if grep -n "would be ignored" "$scratch/build.log"; then return 1; fi
+    "$tools/bin/twine" check --strict "$scratch"/dist/*
+    "$tools/bin/check-wheel-contents" "$scratch"/dist/*.whl
+}
+
+# new_venv FOLDER PYTHON EXTRAS: an empty environment with the wheel in it.
+new_venv() {
+    local folder=$1 python=$2 extras=${3:-} wheel
+    wheel=$(echo "$scratch"/dist/*.whl)
+    "$python" -m venv "$folder"
+    if [ -n "$over" ]; then
+        "$folder/bin/python" -c 'import pathlib, sys, sysconfig; pathlib.Path(sysconfig.get_path("purelib"), "over.pth").write_text(f"import site; site.addsitedir({sys.argv[1]!r})\n")' \
+            "$("$over/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+        "$folder/bin/python" -m pip install -qq --no-deps --force-reinstall "$wheel"
+    else
+        "$folder/bin/python" -m pip install -qq -c "$repo/constraints.txt" "$wheel$extras"
+    fi
+}
+
+# python_named VERSION: its path, or nothing.
+python_named() {
+    uv python find "$1" 2>/dev/null || command -v "python$1" 2>/dev/null |
+        while read -r each; do "$each" --version >/dev/null 2>&1 && echo "$each"; done || true
+}
+
+# -- ways ------------------------------------------------------------------------------------------
+
+cannot_wheel() { :; }
+way_wheel() {
+    build_wheel
+    local python version tried=0
+    for version in ${PYTHONS:-$wheel_python}; do
+        python=$version
+        [ -x "$python" ] || python=$(python_named "$version")
+        if [ -z "$python" ]; then
+            say "Python $version: none on this machine and none to be had: not tried"
+            continue
+        fi
+        say "$("$python" --version)"
+        use_wheel "$python"
+        tried=$((tried + 1))
+        rm -rf env work
+    done
+    [ "$tried" -gt 0 ]
+}
+
+# use_wheel PYTHON: install, talk, make data, train a step.
+use_wheel() {
+    new_venv env "$1" '[synthetic]'
+    local bin=$PWD/env/bin tiny=(--config trainer/tiny --config model/tiny --config data/tiny)
+    mkdir work && cd work
+    run "$bin/rest" --version
+    run "$bin/python" -c 'import rest_lightning, pathlib, sys
+assert pathlib.Path(rest_lightning.__file__).is_relative_to(sys.prefix), rest_lightning.__file__
+from rest_lightning import TalkingHead'
+    run "$bin/rest" doctor --seconds 1
+    run "$bin/rest" demo
+    local assets
+    assets=$("$bin/python" -c 'import pathlib, rest_lightning; print(pathlib.Path(rest_lightning.__file__).parent / "assets")')
+    run "$bin/rest" talk "$assets/portrait.png" "$assets/speech.wav" -o out.mp4 --quiet
+    test -s outputs/demo.mp4 -a -s outputs/demo.png -a -s out.mp4
+    if ! "$bin/python" -c 'import skia, espeakng_loader' 2>/dev/null; then
+        say "no skia or espeakng-loader for this Python: no synthetic talkers, training not tried"
+    else
+        run "$bin/rest" synthesize --out data/tiny --num_clips 4 --size_px 64 --num_frames 57 --val_fraction 0.25
+        # The teacher starts from a VAE and a SpeechAE: a step of each first.
+        run "$bin/rest" fit --config embedded/vae_decoder "${tiny[@]}" --model.init_args.initial null --trainer.fast_dev_run true
+        run "$bin/rest" fit --config embedded/speech_ae "${tiny[@]}" --trainer.fast_dev_run true
+        run "$bin/rest" fit --config embedded/teacher "${tiny[@]}" --trainer.fast_dev_run true
+        test -s runs/embedded/teacher/final.ckpt
+    fi
+    cd ..
+}
+
+cannot_hub() { :; }
+way_hub() {
+    build_wheel
+    new_venv env "$wheel_python"
+    local bin=$PWD/env/bin assets talk url stop
+    assets=$("$bin/python" -c 'import pathlib, rest_lightning; print(pathlib.Path(rest_lightning.__file__).parent / "assets")')
+    talk=(talk "$assets/portrait.png" "$assets/speech.wav" --quiet)
+    # The hub itself cannot be asked from everywhere: a fake of its interface stands in, on this machine.
+    exec {stop}> >(exec "$bin/python" "$repo/tests/helpers/fake_hub.py" >address)
+    for _ in $(seq 100); do [ -s address ] && break; sleep 0.1; done
+    url=$(cat address)
+    export HF_ENDPOINT=$url HF_HOME=$PWD/hf HF_HUB_DISABLE_XET=1
+    say "a hub at $url"
+    run env HF_TOKEN=hf_good "$bin/python" -c 'from rest_lightning import TalkingHead
+print(TalkingHead.from_pretrained().push_to_hub("me/head", license="apache-2.0"))'
+    run "$bin/rest" "${talk[@]}" -o out.mp4 --model me/head
+    exec {stop}>&-
+    say "the hub is gone"
+    run env HF_HUB_OFFLINE=1 "$bin/rest" "${talk[@]}" -o offline.mp4 --model me/head@main
+    run "$bin/python" -c 'from rest_lightning.models import CompactVAE
+print(type(CompactVAE.from_pretrained("me/head", subfolder="vae", local_files_only=True)).__name__)'
+    cmp out.mp4 offline.mp4
+    unset HF_ENDPOINT HF_HOME HF_HUB_DISABLE_XET
+}
+
+# -- dispatch --------------------------------------------------------------------------------------
+
+known=$(declare -F | sed -n 's/^declare -f way_//p')
+named=${#ways[@]}
+[ "$named" -gt 0 ] || mapfile -t ways <<<"$known"
+passed=0 failed=0 skipped=0
+for way in "${ways[@]}"; do
+    if ! declare -F "way_$way" >/dev/null; then
+        echo "error: expected a way of $(echo $known), got $way" >&2
+        exit 2
+    fi
+    reason=$("cannot_$way" 2>/dev/null || true)
+    if [ -n "$reason" ]; then
+        say "$way: not tried: $reason"
+        if [ "$named" -gt 0 ]; then failed=$((failed + 1)); else skipped=$((skipped + 1)); fi
+        continue
+    fi
+    say "$way"
+    mkdir "$scratch/$way"
+    set +e  # a way ends with the first command that fails, but not the others with it
+    (set -e && cd "$scratch/$way" && "way_$way")
+    code=$?
+    set -e
+    rm -rf "${scratch:?}/$way"
+    if [ "$code" -eq 0 ]; then passed=$((passed + 1)); else failed=$((failed + 1)); fi
+    say "$way: $([ "$code" -eq 0 ] && echo passed || echo "failed with code $code")"
+done
+echo "$passed passed, $failed failed, $skipped skipped"
+[ "$failed" -eq 0 ]
