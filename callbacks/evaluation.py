@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from ..constants import SAMPLES_PER_FRAME, TEMPORAL_RATIO
 from ..data.clips import load_frames
 from ..data.layout import manifest_path, read_manifest, read_sidecar
-from ..diffusion.sampling import Sampling, SamplingChanges
+from ..diffusion.sampling import SamplingChanges
 from ..errors import UserError
 from ..evaluation.faces import FaceFinder, MediapipeFaces, SidecarFaces
 from ..evaluation.protocol import Protocol, read_protocol
@@ -57,7 +57,8 @@ class Evaluation(Callback):
         num_videos: clips shown as video and grid, in ``samples/`` and in TensorBoard.
         num_grid_frames: columns of a grid.
         seed: of the noise in a training run; `EvaluateModule` has its own.
-        sampling: the same; ``rest fit`` takes it from the top-level key ``sampling``.
+        sampling: changes of the stage's own; ``rest fit`` takes it from the top-level key
+            ``sampling``.
     """
 
     def __init__(
@@ -329,7 +330,7 @@ class Evaluation(Callback):
             yield module.generator
             return
         assert isinstance(module, A2VModule)
-        settings = self.sampling.of(Sampling())
+        settings = self.sampling.of(module.sampling)
         before = self._generator
         if isinstance(module, StudentModule):
             with borrowed_head(module, settings, size_px) as head:

@@ -48,7 +48,7 @@ class SampleVideos(Callback):
         num_clips: clips of the first validation batch.
         num_grid_frames: columns of the grid.
         seed: of the noise, the same at every validation.
-        sampling: changes of the paper's; ``rest fit`` takes them from the top-level key
+        sampling: changes of the stage's own; ``rest fit`` takes them from the top-level key
             ``sampling``.
     """
 
@@ -69,7 +69,7 @@ class SampleVideos(Callback):
             num_clips,
             num_grid_frames,
         )
-        self.sampling = (sampling or SamplingChanges()).of(Sampling())
+        self.sampling = sampling or SamplingChanges()
         self.seed = seed
         self._num_validations = 0
         self._folder: Path | None = None
@@ -155,14 +155,15 @@ class SampleVideos(Callback):
             return to_uint8(truth), self._stream(
                 module, reference, batch["audio"], noise, datamodule
             )
-        sigmas = self.sampling.sigmas(latents[0, 0].numel())
+        sampling = self.sampling.of(module.sampling)
+        sigmas = sampling.sigmas(latents[0, 0].numel())
         clip = generate_clip(
             module.transformer,
             latents[:, :, :1],
             conditions.speech_latents,
             noise,
             sigmas,
-            self.sampling.branches,
+            sampling.branches,
         )
         return to_uint8(truth), to_uint8(module.vae.decode(clip))
 
@@ -172,8 +173,9 @@ class SampleVideos(Callback):
         """What a session gives for the clip's reference and speech, the reference first: uint8
         (B, F, H, W, 3).
         """
-        with borrowed_head(module, self.sampling, reference.shape[-1]) as head:
-            engine = ChunkEngine(head, len(reference), self.sampling)
+        sampling = self.sampling.of(module.sampling)
+        with borrowed_head(module, sampling, reference.shape[-1]) as head:
+            engine = ChunkEngine(head, len(reference), sampling)
             engine.start(reference)
             videos = [to_uint8(reference[:, :, None])]
             for chunk, piece in enumerate(noise[:, :, 1:].split(engine.chunk_length, dim=2)):

@@ -22,7 +22,7 @@ from torch import nn
 
 from rest_lightning.config import find_config, network_of, read_config, shipped_names
 from rest_lightning.errors import UserError
-from rest_lightning.model_folder import build_checked, read_json, read_weights
+from rest_lightning.model_folder import build_checked, check_index, read_json, read_weights
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from rest_lightning.models.vae import VideoAutoencoder
 
 PARTS_KEY = "rest_parts"
+SAMPLING_KEY = "rest_sampling"  # how the stage samples what it trains
 FROZEN_PARTS_KEY = "rest_frozen_parts"  # descriptions alone: the weights are in other checkpoints
 PART_NAMES = ("vae", "speech_encoder", "speech_ae", "transformer")
 OPTIONAL_PART_NAMES = ("detail",)
@@ -194,6 +195,28 @@ def read_part(name: str, source: str | Path) -> tuple[dict[str, Any], dict[str, 
         if key.startswith(prefix)
     }
     return parts[name], state
+
+
+def read_sampling(source: str | Path) -> Sampling | None:
+    """How the model of a stage's checkpoint or of a model folder wants to be sampled; None where
+    the file does not say, as those of release 0.1.
+
+    Raises:
+        UserError: an unreadable file, or values out of bounds.
+    """
+    from rest_lightning.diffusion.sampling import Sampling
+
+    path = Path(source)
+    if path.is_dir():
+        index = path / "model_index.json"
+        return check_index(index, read_json(index))[1]
+    found = _read_checkpoint(path).get(SAMPLING_KEY)
+    if found is None:
+        return None
+    try:
+        return Sampling(**found)
+    except (UserError, TypeError) as error:
+        raise UserError(f"{path}: {error}; give the sampling on the command line") from None
 
 
 def _read_checkpoint(path: Path) -> dict[str, Any]:

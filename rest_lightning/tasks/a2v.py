@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -29,13 +29,14 @@ from rest_lightning.diffusion.noise import (
     sample_sigmas_ans,
     sample_sigmas_cans,
 )
+from rest_lightning.diffusion.sampling import Sampling, SamplingChanges
 from rest_lightning.diffusion.schedule import training_table
 from rest_lightning.errors import UserError
 from rest_lightning.models.speech import SpeechEncoder
 from rest_lightning.models.speech_ae import SpeechAE
 from rest_lightning.models.transformer import A2VDiT
 from rest_lightning.models.vae import VideoAutoencoder
-from rest_lightning.parts import fingerprint_of
+from rest_lightning.parts import SAMPLING_KEY, fingerprint_of
 from rest_lightning.tasks.base import OptimizerSettings, StageModule
 from rest_lightning.tasks.regions import token_weights
 from rest_lightning.tasks.speech_ae import speech_features
@@ -219,6 +220,12 @@ class A2VModule(StageModule):
         compile_blocks: run the blocks of all transformers through ``torch.compile``. The same
             numbers up to rounding; on two CPU cores a bfloat16 step takes a quarter less time,
             after up to a minute of compiling.
+        sampling: how the model is to be sampled, as changes of the paper's; ``rest fit`` takes it
+            from the top-level key ``sampling``. Checkpoints remember it, and ``rest export`` and
+            ``rest test`` go by it.
+
+    Attributes:
+        sampling: the same with nothing left open.
     """
 
     transformer: A2VDiT
@@ -238,6 +245,7 @@ class A2VModule(StageModule):
         frozen: dict[str, nn.Module] | None = None,
         mouth_weight: float = 1.0,
         compile_blocks: bool = False,
+        sampling: SamplingChanges | None = None,
     ) -> None:
         if not mouth_weight > 0:
             raise UserError(
@@ -251,6 +259,7 @@ class A2VModule(StageModule):
         )
         freeze_decoder(speech_ae)
         self.noise = noise or NoiseSettings()
+        self.sampling = (sampling or SamplingChanges()).of(Sampling())
         self.mouth_weight, self.compile_blocks = mouth_weight, compile_blocks
         self._loss_table = LossTable()
         transformer.remember_noise(self.noise.table)
@@ -306,6 +315,11 @@ class A2VModule(StageModule):
         if self.vae is not None:
             data.check_latents(fingerprint_of(self.vae))
         data.check_speech(fingerprint_of(self.speech_encoder, with_config=True))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Remember how to sample, beside what every stage keeps."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint[SAMPLING_KEY] = asdict(self.sampling)
 
     def conditions(self, batch: dict[str, Any]) -> Conditions:
         """Latents and speech latents of a batch, from frames and samples or from the caches on

@@ -128,7 +128,7 @@ def test_stream_of_the_student_equals_a_session(recipe: Any) -> None:
     video = callback._stream(module, reference, audio, noise, datamodule)
     assert [parameter.requires_grad for parameter in module.parameters()] == flags
     assert [part.training for part in module.modules()] == modes
-    with borrowed_head(module, callback.sampling, 64) as head:
+    with borrowed_head(module, callback.sampling.of(module.sampling), 64) as head:
         assert head.transformer is module.transformer
         expected = head.open(reference[0], seed=3)
         frames = np.concatenate([expected.push(speech[0]), expected.flush()])
