@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from rest_lightning.errors import UserError
+from rest_lightning.names import look_in_current_folder
 
 BASE, NETWORKS = "base", "networks"
 PARTS = ("vae", "speech_encoder", "speech_ae", "transformer", "detail")
@@ -338,6 +339,7 @@ def find_class(class_path: str, key: str, path: Path | None) -> type:
     """
     module, _, name = class_path.rpartition(".")
     exported = dict(_exported())
+    look_in_current_folder()
     try:
         if not module:
             return getattr(importlib.import_module(exported[name]), name)

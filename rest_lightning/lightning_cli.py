@@ -21,7 +21,7 @@ from rest_lightning import callbacks, models, tasks  # noqa: E402
 from rest_lightning.data.module import TalkingHeadDataModule  # noqa: E402
 from rest_lightning.diffusion.sampling import SamplingChanges  # noqa: E402
 from rest_lightning.errors import UserError  # noqa: E402
-from rest_lightning.names import accept_old_names  # noqa: E402
+from rest_lightning.names import accept_old_names, look_in_current_folder  # noqa: E402
 from rest_lightning.options import ConfigFile, TellsMistakes, find_user_error  # noqa: E402
 from rest_lightning.tasks.base import AtomicCheckpointIO  # noqa: E402
 
@@ -113,6 +113,7 @@ def run(args: list[str]) -> Any:
         warnings.filterwarnings("ignore", message)
     _know_short_names()
     accept_old_names()
+    look_in_current_folder()
     try:
         return RestCLI(
             LightningModule,

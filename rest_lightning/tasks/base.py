@@ -55,7 +55,8 @@ class StageModule(LightningModule):
     the checkpoint of their own stage.
 
     Args:
-        trained: part name -> network that this stage trains.
+        trained: part name -> network that this stage trains. A class of your own is stored by its
+            import path.
         frozen: part name -> network that this stage only reads.
         initial: part name -> checkpoint of an earlier stage, or exported folder, that the part
             starts from.
@@ -77,6 +78,8 @@ class StageModule(LightningModule):
         self.frozen_parts = tuple(name for name, part in frozen.items() if part is not None)
         for name, part in [*trained.items(), *frozen.items()]:
             setattr(self, name, part)
+        for name in (*self.trained_parts, *self.frozen_parts):
+            describe_part(getattr(self, name))  # what cannot be saved is told before the training
         for name in self.frozen_parts:
             getattr(self, name).requires_grad_(False).eval()
         for name, path in (initial or {}).items():
