@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -107,13 +107,17 @@ class SampleVideos(Callback):
             rank_zero_warn(f"no sample videos at step {trainer.global_step}: {error}")
 
     def _write(self, trainer: Trainer, module: LightningModule, batch: dict[str, Any]) -> None:
-        batch = {name: value[: self.num_clips] for name, value in batch.items()}
+        num_clips = self.num_clips
+        batch = {
+            name: value[:num_clips] if isinstance(value, Tensor | list) else value
+            for name, value in batch.items()
+        }
         with torch.inference_mode():
-            truth, sample = self.sample(module, batch, trainer.datamodule)  # type: ignore[attr-defined]
+            truth, sample = self.sample(module, batch)
         truth, sample = truth.cpu(), sample.cpu()
         assert self._folder is not None
-        left = trainer.datamodule.audio_left_frames  # type: ignore[attr-defined]
-        for row, clip_id in enumerate(batch["clip_id"]):
+        left = audio_left_frames(module, batch)
+        for row, clip_id in enumerate(clip_ids(batch, len(truth))):
             audio = batch["audio"][row].float().cpu().numpy()
             show_sample(
                 trainer,
@@ -125,9 +129,7 @@ class SampleVideos(Callback):
                 self.num_grid_frames,
             )
 
-    def sample(
-        self, module: LightningModule, batch: dict[str, Any], datamodule: Any
-    ) -> tuple[Tensor, Tensor]:
+    def sample(self, module: LightningModule, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Truth and sample of a validation batch, both uint8 (B, F, H, W, 3).
 
         Raises:
@@ -152,9 +154,8 @@ class SampleVideos(Callback):
                 if "reference" in batch
                 else module.vae.decode(latents[:, :, :1])[:, :, 0]
             )
-            return to_uint8(truth), self._stream(
-                module, reference, batch["audio"], noise, datamodule
-            )
+            left = audio_left_frames(module, batch)
+            return to_uint8(truth), self._stream(module, reference, batch["audio"], noise, left)
         sampling = self.sampling.of(module.sampling)
         sigmas = sampling.sigmas(latents[0, 0].numel())
         clip = generate_clip(
@@ -168,7 +169,7 @@ class SampleVideos(Callback):
         return to_uint8(truth), to_uint8(module.vae.decode(clip))
 
     def _stream(
-        self, module: A2VModule, reference: Tensor, audio: Tensor, noise: Tensor, datamodule: Any
+        self, module: A2VModule, reference: Tensor, audio: Tensor, noise: Tensor, left_frames: int
     ) -> Tensor:
         """What a session gives for the clip's reference and speech, the reference first: uint8
         (B, F, H, W, 3).
@@ -180,14 +181,24 @@ class SampleVideos(Callback):
             videos = [to_uint8(reference[:, :, None])]
             for chunk, piece in enumerate(noise[:, :, 1:].split(engine.chunk_length, dim=2)):
                 first_frame = 1 + chunk * engine.chunk_frames  # frame 0 is the reference
-                start = (
-                    datamodule.audio_left_frames
-                    + first_frame
-                    - head.speech_encoder.left_context_frames
-                )
+                start = left_frames + first_frame - head.speech_encoder.left_context_frames
                 window = audio[:, start * SAMPLES_PER_FRAME :][:, : engine.window_samples]
                 videos.append(engine.step(window, piece))
         return torch.cat(videos, dim=1)
+
+
+def audio_left_frames(module: Any, batch: Mapping[str, Any]) -> int:
+    """Frames of audio before a batch's clips; where it does not say, those that the stage reads."""
+    encoder = getattr(module, "speech_encoder", None)
+    own = 0 if encoder is None else encoder.left_context_frames
+    left: int = batch.get("audio_margin_frames", (own, 0))[0]
+    return left
+
+
+def clip_ids(batch: Mapping[str, Any], num_clips: int) -> list[str]:
+    """Names of a batch's clips; numbers where it has none."""
+    names: list[str] = batch.get("clip_id") or [f"clip-{number}" for number in range(num_clips)]
+    return names
 
 
 def show_sample(

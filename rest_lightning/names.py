@@ -54,8 +54,8 @@ def import_package(name: str) -> ModuleType:
     except ModuleNotFoundError as error:
         where = "" if error.name == name else f", which needs {error.name}"
         raise UserError(
-            f"expected an installed package, or one in the current folder, got {name}{where}: check "
-            "the name and the folder"
+            f"expected an installed package, or one in the current folder, got {name}{where}: "
+            "check the name and the folder"
         ) from None
 
 

@@ -36,9 +36,9 @@ from rest_lightning.models.speech import SpeechEncoder
 from rest_lightning.models.speech_ae import SpeechAE
 from rest_lightning.models.transformer import A2VDiT
 from rest_lightning.models.vae import VideoAutoencoder
-from rest_lightning.parts import SAMPLING_KEY, fingerprint_of
+from rest_lightning.parts import SAMPLING_KEY
 from rest_lightning.tasks.base import OptimizerSettings, StageModule
-from rest_lightning.tasks.regions import token_weights
+from rest_lightning.tasks.regions import landmarks_of, token_weights
 from rest_lightning.tasks.speech_ae import speech_features
 
 # -- sharded training ------------------------------------------------------------------------------
@@ -303,19 +303,6 @@ class A2VModule(StageModule):
             if isinstance(part, A2VDiT):
                 part.compile_blocks()
 
-    def on_fit_start(self) -> None:
-        """Refuse latents that another VAE made: the previews and the session would decode them with
-        this one.
-
-        The same for features of another speech encoder.
-        """
-        data = getattr(self.trainer, "datamodule", None)
-        if data is None:
-            return
-        if self.vae is not None:
-            data.check_latents(fingerprint_of(self.vae))
-        data.check_speech(fingerprint_of(self.speech_encoder, with_config=True))
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Remember how to sample, beside what every stage keeps."""
         super().on_save_checkpoint(checkpoint)
@@ -328,6 +315,8 @@ class A2VModule(StageModule):
         latents = batch.get("latents")
         if latents is None:
             latents = self.encode_clip(batch["frames"], batch.get("reference"))
+        elif self.vae is not None:
+            self.check_maker(batch, "latents_of", self.vae)
         latents = latents.float()
         length, several = self.noise.chunk_length, self.noise.chunk_lengths
         if several and latents.shape[2] <= max(several):
@@ -347,7 +336,10 @@ class A2VModule(StageModule):
         weights = None
         if self.mouth_weight != 1.0:
             weights = token_weights(
-                batch["landmarks"], latents.shape[3], latents.shape[4], self.mouth_weight
+                landmarks_of(batch, num_frames),
+                latents.shape[3],
+                latents.shape[4],
+                self.mouth_weight,
             )
         return Conditions(latents, speech_latents, weights, self.teacher_speech(features))
 
@@ -377,10 +369,13 @@ class A2VModule(StageModule):
     @torch.no_grad()
     def speech_features(self, batch: dict[str, Any], num_frames: int) -> Tensor:
         """Speech features (B, F, 10, D_A) of a batch."""
-        features = speech_features(batch, self.trainer.datamodule, self.speech_encoder)  # type: ignore[attr-defined]
-        assert features.shape[1] == num_frames, (
-            f"{features.shape[1]} frames of speech for {num_frames} of video"
-        )
+        self.check_maker(batch, "speech_of", self.speech_encoder, with_config=True)
+        features = speech_features(batch, self.speech_encoder)
+        if features.shape[1] != num_frames:
+            raise UserError(
+                f"expected speech of {num_frames} frames, as the clip has, got "
+                f"{features.shape[1]}: look at `audio` and `audio_margin_frames` of the batches"
+            )
         return features
 
     def draw(

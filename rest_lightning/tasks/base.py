@@ -20,7 +20,13 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from rest_lightning.errors import UserError
-from rest_lightning.parts import FROZEN_PARTS_KEY, PARTS_KEY, describe_part, load_part
+from rest_lightning.parts import (
+    FROZEN_PARTS_KEY,
+    PARTS_KEY,
+    describe_part,
+    fingerprint_of,
+    load_part,
+)
 
 RNG_KEY = "rest_rng_state"
 
@@ -74,6 +80,7 @@ class StageModule(LightningModule):
         self.optimizer_settings = optimizer or OptimizerSettings()
         self._resumed_rng: dict[str, Any] | None = None
         self._clock = _Clock(0)
+        self._makers: dict[str, str] = {}  # of latents and features that were found to be right
         self.trained_parts = tuple(trained)
         self.frozen_parts = tuple(name for name, part in frozen.items() if part is not None)
         for name, part in [*trained.items(), *frozen.items()]:
@@ -105,6 +112,32 @@ class StageModule(LightningModule):
                 f"expected weights in float32, got trainer.precision {precision}, which also "
                 "rounds the table of noise levels: use bf16-mixed"
             )
+
+    def check_maker(
+        self, batch: Mapping[str, Any], key: str, part: nn.Module, with_config: bool = False
+    ) -> None:
+        """Refuse a batch of latents or features that another network made.
+
+        Args:
+            batch: says by ``key`` which network made them, or does not say.
+            key: ``latents_of`` or ``speech_of``.
+            part: the network of this stage.
+            with_config: see :func:`~rest_lightning.parts.fingerprint_of`.
+
+        Raises:
+            UserError: another one; previews and sessions would go by this stage's.
+        """
+        made_by = batch.get(key)
+        if made_by is None or made_by == self._makers.get(key):
+            return
+        own = fingerprint_of(part, with_config)
+        if made_by != own:
+            content = {"latents_of": "latents of the VAE", "speech_of": "features of the encoder"}
+            raise UserError(
+                f"expected {content[key]} {own}, got those of {made_by}: make them again with "
+                "`rest encode --overwrite`"
+            )
+        self._makers[key] = own
 
     def configure_optimizers(self) -> Any:
         """Returns AdamW over the trained parts, and its schedule.

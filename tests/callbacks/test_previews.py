@@ -125,7 +125,7 @@ def test_stream_of_the_student_equals_a_session(recipe: Any) -> None:
     module.train()
     flags = [parameter.requires_grad for parameter in module.parameters()]
     modes = [part.training for part in module.modules()]
-    video = callback._stream(module, reference, audio, noise, datamodule)
+    video = callback._stream(module, reference, audio, noise, left)
     assert [parameter.requires_grad for parameter in module.parameters()] == flags
     assert [part.training for part in module.modules()] == modes
     with borrowed_head(module, callback.sampling.of(module.sampling), 64) as head:
