@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from numpy.typing import NDArray
+from torchmetrics import Metric
 
 from ..constants import SAMPLES_PER_FRAME, TEMPORAL_RATIO
 from ..data.clips import load_frames
@@ -59,6 +60,8 @@ class Evaluation(Callback):
         seed: of the noise in a training run; `EvaluateModule` has its own.
         sampling: changes of the stage's own; ``rest fit`` takes it from the top-level key
             ``sampling``.
+        metrics: of one's own, beside the protocol's: ``update`` takes a clip's frames, uint8
+            (n, H, W, 3).
     """
 
     def __init__(
@@ -72,6 +75,7 @@ class Evaluation(Callback):
         num_grid_frames: int = 8,
         seed: int = 0,
         sampling: SamplingChanges | None = None,
+        metrics: list[Metric] | None = None,
     ) -> None:
         if min(every_n_validations, num_grid_frames, 1 if num_clips is None else num_clips) < 1:
             raise UserError(
@@ -86,6 +90,7 @@ class Evaluation(Callback):
             seed,
             sampling or SamplingChanges(),
         )
+        self.metrics = metrics or []
         self.row: ResultRow | None = None
         self._scorer: Scorer | None = None
         self._resumed: dict[str, Any] | None = None
@@ -249,7 +254,9 @@ class Evaluation(Callback):
                 chunk_frames = TEMPORAL_RATIO * module.transformer.cache_options.chunk_length
             # networks are born with random weights: not the training's numbers
             with torch.random.fork_rng(devices=[]):
-                self._scorer = Scorer(self.protocol, chunk_frames, module.device)
+                self._scorer = Scorer(
+                    self.protocol, chunk_frames, module.device, metrics=self.metrics
+                )
 
     def _drop(self) -> None:
         self._scorer = self._generator = self._video = None

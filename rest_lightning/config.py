@@ -35,7 +35,9 @@ from rest_lightning.names import look_in_current_folder
 BASE, NETWORKS = "base", "networks"
 PARTS = ("vae", "speech_encoder", "speech_ae", "transformer", "detail")
 CLASS, ARGUMENTS = "class_path", "init_args"
-EXPORTING_PACKAGES = ("rest_lightning.tasks", "rest_lightning.models", "rest_lightning.callbacks")
+EXPORTING_PACKAGES = tuple(
+    f"rest_lightning.{name}" for name in ("tasks", "models", "callbacks", "data")
+)
 Tree = dict[str, Any]
 T = typing.TypeVar("T")
 
@@ -285,6 +287,39 @@ def place_networks(config: Config, stage: str | None = None) -> Tree:
     parts = {name: part for name, part in networks.items() if name in taken}
     model = {"model": {CLASS: stage, ARGUMENTS: parts}}
     return merge(model, content)
+
+
+def place_data(config: Config, content: Tree, class_path: str) -> Tree:
+    """Returns the content with ``data`` as a class and its arguments.
+
+    What files say of another data module, those that do not name this class, goes where this one
+    has no such argument.
+
+    Args:
+        config: where the content comes from.
+        content: the configuration; arguments of ``data`` may stand in it without ``init_args``.
+        class_path: of the data module that is run.
+
+    Raises:
+        UserError: no such class.
+    """
+    data = content.get("data")
+    if not isinstance(data, Mapping):
+        return content
+    plain = {name: value for name, value in data.items() if name not in (CLASS, ARGUMENTS)}
+    arguments = {**plain, **(data.get(ARGUMENTS) or {})}
+    known = parameters_of(find_class(class_path, "data.class_path", config.path))
+    if "**" not in known:
+        said = {
+            name
+            for _, source in config.sources
+            if isinstance(own := source.get("data"), Mapping) and own.get(CLASS) is not None
+            for name in (*own, *(own.get(ARGUMENTS) or {}))
+        }
+        arguments = {
+            name: value for name, value in arguments.items() if name in known or name in said
+        }
+    return {**content, "data": {CLASS: class_path, ARGUMENTS: arguments}}
 
 
 # -- mistakes --------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ module.
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,13 @@ from rest_lightning.torchvision_compat import ensure_torchvision
 
 ensure_torchvision()  # lightning imports torchvision
 from lightning.fabric.plugins import TorchCheckpointIO  # noqa: E402
-from lightning.pytorch import LightningModule, Trainer  # noqa: E402
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer  # noqa: E402
 from lightning.pytorch.callbacks import Callback, WeightAveraging  # noqa: E402
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI  # noqa: E402
 from lightning.pytorch.utilities.exceptions import MisconfigurationException  # noqa: E402
 
 from rest_lightning import callbacks, models, tasks  # noqa: E402
+from rest_lightning.config import read_config  # noqa: E402
 from rest_lightning.data.module import TalkingHeadDataModule  # noqa: E402
 from rest_lightning.diffusion.sampling import SamplingChanges  # noqa: E402
 from rest_lightning.errors import UserError  # noqa: E402
@@ -39,11 +41,32 @@ class StageParser(TellsMistakes, LightningArgumentParser):
 class RestCLI(LightningCLI):
     """LightningCLI whose model is any stage; after ``fit`` it validates once and writes
     ``final.ckpt``.
+
+    Args:
+        args: the subcommand and its arguments. Where they or their files name a class of ``data``,
+            it is the data module; else :class:`TalkingHeadDataModule` is.
+        run: whether the subcommand runs; False takes arguments without one.
     """
+
+    def __init__(self, args: list[str], run: bool = True) -> None:
+        self.data_class = data_class_of(args)
+        super().__init__(
+            LightningModule,
+            TalkingHeadDataModule if self.data_class is None else LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=self.data_class is not None,
+            seed_everything_default=0,
+            save_config_kwargs={"overwrite": True},
+            auto_configure_optimizers=False,
+            parser_kwargs={"prog": "rest"},
+            args=args,
+            run=run,
+        )
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """A parser whose ``--config`` takes shipped names, too."""
         parser = StageParser(**kwargs)
+        parser.data_class = self.data_class
         what = "shipped name, such as embedded/student, or a path; repeatable, later ones win"
         parser.add_argument("-c", "--config", action=ConfigFile, help=what)
         return parser
@@ -115,16 +138,7 @@ def run(args: list[str]) -> Any:
     accept_old_names()
     look_in_current_folder()
     try:
-        return RestCLI(
-            LightningModule,
-            TalkingHeadDataModule,
-            subclass_mode_model=True,
-            seed_everything_default=0,
-            save_config_kwargs={"overwrite": True},
-            auto_configure_optimizers=False,
-            parser_kwargs={"prog": "rest"},
-            args=args,
-        )
+        return RestCLI(args)
     except Exception as error:
         mistake = find_user_error(error)
         # no GPU, too few devices, ...
@@ -138,6 +152,24 @@ def run(args: list[str]) -> Any:
         if mistake is None:
             raise
         raise mistake from None
+
+
+def data_class_of(args: list[str]) -> str | None:
+    """Returns the last class path that the arguments, or the files among them, give ``data``.
+
+    Raises:
+        UserError: a file that cannot be read.
+    """
+    found: str | None = None
+    for word, following in itertools.pairwise([*args, ""]):
+        option, equals, value = word.partition("=")
+        value = value if equals else following
+        if option in ("-c", "--config") and value:
+            data = read_config(value).content.get("data")
+            found = (data.get("class_path") if isinstance(data, dict) else None) or found
+        elif option == "--data.class_path" or (option == "--data" and not value.startswith("{")):
+            found = value
+    return found
 
 
 def _know_short_names() -> None:

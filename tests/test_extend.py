@@ -12,14 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny_head import make_head
 from torch import nn
 
+from rest_lightning import lightning_cli
 from rest_lightning.cli import main
 from rest_lightning.errors import UserError
 from rest_lightning.models import CompactVAE, LogMelEncoder
 from rest_lightning.names import IMPORTED
-from rest_lightning.parts import build_part, describe_part, open_speech_encoder
+from rest_lightning.parts import FROZEN_PARTS_KEY, build_part, describe_part, open_speech_encoder
 
 # Networks of the names of ours, and one of no known name.
 NETWORKS = """
@@ -35,6 +37,109 @@ NETWORKS = """
             return super().features(2 * audio)
 """
 
+# A data module that makes up its clips; a metric, a noise schedule, an optimiser, a callback.
+TRAINING = """
+    import lightning
+    import torch
+    from torchmetrics import Metric
+    from rest_lightning.diffusion.noise import SigmaSchedule
+
+    class Clips(lightning.LightningDataModule):
+        def __init__(self, folder: str, num_clips: int = 4, num_frames: int = 49):
+            super().__init__()
+            self.folder, self.num_clips, self.num_frames = folder, num_clips, num_frames
+
+        def loader(self):
+            return make_loader(self.num_clips, self.num_frames)
+
+        def train_dataloader(self):
+            return self.loader()
+
+        def val_dataloader(self):
+            return self.loader()
+
+    def make_loader(num_clips, num_frames, left=3, right=2):
+        generator = torch.Generator().manual_seed(0)
+        clips = [
+            {
+                "frames": torch.rand(3, num_frames, 64, 64, generator=generator) * 2 - 1,
+                "audio": torch.randn(640 * (left + num_frames + right), generator=generator) * 0.1,
+            }
+            for _ in range(num_clips)
+        ]
+        return torch.utils.data.DataLoader(clips, batch_size=2)
+
+    class OneLevel(SigmaSchedule):
+        def __init__(self, place: float = 0.5):
+            self.place = place
+
+        def __call__(self, batch, num_chunks, chunk_length, table, motion_dropout, *, generator):
+            level = table[int(self.place * (len(table) - 1))]
+            sigma = level.expand(batch, 1 + num_chunks * chunk_length).clone()
+            sigma[:, 0] = 0.0
+            return sigma
+
+    class Sign(torch.optim.Optimizer):
+        num_steps = 0
+
+        def __init__(self, params, lr: float = 1.0, scale: float = 1.0):
+            super().__init__(params, {"lr": lr, "scale": scale})
+
+        @torch.no_grad()
+        def step(self, closure=None):
+            loss = None
+            if closure is not None:
+                with torch.enable_grad():
+                    loss = closure()
+            Sign.num_steps += 1
+            for group in self.param_groups:
+                for each in group["params"]:
+                    if each.grad is not None:
+                        each -= group["lr"] * group["scale"] * each.grad.sign()
+            return loss
+
+    class MeanRed(Metric):
+        full_state_update = False
+
+        def __init__(self):
+            super().__init__()
+            self.add_state("red", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+            self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+        def update(self, frames):
+            assert frames.dtype == torch.uint8 and frames.shape[-1] == 3
+            self.red += frames[..., 0].double().mean()
+            self.count += 1
+
+        def compute(self):
+            return self.red / self.count
+
+    class Count(lightning.Callback):
+        num_batches = 0
+
+        def on_train_batch_end(self, *args, **kwargs):
+            Count.num_batches += 1
+"""
+CONFIG = """
+base: [embedded/student, trainer/tiny, model/tiny]
+networks:
+  speech_encoder: {class_path: my_talker.networks.LoudEncoder, init_args: {lookahead_frames: 2}}
+  vae: {class_path: my_talker.networks.CompactVAE}
+model:
+  init_args:
+    initial: null
+    noise: {schedule: {class_path: my_talker.training.OneLevel, init_args: {place: 0.25}}}
+    optimizer:
+      lr: 1.0e-3
+      algorithm: {class_path: my_talker.training.Sign, init_args: {scale: 0.5}}
+data:
+  class_path: my_talker.training.Clips
+  init_args: {folder: somewhere}
+trainer:
+  max_steps: 2
+  callbacks+: [{class_path: my_talker.training.Count}]
+"""
+
 
 @pytest.fixture
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
@@ -43,6 +148,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     package.mkdir()
     (package / "__init__.py").touch()
     (package / "networks.py").write_text(textwrap.dedent(NETWORKS))
+    (package / "training.py").write_text(textwrap.dedent(TRAINING))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in ("", ".")])
     monkeypatch.delenv(IMPORTED, raising=False)
@@ -145,3 +251,44 @@ def test_the_current_folder_is_importable_behind_what_is_installed(elsewhere: Pa
     command = [str(Path(sys.executable).parent / "rest"), "--import", "my_talker", "--version"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.startswith("rest_lightning "), done.stderr
+
+
+def test_a_stage_trains_on_parts_data_noise_and_optimiser_of_ones_own(
+    elsewhere: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And the checkpoint becomes a model that runs them, in another program."""
+    Path("mine.yaml").write_text(CONFIG)
+    # Another --config behind it, and arguments of the data module on the command line.
+    Path("more.yaml").write_text("data: {init_args: {num_clips: 6}}")
+    words = ["--config", "mine.yaml", "--config", "more.yaml", "--data.num_frames", "25"]
+    words += ["--trainer.default_root_dir", "run"]
+    cli = lightning_cli.run(["fit", *words])
+    assert cli.trainer.global_step == 2
+    training = sys.modules["my_talker.training"]
+    assert type(cli.datamodule) is training.Clips
+    assert vars(cli.datamodule)["num_clips"] == 6 and cli.datamodule.num_frames == 25
+    assert training.Sign.num_steps == training.Count.num_batches == 2
+    assert type(cli.model.optimizers().optimizer) is training.Sign
+    assert cli.model.optimizers().param_groups[0]["scale"] == 0.5
+    level = cli.model.noise_table[int(0.25 * 999)]
+    sigma = cli.model.draw(cli.model.conditions(first_batch(cli))).path.sigma
+    assert torch.equal(sigma[:, 1:], level.expand_as(sigma[:, 1:]))
+
+    content = torch.load("run/final.ckpt", weights_only=True)
+    assert content[FROZEN_PARTS_KEY]["vae"]["class"] == "my_talker.networks.CompactVAE"
+    export = ["export", "run/final.ckpt", "--vae", "vae", "--out", "model", "--size-px", "64"]
+    cls = sys.modules["my_talker.networks"].CompactVAE
+    head = make_head()
+    head.vae = tiny_vae(cls)
+    head.save_pretrained("vae")
+    for name in [name for name in sys.modules if name.startswith("my_talker")]:
+        del sys.modules[name]
+    assert main(export) == 2
+    assert "put --import my_talker" in capsys.readouterr().err
+    assert main(["--import", "my_talker", *export]) == 0
+    described = json.loads(Path("model/speech_encoder/config.json").read_text())
+    assert described["class"] == "my_talker.networks.LoudEncoder"
+
+
+def first_batch(cli: Any) -> Any:
+    return next(iter(cli.datamodule.train_dataloader()))

@@ -22,6 +22,7 @@ from rest_lightning.diffusion.losses import flow_matching_loss
 from rest_lightning.diffusion.noise import (
     Drops,
     NoisyPath,
+    SigmaSchedule,
     drop_reference,
     drop_speech,
     noisy_path,
@@ -104,7 +105,8 @@ class NoiseSettings:
     """How training noise and dropouts are drawn (REST sec. 3.3; docs/method.md#noise).
 
     Attributes:
-        schedule: ``cans`` (REST) or ``ans`` (READ).
+        schedule: ``cans`` (REST), ``ans`` (READ), or a class of one's own, derived from
+            :class:`~rest_lightning.diffusion.noise.SigmaSchedule`.
         chunk_length: latent frames per chunk.
         chunk_lengths: lengths that are drawn, one per batch, in place of ``chunk_length``; empty:
             always that one.
@@ -118,7 +120,7 @@ class NoiseSettings:
         joint_dropout: further probability that both are zeroed (decided here).
     """
 
-    schedule: str = "cans"
+    schedule: SigmaSchedule | str = "cans"
     chunk_length: int = 3
     chunk_lengths: tuple[int, ...] = ()
     mean: float = 2.05
@@ -137,9 +139,10 @@ class NoiseSettings:
         return {name: getattr(self, name) for name in names}
 
     def __post_init__(self) -> None:
-        if self.schedule not in SIGMA_SAMPLERS:
+        if not isinstance(self.schedule, SigmaSchedule) and self.schedule not in SIGMA_SAMPLERS:
             raise UserError(
-                f"expected a noise schedule of {', '.join(SIGMA_SAMPLERS)}, got {self.schedule!r}"
+                f"expected a noise schedule of {', '.join(SIGMA_SAMPLERS)}, got {self.schedule!r}: "
+                "choose one, or give the class_path of a SigmaSchedule"
             )
 
 
@@ -431,7 +434,9 @@ class A2VModule(StageModule):
         """
         settings = self.noise
         batch, num_chunks = latents.shape[0], (latents.shape[2] - 1) // chunk_length
-        return SIGMA_SAMPLERS[settings.schedule](
+        schedule = settings.schedule
+        draw = SIGMA_SAMPLERS[schedule] if isinstance(schedule, str) else schedule
+        return draw(
             batch,
             num_chunks,
             chunk_length,

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.callbacks import Timer
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
 from rest_lightning.errors import UserError
 from rest_lightning.parts import (
@@ -33,15 +34,20 @@ RNG_KEY = "rest_rng_state"
 
 @dataclass
 class OptimizerSettings:
-    """AdamW with a linear warm-up and a linear decay (the paper states neither: decided here).
+    """AdamW, or another optimiser, with a linear warm-up and a linear decay (the paper states
+    neither: decided here).
 
     Attributes:
         lr: learning rate of the stage.
         lr_factors: factor on ``lr`` by part name, for parts that learn at another rate.
-        betas, weight_decay: of AdamW; norms, biases and tables do not decay.
+        betas: of AdamW.
+        weight_decay: norms, biases and tables do not decay.
         warmup_steps: optimiser steps until ``lr`` is reached.
         decay_start: progress (0 .. 1) from which ``lr`` falls linearly; 1 keeps it constant.
         final_lr_fraction: what is left of ``lr`` at the end.
+        algorithm: makes another optimiser of groups of parameters, in which ``lr`` and
+            ``weight_decay`` stand; in a configuration a class, as in ``algorithm: {class_path:
+            torch.optim.RMSprop, init_args: {momentum: 0.9}}``. None takes AdamW.
     """
 
     lr: float = 1e-5
@@ -51,6 +57,7 @@ class OptimizerSettings:
     warmup_steps: int = 100
     decay_start: float = 1.0
     final_lr_fraction: float = 0.02
+    algorithm: Callable[[Iterable[Any]], Optimizer] | None = None
 
 
 class StageModule(LightningModule):
@@ -140,7 +147,7 @@ class StageModule(LightningModule):
         self._makers[key] = own
 
     def configure_optimizers(self) -> Any:
-        """Returns AdamW over the trained parts, and its schedule.
+        """Returns the optimiser over the trained parts, AdamW by default, and its schedule.
 
         The schedule follows :meth:`progress`, one step at a time.
         """
@@ -155,7 +162,18 @@ class StageModule(LightningModule):
             }
             for part, decays, names in self.parameter_groups()
         ]
-        is_fused = all(each.is_cuda for group in groups for each in group["params"])  # type: ignore[attr-defined]
+        optimizer = (
+            self._adamw(groups) if settings.algorithm is None else settings.algorithm(groups)
+        )
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.lr_fraction)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
+
+    def _adamw(self, groups: list[dict[str, Any]]) -> Optimizer:
+        settings = self.optimizer_settings
+        is_fused = all(each.is_cuda for group in groups for each in group["params"])
         optimizer = torch.optim.AdamW(
             groups, betas=settings.betas, weight_decay=settings.weight_decay, fused=is_fused or None
         )
@@ -163,11 +181,7 @@ class StageModule(LightningModule):
             # Lightning refuses to clip where this is set: such a kernel could unscale gradients
             # itself. It does so only when it is given a scale, and nothing here gives it one.
             optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.lr_fraction)
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
-        }
+        return optimizer
 
     def parameter_groups(self) -> list[tuple[str, bool, list[str]]]:
         """(part, whether its weights decay, names of its parameters), without empty groups.
