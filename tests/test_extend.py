@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny_head import make_head
@@ -18,10 +20,16 @@ from torch import nn
 
 from rest_lightning import lightning_cli
 from rest_lightning.cli import main
+from rest_lightning.commands.score import own_metric
+from rest_lightning.config import place_data, read_config
 from rest_lightning.errors import UserError
-from rest_lightning.models import CompactVAE, LogMelEncoder
+from rest_lightning.evaluation.protocol import Protocol
+from rest_lightning.evaluation.scorer import ClipPair, Scorer
+from rest_lightning.lightning_cli import data_class_of
+from rest_lightning.models import CompactVAE, LogMelEncoder, SpeechAE
 from rest_lightning.names import IMPORTED
 from rest_lightning.parts import FROZEN_PARTS_KEY, build_part, describe_part, open_speech_encoder
+from rest_lightning.tasks import SpeechAEModule
 
 # Networks of the names of ours, and one of no known name.
 NETWORKS = """
@@ -158,8 +166,6 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
 
 
 def networks(folder: Path) -> Any:
-    import importlib
-
     sys.path.append(str(folder))
     return importlib.import_module("my_talker.networks")
 
@@ -292,3 +298,81 @@ def test_a_stage_trains_on_parts_data_noise_and_optimiser_of_ones_own(
 
 def first_batch(cli: Any) -> Any:
     return next(iter(cli.datamodule.train_dataloader()))
+
+
+def test_a_loader_of_a_script_trains_a_stage(elsewhere: Path) -> None:
+    """Lightning's Trainer, plain data loaders, batches of frames and sound alone."""
+    import lightning
+
+    networks(elsewhere)
+    training = importlib.import_module("my_talker.training")
+    loader = training.make_loader(2, 9)
+    options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = lightning.Trainer(accelerator="cpu", max_steps=1, **options)
+    stage = SpeechAEModule(
+        SpeechAE(feature_dim=160, num_tokens=2, latent_dim=8, width=8), LogMelEncoder()
+    )
+    trainer.fit(stage, loader, loader)
+    assert trainer.global_step == 1 and "val/mse" in trainer.callback_metrics
+
+
+def test_a_metric_of_ones_own_stands_in_the_row(elsewhere: Path) -> None:
+    protocol = Protocol("mine", 1, 2, 50, 32, ["talking"], min_clips=1)
+    scorer = Scorer(protocol, metrics=[own_metric("my_talker.training.MeanRed")])
+    sound = np.zeros(50 * 640, np.float32)
+    for made, real in ((10, 20), (30, 40)):
+        frames = [np.full((25, 32, 32, 3), value, np.uint8) for value in (made, real)]
+        pair = ClipPair(str(made), [tuple(frames)] * 2, sound, sound, frames[1][0])  # type: ignore[list-item]
+        assert scorer.add(pair), scorer.failures
+    row = scorer.row("method")
+    assert (row.metrics["mean_red"], row.ground_truth["mean_red"]) == (20, 30)
+    again = Scorer(protocol, metrics=[own_metric("my_talker.training.MeanRed")])
+    again.load_state_dict(scorer.state_dict())
+    assert again.row("method").metrics == row.metrics
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("my_talker.training.Clips", "expected a class derived from torchmetrics.Metric"),
+        ("my_talker.training.Nothing", "expected a class at --metric, got 'my_talker.training."),
+    ],
+)
+def test_metrics_that_are_none(elsewhere: Path, name: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        own_metric(name)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (
+            "{class_path: my_talker.training.Clips, init_args: {folder: a, num_clip: 2}}",
+            "mine.yaml: expected a known key, got data.init_args.num_clip: did you mean num_clips?",
+        ),
+        ("{class_path: my_talker.training.Clps}", "expected a class at data.class_path, got"),
+        ("{class_path: TalkingHeadDataModul}", "did you mean TalkingHeadDataModule?"),
+    ],
+)
+def test_mistakes_about_the_data_are_told_in_one_line(
+    elsewhere: Path, data: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("mine.yaml").write_text(f"base: [embedded/student, model/tiny]\ndata: {data}\n")
+    assert main(["fit", "--config", "mine.yaml"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+def test_the_projects_own_data_module_may_be_named(elsewhere: Path) -> None:
+    """Arguments beside the class path go to it, too."""
+    name = "TalkingHeadDataModule"
+    Path("mine.yaml").write_text(f"base: data/tiny\ndata: {{class_path: {name}, seed: 3}}\n")
+    config = read_config("mine.yaml")
+    data = place_data(config, config.content, name)["data"]
+    assert data["class_path"] == name
+    assert (data["init_args"]["num_frames"], data["init_args"]["seed"]) == (49, 3)
+    assert data_class_of(["fit", "--config", "mine.yaml", "--data.class_path=mine.Other"]) == (
+        "mine.Other"
+    )
+    assert data_class_of(["fit", "-c", "mine.yaml", "--config=data/tiny"]) == name
+    assert data_class_of(["fit", "--config", "data/tiny", "--data.seed", "1"]) is None
