@@ -35,7 +35,7 @@ NO_VAE = (
 
 class SampleVideos(Callback):
     """Writes ``samples/step-<step>-<clip_id>.mp4`` (truth | sample, with the speech) and a grid of
-    frames to the log.
+    frames to every logger that takes pictures.
 
     VAE stage: the reconstruction. Teacher: the whole clip from noise, full attention. Student: the
     stream, chunk by chunk through the ID-Context Cache, from the clip's reference and speech.
@@ -211,8 +211,8 @@ def show_sample(
     num_grid_frames: int,
     with_video: bool = False,
 ) -> Path:
-    """Write ``<folder>/step-<step>-<clip_id>.mp4`` (truth | sample), and a grid of frames to
-    TensorBoard.
+    """Write ``<folder>/step-<step>-<clip_id>.mp4`` (truth | sample), and a grid of frames to every
+    logger that takes pictures: TensorBoard, Weights & Biases, MLflow.
 
     Args:
         trainer: gives step and loggers.
@@ -221,7 +221,7 @@ def show_sample(
         truth, sample: (F, H, W, 3).
         audio: (640 F,).
         num_grid_frames: columns of the grid.
-        with_video: also to TensorBoard, as an animation.
+        with_video: also to the loggers (TensorBoard: as an animation).
 
     Returns:
         The video's path.
@@ -237,15 +237,34 @@ def show_sample(
         [np.concatenate(list(video[columns]), axis=1) for video in (truth, sample)]
     )
     for logger in trainer.loggers:
-        experiment = getattr(logger, "experiment", None)
-        if experiment is None or not hasattr(experiment, "add_image"):  # not TensorBoard
-            continue
-        experiment.add_image(f"samples/{clip_id}", grid, trainer.global_step, dataformats="HWC")
+        _log_picture(logger, f"samples/{clip_id}", grid, trainer.global_step)
         if with_video:
-            experiment._get_file_writer().add_summary(
-                _animation(f"videos/{clip_id}", pair), trainer.global_step
-            )
+            _log_video(logger, f"videos/{clip_id}", pair, path, trainer.global_step)
     return path
+
+
+def _log_picture(logger: Any, key: str, picture: NDArray[np.uint8], step: int) -> None:
+    """Hand a picture (H, W, 3) to a logger; one that takes none, such as the CSV logger, is left
+    out.
+    """
+    experiment = getattr(logger, "experiment", None)
+    if hasattr(experiment, "add_image"):  # TensorBoard
+        experiment.add_image(key, picture, step, dataformats="HWC")
+    elif hasattr(logger, "log_image"):  # Weights & Biases
+        logger.log_image(key, [picture], step=step)
+    elif hasattr(experiment, "log_image") and hasattr(logger, "run_id"):  # MLflow
+        experiment.log_image(logger.run_id, picture, f"{key}/step-{step:06d}.png")
+
+
+def _log_video(logger: Any, key: str, video: NDArray[np.uint8], path: Path, step: int) -> None:
+    """The same for a video (F, H, W, 3), which lies in a file."""
+    experiment = getattr(logger, "experiment", None)
+    if hasattr(experiment, "add_image"):
+        experiment._get_file_writer().add_summary(_animation(key, video), step)
+    elif hasattr(logger, "log_video"):
+        logger.log_video(key, [str(path)], step=step, format=["mp4"])
+    elif hasattr(experiment, "log_artifact") and hasattr(logger, "run_id"):
+        experiment.log_artifact(logger.run_id, str(path), "videos")
 
 
 def _animation(tag: str, video: NDArray[np.uint8]) -> Any:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,14 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI  # noqa:
 from lightning.pytorch.utilities.exceptions import MisconfigurationException  # noqa: E402
 
 from rest_lightning import callbacks, models, tasks  # noqa: E402
-from rest_lightning.config import read_config  # noqa: E402
+from rest_lightning.config import find_class, read_config  # noqa: E402
 from rest_lightning.data.module import TalkingHeadDataModule  # noqa: E402
 from rest_lightning.diffusion.sampling import SamplingChanges  # noqa: E402
-from rest_lightning.errors import UserError  # noqa: E402
+from rest_lightning.errors import UserError, note  # noqa: E402
 from rest_lightning.names import accept_old_names, look_in_current_folder  # noqa: E402
 from rest_lightning.options import ConfigFile, TellsMistakes, find_user_error  # noqa: E402
-from rest_lightning.tasks.base import AtomicCheckpointIO  # noqa: E402
+from rest_lightning.parts import read_checkpoint  # noqa: E402
+from rest_lightning.tasks.base import AtomicCheckpointIO, plain  # noqa: E402
 
 FINAL_CHECKPOINT = "final.ckpt"
 EXPECTED_WARNINGS = (
@@ -77,6 +79,28 @@ class RestCLI(LightningCLI):
         subparsers = getattr(self, "_subcommand_parsers", {})
         parser.active = subparsers.get(args[0]) if isinstance(args, list) and args else None
         super().parse_arguments(parser, args)
+
+    def _parse_ckpt_path(self) -> None:
+        """The settings of files and command line rule, and not those of a checkpoint, as in
+        Lightning; where the two differ, a note says so.
+        """
+        name = self.config.get("subcommand")
+        path = self.config[name].get("ckpt_path") if name else None
+        if name != "fit" or not path or not Path(path).is_file():
+            return
+        before = dict(_leaves(read_checkpoint(path).get("hyper_parameters", {})))
+        now = dict(_leaves(plain(self.config[name].model.get("init_args"))))
+        changed = sorted(key for key in before.keys() & now.keys() if before[key] != now[key])
+        for key in (key for key in changed if key.partition(".")[0] != "initial"):
+            note(f"{path} was trained with {key} {before[key]}, goes on with {now[key]}")
+
+    def before_instantiate_classes(self) -> None:
+        """A stage that is to be tested says what to do before anything is read for it."""
+        command = self.config.get("subcommand")
+        if command:
+            cls = find_class(self.config[command].model.class_path, "model.class_path", None)
+            if isinstance(cls, type) and issubclass(cls, tasks.StageModule):
+                cls.refuse(command)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """A stage and its data are configured side by side; what generates videos shares one key,
@@ -170,6 +194,15 @@ def data_class_of(args: list[str]) -> str | None:
         elif option == "--data.class_path" or (option == "--data" and not value.startswith("{")):
             found = value
     return found
+
+
+def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted names and values of nested mappings."""
+    for key, value in tree.items() if isinstance(tree, dict) else ():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
 
 
 def _know_short_names() -> None:

@@ -244,7 +244,7 @@ def read_part(name: str, source: str | Path) -> tuple[dict[str, Any], dict[str, 
             f"expected a checkpoint or a model folder for {name}, got no such file: {path}; "
             f"{way_out}"
         )
-    checkpoint = _read_checkpoint(path)
+    checkpoint = read_checkpoint(path)
     parts = checkpoint.get(PARTS_KEY, {}) if isinstance(checkpoint, dict) else {}
     if name not in parts:
         raise UserError(
@@ -273,7 +273,7 @@ def read_sampling(source: str | Path) -> Sampling | None:
     if path.is_dir():
         index = path / "model_index.json"
         return check_index(index, read_json(index))[1]
-    found = _read_checkpoint(path).get(SAMPLING_KEY)
+    found = read_checkpoint(path).get(SAMPLING_KEY)
     if found is None:
         return None
     try:
@@ -282,7 +282,7 @@ def read_sampling(source: str | Path) -> Sampling | None:
         raise UserError(f"{path}: {error}; give the sampling on the command line") from None
 
 
-def _read_checkpoint(path: Path) -> dict[str, Any]:
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """A stage's checkpoint: tensors and plain values, never code of the file's author.
 
     Mapped: what is not asked for, such as the optimiser's states, is never read.
@@ -349,7 +349,7 @@ def open_speech_encoder(source: str | Path) -> nn.Module:
         return build_part(found)
     if source.is_dir() or not source.is_file():
         return open_part("speech_encoder", source)
-    checkpoint = _read_checkpoint(source)
+    checkpoint = read_checkpoint(source)
     if "speech_encoder" in checkpoint.get(PARTS_KEY, {}):
         return open_part("speech_encoder", source)
     for description in (

@@ -4,12 +4,13 @@ checkpoint carries.
 
 from __future__ import annotations
 
+import inspect
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from lightning import LightningModule
@@ -20,16 +21,26 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from rest_lightning.config import reason_of
 from rest_lightning.errors import UserError
 from rest_lightning.parts import (
     FROZEN_PARTS_KEY,
     PARTS_KEY,
+    build_part,
     describe_part,
     fingerprint_of,
     load_part,
+    open_part,
+    open_speech_encoder,
+    read_checkpoint,
 )
 
 RNG_KEY = "rest_rng_state"
+_WAYS_OUT = {
+    "test": "`rest test --config eval/synthetic --model.model CHECKPOINT --model.vae CHECKPOINT` "
+    "scores what a teacher or student makes",
+    "predict": "`rest export` makes a model of a student for `rest predict --config predict`",
+}
 
 
 @dataclass
@@ -84,6 +95,12 @@ class StageModule(LightningModule):
         optimizer: OptimizerSettings | None,
     ) -> None:
         super().__init__()
+        frame = inspect.currentframe()
+        names = (*trained, *frozen, "trained", "frozen")
+        self.save_hyperparameters(ignore=names, frame=frame.f_back if frame is not None else None)
+        settings = {name: plain(value) for name, value in self.hparams.items() if name[0] != "_"}
+        self.hparams.clear()
+        self.hparams.update(settings)  # a checkpoint holds tensors and plain values alone
         self.optimizer_settings = optimizer or OptimizerSettings()
         self._resumed_rng: dict[str, Any] | None = None
         self._clock = _Clock(0)
@@ -99,15 +116,77 @@ class StageModule(LightningModule):
         for name, path in (initial or {}).items():
             load_part(getattr(self, name, None), name, path)
 
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]  # Lightning's is no plain class method
+        cls,
+        checkpoint_path: str | Path,
+        map_location: Any = None,
+        hparams_file: None = None,
+        strict: bool = True,
+        weights_only: bool = True,
+        **changes: Any,
+    ) -> Self:
+        """Returns the stage as it was trained: settings and trained parts from the checkpoint.
+
+        A frozen part is built from its description where it has no weights of its own; otherwise
+        it comes from the file that ``initial`` names, or from ``changes``.
+
+        Args:
+            checkpoint_path: of this stage.
+            map_location: device of the module; None is the CPU.
+            hparams_file: not used; the checkpoint holds all settings.
+            strict: whether the checkpoint must hold exactly this module's weights.
+            weights_only: True; nothing else is read.
+            changes: arguments of the constructor in place of the checkpoint's.
+
+        Raises:
+            UserError: another stage's checkpoint, or a frozen part whose weights are nowhere.
+        """
+        checkpoint = read_checkpoint(checkpoint_path)
+        described = checkpoint.get(PARTS_KEY, {})
+        parameters = inspect.signature(cls.__init__).parameters
+        takes_any = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+        if not described or not (takes_any or described.keys() <= parameters.keys()):
+            raise UserError(
+                f"expected a checkpoint of {cls.__name__}, got {checkpoint_path} with "
+                f"{', '.join(sorted(described)) or 'none of our parts'}"
+            )
+        settings = dict(checkpoint.get("hyper_parameters", {}))
+        initial = {**(settings.pop("initial", None) or {}), **(changes.pop("initial", None) or {})}
+        given = {name: build_part(each) for name, each in described.items()}
+        for name, description in checkpoint.get(FROZEN_PARTS_KEY, {}).items():
+            is_ours = takes_any or name in parameters
+            if is_ours and name not in changes and name not in ("teacher", "teacher_speech_ae"):
+                given[name] = _frozen_part(name, description, initial.get(name), checkpoint_path)
+        given |= typed_settings(cls, settings, skip={*given, *changes, "initial"}) | changes
+        module = cls(**given)
+        module.on_load_checkpoint(checkpoint)
+        module.load_state_dict(checkpoint["state_dict"], strict=strict)
+        return module if map_location is None else module.to(map_location)
+
+    @classmethod
+    def refuse(cls, command: str) -> None:
+        """Raises a UserError that says what to do, where ``command`` is ``test`` or ``predict``."""
+        if command in _WAYS_OUT:
+            raise UserError(
+                f"expected a model for rest {command}, got the stage {cls.__name__}: `rest "
+                f"validate` runs its losses on held-out clips, {_WAYS_OUT[command]}"
+            )
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """A stage has no test of its own: :meth:`setup` says what to do."""
+
     def setup(self, stage: str) -> None:
-        """Refuse a precision that rounds everything, buffers too.
+        """Refuse a test, and a precision that rounds everything, buffers too.
 
         In bfloat16 the 1,000 noise levels of the table become about 120, statistics of latents and
         the moving average lose their last steps. Mixed precision computes as fast.
 
         Raises:
-            UserError: ``bf16-true`` or another precision with weights of half the bits.
+            UserError: ``rest test`` or ``rest predict`` of a stage, or ``bf16-true`` or another
+                precision with weights of half the bits.
         """
+        self.refuse(stage)
         precision = str(self.trainer.precision)
         if precision in (
             "bf16-true",
@@ -338,6 +417,63 @@ class StageModule(LightningModule):
 
     def _frozen_keys(self, keys: Iterable[str]) -> list[str]:
         return [key for key in keys if key.split(".", 1)[0] in self.frozen_parts]
+
+
+def plain(value: Any) -> Any:
+    """A setting as YAML has it: a dataclass is a mapping, any other object its class."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(each) for each in value]
+    if isinstance(value, Path):
+        return str(value)
+    if is_dataclass(value) or type(value).__name__ == "Namespace":  # of argparse or jsonargparse
+        return {key: plain(each) for key, each in vars(value).items()}
+    of = value if callable(value) and hasattr(value, "__qualname__") else type(value)
+    return {"class_path": f"{of.__module__}.{of.__qualname__}"}
+
+
+def typed_settings(
+    cls: type[StageModule], settings: Mapping[str, Any], skip: set[str]
+) -> dict[str, Any]:
+    """The settings of :func:`plain` as the constructor takes them.
+
+    Raises:
+        UserError: a value that the constructor does not take (any more).
+    """
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    known = parser.add_class_arguments(
+        cls, "stage", instantiate=False, fail_untyped=False, skip=skip
+    )
+    own = {name: value for name, value in settings.items() if f"stage.{name}" in known}
+    try:
+        values = parser.instantiate_classes(parser.parse_object({"stage": own}))["stage"]
+    except ArgumentError as error:
+        key, reason = reason_of(str(error))
+        raise UserError(
+            f"{key or 'the settings of the checkpoint'}: {reason}; give it to load_from_checkpoint"
+        ) from None
+    return {name: values[name] for name in own}
+
+
+def _frozen_part(
+    name: str, description: dict[str, Any], source: str | None, checkpoint: str | Path
+) -> nn.Module:
+    if source is not None and Path(source).exists():
+        return open_part(name, source)
+    if name == "speech_encoder":
+        return open_speech_encoder(checkpoint)
+    part = build_part(description)
+    if any(True for _ in part.parameters()):
+        raise UserError(
+            f"expected the weights of the frozen {name}, which are not in {checkpoint}, got none: "
+            f"give {name}=..., or initial={{'{name}': 'final.ckpt of its stage'}}"
+        )
+    return part
 
 
 class _Clock:
