@@ -289,7 +289,7 @@ class Pair:
         loader = data.test_dataloader() if split == "test" else data.val_dataloader()
         for number, batch in enumerate(loader):
             latents = batch["latents"].float()
-            features = speech_features(batch, data, student.speech_encoder)
+            features = speech_features(batch, student.speech_encoder)
             conditions = Conditions(latents, student.speech_ae.encode(features))
             for draw in range(num_draws):
                 inputs = student.draw(

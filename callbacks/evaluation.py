@@ -15,11 +15,12 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from numpy.typing import NDArray
+from torchmetrics import Metric
 
 from ..constants import SAMPLES_PER_FRAME, TEMPORAL_RATIO
 from ..data.clips import load_frames
 from ..data.layout import manifest_path, read_manifest, read_sidecar
-from ..diffusion.sampling import Sampling, SamplingChanges
+from ..diffusion.sampling import SamplingChanges
 from ..errors import UserError
 from ..evaluation.clips import write_clips
 from ..evaluation.faces import FaceFinder, MediapipeFaces, SidecarFaces
@@ -58,7 +59,10 @@ class Evaluation(Callback):
         num_videos: clips shown as video and grid, in ``samples/`` and in TensorBoard.
         num_grid_frames: columns of a grid.
         seed: of the noise in a training run; `EvaluateModule` has its own.
-        sampling: the same; ``rest fit`` takes it from the top-level key ``sampling``.
+        sampling: changes of the stage's own; ``rest fit`` takes it from the top-level key
+            ``sampling``.
+        metrics: of one's own, beside the protocol's: ``update`` takes a clip's frames, uint8
+            (n, H, W, 3).
     """
 
     def __init__(
@@ -72,6 +76,7 @@ class Evaluation(Callback):
         num_grid_frames: int = 8,
         seed: int = 0,
         sampling: SamplingChanges | None = None,
+        metrics: list[Metric] | None = None,
     ) -> None:
         if min(every_n_validations, num_grid_frames, 1 if num_clips is None else num_clips) < 1:
             raise UserError(
@@ -86,6 +91,7 @@ class Evaluation(Callback):
             seed,
             sampling or SamplingChanges(),
         )
+        self.metrics = metrics or []
         self.row: ResultRow | None = None
         self._scorer: Scorer | None = None
         self._resumed: dict[str, Any] | None = None
@@ -94,6 +100,7 @@ class Evaluation(Callback):
         self._seen: list[str] = []  # clips of this process in this evaluation
         self._step = 0  # of its weights
         self._folder = Path()
+        self._data_dir = ""  # of the batches
         self._video: Path | None = None  # of the first clip
 
     @property
@@ -129,8 +136,7 @@ class Evaluation(Callback):
         """Refuse what cannot be scored before anything is computed.
 
         Raises:
-            UserError: windows shorter than the protocol's clips, weights that are not there, a
-                stage that makes no clips.
+            UserError: weights that are not there, a stage that makes no clips.
         """
         if stage not in SPLITS:
             return
@@ -142,20 +148,27 @@ class Evaluation(Callback):
             )
         if isinstance(pl_module, A2VModule) and pl_module.vae is None:
             raise UserError(NO_VAE.replace("SampleVideos", "Evaluation"))
-        datamodule = trainer.datamodule  # type: ignore[attr-defined]
-        if datamodule.num_frames < self.protocol.num_frames:
-            raise UserError(
-                f"expected data.num_frames of at least {self.protocol.num_frames} for "
-                f"{self.protocol.name}, "
-                f"got {datamodule.num_frames}: set it to 8n + 1"
-            )
         self._folder = Path(trainer.log_dir or trainer.default_root_dir)
         self._scorer_for(pl_module)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse clips that are too short before the training, and not at its first validation."""
+        self._check_clips(trainer.val_dataloaders)
+
+    def _check_clips(self, loader: Any) -> None:
+        """Refuse windows that are shorter than the protocol's clips, where a loader knows them."""
+        num_frames = getattr(getattr(loader, "dataset", None), "num_frames", None)
+        if num_frames is not None and num_frames < self.protocol.num_frames:
+            raise UserError(
+                f"expected data.num_frames of at least {self.protocol.num_frames} for "
+                f"{self.protocol.name}, got {num_frames}: set it to 8n + 1"
+            )
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """An evaluation begins, if its turn has come."""
         if trainer.sanity_checking or not isinstance(pl_module, A2VModule):
             return
+        self._check_clips(trainer.val_dataloaders)
         self._num_validations += 1
         due = (
             trainer.state.fn != "fit" or (self._num_validations - 1) % self.every_n_validations == 0
@@ -164,6 +177,7 @@ class Evaluation(Callback):
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The evaluation begins."""
+        self._check_clips(trainer.test_dataloaders)
         self._begin(pl_module)
 
     def on_validation_batch_end(
@@ -241,13 +255,21 @@ class Evaluation(Callback):
                 chunk_frames = TEMPORAL_RATIO * module.transformer.cache_options.chunk_length
             # networks are born with random weights: not the training's numbers
             with torch.random.fork_rng(devices=[]):
-                self._scorer = Scorer(self.protocol, chunk_frames, module.device)
+                self._scorer = Scorer(
+                    self.protocol, chunk_frames, module.device, metrics=self.metrics
+                )
 
     def _drop(self) -> None:
         self._scorer = self._generator = self._video = None
         self._seen = []
 
     def _batch(self, trainer: Trainer, module: LightningModule, batch: dict[str, Any]) -> None:
+        if "data_dir" not in batch:
+            raise UserError(
+                "expected Evaluation with clips of a TalkingHeadDataModule, got batches without "
+                "data_dir: leave it out, and judge the model's videos with `rest score`"
+            )
+        self._data_dir = batch["data_dir"]
         for row, clip_id in enumerate(batch["clip_id"]):
             if len(self._seen) >= self._share(trainer):
                 return
@@ -268,9 +290,8 @@ class Evaluation(Callback):
         """Clips of this process: the processes take turns, and the last ones may be given a clip a
         second time.
         """
-        datamodule = trainer.datamodule  # type: ignore[attr-defined]
         split = SPLITS[str(getattr(trainer.state.fn, "value", trainer.state.fn))]
-        num_clips = min(self.num_clips, len(read_manifest(datamodule.data_dir, split)))
+        num_clips = min(self.num_clips, len(read_manifest(self._data_dir, split)))
         return len(range(trainer.global_rank, num_clips, trainer.world_size))
 
     def _clip(
@@ -278,10 +299,9 @@ class Evaluation(Callback):
     ) -> None:
         assert self._scorer is not None
         clip_id, num_frames = batch["clip_id"][row], self.protocol.num_frames
-        datamodule = trainer.datamodule  # type: ignore[attr-defined]
         try:
-            truth = true_frames(datamodule.data_dir, batch, row, num_frames)
-            start = datamodule.audio_left_frames * SAMPLES_PER_FRAME
+            truth = true_frames(self._data_dir, batch, row, num_frames)
+            start = batch["audio_margin_frames"][0] * SAMPLES_PER_FRAME
             audio = (
                 batch["audio"][row, start:][: num_frames * SAMPLES_PER_FRAME].float().cpu().numpy()
             )
@@ -292,9 +312,7 @@ class Evaluation(Callback):
             if self.protocol.faces == "mediapipe":
                 faces = MediapipeFaces()
             elif self.protocol.faces == "sidecar":
-                faces = SidecarFaces(
-                    _landmarks(datamodule.data_dir, clip_id, int(batch["start"][row]))
-                )
+                faces = SidecarFaces(_landmarks(self._data_dir, clip_id, int(batch["start"][row])))
             opening = batch["mouth_opening"][row].cpu().numpy()
             pair = ClipPair(
                 name=clip_id,
@@ -306,7 +324,7 @@ class Evaluation(Callback):
                 faces=faces,
             )
         except UserError as error:
-            self._scorer.fail(clip_id, str(error).replace(f"{datamodule.data_dir}/", ""))
+            self._scorer.fail(clip_id, str(error).replace(f"{self._data_dir}/", ""))
             return
         self._scorer.add(pair)
         if (
@@ -330,7 +348,7 @@ class Evaluation(Callback):
             yield module.generator
             return
         assert isinstance(module, A2VModule)
-        settings = self.sampling.of(Sampling())
+        settings = self.sampling.of(module.sampling)
         before = self._generator
         if isinstance(module, StudentModule):
             with borrowed_head(module, settings, size_px) as head:
@@ -346,7 +364,6 @@ class Evaluation(Callback):
 
     def _finish(self, trainer: Trainer, module: LightningModule, path: Path) -> None:
         assert self._scorer is not None
-        datamodule = trainer.datamodule  # type: ignore[attr-defined]
         own = (
             module.configuration
             if isinstance(module, EvaluateModule)
@@ -357,7 +374,7 @@ class Evaluation(Callback):
         config = {
             "command": command,
             "split": SPLITS[command],
-            "manifest_sha256": sha256_of(manifest_path(datamodule.data_dir)),
+            "manifest_sha256": sha256_of(manifest_path(self._data_dir)) if self._data_dir else None,
             "precision": str(trainer.precision),
             "frame_source": {"generated": "decoder", "truth": "mp4"},
             "step": trainer.global_step,

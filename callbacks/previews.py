@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ NO_VAE = (
 
 class SampleVideos(Callback):
     """Writes ``samples/step-<step>-<clip_id>.mp4`` (truth | sample, with the speech) and a grid of
-    frames to the log.
+    frames to every logger that takes pictures.
 
     VAE stage: the reconstruction. Teacher: the whole clip from noise, full attention. Student: the
     stream, chunk by chunk through the ID-Context Cache, from the clip's reference and speech.
@@ -48,7 +48,7 @@ class SampleVideos(Callback):
         num_clips: clips of the first validation batch.
         num_grid_frames: columns of the grid.
         seed: of the noise, the same at every validation.
-        sampling: changes of the paper's; ``rest fit`` takes them from the top-level key
+        sampling: changes of the stage's own; ``rest fit`` takes them from the top-level key
             ``sampling``.
     """
 
@@ -69,7 +69,7 @@ class SampleVideos(Callback):
             num_clips,
             num_grid_frames,
         )
-        self.sampling = (sampling or SamplingChanges()).of(Sampling())
+        self.sampling = sampling or SamplingChanges()
         self.seed = seed
         self._num_validations = 0
         self._folder: Path | None = None
@@ -107,13 +107,17 @@ class SampleVideos(Callback):
             rank_zero_warn(f"no sample videos at step {trainer.global_step}: {error}")
 
     def _write(self, trainer: Trainer, module: LightningModule, batch: dict[str, Any]) -> None:
-        batch = {name: value[: self.num_clips] for name, value in batch.items()}
+        num_clips = self.num_clips
+        batch = {
+            name: value[:num_clips] if isinstance(value, Tensor | list) else value
+            for name, value in batch.items()
+        }
         with torch.inference_mode():
-            truth, sample = self.sample(module, batch, trainer.datamodule)  # type: ignore[attr-defined]
+            truth, sample = self.sample(module, batch)
         truth, sample = truth.cpu(), sample.cpu()
         assert self._folder is not None
-        left = trainer.datamodule.audio_left_frames  # type: ignore[attr-defined]
-        for row, clip_id in enumerate(batch["clip_id"]):
+        left = audio_left_frames(module, batch)
+        for row, clip_id in enumerate(clip_ids(batch, len(truth))):
             audio = batch["audio"][row].float().cpu().numpy()
             show_sample(
                 trainer,
@@ -125,9 +129,7 @@ class SampleVideos(Callback):
                 self.num_grid_frames,
             )
 
-    def sample(
-        self, module: LightningModule, batch: dict[str, Any], datamodule: Any
-    ) -> tuple[Tensor, Tensor]:
+    def sample(self, module: LightningModule, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Truth and sample of a validation batch, both uint8 (B, F, H, W, 3).
 
         Raises:
@@ -152,40 +154,51 @@ class SampleVideos(Callback):
                 if "reference" in batch
                 else module.vae.decode(latents[:, :, :1])[:, :, 0]
             )
-            return to_uint8(truth), self._stream(
-                module, reference, batch["audio"], noise, datamodule
-            )
-        sigmas = self.sampling.sigmas(latents[0, 0].numel())
+            left = audio_left_frames(module, batch)
+            return to_uint8(truth), self._stream(module, reference, batch["audio"], noise, left)
+        sampling = self.sampling.of(module.sampling)
+        sigmas = sampling.sigmas(latents[0, 0].numel())
         clip = generate_clip(
             module.transformer,
             latents[:, :, :1],
             conditions.speech_latents,
             noise,
             sigmas,
-            self.sampling.branches,
+            sampling.branches,
         )
         return to_uint8(truth), to_uint8(module.vae.decode(clip))
 
     def _stream(
-        self, module: A2VModule, reference: Tensor, audio: Tensor, noise: Tensor, datamodule: Any
+        self, module: A2VModule, reference: Tensor, audio: Tensor, noise: Tensor, left_frames: int
     ) -> Tensor:
         """What a session gives for the clip's reference and speech, the reference first: uint8
         (B, F, H, W, 3).
         """
-        with borrowed_head(module, self.sampling, reference.shape[-1]) as head:
-            engine = ChunkEngine(head, len(reference), self.sampling)
+        sampling = self.sampling.of(module.sampling)
+        with borrowed_head(module, sampling, reference.shape[-1]) as head:
+            engine = ChunkEngine(head, len(reference), sampling)
             engine.start(reference)
             videos = [to_uint8(reference[:, :, None])]
             for chunk, piece in enumerate(noise[:, :, 1:].split(engine.chunk_length, dim=2)):
                 first_frame = 1 + chunk * engine.chunk_frames  # frame 0 is the reference
-                start = (
-                    datamodule.audio_left_frames
-                    + first_frame
-                    - head.speech_encoder.left_context_frames
-                )
+                start = left_frames + first_frame - head.speech_encoder.left_context_frames
                 window = audio[:, start * SAMPLES_PER_FRAME :][:, : engine.window_samples]
                 videos.append(engine.step(window, piece))
         return torch.cat(videos, dim=1)
+
+
+def audio_left_frames(module: Any, batch: Mapping[str, Any]) -> int:
+    """Frames of audio before a batch's clips; where it does not say, those that the stage reads."""
+    encoder = getattr(module, "speech_encoder", None)
+    own = 0 if encoder is None else encoder.left_context_frames
+    left: int = batch.get("audio_margin_frames", (own, 0))[0]
+    return left
+
+
+def clip_ids(batch: Mapping[str, Any], num_clips: int) -> list[str]:
+    """Names of a batch's clips; numbers where it has none."""
+    names: list[str] = batch.get("clip_id") or [f"clip-{number}" for number in range(num_clips)]
+    return names
 
 
 def show_sample(
@@ -198,8 +211,8 @@ def show_sample(
     num_grid_frames: int,
     with_video: bool = False,
 ) -> Path:
-    """Write ``<folder>/step-<step>-<clip_id>.mp4`` (truth | sample), and a grid of frames to
-    TensorBoard.
+    """Write ``<folder>/step-<step>-<clip_id>.mp4`` (truth | sample), and a grid of frames to every
+    logger that takes pictures: TensorBoard, Weights & Biases, MLflow.
 
     Args:
         trainer: gives step and loggers.
@@ -208,7 +221,7 @@ def show_sample(
         truth, sample: (F, H, W, 3).
         audio: (640 F,).
         num_grid_frames: columns of the grid.
-        with_video: also to TensorBoard, as an animation.
+        with_video: also to the loggers (TensorBoard: as an animation).
 
     Returns:
         The video's path.
@@ -224,15 +237,34 @@ def show_sample(
         [np.concatenate(list(video[columns]), axis=1) for video in (truth, sample)]
     )
     for logger in trainer.loggers:
-        experiment = getattr(logger, "experiment", None)
-        if experiment is None or not hasattr(experiment, "add_image"):  # not TensorBoard
-            continue
-        experiment.add_image(f"samples/{clip_id}", grid, trainer.global_step, dataformats="HWC")
+        _log_picture(logger, f"samples/{clip_id}", grid, trainer.global_step)
         if with_video:
-            experiment._get_file_writer().add_summary(
-                _animation(f"videos/{clip_id}", pair), trainer.global_step
-            )
+            _log_video(logger, f"videos/{clip_id}", pair, path, trainer.global_step)
     return path
+
+
+def _log_picture(logger: Any, key: str, picture: NDArray[np.uint8], step: int) -> None:
+    """Hand a picture (H, W, 3) to a logger; one that takes none, such as the CSV logger, is left
+    out.
+    """
+    experiment = getattr(logger, "experiment", None)
+    if hasattr(experiment, "add_image"):  # TensorBoard
+        experiment.add_image(key, picture, step, dataformats="HWC")
+    elif hasattr(logger, "log_image"):  # Weights & Biases
+        logger.log_image(key, [picture], step=step)
+    elif hasattr(experiment, "log_image") and hasattr(logger, "run_id"):  # MLflow
+        experiment.log_image(logger.run_id, picture, f"{key}/step-{step:06d}.png")
+
+
+def _log_video(logger: Any, key: str, video: NDArray[np.uint8], path: Path, step: int) -> None:
+    """The same for a video (F, H, W, 3), which lies in a file."""
+    experiment = getattr(logger, "experiment", None)
+    if hasattr(experiment, "add_image"):
+        experiment._get_file_writer().add_summary(_animation(key, video), step)
+    elif hasattr(logger, "log_video"):
+        logger.log_video(key, [str(path)], step=step, format=["mp4"])
+    elif hasattr(experiment, "log_artifact") and hasattr(logger, "run_id"):
+        experiment.log_artifact(logger.run_id, str(path), "videos")
 
 
 def _animation(tag: str, video: NDArray[np.uint8]) -> Any:

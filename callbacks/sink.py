@@ -121,7 +121,7 @@ class VideoSink(Callback):
         """Write ``failed.jsonl``: one row for each pair that was left out, with its reason; none
         when all are made.
         """
-        before = getattr(trainer.datamodule, "failed_pairs", [])  # type: ignore[attr-defined]
+        before = getattr(trainer.predict_dataloaders, "failed", [])
         rows = [_failed_row(pair, reason) for pair, reason in before] + self._failed
         path = self.out_dir / "failed.jsonl"
         path.unlink(missing_ok=True)

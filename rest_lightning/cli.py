@@ -86,6 +86,8 @@ def main(args: list[str] | None = None) -> int:
 
 
 def _run(words: list[str]) -> int:
+    while words and words[0].partition("=")[0] == "--import":
+        words = _import(words)
     name = words[0] if words else "--help"
     if name in ("-h", "--help", "help"):
         print(usage())
@@ -124,15 +126,30 @@ def _find(name: str) -> tuple[str | None, Callable[[argparse.ArgumentParser], No
     return inspect.getdoc(command if variant else module), add_arguments, command
 
 
+def _import(words: list[str]) -> list[str]:
+    """Imports the package of a leading ``--import``; returns the words behind it."""
+    from rest_lightning.names import add_imported
+
+    _, equals, name = words[0].partition("=")
+    name = name if equals else "".join(words[1:2])
+    if not name or name.startswith("-"):
+        raise UserError(
+            "expected a package behind --import, got none: rest --import my_package fit"
+        )
+    add_imported(name)
+    return words[1:] if equals else words[2:]
+
+
 def usage() -> str:
     """What ``rest --help`` prints."""
     rows = [f"  {name:<16}{text}" for name, text in (COMMANDS | STAGE_COMMANDS).items()]
     return "\n".join(
         [
-            "usage: rest COMMAND [arguments]     rest COMMAND --help tells more",
+            "usage: rest [--import PACKAGE] COMMAND [arguments]     rest COMMAND --help tells more",
             "",
             *rows,
             "",
+            "--import loads a package of yours, for classes that a model or a configuration names",
             "example: rest talk portrait.png speech.wav -o out.mp4",
         ]
     )

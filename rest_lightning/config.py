@@ -30,11 +30,14 @@ from pathlib import Path
 from typing import Any
 
 from rest_lightning.errors import UserError
+from rest_lightning.names import look_in_current_folder
 
 BASE, NETWORKS = "base", "networks"
 PARTS = ("vae", "speech_encoder", "speech_ae", "transformer", "detail")
 CLASS, ARGUMENTS = "class_path", "init_args"
-EXPORTING_PACKAGES = ("rest_lightning.tasks", "rest_lightning.models", "rest_lightning.callbacks")
+EXPORTING_PACKAGES = tuple(
+    f"rest_lightning.{name}" for name in ("tasks", "models", "callbacks", "data")
+)
 Tree = dict[str, Any]
 T = typing.TypeVar("T")
 
@@ -286,6 +289,39 @@ def place_networks(config: Config, stage: str | None = None) -> Tree:
     return merge(model, content)
 
 
+def place_data(config: Config, content: Tree, class_path: str) -> Tree:
+    """Returns the content with ``data`` as a class and its arguments.
+
+    What files say of another data module, those that do not name this class, goes where this one
+    has no such argument.
+
+    Args:
+        config: where the content comes from.
+        content: the configuration; arguments of ``data`` may stand in it without ``init_args``.
+        class_path: of the data module that is run.
+
+    Raises:
+        UserError: no such class.
+    """
+    data = content.get("data")
+    if not isinstance(data, Mapping):
+        return content
+    plain = {name: value for name, value in data.items() if name not in (CLASS, ARGUMENTS)}
+    arguments = {**plain, **(data.get(ARGUMENTS) or {})}
+    known = parameters_of(find_class(class_path, "data.class_path", config.path))
+    if "**" not in known:
+        said = {
+            name
+            for _, source in config.sources
+            if isinstance(own := source.get("data"), Mapping) and own.get(CLASS) is not None
+            for name in (*own, *(own.get(ARGUMENTS) or {}))
+        }
+        arguments = {
+            name: value for name, value in arguments.items() if name in known or name in said
+        }
+    return {**content, "data": {CLASS: class_path, ARGUMENTS: arguments}}
+
+
 # -- mistakes --------------------------------------------------------------------------------------
 
 
@@ -338,6 +374,7 @@ def find_class(class_path: str, key: str, path: Path | None) -> type:
     """
     module, _, name = class_path.rpartition(".")
     exported = dict(_exported())
+    look_in_current_folder()
     try:
         if not module:
             return getattr(importlib.import_module(exported[name]), name)

@@ -26,7 +26,7 @@ from rest_lightning.diffusion.sampling import (
 )
 from rest_lightning.errors import UserError
 from rest_lightning.models.transformer import A2VDiT
-from rest_lightning.parts import open_part, open_speech_encoder
+from rest_lightning.parts import open_part, open_speech_encoder, read_sampling
 from rest_lightning.streaming.engine import to_uint8
 from rest_lightning.talking_head import INDEX_FILE, TalkingHead
 
@@ -214,7 +214,7 @@ def load_generator(
         model: folder of `rest export`, checkpoint of a stage, or None for the embedded model.
         vae: checkpoint or folder with the VAE, where ``model`` is a checkpoint: stages do not keep
             frozen parts.
-        sampling: changes of the model's own settings (for checkpoints: the paper's).
+        sampling: changes of the model's own settings (where a checkpoint has none: the paper's).
         seed: of the noise.
         clip_latents: of a teacher: READ's overlapping clips of so many latents, see
             :func:`generate_overlapping`; None: the whole clip at once.
@@ -244,7 +244,7 @@ def load_generator(
         "speech_ae": open_part("speech_ae", model),
         "transformer": transformer,
     }
-    settings = changes.of(Sampling())
+    settings = changes.of(read_sampling(model) or Sampling())
     if transformer.config["attention"] == "chunked":
         _refuse_clips(clip_latents)
         return Streamed(TalkingHead(**parts, sampling=settings), settings, seed)

@@ -4,7 +4,9 @@ module.
 
 from __future__ import annotations
 
+import itertools
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +14,20 @@ from rest_lightning.torchvision_compat import ensure_torchvision
 
 ensure_torchvision()  # lightning imports torchvision
 from lightning.fabric.plugins import TorchCheckpointIO  # noqa: E402
-from lightning.pytorch import LightningModule, Trainer  # noqa: E402
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer  # noqa: E402
 from lightning.pytorch.callbacks import Callback, WeightAveraging  # noqa: E402
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI  # noqa: E402
 from lightning.pytorch.utilities.exceptions import MisconfigurationException  # noqa: E402
 
 from rest_lightning import callbacks, models, tasks  # noqa: E402
+from rest_lightning.config import find_class, read_config  # noqa: E402
 from rest_lightning.data.module import TalkingHeadDataModule  # noqa: E402
 from rest_lightning.diffusion.sampling import SamplingChanges  # noqa: E402
-from rest_lightning.errors import UserError  # noqa: E402
-from rest_lightning.names import accept_old_names  # noqa: E402
+from rest_lightning.errors import UserError, note  # noqa: E402
+from rest_lightning.names import accept_old_names, look_in_current_folder  # noqa: E402
 from rest_lightning.options import ConfigFile, TellsMistakes, find_user_error  # noqa: E402
-from rest_lightning.tasks.base import AtomicCheckpointIO  # noqa: E402
+from rest_lightning.parts import read_checkpoint  # noqa: E402
+from rest_lightning.tasks.base import AtomicCheckpointIO, plain  # noqa: E402
 
 FINAL_CHECKPOINT = "final.ckpt"
 EXPECTED_WARNINGS = (
@@ -39,11 +43,32 @@ class StageParser(TellsMistakes, LightningArgumentParser):
 class RestCLI(LightningCLI):
     """LightningCLI whose model is any stage; after ``fit`` it validates once and writes
     ``final.ckpt``.
+
+    Args:
+        args: the subcommand and its arguments. Where they or their files name a class of ``data``,
+            it is the data module; else :class:`TalkingHeadDataModule` is.
+        run: whether the subcommand runs; False takes arguments without one.
     """
+
+    def __init__(self, args: list[str], run: bool = True) -> None:
+        self.data_class = data_class_of(args)
+        super().__init__(
+            LightningModule,
+            TalkingHeadDataModule if self.data_class is None else LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=self.data_class is not None,
+            seed_everything_default=0,
+            save_config_kwargs={"overwrite": True},
+            auto_configure_optimizers=False,
+            parser_kwargs={"prog": "rest"},
+            args=args,
+            run=run,
+        )
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """A parser whose ``--config`` takes shipped names, too."""
         parser = StageParser(**kwargs)
+        parser.data_class = self.data_class
         what = "shipped name, such as embedded/student, or a path; repeatable, later ones win"
         parser.add_argument("-c", "--config", action=ConfigFile, help=what)
         return parser
@@ -54,6 +79,28 @@ class RestCLI(LightningCLI):
         subparsers = getattr(self, "_subcommand_parsers", {})
         parser.active = subparsers.get(args[0]) if isinstance(args, list) and args else None
         super().parse_arguments(parser, args)
+
+    def _parse_ckpt_path(self) -> None:
+        """The settings of files and command line rule, and not those of a checkpoint, as in
+        Lightning; where the two differ, a note says so.
+        """
+        name = self.config.get("subcommand")
+        path = self.config[name].get("ckpt_path") if name else None
+        if name != "fit" or not path or not Path(path).is_file():
+            return
+        before = dict(_leaves(read_checkpoint(path).get("hyper_parameters", {})))
+        now = dict(_leaves(plain(self.config[name].model.get("init_args"))))
+        changed = sorted(key for key in before.keys() & now.keys() if before[key] != now[key])
+        for key in (key for key in changed if key.partition(".")[0] != "initial"):
+            note(f"{path} was trained with {key} {before[key]}, goes on with {now[key]}")
+
+    def before_instantiate_classes(self) -> None:
+        """A stage that is to be tested says what to do before anything is read for it."""
+        command = self.config.get("subcommand")
+        if command:
+            cls = find_class(self.config[command].model.class_path, "model.class_path", None)
+            if isinstance(cls, type) and issubclass(cls, tasks.StageModule):
+                cls.refuse(command)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """A stage and its data are configured side by side; what generates videos shares one key,
@@ -113,17 +160,9 @@ def run(args: list[str]) -> Any:
         warnings.filterwarnings("ignore", message)
     _know_short_names()
     accept_old_names()
+    look_in_current_folder()
     try:
-        return RestCLI(
-            LightningModule,
-            TalkingHeadDataModule,
-            subclass_mode_model=True,
-            seed_everything_default=0,
-            save_config_kwargs={"overwrite": True},
-            auto_configure_optimizers=False,
-            parser_kwargs={"prog": "rest"},
-            args=args,
-        )
+        return RestCLI(args)
     except Exception as error:
         mistake = find_user_error(error)
         # no GPU, too few devices, ...
@@ -137,6 +176,33 @@ def run(args: list[str]) -> Any:
         if mistake is None:
             raise
         raise mistake from None
+
+
+def data_class_of(args: list[str]) -> str | None:
+    """Returns the last class path that the arguments, or the files among them, give ``data``.
+
+    Raises:
+        UserError: a file that cannot be read.
+    """
+    found: str | None = None
+    for word, following in itertools.pairwise([*args, ""]):
+        option, equals, value = word.partition("=")
+        value = value if equals else following
+        if option in ("-c", "--config") and value:
+            data = read_config(value).content.get("data")
+            found = (data.get("class_path") if isinstance(data, dict) else None) or found
+        elif option == "--data.class_path" or (option == "--data" and not value.startswith("{")):
+            found = value
+    return found
+
+
+def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted names and values of nested mappings."""
+    for key, value in tree.items() if isinstance(tree, dict) else ():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
 
 
 def _know_short_names() -> None:

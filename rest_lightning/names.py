@@ -1,17 +1,21 @@
-"""Names: those that packages export, loaded on first use, and those of release 0.1 that files still
-say.
+"""Names: those that packages export, loaded on first use, those of other people's packages, and
+those of release 0.1 that files still say.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from rest_lightning.errors import UserError
 
 
 def lazy(
@@ -31,6 +35,47 @@ def lazy(
         return getattr(importlib.import_module(module_of[name]), name)
 
     return sorted(module_of), get
+
+
+IMPORTED = (
+    "REST_LIGHTNING_IMPORT"  # names of packages, comma-separated; inherited by child processes
+)
+
+
+def import_package(name: str) -> ModuleType:
+    """Imports a package or module of the user's, also from the current folder.
+
+    Raises:
+        UserError: there is none of this name, or it needs one that is not there.
+    """
+    look_in_current_folder()
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        where = "" if error.name == name else f", which needs {error.name}"
+        raise UserError(
+            f"expected an installed package, or one in the current folder, got {name}{where}: "
+            "check the name and the folder"
+        ) from None
+
+
+def imported_packages() -> list[str]:
+    """Returns the packages of ``rest --import``."""
+    return [name for name in os.environ.get(IMPORTED, "").split(",") if name]
+
+
+def add_imported(name: str) -> None:
+    """Imports a package, and has the child processes import it, too."""
+    import_package(name)
+    if name not in imported_packages():
+        os.environ[IMPORTED] = ",".join([*imported_packages(), name])
+
+
+def look_in_current_folder() -> None:
+    """Makes modules of the current folder importable, behind everything that is installed."""
+    folder = str(Path.cwd())
+    if folder not in sys.path:
+        sys.path.append(folder)
 
 
 # Modules of 0.1 that configuration files and checkpoints name -> where their classes are now.

@@ -20,6 +20,7 @@ from rest_lightning.config import (
     check_keys,
     hint_inside,
     nearest,
+    place_data,
     place_networks,
     read_config,
     reason_of,
@@ -39,6 +40,7 @@ class TellsMistakes(ArgumentParser):
         self.stage: str | None = None  # class path that the files named so far
         self.reading: Config | None = None  # the file that is being read
         self.active: TellsMistakes | None = None  # the parser of the subcommand that runs
+        self.data_class: str | None = None  # of a data module of the user's own
 
     def known_options(self) -> dict[str, Any]:
         """Returns the dotted name of every option with its type, where it has one."""
@@ -60,6 +62,8 @@ class TellsMistakes(ArgumentParser):
         """
         self.reading = config = read_config(name)
         content = place_networks(config, self.stage)
+        if self.data_class is not None:
+            content = place_data(config, content, self.data_class)
         check_keys(config, content, self.known_options(), earlier)
         model = content.get("model")
         self.stage = (model if isinstance(model, dict) else {}).get("class_path", self.stage)

@@ -12,6 +12,8 @@ import hashlib
 import importlib
 import json
 import pickle
+import re
+import sys
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -20,9 +22,17 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 import torch
 from torch import nn
 
-from rest_lightning.config import find_config, network_of, read_config, shipped_names
+from rest_lightning.config import find_class, find_config, network_of, read_config, shipped_names
+from rest_lightning.constants import SPATIAL_RATIO
 from rest_lightning.errors import UserError
-from rest_lightning.model_folder import build_checked, read_description, read_weights
+from rest_lightning.model_folder import (
+    build_checked,
+    read_description,
+    read_json,
+    read_weights,
+    refuse,
+)
+from rest_lightning.names import import_package, imported_packages
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -37,7 +47,9 @@ if TYPE_CHECKING:
     from rest_lightning.models.vae import VideoAutoencoder
 
 PARTS_KEY = "rest_parts"
+SAMPLING_KEY = "rest_sampling"  # how the stage samples what it trains
 FROZEN_PARTS_KEY = "rest_frozen_parts"  # descriptions alone: the weights are in other checkpoints
+SIZES_PX = range(SPATIAL_RATIO, 2048 + 1, SPATIAL_RATIO)
 PART_NAMES = ("vae", "speech_encoder", "speech_ae", "transformer")
 OPTIONAL_PART_NAMES = ("detail",)
 PART_CLASSES = {
@@ -52,6 +64,8 @@ PART_CLASSES = {
     "AgreementDetail": "rest_lightning.models.detail",
     "LearnedDetail": "rest_lightning.models.detail",
 }
+
+_IMPORT_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 
 
 class TalkingParts(Protocol):
@@ -86,26 +100,84 @@ class TalkingParts(Protocol):
 
 
 def describe_part(part: nn.Module) -> dict[str, Any]:
-    """Class name and configuration of a part, ready for JSON."""
-    names = [
-        cls.__name__ for cls in type(part).__mro__
-    ]  # a sharded part has a class of its own, derived from its own
-    return {
-        "class": next((name for name in names if name in PART_CLASSES), names[0]),
-        "config": part.config,
-    }
+    """Class and configuration of a part, ready for JSON.
+
+    The class is a name of :data:`PART_CLASSES`, or the import path of another one.
+
+    Raises:
+        UserError: a class that no other program could import, or one without ``config`` and
+            ``from_config``.
+    """
+    return {"class": _class_name(type(part)), "config": part.config}
 
 
 def build_part(description: dict[str, Any]) -> nn.Module:
-    """The untrained network of :func:`describe_part`."""
+    """The untrained network of :func:`describe_part`.
+
+    A class that is not the package's own is taken from a module that is loaded, or from a package
+    of ``rest --import``: a model folder or a checkpoint alone makes nothing be imported.
+
+    Raises:
+        UserError: an unknown class.
+    """
+    return _class_of(description).from_config(description["config"])
+
+
+def _class_of(description: Mapping[str, Any]) -> Any:
     name = description.get("class")
-    if not isinstance(name, str) or name not in PART_CLASSES:
+    if isinstance(name, str) and name in PART_CLASSES:
+        return getattr(importlib.import_module(PART_CLASSES[name]), name)
+    return _foreign_class(name)
+
+
+def _class_name(cls: type[nn.Module]) -> str:
+    """How files name the class of a part."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is not None and issubclass(cls, fsdp.FSDPModule):
+        # A sharded part: its class was made on the spot, derived from its own.
+        cls = cls.__mro__[cls.__mro__.index(fsdp.FSDPModule) + 1]
+    module, name = cls.__module__, cls.__qualname__
+    if PART_CLASSES.get(name) == module:
+        return name
+    if module == "__main__" or getattr(sys.modules.get(module), name, None) is not cls:
         raise UserError(
-            f"expected a part of class {', '.join(PART_CLASSES)}, got {name!r}: update "
+            f"expected a part of a class that other programs can import, got {module}.{name}: move "
+            "it to the top level of a module beside your script"
+        )
+    if not _is_part(cls):
+        raise UserError(
+            f"expected a part with a property `config` and a class method `from_config`, got "
+            f"{module}.{name}: add them (docs/extend.md)"
+        )
+    return f"{module}.{name}"
+
+
+def _foreign_class(path: object) -> Any:
+    """The class of an import path, from what is loaded or may be imported."""
+    if not (isinstance(path, str) and len(path) <= 200 and _IMPORT_PATH.fullmatch(path)):
+        raise UserError(
+            f"expected a part of class {', '.join(PART_CLASSES)}, got {str(path)[:60]!r}: update "
             "rest-lightning"
         )
-    cls = getattr(importlib.import_module(PART_CLASSES[name]), name)
-    return cls.from_config(description["config"])
+    module, _, name = path.rpartition(".")
+    if module.partition(".")[0] in imported_packages():
+        import_package(module)
+    cls = getattr(sys.modules.get(module), name, None)
+    if not _is_part(cls):
+        raise UserError(
+            f"expected a part of class {', '.join(PART_CLASSES)}, or of a package that you trust, "
+            f"got {path}: put --import {module.partition('.')[0]} before the command's name, as in "
+            f"rest --import {module.partition('.')[0]} talk"
+        )
+    return cls
+
+
+def _is_part(cls: Any) -> bool:
+    return (
+        isinstance(cls, type)
+        and issubclass(cls, nn.Module)
+        and all(hasattr(cls, each) for each in ("config", "from_config"))
+    )
 
 
 def fingerprint_of(part: nn.Module, with_config: bool = False) -> str:
@@ -145,10 +217,10 @@ def load_part(part: nn.Module | None, name: str, source: str | Path) -> None:
             load_ltx(part, source)
             return
     description, state = read_part(name, source)
-    if description["class"] != type(part).__name__:
+    own_class = _class_name(type(part))
+    if description["class"] != own_class:
         raise UserError(
-            f"expected {name} of class {type(part).__name__}, got {description['class']} in "
-            f"{source}"
+            f"expected {name} of class {own_class}, got {description['class']} in {source}"
         )
     own = part.state_dict()
     missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
@@ -196,7 +268,56 @@ def read_part(name: str, source: str | Path) -> tuple[dict[str, Any], dict[str, 
     return parts[name], state
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
+def check_index(path: Path, index: Mapping[str, Any]) -> tuple[int, Sampling]:
+    """Size of the frames and sampling of a ``model_index.json``.
+
+    Raises:
+        UserError: a size, or a value of the sampling, that is no good.
+    """
+    from rest_lightning.diffusion.sampling import Sampling
+
+    size_px, sampling = index.get("size_px"), index.get("sampling")
+    if type(size_px) is not int or size_px not in SIZES_PX:
+        refuse(
+            path,
+            f"size_px from {SIZES_PX[0]} to {SIZES_PX[-1]} in steps of {SPATIAL_RATIO}",
+            size_px,
+        )
+    if not isinstance(sampling, dict):
+        refuse(path, "sampling with num_steps, guidance and shift", sampling)
+    if not isinstance(index.get("parts", {}), dict):
+        refuse(path, "parts with their classes", index["parts"])
+    try:
+        return size_px, Sampling(**sampling)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except TypeError as error:
+        refuse(path, "sampling of num_steps, guidance, shift and reference_guidance", error)
+
+
+def read_sampling(source: str | Path) -> Sampling | None:
+    """How the model of a stage's checkpoint or of a model folder wants to be sampled; None where
+    the file does not say, as those of release 0.1.
+
+    Raises:
+        UserError: an unreadable file, or values out of bounds.
+    """
+    from rest_lightning.diffusion.sampling import Sampling
+
+    path = Path(source)
+    if path.is_dir():
+        index = path / "model_index.json"
+        return check_index(index, read_json(index))[1]
+    found = read_checkpoint(path).get(SAMPLING_KEY)
+    if found is None:
+        return None
+    try:
+        return Sampling(**found)
+    except (UserError, TypeError) as error:
+        raise UserError(f"{path}: {error}; give the sampling on the command line") from None
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """A stage's checkpoint: tensors and plain values, never code of the file's author.
 
     Mapped: what is not asked for, such as the optimiser's states, is never read.
@@ -224,7 +345,11 @@ def open_part(name: str, source: str | Path) -> nn.Module:
     description, state = read_part(name, source)
     path = Path(source)
     described = path / name / "config.json" if path.is_dir() else path
-    return build_checked(described, partial(build_part, description), state)
+    try:
+        cls = _class_of(description)
+    except UserError as error:
+        raise UserError(f"{described}: {error}") from None
+    return build_checked(described, partial(cls.from_config, description["config"]), state)
 
 
 def open_speech_encoder(source: str | Path) -> nn.Module:
@@ -243,6 +368,7 @@ def open_speech_encoder(source: str | Path) -> nn.Module:
         found = _described_in(source)
         if found is None:
             raise UserError(f"expected a stage's configuration with a speech_encoder, got {source}")
+        find_class(found["class"], "speech_encoder", source)  # a configuration is a program
         return build_part(found)
     if source.is_dir() or not source.is_file():
         return open_part("speech_encoder", source)
@@ -278,7 +404,12 @@ def _described_in(file: Path) -> dict[str, Any] | None:
     found = network_of(read_config(file).content, "speech_encoder")
     if not found:
         return None
-    return {"class": found["class_path"].rsplit(".", 1)[-1], "config": found.get("init_args") or {}}
+    module, _, name = found["class_path"].rpartition(".")
+    is_ours = name in PART_CLASSES and module.partition(".")[0] in ("", "rest_lightning")
+    return {
+        "class": name if is_ours else found["class_path"],
+        "config": found.get("init_args") or {},
+    }
 
 
 # -- number types ----------------------------------------------------------------------------------

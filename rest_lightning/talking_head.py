@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -21,10 +20,11 @@ from rest_lightning.errors import UserError
 from rest_lightning.hub import CARD_FILE, find_folder, is_cached, note_licence, publish
 from rest_lightning.media.portrait import load_portrait
 from rest_lightning.model_card import make_card, with_licence
-from rest_lightning.model_folder import MAX_SHARD_BYTES, read_json, refuse, write_part
+from rest_lightning.model_folder import MAX_SHARD_BYTES, read_json, write_part
 from rest_lightning.parts import (
     OPTIONAL_PART_NAMES,
     PART_NAMES,
+    check_index,
     describe_part,
     device_named,
     dtype_on,
@@ -44,7 +44,6 @@ if TYPE_CHECKING:
 
 INDEX_FILE = "model_index.json"
 EMBEDDED_FOLDER = Path(__file__).parent / "assets" / "embedded"
-SIZES_PX = range(SPATIAL_RATIO, 2048 + 1, SPATIAL_RATIO)
 
 
 class TalkingHead(nn.Module):
@@ -240,7 +239,7 @@ class TalkingHead(nn.Module):
                 "export`, or leave the path out for the embedded model"
             )
         index = read_json(index_file)
-        size_px, sampling = _check_index(index_file, index)
+        size_px, sampling = check_index(index_file, index)
         optional = (name for name in OPTIONAL_PART_NAMES if name in index.get("parts", {}))
         parts = {name: open_part(name, folder) for name in (*PART_NAMES, *optional)}
         head = cls(**parts, sampling=sampling, size_px=size_px)  # type: ignore[arg-type]
@@ -411,28 +410,3 @@ def _size_of(transformer: A2VDiT) -> int:
     return (
         SPATIAL_RATIO * transformer.spatial_size[0] if transformer.spatial_size is not None else 512
     )
-
-
-def _check_index(path: Path, index: Mapping[str, Any]) -> tuple[int, Sampling]:
-    """Size of the frames and sampling of a ``model_index.json``.
-
-    Raises:
-        UserError: a size, or a value of the sampling, that is no good.
-    """
-    size_px, sampling = index.get("size_px"), index.get("sampling")
-    if type(size_px) is not int or size_px not in SIZES_PX:
-        refuse(
-            path,
-            f"size_px from {SIZES_PX[0]} to {SIZES_PX[-1]} in steps of {SPATIAL_RATIO}",
-            size_px,
-        )
-    if not isinstance(sampling, dict):
-        refuse(path, "sampling with num_steps, guidance and shift", sampling)
-    if not isinstance(index.get("parts", {}), dict):
-        refuse(path, "parts with their classes", index["parts"])
-    try:
-        return size_px, Sampling(**sampling)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    except TypeError as error:
-        refuse(path, "sampling of num_steps, guidance, shift and reference_guidance", error)

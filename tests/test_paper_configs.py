@@ -13,8 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from rest_lightning.config import read_stage
-from rest_lightning.data.module import TalkingHeadDataModule
-from rest_lightning.lightning_cli import LightningModule, RestCLI
+from rest_lightning.lightning_cli import RestCLI
 from rest_lightning.models.ltx import load_ltx
 from rest_lightning.models.ltx_vae import VERSIONS, check_compression
 
@@ -65,15 +64,8 @@ class MetaChain:
         overlay.write_text(yaml.safe_dump({"model": {"init_args": model}, "trainer": trainer}))
         files = (f"paper/{stage}", overlay)
         with torch.device("meta"):
-            cli = RestCLI(
-                LightningModule,
-                TalkingHeadDataModule,
-                subclass_mode_model=True,
-                seed_everything_default=0,
-                auto_configure_optimizers=False,
-                run=False,
-                args=[word for file in files for word in ("--config", str(file))],
-            )
+            words = [word for file in files for word in ("--config", str(file))]
+            cli = RestCLI(words, run=False)
         checkpoint = {"state_dict": cli.model.state_dict()}
         cli.model.on_save_checkpoint(checkpoint)
         torch.save(checkpoint, self.final(stage))

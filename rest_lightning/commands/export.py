@@ -5,9 +5,12 @@ part, and a model card (README.md) of what the runs recorded.
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
 
 from rest_lightning.errors import UserError
+
+UNKNOWN = "the paper's where no option was given: the checkpoint does not say"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--size-px", type=int, help="side of the frames (default: that of the training, or 512)"
     )
     parser.add_argument(
-        "--num-steps", type=int, help="Euler steps per chunk to remember as default"
+        "--num-steps",
+        type=int,
+        help="Euler steps per chunk to remember as default (this and the following ones: as the "
+        "stage samples)",
     )
     parser.add_argument("--guidance", type=float, help="guidance to remember as default")
     parser.add_argument(
@@ -68,18 +74,19 @@ def run(args: argparse.Namespace) -> int:
 
     from rest_lightning.diffusion.sampling import Sampling, SamplingChanges
     from rest_lightning.model_card import make_card, run_facts
-    from rest_lightning.parts import open_part, open_speech_encoder
+    from rest_lightning.parts import open_part, open_speech_encoder, read_sampling
     from rest_lightning.talking_head import TalkingHead
 
     changes = SamplingChanges(
         args.num_steps, args.guidance, args.shift, args.reference_guidance, args.table_steps
     )
-    sampling = changes.of(Sampling())
     sources = {"transformer": args.checkpoint, "speech_ae": args.speech_ae, "vae": args.vae}
     parts = {name: open_part(name, source or args.checkpoint) for name, source in sources.items()}
     parts["speech_encoder"] = open_speech_encoder(args.speech_encoder or args.checkpoint)
     if args.detail is not None:
         parts["detail"] = open_part("detail", args.detail)
+    remembered = read_sampling(args.checkpoint)
+    sampling = changes.of(remembered or Sampling())
     head = TalkingHead(**parts, sampling=sampling, size_px=args.size_px)  # type: ignore[arg-type]
     used = {name: source or args.checkpoint for name, source in sources.items()}
     if args.detail is not None:
@@ -89,6 +96,8 @@ def run(args: argparse.Namespace) -> int:
     dtype = getattr(torch, args.dtype)
     head.save_pretrained(args.out, dtype, max_shard_bytes=round(1e6 * args.max_shard_mb))
     size_mb = sum(file.stat().st_size for file in args.out.rglob("*") if file.is_file()) / 1e6
+    sampled = ", ".join(f"{name} {value}" for name, value in asdict(sampling).items())
+    print(f"sampling: {sampled}" + ("" if remembered else f" ({UNKNOWN})"))
     print(
         f"{args.out}: {size_mb:.1f} MB; try rest talk portrait.png speech.wav -o out.mp4 --model "
         f"{args.out}"

@@ -11,8 +11,12 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rest_lightning.errors import UserError
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,6 +42,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=24,
         help=("frames per chunk, for the seam ratio (default 24)"),
     )
+    metric = (
+        "class path of a metric of your own, beside the protocol's (docs/extend.md); repeatable"
+    )
+    parser.add_argument("--metric", action="append", default=[], help=metric)
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
     parser.add_argument("--overwrite", action="store_true", help="replace the row")
 
@@ -64,6 +72,7 @@ def run(args: argparse.Namespace) -> int:
             "for the protocol's"
         )
 
+    metrics = [own_metric(name) for name in args.metric]
     from rest_lightning.evaluation.clips import write_clips
     from rest_lightning.evaluation.row import write_row
     from rest_lightning.evaluation.scorer import Scorer
@@ -74,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     )
     for path in files.unpaired:
         print(f"{path}: no true clip of this name, left out", flush=True)
-    scorer = Scorer(protocol, args.chunk_frames, args.device)
+    scorer = Scorer(protocol, args.chunk_frames, args.device, metrics=metrics)
     from tqdm import tqdm
 
     with tqdm(
@@ -97,3 +106,24 @@ def run(args: argparse.Namespace) -> int:
     write_clips(scorer.clips(), args.out)
     print(f"{args.out}: {row.num_clips} clips, {len(row.failures)} failed")
     return 1 if row.failures else 0
+
+
+def own_metric(class_path: str) -> Metric:
+    """Returns a metric by the import path of its class.
+
+    Raises:
+        UserError: no such class, or one that is no metric of torchmetrics.
+    """
+    from rest_lightning.config import find_class
+    from rest_lightning.torchvision_compat import ensure_torchvision
+
+    ensure_torchvision()  # torchmetrics imports torchvision
+    from torchmetrics import Metric
+
+    cls = find_class(class_path, "--metric", None)
+    if not (isinstance(cls, type) and issubclass(cls, Metric)):
+        raise UserError(
+            f"expected a class derived from torchmetrics.Metric at --metric, got {class_path}: "
+            "see docs/extend.md"
+        )
+    return cls()

@@ -71,8 +71,6 @@ STAGES = (
 )
 VAE_STAGE = "vae_decoder"  # whose VAE makes the latents and is exported
 DETAIL_STAGE = "detail"
-# What the last stage was distilled for.
-SAMPLING = {"num-steps": 2, "guidance": 1.0, "shift": 1.0}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -229,10 +227,9 @@ def train(stage: Stage, config: Path, out: Path, minutes: float) -> None:
 def export(out: Path, model: Path) -> None:
     """Write the model folder."""
     checkpoint, vae = out / STAGES[-1].name / FINAL, out / VAE_STAGE / FINAL
-    options = [word for name, value in SAMPLING.items() for word in (f"--{name}", str(value))]
     detail = ("--detail", str(out / DETAIL_STAGE / FINAL))
     words = ("--vae", str(vae), *detail, "--out", str(model), "--overwrite")
-    rest("export", str(checkpoint), *words, *options)
+    rest("export", str(checkpoint), *words)
 
 
 def stage_overlay(stage: Stage, out: Path, data: Path) -> dict[str, Any]:

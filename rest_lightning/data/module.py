@@ -39,6 +39,11 @@ class TalkingHeadDataModule(lightning.LightningDataModule):
     the window. With ``latents_dir``: ``latents`` (B, C, f, h, w) float32 instead of frames and
     reference. With ``speech_dir``: also ``speech_steps`` (B, n, D_A) float32.
 
+    What tasks need to know of the clips is in the batch, too: ``audio_margin_frames`` (left,
+    right), ``data_dir``, and with caches ``latents_of`` and ``speech_of``, the fingerprints of the
+    networks that made them. Another data module leaves out what it does not have: without margins
+    ``audio`` is what the speech encoder reads, and no more.
+
     Training draws from one endless sequence of seeded permutations: a batch depends on its number
     alone, not on workers or epochs, so a resumed run goes on with exactly the batch that comes next
     (`state_dict`). Validation and test take the middle window of every clip.
@@ -168,20 +173,6 @@ class TalkingHeadDataModule(lightning.LightningDataModule):
         assert dataset is not None
         return dataset
 
-    def check_latents(self, fingerprint: str) -> None:
-        """UserError when batches hold latents of another VAE; a task calls it once it knows its
-        own.
-        """
-        if self.latents_dir is not None:
-            (self._latents or LatentsCache(self.latents_dir)).check_fingerprint(fingerprint)
-
-    def check_speech(self, fingerprint: str) -> None:
-        """UserError when batches hold features of another speech encoder; a task calls it once it
-        knows its own.
-        """
-        if self.speech_dir is not None:
-            (self._speech or SpeechCache(self.speech_dir)).check_fingerprint(fingerprint)
-
     def train_dataloader(self) -> ClipLoader:
         """Returns an endless sequence of shuffled windows.
 
@@ -200,21 +191,6 @@ class TalkingHeadDataModule(lightning.LightningDataModule):
         )
         return self._loader(dataset, sampler, self._position)
 
-    def sample_batches(self, num_frames: int) -> Iterator[Batch]:
-        """One epoch of shuffled training windows of ``num_frames``, on the CPU; the training's own
-        order goes on.
-        """
-        dataset = self.dataset("train").with_window(num_frames)
-        sampler = _TrainSampler(
-            len(dataset), self.windows_per_clip, self.batch_size, self.seed, *self._rank()
-        )
-        loader = self._loader(dataset, sampler)
-        try:
-            for batch in loader:
-                yield to_model_batch(batch)
-        finally:
-            loader.close()
-
     def val_dataloader(self) -> ClipLoader | list[Any]:
         """Returns the middle window of every validation clip.
 
@@ -229,9 +205,7 @@ class TalkingHeadDataModule(lightning.LightningDataModule):
     def predict_dataloader(self) -> SpeechStream:
         """Returns the speech of ``pairs`` in blocks; devices take turns."""
         rank, world_size = self._rank()
-        stream = SpeechStream(self.pairs[rank::world_size], self.predict_block_samples)
-        self.failed_pairs = stream.failed
-        return stream
+        return SpeechStream(self.pairs[rank::world_size], self.predict_block_samples)
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int = 0) -> Batch:
         """Turns uint8 pictures into the models' floats, on the device."""
@@ -329,6 +303,10 @@ class ClipLoader:
     """A loader of batches that counts what it hands out.
 
     Not a DataLoader itself, so that Lightning leaves its sampler alone; ranks are shared out here.
+
+    Attributes:
+        dataset: the clips.
+        facts: what each batch says of all of them (see :class:`TalkingHeadDataModule`).
     """
 
     def __init__(
@@ -339,7 +317,14 @@ class ClipLoader:
         position: _Position | None = None,
     ) -> None:
         self.dataset = dataset
-        self._position = position
+        self.facts: Batch = {
+            "audio_margin_frames": (dataset.audio_left_frames, dataset.audio_right_frames),
+            "data_dir": dataset.root,
+        }
+        for name, cache in (("latents_of", dataset.latents), ("speech_of", dataset.speech)):
+            if cache is not None:
+                self.facts[name] = cache.fingerprint
+        self._sampler, self._position = sampler, position
         self._loader: DataLoader[Batch] = DataLoader(
             dataset,
             batch_sampler=sampler,  # type: ignore[arg-type]  # it yields WindowKeys where torch's stubs want integers
@@ -360,7 +345,22 @@ class ClipLoader:
                 self._position.num_batches += (
                     1  # when it is taken: batches that workers prefetched do not count
                 )
-            yield batch
+            yield {**self.facts, **batch}
+
+    def sample_batches(self, num_frames: int) -> Iterator[Batch]:
+        """One epoch of shuffled training windows of ``num_frames``, on the CPU; the training's own
+        order goes on.
+        """
+        assert isinstance(self._sampler, _TrainSampler)
+        dataset = self.dataset.with_window(num_frames)
+        loader = ClipLoader(
+            dataset, self._sampler.from_start(len(dataset)), self._loader.num_workers
+        )
+        try:
+            for batch in loader:
+                yield to_model_batch(batch)
+        finally:
+            loader.close()
 
     def close(self) -> None:
         """End the worker processes; the next iteration starts new ones."""
@@ -398,9 +398,15 @@ class _TrainSampler:
         world_size: int,
         position: _Position | None = None,
     ) -> None:
-        self.num_clips, self.epoch_length = num_clips, num_clips * windows_per_clip
+        self.num_clips, self.windows_per_clip = num_clips, windows_per_clip
+        self.epoch_length = num_clips * windows_per_clip
         self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
         self.position = position or _Position()
+
+    def from_start(self, num_clips: int) -> _TrainSampler:
+        """The same for another number of clips, from the first permutation on."""
+        order = (self.batch_size, self.seed, self.rank, self.world_size)
+        return _TrainSampler(num_clips, self.windows_per_clip, *order)
 
     def __len__(self) -> int:
         return max(1, self.epoch_length // (self.batch_size * self.world_size))

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from rest_lightning.diffusion.losses import asd_loss as asd_loss
     from rest_lightning.diffusion.losses import flow_matching_loss as flow_matching_loss
     from rest_lightning.diffusion.losses import speech_ae_loss as speech_ae_loss
+    from rest_lightning.diffusion.noise import SigmaSchedule as SigmaSchedule
     from rest_lightning.diffusion.noise import noisy_path as noisy_path
     from rest_lightning.diffusion.noise import sample_sigmas_ans as sample_sigmas_ans
     from rest_lightning.diffusion.noise import sample_sigmas_cans as sample_sigmas_cans
@@ -28,7 +29,7 @@ __all__, __getattr__ = lazy(
     __name__,
     {
         "losses": ["asd_loss", "flow_matching_loss", "speech_ae_loss"],
-        "noise": ["noisy_path", "sample_sigmas_ans", "sample_sigmas_cans"],
+        "noise": ["SigmaSchedule", "noisy_path", "sample_sigmas_ans", "sample_sigmas_cans"],
         "rollout": ["roll_out"],
         "sampling": ["Guidance", "SamplingChanges", "Sampling", "euler_step", "integrate"],
         "schedule": ["ltx_sigma_table", "sampling_sigmas", "sigma_table", "training_table"],

@@ -49,6 +49,26 @@ def _random_indices(low: Tensor, high: Tensor, generator: torch.Generator) -> Te
     return torch.minimum(low + (uniform * (high - low)).long(), high - 1)
 
 
+class SigmaSchedule:
+    """How a training draws noise levels; a class derived from it takes the place of ``cans``.
+
+    Named in a configuration: ``noise: {schedule: {class_path: my_package.MySchedule}}``.
+    """
+
+    def __call__(
+        self,
+        batch: int,
+        num_chunks: int,
+        chunk_length: int,
+        table: Tensor,
+        motion_dropout: float,
+        *,
+        generator: torch.Generator,
+    ) -> Tensor:
+        """Arguments and result of :func:`sample_sigmas_cans`; every draw from ``generator``."""
+        raise NotImplementedError
+
+
 def sample_sigmas_cans(
     batch: int,
     num_chunks: int,

@@ -4,6 +4,8 @@ ones alike.
 
 from __future__ import annotations
 
+import copy
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -24,6 +26,11 @@ from rest_lightning.metrics.sync import SyncScore
 from rest_lightning.metrics.syncnet import face_crops
 from rest_lightning.metrics.video import KEYS as TALKING_KEYS
 from rest_lightning.metrics.video import VideoScores, row_scores
+from rest_lightning.torchvision_compat import ensure_torchvision
+
+ensure_torchvision()  # torchmetrics imports torchvision
+
+from torchmetrics import Metric  # noqa: E402  the line above must come first
 
 Frames = NDArray[np.uint8]
 Load = Callable[[str, str], FeatureExtractor]
@@ -55,6 +62,10 @@ class Measure:
 
     def finish(self, clip: Any) -> None:
         """Ends a clip."""
+
+    def compute(self, side: str) -> dict[str, Tensor]:
+        """Returns the numbers of the ``generated`` or the ``truth`` clips by their key in a row."""
+        return dict(self.metrics[side].compute())
 
     def notes(self) -> list[str]:
         """Returns what readers must know, of the clips of all processes.
@@ -227,6 +238,48 @@ class Talking(Measure):
     def notes(self) -> list[str]:
         """Curves may end early; that says nothing of the numbers."""
         return [note for note in super().notes() if CURVE not in note]
+
+
+class Own(Measure):
+    """A metric of one's own: ``update`` takes the frames of a whole clip, uint8 (n, H, W, 3).
+
+    Args:
+        metric: of torchmetrics; of a single number the key is the name of its class.
+    """
+
+    def __init__(self, metric: Metric) -> None:
+        super().__init__(metric, copy.deepcopy(metric), {})  # type: ignore[arg-type]
+        self.pieces: dict[str, list[Frames]] = {}
+
+    def start(self, clip: Any) -> None:
+        """See :class:`Measure`."""
+        self.pieces = {side: [] for side in self.metrics}
+
+    def push(self, generated: Frames, truth: Frames) -> None:
+        """See :class:`Measure`."""
+        self.pieces["generated"].append(generated)
+        self.pieces["truth"].append(truth)
+
+    def finish(self, clip: Any) -> None:
+        """See :class:`Measure`."""
+        for side, pieces in self.pieces.items():
+            self.metrics[side].update(torch.from_numpy(np.concatenate(pieces)))
+        self.pieces.clear()
+
+    def compute(self, side: str) -> dict[str, Tensor]:
+        """See :class:`Measure`."""
+        found = self.metrics[side].compute()
+        return dict(found) if isinstance(found, Mapping) else {self.key: found}
+
+    @property
+    def key(self) -> str:
+        """The key of a single number: ``MouthArea`` is ``mouth_area``."""
+        name = type(self.metrics["generated"]).__name__
+        return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
+
+    def notes(self) -> list[str]:
+        """See :class:`Measure`."""
+        return super().notes() if hasattr(self.metrics["generated"], "notes") else []
 
 
 def make_measures(

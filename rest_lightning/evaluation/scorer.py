@@ -4,10 +4,11 @@ counts nowhere.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import copy
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,13 +19,23 @@ from rest_lightning.constants import SAMPLES_PER_FRAME
 from rest_lightning.errors import UserError
 from rest_lightning.evaluation.clips import intervals
 from rest_lightning.evaluation.faces import FaceFinder
-from rest_lightning.evaluation.measures import CURVE, Load, Measure, assemble, make_measures
-from rest_lightning.evaluation.protocol import Protocol
+from rest_lightning.evaluation.measures import (
+    CURVE,
+    Load,
+    Measure,
+    Own,
+    assemble,
+    make_measures,
+)
+from rest_lightning.evaluation.protocol import MAX_WHOLE_FRAMES, Protocol
 from rest_lightning.evaluation.row import DECIMALS, ResultRow
 from rest_lightning.machine import commit, hardware, versions
 from rest_lightning.metrics.extractors import load_extractor
 from rest_lightning.metrics.sums import MeanMetric
 from rest_lightning.metrics.video import CHUNK_FRAMES
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric
 
 Frames = NDArray[np.uint8]
 Samples = NDArray[np.float32]
@@ -61,6 +72,12 @@ class Scorer:
         chunk_frames: period of the method's chunk borders, for the seam ratio.
         device: device of the networks.
         load: where extractors come from.
+        metrics: of one's own, beside the protocol's, see
+            :class:`~rest_lightning.evaluation.measures.Own`; copied.
+
+    Raises:
+        UserError: weights that are not there, two metrics of one class, or clips that are too long
+            for a metric that holds them whole.
     """
 
     def __init__(
@@ -69,9 +86,11 @@ class Scorer:
         chunk_frames: int = CHUNK_FRAMES,
         device: str | torch.device = "cpu",
         load: Load = load_extractor,
+        metrics: Sequence[Metric] = (),
     ) -> None:
         self.protocol = protocol
         self.measures = make_measures(protocol, chunk_frames, load)
+        self._add_own(metrics)
         self.failures: list[dict[str, str]] = []
         self.resized: set[int] = set()
         self.remarks: list[str] = []  # further notes of the row
@@ -81,6 +100,19 @@ class Scorer:
             for metric in measure.metrics.values():
                 metric.persistent(True)
                 metric.to(device)
+
+    def _add_own(self, metrics: Sequence[Metric]) -> None:
+        if metrics and self.protocol.num_frames > MAX_WHOLE_FRAMES:
+            raise UserError(
+                f"expected at most {MAX_WHOLE_FRAMES} frames with metrics of your own, which get "
+                f"whole clips, got {self.protocol.num_frames} in {self.protocol.name}: leave them "
+                "out, or choose another protocol"
+            )
+        for metric in metrics:
+            name = f"{type(metric).__module__}.{type(metric).__qualname__}"
+            if name in self.measures:
+                raise UserError(f"expected metrics of different classes, got {name} twice")
+            self.measures[name] = Own(copy.deepcopy(metric))
 
     @torch.no_grad()
     def add(self, clip: ClipPair) -> bool:
@@ -152,8 +184,11 @@ class Scorer:
         sides: dict[str, dict[str, Any]] = {}
         for side in ("generated", "truth"):
             values: dict[str, Any] = {}
-            for measure in self.measures.values():
-                values |= measure.metrics[side].compute()
+            for name, measure in self.measures.items():
+                found = measure.compute(side)
+                if taken := sorted(values.keys() & found.keys()):
+                    raise UserError(f"{name}: expected a new name, got {taken[0]}: rename it")
+                values |= found
             sides[side] = assemble(values)
         for key in sides["generated"].keys() ^ sides["truth"].keys():
             sides["generated"].setdefault(key, None)

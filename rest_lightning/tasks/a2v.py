@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from rest_lightning.diffusion.losses import flow_matching_loss
 from rest_lightning.diffusion.noise import (
     Drops,
     NoisyPath,
+    SigmaSchedule,
     drop_reference,
     drop_speech,
     noisy_path,
@@ -29,15 +30,16 @@ from rest_lightning.diffusion.noise import (
     sample_sigmas_ans,
     sample_sigmas_cans,
 )
+from rest_lightning.diffusion.sampling import Sampling, SamplingChanges
 from rest_lightning.diffusion.schedule import training_table
 from rest_lightning.errors import UserError
 from rest_lightning.models.speech import SpeechEncoder
 from rest_lightning.models.speech_ae import SpeechAE
 from rest_lightning.models.transformer import A2VDiT
 from rest_lightning.models.vae import VideoAutoencoder
-from rest_lightning.parts import fingerprint_of
+from rest_lightning.parts import SAMPLING_KEY
 from rest_lightning.tasks.base import OptimizerSettings, StageModule
-from rest_lightning.tasks.regions import token_weights
+from rest_lightning.tasks.regions import landmarks_of, token_weights
 from rest_lightning.tasks.speech_ae import speech_features
 
 # -- sharded training ------------------------------------------------------------------------------
@@ -103,7 +105,8 @@ class NoiseSettings:
     """How training noise and dropouts are drawn (REST sec. 3.3; docs/method.md#noise).
 
     Attributes:
-        schedule: ``cans`` (REST) or ``ans`` (READ).
+        schedule: ``cans`` (REST), ``ans`` (READ), or a class of one's own, derived from
+            :class:`~rest_lightning.diffusion.noise.SigmaSchedule`.
         chunk_length: latent frames per chunk.
         chunk_lengths: lengths that are drawn, one per batch, in place of ``chunk_length``; empty:
             always that one.
@@ -117,7 +120,7 @@ class NoiseSettings:
         joint_dropout: further probability that both are zeroed (decided here).
     """
 
-    schedule: str = "cans"
+    schedule: SigmaSchedule | str = "cans"
     chunk_length: int = 3
     chunk_lengths: tuple[int, ...] = ()
     mean: float = 2.05
@@ -136,9 +139,10 @@ class NoiseSettings:
         return {name: getattr(self, name) for name in names}
 
     def __post_init__(self) -> None:
-        if self.schedule not in SIGMA_SAMPLERS:
+        if not isinstance(self.schedule, SigmaSchedule) and self.schedule not in SIGMA_SAMPLERS:
             raise UserError(
-                f"expected a noise schedule of {', '.join(SIGMA_SAMPLERS)}, got {self.schedule!r}"
+                f"expected a noise schedule of {', '.join(SIGMA_SAMPLERS)}, got {self.schedule!r}: "
+                "choose one, or give the class_path of a SigmaSchedule"
             )
 
 
@@ -219,6 +223,12 @@ class A2VModule(StageModule):
         compile_blocks: run the blocks of all transformers through ``torch.compile``. The same
             numbers up to rounding; on two CPU cores a bfloat16 step takes a quarter less time,
             after up to a minute of compiling.
+        sampling: how the model is to be sampled, as changes of the paper's; ``rest fit`` takes it
+            from the top-level key ``sampling``. Checkpoints remember it, and ``rest export`` and
+            ``rest test`` go by it.
+
+    Attributes:
+        sampling: the same with nothing left open.
     """
 
     transformer: A2VDiT
@@ -238,6 +248,7 @@ class A2VModule(StageModule):
         frozen: dict[str, nn.Module] | None = None,
         mouth_weight: float = 1.0,
         compile_blocks: bool = False,
+        sampling: SamplingChanges | None = None,
     ) -> None:
         if not mouth_weight > 0:
             raise UserError(
@@ -251,6 +262,7 @@ class A2VModule(StageModule):
         )
         freeze_decoder(speech_ae)
         self.noise = noise or NoiseSettings()
+        self.sampling = (sampling or SamplingChanges()).of(Sampling())
         self.mouth_weight, self.compile_blocks = mouth_weight, compile_blocks
         self._loss_table = LossTable()
         transformer.remember_noise(self.noise.table)
@@ -294,18 +306,10 @@ class A2VModule(StageModule):
             if isinstance(part, A2VDiT):
                 part.compile_blocks()
 
-    def on_fit_start(self) -> None:
-        """Refuse latents that another VAE made: the previews and the session would decode them with
-        this one.
-
-        The same for features of another speech encoder.
-        """
-        data = getattr(self.trainer, "datamodule", None)
-        if data is None:
-            return
-        if self.vae is not None:
-            data.check_latents(fingerprint_of(self.vae))
-        data.check_speech(fingerprint_of(self.speech_encoder, with_config=True))
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Remember how to sample, beside what every stage keeps."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint[SAMPLING_KEY] = asdict(self.sampling)
 
     def conditions(self, batch: dict[str, Any]) -> Conditions:
         """Latents and speech latents of a batch, from frames and samples or from the caches on
@@ -314,6 +318,8 @@ class A2VModule(StageModule):
         latents = batch.get("latents")
         if latents is None:
             latents = self.encode_clip(batch["frames"], batch.get("reference"))
+        elif self.vae is not None:
+            self.check_maker(batch, "latents_of", self.vae)
         latents = latents.float()
         length, several = self.noise.chunk_length, self.noise.chunk_lengths
         if several and latents.shape[2] <= max(several):
@@ -333,7 +339,10 @@ class A2VModule(StageModule):
         weights = None
         if self.mouth_weight != 1.0:
             weights = token_weights(
-                batch["landmarks"], latents.shape[3], latents.shape[4], self.mouth_weight
+                landmarks_of(batch, num_frames),
+                latents.shape[3],
+                latents.shape[4],
+                self.mouth_weight,
             )
         return Conditions(latents, speech_latents, weights, self.teacher_speech(features))
 
@@ -363,10 +372,13 @@ class A2VModule(StageModule):
     @torch.no_grad()
     def speech_features(self, batch: dict[str, Any], num_frames: int) -> Tensor:
         """Speech features (B, F, 10, D_A) of a batch."""
-        features = speech_features(batch, self.trainer.datamodule, self.speech_encoder)  # type: ignore[attr-defined]
-        assert features.shape[1] == num_frames, (
-            f"{features.shape[1]} frames of speech for {num_frames} of video"
-        )
+        self.check_maker(batch, "speech_of", self.speech_encoder, with_config=True)
+        features = speech_features(batch, self.speech_encoder)
+        if features.shape[1] != num_frames:
+            raise UserError(
+                f"expected speech of {num_frames} frames, as the clip has, got "
+                f"{features.shape[1]}: look at `audio` and `audio_margin_frames` of the batches"
+            )
         return features
 
     def draw(
@@ -422,7 +434,9 @@ class A2VModule(StageModule):
         """
         settings = self.noise
         batch, num_chunks = latents.shape[0], (latents.shape[2] - 1) // chunk_length
-        return SIGMA_SAMPLERS[settings.schedule](
+        schedule = settings.schedule
+        draw = SIGMA_SAMPLERS[schedule] if isinstance(schedule, str) else schedule
+        return draw(
             batch,
             num_chunks,
             chunk_length,

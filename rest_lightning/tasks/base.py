@@ -4,12 +4,13 @@ checkpoint carries.
 
 from __future__ import annotations
 
+import inspect
 import os
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from lightning import LightningModule
@@ -18,24 +19,46 @@ from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.callbacks import Timer
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
+from rest_lightning.config import reason_of
 from rest_lightning.errors import UserError
-from rest_lightning.parts import FROZEN_PARTS_KEY, PARTS_KEY, describe_part, load_part
+from rest_lightning.parts import (
+    FROZEN_PARTS_KEY,
+    PARTS_KEY,
+    build_part,
+    describe_part,
+    fingerprint_of,
+    load_part,
+    open_part,
+    open_speech_encoder,
+    read_checkpoint,
+)
 
 RNG_KEY = "rest_rng_state"
+_WAYS_OUT = {
+    "test": "`rest test --config eval/synthetic --model.model CHECKPOINT --model.vae CHECKPOINT` "
+    "scores what a teacher or student makes",
+    "predict": "`rest export` makes a model of a student for `rest predict --config predict`",
+}
 
 
 @dataclass
 class OptimizerSettings:
-    """AdamW with a linear warm-up and a linear decay (the paper states neither: decided here).
+    """AdamW, or another optimiser, with a linear warm-up and a linear decay (the paper states
+    neither: decided here).
 
     Attributes:
         lr: learning rate of the stage.
         lr_factors: factor on ``lr`` by part name, for parts that learn at another rate.
-        betas, weight_decay: of AdamW; norms, biases and tables do not decay.
+        betas: of AdamW.
+        weight_decay: norms, biases and tables do not decay.
         warmup_steps: optimiser steps until ``lr`` is reached.
         decay_start: progress (0 .. 1) from which ``lr`` falls linearly; 1 keeps it constant.
         final_lr_fraction: what is left of ``lr`` at the end.
+        algorithm: makes another optimiser of groups of parameters, in which ``lr`` and
+            ``weight_decay`` stand; in a configuration a class, as in ``algorithm: {class_path:
+            torch.optim.RMSprop, init_args: {momentum: 0.9}}``. None takes AdamW.
     """
 
     lr: float = 1e-5
@@ -45,6 +68,7 @@ class OptimizerSettings:
     warmup_steps: int = 100
     decay_start: float = 1.0
     final_lr_fraction: float = 0.02
+    algorithm: Callable[[Iterable[Any]], Optimizer] | None = None
 
 
 class StageModule(LightningModule):
@@ -55,7 +79,8 @@ class StageModule(LightningModule):
     the checkpoint of their own stage.
 
     Args:
-        trained: part name -> network that this stage trains.
+        trained: part name -> network that this stage trains. A class of your own is stored by its
+            import path.
         frozen: part name -> network that this stage only reads.
         initial: part name -> checkpoint of an earlier stage, or exported folder, that the part
             starts from.
@@ -70,27 +95,98 @@ class StageModule(LightningModule):
         optimizer: OptimizerSettings | None,
     ) -> None:
         super().__init__()
+        frame = inspect.currentframe()
+        names = (*trained, *frozen, "trained", "frozen")
+        self.save_hyperparameters(ignore=names, frame=frame.f_back if frame is not None else None)
+        settings = {name: plain(value) for name, value in self.hparams.items() if name[0] != "_"}
+        self.hparams.clear()
+        self.hparams.update(settings)  # a checkpoint holds tensors and plain values alone
         self.optimizer_settings = optimizer or OptimizerSettings()
         self._resumed_rng: dict[str, Any] | None = None
         self._clock = _Clock(0)
+        self._makers: dict[str, str] = {}  # of latents and features that were found to be right
         self.trained_parts = tuple(trained)
         self.frozen_parts = tuple(name for name, part in frozen.items() if part is not None)
         for name, part in [*trained.items(), *frozen.items()]:
             setattr(self, name, part)
+        for name in (*self.trained_parts, *self.frozen_parts):
+            describe_part(getattr(self, name))  # what cannot be saved is told before the training
         for name in self.frozen_parts:
             getattr(self, name).requires_grad_(False).eval()
         for name, path in (initial or {}).items():
             load_part(getattr(self, name, None), name, path)
 
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]  # Lightning's is no plain class method
+        cls,
+        checkpoint_path: str | Path,
+        map_location: Any = None,
+        hparams_file: None = None,
+        strict: bool = True,
+        weights_only: bool = True,
+        **changes: Any,
+    ) -> Self:
+        """Returns the stage as it was trained: settings and trained parts from the checkpoint.
+
+        A frozen part is built from its description where it has no weights of its own; otherwise
+        it comes from the file that ``initial`` names, or from ``changes``.
+
+        Args:
+            checkpoint_path: of this stage.
+            map_location: device of the module; None is the CPU.
+            hparams_file: not used; the checkpoint holds all settings.
+            strict: whether the checkpoint must hold exactly this module's weights.
+            weights_only: True; nothing else is read.
+            changes: arguments of the constructor in place of the checkpoint's.
+
+        Raises:
+            UserError: another stage's checkpoint, or a frozen part whose weights are nowhere.
+        """
+        checkpoint = read_checkpoint(checkpoint_path)
+        described = checkpoint.get(PARTS_KEY, {})
+        parameters = inspect.signature(cls.__init__).parameters
+        takes_any = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+        if not described or not (takes_any or described.keys() <= parameters.keys()):
+            raise UserError(
+                f"expected a checkpoint of {cls.__name__}, got {checkpoint_path} with "
+                f"{', '.join(sorted(described)) or 'none of our parts'}"
+            )
+        settings = dict(checkpoint.get("hyper_parameters", {}))
+        initial = {**(settings.pop("initial", None) or {}), **(changes.pop("initial", None) or {})}
+        given = {name: build_part(each) for name, each in described.items()}
+        for name, description in checkpoint.get(FROZEN_PARTS_KEY, {}).items():
+            is_ours = takes_any or name in parameters
+            if is_ours and name not in changes and name not in ("teacher", "teacher_speech_ae"):
+                given[name] = _frozen_part(name, description, initial.get(name), checkpoint_path)
+        given |= typed_settings(cls, settings, skip={*given, *changes, "initial"}) | changes
+        module = cls(**given)
+        module.on_load_checkpoint(checkpoint)
+        module.load_state_dict(checkpoint["state_dict"], strict=strict)
+        return module if map_location is None else module.to(map_location)
+
+    @classmethod
+    def refuse(cls, command: str) -> None:
+        """Raises a UserError that says what to do, where ``command`` is ``test`` or ``predict``."""
+        if command in _WAYS_OUT:
+            raise UserError(
+                f"expected a model for rest {command}, got the stage {cls.__name__}: `rest "
+                f"validate` runs its losses on held-out clips, {_WAYS_OUT[command]}"
+            )
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """A stage has no test of its own: :meth:`setup` says what to do."""
+
     def setup(self, stage: str) -> None:
-        """Refuse a precision that rounds everything, buffers too.
+        """Refuse a test, and a precision that rounds everything, buffers too.
 
         In bfloat16 the 1,000 noise levels of the table become about 120, statistics of latents and
         the moving average lose their last steps. Mixed precision computes as fast.
 
         Raises:
-            UserError: ``bf16-true`` or another precision with weights of half the bits.
+            UserError: ``rest test`` or ``rest predict`` of a stage, or ``bf16-true`` or another
+                precision with weights of half the bits.
         """
+        self.refuse(stage)
         precision = str(self.trainer.precision)
         if precision in (
             "bf16-true",
@@ -103,8 +199,34 @@ class StageModule(LightningModule):
                 "rounds the table of noise levels: use bf16-mixed"
             )
 
+    def check_maker(
+        self, batch: Mapping[str, Any], key: str, part: nn.Module, with_config: bool = False
+    ) -> None:
+        """Refuse a batch of latents or features that another network made.
+
+        Args:
+            batch: says by ``key`` which network made them, or does not say.
+            key: ``latents_of`` or ``speech_of``.
+            part: the network of this stage.
+            with_config: see :func:`~rest_lightning.parts.fingerprint_of`.
+
+        Raises:
+            UserError: another one; previews and sessions would go by this stage's.
+        """
+        made_by = batch.get(key)
+        if made_by is None or made_by == self._makers.get(key):
+            return
+        own = fingerprint_of(part, with_config)
+        if made_by != own:
+            content = {"latents_of": "latents of the VAE", "speech_of": "features of the encoder"}
+            raise UserError(
+                f"expected {content[key]} {own}, got those of {made_by}: make them again with "
+                "`rest encode --overwrite`"
+            )
+        self._makers[key] = own
+
     def configure_optimizers(self) -> Any:
-        """Returns AdamW over the trained parts, and its schedule.
+        """Returns the optimiser over the trained parts, AdamW by default, and its schedule.
 
         The schedule follows :meth:`progress`, one step at a time.
         """
@@ -119,7 +241,18 @@ class StageModule(LightningModule):
             }
             for part, decays, names in self.parameter_groups()
         ]
-        is_fused = all(each.is_cuda for group in groups for each in group["params"])  # type: ignore[attr-defined]
+        optimizer = (
+            self._adamw(groups) if settings.algorithm is None else settings.algorithm(groups)
+        )
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.lr_fraction)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
+
+    def _adamw(self, groups: list[dict[str, Any]]) -> Optimizer:
+        settings = self.optimizer_settings
+        is_fused = all(each.is_cuda for group in groups for each in group["params"])
         optimizer = torch.optim.AdamW(
             groups, betas=settings.betas, weight_decay=settings.weight_decay, fused=is_fused or None
         )
@@ -127,11 +260,7 @@ class StageModule(LightningModule):
             # Lightning refuses to clip where this is set: such a kernel could unscale gradients
             # itself. It does so only when it is given a scale, and nothing here gives it one.
             optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.lr_fraction)
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
-        }
+        return optimizer
 
     def parameter_groups(self) -> list[tuple[str, bool, list[str]]]:
         """(part, whether its weights decay, names of its parameters), without empty groups.
@@ -288,6 +417,63 @@ class StageModule(LightningModule):
 
     def _frozen_keys(self, keys: Iterable[str]) -> list[str]:
         return [key for key in keys if key.split(".", 1)[0] in self.frozen_parts]
+
+
+def plain(value: Any) -> Any:
+    """A setting as YAML has it: a dataclass is a mapping, any other object its class."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(each) for each in value]
+    if isinstance(value, Path):
+        return str(value)
+    if is_dataclass(value) or type(value).__name__ == "Namespace":  # of argparse or jsonargparse
+        return {key: plain(each) for key, each in vars(value).items()}
+    of = value if callable(value) and hasattr(value, "__qualname__") else type(value)
+    return {"class_path": f"{of.__module__}.{of.__qualname__}"}
+
+
+def typed_settings(
+    cls: type[StageModule], settings: Mapping[str, Any], skip: set[str]
+) -> dict[str, Any]:
+    """The settings of :func:`plain` as the constructor takes them.
+
+    Raises:
+        UserError: a value that the constructor does not take (any more).
+    """
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    known = parser.add_class_arguments(
+        cls, "stage", instantiate=False, fail_untyped=False, skip=skip
+    )
+    own = {name: value for name, value in settings.items() if f"stage.{name}" in known}
+    try:
+        values = parser.instantiate_classes(parser.parse_object({"stage": own}))["stage"]
+    except ArgumentError as error:
+        key, reason = reason_of(str(error))
+        raise UserError(
+            f"{key or 'the settings of the checkpoint'}: {reason}; give it to load_from_checkpoint"
+        ) from None
+    return {name: values[name] for name in own}
+
+
+def _frozen_part(
+    name: str, description: dict[str, Any], source: str | None, checkpoint: str | Path
+) -> nn.Module:
+    if source is not None and Path(source).exists():
+        return open_part(name, source)
+    if name == "speech_encoder":
+        return open_speech_encoder(checkpoint)
+    part = build_part(description)
+    if any(True for _ in part.parameters()):
+        raise UserError(
+            f"expected the weights of the frozen {name}, which are not in {checkpoint}, got none: "
+            f"give {name}=..., or initial={{'{name}': 'final.ckpt of its stage'}}"
+        )
+    return part
 
 
 class _Clock:

@@ -14,7 +14,7 @@ from rest_lightning.models.causal import Stream
 from rest_lightning.models.detail import DetailTransfer
 from rest_lightning.models.vae import VideoAutoencoder, check_frames
 from rest_lightning.tasks.base import OptimizerSettings, StageModule
-from rest_lightning.tasks.regions import region_weights
+from rest_lightning.tasks.regions import landmarks_of, region_weights
 
 
 class DetailModule(StageModule):
@@ -80,7 +80,7 @@ class DetailModule(StageModule):
         decoded, reconstruction = self.decode(frames, reference, self.latent_noise)
         chosen = torch.randperm(decoded.shape[2])[: self.num_frames].sort().values.to(frames.device)
         decoded, truth = decoded[:, :, chosen], frames[:, :, 1 + chosen]
-        landmarks = batch["landmarks"][:, 1 + chosen]
+        landmarks = landmarks_of(batch, frames.shape[2])[:, 1 + chosen]
         weights = region_weights(landmarks, frames.shape[-2:], self.mouth_weight, self.eyes_weight)
         error = self(decoded, reference, reconstruction).float() - truth
         terms = {"l1": (weights * error.abs()).mean(), "l2": (weights * error.square()).mean()}
@@ -100,7 +100,8 @@ class DetailModule(StageModule):
         frames, reference = batch["frames"], batch["reference"]
         decoded, reconstruction = self.decode(frames, reference, 0.0)
         truth = frames[:, :, 1:]
-        mouth = region_weights(batch["landmarks"][:, 1:], frames.shape[-2:], 2.0, 1.0) - 1.0
+        landmarks = landmarks_of(batch, frames.shape[2])[:, 1:]
+        mouth = region_weights(landmarks, frames.shape[-2:], 2.0, 1.0) - 1.0
         for name, video in (("vae", decoded), ("detail", self(decoded, reference, reconstruction))):
             squared = (video.float().clamp(-1, 1) - truth).square()
             at_mouth = (squared * mouth).sum(dim=(1, 2, 3, 4)) / (

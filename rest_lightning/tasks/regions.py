@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -35,6 +38,15 @@ def region_weights(
         inside_y = (y - centre[..., 1:]).abs() <= box[1]
         weights = torch.where(inside_y[..., :, None] & inside_x[..., None, :], value, weights)
     return weights[:, None]
+
+
+def landmarks_of(batch: Mapping[str, Any], num_frames: int) -> Tensor:
+    """Landmarks (B, F, 3, 2) of a batch; NaN, unknown, where it has none."""
+    found = batch.get("landmarks")
+    if found is not None:
+        return found
+    clips: Tensor = batch["frames"] if "frames" in batch else batch["latents"]
+    return clips.new_full((len(clips), num_frames, 3, 2), torch.nan)
 
 
 def random_crops(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,7 +13,6 @@ from rest_lightning.diffusion.losses import SpeechAELoss, speech_ae_loss
 from rest_lightning.errors import UserError
 from rest_lightning.models.speech import SpeechEncoder
 from rest_lightning.models.speech_ae import SpeechAE
-from rest_lightning.parts import fingerprint_of
 from rest_lightning.tasks.base import OptimizerSettings, StageModule
 
 
@@ -44,18 +44,15 @@ class SpeechAEModule(StageModule):
         )
         self.temperature = temperature
 
-    def on_fit_start(self) -> None:
-        """Refuse features that another speech encoder made."""
-        self.trainer.datamodule.check_speech(fingerprint_of(self.speech_encoder, with_config=True))  # type: ignore[attr-defined]
-
     def forward(self, features: Tensor) -> Tensor:
         """Speech features (B, F, 10, D_A) to their reconstruction."""
         return self.speech_ae.decode(self.speech_ae.encode(features))
 
     def losses(self, batch: dict[str, Any]) -> SpeechAELoss:
         """The losses of one batch."""
+        self.check_maker(batch, "speech_of", self.speech_encoder, with_config=True)
         with torch.no_grad():
-            features = speech_features(batch, self.trainer.datamodule, self.speech_encoder)  # type: ignore[attr-defined]
+            features = speech_features(batch, self.speech_encoder)
         return speech_ae_loss(self(features), features, temperature=self.temperature)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
@@ -83,11 +80,11 @@ class SpeechAEModule(StageModule):
             )
 
 
-def speech_features(batch: dict[str, Any], datamodule: Any, encoder: SpeechEncoder) -> Tensor:
+def speech_features(batch: Mapping[str, Any], encoder: SpeechEncoder) -> Tensor:
     """Features (B, F, 10, D_A) of a batch: from the cache on disk where it has been read, else by
     ``encoder``.
     """
-    audio = crop_audio(batch["audio"], datamodule, encoder)
+    audio = crop_audio(batch, encoder)
     if "speech_steps" in batch:
         return encoder.unpack(batch["speech_steps"], encoder.num_frames(audio))
     # Row by row: matrix products round by the size of the batch, and the cache was made without
@@ -95,15 +92,17 @@ def speech_features(batch: dict[str, Any], datamodule: Any, encoder: SpeechEncod
     return torch.cat([encoder(row) for row in audio.split(1)])
 
 
-def crop_audio(audio: Tensor, datamodule: Any, encoder: SpeechEncoder) -> Tensor:
-    """Cut the data module's audio margins (B, 640 * (left + F + right)) down to what ``encoder``
-    reads.
+def crop_audio(batch: Mapping[str, Any], encoder: SpeechEncoder) -> Tensor:
+    """Cut a batch's ``audio`` (B, 640 * (left + F + right)) down to what ``encoder`` reads.
+
+    Where the batch does not state its ``audio_margin_frames``, they are taken for the encoder's.
 
     Raises:
         UserError: margins that are too small.
     """
+    audio: Tensor = batch["audio"]
     left, right = encoder.left_context_frames, encoder.lookahead_frames
-    have_left, have_right = datamodule.audio_left_frames, datamodule.audio_right_frames
+    have_left, have_right = batch.get("audio_margin_frames", (left, right))
     if have_left < left or have_right < right:
         raise UserError(
             f"expected at least {left} and {right} frames of audio around a clip for this speech "

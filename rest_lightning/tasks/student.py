@@ -19,6 +19,7 @@ from rest_lightning.diffusion.distillation import (
 from rest_lightning.diffusion.losses import asd_loss, flow_matching_loss
 from rest_lightning.diffusion.noise import add_noise
 from rest_lightning.diffusion.rollout import Context, roll_out
+from rest_lightning.diffusion.sampling import Sampling, SamplingChanges
 from rest_lightning.diffusion.schedule import sampling_sigmas
 from rest_lightning.errors import UserError
 from rest_lightning.models.speech import SpeechEncoder
@@ -157,6 +158,12 @@ class DistillSettings:
                 f"{self.table_steps}: take the num_steps that the source's table began with"
             )
 
+    @property
+    def sampling(self) -> Sampling:
+        """The one sampler that the student learns."""
+        total = self.table_steps or self.num_steps
+        return Sampling(self.student_steps, guidance=1.0, shift=self.shift, table_steps=total)
+
     def sigmas(self, num_steps: int, num_tokens: int) -> list[float]:
         """Levels of ``num_steps`` steps, from the one table of source and student."""
         total = self.table_steps or self.num_steps
@@ -172,11 +179,12 @@ class StudentModule(A2VModule):
 
     Args:
         transformer, speech_ae, speech_encoder, vae, noise, optimizer, initial, mouth_weight,
-            compile_blocks: see :class:`A2VModule`; ``initial`` takes the transformer from the
-            teacher's checkpoint, whose parameter names are the same.
+            compile_blocks, sampling: see :class:`A2VModule`; ``initial`` takes the transformer
+            from the teacher's checkpoint, whose parameter names are the same.
         asd: distillation from the teacher, or None.
         rollout: contexts of the student's own making, with or without ``asd``, or None.
         distill: distillation of guidance and steps from a student, or None; a stage of its own.
+            Checkpoints then remember the sampler that is learnt, whatever ``sampling`` says.
     """
 
     teacher: A2VDiT
@@ -197,6 +205,7 @@ class StudentModule(A2VModule):
         rollout: RolloutSettings | None = None,
         distill: DistillSettings | None = None,
         compile_blocks: bool = False,
+        sampling: SamplingChanges | None = None,
     ) -> None:
         noise = noise or NoiseSettings()
         if transformer.config["attention"] != "chunked":
@@ -246,10 +255,12 @@ class StudentModule(A2VModule):
             frozen,
             mouth_weight,
             compile_blocks,
+            sampling,
         )
         self.asd, self.rollout, self.distill = asd, rollout, distill
         if distill:  # trained at the levels of its sampler, whatever the table holds
             transformer.remember_noise(None)
+            self.sampling = distill.sampling
 
     def sample_sigmas(
         self, latents: Tensor, chunk_length: int, generator: torch.Generator

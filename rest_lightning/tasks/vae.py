@@ -21,7 +21,7 @@ from rest_lightning.models.vae import (
     fit_principal_path,
 )
 from rest_lightning.tasks.base import OptimizerSettings, StageModule
-from rest_lightning.tasks.regions import random_crops, region_weights
+from rest_lightning.tasks.regions import landmarks_of, random_crops, region_weights
 
 PRINCIPAL_FRAMES = (
     17  # of the windows that the principal path is fitted to, whatever length the training has
@@ -144,8 +144,9 @@ class VAEModule(StageModule):
 
     def losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Every loss of one batch by name, unweighted, and the weighted sum ``loss``."""
-        frames, landmarks = batch["frames"], batch["landmarks"]
+        frames = batch["frames"]
         check_frames(frames)
+        landmarks = landmarks_of(batch, frames.shape[2])
         weights = self.loss_weights
         pixel_weights = region_weights(landmarks, frames.shape[-2:], weights.mouth, weights.eyes)
         if self.training and self.crop_px is not None and self.crop_px < min(frames.shape[-2:]):
@@ -202,15 +203,15 @@ class VAEModule(StageModule):
         """Frames and pixel weights of ``principal_batches`` training batches, apart from the
         training's own order.
         """
-        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        if data is None:
+        loader: Any = self.trainer.train_dataloader  # type: ignore[attr-defined]
+        if not hasattr(loader, "sample_batches"):
             raise UserError(
-                "principal_batches: expected a TalkingHeadDataModule to draw clips from, got plain "
-                "data loaders: pass "
-                "`datamodule=` to fit, or leave principal_batches out"
+                "principal_batches: expected the loader of a TalkingHeadDataModule to draw clips "
+                f"from, got {type(loader).__name__}: pass `datamodule=` to fit, or leave "
+                "principal_batches out"
             )
         for batch in itertools.islice(
-            data.sample_batches(PRINCIPAL_FRAMES), self.principal_batches
+            loader.sample_batches(PRINCIPAL_FRAMES), self.principal_batches
         ):
             frames, landmarks = (batch[name].to(self.device) for name in ("frames", "landmarks"))
             weights = self.loss_weights
@@ -235,7 +236,8 @@ class VAEModule(StageModule):
         reconstruction, mean, _ = self(frames)
         reconstruction = reconstruction.float()
         self._moments.update(mean.float())
-        mouth = region_weights(batch["landmarks"], frames.shape[-2:], 2.0, 1.0) - 1.0
+        landmarks = landmarks_of(batch, frames.shape[2])
+        mouth = region_weights(landmarks, frames.shape[-2:], 2.0, 1.0) - 1.0
         squared = (reconstruction.clamp(-1, 1) - frames).square()
         mouth_error = (squared * mouth).sum(dim=(1, 2, 3, 4)) / (
             3 * mouth.sum(dim=(1, 2, 3, 4))

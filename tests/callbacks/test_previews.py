@@ -10,10 +10,17 @@ import numpy as np
 import pytest
 import torch
 
-from rest_lightning.callbacks.previews import SampleVideos, borrowed_head, generate_clip
+from rest_lightning.callbacks.previews import (
+    SampleVideos,
+    _log_picture,
+    _log_video,
+    borrowed_head,
+    generate_clip,
+)
 from rest_lightning.data.layout import read_manifest
 from rest_lightning.diffusion.sampling import Guidance, Sampling, SamplingChanges, euler_step
 from rest_lightning.media.video import VideoFile, read_clip_audio
+from rest_lightning.media.writer import Mp4Writer
 from rest_lightning.models.transformer import A2VDiT
 from rest_lightning.streaming.engine import to_uint8
 
@@ -125,10 +132,10 @@ def test_stream_of_the_student_equals_a_session(recipe: Any) -> None:
     module.train()
     flags = [parameter.requires_grad for parameter in module.parameters()]
     modes = [part.training for part in module.modules()]
-    video = callback._stream(module, reference, audio, noise, datamodule)
+    video = callback._stream(module, reference, audio, noise, left)
     assert [parameter.requires_grad for parameter in module.parameters()] == flags
     assert [part.training for part in module.modules()] == modes
-    with borrowed_head(module, callback.sampling, 64) as head:
+    with borrowed_head(module, callback.sampling.of(module.sampling), 64) as head:
         assert head.transformer is module.transformer
         expected = head.open(reference[0], seed=3)
         frames = np.concatenate([expected.push(speech[0]), expected.flush()])
@@ -171,3 +178,30 @@ def test_generated_clip_is_the_plain_euler_loop(guidance: Guidance, num_frames: 
         sample = euler_step(sample, velocity, levels, levels_next)
     torch.testing.assert_close(clip, sample, atol=1e-4, rtol=1e-4)
     assert torch.equal(clip[:, :, :1], reference)
+
+
+@pytest.mark.parametrize("kind", ["csv", "wandb", "mlflow"])
+def test_pictures_go_to_every_logger_that_takes_them(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorBoard's are looked at above; a CSV logger takes none, and is no error."""
+    from lightning.pytorch import loggers
+
+    if kind != "csv":
+        pytest.importorskip(kind, reason=f"{kind} is no extra of this package")
+    monkeypatch.chdir(tmp_path)
+    picture, video = np.zeros((32, 64, 3), np.uint8), np.zeros((10, 32, 64, 3), np.uint8)
+    path = tmp_path / "clip.mp4"
+    with Mp4Writer(path, (32, 64)) as writer:
+        writer.write(video)
+    logger: Any = {
+        "csv": lambda: loggers.CSVLogger(str(tmp_path / "log")),
+        "wandb": lambda: loggers.WandbLogger(save_dir=str(tmp_path / "log"), offline=True),
+        "mlflow": lambda: loggers.MLFlowLogger(tracking_uri=(tmp_path / "log").as_uri()),
+    }[kind]()
+    _log_picture(logger, "samples/a", picture, 3)
+    _log_video(logger, "videos/a", video, path, 3)
+    if kind == "wandb":
+        logger.experiment.finish(quiet=True)
+    found = {each.suffix for each in tmp_path.rglob("*") if each != path}
+    assert ({".png", ".mp4"} <= found) == (kind != "csv")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 
 from rest_lightning import Sampling, TalkingHead
 from rest_lightning.cli import main
-from rest_lightning.parts import PART_NAMES, PARTS_KEY, describe_part
+from rest_lightning.parts import PART_NAMES, PARTS_KEY, SAMPLING_KEY, describe_part
 
 
 @pytest.fixture
@@ -68,6 +69,45 @@ def test_exported_model_is_the_checkpoint(
         state, expected = getattr(ours, name).state_dict(), getattr(source, name).state_dict()
         assert state.keys() == expected.keys()
         assert all(torch.equal(state[key], expected[key]) for key in state)
+
+
+@pytest.mark.parametrize(
+    ("remembered", "options", "expected"),
+    [
+        ((2, 1.0, 1.0, 0.0, 8), [], Sampling(2, 1.0, 1.0, 0.0, 8)),
+        ((8, 2.0, 1.0), [], Sampling(8, 2.0, 1.0)),
+        ((8, 2.0, 1.0), ["--guidance", "3"], Sampling(8, 3.0, 1.0)),
+        (None, [], Sampling()),  # a checkpoint of 0.1
+    ],
+)
+def test_a_model_is_sampled_as_its_stage_was(
+    checkpoints: tuple[Path, Path],
+    remembered: tuple[Any, ...] | None,
+    options: list[str],
+    expected: Sampling,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    content = torch.load(checkpoints[0], weights_only=True)
+    if remembered is not None:
+        content[SAMPLING_KEY] = asdict(Sampling(*remembered))
+    torch.save(content, checkpoints[0])
+    assert main(words_of(checkpoints, tmp_path / "out", *options)) == 0
+    assert TalkingHead.from_pretrained(tmp_path / "out").sampling == expected
+    said = capsys.readouterr().out
+    assert f"guidance {expected.guidance}" in said
+    assert ("the checkpoint does not say" in said) == (remembered is None)
+
+
+def test_a_remembered_sampling_is_checked(
+    checkpoints: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = torch.load(checkpoints[0], weights_only=True)
+    for wrong in ({"guidance": float("nan")}, {"steps": 3}):
+        torch.save({**content, SAMPLING_KEY: wrong}, checkpoints[0])
+        assert main(words_of(checkpoints, tmp_path / "out")) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert str(checkpoints[0]) in line
 
 
 def test_stored_in_bfloat16_by_default(checkpoints: tuple[Path, Path], tmp_path: Path) -> None:

@@ -19,8 +19,9 @@ from rest_lightning.data.window_cache import (
 )
 from rest_lightning.errors import UserError
 from rest_lightning.models.speech import LogMelEncoder, SpeechEncoder, WhisperEncoder
+from rest_lightning.models.speech_ae import SpeechAE
 from rest_lightning.parts import fingerprint_of
-from rest_lightning.tasks.speech_ae import speech_features
+from rest_lightning.tasks.speech_ae import SpeechAEModule, speech_features
 
 TINY_WHISPER = {
     "d_model": 16,
@@ -75,14 +76,14 @@ def test_batches_hold_the_features_of_the_online_path(
         **options,
     )
     data.setup("fit")
-    data.check_speech(fingerprint_of(encoder, with_config=True))
     seen = set()
     for loader in (data.train_dataloader(), data.train_dataloader(), data.val_dataloader()):
         for batch in loader:
-            cached = speech_features(batch, data, encoder)
+            assert batch["speech_of"] == fingerprint_of(encoder, with_config=True)
+            cached = speech_features(batch, encoder)
             steps = batch.pop("speech_steps")
             assert steps[0].numel() < cached[0].numel() / (2 if num_frames > 9 else 1.5)
-            online = speech_features(batch, data, encoder)
+            online = speech_features(batch, encoder)
             assert online.shape == (len(batch["clip_id"]), num_frames, 10, encoder.feature_dim)
             assert torch.equal(cached, online)
             seen |= {
@@ -147,15 +148,19 @@ def test_stale_features_are_errors(make: Any, tmp_path: Path) -> None:
         }
         assert len(prints) == 2  # the weights are the same, what they read is not
     encode(make_encoder("log_mel"), root, folder, num_frames=9)
-    data = TalkingHeadDataModule(
-        str(root), num_frames=9, num_workers=0, speech_dir=str(folder), with_frames=False
+    data, opened = (
+        TalkingHeadDataModule(
+            str(root), num_frames=9, num_workers=0, speech_dir=str(folder), with_frames=False
+        )
+        for _ in range(2)
     )
-    other = fingerprint_of(make_encoder("log_mel", 1), with_config=True)
-    with pytest.raises(
-        UserError,
-        match=(f"expected speech features of the speech encoder {other}, got those of LogMel"),
-    ):
-        data.check_speech(other)
+    other = make_encoder("log_mel", 1)
+    stage = SpeechAEModule(SpeechAE(feature_dim=160, num_tokens=2, latent_dim=8, width=8), other)
+    opened.setup("fit")
+    batch = next(iter(opened.train_dataloader()))
+    made_by = fingerprint_of(other, with_config=True)
+    with pytest.raises(UserError, match=f"features of the encoder {made_by}, got those of LogMel"):
+        stage.losses(batch)
     with pytest.raises(
         UserError,
         match=(

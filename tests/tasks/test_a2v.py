@@ -17,7 +17,7 @@ from rest_lightning.models.cache import CacheOptions
 from rest_lightning.models.speech import LogMelEncoder
 from rest_lightning.models.speech_ae import SpeechAE
 from rest_lightning.models.transformer import A2VDiT
-from rest_lightning.parts import build_part, read_part
+from rest_lightning.parts import build_part, read_part, read_sampling
 from rest_lightning.talking_head import TalkingHead
 from rest_lightning.tasks.a2v import Conditions, NoiseSettings
 from rest_lightning.tasks.base import OptimizerSettings
@@ -55,6 +55,20 @@ def student(recipe: Any = None, asd: bool = False, **noise: Any) -> StudentModul
         asd=settings,
         optimizer=optimizer,
     )
+
+
+@pytest.mark.parametrize(
+    ("stage", "expected"),
+    [
+        ("teacher", Sampling(8, 2.0, 1.0)),
+        ("asd", Sampling(8, 2.0, 1.0)),
+        ("distill", Sampling(2, 1.0, 1.0, table_steps=8)),
+    ],
+)
+def test_a_checkpoint_remembers_the_sampling_of_its_stage(
+    recipe: Any, stage: str, expected: Sampling
+) -> None:
+    assert read_sampling(recipe.final(stage)) == recipe.clis[stage].model.sampling == expected
 
 
 def conditions(batch: int = 2, num_frames: int = 7, seed: int = 0) -> Conditions:

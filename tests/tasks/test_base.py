@@ -8,15 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_student import make_student
+from tiny_student import make_student, make_teacher
 from torch import nn
 
+from rest_lightning.cli import main
 from rest_lightning.errors import UserError
 from rest_lightning.models.speech import LogMelEncoder
 from rest_lightning.models.speech_ae import SpeechAE
 from rest_lightning.models.vae import CompactVAE
 from rest_lightning.tasks.base import OptimizerSettings
 from rest_lightning.tasks.speech_ae import SpeechAEModule
+from rest_lightning.tasks.student import RolloutSettings, StudentModule
+from rest_lightning.tasks.teacher import TeacherModule
 from rest_lightning.tasks.vae import VAEModule
 from rest_lightning.torchvision_compat import ensure_torchvision
 
@@ -304,3 +307,51 @@ def test_checkpoints_with_one_group_a_part_go_on() -> None:
         steps.append({n: weight - before[n] for n, weight in other.named_parameters()})
     for name, step in steps[0].items():
         torch.testing.assert_close(step, steps[1][name], atol=1e-6, rtol=1e-3)
+
+
+def saved(stage: Any, path: Path) -> Path:
+    """A checkpoint as Lightning writes it."""
+    content = {"state_dict": stage.state_dict(), "hyper_parameters": dict(stage.hparams)}
+    stage.on_save_checkpoint(content)
+    torch.save(content, path)
+    torch.load(path, weights_only=True)  # tensors and plain values alone
+    return path
+
+
+def test_a_stage_is_loaded_from_its_checkpoint(tmp_path: Path) -> None:
+    stage = make_student(rollout=RolloutSettings(num_steps=3), mean=1.25)
+    path = saved(stage, tmp_path / "student.ckpt")
+    again = StudentModule.load_from_checkpoint(path)
+    assert again.rollout == RolloutSettings(num_steps=3) and again.noise.mean == 1.25
+    assert again.optimizer_settings == stage.optimizer_settings
+    for name, value in stage.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
+    other = StudentModule.load_from_checkpoint(path, rollout=None, mouth_weight=3.0)
+    assert other.rollout is None and other.mouth_weight == 3.0
+    teacher = make_teacher(mean=1.5)
+    loaded = TeacherModule.load_from_checkpoint(saved(teacher, tmp_path / "teacher.ckpt"))
+    assert type(loaded) is TeacherModule and loaded.noise.mean == 1.5
+    with pytest.raises(UserError, match=r"expected a checkpoint of VAEModule, got .*student.ckpt"):
+        VAEModule.load_from_checkpoint(path)
+
+
+def test_a_frozen_part_is_found_or_asked_for(recipe: Any) -> None:
+    """The recipe's student names its VAE's checkpoint; without that file it has to be given."""
+    path = recipe.final("student")
+    loaded = StudentModule.load_from_checkpoint(path)
+    assert torch.equal(loaded.vae.latents_std, recipe.clis["student"].model.vae.latents_std)
+    assert loaded.sampling == recipe.clis["student"].model.sampling
+    assert StudentModule.load_from_checkpoint(path, vae=None).vae is None
+    with pytest.raises(UserError, match=r"expected the weights of the frozen vae, .* give vae="):
+        StudentModule.load_from_checkpoint(path, initial={"vae": "nowhere.ckpt"})
+
+
+@pytest.mark.parametrize("command", ["test", "predict"])
+def test_a_stage_says_what_to_test_instead(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [command, "--config", "embedded/student", "--config", "model/tiny"]
+    words += ["--config", "trainer/tiny", "--model.initial", "null"]
+    assert main([*words, "--trainer.default_root_dir", str(tmp_path)]) == 2
+    (line,) = [each for each in capsys.readouterr().err.splitlines() if "error" in each]
+    assert f"expected a model for rest {command}, got the stage StudentModule" in line

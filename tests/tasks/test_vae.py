@@ -247,7 +247,7 @@ def test_principal_batches_need_the_data_module() -> None:
     )
     with pytest.raises(
         UserError,
-        match=("expected a TalkingHeadDataModule to draw clips from, got plain data loaders"),
+        match="expected the loader of a TalkingHeadDataModule to draw clips from, got DataLoader",
     ):
         trainer.fit(
             VAEModule(vae, principal_batches=1),
