@@ -4,7 +4,9 @@ module.
 
 from __future__ import annotations
 
+import os
 import warnings
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +23,14 @@ from rest_lightning import callbacks, models, tasks  # noqa: E402
 from rest_lightning.data.module import TalkingHeadDataModule  # noqa: E402
 from rest_lightning.diffusion.sampling import SamplingChanges  # noqa: E402
 from rest_lightning.errors import UserError  # noqa: E402
+from rest_lightning.media.files import remove_parts  # noqa: E402
 from rest_lightning.names import accept_old_names  # noqa: E402
 from rest_lightning.options import ConfigFile, TellsMistakes, find_user_error  # noqa: E402
+from rest_lightning.processes import PARENT_VARIABLE, owned  # noqa: E402
 from rest_lightning.tasks.base import AtomicCheckpointIO  # noqa: E402
 
 FINAL_CHECKPOINT = "final.ckpt"
+_folders = ExitStack()  # held by the run under way
 EXPECTED_WARNINGS = (
     "LightningCLI's args parameter",  # our own command line hands its words on
     r"Found \d+ module\(s\) in eval mode",  # frozen parts are
@@ -81,6 +86,19 @@ class RestCLI(LightningCLI):
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         return trainer
 
+    def before_fit(self) -> None:
+        """Hold the run's folder until the command ends; ranks that this process starts end with it.
+
+        Raises:
+            UserError: another run works in it.
+        """
+        if self.trainer.is_global_zero:
+            root = Path(self.trainer.default_root_dir)
+            _folders.enter_context(owned(root, "rest fit"))
+            remove_parts(root, root / "checkpoints")
+            os.environ[PARENT_VARIABLE] = str(os.getpid())
+            _folders.callback(os.environ.pop, PARENT_VARIABLE, None)
+
     def after_fit(self) -> None:
         """Validate the final weights, and write them where the next stage looks for them, whole or
         not at all.
@@ -113,6 +131,11 @@ def run(args: list[str]) -> Any:
         warnings.filterwarnings("ignore", message)
     _know_short_names()
     accept_old_names()
+    with _folders:
+        return _run(args)
+
+
+def _run(args: list[str]) -> Any:
     try:
         return RestCLI(
             LightningModule,

@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import shutil
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -17,6 +15,7 @@ from torch import Tensor, nn
 from rest_lightning.constants import SPATIAL_RATIO, VERSION
 from rest_lightning.diffusion.sampling import Sampling, SamplingChanges, warn_of_unseen_levels
 from rest_lightning.errors import UserError
+from rest_lightning.media.files import find_folder, whole_folder
 from rest_lightning.media.portrait import load_portrait
 from rest_lightning.model_folder import check_index, read_json
 from rest_lightning.parts import (
@@ -213,7 +212,7 @@ class TalkingHead(nn.Module):
             UserError: no such folder, or one without ``model_index.json``; no CUDA, or too little
                 memory.
         """
-        folder = EMBEDDED_FOLDER if path is None else Path(path)
+        folder = EMBEDDED_FOLDER if path is None else find_folder(path)
         index_file = folder / INDEX_FILE
         if not index_file.is_file():
             raise UserError(
@@ -256,12 +255,9 @@ class TalkingHead(nn.Module):
             dtype: of the stored weights; statistics of the latents stay float32.
             max_shard_bytes: of the tensors of one file; a larger part is cut into several.
         """
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-        try:
+        with whole_folder(path) as folder:
             for name in self.part_names:
-                _save_part(getattr(self, name), temporary / name, dtype, max_shard_bytes)
+                _save_part(getattr(self, name), folder / name, dtype, max_shard_bytes)
             index = {
                 "_class_name": "TalkingHead",
                 "version": VERSION,
@@ -269,20 +265,7 @@ class TalkingHead(nn.Module):
                 "sampling": asdict(self.sampling),
                 "parts": {name: type(getattr(self, name)).__name__ for name in self.part_names},
             }
-            (temporary / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
-            temporary.chmod(0o755)
-            replaced = temporary.with_name(f"{temporary.name}.old")
-            if target.exists():
-                target.replace(replaced)
-            try:
-                temporary.replace(target)
-            except OSError:
-                if replaced.exists():
-                    replaced.replace(target)
-                raise
-            shutil.rmtree(replaced, ignore_errors=True)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
 
 
 @dataclass(frozen=True)

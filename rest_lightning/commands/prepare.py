@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rest_lightning.errors import UserError
+from rest_lightning.processes import owned
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -62,13 +63,16 @@ def run(args: argparse.Namespace) -> int:
 
     names = [field.name for field in fields(PrepareOptions)]
     options = PrepareOptions(**{name: getattr(args, name) for name in names})
-    from rest_lightning.data.preparation.engine_local import find_videos, locked
+    from rest_lightning.data.preparation.engine_local import find_videos
     from rest_lightning.data.preparation.finish import finish
 
     root = args.videos if args.videos.is_dir() else args.videos.parent
     sources = [args.videos] if args.videos.is_file() else find_videos(args.videos, args.out)
     _check_packages(options)
-    with locked(args.out):
+    from rest_lightning.media.files import remove_parts
+
+    with owned(args.out, "rest prepare"):
+        remove_parts(args.out, *(args.out / name for name in ("clips", "thumbs", "sources")))
         try:
             rows = _engine(args.engine)(
                 sources, root, args.out, options, args.num_workers, not args.quiet
@@ -169,6 +173,7 @@ def run_synthesize(args: argparse.Namespace) -> int:
     """
     from rest_lightning.data.synthetic.synthesize import synthesize
 
-    folder = synthesize(**vars(args))
+    with owned(args.out, "rest synthesize"):
+        folder = synthesize(**vars(args))
     print(f"{folder}: {args.num_clips} clips")
     return 0

@@ -20,6 +20,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from rest_lightning.errors import UserError
+from rest_lightning.media.files import whole_file
 from rest_lightning.parts import FROZEN_PARTS_KEY, PARTS_KEY, describe_part, load_part
 
 RNG_KEY = "rest_rng_state"
@@ -346,9 +347,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             return
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.part")
-        with temporary.open("wb") as file:
+        with whole_file(target) as temporary, temporary.open("wb") as file:
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(target)
