@@ -18,8 +18,8 @@ from rest_lightning.terminal import accept_encoding, take_streams
 
 # Modules are imported when their command is called: `rest --help` and a wrong file name do not wait
 # for torch. A module of `rest_lightning.commands` has `add_arguments(parser)` and `run(args) ->
-# exit code`. Where it has several commands, the others are named in SECOND_COMMANDS: "demo" is
-# `add_demo_arguments` and `run_demo` of talk.py.
+# exit code`; NEEDS has the extra without which it cannot run. Where it has several commands, the
+# others are named in SECOND_COMMANDS: "demo" is `add_demo_arguments` and `run_demo` of talk.py.
 COMMANDS = {
     "talk": "a portrait and speech become a talking video",
     "demo": "the bundled portrait and speech become outputs/demo.mp4, with a report",
@@ -41,6 +41,7 @@ SECOND_COMMANDS = {
     "encode-prompt": ("encode", "prompt"),
     "synthesize": ("prepare", "synthesize"),
 }
+NEEDS = {"animate": "prepare", "converse": "converse", "serve": "serve", "synthesize": "synthetic"}
 STAGE_COMMANDS = {
     "fit": "train a stage: --config FILE, any number of times, later ones win",
     "validate": "run the validation of a stage",
@@ -84,6 +85,14 @@ def main(args: list[str] | None = None) -> int:
     except SystemExit as exit_request:
         # argparse after --help, jsonargparse after a mistake that it has told already
         return _exit_code(exit_request)
+    except ModuleNotFoundError as error:
+        from rest_lightning.extras import extra_of, missing
+
+        if (extra := extra_of(error.name)) is None:
+            raise
+        what = " ".join(["rest", *words[:1]])
+        _say(f"error: {missing(str(error.name), extra, what)}")
+        return EXIT_USER_ERROR
     except OSError as error:
         from rest_lightning.media.files import explain_error
 
@@ -140,11 +149,17 @@ def _run(words: list[str]) -> int:
     command: Callable[[argparse.Namespace], int] = getattr(
         module, f"run_{variant}" if variant else "run"
     )
+    from rest_lightning.extras import require
     from rest_lightning.options import CommandParser
 
     parser = CommandParser(name, inspect.getdoc(command if variant else module))
     add_arguments(parser)
-    return command(parser.parse(words[1:]))
+    args = parser.parse(words[1:])
+    if name in NEEDS:
+        require(NEEDS[name], f"rest {name}")
+    if getattr(args, "engine", None) == "ray":
+        require("ray", "--engine ray")
+    return command(args)
 
 
 def usage() -> str:

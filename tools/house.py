@@ -23,6 +23,7 @@ FLOORS = (
         "config",
         "constants",
         "errors",
+        "extras",
         "machine",
         "names",
         "options",

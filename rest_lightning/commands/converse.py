@@ -62,12 +62,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Serve until told to stop."""
     spin_briefly()
-    try:
-        from rest_lightning.serve.server import ServerOptions
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"expected the package {error.name}, found none: pip install 'rest-lightning[converse]'"
-        ) from None
+    from rest_lightning.serve.server import ServerOptions
+
     options = ServerOptions(args.host, args.port, (), args.cert, args.key)
     options.tls()  # before the model is loaded
     if not 0 <= args.port <= 65535:

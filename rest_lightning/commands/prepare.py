@@ -126,12 +126,23 @@ def _summarise(out: Path, num_videos: int, rows: list[Any]) -> None:
     status = Counter(row.status for row in rows)
     filters = Counter(row.filter for row in rows if row.status == "dropped")
     hours = sum(row.num_frames or 0 for row in rows if row.status == "kept") / 25 / 3600
-    why = ", ".join(f"{name} {count}" for name, count in filters.most_common())
+    why = ", ".join(
+        f"{name} {count} ({_options_of(name)})" for name, count in filters.most_common()
+    )
     print(f"{out}: {status['kept']} clips ({hours:.2f} h) of {num_videos} videos")
     if filters:
         print(f"dropped {status['dropped']}: {why}")
     if status["failed"]:
         print(f"failed {status['failed']}: the reasons are in {out / 'prepare.jsonl'}")
+
+
+def _options_of(name: str | None) -> str:
+    """The options of a filter, as they are written."""
+    from rest_lightning.data.preparation.filters import RULES
+
+    options = [rule.option for rule in RULES if rule.filter == name]
+    options += ["max_duplicate_distance"] if name == "duplicate" else []
+    return ", ".join(f"--{option}" for option in options)
 
 
 def add_synthesize_arguments(parser: argparse.ArgumentParser) -> None:
