@@ -146,4 +146,6 @@ def test_and_on_the_command_line(
 ) -> None:
     assert main([*words[:-1], f"{words[-1]}={value}"]) == 2
     told = capsys.readouterr().err
-    assert words[-1].rpartition(".")[2] in told and "expected" in told and len(told.splitlines()) == 1
+    assert (
+        words[-1].rpartition(".")[2] in told and "expected" in told and len(told.splitlines()) == 1
+    )
