@@ -61,7 +61,7 @@ def test_prepare(tmp_path: Path, kills: Kills) -> None:
     for number in range(3):
         path = tmp_path / "videos" / f"{number}.mp4"
         path.parent.mkdir(exist_ok=True)
-        write_video(path, levels(25, seed=number), [speech_like(1.0)])
+        write_video(path, levels(25 + 10 * number), [speech_like(1.0 + 0.4 * number)])
     words = ["prepare", str(tmp_path / "videos"), "--out", "OUT", "--already-cropped", "--quiet"]
     words += ["--min_frames", "9", "--max_duplicate_distance", "0", "--size_px", "64"]
     words += ["--max_still_s", "null", "--min_sharpness", "null", "--max_flow", "null"]
