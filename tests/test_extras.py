@@ -20,6 +20,7 @@ COMMANDS = {
     "serve --port 0": "serve",
     "serve --port 0 --engine ray": "ray",
     "converse --realtime ws://127.0.0.1:9": "converse",
+    "converse --realtime espeak": "synthetic",
 }
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from rest_lightning.commands.serve import spin_briefly
 from rest_lightning.commands.talk import positive
 from rest_lightning.errors import UserError
+from rest_lightning.extras import require
 
 LOOPBACKS = ("echo", "espeak")
 
@@ -62,6 +63,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Serve until told to stop."""
     spin_briefly()
+    if args.realtime == "espeak":
+        require("synthetic", "--realtime espeak")
     from rest_lightning.serve.server import ServerOptions
 
     options = ServerOptions(args.host, args.port, (), args.cert, args.key)

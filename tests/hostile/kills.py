@@ -1,5 +1,5 @@
-"""Commands that are killed at moments drawn from a seed: the same command, given once more, must
-end with what an undisturbed run gives, and leave nothing beside it.
+"""Commands that are killed, interrupted, or meet a full disk, at moments drawn from a seed: the same
+command, given once more, must end with what an undisturbed run gives, and leave nothing beside it.
 
 Each run is a fork of this process, which has imported what takes long.
 """
@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import sys
@@ -25,13 +26,16 @@ from tries import loop
 
 from rest_lightning.cli import main
 
-KILLS = 2  # before the run that may finish
+DISTURBANCES = 2  # before the run that may finish
 ENDING_S = 15.0  # for the children of a killed process
 SPEC: dict[str, Any] = json.loads(sys.argv[4]) if __name__ == "__main__" else {}
 
 
-def begin(out: Path) -> int:
-    """A fork that runs the command into ``out``; its number."""
+def begin(out: Path, file_bytes: int | None = None) -> int:
+    """A fork that runs the command into ``out``; its number.
+
+    A limit on the size of files stands for the disk's: the system refuses in the same way.
+    """
     words = [str(out) if word == "OUT" else word for word in SPEC["words"]]
     last = out / "checkpoints" / "last.ckpt"
     if SPEC.get("resumes") and last.is_file():
@@ -40,10 +44,14 @@ def begin(out: Path) -> int:
     if child == 0:
         code = 70
         try:
+            if file_bytes is not None:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
             with out.with_suffix(".log").open("w") as log:
                 os.dup2(log.fileno(), 1)
                 os.dup2(log.fileno(), 2)
             code = main(words)
+        except KeyboardInterrupt:  # before the command has begun
+            code = 130
         finally:
             os._exit(code)
     return child
@@ -72,6 +80,30 @@ def kill(out: Path, delay_s: float) -> None:
     while alive(below) and time.monotonic() < end_s:
         time.sleep(0.05)
     assert not alive(below), f"{len(alive(below))} processes outlive the command"
+    for path in files(out):
+        check_whole(path)
+
+
+def disturb(out: Path, rng: random.Random, length_s: float) -> None:
+    """A kill; or Ctrl-C, SIGTERM or a full disk, after which the command must tidy up itself."""
+    kind = rng.choice(("kill", "kill", "kill", "int", "term", "full"))
+    delay_s = rng.random() * length_s
+    if kind == "kill":
+        kill(out, delay_s)
+        return
+    pid = begin(out, int(10 ** rng.uniform(3, 6)) if kind == "full" else None)
+    if kind != "full":
+        time.sleep(delay_s)
+        os.kill(pid, signal.SIGINT if kind == "int" else signal.SIGTERM)
+    below = descendants(pid)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    log = out.with_suffix(".log").read_text(errors="replace")
+    expected = {"int": (0, 130, -2), "term": (0, 143, -15), "full": (0, 2)}[kind]
+    assert code in expected, f"{kind}: exit code {code}: {log[-300:]}"
+    assert "Traceback" not in log, f"{kind}: {log[-500:]}"
+    assert not alive(below), f"{kind}: a process outlives the command"
+    left = [path.name for path in files(out) if ".part" in path.name]
+    assert not left or code < 0, f"{kind}: {left} is left"
     for path in files(out):
         check_whole(path)
 
@@ -141,8 +173,8 @@ def run_all() -> None:
     def one(seed: int) -> None:
         rng = random.Random(seed)
         out = target(f"run{seed % 2}s")
-        for _ in range(KILLS):
-            kill(out, rng.random() * length_s)
+        for _ in range(DISTURBANCES):
+            disturb(out, rng, length_s)
         finish(out)
         left = content(out)
         more, less = left.keys() - reference.keys(), reference.keys() - left.keys()

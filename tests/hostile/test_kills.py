@@ -1,4 +1,4 @@
-"""Kills of each command that makes files."""
+"""Kills, interruptions and full disks for each command that makes files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from stills import face
 from tiny_head import make_head
 from videos import levels, speech_like, write_video
 
-TRIES = 15  # of two kills each
+TRIES = 15  # of two disturbances each
 _IMPORTS = ("torch", "av", "rest_lightning.talking_head")
 
 
@@ -32,7 +32,7 @@ def kills(
     def run(name: str, spec: dict[str, Any]) -> None:
         found = attack("kills", TRIES, json.dumps(spec))
         seen = "no process, no litter, the same files after the next run"
-        tally(f"`{name}` killed", 2 * found.tried, found.faults, seen)
+        tally(f"`{name}` killed, interrupted, on a full disk", 2 * found.tried, found.faults, seen)
 
     return run
 
