@@ -23,7 +23,6 @@ from rest_lightning import callbacks, models, tasks  # noqa: E402
 from rest_lightning.data.module import TalkingHeadDataModule  # noqa: E402
 from rest_lightning.diffusion.sampling import SamplingChanges  # noqa: E402
 from rest_lightning.errors import UserError  # noqa: E402
-from rest_lightning.media.files import remove_parts  # noqa: E402
 from rest_lightning.names import accept_old_names  # noqa: E402
 from rest_lightning.options import ConfigFile, TellsMistakes, find_user_error  # noqa: E402
 from rest_lightning.processes import PARENT_VARIABLE, owned  # noqa: E402
@@ -92,10 +91,9 @@ class RestCLI(LightningCLI):
         Raises:
             UserError: another run works in it.
         """
-        if self.trainer.is_global_zero:
-            root = Path(self.trainer.default_root_dir)
+        root = str(self.trainer.default_root_dir)
+        if self.trainer.is_global_zero and "://" not in root:  # s3://... has no locks
             _folders.enter_context(owned(root, "rest fit"))
-            remove_parts(root, root / "checkpoints")
             os.environ[PARENT_VARIABLE] = str(os.getpid())
             _folders.callback(os.environ.pop, PARENT_VARIABLE, None)
 

@@ -49,13 +49,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Encode what is missing."""
-    from rest_lightning.media.files import remove_parts
     from rest_lightning.parts import device_named
     from rest_lightning.processes import owned
 
     args.device = device_named(args.device)
     with owned(args.out, "rest encode"):
-        remove_parts(args.out)
         return _run(args)
 
 
