@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -37,9 +38,8 @@ def begin(out: Path, file_bytes: int | None = None) -> int:
     A limit on the size of files stands for the disk's: the system refuses in the same way.
     """
     words = [str(out) if word == "OUT" else word for word in SPEC["words"]]
-    last = out / "checkpoints" / "last.ckpt"
-    if SPEC.get("resumes") and last.is_file():
-        words += ["--ckpt_path", str(last)]
+    if SPEC.get("resumes") and (saved := list(out.rglob("last.ckpt"))):
+        words += ["--ckpt_path", str(max(saved, key=lambda path: path.stat().st_mtime))]
     child = os.fork()
     if child == 0:
         code = 70
@@ -135,7 +135,9 @@ def check_whole(path: Path) -> None:
 
 
 def content(out: Path) -> dict[str, str]:
-    """What a run has left: name -> hash; of checkpoints their weights."""
+    """What a run has left: name -> hash; of checkpoints their weights, of several attempts of
+    Lightning's the last.
+    """
     found = {}
     for path in files(out):
         if path.suffix == ".ckpt":
@@ -145,7 +147,8 @@ def content(out: Path) -> dict[str, str]:
             )
         else:
             data = path.read_bytes().replace(os.fsencode(out.parent.name), b"FOLDER")
-        found[path.relative_to(out.parent).as_posix()] = hashlib.sha256(data).hexdigest()
+        name = re.sub(r"version_\d+", "version", path.relative_to(out.parent).as_posix())
+        found[name] = hashlib.sha256(data).hexdigest()
     return found
 
 

@@ -63,7 +63,7 @@ def test_prepare(tmp_path: Path, kills: Kills) -> None:
         path.parent.mkdir(exist_ok=True)
         write_video(path, levels(25 + 10 * number), [speech_like(1.0 + 0.4 * number)])
     words = ["prepare", str(tmp_path / "videos"), "--out", "OUT", "--already-cropped", "--quiet"]
-    words += ["--min_frames", "9", "--max_duplicate_distance", "0", "--size_px", "64"]
+    words += ["--min_frames", "9", "--max_duplicate_distance", "0", "--size_px", "128"]
     words += ["--max_still_s", "null", "--min_sharpness", "null", "--max_flow", "null"]
     spec = {"words": words, "out": "data", "ignored": ["report.html"], "imports": _IMPORTS[1:2]}
     kills("rest prepare", spec)
