@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from ..data.streams import PredictPair, SpeechBlock
 from ..errors import UserError, note
 from ..media.files import remove_leftovers, sha256_of, write_text_atomic
 from ..media.writer import BackgroundWriter, Mp4Writer
+from ..processes import owned
 from ..tasks.predict import PredictModule
 
 
@@ -35,6 +37,7 @@ class VideoSink(Callback):
 
     def __init__(self, out_dir: str, overwrite: bool = False, crf: int = 18) -> None:
         self.out_dir, self.overwrite, self.crf = Path(out_dir), overwrite, crf
+        self._held = ExitStack()
         self._file: Mp4Writer | None = None
         self._writer: BackgroundWriter | None = None
         self._pair: PredictPair | None = None
@@ -44,8 +47,8 @@ class VideoSink(Callback):
         """Take the finished pairs out of the data module's list.
 
         Raises:
-            UserError: a folder that cannot be made, or a file of another origin under a name that
-                is needed.
+            UserError: a folder that cannot be made or that another run works in, or a file of
+                another origin under a name that is needed.
         """
         if stage != "predict":
             return
@@ -61,6 +64,8 @@ class VideoSink(Callback):
             raise UserError(
                 f"expected a folder for videos, got {reason}: choose another out_dir"
             ) from None
+        if trainer.is_global_zero:
+            self._held.enter_context(owned(self.out_dir, "rest predict"))
         datamodule = trainer.datamodule  # type: ignore[attr-defined]
         pairs = list(datamodule.pairs)
         datamodule.pairs = [
@@ -128,6 +133,10 @@ class VideoSink(Callback):
         if rows:
             write_text_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
             rank_zero_info(f"{len(rows)} pairs were left out: {path} says why")
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let go of the folder."""
+        self._held.close()
 
     def _open(self, pair: PredictPair, size_px: int) -> None:
         for suffix in (".mp4", ".json"):

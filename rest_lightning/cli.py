@@ -5,19 +5,21 @@ from __future__ import annotations
 import argparse
 import importlib
 import inspect
-import io
 import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext, suppress
 
 from rest_lightning.constants import VERSION
-from rest_lightning.errors import Terminated, UserError
+from rest_lightning.errors import Terminated, UserError, ends_as_by_ctrl_c
+from rest_lightning.processes import end_with_parent
+from rest_lightning.terminal import accept_encoding, take_streams
 
 # Modules are imported when their command is called: `rest --help` and a wrong file name do not wait
 # for torch. A module of `rest_lightning.commands` has `add_arguments(parser)` and `run(args) ->
-# exit code`. Where it has several commands, the others are named in SECOND_COMMANDS: "demo" is
-# `add_demo_arguments` and `run_demo` of talk.py.
+# exit code`; NEEDS has the extra without which it cannot run. Where it has several commands, the
+# others are named in SECOND_COMMANDS: "demo" is `add_demo_arguments` and `run_demo` of talk.py.
 COMMANDS = {
     "talk": "a portrait and speech become a talking video",
     "demo": "the bundled portrait and speech become outputs/demo.mp4, with a report",
@@ -42,6 +44,7 @@ SECOND_COMMANDS = {
     "encode-prompt": ("encode", "prompt"),
     "synthesize": ("prepare", "synthesize"),
 }
+NEEDS = {"animate": "prepare", "converse": "converse", "serve": "serve", "synthesize": "synthetic"}
 STAGE_COMMANDS = {
     "fit": "train a stage: --config FILE, any number of times, later ones win",
     "validate": "run the validation of a stage",
@@ -54,35 +57,77 @@ EXIT_INTERRUPTED = 130
 
 
 def main(args: list[str] | None = None) -> int:
-    """Runs a command and returns its exit code: 0 done, 2 a user's mistake (one line on stderr),
-    130 interrupted by Ctrl-C, 143 by SIGTERM and 129 by SIGHUP where a command keeps what it has.
+    """Runs a command and returns its exit code: 0 done, 2 a user's mistake, a full disk or a file
+    that is refused (one line on stderr), 130 interrupted by Ctrl-C, 143 by SIGTERM and 129 by
+    SIGHUP.
 
     Args:
         args: the command and its arguments; None takes those of the process.
     """
+    if args is None:
+        take_streams()
+        end_with_parent()
+    else:
+        accept_encoding()
     words = list(sys.argv[1:] if args is None else args)
-    for stream in (sys.stdout, sys.stderr):
-        # A terminal of another encoding shows "?" in place of a character that it does not have.
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
+    # SLURM's signals are Lightning's: it queues the job again.
+    by_slurm = words[:1] == ["fit"] and "SLURM_JOB_ID" in os.environ
     try:
-        return _run(words)
+        with nullcontext() if by_slurm else ends_as_by_ctrl_c():
+            code = _run(words)
+            sys.stdout.flush()  # a full disk may tell only now
+        return code
     except UserError as error:
         _say(f"error: {' '.join(str(error).split())}")
         return EXIT_USER_ERROR
     except KeyboardInterrupt as interrupt:
         _say(str(interrupt) or "interrupted: nothing was written")
-        cause = interrupt if isinstance(interrupt, Terminated) else interrupt.__cause__
-        return 128 + cause.number if isinstance(cause, Terminated) else EXIT_INTERRUPTED
+        return _interrupted(interrupt)
     except BrokenPipeError:  # `rest ... | head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_stdout()
         return 128 + signal.SIGPIPE
     except SystemExit as exit_request:
         # argparse after --help, jsonargparse after a mistake that it has told already
-        code = exit_request.code
-        if isinstance(code, str):
-            _say(code)
-        return code if isinstance(code, int) else int(code is not None)
+        return _exit_code(exit_request)
+    except ModuleNotFoundError as error:
+        from rest_lightning.extras import extra_of, missing
+
+        if (extra := extra_of(error.name)) is None:
+            raise
+        what = " ".join(["rest", *words[:1]])
+        _say(f"error: {missing(str(error.name), extra, what)}")
+        return EXIT_USER_ERROR
+    except OSError as error:
+        from rest_lightning.media.files import explain_error
+
+        if (line := explain_error(error)) is None:
+            raise
+        _say(f"error: {line}")
+        _drop_stdout()
+        return EXIT_USER_ERROR
+
+
+def _interrupted(interrupt: BaseException) -> int:
+    cause = interrupt if isinstance(interrupt, Terminated) else interrupt.__cause__
+    return 128 + cause.number if isinstance(cause, Terminated) else EXIT_INTERRUPTED
+
+
+def _exit_code(exit_request: SystemExit) -> int:
+    # Lightning ends a run that was interrupted with 1, or with an exception of its own.
+    if isinstance(exit_request.__context__, KeyboardInterrupt):
+        return _interrupted(exit_request.__context__)
+    if type(exit_request).__name__ == "SIGTERMException":
+        return 128 + signal.SIGTERM
+    code = exit_request.code
+    if isinstance(code, str):
+        _say(code)
+    return code if isinstance(code, int) else int(code is not None)
+
+
+def _drop_stdout() -> None:
+    """What stdout still holds would raise once more at the end of the process."""
+    with suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(words: list[str]) -> int:
@@ -105,11 +150,16 @@ def _run(words: list[str]) -> int:
         known = ", ".join([*COMMANDS, *STAGE_COMMANDS])
         raise UserError(f"expected a command ({known}), got {words[0]!r}: see rest --help")
     about, add_arguments, command = _find(name)
+    from rest_lightning.extras import require
     from rest_lightning.options import CommandParser
 
     parser = CommandParser(name, about)
     add_arguments(parser)
     args = parser.parse(words[1:])
+    if name in NEEDS:
+        require(NEEDS[name], f"rest {name}")
+    if getattr(args, "engine", None) == "ray":
+        require("ray", "--engine ray")
     if name == "completion":  # it has to know all others
         return command(
             args, {each: (COMMANDS[each], _find(each)[1]) for each in COMMANDS}, STAGE_COMMANDS

@@ -21,6 +21,7 @@ import dataclasses
 import difflib
 import importlib
 import inspect
+import math
 import os
 import re
 import sys
@@ -179,7 +180,7 @@ def read_yaml(path: Path) -> Tree:
     """Returns the mapping of a YAML file.
 
     Raises:
-        UserError: not readable, no YAML, or no mapping.
+        UserError: not readable, no YAML, no mapping, or a number that is not finite.
     """
     import yaml
 
@@ -199,7 +200,26 @@ def read_yaml(path: Path) -> Tree:
             f"expected names and values in {path}, got {type(content).__name__}: write `name: "
             "value` lines"
         )
+    _check_finite(path, content, ())
     return content
+
+
+def _check_finite(path: Path, value: Any, keys: tuple[str, ...]) -> None:
+    if isinstance(value, Mapping):
+        for key, each in value.items():
+            _check_finite(path, each, (*keys, str(key)))
+    elif isinstance(value, list):
+        for each in value:
+            _check_finite(path, each, keys)
+    elif is_not_finite(value):
+        raise UserError(f"{path}: {'.'.join(keys)}: expected a finite number, got {value}")
+
+
+def is_not_finite(value: Any) -> bool:
+    """Whether a value is NaN or infinite, as a number or as a word that Python takes for one."""
+    if isinstance(value, str):
+        return re.fullmatch(r"[+-]?\.?(nan|inf(inity)?)", value.strip(), re.IGNORECASE) is not None
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def read_dataclass(cls: type[T], content: Mapping[str, Any], where: str) -> T:

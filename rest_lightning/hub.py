@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rest_lightning.errors import UserError, note
-from rest_lightning.media.files import sha256_of
+from rest_lightning.media.files import restore_folder, sha256_of
 
 CARD_FILE = "README.md"
 PART_PATTERNS = ("config.json", "*.safetensors", "*.safetensors.index.json")
@@ -50,7 +50,7 @@ def find_folder(
             or a file that came damaged. A folder that is not there is returned all the same, unless
             its name could be one of the hub.
     """
-    path, match = Path(source), _ID.fullmatch(os.fspath(source))
+    path, match = restore_folder(source), _ID.fullmatch(os.fspath(source))
     if path.exists() or match is None:
         if revision is not None:
             raise UserError(

@@ -5,8 +5,10 @@ module.
 from __future__ import annotations
 
 import itertools
+import os
 import warnings
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +29,11 @@ from rest_lightning.errors import UserError, note  # noqa: E402
 from rest_lightning.names import accept_old_names, look_in_current_folder  # noqa: E402
 from rest_lightning.options import ConfigFile, TellsMistakes, find_user_error  # noqa: E402
 from rest_lightning.parts import read_checkpoint  # noqa: E402
+from rest_lightning.processes import PARENT_VARIABLE, owned  # noqa: E402
 from rest_lightning.tasks.base import AtomicCheckpointIO, plain  # noqa: E402
 
 FINAL_CHECKPOINT = "final.ckpt"
+_folders = ExitStack()  # held by the run under way
 EXPECTED_WARNINGS = (
     "LightningCLI's args parameter",  # our own command line hands its words on
     r"Found \d+ module\(s\) in eval mode",  # frozen parts are
@@ -128,6 +132,18 @@ class RestCLI(LightningCLI):
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         return trainer
 
+    def before_fit(self) -> None:
+        """Hold the run's folder until the command ends; ranks that this process starts end with it.
+
+        Raises:
+            UserError: another run works in it.
+        """
+        root = str(self.trainer.default_root_dir)
+        if self.trainer.is_global_zero and "://" not in root:  # s3://... has no locks
+            _folders.enter_context(owned(root, "rest fit"))
+            os.environ[PARENT_VARIABLE] = str(os.getpid())
+            _folders.callback(os.environ.pop, PARENT_VARIABLE, None)
+
     def after_fit(self) -> None:
         """Validate the final weights, and write them where the next stage looks for them, whole or
         not at all.
@@ -161,6 +177,11 @@ def run(args: list[str]) -> Any:
     _know_short_names()
     accept_old_names()
     look_in_current_folder()
+    with _folders:
+        return _run(args)
+
+
+def _run(args: list[str]) -> Any:
     try:
         return RestCLI(args)
     except Exception as error:

@@ -19,6 +19,7 @@ from rest_lightning.config import (
     Tree,
     check_keys,
     hint_inside,
+    is_not_finite,
     nearest,
     place_data,
     place_networks,
@@ -52,6 +53,20 @@ class TellsMistakes(ArgumentParser):
         groups = {name.partition(".")[0] for name in options if "." in name}
         groups -= {name for name, kind in options.items() if kind is not None}
         return {name: kind for name, kind in options.items() if name not in groups}
+
+    def parse_args(self, *args: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
+        """As jsonargparse's; numbers must be finite.
+
+        Raises:
+            UserError: a mistake.
+        """
+        found = super().parse_args(*args, **kwargs)
+        if not self.exit_on_error:  # a parser that jsonargparse made for a class inside
+            return found
+        for name, value in found.items():
+            if isinstance(value, float) and is_not_finite(value):
+                raise UserError(f"{self._shown(name)}: expected a finite number, got {value}")
+        return found
 
     def read(self, name: str, earlier: Tree) -> Tree:
         """Returns a configuration file with all that it builds on, checked key by key.

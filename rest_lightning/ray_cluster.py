@@ -5,12 +5,17 @@ machine alone.
 from __future__ import annotations
 
 import os
+import signal
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
 from typing import Any
 
 from rest_lightning.errors import UserError
+from rest_lightning.extras import require
 
 
 def environment() -> dict[str, str]:
@@ -43,13 +48,9 @@ def joined(settings: Mapping[str, Any], own_settings: Mapping[str, Any]) -> Iter
         UserError: no Ray, or no cluster.
     """
     os.environ.update(environment())
-    try:
-        import ray
-    except ImportError:
-        text = (
-            "expected the package ray for --engine ray, got none: pip install 'rest_lightning[ray]'"
-        )
-        raise UserError(f"{text}, or use --engine local") from None
+    require("ray", "--engine ray")
+    import ray
+
     if ray.is_initialized():
         yield False
         return
@@ -59,9 +60,54 @@ def joined(settings: Mapping[str, Any], own_settings: Mapping[str, Any]) -> Iter
     else:
         _start({**settings, "include_dashboard": False, **own_settings})
     try:
-        yield not address
+        with nullcontext() if address else _ends_with_us():
+            yield not address
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _ends_with_us() -> Iterator[None]:
+    """Ray's own processes end within a minute or two of a driver that is killed; a helper, which
+    learns of our end by a closed pipe, ends them at once.
+    """
+    if not sys.platform.startswith("linux"):
+        yield
+        return
+    words = [f"{pid}:{_start_of(pid)}" for pid in _below(os.getpid())]
+    helper = [sys.executable, "-m", "rest_lightning.ray_cluster", *words]
+    with subprocess.Popen(helper, stdin=subprocess.PIPE, start_new_session=True) as process:
+        try:
+            yield
+        finally:
+            process.kill()
+
+
+def _below(pid: int) -> list[int]:
+    """All processes that one has started, and those that these have."""
+    try:
+        tasks = Path(f"/proc/{pid}/task").iterdir()
+        children = [int(word) for task in tasks for word in (task / "children").read_text().split()]
+    except OSError:
+        return []
+    return [each for child in children for each in (child, *_below(child))]
+
+
+def _start_of(pid: int) -> str:
+    """When a process began, in the kernel's ticks: numbers of processes are used again."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        return ""
+
+
+def _end_all(words: list[str]) -> None:
+    """The helper: waits for the end of stdin, then ends the processes ``pid:start``."""
+    sys.stdin.read()
+    for pid, _, start in (word.partition(":") for word in words):
+        if start and _start_of(int(pid)) == start:
+            with suppress(OSError):
+                os.kill(int(pid), signal.SIGKILL)
 
 
 def _join(address: str, settings: Mapping[str, Any]) -> None:
@@ -101,3 +147,7 @@ def _start(settings: Mapping[str, Any]) -> None:
 
 def _line(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
+
+
+if __name__ == "__main__":
+    _end_all(sys.argv[1:])

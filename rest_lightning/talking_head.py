@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import shutil
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from rest_lightning.constants import SPATIAL_RATIO, VERSION
 from rest_lightning.diffusion.sampling import Sampling, SamplingChanges, warn_of_unseen_levels
 from rest_lightning.errors import UserError
 from rest_lightning.hub import CARD_FILE, find_folder, is_cached, note_licence, publish
+from rest_lightning.media.files import whole_folder
 from rest_lightning.media.portrait import load_portrait
 from rest_lightning.model_card import make_card, with_licence
 from rest_lightning.model_folder import MAX_SHARD_BYTES, read_json, write_part
@@ -276,14 +276,11 @@ class TalkingHead(nn.Module):
             dtype: of the stored weights; statistics of the latents stay float32.
             max_shard_bytes: of the tensors of one file; a larger part is cut into several.
         """
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-        try:
+        with whole_folder(path) as folder:
             for name in self.part_names:
                 part = getattr(self, name)
                 state = part.state_dict()
-                write_part(temporary / name, describe_part(part), state, dtype, max_shard_bytes)
+                write_part(folder / name, describe_part(part), state, dtype, max_shard_bytes)
             index = {
                 "_class_name": "TalkingHead",
                 "version": VERSION,
@@ -291,22 +288,9 @@ class TalkingHead(nn.Module):
                 "sampling": asdict(self.sampling),
                 "parts": {name: type(getattr(self, name)).__name__ for name in self.part_names},
             }
-            (temporary / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+            (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
             if self.card is not None:
-                (temporary / CARD_FILE).write_text(self.card, encoding="utf-8")
-            temporary.chmod(0o755)
-            replaced = temporary.with_name(f"{temporary.name}.old")
-            if target.exists():
-                target.replace(replaced)
-            try:
-                temporary.replace(target)
-            except OSError:
-                if replaced.exists():
-                    replaced.replace(target)
-                raise
-            shutil.rmtree(replaced, ignore_errors=True)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+                (folder / CARD_FILE).write_text(self.card, encoding="utf-8")
 
     def push_to_hub(
         self,

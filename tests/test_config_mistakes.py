@@ -113,3 +113,39 @@ def test_print_config_shows_what_the_files_say_together(
     assert (model["asd"], model["optimizer"]["lr"]) == (None, 3e-4)
     assert shown["data"]["reference"] == "clip_start"
     assert shown["trainer"]["precision"] == "bf16-mixed"
+
+
+@pytest.mark.parametrize(
+    "value", [".nan", ".inf", "-.inf", ".NaN", "1.0e+400", "nan", "inf", "-Infinity"]
+)
+def test_numbers_that_are_not_finite_are_refused_with_file_and_key(
+    value: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "mine.yaml"
+    base = tmp_path / "base.yaml"
+    base.write_text(f"model:\n  init_args:\n    optimizer: {{lr: [1.0, {value}]}}\n")
+    path.write_text("base: base.yaml\ntrainer:\n  max_steps: 1\n")
+    assert main(["fit", *TINY, "--config", str(path)]) == 2
+    told = capsys.readouterr().err
+    assert f"{base}: model.init_args.optimizer.lr: expected a finite number, got" in told
+    assert len(told.splitlines()) == 1
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e999"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("fit", *TINY, "--model.optimizer.lr"),
+        ("talk", "a.png", "a.wav", "-o", "a.mp4", "--guidance"),
+        ("ablate", "--base", "embedded/asd", "--vae", "v", "--budget-min"),
+        ("prepare", "in", "--out", "out", "--min_sharpness"),
+    ],
+)
+def test_and_on_the_command_line(
+    words: tuple[str, ...], value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*words[:-1], f"{words[-1]}={value}"]) == 2
+    told = capsys.readouterr().err
+    assert (
+        words[-1].rpartition(".")[2] in told and "expected" in told and len(told.splitlines()) == 1
+    )

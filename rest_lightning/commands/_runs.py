@@ -6,27 +6,27 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from rest_lightning.media.files import write_text_atomic
+from rest_lightning.processes import run_child
 
 FINAL = "final.ckpt"
 LAST = Path("checkpoints") / "last.ckpt"
 
 
 def rest(*arguments: str) -> None:
-    """Run a command of this package in a process of its own; a failure ends the recipe with its
-    exit code.
+    """Run a command of this package in a process of its own, which ends with this one; a failure
+    ends the recipe with its exit code.
     """
     # spinning threads halve the speed of two processes
     environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
-    result = subprocess.run(
-        [sys.executable, "-m", "rest_lightning", *arguments], env=environment, check=False
-    )
-    if result.returncode:
-        raise SystemExit(result.returncode)
+    code = run_child([sys.executable, "-m", "rest_lightning", *arguments], environment)
+    if code:
+        raise SystemExit(code)
 
 
 def fit(folder: Path, configs: Sequence[str | Path]) -> None:
@@ -41,9 +41,8 @@ def fit(folder: Path, configs: Sequence[str | Path]) -> None:
 
 def write_overlay(folder: Path, content: dict[str, Any], name: str = "overlay.yaml") -> Path:
     """A configuration file of a run's own; YAML reads JSON."""
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / name
-    path.write_text(json.dumps(content, indent=2))
+    write_text_atomic(path, json.dumps(content, indent=2))
     return path
 
 

@@ -22,6 +22,7 @@ from rest_lightning.commands._runs import FINAL, fit, rest, trainer_overlay, wri
 from rest_lightning.commands.train_embedded import STAGES, VAE_STAGE, stage_overlay
 from rest_lightning.config import find_config, read_config
 from rest_lightning.errors import UserError
+from rest_lightning.processes import owned
 
 BASE = "base"
 RECIPE = "recipe.json"
@@ -96,7 +97,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Train, score, tabulate. Exit code 1 when a run failed."""
     variants = plan(args)
-    _check_recipe(args)
+    with owned(args.out, "rest ablate"):
+        _check_recipe(args)
+        return _run(args, variants)
+
+
+def _run(args: argparse.Namespace, variants: list[Variant]) -> int:
     failed = []
     for seed in range(args.seeds):
         for variant in variants:

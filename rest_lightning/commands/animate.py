@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from rest_lightning.processes import owned
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
@@ -54,12 +56,14 @@ def run(args: argparse.Namespace) -> int:
     """Animate what is missing."""
     from rest_lightning.data.animated.dataset import animate_dataset, draw_sheet
 
-    refused = animate_dataset(**vars(args))
+    with owned(args.out, "rest animate"):
+        refused = animate_dataset(**vars(args))
+        sheet = draw_sheet(args.out)
     if refused:
         reasons = ", ".join(
             f"{reason} {count}"
             for reason, count in sorted(refused.items(), key=lambda item: -item[1])
         )
         print(f"left out: {reasons} (each in {args.out / 'portraits.jsonl'})")
-    print(f"{args.out}: {args.num_clips} clips; look at {draw_sheet(args.out)}")
+    print(f"{args.out}: {args.num_clips} clips; look at {sheet}")
     return 0

@@ -19,6 +19,7 @@ from pathlib import Path
 from rest_lightning.commands.serve import spin_briefly
 from rest_lightning.commands.talk import positive
 from rest_lightning.errors import UserError
+from rest_lightning.extras import require
 
 LOOPBACKS = ("echo", "espeak")
 
@@ -62,12 +63,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Serve until told to stop."""
     spin_briefly()
-    try:
-        from rest_lightning.serve.server import ServerOptions
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"expected the package {error.name}, found none: pip install 'rest-lightning[converse]'"
-        ) from None
+    if args.realtime == "espeak":
+        require("synthetic", "--realtime espeak")
+    from rest_lightning.serve.server import ServerOptions
+
     options = ServerOptions(args.host, args.port, (), args.cert, args.key)
     options.tls()  # before the model is loaded
     if not 0 <= args.port <= 65535:

@@ -50,8 +50,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Encode what is missing."""
     from rest_lightning.parts import device_named
+    from rest_lightning.processes import owned
 
     args.device = device_named(args.device)
+    with owned(args.out, "rest encode"):
+        return _run(args)
+
+
+def _run(args: argparse.Namespace) -> int:
     shared = ("num_frames", "windows_per_clip", "device", "overwrite")
     options = {name: getattr(args, name) for name in shared}
     if args.speech_encoder is not None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rest_lightning.errors import UserError
+from rest_lightning.processes import owned
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -62,13 +63,16 @@ def run(args: argparse.Namespace) -> int:
 
     names = [field.name for field in fields(PrepareOptions)]
     options = PrepareOptions(**{name: getattr(args, name) for name in names})
-    from rest_lightning.data.preparation.engine_local import find_videos, locked
+    from rest_lightning.data.preparation.engine_local import find_videos
     from rest_lightning.data.preparation.finish import finish
 
     root = args.videos if args.videos.is_dir() else args.videos.parent
     sources = [args.videos] if args.videos.is_file() else find_videos(args.videos, args.out)
     _check_packages(options)
-    with locked(args.out):
+    from rest_lightning.media.files import remove_parts
+
+    with owned(args.out, "rest prepare"):
+        remove_parts(args.out, *(args.out / name for name in ("clips", "thumbs", "sources")))
         try:
             rows = _engine(args.engine)(
                 sources, root, args.out, options, args.num_workers, not args.quiet
@@ -122,12 +126,23 @@ def _summarise(out: Path, num_videos: int, rows: list[Any]) -> None:
     status = Counter(row.status for row in rows)
     filters = Counter(row.filter for row in rows if row.status == "dropped")
     hours = sum(row.num_frames or 0 for row in rows if row.status == "kept") / 25 / 3600
-    why = ", ".join(f"{name} {count}" for name, count in filters.most_common())
+    why = ", ".join(
+        f"{name} {count} ({_options_of(name)})" for name, count in filters.most_common()
+    )
     print(f"{out}: {status['kept']} clips ({hours:.2f} h) of {num_videos} videos")
     if filters:
         print(f"dropped {status['dropped']}: {why}")
     if status["failed"]:
         print(f"failed {status['failed']}: the reasons are in {out / 'prepare.jsonl'}")
+
+
+def _options_of(name: str | None) -> str:
+    """The options of a filter, as they are written."""
+    from rest_lightning.data.preparation.filters import RULES
+
+    options = [rule.option for rule in RULES if rule.filter == name]
+    options += ["max_duplicate_distance"] if name == "duplicate" else []
+    return ", ".join(f"--{option}" for option in options)
 
 
 def add_synthesize_arguments(parser: argparse.ArgumentParser) -> None:
@@ -169,6 +184,7 @@ def run_synthesize(args: argparse.Namespace) -> int:
     """
     from rest_lightning.data.synthetic.synthesize import synthesize
 
-    folder = synthesize(**vars(args))
+    with owned(args.out, "rest synthesize"):
+        folder = synthesize(**vars(args))
     print(f"{folder}: {args.num_clips} clips")
     return 0

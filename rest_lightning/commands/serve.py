@@ -90,14 +90,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Serve until told to stop."""
     spin_briefly()
-    try:
-        from rest_lightning.serve.limits import Limits
-        from rest_lightning.serve.metrics import LOG, log_as_json
-        from rest_lightning.serve.server import ServerOptions
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"expected the package {error.name}, found none: pip install 'rest-lightning[serve]'"
-        ) from None
+    from rest_lightning.serve.limits import Limits
+    from rest_lightning.serve.metrics import LOG, log_as_json
+    from rest_lightning.serve.server import ServerOptions
 
     options = ServerOptions(args.host, args.port, tuple(args.origin), args.cert, args.key)
     options.tls()  # before the model is loaded
@@ -156,12 +151,8 @@ def _run_on_ray(
     args: argparse.Namespace, model: ModelOptions, options: ServerOptions, limits: Limits
 ) -> None:
     """The same with replicas of the model; ``limits.max_sessions`` is that of each."""
-    try:
-        from rest_lightning.serve import ray_engine
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"expected the package {error.name}, got none: pip install 'rest-lightning[ray]'"
-        ) from None
+    from rest_lightning.serve import ray_engine
+
     replicas = ray_engine.ReplicaOptions(model, args.replicas, ray_engine.default_name(args.port))
     print("starting the replicas and warming up their models", flush=True)
     with ray_engine.running(

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 import numpy as np
 
 from rest_lightning.constants import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME, TEMPORAL_RATIO
-from rest_lightning.errors import Terminated, UserError, ends_as_by_ctrl_c, note
+from rest_lightning.errors import Terminated, UserError, note
 from rest_lightning.media.files import check_output
+from rest_lightning.terminal import is_closed
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -171,8 +172,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Make the video, the table and what else was asked for."""
-    with ends_as_by_ctrl_c():
-        talk(TalkOptions(**vars(args)))
+    talk(TalkOptions(**vars(args)))
     return 0
 
 
@@ -335,6 +335,8 @@ def sheet_figures(report: StreamReport) -> dict[str, str]:
 def _check_outputs(options: TalkOptions) -> None:
     """Everything about the outputs that can be known before the work begins."""
     if options.to_pipe:
+        if is_closed(options.stdout or sys.stdout):
+            raise UserError('expected a pipe or a file for "-o -", got a closed stdout: open it')
         if (options.stdout or sys.stdout).isatty():
             raise UserError(
                 'expected a pipe or a file for "-o -", got a terminal: add `| ffplay -` or `> '

@@ -20,6 +20,7 @@ from rest_lightning.commands._runs import FINAL, fit, rest, trainer_overlay, wri
 from rest_lightning.config import Config, Tree, find_config, merge, network_of, read_config
 from rest_lightning.data.layout import manifest_path
 from rest_lightning.errors import UserError
+from rest_lightning.processes import owned
 
 RESERVE_MIN = 4.0  # for starts of processes, last validations and the export
 
@@ -122,6 +123,12 @@ def run(args: argparse.Namespace) -> int:
     started_s = time.monotonic()
     out: Path = args.out
     check(args)
+    with owned(out, "rest train-embedded"):
+        _run(args, out, started_s)
+    return 0
+
+
+def _run(args: argparse.Namespace, out: Path, started_s: float) -> None:
     make_data(args.portraits, args.drivers, args.data, args.num_clips, out)
     for number, stage in enumerate(STAGES):
         if (out / stage.name / FINAL).is_file():
@@ -136,7 +143,6 @@ def run(args: argparse.Namespace) -> int:
         share = stage.share / sum(later.share for later in STAGES[number:])
         train(stage, config, out, max(0.5, left_min * share))
     export(out, args.export or out / "model")
-    return 0
 
 
 def check(args: argparse.Namespace) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 from rest_lightning.constants import SAMPLES_PER_FRAME
 from rest_lightning.data import layout
 from rest_lightning.errors import UserError
+from rest_lightning.processes import LOCK_NAME, end_with_parent
 
 MayChange = Callable[[str, Any, Any], bool]
 
@@ -93,7 +94,7 @@ def check_folder(out: Path, kind: str, info: Mapping[str, Any]) -> None:
         return
     if not out.is_dir():
         raise UserError(f"expected a folder, got the file {out}: choose another name")
-    if not any(out.iterdir()):
+    if all(path.name == LOCK_NAME for path in out.iterdir()):
         return
     if not (out / "dataset.json").is_file():
         raise UserError(
@@ -144,13 +145,14 @@ def _results(
         yield map(make, todo)
         return
     with _one_thread_each():
-        pool = multiprocessing.get_context("spawn").Pool(num_workers, initializer=_ignore_interrupt)
+        pool = multiprocessing.get_context("spawn").Pool(num_workers, initializer=_begin_worker)
     with pool:  # leaves by terminate(): after Ctrl-C nothing goes on in the background
         yield pool.imap_unordered(make, todo)
 
 
-def _ignore_interrupt() -> None:
+def _begin_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops its workers
+    end_with_parent()
 
 
 @contextmanager

@@ -1,18 +1,23 @@
-"""Output files: checked before the work begins, written beside their place, moved there when
-whole.
+"""Output files and folders: checked before the work begins, written beside their place, moved
+there when whole. What a killed process left beside them is removed by the next one.
 """
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import hashlib
 import math
 import os
 import re
+import shutil
+import socket
+import sys
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, Self
 
@@ -34,6 +39,8 @@ class Closing(ABC):
 
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_OF_A_STREAM = (*_NO_SPACE, errno.EIO, errno.EBADF)
+_RUST_ERROR = re.compile(r"\(os error (\d+)\)")  # safetensors
 
 
 def check_output(path: str | os.PathLike[str], overwrite: bool, suffix: str = ".mp4") -> Path:
@@ -70,7 +77,7 @@ def check_output(path: str | os.PathLike[str], overwrite: bool, suffix: str = ".
     return path
 
 
-def explain_write_error(path: Path, error: OSError) -> str:
+def explain_write_error(path: PathLike, error: OSError) -> str:
     """One line for an OSError met while writing ``path``."""
     if error.errno in _NO_SPACE:
         return (
@@ -81,11 +88,92 @@ def explain_write_error(path: Path, error: OSError) -> str:
     return f"expected to write {path}, got '{reason}': choose a folder that you may write to"
 
 
+def explain_error(error: OSError) -> str | None:
+    """One line for an OSError that nobody has explained; None where it looks like a fault of ours.
+
+    One without a file's name came of stdout.
+    """
+    if error.errno in _NO_SPACE:
+        return explain_write_error(error.filename or "stdout", error)
+    if error.filename and error.errno:
+        reason = os.strerror(error.errno).lower()
+        return f"expected to use {error.filename}, got '{reason}': check its name and permissions"
+    return explain_write_error("stdout", error) if error.errno in _OF_A_STREAM else None
+
+
+def refusals(error: BaseException | None) -> Iterator[OSError]:
+    """What the operating system refused behind an exception; torch and safetensors wrap that in
+    exceptions of their own.
+    """
+    while error is not None:
+        if isinstance(error, OSError):
+            yield error
+        elif found := _RUST_ERROR.search(str(error)):
+            yield OSError(int(found[1]), os.strerror(int(found[1])))
+        error = error.__cause__ or error.__context__
+
+
 def temporary_path(path: PathLike) -> Path:
-    """A hidden unused name in ``path``'s folder with its suffix, for what is not whole yet."""
+    """A hidden unused name in ``path``'s folder with its suffix, for what is not whole yet.
+
+    The name tells which process writes it: the first call in a folder removes what processes that
+    have ended left there.
+    """
     path = Path(path)
-    number = uuid.uuid4().hex[:8]
+    _remove_orphans(path.parent)
+    number = _machine() + uuid.uuid4().hex[:8]
     return path.with_name(f".{_short_stem(path)}.{os.getpid()}.{number}.part{path.suffix}")
+
+
+_TEMPORARY = re.compile(r"\..*\.(\d+)\.([0-9a-f]{6})[0-9a-f]{8}\.part(\..+)?")
+_PART = re.compile(r"\..*\.part(\..+)?")
+
+
+@cache
+def _machine() -> str:
+    """Six hex digits of this machine, or container, within which numbers of processes count."""
+    processes = Path("/proc/self/ns/pid")
+    space = str(processes.readlink()) if processes.is_symlink() else ""
+    return hashlib.sha256(f"{socket.gethostname()} {space}".encode()).hexdigest()[:6]
+
+
+@cache
+def _remove_orphans(folder: Path) -> None:
+    """Once for each folder: the temporary files whose process has ended."""
+    with suppress(OSError):
+        for entry in os.scandir(folder):
+            found = _TEMPORARY.fullmatch(entry.name)
+            if found and found[2] == _machine() and not _is_alive(int(found[1])):
+                _remove(Path(entry.path))
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):  # another user's
+        pass
+    return True
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
+
+
+def remove_parts(*folders: PathLike) -> None:
+    """Removes what killed runs have not finished in folders. The caller owns them, see
+    :func:`rest_lightning.processes.owned`.
+    """
+    for folder in folders:
+        if Path(folder).is_dir():
+            for entry in os.scandir(folder):
+                if _PART.fullmatch(entry.name):
+                    _remove(Path(entry.path))
 
 
 _STEM_BYTES = 100  # a name has 255 bytes on most file systems, and a temporary one is longer
@@ -153,22 +241,87 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     path = Path(path)
     temporary = temporary_path(path)
-    try:
+    with _explained(path, temporary):
         yield temporary
         temporary.replace(path)
-    except OSError as error:
-        raise UserError(explain_write_error(path, error)) from error
+
+
+@contextmanager
+def whole_folder(path: PathLike) -> Iterator[Path]:
+    """Gives a new folder beside ``path``; puts it in the place of ``path`` when the block succeeds,
+    else removes it.
+
+    A folder under that name is replaced in one step where the file system can exchange two names
+    (Linux, macOS). Elsewhere it has another name for a moment, by which :func:`restore_folder`
+    finds it if the process ends just then.
+
+    Raises:
+        UserError: when the operating system refuses.
+    """
+    path = Path(os.path.abspath(path))
+    temporary = temporary_path(path)
+    with _explained(path, temporary):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        restore_folder(path)
+        temporary.mkdir()
+        yield temporary
+        if not path.exists():
+            temporary.replace(path)
+        elif not _exchange(temporary, path):
+            _remove(_replaced(path))
+            path.replace(_replaced(path))
+            try:
+                temporary.replace(path)
+            finally:
+                restore_folder(path)
+    _remove(_replaced(path))
+
+
+def restore_folder(path: PathLike) -> Path:
+    """``path``; where a process ended while it replaced that folder, the old one is put back."""
+    path = Path(path)
+    if path.name and not path.exists() and _replaced(path).is_dir():
+        with suppress(OSError):
+            _replaced(path).replace(path)
+    return path
+
+
+def _replaced(path: Path) -> Path:
+    return path.with_name(f".{_short_stem(path)}{path.suffix}.replaced")
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Whether two names were exchanged in one step."""
+    try:
+        library = ctypes.CDLL(None, use_errno=True)
+        names = os.fsencode(first), os.fsencode(second)
+        if sys.platform == "darwin":
+            return library.renamex_np(*names, 2) == 0  # RENAME_SWAP
+        here = -100  # AT_FDCWD
+        return library.renameat2(here, names[0], here, names[1], 2) == 0  # RENAME_EXCHANGE
+    except (OSError, AttributeError, TypeError):  # a system without it
+        return False
+
+
+@contextmanager
+def _explained(path: Path, temporary: Path) -> Iterator[None]:
+    """Removes ``temporary`` at the end; the system's refusals become one line about ``path``."""
+    try:
+        yield
+    except (UserError, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        refusal = next(refusals(error), None)
+        if refusal is None:
+            raise
+        raise UserError(explain_write_error(path, refusal)) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        _remove(temporary)
 
 
 def is_disk_full(error: BaseException | None) -> bool:
     """Whether an error, or one that caused it, came of a disk, quota or file size that ended."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in _NO_SPACE:
-            return True
-        error = error.__cause__
-    return False
+    return any(refusal.errno in _NO_SPACE for refusal in refusals(error))
 
 
 DECIMALS = 4  # of every number in a JSON array: 1e-4 of the image side is far below a pixel
@@ -183,7 +336,8 @@ def write_text_atomic(path: PathLike, text: str) -> None:
         UserError: when the operating system refuses.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(OSError):  # whole_file says what is wrong
+        path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 

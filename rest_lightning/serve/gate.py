@@ -127,6 +127,7 @@ class _Connection(web.RequestHandler):
         response = web.json_response(
             {"error": "expected an HTTP request, got something else"}, status=min(status, 400)
         )
+        response.headers["Server"] = "rest"  # aiohttp's own says its version, and Python's
         response.force_close()
         return response
 

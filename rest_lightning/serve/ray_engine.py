@@ -162,6 +162,8 @@ class Replica:
 
     def __init__(self, model: ModelOptions, limits: Limits, book: Any, host: str | None) -> None:
         log_as_json()
+        if host is not None:
+            _listen_on(host)
         scheduler = Scheduler(model.load(), limits.max_sessions)
         scheduler.start()
         options = ServerOptions(host or ray.util.get_node_ip_address(), port=0)
@@ -327,6 +329,21 @@ class Relay:
 
 async def _send(channel: Channel, data: bytes | str) -> None:
     await (channel.send_text(data) if isinstance(data, str) else channel.send_bytes(data))
+
+
+def _listen_on(host: str) -> None:
+    """Lets Ray Serve's own port of this replica, which it opens next, listen on ``host`` alone.
+
+    Ray Serve 2.60 has no setting for it: it listens on all addresses.
+    """
+    from ray.serve._private import replica
+
+    add_port = replica.add_port_to_grpc_server
+
+    def add_local_port(server: Any, address: str) -> int:
+        return int(add_port(server, address.replace("[::]", host)))
+
+    replica.add_port_to_grpc_server = add_local_port
 
 
 # -- the front -------------------------------------------------------------------------------------

@@ -128,6 +128,10 @@ class Outlet:
             for place, pixels in enumerate(frames)
         ]
 
+    def close(self) -> None:
+        """Lets the encoder go, with its memory and threads, whoever still refers to the outlet."""
+        vars(self).pop("encoder", None)
+
     async def in_thread(self, call: Callable[[], _Result]) -> _Result:
         """Runs what would keep the network waiting."""
         return await asyncio.get_running_loop().run_in_executor(self._encoding, call)
@@ -302,6 +306,7 @@ class Session:
                 server ends it.
         """
         await self._begin()
+        task: asyncio.Task[None] | None
         tasks = {asyncio.create_task(self._read()), asyncio.create_task(self._produce())}
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -311,6 +316,10 @@ class Session:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            # An error refers to this frame, and this frame to the error: without a collection of
+            # garbage neither would end, nor what they hold.
+            tasks, done, task, self._stop = set(), set(), None, None
+            self.outlet.close()
 
     # -- from the client ---------------------------------------------------------------------------
 

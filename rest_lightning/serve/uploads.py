@@ -26,6 +26,7 @@ from PIL import Image
 
 from rest_lightning.errors import UserError
 from rest_lightning.media.portrait import load_portrait
+from rest_lightning.processes import PARENT_VARIABLE, end_with_parent
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -221,7 +222,9 @@ class Uploads:
         process = await asyncio.create_subprocess_exec(
             *module,
             cwd=folder,
-            env=kept | {"PYTHONPATH": search, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+            env=kept
+            | {"PYTHONPATH": search, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+            | {PARENT_VARIABLE: str(os.getpid())},
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
@@ -252,6 +255,7 @@ class Uploads:
 
 def main(kind: str, limit: str, size: str) -> int:
     """The process: decodes ``upload`` in the working folder to stdout."""
+    end_with_parent()
     _limit_resources()
     try:
         data = _portrait(int(limit), int(size)) if kind == "portrait" else _sound(float(limit))

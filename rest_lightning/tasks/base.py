@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 
 from rest_lightning.config import reason_of
 from rest_lightning.errors import UserError
+from rest_lightning.media.files import whole_file
 from rest_lightning.parts import (
     FROZEN_PARTS_KEY,
     PARTS_KEY,
@@ -532,9 +533,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             return
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.part")
-        with temporary.open("wb") as file:
+        with whole_file(target) as temporary, temporary.open("wb") as file:
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(target)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import builtins
+import sys
 
 import numpy as np
 import pytest
@@ -87,15 +87,8 @@ def test_unknown_voice_is_told() -> None:
 
 
 def test_missing_package_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    import_module = builtins.__import__
-
-    def without(name: str, *args: object, **kwargs: object) -> object:
-        if name == "espeakng_loader":
-            raise ImportError(name)
-        return import_module(name, *args, **kwargs)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(UserError, match=r"pip install 'rest-lightning\[synthetic\]'"):
+    monkeypatch.setitem(sys.modules, "espeakng_loader", None)
+    with pytest.raises(UserError, match=r"pip install 'rest_lightning\[synthetic\]'"):
         speak(TEXT)
 
 

@@ -19,7 +19,13 @@ import numpy as np
 from rest_lightning.data import layout
 from rest_lightning.data.making import check_folder, is_finished, remove_dataset, run_clips
 from rest_lightning.errors import UserError
-from rest_lightning.media.files import rounded, sha256_of, temporary_path, write_text_atomic
+from rest_lightning.media.files import (
+    remove_parts,
+    rounded,
+    sha256_of,
+    whole_file,
+    write_text_atomic,
+)
 
 GENERATOR_VERSION = 1
 """Raised whenever the same seed gives other clips than before; a data set never mixes versions."""
@@ -105,8 +111,7 @@ def animate_dataset(
     layout.write_dataset_json(
         out, info
     )  # before the first clip: an interrupted run knows what it was
-    for leftover in (out / "clips").glob(f".{_PREFIX}*.part*"):
-        leftover.unlink(missing_ok=True)
+    remove_parts(out, out / "clips")
     sources = find_sources(portraits, out, seed, val_fraction, test_fraction)
     plans = plan_clips(sources, rows, num_clips, seed)
     todo = [plan for plan in plans if not is_finished(out, plan.clip_id, size_px, num_frames)]
@@ -240,9 +245,8 @@ def draw_sheet(out: str | os.PathLike[str], num_clips: int = 12, num_frames: int
         even = np.linspace(0, len(frames) - 1, num_frames - len(wide)).astype(int)
         lines.append(np.concatenate([frames[i] for i in (*even, *wide)], axis=1))
     path = out / "sheet.png"
-    temporary = temporary_path(path)
-    Image.fromarray(np.concatenate(lines)).save(temporary)
-    temporary.replace(path)
+    with whole_file(path) as temporary:
+        Image.fromarray(np.concatenate(lines)).save(temporary)
     return path
 
 
@@ -334,13 +338,12 @@ def _include(drivers: Path, row: layout.ManifestRow, out: Path, size_px: int) ->
         driver = _driver(drivers, row, out)
         sidecar = layout.read_sidecar(drivers, row.clip_id)
         opening = rounded(mouth_opening(driver.mesh))
-        temporary = temporary_path(target)
         source = layout.clip_path(drivers, row.clip_id)
-        try:
-            os.link(source, temporary)
-        except OSError:
-            shutil.copyfile(source, temporary)
-        temporary.replace(target)
+        with whole_file(target) as temporary:
+            try:
+                os.link(source, temporary)
+            except OSError:
+                shutil.copyfile(source, temporary)
         layout.write_sidecar(out, layout.Sidecar(**{**vars(sidecar), "mouth_opening": opening}))
     return row.clip_id
 

@@ -30,7 +30,7 @@ from rest_lightning.data.animated.mesh import (
     rotation_vector,
 )
 from rest_lightning.errors import UserError
-from rest_lightning.media.files import temporary_path
+from rest_lightning.media.files import whole_file
 from rest_lightning.media.video import read_clip_audio, read_frames
 
 _MAX_LOST = 0.05  # of a clip's frames without a face; between neighbours they are interpolated
@@ -232,9 +232,8 @@ def _mesh(
     whole = np.stack([np.interp(index, index[seen], column) for column in values.T], axis=1)
     mesh: Points = whole.reshape(len(found), NUM_POINTS, 3)
     cache.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_path(path)
-    np.save(temporary, mesh.astype(np.float32))
-    temporary.replace(path)
+    with whole_file(path) as temporary:
+        np.save(temporary, mesh.astype(np.float32))
     return mesh
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,7 @@ from rest_lightning.data.preparation.sound import silent_share
 from rest_lightning.data.preparation.sync import MAX_FRAMES, sync_scores
 from rest_lightning.data.preparation.tracks import Track
 from rest_lightning.media.faces import Box, HandFinder, Picture
-from rest_lightning.media.files import rounded, temporary_path
+from rest_lightning.media.files import rounded, whole_file
 from rest_lightning.media.writer import Mp4Writer
 
 THUMBNAIL_PX = 128
@@ -216,13 +215,7 @@ def write_thumbnail(path: Path, crop: Picture) -> None:
     from PIL import Image
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_path(path)
-    try:
+    with whole_file(path) as temporary:
         Image.fromarray(crop).resize((THUMBNAIL_PX, THUMBNAIL_PX), Image.Resampling.BOX).save(
             temporary, quality=85
         )
-        temporary.replace(path)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink()
-        raise

@@ -4,12 +4,9 @@ per folder.
 
 from __future__ import annotations
 
-import fcntl
 import multiprocessing
 import os
-import re
 import signal
-import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -29,14 +26,12 @@ from rest_lightning.data.preparation.work import (
     source_name,
 )
 from rest_lightning.errors import UserError
+from rest_lightning.processes import end_with_parent
 
-LOCK_NAME = ".prepare.lock"
 VIDEO_SUFFIXES = (
     *(".3gp", ".avi", ".divx", ".f4v", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4"),
     *(".mpeg", ".mpg", ".mts", ".mxf", ".ogv", ".ts", ".vob", ".webm", ".wmv"),
 )
-
-_LEFTOVER = re.compile(r"\..*\.part(\.\w+)?")
 
 
 def find_videos(root: Path, out: Path) -> list[Path]:
@@ -70,32 +65,6 @@ def find_videos(root: Path, out: Path) -> list[Path]:
     return sorted(videos, key=os.fsencode)
 
 
-@contextmanager
-def locked(out: Path) -> Iterator[None]:
-    """Holds ``out`` for this process; the system lets go when the process ends, however it ends.
-
-    Raises:
-        UserError: another run holds it, or the folder cannot be written.
-    """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        file = open(out / LOCK_NAME, "a")  # noqa: SIM115  # closed below
-    except OSError as error:
-        reason = os.strerror(error.errno or 0).lower()
-        raise UserError(
-            f"expected a folder to write to, got '{reason}' for {out}: choose another"
-        ) from None
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(
-                f"expected {out} for this run alone, but another one works in it: wait for its "
-                "end, or choose another"
-            ) from None
-        yield
-
-
 def run(
     sources: Sequence[Path],
     root: Path,
@@ -104,7 +73,8 @@ def run(
     num_workers: int = 2,
     progress: bool = True,
 ) -> list[Row]:
-    """Prepare all videos; those that are done already are not touched. The caller holds `locked`.
+    """Prepare all videos; those that are done already are not touched. The caller
+    holds the folder, see :func:`rest_lightning.processes.owned`.
 
     A video whose process dies (a crash inside a decoder, no memory) becomes a failed row and is
     tried again by the next run. The order of the rows is that of ``sources``, whatever the number
@@ -125,7 +95,6 @@ def run(
         raise UserError(
             f"expected num_workers of at least 1, got {num_workers}: use the number of cores"
         )
-    remove_leftovers(out)
     rows: dict[int, list[Row]] = {}
     waiting: deque[int] = deque()
     for number, path in enumerate(sources):
@@ -139,15 +108,6 @@ def run(
             rows[number] = result
             advance(number)
     return [row for number in range(len(sources)) for row in rows[number]]
-
-
-def remove_leftovers(out: Path) -> None:
-    """Remove temporary files of killed runs. Nobody else may be working in ``out``."""
-    for folder in (out, *(out / name for name in ("clips", "thumbs", "sources"))):
-        if folder.is_dir():
-            for entry in os.scandir(folder):
-                if _LEFTOVER.fullmatch(entry.name):
-                    os.unlink(entry.path)
 
 
 @dataclass
@@ -255,7 +215,7 @@ def _work(pipe: Connection, root: Path, out: Path, options: PrepareOptions) -> N
     """Loop of a worker process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops its workers
     os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
-    threading.Thread(target=_follow_parent, daemon=True).start()
+    end_with_parent()
     quiet = os.open(os.devnull, os.O_WRONLY)
     # decoders and mediapipe's C++ log there, line upon line; what matters comes back as rows
     os.dup2(quiet, 2)
@@ -268,16 +228,6 @@ def _work(pipe: Connection, root: Path, out: Path, options: PrepareOptions) -> N
             pipe.send(prepare_video(path, root, out, options))
         except UserError as error:
             pipe.send(UserError(str(error)))
-
-
-def _follow_parent() -> None:
-    """Ends this process with its parent: once that is gone, the folder is no longer locked for
-    us.
-    """
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        wait([parent.sentinel])
-        os._exit(1)
 
 
 @contextmanager

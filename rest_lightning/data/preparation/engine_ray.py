@@ -19,7 +19,6 @@ from typing import Any
 from rest_lightning.data.preparation.engine_local import (
     VideoProcess,
     progress_bar,
-    remove_leftovers,
 )
 from rest_lightning.data.preparation.options import PrepareOptions
 from rest_lightning.data.preparation.rows import Row
@@ -40,7 +39,7 @@ def run(
     progress: bool = True,
 ) -> list[Row]:
     """Prepare all videos; those that are done already are not touched. The caller holds
-    `engine_local.locked`.
+    the folder, see :func:`rest_lightning.processes.owned`.
 
     Arguments, rows and their order are those of
     :func:`rest_lightning.data.preparation.engine_local.run`. A video whose process dies becomes a
@@ -59,7 +58,6 @@ def run(
         )
     # Workers elsewhere have other working directories.
     sources, root, out = [path.absolute() for path in sources], root.absolute(), out.absolute()
-    remove_leftovers(out)
     rows: dict[int, list[Row]] = {}
     for number, path in enumerate(sources):
         done = read_record(out, source_key(path, root), fingerprint(path, options))

@@ -20,7 +20,7 @@ from rest_lightning.data.synthetic.script import Script, sample_script
 from rest_lightning.data.synthetic.track import FaceTrack
 from rest_lightning.data.synthetic.visemes import mouth_curves
 from rest_lightning.errors import UserError
-from rest_lightning.media.files import rounded
+from rest_lightning.media.files import remove_parts, rounded
 
 GENERATOR_VERSION = 1
 """Raised whenever the same seed gives other clips than before; a dataset never mixes versions."""
@@ -174,8 +174,7 @@ def synthesize(
     layout.write_dataset_json(
         out, info
     )  # before the first clip: an interrupted run knows what it was
-    for leftover in (out / "clips").glob(".talker_*.part*"):
-        leftover.unlink(missing_ok=True)
+    remove_parts(out, out / "clips")
 
     indices = [
         i for i in range(num_clips) if not is_finished(out, clip_id_of(i), size_px, num_frames)

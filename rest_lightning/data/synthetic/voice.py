@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from rest_lightning.constants import SAMPLE_RATE
 from rest_lightning.errors import UserError
+from rest_lightning.extras import require
 
 VARIANTS = (
     "m1",
@@ -120,13 +121,9 @@ def speak(
     Raises:
         UserError: the package espeakng-loader is missing, or there is no such voice.
     """
-    try:
-        import espeakng_loader
-    except ImportError:
-        raise UserError(
-            "synthetic speech needs the package espeakng-loader, which is not installed: "
-            "pip install 'rest-lightning[synthetic]'"
-        ) from None
+    require("synthetic", "synthetic speech")
+    import espeakng_loader
+
     library = ctypes.CDLL(espeakng_loader.get_library_path())
     try:
         samples, events, rate_hz = _synthesise(

@@ -160,7 +160,7 @@ function toggleRecording() {
 
 // -- portraits --------------------------------------------------------------------------------------------------------
 
-const address = (id) => `/api/portraits/${encodeURIComponent(id)}.png`;
+const address = (id) => `api/portraits/${encodeURIComponent(id)}.png`;
 
 /** The portrait itself, shown where there is no frame. */
 async function rest(id) {
@@ -212,7 +212,7 @@ function useImage(file) {
   return attempt(async () => {
     if (!file) return;
     if (file.size > MAX_IMAGE_BYTES) throw new Error("That image is larger than 20 MB: choose a smaller one.");
-    const answer = await upload("/api/portraits", file);
+    const answer = await upload("api/portraits", file);
     const { id } = await answer.json();
     const input = addChoice({ id, name: file.name });
     input.checked = true;
@@ -222,7 +222,7 @@ function useImage(file) {
 
 async function loadPortraits() {
   addUploader();
-  const portraits = await (await request("/api/portraits")).json();
+  const portraits = await (await request("api/portraits")).json();
   const inputs = portraits.map(addChoice);
   if (!inputs.length) return;
   inputs[0].checked = true;

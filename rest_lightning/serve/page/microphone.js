@@ -28,7 +28,7 @@ export class Microphone {
     } catch (error) {
       throw new Error(WHY[error.name] ?? `The microphone cannot be used: ${error.message}`);
     }
-    await this.context.audioWorklet.addModule("/page/worklet.js");
+    await this.context.audioWorklet.addModule(new URL("worklet.js", import.meta.url));
     this.input = this.context.createMediaStreamSource(this.stream);
     const shape = { numberOfInputs: 1, numberOfOutputs: 0, channelCount: 1, channelCountMode: "explicit" };
     this.node = new AudioWorkletNode(this.context, "capture", shape);
@@ -58,7 +58,7 @@ export class SoundFile {
     if (file.size > MAX_UPLOAD_BYTES) {
       throw new Error(`That file has ${Math.round(file.size / 1e6)} MB; at most ${MAX_UPLOAD_BYTES / 1e6} are taken.`);
     }
-    const answer = await upload("/api/speech", file);
+    const answer = await upload("api/speech", file);
     const bytes = await answer.arrayBuffer();
     this.samples = new Int16Array(bytes.slice(0, bytes.byteLength & ~1)); // every browser's machine is little-endian
   }

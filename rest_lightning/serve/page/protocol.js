@@ -83,10 +83,11 @@ export class Connection {
   }
 
   async open(portrait, seed = 0) {
-    const [codecs, answer] = await Promise.all([supportedCodecs(), request("/api/session", { method: "POST" })]);
+    const [codecs, answer] = await Promise.all([supportedCodecs(), request("api/session", { method: "POST" })]);
     const { token } = await answer.json();
-    const scheme = location.protocol === "https:" ? "wss" : "ws";
-    this.socket = new WebSocket(`${scheme}://${location.host}/ws?token=${encodeURIComponent(token)}`);
+    const address = new URL(`ws?token=${encodeURIComponent(token)}`, document.baseURI); // a proxy may serve us below a prefix
+    address.protocol = address.protocol.replace("http", "ws");
+    this.socket = new WebSocket(address);
     this.socket.binaryType = "arraybuffer";
     return new Promise((resolve, reject) => {
       this.socket.onopen = () => this.send({ type: "hello", version: VERSION, codecs, portrait, seed });

@@ -12,13 +12,14 @@ from PIL import Image
 from videos import levels, speech_like, write_video
 
 from rest_lightning.data import layout
-from rest_lightning.data.preparation.engine_local import find_videos, locked, run
+from rest_lightning.data.preparation.engine_local import find_videos, run
 from rest_lightning.data.preparation.finish import finish
 from rest_lightning.data.preparation.options import PrepareOptions
 from rest_lightning.data.preparation.rows import Row, read_rows
 from rest_lightning.data.preparation.work import prepare_video
 from rest_lightning.errors import UserError
 from rest_lightning.media.video import VideoFile, read_clip_audio
+from rest_lightning.processes import owned
 
 OPTIONS = PrepareOptions(
     size_px=128,
@@ -169,7 +170,7 @@ def test_good_files_of_all_kinds_are_kept_beside_bad_ones(tmp_path: Path) -> Non
     (root / "deep" / "er" / "up").symlink_to(root)
     (root / "notes.txt").write_text("no video")
     options = PrepareOptions(**{**vars(OPTIONS), "max_duplicate_distance": 0, "val_fraction": 0.3})
-    with locked(out):
+    with owned(out, "rest prepare"):
         sources = find_videos(root, out)
         assert len(sources) == len(GOOD) + 2
         rows = finish(out, run(sources, root, out, options, num_workers=1, progress=False), options)

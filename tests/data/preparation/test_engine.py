@@ -16,10 +16,9 @@ from videos import levels, speech_like, write_video
 
 from rest_lightning.cli import main
 from rest_lightning.data import layout
-from rest_lightning.data.preparation import engine_local
-from rest_lightning.data.preparation.engine_local import locked
 from rest_lightning.data.preparation.rows import read_rows
 from rest_lightning.errors import UserError
+from rest_lightning.processes import LOCK_NAME, owned
 
 HELPERS = str(Path(__file__).resolve().parents[2] / "helpers")
 NO_LIMITS = ("max_hands", "min_sharpness", "max_text", "min_brightness", "max_flow", "min_face_px")
@@ -36,7 +35,7 @@ def content(out: Path) -> dict[str, bytes]:
     return {
         str(path.relative_to(out)): path.read_bytes()
         for path in sorted(out.rglob("*"))
-        if path.is_file() and path.name not in (engine_local.LOCK_NAME, "report.html")
+        if path.is_file() and path.name not in (LOCK_NAME, "report.html")
     }
 
 
@@ -101,7 +100,7 @@ def test_a_second_run_on_one_folder_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root, out = make_videos(tmp_path / "in", "a.mp4"), tmp_path / "out"
-    with locked(out):
+    with owned(out, "rest prepare"):
         before = content(out)
         assert main(words(root, out, "--already-cropped")) == 2
         assert content(out) == before
@@ -112,7 +111,7 @@ def test_a_second_run_on_one_folder_is_refused(
     assert main(words(root, out, "--already-cropped")) == 0
     with (
         pytest.raises(UserError, match=("expected a folder to write to, got 'file exists'")),
-        locked(root / "a.mp4"),
+        owned(root / "a.mp4", "rest prepare"),
     ):
         pass
 
