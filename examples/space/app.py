@@ -8,13 +8,15 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from rest_lightning.integrations.gradio import build, launch
+from rest_lightning.integrations.gradio import build, listen, serve
 from rest_lightning.talking_head import ModelOptions
 
 host = os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1")
 port = int(os.environ.get("GRADIO_SERVER_PORT", "7860"))
 folder = os.environ.get("REST_MODEL")
 
-app = build(ModelOptions(Path(folder) if folder else None).load(), max_s=60)
-print(f"open {launch(app, host, port)}", flush=True)
-app.block_thread()
+if __name__ == "__main__":
+    model = ModelOptions(Path(folder) if folder else None).load()
+    with listen(host, port) as listening:
+        print(f"open http://{host}:{port}", flush=True)
+        serve(build(model, max_s=60), listening)

@@ -24,7 +24,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-s", type=positive, default=120, help="longest speech in seconds (default 120)"
     )
-    parser.add_argument("--open", action="store_true", help="open the page in a browser")
     parser.add_argument("--model", type=Path, help="model folder (default: the embedded model)")
     parser.add_argument(
         "--threads",
@@ -42,14 +41,15 @@ def run(args: argparse.Namespace) -> int:
     """Serve the app until Ctrl-C."""
     if not 0 <= args.port <= 65535:
         raise UserError(f"expected a port from 0 to 65535, got {args.port}: 7860 is the default")
-    from rest_lightning.integrations.gradio import build, launch
+    from rest_lightning.integrations.gradio import build, listen, serve
     from rest_lightning.talking_head import ModelOptions
 
-    model = ModelOptions(
-        args.model, num_threads=args.num_threads, dtype=args.dtype, device=args.device
-    ).load()
-    app = build(model, max_s=args.max_s)
-    url = launch(app, args.host, args.port, open_browser=args.open)
-    print(f"open {url} in a browser; Ctrl-C stops", flush=True)
-    app.block_thread()
+    with listen(args.host, args.port) as listening:  # before the model is loaded
+        model = ModelOptions(
+            args.model, num_threads=args.num_threads, dtype=args.dtype, device=args.device
+        ).load()
+        app = build(model, max_s=args.max_s)
+        host, port = listening.getsockname()[:2]
+        print(f"open http://{host}:{port} in a browser; Ctrl-C stops", flush=True)
+        serve(app, listening)
     return 0

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import tempfile
 import time
 from collections.abc import Iterator
@@ -25,6 +26,8 @@ from rest_lightning.media.segments import Segment, SegmentEncoder, join_segments
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 try:
     import gradio
+    import uvicorn
+    from fastapi import FastAPI
     from gradio.data_classes import FileData
 except ModuleNotFoundError as error:
     raise UserError(
@@ -83,8 +86,8 @@ def plays_segments(video: gradio.Video) -> gradio.Video:
     return video
 
 
-def build(model: TalkingHead, max_s: float = 120.0) -> gradio.Blocks:
-    """Returns the app.
+def build(model: TalkingHead, max_s: float = 120.0) -> FastAPI:
+    """Returns the app, for any ASGI server.
 
     Args:
         model: what speaks. One video is made at a time; others wait in Gradio's queue.
@@ -102,7 +105,7 @@ def build(model: TalkingHead, max_s: float = 120.0) -> gradio.Blocks:
     # Uploads and videos are deleted when they are an hour old.
     with gradio.Blocks(
         title="REST talking head", analytics_enabled=False, delete_cache=(_KEEP_S, _KEEP_S)
-    ) as app:
+    ) as blocks:
         gradio.Markdown(_INTRODUCTION)
         with gradio.Row():
             with gradio.Column():
@@ -143,43 +146,39 @@ def build(model: TalkingHead, max_s: float = 120.0) -> gradio.Blocks:
             concurrency_limit=1,
             api_name="talk",
         )
-    app.queue(max_size=16)
-    return app
+    blocks.queue(max_size=16)
+    return gradio.mount_gradio_app(
+        FastAPI(),
+        blocks,
+        path="/",
+        # fonts of the system: nothing is loaded from elsewhere
+        theme=gradio.themes.Default(
+            font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+        ),
+        ssr_mode=False,
+        footer_links=[],
+        run_history=False,
+        max_file_size="100mb",
+    )
 
 
-def launch(app: gradio.Blocks, host: str, port: int, open_browser: bool = False) -> str:
-    """Starts the app's server in the background, and returns its address.
-
-    Args:
-        app: from :func:`build`.
-        host, port: to listen on; port 0 takes any free one.
-        open_browser: whether to show it.
+def listen(host: str, port: int) -> socket.socket:
+    """Returns a socket to give to :func:`serve`; port 0 takes any free one.
 
     Raises:
-        UserError: the port is taken.
+        UserError: the address cannot be had.
     """
-    # Gradio looks for a free one from 7860 on when it is given none.
     try:
-        _, url, _ = app.launch(
-            server_name=host,
-            server_port=port or None,
-            inbrowser=open_browser,
-            prevent_thread_lock=True,
-            quiet=True,
-            share=False,
-            ssr_mode=False,
-            # fonts of the system: nothing is loaded from elsewhere
-            theme=gradio.themes.Default(
-                font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
-            ),
-            footer_links=[],
-            max_file_size="100mb",
-        )
+        return socket.create_server((host, port))
     except OSError as error:
         raise UserError(
-            f"expected a free port, got {host}:{port}, which cannot be used: choose another --port"
+            f"expected a free port, got {host}:{port} ({error.strerror}): choose another --port"
         ) from error
-    return url.rstrip("/")
+
+
+def serve(app: FastAPI, listening: socket.socket) -> None:
+    """Serves the app until Ctrl-C or SIGTERM."""
+    uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listening])
 
 
 def _talk(
