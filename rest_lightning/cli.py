@@ -24,6 +24,7 @@ COMMANDS = {
     "talk": "a portrait and speech become a talking video",
     "demo": "the bundled portrait and speech become outputs/demo.mp4, with a report",
     "serve": "a page in the browser: speak, and the portrait speaks",
+    "app": "a page with upload, for a portrait and a sound file (Gradio)",
     "converse": "a conversation in the browser: it listens, answers, and can be interrupted",
     "synthesize": "render synthetic talkers to train on",
     "prepare": "raw videos become prepared clips, with a reason for each that does not",

@@ -58,6 +58,7 @@ TINY = (
     ("rest fit", "--config trainer/tiny --config model/tiny --config data/tiny"),
     ("rest fit", "--data.data_dir data/talkers"),
     ("rest serve", "--help"),
+    ("rest app", "--help"),
 )
 # Files that other work adds to the tree.
 PENDING_LINKS = {"rest_lightning/assets/embedded/README.md"}

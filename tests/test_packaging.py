@@ -42,6 +42,7 @@ IMPLIED = {
 }
 # Only these files may import what an extra installs.
 EXTRA_FILES = {
+    "app": "rest_lightning/integrations/gradio.py",
     "synthetic": "rest_lightning/data/synthetic/",
     "prepare": ("rest_lightning/data/preparation/", "rest_lightning/data/animated/"),
     "ray": (

@@ -436,6 +436,12 @@ class _ToRate:
         return np.concatenate([np.zeros(0, np.float32), *(p.to_ndarray()[0] for p in pieces)])
 
 
+def resample(samples: Samples, rate_hz: int) -> Samples:
+    """Returns mono samples (n,) of any rate at 16 kHz, float32."""
+    to_rate = _ToRate()
+    return np.concatenate([to_rate.add(samples, rate_hz), to_rate.finish()])
+
+
 def _in_a_row(path: Path, mix: Mix) -> Iterator[Samples]:
     """Mono pieces at 16 kHz of any length, one after another: gaps in the time stamps are no
     speech.
