@@ -17,6 +17,30 @@ from rest_lightning.avatar.speech import IDLE, Samples, Slot, SpeechQueue
 from rest_lightning.constants import SAMPLES_PER_FRAME
 
 Frames = NDArray[np.uint8]
+_LATE_FRAMES = 2  # speech of a live source may be so much later than when it began
+_MAX_CHUNKS = 2  # of a live source may wait beyond the next one
+
+
+@dataclass(frozen=True)
+class Computed:
+    """How the model came to a chunk.
+
+    Attributes:
+        compute_ms: time of the step; queued_ms: time from the order to the step.
+        num_rows: avatars that were computed in the same step.
+    """
+
+    compute_ms: float
+    queued_ms: float
+    num_rows: int
+
+
+@dataclass(frozen=True)
+class Identity:
+    """A portrait to go on with, and the how-manieth of the avatar it is."""
+
+    number: int
+    portrait: Any
 
 
 @dataclass(eq=False)
@@ -36,7 +60,8 @@ class Order:
         is_amended: whether those have changed since.
         mark: where to keep the state before the chunk.
         restore: the state to begin from; None goes on from where the row is.
-        portrait: a portrait to go on with from this chunk on; None keeps the one that is shown.
+        identity: a portrait to go on with from this chunk on; None keeps the one that is shown.
+        computed: how long it took; filled in by the model.
         is_void: nobody waits for the chunk any more. The mark is wanted all the same.
     """
 
@@ -45,7 +70,8 @@ class Order:
     is_amended: bool = False
     mark: Mark = field(default_factory=Mark)
     restore: Mark | None = None
-    portrait: Any = None
+    identity: Identity | None = None
+    computed: Computed | None = None
     is_void: bool = False
 
 
@@ -85,28 +111,46 @@ class Timeline:
     Speech begins where a source that speaks in real time would not run out again before its next
     chunk.
 
-    Args: chunk_frames: frames of a chunk. lookahead_frames: frames of speech that the model reads
-        beyond it. cushion_frames: speech kept in reserve at the beginning of an utterance, against
-        a source that stutters.
+    A live source, such as a microphone, cannot wait: its pauses are left out where speech is shown
+    later than at the beginning of an utterance would do, and of speech that nevertheless piles up
+    whole chunks are dropped, the oldest first.
+
+    Args:
+        chunk_frames: frames of a chunk.
+        lookahead_frames: frames of speech that the model reads beyond it.
+        cushion_frames: speech kept in reserve at the beginning of an utterance, against a source
+            that stutters.
+        is_live: whether the source is live.
 
     Attributes:
         queue: speech that waits.
         shown: number of the next frame to be shown.
+        identity: number of the portrait that was shown last.
+        num_left_out: pieces of pauses that were left out; num_dropped: pieces of speech dropped.
         num_starved: how often an utterance stood still because its speech had not come.
     """
 
-    def __init__(self, chunk_frames: int, lookahead_frames: int, cushion_frames: int = 2) -> None:
+    def __init__(
+        self,
+        chunk_frames: int,
+        lookahead_frames: int,
+        cushion_frames: int = 2,
+        is_live: bool = False,
+    ) -> None:
         self.chunk_frames, self.lookahead_frames = chunk_frames, lookahead_frames
-        self.cushion_frames = cushion_frames
+        self.cushion_frames, self.is_live = cushion_frames, is_live
         self.queue = SpeechQueue()
         self.shown = self.num_starved = 0
+        self.identity = self.num_left_out = self.num_dropped = 0
         self._chunks: deque[_Chunk] = deque()
         self._end = 0  # of what is planned
         self._ahead: list[Slot] = []  # read by the model beyond the last chunk
         self._is_amended = False  # whether it read something else there
         self._quiet_from = 0  # from here on everything planned is silence
         self._is_speaking = False  # whether speech goes on where the plan ends
-        self._portrait: Any = None
+        self._num_identities = 0
+        self._identity: Identity | None = None  # to be shown from the next chunk on
+        self._is_late = False
 
     @property
     def num_ready(self) -> int:
@@ -123,8 +167,10 @@ class Timeline:
         """Whether no speech waits or is planned."""
         return self._quiet_from <= self.shown and not self.queue.has_speech
 
-    def take(self) -> tuple[NDArray[np.uint8], Slot] | None:
-        """The next frame and what is heard with it; None when it is not computed yet."""
+    def take(self) -> tuple[NDArray[np.uint8], Slot, Computed | None] | None:
+        """The next frame, what is heard with it, and how its chunk was computed; None when it is
+        not computed yet.
+        """
         if not self._chunks or self._chunks[0].ready_until <= self.shown:
             return None
         chunk = self._chunks[0]
@@ -132,10 +178,12 @@ class Timeline:
         frames = chunk.frames if chunk.frames is not None else chunk.earlier
         assert frames is not None, "a frame that is ready is there"
         picture, slot = frames[place], chunk.slots[place]
+        if chunk.frames is not None and chunk.order.identity is not None:
+            self.identity = chunk.order.identity.number
         self.shown += 1
         if self.shown == chunk.end:
             self._chunks.popleft()
-        return picture, slot
+        return picture, slot, chunk.order.computed
 
     def put(self, order: Order, frames: Frames) -> bool:
         """The model has computed an order; returns whether it is still wanted."""
@@ -145,9 +193,11 @@ class Timeline:
                 return True
         return False
 
-    def switch(self, portrait: Any) -> None:
-        """Go on with another portrait from the next chunk on."""
-        self._portrait = portrait
+    def switch_identity(self, portrait: Any) -> int:
+        """Go on with another portrait from the next chunk on; returns its number, from 1."""
+        self._num_identities += 1
+        self._identity = Identity(self._num_identities, portrait)
+        return self._num_identities
 
     def plan(self, lead: int, is_patient: bool, speed: float = 1.0) -> Order | None:
         """What the model should do now, if anything.
@@ -156,8 +206,12 @@ class Timeline:
             more of the open utterance may be on its way; otherwise what is there is shown. speed:
             how fast the open utterance comes at least, in multiples of real time.
         """
+        if self.is_live and self.queue.num_slots > _MAX_CHUNKS * self.chunk_frames + self._window:
+            self.num_dropped += self.queue.drop(self.chunk_frames)
         if self._is_speaking:
-            num_new = self.chunk_frames + self.lookahead_frames - len(self._ahead)
+            num_new = self._window - len(self._ahead)
+            if self.is_live:
+                self._catch_up(lead, num_new)
             if self._has(num_new):
                 is_near = self._end - self.shown <= max(self.chunk_frames, lead)
                 return self._append() if is_near else None
@@ -167,6 +221,20 @@ class Timeline:
             if order is not None:
                 return order
         return self._append(is_silent=True) if self._end - self.shown <= lead else None
+
+    @property
+    def _window(self) -> int:
+        """Frames of speech that the model reads for a chunk."""
+        return self.chunk_frames + self.lookahead_frames
+
+    def _catch_up(self, lead: int, num_needed: int) -> None:
+        """Leave pauses out where speech is later than at the beginning of an utterance."""
+        latency = self._end - self.shown + len(self._ahead) + self.queue.num_slots
+        late = latency - (self._window + self.cushion_frames + lead)
+        self._is_late = late > (0 if self._is_late else _LATE_FRAMES)
+        if self._is_late:
+            most = min(late, self.queue.num_slots - num_needed)
+            self.num_left_out += self.queue.leave_out_pauses(most)
 
     def interrupt(self) -> Order | None:
         """Forget all speech, waiting or planned; what was shown last is followed by silence.
@@ -240,8 +308,8 @@ class Timeline:
         while self._chunks and self._chunks[-1].start >= chunk.start:
             dropped = self._chunks.pop()
             dropped.order.is_void = True
-            if self._portrait is None:  # the latest counts
-                self._portrait = dropped.order.portrait
+            if self._identity is None:  # the latest counts
+                self._identity = dropped.order.identity
         place = first - chunk.start
         self._is_amended = chunk.order.is_amended
         order = self._add(
@@ -262,13 +330,13 @@ class Timeline:
         is_silent: bool,
     ) -> Order:
         """Plan the chunk that begins at frame ``start`` with slots that are there; fill it up."""
-        count = self.chunk_frames + self.lookahead_frames - len(kept)
+        count = self._window - len(kept)
         num_silent = (
             count if is_silent else 0 if first is None else max(0, first - start - len(kept))
         )
         slots = [*kept, *[IDLE] * num_silent]
         self._is_speaking = self._is_speaking and first is None
-        num_speech = self._fill(slots, start, self.chunk_frames + self.lookahead_frames)
+        num_speech = self._fill(slots, start, self._window)
         samples = np.concatenate([slot.samples for slot in slots])
         is_amended = self._is_amended or len(kept) < num_carried
         order = Order(
@@ -276,9 +344,9 @@ class Timeline:
             num_carried * SAMPLES_PER_FRAME,
             is_amended,
             restore=restore,
-            portrait=self._portrait,
+            identity=self._identity,
         )
-        self._portrait, self._is_amended = None, False
+        self._identity, self._is_amended = None, False
         self._chunks.append(_Chunk(start, slots[: self.chunk_frames], order, num_carried))
         self._end = start + self.chunk_frames
         self._ahead = slots[self.chunk_frames :]

@@ -503,11 +503,14 @@ class StreamingSession:
                 "expected speech before flush() or the end of the session, got a push after it: "
                 "open a new session"
             )
-        block = as_samples(samples, self._row.num_samples + self._row.num_waiting)
+        block = as_samples(samples, self._row.num_samples)
         self.level.add(block)
-        self._row.push(block)
-        while self._row.has_chunk:
-            yield from self._launch()
+        while len(block):  # a chunk at a time: a snapshot in between holds no more than that
+            count = self._row.num_missing
+            self._row.push(block[:count])
+            block = block[count:]
+            if self._row.has_chunk:
+                yield from self._launch()
 
     def _drain(self) -> Iterator[Frames]:
         if self._closed:
