@@ -150,6 +150,7 @@ class Timeline:
         self._is_speaking = False  # whether speech goes on where the plan ends
         self._num_identities = 0
         self._identity: Identity | None = None  # to be shown from the next chunk on
+        self._late: int | None = None  # frames; None: nothing seen since the last chunk
         self._is_late = False
 
     @property
@@ -227,14 +228,20 @@ class Timeline:
         """Frames of speech that the model reads for a chunk."""
         return self.chunk_frames + self.lookahead_frames
 
-    def _catch_up(self, lead: int, num_needed: int) -> None:
-        """Leave pauses out where speech is later than at the beginning of an utterance."""
+    def _catch_up(self, lead: int, num_new: int) -> None:
+        """Leave pauses out where speech is later than at the beginning of an utterance.
+
+        How late it is tells the least of what was seen since the last chunk: speech that comes in
+        large blocks is late only between two of them. What is left out now comes in time behind it.
+        """
         latency = self._end - self.shown + len(self._ahead) + self.queue.num_slots
         late = latency - (self._window + self.cushion_frames + lead)
-        self._is_late = late > (0 if self._is_late else _LATE_FRAMES)
-        if self._is_late:
-            most = min(late, self.queue.num_slots - num_needed)
-            self.num_left_out += self.queue.leave_out_pauses(most)
+        self._late = late if self._late is None else min(self._late, late)
+        if self._has(num_new) and self._late > (0 if self._is_late else _LATE_FRAMES):
+            num_left_out = self.queue.leave_out_pauses(self._late)
+            self.num_left_out += num_left_out
+            self._late -= num_left_out
+            self._is_late = self._late > 0
 
     def interrupt(self) -> Order | None:
         """Forget all speech, waiting or planned; what was shown last is followed by silence.
@@ -346,7 +353,7 @@ class Timeline:
             restore=restore,
             identity=self._identity,
         )
-        self._identity, self._is_amended = None, False
+        self._identity, self._is_amended, self._late = None, False, None
         self._chunks.append(_Chunk(start, slots[: self.chunk_frames], order, num_carried))
         self._end = start + self.chunk_frames
         self._ahead = slots[self.chunk_frames :]
