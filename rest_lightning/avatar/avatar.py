@@ -148,9 +148,12 @@ class Avatar:
 
     ::
 
-        async with Avatar("portrait.png") as avatar: speaking = asyncio.create_task(speak(avatar))
-            # push_audio(samples, sample_rate), then flush() async for frame in avatar.run():
-                show(frame.picture), play(frame.samples)
+        async with Avatar("portrait.png") as avatar:
+            # push_audio(samples, sample_rate), then flush()
+            speaking = asyncio.create_task(speak(avatar))
+            async for frame in avatar.run():
+                show(frame.picture)
+                play(frame.samples)
 
     :meth:`run` gives a piece of 40 ms at a time, in step with the clock of the event loop, whatever
     happens: idle pictures never stop. Sound leaves as it came; it is resampled for the model alone.
@@ -204,8 +207,9 @@ class Avatar:
     async def start(self) -> None:
         """Load the model and the portrait, and warm up; :meth:`run` does it where nobody else has.
 
-        Raises: UserError: a portrait that cannot be used, no place in the pool, no memory, or a
-            closed avatar.
+        Raises:
+            UserError: a portrait that cannot be used, no place in the pool, no memory, or a closed
+                avatar.
         """
         self._check_open()
         if self._starting is None:
@@ -266,11 +270,14 @@ class Avatar:
             samples: int16, or float in [-1, 1]; (n,) or (n, channels).
             sample_rate: in Hz; the same to the end of the utterance.
 
-        Returns: The number of the utterance that the speech belongs to; it begins with the first
-            samples after :meth:`flush` or :meth:`interrupt`.
+        Returns:
+            The number of the utterance that the speech belongs to; it begins with the first samples
+            after :meth:`flush` or :meth:`interrupt`.
 
-        Raises: UserError: samples or a rate that are no speech, or a closed avatar; nothing of the
-            block is kept then. ModelError: the avatar has ended because the model failed.
+        Raises:
+            UserError: samples or a rate that are no speech, or a closed avatar; nothing of the
+                block is kept then.
+            ModelError: the avatar has ended because the model failed.
         """
         sound = check_sound(samples, sample_rate)
         if self._timeline is None:
@@ -372,8 +379,8 @@ class Avatar:
         :meth:`aclose`.
 
         A reader that lets pieces wait is not hurried: less than 0.2 s are caught up, and after a
-            longer absence the
-        clock begins anew with the next piece; meanwhile nothing is computed beyond two chunks.
+        longer absence the clock begins anew with the next piece; meanwhile nothing is computed
+        beyond two chunks.
 
         Raises:
             UserError: it runs already, or the avatar is closed.

@@ -59,9 +59,8 @@ class AvatarPool:
     :meth:`aclose`.
 
     The model works in a thread of its own. Orders that come while it is busy are computed together
-    in its next step. A
-    step that fails is repeated for each of its avatars alone, from the state before: only those
-        that fail again end.
+    in its next step. A step that fails is repeated for each of its avatars alone, from the state
+    before: only those that fail again end.
 
     Everything but the model runs in one event loop, the one that first waits for something here.
 

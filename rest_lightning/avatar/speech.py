@@ -59,8 +59,9 @@ IDLE = Slot()
 def check_sound(samples: Any, sample_rate: int) -> Sound:
     """Sound as it is kept: int16, or float32 in about [-1, 1]; (n,) or (n, channels).
 
-    Raises: UserError: another type or shape, samples that are not finite, or a rate that speech
-        does not have.
+    Raises:
+        UserError: another type or shape, samples that are not finite, or a rate that speech does
+            not have.
     """
     block = np.asarray(samples)
     if block.ndim not in (1, 2) or (block.ndim == 2 and not 1 <= block.shape[1] <= MAX_CHANNELS):

@@ -1,7 +1,7 @@
 """What an avatar's next chunk shows, and what becomes of frames that were not shown.
 
 No clock, no threads and no model: frames are counted, and an :class:`Order` says what the model has
-    to do.
+to do.
 """
 
 from __future__ import annotations
@@ -101,12 +101,10 @@ class Timeline:
     """The frames of one avatar in a row: shown, computed, planned.
 
     Silence is planned as late as it can be. Speech that comes while silence is planned takes the
-    place of what was not
-    shown of it: the row goes back to the state before that chunk, and the chunk is computed again
-        with the speech in
-    its place, so that its first frames are those that were shown. An interruption does the same
-    with silence. So the face goes on from the very frame that was shown last, and a model with long
-    chunks answers in the middle of one.
+    place of what was not shown of it: the row goes back to the state before that chunk, and the
+    chunk is computed again with the speech in its place, so that its first frames are those that
+    were shown. An interruption does the same with silence. So the face goes on from the very frame
+    that was shown last, and a model with long chunks answers in the middle of one.
 
     Speech begins where a source that speaks in real time would not run out again before its next
     chunk.
@@ -203,9 +201,11 @@ class Timeline:
     def plan(self, lead: int, is_patient: bool, speed: float = 1.0) -> Order | None:
         """What the model should do now, if anything.
 
-        Args: lead: frames that are shown until an order given now is computed. is_patient: whether
-            more of the open utterance may be on its way; otherwise what is there is shown. speed:
-            how fast the open utterance comes at least, in multiples of real time.
+        Args:
+            lead: frames that are shown until an order given now is computed.
+            is_patient: whether more of the open utterance may be on its way; otherwise what is
+                there is shown.
+            speed: how fast the open utterance comes at least, in multiples of real time.
         """
         if self.is_live and self.queue.num_slots > _MAX_CHUNKS * self.chunk_frames + self._window:
             self.num_dropped += self.queue.drop(self.chunk_frames)

@@ -222,7 +222,7 @@ class BatchSession:
         reference = as_reference(portrait, self.model.size_px)
         self._settle([row])
         with explain_out_of_memory(self.model, self.num_rows, self._sampling):
-            held.show(reference)
+            held.switch_identity(reference)
 
     def snapshot_row(self, row: int) -> RowState:
         """A copy of everything that the following frames of one row depend on; a few megabytes at

@@ -178,9 +178,9 @@ class Row:
         self._fill()
         return audio, noise, num_frames
 
-    def show(self, reference: Tensor) -> None:
+    def switch_identity(self, reference: Tensor) -> None:
         """Go on with another portrait from the next chunk on."""
-        self._place.show(reference)
+        self._place.switch_identity(reference)
         self.reference = reference
 
     def snapshot(self) -> RowState:
@@ -448,7 +448,7 @@ class StreamingSession:
         self._check_open()
         reference = as_reference(portrait, self.model.size_px)
         with self._alone:
-            self._row.show(reference)
+            self._row.switch_identity(reference)
 
     def report(self) -> StreamReport:
         """Returns frames, speed, latency and memory so far."""

@@ -164,10 +164,10 @@ def test_another_identity_without_a_restart(head: TalkingHead) -> None:
             ):
                 listed = await answer.json()
             await until(client, "chunk")
-            await client.show("nobody")
+            await client.switch_identity("nobody")
             error = await until(client, "error")
             assert error["code"] == "portrait" and "id of a portrait" in error["message"]
-            await client.show(listed[-1]["id"])
+            await client.switch_identity(listed[-1]["id"])
             received.append(await until(client, "identity"))
             await client.end()
             while (each := await client.receive()) is not None:
