@@ -44,7 +44,9 @@ class AvatarSettings:
         crop: of the portrait: ``auto`` (the head that is found), ``centre``, or a box.
         is_live: whether the speech is that of a microphone, which is not to be heard later and
             later: pauses in it are left out where it is late, and of more than two chunks that
-            wait the oldest are dropped. Otherwise all speech is kept, and leaves untouched.
+            wait the oldest are dropped. Its reader has a clock of its own: pieces come as soon as
+            they are there, no picture is held, and :meth:`Avatar.take_early` gives what is ready
+            at once. Otherwise all speech is kept, and leaves untouched.
     """
 
     cushion_ms: float = 80.0
@@ -333,8 +335,12 @@ class Avatar:
         self.stats.dropped_s += timeline.queue.waiting_s
         self._begun_s.clear()
         order = timeline.interrupt()
+        self._due_s = min(self._due_s, self._now() + FRAME_S)  # what was taken early is not shown
         if order is not None:
             self._submit(order)
+        else:
+            self._plan()
+        self._changed.set()
         self._room.set()
 
     async def switch_identity(self, portrait: Any) -> int:
@@ -376,7 +382,7 @@ class Avatar:
 
     async def run(self) -> AsyncIterator[AvatarFrame]:
         """Pictures and sound, 40 ms at a time, each when it is due; without end, until
-        :meth:`aclose`.
+        :meth:`aclose`. Those of a live source come as soon as they are ready.
 
         A reader that lets pieces wait is not hurried: less than 0.2 s are caught up, and after a
         longer absence the clock begins anew with the next piece; meanwhile nothing is computed
@@ -402,19 +408,42 @@ class Avatar:
                 self._raise_failure()
             self._due_s = self._now()
             while not self._is_closed:
-                late_s = self._now() - self._due_s
-                if late_s < 0:
-                    await asyncio.sleep(-late_s)
-                elif late_s > _AWAY_S:
+                is_away = self.ahead_s < -_AWAY_S
+                if self.settings.is_live:
+                    await self._until_ready()
+                elif self.ahead_s > 0:
+                    await asyncio.sleep(self.ahead_s)
+                if self.ahead_s < -_AWAY_S:
                     self._due_s = self._now()
-                    self.stats.num_away += 1
+                    self.stats.num_away += is_away
                 if self._is_closed:
                     return
                 self._raise_failure()
                 yield self._next()
-                self._due_s += FRAME_S
         finally:
             self._is_running = False
+
+    def take_early(self) -> list[AvatarFrame]:
+        """Pieces of a live source that are ready before they are due, behind the last one that
+        :meth:`run` gave; empty for other sources, whose pictures may still change.
+        """
+        num_ready = self._speech().num_ready if self.settings.is_live else 0
+        return [self._next() for _ in range(num_ready)]
+
+    @property
+    def ahead_s(self) -> float:
+        """Seconds until the next piece is due; negative where it is late."""
+        return self._due_s - self._now()
+
+    async def _until_ready(self) -> None:
+        """Wait for the next picture of a live source."""
+        while not (self._speech().num_ready or self._is_closed or self._error):
+            self._changed.clear()
+            try:
+                async with asyncio.timeout(self.ahead_s % FRAME_S + 1e-3):
+                    await self._changed.wait()
+            except TimeoutError:
+                self._plan()  # another frame is due
 
     def _next(self) -> AvatarFrame:
         timeline, stats = self._speech(), self.stats
@@ -456,6 +485,7 @@ class Avatar:
         stats.num_starved = timeline.num_starved
         stats.left_out_s = timeline.num_left_out * FRAME_S
         stats.overrun_s = timeline.num_dropped * FRAME_S
+        self._due_s += FRAME_S
         if timeline.queue.waiting_s < self.settings.max_waiting_s:
             self._room.set()
         self._plan()
@@ -475,7 +505,8 @@ class Avatar:
         assert self._pool is not None and self._row is not None
         seconds = self._pool.turnaround_s(self._row) + _MARGIN_S
         is_patient = self._now() - self._pushed_s < self.settings.patience_ms / 1e3
-        order = self._speech().plan(math.ceil(seconds * FPS - 1e-6), is_patient, self._speed())
+        lead, num_early = math.ceil(seconds * FPS - 1e-6), math.ceil(self.ahead_s * FPS - 1e-6) - 1
+        order = self._speech().plan(lead, is_patient, self._speed(), max(0, num_early))
         if order is not None:
             self._submit(order)
 

@@ -111,7 +111,8 @@ class Timeline:
 
     A live source, such as a microphone, cannot wait: its pauses are left out where speech is shown
     later than at the beginning of an utterance would do, and of speech that nevertheless piles up
-    whole chunks are dropped, the oldest first.
+    whole chunks are dropped, the oldest first. Its frames may be taken before they are due, as soon
+    as they are computed: what such speech waits for is its own next chunk.
 
     Args:
         chunk_frames: frames of a chunk.
@@ -142,6 +143,7 @@ class Timeline:
         self.identity = self.num_left_out = self.num_dropped = 0
         self._chunks: deque[_Chunk] = deque()
         self._end = 0  # of what is planned
+        self._now = 0  # the frame that is due
         self._ahead: list[Slot] = []  # read by the model beyond the last chunk
         self._is_amended = False  # whether it read something else there
         self._quiet_from = 0  # from here on everything planned is silence
@@ -198,7 +200,9 @@ class Timeline:
         self._identity = Identity(self._num_identities, portrait)
         return self._num_identities
 
-    def plan(self, lead: int, is_patient: bool, speed: float = 1.0) -> Order | None:
+    def plan(
+        self, lead: int, is_patient: bool, speed: float = 1.0, num_early: int = 0
+    ) -> Order | None:
         """What the model should do now, if anything.
 
         Args:
@@ -206,7 +210,9 @@ class Timeline:
             is_patient: whether more of the open utterance may be on its way; otherwise what is
                 there is shown.
             speed: how fast the open utterance comes at least, in multiples of real time.
+            num_early: frames that were taken before they were due.
         """
+        self._now = self.shown - num_early
         if self.is_live and self.queue.num_slots > _MAX_CHUNKS * self.chunk_frames + self._window:
             self.num_dropped += self.queue.drop(self.chunk_frames)
         if self._is_speaking:
@@ -214,14 +220,14 @@ class Timeline:
             if self.is_live:
                 self._catch_up(lead, num_new)
             if self._has(num_new):
-                is_near = self._end - self.shown <= max(self.chunk_frames, lead)
+                is_near = self._end - self._now <= max(self.chunk_frames, lead)
                 return self._append() if is_near else None
-            return self._append() if self._end - self.shown <= lead else None
+            return self._append() if self._end - self._now <= lead else None
         if self.queue.num_slots:
             order = self._begin(lead, is_patient, speed)
             if order is not None:
                 return order
-        return self._append(is_silent=True) if self._end - self.shown <= lead else None
+        return self._append(is_silent=True) if self._end - self._now <= lead else None
 
     @property
     def _window(self) -> int:
@@ -234,7 +240,7 @@ class Timeline:
         How late it is tells the least of what was seen since the last chunk: speech that comes in
         large blocks is late only between two of them. What is left out now comes in time behind it.
         """
-        latency = self._end - self.shown + len(self._ahead) + self.queue.num_slots
+        latency = self._end - self._now + len(self._ahead) + self.queue.num_slots
         late = latency - (self._window + self.cushion_frames + lead)
         self._late = late if self._late is None else min(self._late, late)
         if self._has(num_new) and self._late > (0 if self._is_late else _LATE_FRAMES):
@@ -274,7 +280,7 @@ class Timeline:
         """Let an utterance begin at the earliest frame that can still be changed, or wait for more
         of it.
         """
-        first = max(self.shown + lead, self._quiet_from)
+        first = max(self._now + lead, self.shown, self._quiet_from)
         # What is left of a chunk has to last until the next one is computed.
         target = next(
             (chunk for chunk in self._chunks if max(first, chunk.start) + lead <= chunk.end), None
@@ -282,25 +288,26 @@ class Timeline:
         if target is not None:
             first, end = max(first, target.start), target.end
         else:
-            first, end = max(self._end, self._quiet_from), self._end + self.chunk_frames
-        is_due = target is None and self._end - self.shown <= lead
+            # Frames that were taken early knew the silence that was read ahead of them.
+            earliest = self._end + (len(self._ahead) if self.is_live else 0)
+            first, end = max(earliest, self._quiet_from), self._end + self.chunk_frames
+        is_due = target is None and self._end - self._now <= lead
         if not self.queue.is_whole and is_patient:
             # Enough to fill the chunk, and enough that the next one can be filled when it has to be
             # computed.
             waiting = self.queue.num_slots - self.cushion_frames
             fills = end + self.lookahead_frames - waiting
-            lasts = fills + self.chunk_frames - int(speed * max(0, end - lead - self.shown))
+            lasts = fills + self.chunk_frames - int(speed * max(0, end - lead - self._now))
             best = max(first, fills, lasts)
             # A chunk that has to be computed now is silent where it would take longer than to
             # replace it.
-            if best > first and (not is_due or best > self._end + 2 * lead or best >= end):
+            latest = end - 1 if self.is_live else min(end - 1, self._end + 2 * lead)
+            if best > first and (not is_due or best > latest):
                 return None
             first = best
         if target is not None:
             return self._replace(target, first)
-        return (
-            self._append(first) if is_due or self._end - self.shown <= self.chunk_frames else None
-        )
+        return self._append(first) if is_due or self._end - self._now <= self.chunk_frames else None
 
     def _append(self, first: int | None = None, *, is_silent: bool = False) -> Order:
         """Plan a chunk behind the others, in which speech begins at frame ``first``; None: where

@@ -46,7 +46,7 @@ class Metrics:
             "rest_chunk_queued_seconds", ("Time that a chunk waited for the model"), _SECONDS
         )
         self.encode_s = self._histogram(
-            "rest_frame_encode_seconds", ("Encoding time of a frame"), _SECONDS
+            "rest_chunk_encode_seconds", ("Encoding time of a chunk"), _SECONDS
         )
         self.rows = self._histogram(
             "rest_chunk_rows", ("Sessions computed together"), (1, 2, 3, 4, 6, 8, 12, 16)
@@ -71,16 +71,18 @@ class Metrics:
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(name, text, buckets=buckets, registry=self.registry)
 
-    def piece(self, computed: Computed | None, encode_s: float, idle: bool) -> None:
-        """A frame that was sent with its sound; ``computed`` with the first of a model's chunk."""
+    def chunk(
+        self, computed: Computed | None, num_frames: int, encode_s: float, idle: bool
+    ) -> None:
+        """Frames that were sent together; ``computed``: where a chunk of the model begins."""
         if computed is not None:
             self.compute_s.observe(computed.compute_ms / 1e3)
             self.queued_s.observe(computed.queued_ms / 1e3)
             self.rows.observe(computed.num_rows)
         self.encode_s.observe(encode_s)
-        self.frames.inc()
+        self.frames.inc(num_frames)
         if idle:
-            self.idle_s.inc(1 / FPS)
+            self.idle_s.inc(num_frames / FPS)
 
     def exposition(self) -> bytes:
         """The text that Prometheus reads."""

@@ -5,13 +5,13 @@ out, 40 ms at a time, in step with a clock.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
-from functools import partial
-from itertools import count
+from itertools import count, groupby
 from typing import TypeVar
 
 import numpy as np
@@ -54,6 +54,7 @@ from rest_lightning.serve.protocol import (
 from rest_lightning.serve.uploads import Portraits
 
 CUSHION_MS = 80  # at the client, against the network; the model's time is the avatar's affair
+_FIRST_FRAMES = 4  # sent while the others are being encoded
 _INTERRUPTS_PER_S, _INTERRUPT_BURST = 4.0, 20.0  # each lets the model begin a chunk at once
 # Of speech that nothing is dropped of: whoever let a client wait could not hear it interrupt.
 _MAX_WAITING_S = 1800.0
@@ -93,28 +94,42 @@ class Outlet:
         """Sends a text message."""
         await self._patiently(self._channel.send_text(message(kind, **fields)))
 
-    async def encode(self, picture: np.ndarray, keyframe: bool) -> tuple[bytes, bool]:
-        """A picture as bytes, and whether it can be decoded on its own."""
-        return await self.in_thread(partial(self.encoder.encode, picture, keyframe))
-
-    async def send(
-        self, sound: Pcm, picture: tuple[bytes, bool], epoch: int, index: int, *, idle: bool
-    ) -> None:
-        """Sends sound, (n,) or (n, channels), and the encoded picture that belongs to it.
+    async def encode(self, pictures: list[np.ndarray], keyframe: bool) -> list[tuple[bytes, bool]]:
+        """Pictures as bytes, and whether each can be decoded on its own.
 
         Args:
-            sound, picture, epoch: what is sent.
-            index: of the picture.
-            idle: whether the sound is the server's silence.
+            pictures: in their order.
+            keyframe: whether the first one must be one.
+        """
+
+        def encode() -> list[tuple[bytes, bool]]:
+            return [
+                self.encoder.encode(picture, keyframe and place == 0)
+                for place, picture in enumerate(pictures)
+            ]
+
+        return await self.in_thread(encode)
+
+    async def send_sound(self, sound: Pcm, epoch: int, index: int, *, idle: bool) -> None:
+        """Sends sound (n,) or (n, channels).
+
+        Args:
+            sound, epoch: what is sent.
+            index: of the first picture that it belongs to.
+            idle: whether it is the server's silence.
         """
         flags = IDLE if idle else 0
-        if len(sound):
-            data = sound.astype("<i2", copy=False).tobytes()
-            await self._patiently(
-                self._channel.send_bytes(pack(SOUND, flags, epoch, index, len(sound), data))
-            )
-        data, is_key = picture
-        flags |= KEYFRAME if is_key else 0
+        data = sound.astype("<i2", copy=False).tobytes()
+        await self._patiently(
+            self._channel.send_bytes(pack(SOUND, flags, epoch, index, len(sound), data))
+        )
+
+    async def send_picture(
+        self, encoded: tuple[bytes, bool], epoch: int, index: int, *, idle: bool
+    ) -> None:
+        """Sends an encoded picture; ``idle``: whether nobody speaks in it."""
+        data, is_key = encoded
+        flags = (IDLE if idle else 0) | (KEYFRAME if is_key else 0)
         await self._patiently(
             self._channel.send_bytes(pack(self.encoder.kind, flags, epoch, index, 1, data))
         )
@@ -268,6 +283,7 @@ class Session:
         self._keyframe = True
         self._told: object = None  # what the last picture's chunk was computed in
         self._lost_s = [0.0, 0.0]
+        self._early_s = math.inf  # of what was sent since the client last told its slack
 
     @property
     def avatar(self) -> Avatar:
@@ -398,7 +414,7 @@ class Session:
             size_px=pool.model.size_px,
             fps=FPS,
             sample_rate_hz=self._sound_format.sample_rate_hz,
-            chunk_frames=1,
+            chunk_frames=pool.chunk_frames if self._settings().is_live else 1,
             lookahead_ms=round(1e3 * pool.lookahead_frames * FRAME_S),
             codec=encoder.codec,
             codec_string=encoder.codec_string,
@@ -484,10 +500,14 @@ class Session:
     def _note(self, stats: Stats) -> None:
         if stats.offset_ms is not None:
             self.service.metrics.offset_s.observe(stats.offset_ms / 1e3)
-        if stats.slack_ms is not None and stats.slack_ms > 0 and _now() > self._settled_s:
-            # So long do pieces lie at the client: it can wait for as long, and is nearer then.
-            self.avatar.delay(min(stats.slack_ms / 1e3, _MAX_DELAY_S))
-            self._settled_s = _now() + _DELAY_EVERY_S
+        if stats.slack_ms is not None and stats.slack_ms > 0:
+            # So long does at the client lie what was not sent early: it can come so much later, and
+            # the client is nearer to what is said then.
+            spare_s = stats.slack_ms / 1e3 - self._early_s
+            if spare_s > 0 and _now() > self._settled_s:
+                self.avatar.delay(min(spare_s, _MAX_DELAY_S))
+                self._settled_s = _now() + _DELAY_EVERY_S
+            self._early_s = math.inf
 
     # -- to the client -----------------------------------------------------------------------------
 
@@ -503,51 +523,85 @@ class Session:
             if now_s - self._heard_s > limits.idle_s:
                 text = f"nothing was sent for {limits.idle_s / 60:g} minutes: start a new session"
                 raise SessionOver("idle", text)
-            await self._send(frame)
-            if self._has_ended and not self.avatar.is_speaking:
+            frames = [frame, *self.avatar.take_early()]
+            early_s = self.avatar.ahead_s - len(frames) * FRAME_S
+            self._early_s = min(self._early_s, max(0.0, early_s))
+            is_over = self._has_ended and not self.avatar.is_speaking
+            while is_over and len(frames) > 1 and not frames[-1].is_speech:
+                frames.pop()  # pictures end with the speech
+            for _, alike in groupby(frames, key=_kind_of):
+                if frame.epoch == self.avatar.epoch:  # else the rest is void
+                    await self._send(list(alike))
+            if is_over:
                 return
 
-    async def _send(self, frame: AvatarFrame) -> None:
-        """Sends a picture with its sound, and the account of both."""
-        if frame.identity != self._identity:
-            self._identity, self._keyframe = frame.identity, True
-            name = self._names[frame.identity]
-            self._names = {n: each for n, each in self._names.items() if n > frame.identity}
-            await self.outlet.say("identity", portrait=name, frame=frame.index)
+    async def _send(self, frames: list[AvatarFrame]) -> None:
+        """Sends pictures with their sound, which is of one kind, and the account of both."""
+        first = frames[0]
+        if first.identity != self._identity:
+            self._identity, self._keyframe = first.identity, True
+            name = self._names[first.identity]
+            self._names = {n: each for n, each in self._names.items() if n > first.identity}
+            await self.outlet.say("identity", portrait=name, frame=first.index)
         self._count_losses()
-        start_s = time.perf_counter()
-        is_speech, sound, epoch = frame.is_speech, self._sound_of(frame), -1
-        picture = (b"", False)
-        while epoch != self.epoch:  # an interruption meanwhile: the picture once more, in silence
-            if epoch >= 0:
-                is_speech, sound = False, np.zeros_like(sound)
-            epoch, keyframe, self._keyframe = self.epoch, self._keyframe, False
-            picture = await self.outlet.encode(frame.picture, keyframe)
-        encode_s = time.perf_counter() - start_s
-        await self._tell_format(frame, sound)
-        await self.outlet.send(sound, picture, epoch, frame.index, idle=not is_speech)
-        computed = frame.computed if frame.computed is not self._told else None
-        self._told = frame.computed
-        self.service.metrics.piece(computed, encode_s, idle=not is_speech)
-        if frame.ends and is_speech and self.hello.version > 1:
-            await self.outlet.say("flushed", frame=frame.index)
-        await self._account_for(frame, epoch, encode_s, is_speech)
+        is_idle = not any(frame.is_speech for frame in frames)
+        sound = np.concatenate([self._sound_of(frame) for frame in frames])
+        encode_s, epoch = 0.0, self.epoch
+        num_sent = 0
+        for start, stop in ((0, _FIRST_FRAMES), (_FIRST_FRAMES, len(frames))):
+            if start >= len(frames):
+                break
+            start_s = time.perf_counter()
+            encoded = await self._encode(frames[start:stop])
+            encode_s += time.perf_counter() - start_s
+            if epoch != self.epoch:
+                # Interrupted: of what was said nothing follows, but the face goes on from here.
+                if start:
+                    break
+                frames, encoded = frames[:1], await self._encode(frames[:1])
+                epoch, is_idle = self.epoch, True
+                sound = np.zeros_like(self._sound_of(first))
+            if not start and len(sound):
+                await self._tell_format(first, sound)
+                await self.outlet.send_sound(sound, epoch, first.index, idle=is_idle)
+            for frame, picture in zip(frames[start:stop], encoded, strict=True):
+                if epoch != self.epoch:
+                    break
+                await self.outlet.send_picture(picture, epoch, frame.index, idle=is_idle)
+                num_sent += 1
+        computed = first.computed if first.computed is not self._told else None
+        self._told = frames[-1].computed
+        self.service.metrics.chunk(computed, num_sent, encode_s, idle=is_idle)
+        if epoch != self.epoch:
+            return
+        if self.hello.version > 1 and not is_idle:
+            for frame in frames:
+                if frame.ends:
+                    await self.outlet.say("flushed", frame=frame.index)
+        await self._account_for(frames, epoch, encode_s, is_idle)
+
+    async def _encode(self, frames: list[AvatarFrame]) -> list[tuple[bytes, bool]]:
+        keyframe, self._keyframe = self._keyframe, False
+        return await self.outlet.encode([frame.picture for frame in frames], keyframe)
 
     async def _account_for(
-        self, frame: AvatarFrame, epoch: int, encode_s: float, is_speech: bool
+        self, frames: list[AvatarFrame], epoch: int, encode_s: float, is_idle: bool
     ) -> None:
-        last_index, num_speech = None, 0
-        if is_speech and frame.utterance in self._spoken:
-            spoken = self._spoken[frame.utterance]
-            num_speech = min(len(frame.samples), spoken.num_samples - frame.offset)
-            last_index = spoken.index + frame.offset + num_speech - 1
-            for number in [each for each in self._spoken if each < frame.utterance]:
-                del self._spoken[number]
-        computed = frame.computed
+        last_index, num_speech, position = None, 0, 0
+        for frame in frames:
+            spoken = None if is_idle else self._spoken.get(frame.utterance)
+            if spoken is not None:
+                count = min(len(frame.samples), spoken.num_samples - frame.offset)
+                last_index = spoken.index + frame.offset + count - 1
+                num_speech = position + count
+                for number in [each for each in self._spoken if each < frame.utterance]:
+                    del self._spoken[number]
+            position += len(frame.samples)
+        computed = frames[0].computed
         await self.outlet.say(
             "chunk",
-            index=frame.index,
-            frames=1,
+            index=frames[0].index,
+            frames=len(frames),
             epoch=epoch,
             compute_ms=0.0 if computed is None else round(computed.compute_ms, 1),
             queued_ms=0.0 if computed is None else round(computed.queued_ms, 1),
@@ -576,6 +630,11 @@ class Session:
 
 
 NewSession = Callable[[Channel, Service], Session]
+
+
+def _kind_of(frame: AvatarFrame) -> tuple[object, ...]:
+    """What pictures that are sent together have in common."""
+    return frame.identity, frame.sample_rate, frame.samples.shape[1:]
 
 
 def _now() -> float:

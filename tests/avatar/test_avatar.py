@@ -46,11 +46,11 @@ def pictures(frames: list[AvatarFrame]) -> np.ndarray:
 
 def test_pictures_are_those_of_a_session_that_hears_the_same(head: TalkingHead) -> None:
     """Speech that waits from the start; later it is computed in the place of silence that was not
-    shown.
+    shown, or, of a live source, behind it.
     """
 
-    async def talk(delay_s: float) -> list[AvatarFrame]:
-        async with Avatar(face(), head) as avatar:
+    async def talk(delay_s: float, is_live: bool) -> list[AvatarFrame]:
+        async with Avatar(face(), head, AvatarSettings(is_live=is_live)) as avatar:
             if delay_s:
                 reading = asyncio.create_task(frames_of(avatar, 5.0))
                 await asyncio.sleep(delay_s)
@@ -59,8 +59,8 @@ def test_pictures_are_those_of_a_session_that_hears_the_same(head: TalkingHead) 
             return await reading if delay_s else await frames_of(avatar, 5.0)
 
     samples = speech(1.5, 16_000)
-    for delay_s in (0.0, 1.37):
-        frames = simulate(talk(delay_s))
+    for delay_s, is_live in ((0.0, False), (1.37, False), (1.37, True)):
+        frames = simulate(talk(delay_s, is_live))
         heard = np.concatenate(
             [frame.samples if frame.is_speech else np.zeros(640, np.int16) for frame in frames]
         )
@@ -77,7 +77,7 @@ def test_pictures_are_those_of_a_session_that_hears_the_same(head: TalkingHead) 
             )
             <= 1
         )
-        if not delay_s:
+        if is_live or not delay_s:
             assert difference.max() <= 1
 
 
@@ -136,12 +136,33 @@ def test_identity_changes_while_it_speaks_and_stays_when_interrupted() -> None:
 # -- a live source --------------------------------------------------------------------------------
 
 
+def test_pieces_of_a_live_source_come_as_soon_as_they_are_computed() -> None:
+    async def talk() -> None:
+        settings = AvatarSettings(is_live=True)
+        async with Avatar(portrait(), TracedModel(), settings) as avatar:  # type: ignore[arg-type]
+            loop, counts, times_s = asyncio.get_running_loop(), [], []
+            async for frame in avatar.run():
+                assert frame.index == sum(counts) and not frame.is_held
+                times_s.append(loop.time())
+                counts.append(1 + len(avatar.take_early()))
+                if len(counts) == 4:
+                    avatar.interrupt()
+                if len(counts) == 8:
+                    break
+            # Idle ones as late as they can be; after an interruption at once.
+            gaps_s = np.diff(times_s)
+            assert np.allclose(np.delete(gaps_s, 3), 0.96, atol=0.13) and gaps_s[3] < 0.2
+            assert counts == [24] * 8
+
+    simulate(talk())
+
+
 async def hear_a_microphone(
     is_live: bool, delay_s: float = 0.5
 ) -> tuple[list[tuple[int, float]], Avatar, np.ndarray]:
     """Speech of 1.2 s with pauses of 0.5 s, for 12 s, in real time; after 5 s the pictures are
     delayed. Returns, for every piece that is heard, where it lies in the speech and how long after
-    it was said it comes; the avatar; what is heard.
+    it was said it is due; the avatar; what is heard.
     """
     settings = AvatarSettings(sample_rate=16_000, is_live=is_live)
     loop = asyncio.get_running_loop()
@@ -153,7 +174,8 @@ async def hear_a_microphone(
             async for frame in avatar.run():
                 if frame.is_speech:
                     heard.append(frame.samples)
-                    pieces.append((frame.offset, loop.time() - start_s - frame.offset / 16_000))
+                    due_s = loop.time() + avatar.ahead_s - 0.04
+                    pieces.append((frame.offset, due_s - start_s - frame.offset / 16_000))
                 if frame.ends:
                     return
 
