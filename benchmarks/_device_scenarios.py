@@ -34,7 +34,7 @@ class Backbone:
         head, like = bench.head, bench.like
         num_chunks = (num_latent_frames(self.num_frames) - 1) // bench.chunk_length
         engine = ChunkEngine(head, 1, head.sampling)
-        engine.show(bench.portrait())
+        engine.switch_identity(bench.portrait())
         noise = torch.randn(engine.latent_shape, **like)
         width = head.transformer.speech_dim or 1
         tokens = torch.randn(1, bench.chunk_length, head.speech_ae.num_tokens, width, **like)

@@ -15,8 +15,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from benchmarks._marked_model import MarkedModel
+from rest_lightning.avatar import AvatarPool
 from rest_lightning.serve.limits import Limits
-from rest_lightning.serve.scheduler import Scheduler
 from rest_lightning.serve.server import LiveServer, ServerOptions
 
 
@@ -24,9 +24,9 @@ from rest_lightning.serve.server import LiveServer, ServerOptions
 def serving(model: Any, limits: Limits | None = None) -> Iterator[LiveServer]:
     """A server on a free port of this process, its network on a thread of its own."""
     limits = limits or Limits()
-    scheduler = Scheduler(model, limits.max_sessions)
-    scheduler.start()
-    server = LiveServer(scheduler, ServerOptions(port=0), limits)
+    pool = AvatarPool(model, limits.max_sessions)
+    pool.warm_up()
+    server = LiveServer(pool, ServerOptions(port=0), limits)
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="network", daemon=True)
     thread.start()
@@ -35,10 +35,10 @@ def serving(model: Any, limits: Limits | None = None) -> Iterator[LiveServer]:
         yield server
     finally:
         asyncio.run_coroutine_threadsafe(server.stop(0.0), loop).result(30)
+        asyncio.run_coroutine_threadsafe(server.aclose(), loop).result(30)
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
         loop.close()
-        server.service.close()
 
 
 def main() -> int:

@@ -6,7 +6,7 @@ picture and time are to be measured.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -74,8 +74,8 @@ class _Row:
 
 
 class MarkedBatch:
-    """Rows with the interface of :class:`rest_lightning.streaming.batch.BatchSession` that the
-    server's scheduler uses.
+    """Rows with the interface of :class:`rest_lightning.streaming.batch.BatchSession` that avatars
+    use.
 
     Args:
         model: sizes and times.
@@ -100,10 +100,20 @@ class MarkedBatch:
 
     def push(self, row: int, samples: Any) -> None:
         """Speech, int16 or float."""
-        block = np.asarray(samples)
-        if block.dtype != np.int16:
-            block = (block * 32767).astype(np.int16)
-        self._rows[row].speech = np.concatenate([self._rows[row].speech, block])
+        self._rows[row].speech = np.concatenate([self._rows[row].speech, _as_pcm(samples)])
+
+    def amend(self, row: int, samples: Any) -> None:
+        """Other speech in the place of the last."""
+        held = self._rows[row].speech[: -len(samples)]
+        self._rows[row].speech = np.concatenate([held, _as_pcm(samples)])
+
+    def snapshot_row(self, row: int) -> _Row:
+        """All there is."""
+        return replace(self._rows[row])
+
+    def restore_row(self, row: int, state: _Row) -> None:
+        """Go back."""
+        self._rows[row] = replace(state)
 
     def step(self) -> dict[int, Frames]:
         """A chunk of every row that has its speech, in the model's own time."""
@@ -151,6 +161,11 @@ class MarkedModel:
     def open_batch(self, num_rows: int, options: Any = None) -> MarkedBatch:
         """Any number of rows."""
         return MarkedBatch(self)
+
+
+def _as_pcm(samples: Any) -> NDArray[np.int16]:
+    block = np.asarray(samples)
+    return block if block.dtype == np.int16 else (block * 32767).astype(np.int16)
 
 
 def _is_bright(portrait: Any) -> bool:

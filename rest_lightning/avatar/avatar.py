@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from rest_lightning.avatar.pool import AvatarPool, ModelError
 from rest_lightning.avatar.speech import Slot, Sound, check_sound
-from rest_lightning.avatar.timeline import Order, Timeline
+from rest_lightning.avatar.timeline import Computed, Order, Timeline
 from rest_lightning.constants import FPS
 from rest_lightning.errors import UserError
 
@@ -32,9 +32,9 @@ _SPEED_SHARE = 0.8  # of the speed measured that is relied on
 class AvatarSettings:
     """How an avatar waits and answers.
 
-    Attributes: cushion_ms: speech kept in reserve at the beginning of an utterance, against a
-        source that stutters. More of
-            it answers later.
+    Attributes:
+        cushion_ms: speech kept in reserve at the beginning of an utterance, against a source that
+            stutters. More of it answers later.
         patience_ms: how long the end of an utterance that nobody flushed is waited for before what
             is there is shown.
         max_waiting_s: speech that may wait; beyond it ``push_audio`` waits.
@@ -42,6 +42,11 @@ class AvatarSettings:
             last utterance.
         seed: of the noise.
         crop: of the portrait: ``auto`` (the head that is found), ``centre``, or a box.
+        is_live: whether the speech is that of a microphone, which is not to be heard later and
+            later: pauses in it are left out where it is late, and of more than two chunks that
+            wait the oldest are dropped. Its reader has a clock of its own: pieces come as soon as
+            they are there, no picture is held, and :meth:`Avatar.take_early` gives what is ready
+            at once. Otherwise all speech is kept, and leaves untouched.
     """
 
     cushion_ms: float = 80.0
@@ -50,6 +55,7 @@ class AvatarSettings:
     sample_rate: int = 24_000
     seed: int = 0
     crop: Any = "auto"
+    is_live: bool = False
 
     def __post_init__(self) -> None:
         for name in ("cushion_ms", "patience_ms"):
@@ -70,17 +76,21 @@ class AvatarSettings:
 class AvatarFrame:
     """40 ms: one picture, and the sound that is heard with it.
 
-    Attributes: index: counts what :meth:`Avatar.run` has given, from 0 on. picture: uint8 (H, W,
-        3). samples: the sound, as it was pushed: type, rate and channels; zeros where nobody
-        speaks. The last piece of an
-            utterance is filled up with zeros.
+    Attributes:
+        index: counts what :meth:`Avatar.run` has given, from 0 on.
+        picture: uint8 (H, W, 3).
+        samples: the sound, as it was pushed: type, rate and channels; zeros where nobody speaks.
+            The last piece of an utterance is filled up with zeros.
         sample_rate: of the sound, in Hz.
         utterance: what ``push_audio`` returned for the speech that is heard; None where nobody
             speaks.
+        offset: samples of the utterance before this piece.
         begins, ends: whether the utterance begins or ends in this piece.
         is_held: whether the picture is the last one again, because the next was not computed in
             time.
         epoch: interruptions before this piece.
+        identity: number of the portrait that is shown: 0, then what ``switch_identity`` returned.
+        computed: how the model came to the chunk of this picture; None where it is held.
     """
 
     index: int
@@ -92,6 +102,9 @@ class AvatarFrame:
     ends: bool
     is_held: bool
     epoch: int
+    offset: int = 0
+    identity: int = 0
+    computed: Computed | None = None
 
     @property
     def is_speech(self) -> bool:
@@ -108,10 +121,14 @@ class AvatarFrame:
 class AvatarStats:
     """What has happened so far.
 
-    Attributes: num_frames: pieces given; num_held: with the last picture again. num_utterances:
-        begun; num_interruptions. num_starved: how often an utterance stood still because its speech
-        had not come. num_away: how often the reader was away for so long that the clock began anew.
+    Attributes:
+        num_frames: pieces given; num_held: with the last picture again.
+        num_utterances: begun; num_interruptions.
+        num_starved: how often an utterance stood still because its speech had not come.
+        num_away: how often the reader was away for so long that the clock began anew.
         dropped_s: seconds of speech that an interruption dropped before they were planned.
+        left_out_s: seconds of pauses of a live source that were left out; overrun_s: seconds of its
+            speech that were dropped because too much waited.
         first_picture_ms: of the last 256 utterances, from the first sample to the first picture
         with it.
     """
@@ -123,6 +140,8 @@ class AvatarStats:
     num_starved: int = 0
     num_away: int = 0
     dropped_s: float = 0.0
+    left_out_s: float = 0.0
+    overrun_s: float = 0.0
     first_picture_ms: list[float] = field(default_factory=list)
 
 
@@ -131,9 +150,12 @@ class Avatar:
 
     ::
 
-        async with Avatar("portrait.png") as avatar: speaking = asyncio.create_task(speak(avatar))
-            # push_audio(samples, sample_rate), then flush() async for frame in avatar.run():
-                show(frame.picture), play(frame.samples)
+        async with Avatar("portrait.png") as avatar:
+            # push_audio(samples, sample_rate), then flush()
+            speaking = asyncio.create_task(speak(avatar))
+            async for frame in avatar.run():
+                show(frame.picture)
+                play(frame.samples)
 
     :meth:`run` gives a piece of 40 ms at a time, in step with the clock of the event loop, whatever
     happens: idle pictures never stop. Sound leaves as it came; it is resampled for the model alone.
@@ -169,7 +191,7 @@ class Avatar:
         self._room = asyncio.Event()  # set while speech may be pushed
         self._error: ModelError | None = None
         self._is_running = self._is_closed = False
-        self._pushed_s = 0.0
+        self._pushed_s = self._due_s = 0.0
         self._arrivals: deque[tuple[float, float]] = (
             deque()
         )  # of the open utterance: when, seconds until then
@@ -187,8 +209,9 @@ class Avatar:
     async def start(self) -> None:
         """Load the model and the portrait, and warm up; :meth:`run` does it where nobody else has.
 
-        Raises: UserError: a portrait that cannot be used, no place in the pool, no memory, or a
-            closed avatar.
+        Raises:
+            UserError: a portrait that cannot be used, no place in the pool, no memory, or a closed
+                avatar.
         """
         self._check_open()
         if self._starting is None:
@@ -213,7 +236,9 @@ class Avatar:
             raise
         self._pool = given
         cushion_frames = math.ceil(settings.cushion_ms / 1e3 * FPS)
-        self._timeline = Timeline(given.chunk_frames, given.lookahead_frames, cushion_frames)
+        self._timeline = Timeline(
+            given.chunk_frames, given.lookahead_frames, cushion_frames, settings.is_live
+        )
         self._room.set()
         self._portrait = None
 
@@ -247,11 +272,14 @@ class Avatar:
             samples: int16, or float in [-1, 1]; (n,) or (n, channels).
             sample_rate: in Hz; the same to the end of the utterance.
 
-        Returns: The number of the utterance that the speech belongs to; it begins with the first
-            samples after :meth:`flush` or :meth:`interrupt`.
+        Returns:
+            The number of the utterance that the speech belongs to; it begins with the first samples
+            after :meth:`flush` or :meth:`interrupt`.
 
-        Raises: UserError: samples or a rate that are no speech, or a closed avatar; nothing of the
-            block is kept then. ModelError: the avatar has ended because the model failed.
+        Raises:
+            UserError: samples or a rate that are no speech, or a closed avatar; nothing of the
+                block is kept then.
+            ModelError: the avatar has ended because the model failed.
         """
         sound = check_sound(samples, sample_rate)
         if self._timeline is None:
@@ -307,12 +335,19 @@ class Avatar:
         self.stats.dropped_s += timeline.queue.waiting_s
         self._begun_s.clear()
         order = timeline.interrupt()
+        self._due_s = min(self._due_s, self._now() + FRAME_S)  # what was taken early is not shown
         if order is not None:
             self._submit(order)
+        else:
+            self._plan()
+        self._changed.set()
         self._room.set()
 
-    async def switch_identity(self, portrait: Any) -> None:
+    async def switch_identity(self, portrait: Any) -> int:
         """Go on with another portrait from the next chunk on.
+
+        Returns:
+            Its number: the :attr:`AvatarFrame.identity` of the pictures that show it.
 
         Raises:
             UserError: a portrait that cannot be used, or a closed avatar; the old one stays.
@@ -320,7 +355,13 @@ class Avatar:
         if self._timeline is None:
             await self.start()
         reference = await self._ready().load(portrait, self.settings.crop)
-        self._speech().switch(reference)
+        return self._speech().switch_identity(reference)
+
+    def delay(self, seconds: float) -> None:
+        """Give the next piece and all behind it so much later, once; for a reader that has pieces
+        enough to show meanwhile, so that new speech is not further from it than it has to be.
+        """
+        self._due_s += max(0.0, seconds)
 
     @property
     def is_closed(self) -> bool:
@@ -341,11 +382,11 @@ class Avatar:
 
     async def run(self) -> AsyncIterator[AvatarFrame]:
         """Pictures and sound, 40 ms at a time, each when it is due; without end, until
-        :meth:`aclose`.
+        :meth:`aclose`. Those of a live source come as soon as they are ready.
 
         A reader that lets pieces wait is not hurried: less than 0.2 s are caught up, and after a
-            longer absence the
-        clock begins anew with the next piece; meanwhile nothing is computed beyond two chunks.
+        longer absence the clock begins anew with the next piece; meanwhile nothing is computed
+        beyond two chunks.
 
         Raises:
             UserError: it runs already, or the avatar is closed.
@@ -365,29 +406,51 @@ class Avatar:
                 if self._is_closed:
                     return
                 self._raise_failure()
-            due_s = self._now()
+            self._due_s = self._now()
             while not self._is_closed:
-                late_s = self._now() - due_s
-                if late_s < 0:
-                    await asyncio.sleep(-late_s)
-                elif late_s > _AWAY_S:
-                    due_s = self._now()
-                    self.stats.num_away += 1
+                is_away = self.ahead_s < -_AWAY_S
+                if self.settings.is_live:
+                    await self._until_ready()
+                elif self.ahead_s > 0:
+                    await asyncio.sleep(self.ahead_s)
+                if self.ahead_s < -_AWAY_S:
+                    self._due_s = self._now()
+                    self.stats.num_away += is_away
                 if self._is_closed:
                     return
                 self._raise_failure()
                 yield self._next()
-                due_s += FRAME_S
         finally:
             self._is_running = False
+
+    def take_early(self) -> list[AvatarFrame]:
+        """Pieces of a live source that are ready before they are due, behind the last one that
+        :meth:`run` gave; empty for other sources, whose pictures may still change.
+        """
+        num_ready = self._speech().num_ready if self.settings.is_live else 0
+        return [self._next() for _ in range(num_ready)]
+
+    @property
+    def ahead_s(self) -> float:
+        """Seconds until the next piece is due; negative where it is late."""
+        return self._due_s - self._now()
+
+    async def _until_ready(self) -> None:
+        """Wait for the next picture of a live source."""
+        while not (self._speech().num_ready or self._is_closed or self._error):
+            self._changed.clear()
+            try:
+                async with asyncio.timeout(self.ahead_s % FRAME_S + 1e-3):
+                    await self._changed.wait()
+            except TimeoutError:
+                self._plan()  # another frame is due
 
     def _next(self) -> AvatarFrame:
         timeline, stats = self._speech(), self.stats
         taken = timeline.take()
-        slot = Slot() if taken is None else taken[1]
-        is_held = taken is None
+        slot, computed, is_held = Slot(), None, taken is None
         if taken is not None:
-            self._picture = taken[0]
+            self._picture, slot, computed = taken
         assert self._picture is not None, "no picture before the first chunk"
         if slot.sound is not None:
             self._sound = (slot.sample_rate, slot.sound[:0])
@@ -413,10 +476,16 @@ class Avatar:
             ends=slot.is_last,
             is_held=is_held,
             epoch=self.epoch,
+            offset=slot.offset,
+            identity=timeline.identity,
+            computed=computed,
         )
         stats.num_frames += 1
         stats.num_held += is_held
         stats.num_starved = timeline.num_starved
+        stats.left_out_s = timeline.num_left_out * FRAME_S
+        stats.overrun_s = timeline.num_dropped * FRAME_S
+        self._due_s += FRAME_S
         if timeline.queue.waiting_s < self.settings.max_waiting_s:
             self._room.set()
         self._plan()
@@ -436,7 +505,8 @@ class Avatar:
         assert self._pool is not None and self._row is not None
         seconds = self._pool.turnaround_s(self._row) + _MARGIN_S
         is_patient = self._now() - self._pushed_s < self.settings.patience_ms / 1e3
-        order = self._speech().plan(math.ceil(seconds * FPS - 1e-6), is_patient, self._speed())
+        lead, num_early = math.ceil(seconds * FPS - 1e-6), math.ceil(self.ahead_s * FPS - 1e-6) - 1
+        order = self._speech().plan(lead, is_patient, self._speed(), max(0, num_early))
         if order is not None:
             self._submit(order)
 

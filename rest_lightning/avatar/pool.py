@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from rest_lightning.avatar.timeline import Order
+from rest_lightning.avatar.timeline import Computed, Order
 from rest_lightning.constants import FPS, SAMPLES_PER_FRAME, TEMPORAL_RATIO
 from rest_lightning.errors import UserError
 
@@ -37,7 +37,8 @@ class _Job:
     row: int
     order: Order
     done: asyncio.Future[Frames | None]
-    asked_s: float
+    asked_s: float  # on the loop's clock
+    posted_s: float = field(default_factory=time.perf_counter)
 
 
 @dataclass
@@ -58,17 +59,23 @@ class AvatarPool:
     :meth:`aclose`.
 
     The model works in a thread of its own. Orders that come while it is busy are computed together
-    in its next step. A
-    step that fails is repeated for each of its avatars alone, from the state before: only those
-        that fail again end.
+    in its next step. A step that fails is repeated for each of its avatars alone, from the state
+    before: only those that fail again end.
 
     Everything but the model runs in one event loop, the one that first waits for something here.
 
-    Args: model: the talking head, on whatever device it is. num_avatars: n; memory for all of them
-        is taken when the pool starts. options: switches of the engine. chunk_length: latents of 320
-        ms in a chunk, for models that can be run with another number than they were
-            trained with; None takes the model's own. Short chunks answer sooner and cost more.
+    Args:
+        model: the talking head, on whatever device it is.
+        num_avatars: n; memory for all of them is taken when the pool starts.
+        options: switches of the engine.
+        chunk_length: latents of 320 ms in a chunk, for models that can be run with another number
+            than they were trained with; None takes the model's own. Short chunks answer sooner and
+            cost more.
         sampling: ``num_steps``, ``guidance``, ... as in :meth:`TalkingHead.open_batch`.
+
+    Attributes:
+        chunk_frames: frames of a chunk; lookahead_frames: frames of speech read beyond it.
+        warm_up_ms: time of a chunk of 1, 2, ... avatars together, measured when the pool starts.
 
     Raises:
         UserError: no avatar, or a chunk length that the model does not offer.
@@ -105,7 +112,7 @@ class AvatarPool:
         self._calls: list[tuple[Callable[[], Any], asyncio.Future[Any]]] = []
         self._worker = ThreadPoolExecutor(1, "avatar-model")
         self._pump: asyncio.Task[None] | None = None
-        self._warm_s = 0.0
+        self.warm_up_ms: list[float] = []
         self._is_closed = False
 
     # -- life -------------------------------------------------------------------------------------
@@ -123,7 +130,17 @@ class AvatarPool:
         await asyncio.shield(self._starting)
 
     async def _start(self) -> None:
-        self._batch, self._warm_s = await self._in_worker(self._warm_up)
+        if self._batch is None:
+            await self._in_worker(self._warm_up)
+
+    def warm_up(self) -> None:
+        """The same as :meth:`start`, for callers that have no event loop yet.
+
+        Raises:
+            UserError: not enough memory, or the pool is closed.
+        """
+        self._check_open()
+        self._worker.submit(self._warm_up).result()
 
     async def aclose(self) -> None:
         """End the thread; avatars that are still open end with a ModelError. A second call does
@@ -152,6 +169,11 @@ class AvatarPool:
             raise UserError("expected an open pool of avatars, got a closed one: make a new one")
 
     # -- for avatars ------------------------------------------------------------------------------
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether :meth:`aclose` was called."""
+        return self._is_closed
 
     @property
     def num_free(self) -> int:
@@ -282,8 +304,13 @@ class AvatarPool:
     async def _in_worker(self, call: Callable[[], _Result]) -> _Result:
         return await asyncio.get_running_loop().run_in_executor(self._worker, call)
 
-    def _warm_up(self) -> tuple[Any, float]:
-        """Open the batch and compute chunks of 1, 2, ... rows; the seconds of one with all rows."""
+    @property
+    def _warm_s(self) -> float:
+        """Seconds that a chunk of all avatars took, as far as that was in real time."""
+        return min(self.warm_up_ms[-1] / 1e3, self.chunk_frames / FPS)
+
+    def _warm_up(self) -> None:
+        """Open the batch and compute chunks of 1, 2, ... rows."""
         import torch
 
         batch = self.model.open_batch(self.num_avatars, **self._open_batch)
@@ -291,7 +318,7 @@ class AvatarPool:
         chunk, ahead = (
             SAMPLES_PER_FRAME * count for count in (self.chunk_frames, self.lookahead_frames)
         )
-        took_s = 0.0
+        took_ms = 0.0
         for num_rows in range(1, self.num_avatars + 1):
             for row in range(num_rows):
                 batch.start(row, portrait)
@@ -300,10 +327,11 @@ class AvatarPool:
                     batch.push(row, np.zeros(count, np.float32))
                 start_s = time.perf_counter()
                 batch.step()
-                took_s = time.perf_counter() - start_s
+                took_ms = 1e3 * (time.perf_counter() - start_s)
+            self.warm_up_ms.append(took_ms)
             for row in range(num_rows):
                 batch.stop(row)
-        return batch, min(took_s, self.chunk_frames / FPS)
+        self._batch = batch
 
     def _compute(self, jobs: list[_Job]) -> list[Frames | Exception | None]:
         """All jobs in their order; what belongs to different rows is computed together."""
@@ -327,8 +355,8 @@ class AvatarPool:
         if order.restore is not None:
             self._batch.restore_row(row, order.restore.state)
         order.mark.state = self._batch.snapshot_row(row)
-        if order.portrait is not None:
-            self._batch.switch_identity(row, order.portrait)
+        if order.identity is not None:
+            self._batch.switch_identity(row, order.identity.portrait)
 
     def _push(self, row: int, order: Order) -> None:
         if order.is_amended and order.num_carried:
@@ -340,6 +368,7 @@ class AvatarPool:
     ) -> None:
         if not together:
             return
+        start_s = time.perf_counter()
         try:
             frames = self._batch.step()
         except Exception:
@@ -349,27 +378,36 @@ class AvatarPool:
             for row, place in together.items():
                 self._batch.restore_row(row, jobs[place].order.mark.state)
             for row, place in together.items():
-                results[place] = self._alone(row, jobs[place].order)
+                results[place] = self._alone(row, jobs[place])
         for row, computed in frames.items():
             if row in together:
                 results[together[row]] = computed
+                _note(jobs[together[row]], start_s, len(frames))
         for place in together.values():
             if results[place] is None:
                 results[place] = ModelError("expected frames of the model, got none: this is a bug")
         together.clear()
 
-    def _alone(self, row: int, order: Order) -> Frames | Exception:
+    def _alone(self, row: int, job: _Job) -> Frames | Exception:
         """After a step that failed: one row from its state before."""
+        order, start_s = job.order, time.perf_counter()
         try:
-            if order.portrait is not None:
-                self._batch.switch_identity(row, order.portrait)
+            if order.identity is not None:
+                self._batch.switch_identity(row, order.identity.portrait)
             self._push(row, order)
             frames: Frames = self._batch.step()[row]
+            _note(job, start_s, 1)
             return frames
         except Exception as error:
             if row in self._batch.rows:
                 self._batch.stop(row)
             return _failure(error)
+
+
+def _note(job: _Job, start_s: float, num_rows: int) -> None:
+    """Write down how long a step took."""
+    compute_ms, queued_ms = 1e3 * (time.perf_counter() - start_s), 1e3 * (start_s - job.posted_s)
+    job.order.computed = Computed(compute_ms, queued_ms, num_rows)
 
 
 def _failure(error: Exception) -> ModelError:

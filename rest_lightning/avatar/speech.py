@@ -16,6 +16,7 @@ from rest_lightning.errors import UserError
 
 MIN_RATE_HZ, MAX_RATE_HZ = 4000, 192_000
 MAX_CHANNELS = 8
+_PAUSE_LEVEL = 0.01  # -40 dBFS
 
 Sound = NDArray[Any]
 Samples = NDArray[np.float32]
@@ -33,6 +34,7 @@ class Slot:
         sound: what is heard, as it was pushed, (n,) or (n, channels); None is silence.
         sample_rate: of the sound, in Hz.
         utterance: number of the utterance; None for silence between two.
+        offset: samples of the utterance's sound before this piece.
         is_first, is_last: whether the utterance begins or ends here.
     """
 
@@ -40,8 +42,15 @@ class Slot:
     sound: Sound | None = None
     sample_rate: int = SAMPLE_RATE
     utterance: int | None = None
+    offset: int = 0
     is_first: bool = False
     is_last: bool = False
+
+    @property
+    def is_pause(self) -> bool:
+        """Whether nothing is said here, so that it can be left out within an utterance."""
+        quiet = float(np.abs(self.samples).max()) < _PAUSE_LEVEL
+        return quiet and not self.is_first and not self.is_last
 
 
 IDLE = Slot()
@@ -50,8 +59,9 @@ IDLE = Slot()
 def check_sound(samples: Any, sample_rate: int) -> Sound:
     """Sound as it is kept: int16, or float32 in about [-1, 1]; (n,) or (n, channels).
 
-    Raises: UserError: another type or shape, samples that are not finite, or a rate that speech
-        does not have.
+    Raises:
+        UserError: another type or shape, samples that are not finite, or a rate that speech does
+            not have.
     """
     block = np.asarray(samples)
     if block.ndim not in (1, 2) or (block.ndim == 2 and not 1 <= block.shape[1] <= MAX_CHANNELS):
@@ -137,6 +147,29 @@ class SpeechQueue:
         """The next 40 ms."""
         return self._slots.popleft()
 
+    def leave_out_pauses(self, most: int) -> int:
+        """Forget the oldest slots in which nobody speaks; returns how many, at most ``most``."""
+        kept: deque[Slot] = deque()
+        num_left_out = 0
+        for slot in self._slots:
+            if num_left_out < most and slot.is_pause:
+                num_left_out += 1
+            else:
+                kept.append(slot)
+        self._slots = kept
+        return num_left_out
+
+    def drop(self, most: int) -> int:
+        """Forget the oldest slots, but not the end of an utterance; returns how many."""
+        num_dropped = 0
+        begins = False
+        while num_dropped < most and self._slots and not self._slots[0].is_last:
+            begins |= self._slots.popleft().is_first
+            num_dropped += 1
+        if begins and self._slots:
+            self._slots[0] = replace(self._slots[0], is_first=True)
+        return num_dropped
+
     @property
     def has_speech(self) -> bool:
         """Whether any speech waits, less than 40 ms included."""
@@ -212,7 +245,8 @@ class _Utterance:
 
     def silence(self) -> Slot:
         """40 ms of silence, as a slot of this utterance."""
-        return Slot(_SILENCE, self._zeros(self._next_size), self.sample_rate, self.number)
+        sound = self._zeros(self._next_size)
+        return Slot(_SILENCE, sound, self.sample_rate, self.number, self._num_cut)
 
     @property
     def _next_size(self) -> int:
@@ -234,6 +268,7 @@ class _Utterance:
                     self._sound[:size],
                     self.sample_rate,
                     self.number,
+                    self._num_cut,
                     is_first=self._num_slots == 0,
                 )
             )

@@ -132,19 +132,22 @@ def spin_briefly() -> None:
 def _run_here(
     args: argparse.Namespace, model: ModelOptions, options: ServerOptions, limits: Limits
 ) -> None:
-    from rest_lightning.serve.scheduler import Scheduler
+    from rest_lightning.avatar import AvatarPool
     from rest_lightning.serve.server import LiveServer
 
-    head = model.load()
+    pool = AvatarPool(model.load(), limits.max_sessions)
     print("warming up the model", flush=True)
-    scheduler = Scheduler(head, limits.max_sessions)
-    scheduler.start()
-    _tell_speed(scheduler.warm_up_ms, scheduler.chunk_frames)
-    server = LiveServer(scheduler, options, limits)
-    try:
-        asyncio.run(_serve(server))
-    finally:
-        server.service.close()
+    pool.warm_up()
+    _tell_speed(pool.warm_up_ms, pool.chunk_frames)
+
+    async def serve() -> None:
+        server = LiveServer(pool, options, limits)
+        try:
+            await _serve(server)
+        finally:
+            await server.aclose()
+
+    asyncio.run(serve())
 
 
 def _run_on_ray(

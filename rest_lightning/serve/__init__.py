@@ -11,7 +11,6 @@ from rest_lightning.names import lazy
 if TYPE_CHECKING:
     from rest_lightning.serve.client import LiveClient as LiveClient
     from rest_lightning.serve.limits import Limits as Limits
-    from rest_lightning.serve.scheduler import Scheduler as Scheduler
     from rest_lightning.serve.server import LiveServer as LiveServer
     from rest_lightning.serve.server import ServerOptions as ServerOptions
 
@@ -20,7 +19,6 @@ __all__, __getattr__ = lazy(
     {
         "client": ["LiveClient"],
         "limits": ["Limits"],
-        "scheduler": ["Scheduler"],
         "server": ["LiveServer", "ServerOptions"],
     },
 )

@@ -71,6 +71,8 @@ class LiveClient:
         portrait: id; None takes the server's first.
         codecs: those that you can decode, best first.
         seed: of the noise.
+        live: whether the speech is a microphone's, whose pauses may be left out; False for an
+            agent's, which is heard as it was sent.
 
     Attributes:
         hello: the server's first message, once entered.
@@ -82,6 +84,7 @@ class LiveClient:
         portrait: str | None = None,
         codecs: tuple[str, ...] = ("h264", "jpeg"),
         seed: int = 0,
+        live: bool = True,
     ) -> None:
         self.url, self._headers = url.rstrip("/"), {"Origin": url.rstrip("/")}
         self._hello = {
@@ -89,6 +92,7 @@ class LiveClient:
             "codecs": list(codecs),
             "portrait": portrait,
             "seed": seed,
+            "live": live,
         }
         self.hello: dict[str, Any] = {}
         self.epoch = self._index = 0
@@ -125,16 +129,29 @@ class LiveClient:
         await self._http.close()
 
     async def send(self, samples: Pcm) -> None:
-        """Speech, int16 mono 16 kHz; not faster than it plays, but for a chunk or two."""
+        """Speech, int16, mono 16 kHz unless :meth:`send_format` said otherwise; not faster than it
+        plays, but for a chunk or two.
+        """
         await self.socket.send_bytes(pack_speech(self.epoch, self._index, samples))
         self._index += len(samples)
+
+    async def flush(self) -> None:
+        """The end of an utterance."""
+        await self.socket.send_str(message("flush"))
+
+    async def send_format(self, sample_rate_hz: int, channels: int = 1) -> None:
+        """Of the speech that follows: samples are (n,) or (n, channels). The server tells with
+        ``format`` when its sound changes to it.
+        """
+        fields = {"sample_rate_hz": sample_rate_hz, "channels": channels}
+        await self.socket.send_str(message("format", **fields))
 
     async def interrupt(self) -> None:
         """What was sent so far is void."""
         self.epoch, self._index = self.epoch + 1, 0
         await self.socket.send_str(message("interrupt", epoch=self.epoch))
 
-    async def show(self, portrait: str) -> None:
+    async def switch_identity(self, portrait: str) -> None:
         """Go on with another portrait."""
         await self.socket.send_str(message("identity", portrait=portrait))
 

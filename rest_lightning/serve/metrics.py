@@ -20,7 +20,7 @@ from prometheus_client import (
 from rest_lightning.constants import FPS
 
 if TYPE_CHECKING:
-    from rest_lightning.serve.scheduler import Computed
+    from rest_lightning.avatar.timeline import Computed
 
 _SECONDS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8, 0.96, 1.2, 1.6, 2.4)
 _OFFSETS = (-0.2, -0.1, -0.06, -0.04, -0.02, 0.0, 0.02, 0.04, 0.06, 0.1, 0.2)
@@ -71,12 +71,15 @@ class Metrics:
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(name, text, buckets=buckets, registry=self.registry)
 
-    def chunk(self, chunk: Computed, num_frames: int, encode_s: float, idle: bool) -> None:
-        """A chunk that was sent to the last frame."""
-        self.compute_s.observe(chunk.compute_ms / 1e3)
-        self.queued_s.observe(chunk.queued_ms / 1e3)
+    def chunk(
+        self, computed: Computed | None, num_frames: int, encode_s: float, idle: bool
+    ) -> None:
+        """Frames that were sent together; ``computed``: where a chunk of the model begins."""
+        if computed is not None:
+            self.compute_s.observe(computed.compute_ms / 1e3)
+            self.queued_s.observe(computed.queued_ms / 1e3)
+            self.rows.observe(computed.num_rows)
         self.encode_s.observe(encode_s)
-        self.rows.observe(chunk.num_rows)
         self.frames.inc(num_frames)
         if idle:
             self.idle_s.inc(num_frames / FPS)

@@ -14,7 +14,7 @@ import numpy as np
 from aiohttp import ClientWebSocketResponse, WSCloseCode, WSMsgType, web
 from numpy.typing import NDArray
 
-from rest_lightning.constants import SAMPLES_PER_FRAME
+from rest_lightning.avatar.speech import MAX_CHANNELS, MAX_RATE_HZ, MIN_RATE_HZ
 
 VERSION = 2
 VERSIONS = (1, 2)  # that are understood; 1 is that of release 0.1
@@ -59,7 +59,9 @@ class Channel(Protocol):
 
 @dataclass(frozen=True)
 class Speech:
-    """Samples of a client, s16 mono 16 kHz; ``index`` is that of the first one within the epoch."""
+    """Samples of a client, int16 (n,) or (n, channels); ``index`` is that of the first one within
+    the epoch.
+    """
 
     epoch: int
     index: int
@@ -68,12 +70,29 @@ class Speech:
 
 @dataclass(frozen=True)
 class Hello:
-    """A client's first message. ``portrait`` None: the first of the server's list."""
+    """A client's first message. ``portrait`` None: the first of the server's list. ``live``:
+    whether the speech is a microphone's, or the like: see
+    :class:`rest_lightning.avatar.AvatarSettings`.
+    """
 
     codecs: tuple[str, ...] = ("h264", "jpeg")
     portrait: str | None = None
     seed: int = 0
     version: int = 1
+    live: bool = True
+
+
+@dataclass(frozen=True)
+class Flush:
+    """The end of an utterance."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """Of the speech that follows; whoever says nothing sends 16 kHz mono."""
+
+    sample_rate_hz: int
+    channels: int
 
 
 @dataclass(frozen=True)
@@ -106,11 +125,15 @@ class Stats:
     latency_ms: float | None = None
 
 
-ClientMessage = Hello | Interrupt | Identity | End | Stats
+ClientMessage = Hello | Interrupt | Identity | Flush | Format | End | Stats
 
 
-def parse_speech(data: bytes) -> Speech:
+def parse_speech(data: bytes, channels: int = 1) -> Speech:
     """A binary message of a client.
+
+    Args:
+        data: the message.
+        channels: of the speech, whose samples take turns.
 
     Raises:
         ProtocolError: half a header, another type, set flags, or a length that is not that of
@@ -125,14 +148,14 @@ def parse_speech(data: bytes) -> Speech:
         raise ProtocolError(
             "bad_message", f"expected speech (type {SPEECH}, no flags), got type {kind}"
         )
-    if len(data) != HEADER.size + 2 * count:
+    num_bytes = 2 * count * channels
+    if len(data) != HEADER.size + num_bytes:
         got = len(data) - HEADER.size
         raise ProtocolError(
-            "bad_message", f"expected {count} samples in {2 * count} bytes, got {got} bytes"
+            "bad_message", f"expected {count} samples in {num_bytes} bytes, got {got} bytes"
         )
-    return Speech(
-        epoch, index, np.frombuffer(data, "<i2", offset=HEADER.size).astype(np.int16, copy=False)
-    )
+    samples = np.frombuffer(data, "<i2", offset=HEADER.size).astype(np.int16, copy=False)
+    return Speech(epoch, index, samples if channels == 1 else samples.reshape(count, channels))
 
 
 def pack(kind: int, flags: int, epoch: int, index: int, count: int, payload: bytes) -> bytes:
@@ -143,11 +166,6 @@ def pack(kind: int, flags: int, epoch: int, index: int, count: int, payload: byt
 def pack_speech(epoch: int, index: int, samples: Pcm) -> bytes:
     """A client's binary message."""
     return pack(SPEECH, 0, epoch, index, len(samples), samples.astype("<i2", copy=False).tobytes())
-
-
-def num_frames_of(num_samples: int) -> int:
-    """Frames that a piece of sound belongs to; 40 ms begun count as one."""
-    return -(-num_samples // SAMPLES_PER_FRAME)
 
 
 def message(kind: str, **fields: Any) -> str:
@@ -197,7 +215,23 @@ def _hello(fields: dict[str, Any]) -> Hello:
     portrait = fields.get("portrait")
     if portrait is not None and not isinstance(portrait, str):
         raise ProtocolError("bad_message", f"expected the id of a portrait, got {_short(portrait)}")
-    return Hello(tuple(codecs), portrait, _integer(fields, "seed", 2**63 - 1, default=0), version)
+    live = fields.get("live", True) if version > 1 else True
+    if not isinstance(live, bool):
+        raise ProtocolError("bad_message", f"expected live as true or false, got {_short(live)}")
+    seed = _integer(fields, "seed", 2**63 - 1, default=0)
+    return Hello(tuple(codecs), portrait, seed, version, live)
+
+
+def _format(fields: dict[str, Any]) -> Format:
+    rate_hz = _integer(fields, "sample_rate_hz", MAX_RATE_HZ)
+    channels = _integer(fields, "channels", MAX_CHANNELS, default=1)
+    if rate_hz < MIN_RATE_HZ or not channels:
+        raise ProtocolError(
+            "bad_message",
+            f"expected speech of {MIN_RATE_HZ} to {MAX_RATE_HZ} Hz with 1 to {MAX_CHANNELS} "
+            f"channels, got {rate_hz} Hz with {channels}",
+        )
+    return Format(rate_hz, channels)
 
 
 def _identity(fields: dict[str, Any]) -> Identity:
@@ -235,6 +269,8 @@ _READERS: dict[str, Callable[[dict[str, Any]], ClientMessage]] = {
     "hello": _hello,
     "interrupt": lambda fields: Interrupt(_integer(fields, "epoch", MAX_EPOCH)),
     "identity": _identity,
+    "flush": lambda fields: Flush(),
+    "format": _format,
     "end": lambda fields: End(),
     "stats": _stats,
 }

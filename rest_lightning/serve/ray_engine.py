@@ -25,11 +25,11 @@ from prometheus_client import Gauge, Metric, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from rest_lightning import ray_cluster
+from rest_lightning.avatar import AvatarPool
 from rest_lightning.errors import UserError
 from rest_lightning.serve.limits import Limits, Refused
 from rest_lightning.serve.metrics import LOG, Metrics, log_as_json
 from rest_lightning.serve.protocol import HEARTBEAT_S, AioChannel, Channel, ChannelClosed, message
-from rest_lightning.serve.scheduler import Scheduler
 from rest_lightning.serve.server import LiveServer, PageServer, ServerOptions
 from rest_lightning.serve.session import SessionOver, say_goodbye
 from rest_lightning.serve.uploads import Portraits
@@ -107,9 +107,9 @@ class ReplicaServer(LiveServer):
     """
 
     def __init__(
-        self, scheduler: Scheduler, options: ServerOptions, limits: Limits, portraits: Portraits
+        self, pool: AvatarPool, options: ServerOptions, limits: Limits, portraits: Portraits
     ) -> None:
-        super().__init__(scheduler, options, limits, portraits)
+        super().__init__(pool, options, limits, portraits)
         self._leases: dict[str, tuple[asyncio.Event, asyncio.Event]] = {}
 
     def make_app(self) -> web.Application:
@@ -164,17 +164,17 @@ class Replica:
         log_as_json()
         if host is not None:
             _listen_on(host)
-        scheduler = Scheduler(model.load(), limits.max_sessions)
-        scheduler.start()
+        pool = AvatarPool(model.load(), limits.max_sessions)
+        pool.warm_up()  # before Ray Serve counts on this replica
         options = ServerOptions(host or ray.util.get_node_ip_address(), port=0)
-        self._server = ReplicaServer(scheduler, options, limits, SharedPortraits(book))
+        self._server = ReplicaServer(pool, options, limits, SharedPortraits(book))
         self._starting = asyncio.Lock()
         self._name = str(ray.get_runtime_context().get_actor_id())
 
     async def facts(self) -> ModelFacts:
         """See :class:`ModelFacts`."""
-        scheduler = self._server.service.scheduler
-        return ModelFacts(scheduler.model.size_px, scheduler.chunk_frames, scheduler.warm_up_ms)
+        pool = self._server.service.pool
+        return ModelFacts(pool.model.size_px, pool.chunk_frames, pool.warm_up_ms)
 
     async def lease(self, address: str) -> AsyncIterator[Place]:
         """A place for a session of ``address``; this call lasts as long as the session.
@@ -195,14 +195,14 @@ class Replica:
 
     def check_health(self) -> None:
         """Called by Ray Serve, which replaces a replica that raises."""
-        if not self._server.service.scheduler.is_alive:
+        if self._server.service.pool.is_closed:
             raise RuntimeError("the model's thread has ended")
 
     async def __del__(self) -> None:
         """Called by Ray Serve when no call is left, or their time is over."""
         if hasattr(self, "_server"):
             await self._server.stop(0.0)
-            self._server.service.close()
+            await self._server.aclose()
 
 
 # -- the way to a replica --------------------------------------------------------------------------

@@ -14,13 +14,13 @@ from typing import Protocol, Self
 
 from aiohttp import BodyPartReader, web
 
+from rest_lightning.avatar import AvatarPool
 from rest_lightning.errors import UserError
 from rest_lightning.serve.gate import LOOPBACK, Gate, expect_head, head_came, tell_loop_errors_once
 from rest_lightning.serve.limits import Admission, Limits, Refused
 from rest_lightning.serve.metrics import LOG, Metrics
 from rest_lightning.serve.protocol import HEARTBEAT_S, AioChannel, Channel
-from rest_lightning.serve.scheduler import Scheduler
-from rest_lightning.serve.session import Service, run_session
+from rest_lightning.serve.session import NewSession, Service, Session, run_session
 from rest_lightning.serve.uploads import Portraits, Uploads, remove_stale_uploads
 
 PAGE_FOLDER = Path(__file__).parent / "page"
@@ -441,39 +441,46 @@ class LiveServer(PageServer):
     """Sessions in this process.
 
     Args:
-        scheduler: the model, started or not.
+        pool: of avatars, started; as many as sessions.
         options: where to listen.
         limits: for clients.
         portraits: to choose from; None keeps uploaded ones in this process.
+        new_session: makes the sessions; None lets avatars say what clients send.
     """
 
     def __init__(
         self,
-        scheduler: Scheduler,
+        pool: AvatarPool,
         options: ServerOptions | None = None,
         limits: Limits | None = None,
         portraits: Portraits | None = None,
+        new_session: NewSession | None = None,
     ) -> None:
         limits = limits or Limits()
         portraits = portraits or Portraits(limits.max_portraits, limits.portrait_s)
-        self.service = service = Service(scheduler, portraits, limits)
-        size_px = scheduler.model.size_px
+        self.service = service = Service(
+            pool, portraits, limits, new_session=new_session or Session
+        )
         super().__init__(
             options or ServerOptions(),
             limits,
             portraits,
             service.metrics,
             service.sessions,
-            size_px,
+            pool.model.size_px,
         )
+
+    async def aclose(self) -> None:
+        """End the threads, after :meth:`stop`."""
+        await self.service.aclose()
 
     async def run_session(self, channel: Channel, token: str, address: str) -> None:
         """Serve one client."""
         await run_session(channel, self.service, address)
 
     async def is_alive(self) -> bool:
-        """Whether the model's thread works."""
-        return self.service.scheduler.is_alive
+        """Whether the model works for whoever asks."""
+        return not self.service.pool.is_closed
 
 
 def _route_of(request: web.Request) -> str:

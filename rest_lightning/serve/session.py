@@ -1,22 +1,32 @@
-"""One session: speech comes in through a channel, pictures and sound go out, chunk by chunk, in
-step with a clock.
+"""One session: speech comes in through a channel and goes to an avatar, whose pictures and sound go
+out, 40 ms at a time, in step with a clock.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
-from functools import partial
-from itertools import count, pairwise
+from itertools import count, groupby
 from typing import TypeVar
 
-from rest_lightning.constants import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME
+import numpy as np
+
+from rest_lightning.avatar import (
+    FRAME_S,
+    Avatar,
+    AvatarFrame,
+    AvatarPool,
+    AvatarSettings,
+    ModelError,
+)
+from rest_lightning.constants import FPS, SAMPLE_RATE
 from rest_lightning.errors import UserError
 from rest_lightning.serve.encoder import FrameEncoder, open_encoder
-from rest_lightning.serve.intake import Intake, Piece
 from rest_lightning.serve.limits import Bucket, Limits
 from rest_lightning.serve.metrics import LOG, Metrics
 from rest_lightning.serve.protocol import (
@@ -26,6 +36,9 @@ from rest_lightning.serve.protocol import (
     SOUND,
     Channel,
     ChannelClosed,
+    End,
+    Flush,
+    Format,
     Hello,
     Identity,
     Interrupt,
@@ -34,19 +47,22 @@ from rest_lightning.serve.protocol import (
     Speech,
     Stats,
     message,
-    num_frames_of,
     pack,
     parse_speech,
     parse_text,
 )
-from rest_lightning.serve.scheduler import Computed, ModelError, Scheduler, Slot
 from rest_lightning.serve.uploads import Portraits
-from rest_lightning.streaming.device import Frames
 
-# -- what a session sends --------------------------------------------------------------------------
-
+CUSHION_MS = 80  # at the client, against the network; the model's time is the avatar's affair
 _FIRST_FRAMES = 4  # sent while the others are being encoded
+_INTERRUPTS_PER_S, _INTERRUPT_BURST = 4.0, 20.0  # each lets the model begin a chunk at once
+# Of speech that nothing is dropped of: whoever let a client wait could not hear it interrupt.
+_MAX_WAITING_S = 1800.0
+_MAX_DELAY_S, _DELAY_EVERY_S = 1.0, 3.0
+_numbers = count(1)
 _Result = TypeVar("_Result")
+
+# -- the way to a client ---------------------------------------------------------------------------
 
 
 class SessionOver(Exception):
@@ -66,7 +82,7 @@ class Outlet:
         unread_s: a client that lets a message wait for longer is given up (SessionOver).
 
     Attributes:
-        encoder: of the frames; to be set before the first chunk.
+        encoder: of the pictures; to be set before the first one.
     """
 
     encoder: FrameEncoder
@@ -78,55 +94,45 @@ class Outlet:
         """Sends a text message."""
         await self._patiently(self._channel.send_text(message(kind, **fields)))
 
-    async def send_chunk(
-        self,
-        sound: Pcm,
-        frames: Frames,
-        epoch: int,
-        first: int,
-        *,
-        idle: bool,
-        keyframe: bool,
-        wanted: Callable[[], bool],
-    ) -> float | None:
-        """Sends sound (640 n,) and frames (n, H, W, 3) that belong to it.
+    async def encode(self, pictures: list[np.ndarray], keyframe: bool) -> list[tuple[bytes, bool]]:
+        """Pictures as bytes, and whether each can be decoded on its own.
 
         Args:
-            sound, frames, epoch: what is sent.
-            first: index of the first frame.
-            idle: whether the sound is the server's silence.
-            keyframe: whether the first frame must be one.
-            wanted: asked before every frame; the rest is kept back when it says no.
+            pictures: in their order.
+            keyframe: whether the first one must be one.
+        """
 
-        Returns:
-            Seconds spent encoding; None when not everything was sent.
+        def encode() -> list[tuple[bytes, bool]]:
+            return [
+                self.encoder.encode(picture, keyframe and place == 0)
+                for place, picture in enumerate(pictures)
+            ]
+
+        return await self.in_thread(encode)
+
+    async def send_sound(self, sound: Pcm, epoch: int, index: int, *, idle: bool) -> None:
+        """Sends sound (n,) or (n, channels).
+
+        Args:
+            sound, epoch: what is sent.
+            index: of the first picture that it belongs to.
+            idle: whether it is the server's silence.
         """
         flags = IDLE if idle else 0
-        if len(sound):
-            data = sound.astype("<i2", copy=False).tobytes()
-            await self._patiently(
-                self._channel.send_bytes(pack(SOUND, flags, epoch, first, len(sound), data))
-            )
-        encode_s = 0.0
-        for start, stop in ((0, _FIRST_FRAMES), (_FIRST_FRAMES, len(frames))):
-            begin_s = time.perf_counter()
-            encoded = await self.in_thread(partial(self._encode, frames[start:stop], keyframe))
-            keyframe = False
-            encode_s += time.perf_counter() - begin_s
-            for index, (data, is_key) in enumerate(encoded, first + start):
-                if not wanted():
-                    return None
-                kind, mark = self.encoder.kind, flags | (KEYFRAME if is_key else 0)
-                await self._patiently(
-                    self._channel.send_bytes(pack(kind, mark, epoch, index, 1, data))
-                )
-        return encode_s
+        data = sound.astype("<i2", copy=False).tobytes()
+        await self._patiently(
+            self._channel.send_bytes(pack(SOUND, flags, epoch, index, len(sound), data))
+        )
 
-    def _encode(self, frames: Frames, keyframe: bool) -> list[tuple[bytes, bool]]:
-        return [
-            self.encoder.encode(pixels, keyframe and place == 0)
-            for place, pixels in enumerate(frames)
-        ]
+    async def send_picture(
+        self, encoded: tuple[bytes, bool], epoch: int, index: int, *, idle: bool
+    ) -> None:
+        """Sends an encoded picture; ``idle``: whether nobody speaks in it."""
+        data, is_key = encoded
+        flags = (IDLE if idle else 0) | (KEYFRAME if is_key else 0)
+        await self._patiently(
+            self._channel.send_bytes(pack(self.encoder.kind, flags, epoch, index, 1, data))
+        )
 
     def close(self) -> None:
         """Lets the encoder go, with its memory and threads, whoever still refers to the outlet."""
@@ -145,52 +151,28 @@ class Outlet:
             raise SessionOver("unread", text) from None
 
 
-CUSHION_MS, MAX_CUSHION_MS = 80, 300
-_INTERRUPTS_PER_S, _INTERRUPT_BURST = 4.0, 20.0  # each lets the model begin a chunk at once
-_numbers = count(1)
+# -- sessions of a server --------------------------------------------------------------------------
 
 
 @dataclass
 class Service:
-    """What the sessions of a server share: nothing of a user's."""
+    """What the sessions of a server share: nothing of a user's.
 
-    scheduler: Scheduler
+    Attributes:
+        new_session: makes the session of a client.
+    """
+
+    pool: AvatarPool
     portraits: Portraits
     limits: Limits = field(default_factory=Limits)
     metrics: Metrics = field(default_factory=Metrics)
     sessions: set[Session] = field(default_factory=set)
     encoding: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, "encoder"))
+    new_session: NewSession = field(default_factory=lambda: Session)
 
-    def begin_s(self, now_s: float, chunk_s: float) -> float:
-        """When a new session should begin, so that its chunks fall due where other sessions' chunks
-        do not.
-
-        In the middle of the largest gap between them, less than a chunk from now.
-        """
-        phases = sorted(
-            (session.due_s - now_s) % chunk_s
-            for session in self.sessions
-            if session.due_s is not None
-        )
-        if not phases:
-            return now_s
-        gaps = [
-            (after - before, before) for before, after in pairwise([*phases, phases[0] + chunk_s])
-        ]
-        length, begin_s = max(gaps)
-        return now_s + (begin_s + length / 2) % chunk_s
-
-    @property
-    def cushion_ms(self) -> int:
-        """What a client should keep ready: beside other sessions, one of whose chunks may just be
-        in work, more.
-        """
-        took_ms = self.scheduler.warm_up_ms[:1] if len(self.sessions) > 1 else []
-        return min(MAX_CUSHION_MS, CUSHION_MS + round(sum(took_ms)))
-
-    def close(self) -> None:
+    async def aclose(self) -> None:
         """End the threads."""
-        self.scheduler.close()
+        await self.pool.aclose()
         self.encoding.shutdown(wait=False, cancel_futures=True)
 
 
@@ -203,11 +185,11 @@ async def run_session(channel: Channel, service: Service, address: str = "") -> 
         address: of the client, for the log.
 
     Returns:
-        Why it ended, in one word: ended, gone, idle, too_long, unread, model, stopping, full, or a
-            protocol error's.
+        Why it ended, in one word: ended, gone, idle, too_long, unread, model, stopping, full,
+            realtime, or a protocol error's.
     """
-    slot = service.scheduler.acquire()
-    session = Session(channel, service, slot) if slot is not None else None
+    is_full = len(service.sessions) >= service.pool.num_avatars
+    session = None if is_full else service.new_session(channel, service)
     number = next(_numbers)
     LOG.info("session begins", extra={"session": number, "address": address})
     reason, said = "ended", "the session has ended"
@@ -222,6 +204,10 @@ async def run_session(channel: Channel, service: Service, address: str = "") -> 
         reason = "gone"
     except (ProtocolError, SessionOver) as error:
         reason, said = error.code, str(error)
+    except ModelError as error:
+        service.metrics.model_errors.inc()
+        LOG.warning("the model failed", exc_info=error.__cause__)
+        reason, said = "model", "the model failed in this session: start a new one"
     except asyncio.CancelledError:
         reason = "cancelled"
         raise
@@ -229,12 +215,10 @@ async def run_session(channel: Channel, service: Service, address: str = "") -> 
         LOG.exception("session failed", extra={"session": number})
         reason, said = "internal", "the server failed in this session: start a new one"
     finally:
-        if session is not None and slot is not None:
+        if session is not None:
             service.sessions.discard(session)
-            slot.release()
         service.metrics.sessions.dec()
         service.metrics.ended.labels(reason).inc()
-        num_frames = session.num_frames if session is not None else 0
         LOG.info(
             "session ended",
             extra={
@@ -242,7 +226,7 @@ async def run_session(channel: Channel, service: Service, address: str = "") -> 
                 "address": address,
                 "reason": reason,
                 "seconds": round(time.monotonic() - start_s, 1),
-                "frames": num_frames,
+                "frames": session.num_frames if session is not None else 0,
             },
         )
         await say_goodbye(channel, reason, said)
@@ -262,176 +246,238 @@ async def say_goodbye(channel: Channel, reason: str, said: str) -> None:
     await channel.close()
 
 
+# -- one session -----------------------------------------------------------------------------------
+
+
+@dataclass
+class _Spoken:
+    """An utterance on its way through the avatar: its first sample within the epoch, and how many
+    there are.
+    """
+
+    index: int
+    num_samples: int = 0
+
+
 class Session:
-    """State and tasks of one client; see :func:`run_session`."""
+    """State and tasks of one client, whose speech the avatar says; see :func:`run_session`.
 
-    def __init__(self, channel: Channel, service: Service, slot: Slot) -> None:
-        self.channel, self.service, self.slot = channel, service, slot
+    Silence, cushions and interruptions are those of :class:`rest_lightning.avatar.Avatar`.
+    """
+
+    def __init__(self, channel: Channel, service: Service) -> None:
+        self.channel, self.service = channel, service
         self.outlet = Outlet(channel, service.encoding, service.limits.unread_s)
-        self.epoch = self.num_frames = 0
-        now_s = time.monotonic()
-        limits = service.limits
-        self._next_index = 0
-        self._speech_s = Bucket(limits.input_rate, limits.input_burst_s, now_s)
+        self.hello = Hello()
+        self.epoch = 0
+        now_s, limits = _now(), service.limits
         self._messages = Bucket(limits.messages_per_s, limits.message_burst, now_s)
-        self._start_s = self._heard_s = now_s
-        self._portrait: str | None = None  # to be shown from the next chunk on
-        self._keyframe = True
-        self._stop: SessionOver | None = None
-        self._changed = asyncio.Event()
+        self._speech_s = Bucket(limits.input_rate, limits.input_burst_s, now_s)
         self._interrupts = Bucket(_INTERRUPTS_PER_S, _INTERRUPT_BURST, now_s)
-        self._intake: Intake | None = None
+        self._start_s = self._heard_s = self._settled_s = now_s
+        self._avatar: Avatar | None = None
+        self._stop: SessionOver | None = None
+        self._has_ended = False
+        self._format = Format(SAMPLE_RATE, 1)  # of the client's speech
+        self._sound_format = Format(SAMPLE_RATE, 1)  # of what it hears
+        self._next_index = 0
+        self._spoken: dict[int, _Spoken] = {}
+        self._names: dict[int, str] = {}  # of portraits that are not shown yet
+        self._identity = 0
+        self._keyframe = True
+        self._told: object = None  # what the last picture's chunk was computed in
+        self._lost_s = [0.0, 0.0]
+        self._early_s = math.inf  # of what was sent since the client last told its slack
 
     @property
-    def due_s(self) -> float | None:
-        """When the next chunk should be complete; None before the first."""
-        return None if self._intake is None else self._intake.due_s
+    def avatar(self) -> Avatar:
+        """The face."""
+        assert self._avatar is not None, "no avatar before hello"
+        return self._avatar
 
     @property
-    def intake(self) -> Intake:
-        """The speech that waits."""
-        assert self._intake is not None, "speech before hello"
-        return self._intake
+    def num_frames(self) -> int:
+        """Pictures so far."""
+        return 0 if self._avatar is None else self._avatar.stats.num_frames
 
     def stop(self, code: str, said: str) -> None:
-        """End the session after the chunk that it is at."""
+        """End the session with the next picture."""
         self._stop = SessionOver(code, said)
-        self._changed.set()
 
     async def run(self) -> None:
         """To the end.
 
         Raises:
-            ChannelClosed: the client has gone; ProtocolError: it broke the rules; SessionOver: the
-                server ends it.
+            ChannelClosed: the client has gone.
+            ProtocolError: it broke the rules.
+            SessionOver: the server ends it.
+            ModelError: the model failed.
         """
-        await self._begin()
-        task: asyncio.Task[None] | None
-        tasks = {asyncio.create_task(self._read()), asyncio.create_task(self._produce())}
-        try:
-            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                task.result()
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            # An error refers to this frame, and this frame to the error: without a collection of
-            # garbage neither would end, nor what they hold.
-            tasks, done, task, self._stop = set(), set(), None, None
-            self.outlet.close()
+        portrait = await self._greet()
+        async with AsyncExitStack() as stack:
+            await self._enter(stack)
+            avatar = Avatar(portrait, self.service.pool, self._settings())
+            self._avatar = await stack.enter_async_context(avatar)
+            await self._answer_hello()
+            tasks = [asyncio.create_task(each) for each in self._jobs()]
+            task: asyncio.Task[None] | None
+            try:
+                done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    task.result()
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+                # An error refers to this frame, and this frame to the error: without a collection
+                # of garbage neither would end, nor what they hold.
+                tasks, done, task = [], set(), None
+                self.outlet.close()
+
+    # -- what kinds of sessions differ in ----------------------------------------------------------
+
+    def _settings(self) -> AvatarSettings:
+        return AvatarSettings(
+            seed=self.hello.seed,
+            sample_rate=SAMPLE_RATE,
+            max_waiting_s=_MAX_WAITING_S,
+            is_live=self.hello.live,
+        )
+
+    async def _enter(self, stack: AsyncExitStack) -> None:
+        """Opens what a session needs beside its avatar."""
+
+    def _jobs(self) -> list[Coroutine[None, None, None]]:
+        """What runs at the same time; the session ends with the first that does."""
+        return [self._read(), self._show()]
+
+    async def _hear(self, speech: Speech) -> None:
+        """Gives the client's speech to the avatar."""
+        num_samples = len(speech.samples)
+        if speech.epoch < self.epoch:
+            lost_s = num_samples / self._format.sample_rate_hz
+            self.service.metrics.dropped_s.labels("epoch").inc(lost_s)
+            return
+        self._raise_epoch(speech.epoch)
+        if speech.index < self._next_index:
+            raise ProtocolError(
+                "index",
+                f"expected speech from sample {self._next_index} of the epoch on, got sample "
+                f"{speech.index}",
+            )
+        if not num_samples or self._has_ended:
+            return
+        if speech.index > self._next_index:  # what was said before a gap is an utterance
+            await self.avatar.flush()
+        self._next_index = speech.index + num_samples
+        number = await self.avatar.push_audio(speech.samples, self._format.sample_rate_hz)
+        self._spoken.setdefault(number, _Spoken(speech.index)).num_samples += num_samples
+
+    async def _flush(self) -> None:
+        """Ends the utterance that the client's speech belongs to."""
+        await self.avatar.flush()
+
+    async def _be_interrupted(self, epoch: int) -> None:
+        """The client says that everything of older epochs is void."""
+        if epoch >= self.epoch:
+            self._raise_epoch(epoch)
+            await self.outlet.say("interrupted", epoch=epoch)
+
+    def _sound_of(self, frame: AvatarFrame) -> Pcm:
+        """What is sent of a frame's sound."""
+        return frame.samples.astype(np.int16, copy=False)
 
     # -- from the client ---------------------------------------------------------------------------
 
-    async def _begin(self) -> None:
-        limits, scheduler = self.service.limits, self.service.scheduler
-        size_px = scheduler.model.size_px
+    async def _greet(self) -> object:
+        """Waits for the hello, and opens what it names; returns the portrait."""
+        limits = self.service.limits
         try:
             async with asyncio.timeout(limits.hello_s):
                 hello = self._parse(await self.channel.receive())
         except TimeoutError:
-            raise ProtocolError(
-                "hello", f"expected a hello within {limits.hello_s:g} s, got none"
-            ) from None
+            text = f"expected a hello within {limits.hello_s:g} s, got none"
+            raise ProtocolError("hello", text) from None
         if not isinstance(hello, Hello):
             raise ProtocolError("hello", "expected a hello first, got another message")
+        self.hello = hello
+        size_px = self.service.pool.model.size_px
         encoder = await self.outlet.in_thread(lambda: open_encoder(hello.codecs, size_px))
         if encoder is None:
             raise ProtocolError("codec", "expected a codec of h264, jpeg, got none of them")
         self.outlet.encoder = encoder
         try:
-            portrait = await self.outlet.in_thread(
-                lambda: self.service.portraits.load(hello.portrait, size_px)
-            )
+            return await self._load(hello.portrait)
         except UserError as error:
             raise ProtocolError("portrait", str(error)) from None
-        await asyncio.wrap_future(self.slot.start(portrait, hello.seed))
-        fields: dict[str, object] = {
-            "version": hello.version,
-            "size_px": size_px,
-            "fps": FPS,
-            "sample_rate_hz": SAMPLE_RATE,
-            "chunk_frames": scheduler.chunk_frames,
-            "lookahead_ms": round(1e3 * scheduler.lookahead_samples / SAMPLE_RATE),
-            "codec": encoder.codec,
-            "codec_string": encoder.codec_string,
-            "cushion_ms": self.service.cushion_ms,
-            "limits": {
+
+    async def _load(self, name: str | None) -> object:
+        size_px, portraits = self.service.pool.model.size_px, self.service.portraits
+        return await self.outlet.in_thread(lambda: portraits.load(name, size_px))
+
+    async def _answer_hello(self) -> None:
+        limits, pool, encoder = self.service.limits, self.service.pool, self.outlet.encoder
+        await self.outlet.say(
+            "hello",
+            version=self.hello.version,
+            size_px=pool.model.size_px,
+            fps=FPS,
+            sample_rate_hz=self._sound_format.sample_rate_hz,
+            chunk_frames=pool.chunk_frames if self._settings().is_live else 1,
+            lookahead_ms=round(1e3 * pool.lookahead_frames * FRAME_S),
+            codec=encoder.codec,
+            codec_string=encoder.codec_string,
+            cushion_ms=CUSHION_MS,
+            limits={
                 "session_s": limits.session_s,
                 "idle_s": limits.idle_s,
                 "message_bytes": limits.message_bytes,
                 "input_rate": limits.input_rate,
                 "input_burst_s": limits.input_burst_s,
             },
-        }
-        await self.outlet.say("hello", **fields)
-        begin_s = self.service.begin_s(time.monotonic(), scheduler.chunk_samples / SAMPLE_RATE)
-        self._intake = Intake(scheduler.chunk_samples, scheduler.lookahead_samples, begin_s)
+        )
 
     def _parse(self, data: bytes | str) -> object:
-        now_s = time.monotonic()
-        if not self._messages.take(1.0, now_s):
-            raise ProtocolError(
-                "flood", f"expected at most {self._messages.rate:g} messages a second, got more"
-            )
-        if len(data) > self.service.limits.message_bytes:
-            most = self.service.limits.message_bytes
-            raise ProtocolError(
-                "too_long", f"expected messages of at most {most} bytes, got {len(data)}"
-            )
-        return parse_text(data) if isinstance(data, str) else parse_speech(data)
+        limits = self.service.limits
+        if not self._messages.take(1.0, _now()):
+            text = f"expected at most {limits.messages_per_s:g} messages a second, got more"
+            raise ProtocolError("flood", text)
+        if len(data) > limits.message_bytes:
+            text = f"expected messages of at most {limits.message_bytes} bytes, got {len(data)}"
+            raise ProtocolError("too_long", text)
+        if isinstance(data, str):
+            return parse_text(data)
+        return parse_speech(data, self._format.channels)
 
     async def _read(self) -> None:
         while True:
             received = self._parse(await self.channel.receive())
+            if isinstance(received, Stats):
+                self._note(received)
+                continue
+            self._heard_s = _now()
             match received:
                 case Speech():
-                    self._hear(received)
+                    seconds = len(received.samples) / self._format.sample_rate_hz
+                    if not self._speech_s.take(seconds, self._heard_s):
+                        rate = self.service.limits.input_rate
+                        text = f"expected speech at {rate:g} x real time at most, got it faster"
+                        raise ProtocolError("input_rate", text)
+                    await self._hear(received)
                 case Interrupt():
-                    await self._interrupt(received.epoch)
+                    await self._be_interrupted(received.epoch)
                 case Identity():
-                    self._portrait = received.portrait  # of several before a chunk, the last
-                case Stats():
-                    self._note(received)
-                    continue
+                    await self._switch_identity(received.portrait)
+                case Flush():
+                    await self._flush()
+                case Format():
+                    await self._flush()
+                    self._format = received
                 case Hello():
                     raise ProtocolError("hello", "expected one hello, got a second one")
-                case _:
-                    self.intake.finish(time.monotonic())
-            self._heard_s = time.monotonic()
-            self._changed.set()
-
-    def _hear(self, speech: Speech) -> None:
-        now_s = time.monotonic()
-        if not self._speech_s.take(len(speech.samples) / SAMPLE_RATE, now_s):
-            rate = self.service.limits.input_rate
-            raise ProtocolError(
-                "input_rate", f"expected speech at {rate:g} x real time at most, got it faster"
-            )
-        if speech.epoch < self.epoch:
-            self.service.metrics.dropped_s.labels("epoch").inc(len(speech.samples) / SAMPLE_RATE)
-            return
-        self._raise_epoch(speech.epoch)
-        if speech.index < self._next_index:
-            raise ProtocolError(
-                "index",
-                (
-                    f"expected speech from sample {self._next_index} of the epoch on, got sample "
-                    f"{speech.index}"
-                ),
-            )
-        self._next_index = speech.index + len(speech.samples)
-        trimmed = self.intake.num_trimmed
-        dropped = self.intake.push(speech.samples, speech.index, now_s)
-        self._keyframe |= dropped > 0
-        lost_s = self.service.metrics.dropped_s
-        lost_s.labels("queue").inc(dropped * self.intake.chunk_s)
-        lost_s.labels("trim").inc((self.intake.num_trimmed - trimmed) / SAMPLE_RATE)
-
-    async def _interrupt(self, epoch: int) -> None:
-        if epoch >= self.epoch:
-            self._raise_epoch(epoch)
-            await self.outlet.say("interrupted", epoch=epoch)
+                case End():
+                    self._has_ended = True
+                    await self.avatar.flush()
 
     def _raise_epoch(self, epoch: int) -> None:
         if epoch == self.epoch:
@@ -440,111 +486,165 @@ class Session:
             raise ProtocolError(
                 "epoch", f"expected epoch {self.epoch} or {self.epoch + 1}, got {epoch}"
             )
-        if not self._interrupts.take(1.0, time.monotonic()):
-            raise ProtocolError(
-                "flood", f"expected at most {_INTERRUPTS_PER_S:g} interruptions a second, got more"
-            )
+        self._interrupt()
         self.epoch, self._next_index = epoch, 0
-        forgotten = self.intake.interrupt(time.monotonic())
-        self.service.metrics.dropped_s.labels("interrupt").inc(forgotten / SAMPLE_RATE)
+
+    def _interrupt(self) -> None:
+        if not self._interrupts.take(1.0, _now()):
+            text = f"expected at most {_INTERRUPTS_PER_S:g} interruptions a second, got more"
+            raise ProtocolError("flood", text)
+        self.service.metrics.dropped_s.labels("interrupt").inc(self.avatar.waiting_s)
+        self.avatar.interrupt()
+        self._spoken.clear()
         self._keyframe = True
+
+    async def _switch_identity(self, name: str) -> None:
+        try:
+            portrait = await self._load(name)
+        except UserError as error:
+            await self.outlet.say("error", code="portrait", message=str(error))
+            return
+        self._names[await self.avatar.switch_identity(portrait)] = name
 
     def _note(self, stats: Stats) -> None:
         if stats.offset_ms is not None:
             self.service.metrics.offset_s.observe(stats.offset_ms / 1e3)
-        if stats.slack_ms is not None:
-            self.intake.trim(stats.slack_ms / 1e3, time.monotonic())
+        if stats.slack_ms is not None and stats.slack_ms > 0:
+            # So long does at the client lie what was not sent early: it can come so much later, and
+            # the client is nearer to what is said then.
+            spare_s = stats.slack_ms / 1e3 - self._early_s
+            if spare_s > 0 and _now() > self._settled_s:
+                self.avatar.delay(min(spare_s, _MAX_DELAY_S))
+                self._settled_s = _now() + _DELAY_EVERY_S
+            self._early_s = math.inf
 
     # -- to the client -----------------------------------------------------------------------------
 
-    async def _produce(self) -> None:
-        while not (self.intake.is_finished and not self.intake.has_speech):
-            await self._until_chunk()
-            if self._portrait is not None:
-                await self._switch(self._portrait)
-            piece, epoch = self.intake.take(), self.epoch
-            try:
-                chunk = await asyncio.wrap_future(self.slot.compute(piece.window, piece.num_new))
-            except ModelError as error:
-                self.service.metrics.model_errors.inc()
-                LOG.warning("the model failed", exc_info=error.__cause__)
-                raise SessionOver(
-                    "model", "the model failed in this session: start a new one"
-                ) from error
-            self.intake.note_wait(chunk.queued_ms / 1e3, time.monotonic())
-            if epoch == self.epoch:
-                await self._send(piece, chunk, epoch)
-
-    async def _until_chunk(self) -> None:
-        """Wait until a chunk can be taken."""
+    async def _show(self) -> None:
         limits = self.service.limits
-        while True:
-            self._changed.clear()
-            now_s = time.monotonic()
+        async for frame in self.avatar.run():
+            now_s = _now()
             if self._stop is not None:
                 raise self._stop
             if now_s - self._start_s > limits.session_s:
-                raise SessionOver(
-                    "too_long",
-                    f"a session lasts {limits.session_s / 60:g} minutes: start a new one",
-                )
+                text = f"a session lasts {limits.session_s / 60:g} minutes: start a new one"
+                raise SessionOver("too_long", text)
             if now_s - self._heard_s > limits.idle_s:
-                raise SessionOver(
-                    "idle",
-                    f"nothing was sent for {limits.idle_s / 60:g} minutes: start a new session",
-                )
-            if self.intake.advance(now_s):
+                text = f"nothing was sent for {limits.idle_s / 60:g} minutes: start a new session"
+                raise SessionOver("idle", text)
+            frames = [frame, *self.avatar.take_early()]
+            early_s = self.avatar.ahead_s - len(frames) * FRAME_S
+            self._early_s = min(self._early_s, max(0.0, early_s))
+            is_over = self._has_ended and not self.avatar.is_speaking
+            while is_over and len(frames) > 1 and not frames[-1].is_speech:
+                frames.pop()  # pictures end with the speech
+            for _, alike in groupby(frames, key=_kind_of):
+                if frame.epoch == self.avatar.epoch:  # else the rest is void
+                    await self._send(list(alike))
+            if is_over:
                 return
-            try:
-                async with asyncio.timeout(self.intake.wait_s(now_s) + 0.001):
-                    await self._changed.wait()
-            except TimeoutError:
-                pass
 
-    async def _switch(self, name: str) -> None:
-        self._portrait = None
-        size_px = self.service.scheduler.model.size_px
-        try:
-            portrait = await self.outlet.in_thread(
-                lambda: self.service.portraits.load(name, size_px)
-            )
-        except UserError as error:
-            await self.outlet.say("error", code="portrait", message=str(error))
+    async def _send(self, frames: list[AvatarFrame]) -> None:
+        """Sends pictures with their sound, which is of one kind, and the account of both."""
+        first = frames[0]
+        if first.identity != self._identity:
+            self._identity, self._keyframe = first.identity, True
+            name = self._names[first.identity]
+            self._names = {n: each for n, each in self._names.items() if n > first.identity}
+            await self.outlet.say("identity", portrait=name, frame=first.index)
+        self._count_losses()
+        is_idle = not any(frame.is_speech for frame in frames)
+        sound = np.concatenate([self._sound_of(frame) for frame in frames])
+        encode_s, epoch = 0.0, self.epoch
+        num_sent = 0
+        for start, stop in ((0, _FIRST_FRAMES), (_FIRST_FRAMES, len(frames))):
+            if start >= len(frames):
+                break
+            start_s = time.perf_counter()
+            encoded = await self._encode(frames[start:stop])
+            encode_s += time.perf_counter() - start_s
+            if epoch != self.epoch:
+                # Interrupted: of what was said nothing follows, but the face goes on from here.
+                if start:
+                    break
+                frames, encoded = frames[:1], await self._encode(frames[:1])
+                epoch, is_idle = self.epoch, True
+                sound = np.zeros_like(self._sound_of(first))
+            if not start and len(sound):
+                await self._tell_format(first, sound)
+                await self.outlet.send_sound(sound, epoch, first.index, idle=is_idle)
+            for frame, picture in zip(frames[start:stop], encoded, strict=True):
+                if epoch != self.epoch:
+                    break
+                await self.outlet.send_picture(picture, epoch, frame.index, idle=is_idle)
+                num_sent += 1
+        computed = first.computed if first.computed is not self._told else None
+        self._told = frames[-1].computed
+        self.service.metrics.chunk(computed, num_sent, encode_s, idle=is_idle)
+        if epoch != self.epoch:
             return
-        await asyncio.wrap_future(self.slot.show(portrait))
-        self._keyframe = True
-        await self.outlet.say("identity", portrait=name, frame=self.num_frames)
+        if self.hello.version > 1 and not is_idle:
+            for frame in frames:
+                if frame.ends:
+                    await self.outlet.say("flushed", frame=frame.index)
+        await self._account_for(frames, epoch, encode_s, is_idle)
 
-    async def _send(self, piece: Piece, chunk: Computed, epoch: int) -> None:
-        intake, metrics, first = self.intake, self.service.metrics, self.num_frames
-        frames, sound = chunk.frames, piece.sound
-        if intake.is_finished and not intake.has_speech:  # the last one: as long as the speech
-            frames = frames[: num_frames_of(piece.num_speech)]
-            sound = sound[: SAMPLES_PER_FRAME * len(frames)]
-        self.num_frames += len(frames)
+    async def _encode(self, frames: list[AvatarFrame]) -> list[tuple[bytes, bool]]:
         keyframe, self._keyframe = self._keyframe, False
-        encode_s = await self.outlet.send_chunk(
-            sound,
-            frames,
-            epoch,
-            first,
-            idle=piece.idle,
-            keyframe=keyframe,
-            wanted=lambda: epoch == self.epoch,
-        )
-        if encode_s is None:
-            return
-        metrics.chunk(chunk, len(frames), encode_s, idle=piece.idle)
+        return await self.outlet.encode([frame.picture for frame in frames], keyframe)
+
+    async def _account_for(
+        self, frames: list[AvatarFrame], epoch: int, encode_s: float, is_idle: bool
+    ) -> None:
+        last_index, num_speech, position = None, 0, 0
+        for frame in frames:
+            spoken = None if is_idle else self._spoken.get(frame.utterance)
+            if spoken is not None:
+                count = min(len(frame.samples), spoken.num_samples - frame.offset)
+                last_index = spoken.index + frame.offset + count - 1
+                num_speech = position + count
+                for number in [each for each in self._spoken if each < frame.utterance]:
+                    del self._spoken[number]
+            position += len(frame.samples)
+        computed = frames[0].computed
         await self.outlet.say(
             "chunk",
-            index=first,
+            index=frames[0].index,
             frames=len(frames),
             epoch=epoch,
-            compute_ms=round(chunk.compute_ms, 1),
-            queued_ms=round(chunk.queued_ms, 1),
+            compute_ms=0.0 if computed is None else round(computed.compute_ms, 1),
+            queued_ms=0.0 if computed is None else round(computed.queued_ms, 1),
             encode_ms=round(1e3 * encode_s, 1),
-            rows=chunk.num_rows,
-            input_sample=piece.last_index,
-            speech_samples=piece.num_speech,
-            dropped_s=round(intake.num_dropped / SAMPLE_RATE, 2),
+            rows=0 if computed is None else computed.num_rows,
+            input_sample=last_index,
+            speech_samples=num_speech,
+            dropped_s=round(self.avatar.stats.overrun_s, 2),
         )
+
+    async def _tell_format(self, frame: AvatarFrame, sound: Pcm) -> None:
+        given = Format(frame.sample_rate, 1 if sound.ndim == 1 else sound.shape[1])
+        if self.hello.version > 1 and given != self._sound_format:
+            self._sound_format = given
+            await self.outlet.say(
+                "format", sample_rate_hz=given.sample_rate_hz, channels=given.channels
+            )
+
+    def _count_losses(self) -> None:
+        stats, lost_s = self.avatar.stats, self.service.metrics.dropped_s
+        new_s = [stats.overrun_s, stats.left_out_s]
+        self._keyframe |= new_s[0] > self._lost_s[0]
+        for reason, now_s, before_s in zip(("queue", "trim"), new_s, self._lost_s, strict=True):
+            lost_s.labels(reason).inc(now_s - before_s)
+        self._lost_s = new_s
+
+
+NewSession = Callable[[Channel, Service], Session]
+
+
+def _kind_of(frame: AvatarFrame) -> tuple[object, ...]:
+    """What pictures that are sent together have in common."""
+    return frame.identity, frame.sample_rate, frame.samples.shape[1:]
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()

@@ -4,9 +4,8 @@ chunk.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -15,7 +14,7 @@ import torch
 
 from rest_lightning.constants import FPS, SAMPLE_RATE
 from rest_lightning.errors import UserError
-from rest_lightning.streaming.device import Frames, Pending
+from rest_lightning.streaming.device import Frames
 from rest_lightning.streaming.engine import (
     ChunkEngine,
     EngineOptions,
@@ -28,10 +27,10 @@ from rest_lightning.streaming.session import (
     NotFiniteError,
     Row,
     RowState,
-    Samples,
     as_reference,
     as_samples,
     describe,
+    launch,
 )
 
 if TYPE_CHECKING:
@@ -41,48 +40,11 @@ if TYPE_CHECKING:
 Idle = Literal["wait", "silence"]
 
 
-@dataclass
-class _Member:
-    """A row in use: its stream, and speech that its next chunk has no room for."""
-
-    row: Row
-    waiting: deque[Samples] = field(default_factory=deque)
-
-    @property
-    def num_waiting(self) -> int:
-        return sum(map(len, self.waiting))
-
-    def top_up(self) -> None:
-        """Fill the next chunk from what waits."""
-        while self.waiting and self.row.num_missing:
-            block = self.waiting.popleft()
-            count = self.row.fill(block)
-            if count < len(block):
-                self.waiting.appendleft(block[count:])
-
-    def snapshot(self) -> RowSnapshot:
-        return RowSnapshot(
-            self.row.snapshot(), np.concatenate([np.zeros(0, np.float32), *self.waiting])
-        )
-
-    def restore(self, saved: RowSnapshot) -> None:
-        self.row.restore(saved.row)
-        self.waiting = deque([saved.waiting] if len(saved.waiting) else ())
-
-
-@dataclass(frozen=True)
-class RowSnapshot:
-    """One row of a batch between two steps."""
-
-    row: RowState
-    waiting: Samples
-
-
 @dataclass(frozen=True)
 class BatchState:
     """All rows of a batch between two steps; None for a row that is not in use."""
 
-    rows: tuple[RowSnapshot | None, ...]
+    rows: tuple[RowState | None, ...]
 
 
 class BatchSession:
@@ -137,7 +99,7 @@ class BatchSession:
             first.start(torch.zeros(1, 3, model.size_px, model.size_px))
             lanes = first.for_batch(num_rows)
             self._places = [first, *(first.for_batch(1) for _ in range(num_rows - 1))]
-        self._members: list[_Member | None] = [None] * num_rows
+        self._rows: list[Row | None] = [None] * num_rows
         self._widest = ChunkEngine(
             model, num_rows, self._sampling, self.clock, self._options, lanes
         )
@@ -149,25 +111,25 @@ class BatchSession:
     @property
     def num_rows(self) -> int:
         """n, rows in use or not."""
-        return len(self._members)
+        return len(self._rows)
 
     @property
     def rows(self) -> list[int]:
         """Rows in use: started, and neither stopped nor finished."""
-        return [row for row, member in enumerate(self._members) if member is not None]
+        return [row for row, held in enumerate(self._rows) if held is not None]
 
     @property
     def ready(self) -> list[int]:
         """Rows whose next chunk can be computed."""
-        return [row for row in self.rows if self._member(row).row.has_chunk]
+        return [row for row in self.rows if self._row(row).has_chunk]
 
     def num_frames(self, row: int) -> int:
         """Returns how many frames a row's stream has given so far."""
-        return self._member(row).row.num_frames
+        return self._row(row).num_frames
 
     def waiting_s(self, row: int) -> float:
         """Returns the seconds of speech that a row holds beyond its next chunk."""
-        return self._member(row).num_waiting / SAMPLE_RATE
+        return self._row(row).num_waiting / SAMPLE_RATE
 
     # -- rows come, change and go ------------------------------------------------------------------
 
@@ -182,10 +144,10 @@ class BatchSession:
         self._check(row)
         reference = as_reference(portrait, self.model.size_px)
         self._settle([row])
-        self._members[row] = None
+        self._rows[row] = None
         self._failed.pop(row, None)
         with explain_out_of_memory(self.model, self.num_rows, self._sampling):
-            self._members[row] = _Member(Row(self._widest, reference, seed, self._places[row]))
+            self._rows[row] = Row(self._widest, reference, seed, self._places[row])
 
     def push(self, row: int, samples: Any) -> None:
         """Give speech to a row, as to :meth:`StreamingSession.push`; nothing is computed yet.
@@ -194,24 +156,20 @@ class BatchSession:
             UserError: no such row, one that is not started or has finished, bad samples, or more
                 than the row may hold; nothing of the block is kept then.
         """
-        member = self._member(row)
-        if member.row.is_finished:
+        held = self._row(row)
+        if held.is_finished:
             raise UserError(
                 f"expected speech before finish({row}), got a push after it: start the row anew"
             )
-        block = as_samples(samples, member.row.num_samples + member.num_waiting)
-        if (
-            len(block) + member.num_waiting
-            > member.row.num_missing + self.max_waiting_s * SAMPLE_RATE
-        ):
-            got_s = (len(block) + member.num_waiting) / SAMPLE_RATE
+        block = as_samples(samples, held.num_samples + held.num_waiting)
+        if len(block) + held.num_waiting > held.num_missing + self.max_waiting_s * SAMPLE_RATE:
+            got_s = (len(block) + held.num_waiting) / SAMPLE_RATE
             raise UserError(
                 f"expected at most {self.max_waiting_s:g} s of speech waiting in row {row}, got "
                 f"{got_s:.1f} s: "
                 "call step() between pushes, or open the batch with a larger max_waiting_s"
             )
-        member.waiting.append(block.copy())
-        member.top_up()
+        held.push(block)
 
     def amend(self, row: int, samples: Any) -> None:
         """Put other speech in the place of the last that was pushed to a row, as far as no chunk
@@ -222,30 +180,28 @@ class BatchSession:
         Raises:
             UserError: bad samples, or more than were not shown yet; nothing has changed then.
         """
-        member = self._member(row)
-        block = as_samples(samples, member.row.num_samples - len(samples))
-        if member.num_waiting or member.row.is_finished or len(block) > member.row.num_unshown:
-            most = 0 if member.num_waiting or member.row.is_finished else member.row.num_unshown
+        held = self._row(row)
+        block = as_samples(samples, held.num_samples - len(samples))
+        if len(block) > held.num_amendable:
             raise UserError(
-                f"expected at most {most} samples in place of those that row {row} has not shown, "
-                f"got {len(block)}: "
-                "amend after a step"
+                f"expected at most {held.num_amendable} samples in place of those that row {row} "
+                f"has not shown, got {len(block)}: amend after a step"
             )
-        member.row.amend(block)
+        held.amend(block)
 
     def finish(self, row: int) -> None:
         """Ends a row's speech.
 
         The next steps give what is left; with its last frame the row is free again.
         """
-        member = self._member(row)
-        member.row.is_finished = True
+        held = self._row(row)
+        held.is_finished = True
         self._release(row)
 
     def stop(self, row: int) -> None:
         """Ends a row's stream at once; what it held is dropped, and the row is free."""
-        self._member(row)
-        self._members[row] = None
+        self._row(row)
+        self._rows[row] = None
 
     def drop_waiting(self, row: int) -> float:
         """Drops the speech that waits beyond a row's next chunk, for an interruption.
@@ -254,7 +210,7 @@ class BatchSession:
             Seconds of speech that were dropped.
         """
         dropped_s = self.waiting_s(row)
-        self._member(row).waiting.clear()
+        self._row(row).drop_waiting()
         return dropped_s
 
     def switch_identity(self, row: int, portrait: Any) -> None:
@@ -262,21 +218,21 @@ class BatchSession:
 
         This costs one prefill of this row.
         """
-        member = self._member(row)
+        held = self._row(row)
         reference = as_reference(portrait, self.model.size_px)
         self._settle([row])
         with explain_out_of_memory(self.model, self.num_rows, self._sampling):
-            member.row.show(reference)
+            held.switch_identity(reference)
 
-    def snapshot_row(self, row: int) -> RowSnapshot:
+    def snapshot_row(self, row: int) -> RowState:
         """A copy of everything that the following frames of one row depend on; a few megabytes at
         the embedded size.
         """
-        member = self._member(row)
+        held = self._row(row)
         self._settle([row])
-        return member.snapshot()
+        return held.snapshot()
 
-    def restore_row(self, row: int, state: RowSnapshot) -> None:
+    def restore_row(self, row: int, state: RowState) -> None:
         """Take one row back to a snapshot of it, or of a row of a batch like this one; the others
         go on.
 
@@ -284,11 +240,11 @@ class BatchSession:
             UserError: no such row, one that is not in use, or a snapshot of another model; the row
                 is as it was then.
         """
-        member = self._member(row)
-        self._places[row].check(state.row.engine)
+        held = self._row(row)
+        self._places[row].check(state.engine)
         self._settle([row])
         with self.clock.paused():
-            member.restore(state)
+            held.restore(state)
 
     # -- computing ---------------------------------------------------------------------------------
 
@@ -309,16 +265,17 @@ class BatchSession:
             raise UserError(f"expected idle `wait` or `silence`, got {idle!r}")
         if idle == "silence":
             for row in self.rows:
-                member = self._member(row)
-                if not member.row.is_finished:
-                    member.row.fill(np.zeros(member.row.num_missing, dtype=np.float32))
+                held = self._row(row)
+                if not held.is_finished:
+                    held.push(np.zeros(held.num_missing, dtype=np.float32))
         groups: dict[tuple[int, bool], list[int]] = {}
         for row in self.ready:
-            key = (self._member(row).row.num_latents, self._reference_expected(row))
+            key = (self._row(row).num_latents, self._reference_expected(row))
             groups.setdefault(key, []).append(row)
         frames: dict[int, Frames] = {}
         for rows in groups.values():
-            pending, counts = self._launch(rows)
+            engine = self._enter_lanes(rows)
+            pending, counts = launch(engine, self.clock, [self._row(row) for row in rows])
             computed = pending.frames()
             for lane, (row, count) in enumerate(zip(rows, counts, strict=True)):
                 if pending.finite[lane]:
@@ -328,30 +285,15 @@ class BatchSession:
         if frames:
             self.clock.end_chunk(sum(map(len, frames.values())))
         for row in frames:
-            self._member(row).top_up()
             self._release(row)
         return dict(sorted(frames.items()))
 
     def _give_up(self, row: int, num_frames: int) -> None:
         """End a row whose frames are no numbers; the others go on."""
-        at_s = (self._member(row).row.num_frames - num_frames) / FPS
+        at_s = (self._row(row).num_frames - num_frames) / FPS
         self._settle([row])
-        self._members[row] = None
+        self._rows[row] = None
         self._failed[row] = NotFiniteError(at_s)
-
-    def _launch(self, rows: Sequence[int]) -> tuple[Pending, list[int]]:
-        """Queue one chunk of rows that are alike in length; how many of each row's frames are to be
-        shown.
-        """
-        engine = self._enter_lanes(rows)
-        if any(not self._member(row).row.num_frames for row in rows):
-            self.clock.input_complete()
-        taken = [self._member(row).row.take() for row in rows]
-        audio, noise = (
-            torch.cat([audio for audio, _, _ in taken]),
-            torch.cat([noise for _, noise, _ in taken]),
-        )
-        return engine.launch(audio, noise), [count for _, _, count in taken]
 
     def _enter_lanes(self, rows: Sequence[int]) -> ChunkEngine:
         engine = self._engine(len(rows))
@@ -402,9 +344,7 @@ class BatchSession:
         """A copy of everything that the following frames of all rows depend on."""
         self._check_open()
         self._settle(self._in_lanes)
-        return BatchState(
-            tuple(None if member is None else member.snapshot() for member in self._members)
-        )
+        return BatchState(tuple(None if held is None else held.snapshot() for held in self._rows))
 
     def restore(self, state: BatchState) -> None:
         """Go back to a snapshot of this batch or of one like it: the same speech then gives the
@@ -422,20 +362,20 @@ class BatchSession:
             )
         for place, saved in zip(self._places, state.rows, strict=True):
             if saved is not None:
-                place.check(saved.row.engine)
+                place.check(saved.engine)
         self._settle(self._in_lanes)
         with self.clock.paused():
             for row, saved in enumerate(state.rows):
-                self._members[row] = None
+                self._rows[row] = None
                 if saved is not None:
-                    member = _Member(Row(self._widest, saved.row.reference, 0, self._places[row]))
-                    member.restore(saved)
-                    self._members[row] = member
+                    held = Row(self._widest, saved.reference, 0, self._places[row])
+                    held.restore(saved)
+                    self._rows[row] = held
 
     def close(self) -> None:
         """Ends all streams; only :meth:`report` can be called afterwards."""
         self._widest.join()
-        self._members = [None] * self.num_rows
+        self._rows = [None] * self.num_rows
         self._closed = True
 
     def __enter__(self) -> Self:
@@ -451,9 +391,9 @@ class BatchSession:
 
     def _release(self, row: int) -> None:
         """Free a row whose speech has ended and was shown to the last frame."""
-        member = self._member(row)
-        if member.row.is_finished and not member.row.has_chunk:
-            self._members[row] = None
+        held = self._row(row)
+        if held.is_finished and not held.has_chunk:
+            self._rows[row] = None
 
     def _check_open(self) -> None:
         if self._closed:
@@ -469,14 +409,14 @@ class BatchSession:
                 "more rows"
             )
 
-    def _member(self, row: int) -> _Member:
+    def _row(self, row: int) -> Row:
         self._check(row)
-        member = self._members[row]
-        if member is None and row in self._failed:
+        held = self._rows[row]
+        if held is None and row in self._failed:
             raise self._failed[row]
-        if member is None:
+        if held is None:
             raise UserError(
                 f"expected a row in use, but row {row} was not started or has ended: call "
                 f"start({row}, ...)"
             )
-        return member
+        return held

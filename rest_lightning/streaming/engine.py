@@ -341,18 +341,18 @@ class StreamState:
             speech = Stream()
             self.tables.speech_ae.encode(features, speech)
             self.speech.restore(speech)
-        self.show(reference)
+        self.switch_identity(reference)
 
     @torch.inference_mode()
-    def show(self, reference: Tensor) -> None:
+    def switch_identity(self, reference: Tensor) -> None:
         """Go on with another portrait (B, 3, H, W): the speech continues, context and decoder begin
         anew.
         """
         model = self.tables.model
         with on_device(model.device):
-            self._show(reference.to(model.device), model.dtype)
+            self._switch_identity(reference.to(model.device), model.dtype)
 
-    def _show(self, reference: Tensor, dtype: torch.dtype) -> None:
+    def _switch_identity(self, reference: Tensor, dtype: torch.dtype) -> None:
         tables = self.tables
         with self._stage("vae"):
             latent = tables.vae.encode(reference[:, :, None].to(dtype))
@@ -684,12 +684,12 @@ class ChunkEngine:
         with self._at_rest():
             self.state.start(reference)
 
-    def show(self, reference: Tensor) -> None:
+    def switch_identity(self, reference: Tensor) -> None:
         """Go on with another portrait (B, 3, H, W): the speech continues, context and decoder begin
         anew.
         """
         with self._at_rest():
-            self.state.show(reference)
+            self.state.switch_identity(reference)
 
     def step(self, audio: Tensor, noise: Tensor) -> Tensor:
         """One chunk.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -39,6 +39,7 @@ class RowState:
     """A row between two chunks: engine, waiting samples, noise generator, portrait and counters."""
 
     engine: EngineState
+    waiting: tuple[Samples, ...]
     buffer: Samples
     filled: int
     num_samples: int
@@ -62,8 +63,11 @@ def checked_seed(seed: int) -> int:
 
 
 class Row:
-    """A stream of an engine: speech goes in with :meth:`fill`, and :meth:`take` gives what the next
+    """A stream of an engine: speech goes in with :meth:`push`, and :meth:`take` gives what the next
     chunk needs.
+
+    Speech lies in the window of the next chunk, and what has no room there waits behind it. A
+    session of one stream and a batch of many hold their speech here and nowhere else.
 
     The first emitted frame shows the first 40 ms of speech. Internally frame 0 is the portrait
     itself with one frame of silence before the speech; it is never emitted.
@@ -75,7 +79,7 @@ class Row:
         place: memory of this one stream; None: the engine's own.
 
     Attributes:
-        num_samples: samples of speech taken in.
+        num_samples: samples of speech in the windows so far, those that wait not counted.
         num_frames: frames launched so far.
         is_finished: whether the speech has ended.
     """
@@ -87,6 +91,7 @@ class Row:
         self.generator = torch.Generator().manual_seed(checked_seed(seed))
         self._buffer: Samples = np.zeros(engine.window_samples, dtype=np.float32)
         self._filled = engine.model.speech_encoder.left_context_frames * SAMPLES_PER_FRAME
+        self._waiting: deque[Samples] = deque()
         self.num_samples = self.num_frames = 0
         self.is_finished = False
         self._place.start(reference)
@@ -113,23 +118,43 @@ class Row:
         """
         return self.num_missing == 0 or (self.is_finished and self.num_frames < self.total_frames)
 
-    def fill(self, block: Samples) -> int:
-        """Take in samples, at most as many as are missing; returns how many."""
-        count = min(len(block), self.num_missing)
-        self._buffer[self._filled : self._filled + count] = block[:count]
-        self._filled += count
-        self.num_samples += count
-        return count
+    def push(self, block: Samples) -> None:
+        """Take in samples. The array must not change afterwards."""
+        if len(block):
+            self._waiting.append(block)
+            self._fill()
+
+    def _fill(self) -> None:
+        """Move what waits into the window, as far as there is room."""
+        while self._waiting and self.num_missing:
+            block = self._waiting.popleft()
+            count = min(len(block), self.num_missing)
+            self._buffer[self._filled : self._filled + count] = block[:count]
+            self._filled += count
+            self.num_samples += count
+            if count < len(block):
+                self._waiting.appendleft(block[count:])
 
     @property
-    def num_unshown(self) -> int:
-        """Samples taken in that no launched frame shows: those of the next chunk so far, and what
-        was read ahead.
+    def num_waiting(self) -> int:
+        """Samples that the next chunk has no room for."""
+        return sum(map(len, self._waiting))
+
+    def drop_waiting(self) -> None:
+        """Forget the samples that the next chunk has no room for."""
+        self._waiting.clear()
+
+    @property
+    def num_amendable(self) -> int:
+        """Samples at the end of the speech that can still be replaced: no launched frame shows
+        them, and none wait behind them.
         """
+        if self._waiting or self.is_finished:
+            return 0
         return self.num_samples - SAMPLES_PER_FRAME * self.num_frames
 
     def amend(self, block: Samples) -> None:
-        """Put other samples in the place of the last ones; at most :attr:`num_unshown`."""
+        """Put other samples in the place of the last ones; at most :attr:`num_amendable`."""
         self._buffer[self._filled - len(block) : self._filled] = block
 
     def take(self) -> tuple[Tensor, Tensor, int]:
@@ -150,17 +175,19 @@ class Row:
         self._filled -= shift
         self._buffer[: self._filled] = audio[0, shift:].numpy()
         self.num_frames += num_frames
+        self._fill()
         return audio, noise, num_frames
 
-    def show(self, reference: Tensor) -> None:
+    def switch_identity(self, reference: Tensor) -> None:
         """Go on with another portrait from the next chunk on."""
-        self._place.show(reference)
+        self._place.switch_identity(reference)
         self.reference = reference
 
     def snapshot(self) -> RowState:
         """A copy of everything that the following frames depend on."""
         return RowState(
             self._place.snapshot(),
+            tuple(self._waiting),
             self._buffer.copy(),
             self._filled,
             self.num_samples,
@@ -173,6 +200,7 @@ class Row:
     def restore(self, saved: RowState) -> None:
         """Go back to a snapshot. See :meth:`StreamState.restore`."""
         self._place.restore(saved.engine)
+        self._waiting = deque(saved.waiting)
         self._buffer[:] = saved.buffer
         self._filled, self.num_samples, self.num_frames = (
             saved.filled,
@@ -181,6 +209,25 @@ class Row:
         )
         self.is_finished, self.reference = saved.is_finished, saved.reference
         self.generator.set_state(saved.generator)
+
+
+def launch(
+    engine: ChunkEngine, clock: StreamClock, rows: Sequence[Row]
+) -> tuple[Pending, list[int]]:
+    """Queue the next chunk of rows that are alike in length.
+
+    Args:
+        engine: of as many rows, which holds their state.
+        clock: told when the first chunk of a row has all its speech.
+        rows: the streams, in the engine's order.
+
+    Returns:
+        The chunk, and how many of each row's frames are shown.
+    """
+    if any(not row.num_frames for row in rows):
+        clock.input_complete()
+    audio, noise, counts = zip(*(row.take() for row in rows), strict=True)
+    return engine.launch(torch.cat(audio), torch.cat(noise)), list(counts)
 
 
 _MAX_PIXEL = 2.0  # in units of [-1, 1]: resampling may overshoot by a little
@@ -401,7 +448,7 @@ class StreamingSession:
         self._check_open()
         reference = as_reference(portrait, self.model.size_px)
         with self._alone:
-            self._row.show(reference)
+            self._row.switch_identity(reference)
 
     def report(self) -> StreamReport:
         """Returns frames, speed, latency and memory so far."""
@@ -458,9 +505,10 @@ class StreamingSession:
             )
         block = as_samples(samples, self._row.num_samples)
         self.level.add(block)
-        position = 0
-        while position < len(block):
-            position += self._row.fill(block[position:])
+        while len(block):  # a chunk at a time: a snapshot in between holds no more than that
+            count = self._row.num_missing
+            self._row.push(block[:count])
+            block = block[count:]
             if self._row.has_chunk:
                 yield from self._launch()
 
@@ -476,10 +524,8 @@ class StreamingSession:
         """Queue the next chunk, then hand out earlier ones: all that are ready, and what must be
         before one more.
         """
-        if not self._row.num_frames:
-            self.clock.input_complete()
-        audio, noise, num_frames = self._row.take()
-        self._under_way.append((self.engine.launch(audio, noise), num_frames, self.clock.mark()))
+        pending, (num_frames,) = launch(self.engine, self.clock, [self._row])
+        self._under_way.append((pending, num_frames, self.clock.mark()))
         yield from self._collect(self.engine.depth)
 
     def _collect(self, num_left: int = 0) -> Iterator[Frames]:

@@ -46,11 +46,11 @@ def pictures(frames: list[AvatarFrame]) -> np.ndarray:
 
 def test_pictures_are_those_of_a_session_that_hears_the_same(head: TalkingHead) -> None:
     """Speech that waits from the start; later it is computed in the place of silence that was not
-    shown.
+    shown, or, of a live source, behind it.
     """
 
-    async def talk(delay_s: float) -> list[AvatarFrame]:
-        async with Avatar(face(), head) as avatar:
+    async def talk(delay_s: float, is_live: bool) -> list[AvatarFrame]:
+        async with Avatar(face(), head, AvatarSettings(is_live=is_live)) as avatar:
             if delay_s:
                 reading = asyncio.create_task(frames_of(avatar, 5.0))
                 await asyncio.sleep(delay_s)
@@ -59,8 +59,8 @@ def test_pictures_are_those_of_a_session_that_hears_the_same(head: TalkingHead) 
             return await reading if delay_s else await frames_of(avatar, 5.0)
 
     samples = speech(1.5, 16_000)
-    for delay_s in (0.0, 1.37):
-        frames = simulate(talk(delay_s))
+    for delay_s, is_live in ((0.0, False), (1.37, False), (1.37, True)):
+        frames = simulate(talk(delay_s, is_live))
         heard = np.concatenate(
             [frame.samples if frame.is_speech else np.zeros(640, np.int16) for frame in frames]
         )
@@ -77,7 +77,7 @@ def test_pictures_are_those_of_a_session_that_hears_the_same(head: TalkingHead) 
             )
             <= 1
         )
-        if not delay_s:
+        if is_live or not delay_s:
             assert difference.max() <= 1
 
 
@@ -131,6 +131,99 @@ def test_identity_changes_while_it_speaks_and_stays_when_interrupted() -> None:
     shown = simulate(talk())
     assert shown == sorted(shown)  # once, and for good
     assert 31 < shown.index(1) < 80
+
+
+# -- a live source --------------------------------------------------------------------------------
+
+
+def test_pieces_of_a_live_source_come_as_soon_as_they_are_computed() -> None:
+    async def talk() -> None:
+        settings = AvatarSettings(is_live=True)
+        async with Avatar(portrait(), TracedModel(), settings) as avatar:  # type: ignore[arg-type]
+            loop, counts, times_s = asyncio.get_running_loop(), [], []
+            async for frame in avatar.run():
+                assert frame.index == sum(counts) and not frame.is_held
+                times_s.append(loop.time())
+                counts.append(1 + len(avatar.take_early()))
+                if len(counts) == 4:
+                    avatar.interrupt()
+                if len(counts) == 8:
+                    break
+            # Idle ones as late as they can be; after an interruption at once.
+            gaps_s = np.diff(times_s)
+            assert np.allclose(np.delete(gaps_s, 3), 0.96, atol=0.13) and gaps_s[3] < 0.2
+            assert counts == [24] * 8
+
+    simulate(talk())
+
+
+async def hear_a_microphone(
+    is_live: bool, delay_s: float = 0.5
+) -> tuple[list[tuple[int, float]], Avatar, np.ndarray]:
+    """Speech of 1.2 s with pauses of 0.5 s, for 12 s, in real time; after 5 s the pictures are
+    delayed. Returns, for every piece that is heard, where it lies in the speech and how long after
+    it was said it is due; the avatar; what is heard.
+    """
+    settings = AvatarSettings(sample_rate=16_000, is_live=is_live)
+    loop = asyncio.get_running_loop()
+    samples = np.where(np.arange(12 * 16_000) % 27_200 < 19_200, 8000, 20).astype(np.int16)
+    async with Avatar(portrait(), TracedModel(), settings) as avatar:  # type: ignore[arg-type]
+        start_s, pieces, heard = loop.time() + 0.5, [], []
+
+        async def listen() -> None:
+            async for frame in avatar.run():
+                if frame.is_speech:
+                    heard.append(frame.samples)
+                    due_s = loop.time() + avatar.ahead_s - 0.04
+                    pieces.append((frame.offset, due_s - start_s - frame.offset / 16_000))
+                if frame.ends:
+                    return
+
+        listening = asyncio.create_task(listen())
+        for end in range(320, len(samples) + 1, 320):
+            await asyncio.sleep(start_s + end / 16_000 - loop.time())
+            await avatar.push_audio(samples[end - 320 : end], 16_000)
+            if end == 5 * 16_000:
+                avatar.delay(delay_s)
+        await avatar.flush()
+        await listening
+        return pieces, avatar, np.concatenate(heard)
+
+
+@pytest.mark.parametrize("is_live", [True, False])
+def test_pauses_of_a_live_source_are_left_out_where_it_is_late(is_live: bool) -> None:
+    pieces, avatar, heard = simulate(hear_a_microphone(is_live))
+    offsets = [offset for offset, _ in pieces]
+    assert offsets == sorted(offsets)
+    begun, last = pieces[0][1], pieces[-1][1]
+    assert max(latency for _, latency in pieces) == pytest.approx(begun + 0.5, abs=0.09)
+    assert avatar.stats.num_starved == 0
+    assert last == pytest.approx(begun if is_live else begun + 0.5, abs=0.13)
+    assert avatar.stats.left_out_s == pytest.approx(0.5 if is_live else 0.0, abs=0.13)
+    assert np.count_nonzero(heard == 8000) == 12 * 16_000 - np.count_nonzero(heard == 20) - round(
+        16_000 * avatar.stats.left_out_s
+    ), "what was said is heard, however late"
+    assert not avatar.stats.overrun_s
+
+
+@pytest.mark.parametrize("is_live", [True, False])
+def test_of_a_live_source_that_runs_ahead_the_oldest_speech_is_dropped(is_live: bool) -> None:
+    async def talk() -> None:
+        settings = AvatarSettings(is_live=is_live)
+        async with Avatar(portrait(), TracedModel(), settings) as avatar:  # type: ignore[arg-type]
+            reading = asyncio.create_task(frames_of(avatar, 14.0))
+            await asyncio.sleep(1.0)
+            samples = speech(10.0)
+            await avatar.push_audio(samples, 24_000)
+            await avatar.flush()
+            frames = [frame for frame in await reading if frame.is_speech]
+            heard = np.concatenate([frame.samples for frame in frames])
+            np.testing.assert_array_equal(heard[-24_000:], samples[-24_000:])
+            assert len(heard) == len(samples) - round(24_000 * avatar.stats.overrun_s)
+            assert frames[0].begins and frames[-1].ends
+            assert (avatar.stats.overrun_s > 4.0) is is_live
+
+    simulate(talk())
 
 
 # -- several --------------------------------------------------------------------------------------

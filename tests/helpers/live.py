@@ -12,11 +12,11 @@ import numpy as np
 from tiny_head import make_head
 from torch import Tensor
 
+from rest_lightning.avatar import AvatarPool
 from rest_lightning.models.speech import LogMelEncoder
 from rest_lightning.serve.client import LiveClient, Picture, Received, Sound
 from rest_lightning.serve.limits import Limits
 from rest_lightning.serve.protocol import Pcm
-from rest_lightning.serve.scheduler import Scheduler
 from rest_lightning.serve.server import LiveServer, ServerOptions
 from rest_lightning.talking_head import TalkingHead
 
@@ -42,15 +42,15 @@ def short_head(chunk_length: int = 1) -> TalkingHead:
 async def serving(head: TalkingHead, num_rows: int = 2, **limits: Any) -> AsyncIterator[LiveServer]:
     """A server on a free port; afterwards every session must have given back what it held."""
     given = {"max_sessions": num_rows, "max_per_address": num_rows} | limits
-    scheduler = Scheduler(head, num_rows)
-    scheduler.start()
-    server = LiveServer(scheduler, ServerOptions(port=0), Limits(**given))
+    pool = AvatarPool(head, num_rows)
+    await pool.start()
+    server = LiveServer(pool, ServerOptions(port=0), Limits(**given))
     try:
         async with server:
             yield server
             await settled(server)
     finally:
-        server.service.close()
+        await server.aclose()
 
 
 async def settled(server: LiveServer, num_active: int = 0) -> None:
@@ -58,12 +58,11 @@ async def settled(server: LiveServer, num_active: int = 0) -> None:
     async with asyncio.timeout(20):
         while server.admission.num_active != num_active:
             await asyncio.sleep(0.01)
-    scheduler = server.service.scheduler
+    pool = server.service.pool
     assert len(server.service.sessions) == num_active
-    assert scheduler.num_free == scheduler.num_rows - num_active
-    # what was asked of the model's thread before is done
-    await asyncio.wrap_future(scheduler.post(lambda: None))
-    assert len(scheduler.rows) == num_active
+    assert pool.num_free == pool.num_avatars - num_active
+    # in the model's thread, behind what was asked of it before
+    assert await pool._call(lambda: len(pool._batch.rows)) == num_active
 
 
 def tone(seconds: float, level: float = 0.3, hz: float = 220.0) -> Pcm:

@@ -17,12 +17,12 @@ import numpy as np
 import pytest
 from live import cut, serving, short_head, tone
 
+from rest_lightning.avatar import AvatarPool
 from rest_lightning.errors import UserError
 from rest_lightning.media.video import VideoFile
 from rest_lightning.serve.client import LiveClient, record
 from rest_lightning.serve.limits import Limits
 from rest_lightning.serve.protocol import Pcm
-from rest_lightning.serve.scheduler import Scheduler
 from rest_lightning.serve.server import LiveServer, ServerOptions
 from rest_lightning.talking_head import TalkingHead
 
@@ -92,10 +92,8 @@ def test_tls(head: TalkingHead, tmp_path: Path) -> None:
     subprocess.run([*made, *names, "-keyout", key, "-out", cert], check=True, capture_output=True)
 
     async def scenario() -> None:
-        scheduler = Scheduler(head, 1)
-        async with LiveServer(
-            scheduler, ServerOptions(port=0, cert=cert, key=key), Limits()
-        ) as server:
+        pool = AvatarPool(head, 1)
+        async with LiveServer(pool, ServerOptions(port=0, cert=cert, key=key), Limits()) as server:
             assert server.url.startswith("https://127.0.0.1:")
             trusted = ssl.create_default_context(cafile=cert)
             async with aiohttp.ClientSession() as http:
@@ -109,7 +107,7 @@ def test_tls(head: TalkingHead, tmp_path: Path) -> None:
                     f"{server.url}/api/session", headers=plain, ssl=trusted
                 ) as answer:
                     assert answer.status == 403
-        scheduler.close()
+        await pool.aclose()
 
     asyncio.run(scenario())
 

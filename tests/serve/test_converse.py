@@ -147,11 +147,11 @@ def test_a_client_interrupts_and_changes_the_portrait() -> None:
             at_s = await talker.wait(lambda: bool(talker.said("interrupted")), 1.0)
             await asyncio.sleep(0.5)
             assert loudness(talker.heard(at_s)) == 0.0
-            await client.show("nobody")
+            await client.switch_identity("nobody")
             await talker.wait(
                 lambda: any(each["code"] == "portrait" for each in talker.said("error"))
             )
-            await client.show(server.portraits.listed()[-1]["id"])
+            await client.switch_identity(server.portraits.listed()[-1]["id"])
             await talker.wait(lambda: bool(talker.said("identity")))
             await client.end()
             await talker.wait(lambda: bool(talker.said("bye")))

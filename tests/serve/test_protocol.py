@@ -12,12 +12,13 @@ from rest_lightning.serve.protocol import (
     IDLE,
     KEYFRAME,
     End,
+    Flush,
+    Format,
     Hello,
     Identity,
     Interrupt,
     ProtocolError,
     Stats,
-    num_frames_of,
     pack,
     pack_speech,
     parse_speech,
@@ -31,6 +32,10 @@ def test_speech_is_laid_out_as_documented() -> None:
     speech = parse_speech(data)
     assert (speech.epoch, speech.index) == (3, 258)
     np.testing.assert_array_equal(speech.samples, [1, -2, 32767])
+    stereo = np.array([[1, 2], [3, 4]], np.int16)
+    np.testing.assert_array_equal(parse_speech(pack_speech(0, 0, stereo), 2).samples, stereo)
+    with pytest.raises(ProtocolError, match="expected 2 samples in 4 bytes, got 8 bytes"):
+        parse_speech(pack_speech(0, 0, stereo))
 
 
 def test_frames_are_laid_out_as_documented() -> None:
@@ -77,6 +82,10 @@ def test_bad_speech_is_told(data: bytes, told: str) -> None:
             },
             Hello(("jpeg",), "p", 7),
         ),
+        ({"type": "hello", "version": 2, "live": False}, Hello(version=2, live=False)),
+        ({"type": "hello", "version": 1, "live": False}, Hello(version=1, live=True)),
+        ({"type": "flush"}, Flush()),
+        ({"type": "format", "sample_rate_hz": 44_100, "channels": 2}, Format(44_100, 2)),
         ({"type": "interrupt", "epoch": 5}, Interrupt(5)),
         ({"type": "identity", "portrait": "p"}, Identity("p")),
         ({"type": "end"}, End()),
@@ -108,6 +117,9 @@ def test_text_is_read(fields: dict[str, object], expected: object) -> None:
             "id of a portrait, got 3",
         ),
         ('{"type": "hello", "version": 1, "seed": -1}', "bad_message", "seed as an integer"),
+        ('{"type": "hello", "version": 2, "live": 1}', "bad_message", "live as true or false"),
+        ('{"type": "format"}', "bad_message", "sample_rate_hz as an integer"),
+        ('{"type": "format", "sample_rate_hz": 100}', "bad_message", "4000 to 192000 Hz"),
         ('{"type": "interrupt"}', "bad_message", "epoch as an integer of at least 0, got None"),
         ('{"type": "interrupt", "epoch": 4294967296}', "bad_message", "got 4294967296"),
         ('{"type": "identity"}', "bad_message", "id of a portrait"),
@@ -119,10 +131,3 @@ def test_bad_text_is_told_in_one_line(text: str, code: str, told: str) -> None:
         parse_text(text)
     assert caught.value.code == code
     assert len(str(caught.value)) < 160 and "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("num_samples", "expected"), [(0, 0), (1, 1), (640, 1), (641, 2), (15_360, 24)]
-)
-def test_frames_of_sound(num_samples: int, expected: int) -> None:
-    assert num_frames_of(num_samples) == expected

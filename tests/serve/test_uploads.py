@@ -18,10 +18,10 @@ from live import serving, short_head
 from PIL import Image
 from stills import face_png
 
+from rest_lightning.avatar import AvatarPool
 from rest_lightning.errors import UserError
 from rest_lightning.media.portrait import find_portrait
 from rest_lightning.serve.limits import Limits
-from rest_lightning.serve.scheduler import Scheduler
 from rest_lightning.serve.server import LiveServer, ServerOptions
 from rest_lightning.serve.uploads import Portraits, Uploads
 
@@ -202,16 +202,15 @@ def test_what_cannot_be_listened_on_is_told(tmp_path_factory: pytest.TempPathFac
         ServerOptions(cert=cert).tls()
     with pytest.raises(UserError, match="certificate and its key in PEM files"):
         ServerOptions(cert=cert, key=cert).tls()
-    scheduler = Scheduler(short_head(), 1)
+    pool = AvatarPool(short_head(), 1)
 
     async def scenario() -> None:
-        async with LiveServer(scheduler, ServerOptions(port=0), Limits()) as server:
+        async with LiveServer(pool, ServerOptions(port=0), Limits()) as server:
             port = int(server.url.rpartition(":")[2])
             with pytest.raises(
                 UserError,
                 match=f"expected to listen on 127.0.0.1:{port}, got .*in use.*try another",
             ):
-                await LiveServer(scheduler, ServerOptions(port=port), Limits()).start()
+                await LiveServer(pool, ServerOptions(port=port), Limits()).start()
 
     asyncio.run(scenario())
-    scheduler.close()

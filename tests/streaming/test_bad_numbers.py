@@ -85,9 +85,9 @@ def test_one_bad_row_ends_alone() -> None:
         for row in range(3):
             batch.start(row, portrait, seed=row)
             batch.push(row, SPEECH)
-        member = batch._members[2]
-        assert member is not None
-        member.row._buffer[:] = np.nan
+        held = batch._rows[2]
+        assert held is not None
+        held._buffer[:] = np.nan
         frames = batch.step()
         assert sorted(frames) == [0, 1] and batch.rows == [0, 1]
         with pytest.raises(NotFiniteError, match=r"chunk at 0\.00 s"):

@@ -140,7 +140,7 @@ def test_states_of_rows_are_those_of_sessions_alone(head: TalkingHead) -> None:
         assert sorted(batch.step()) == list(range(row + 1))
     for saved, session in zip(batch.snapshot().rows, sessions, strict=True):
         assert saved is not None
-        assert_same_state(saved.row.engine, session.snapshot().row.engine)
+        assert_same_state(saved.engine, session.snapshot().row.engine)
 
 
 def test_switch_restart_and_stop_leave_the_others_alone(head: TalkingHead) -> None:

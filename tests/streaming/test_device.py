@@ -118,7 +118,7 @@ def test_whatever_an_engine_does_it_does_on_its_device(
         (lambda: engine.start(portrait()), "start"),
         (lambda: engine.launch(audio, noise).frames(), "denoise"),
         (lambda: engine.step(audio, noise), "decode"),
-        (lambda: engine.show(portrait()), "show"),
+        (lambda: engine.switch_identity(portrait()), "switch_identity"),
         (engine.warm_up, "warm_up"),
         (engine.snapshot, "snapshot"),
         (restore, "restore"),
@@ -138,7 +138,7 @@ def test_whatever_an_engine_does_it_does_on_its_device(
 
     reference = portrait()
     operations[0] = (lambda: engine.start(reference), "start")
-    operations[3] = (lambda: engine.show(reference), "show")
+    operations[3] = (lambda: engine.switch_identity(reference), "switch_identity")
     for call, name in operations:
         if name == "restore":
             state = engine.snapshot()

@@ -47,7 +47,7 @@ def streamed(
     head: TalkingHead, sampling: Sampling, portraits: Tensor, noise: Tensor, speech: Tensor
 ) -> Tensor:
     engine = ChunkEngine(head, len(portraits), sampling)
-    engine.show(portraits)
+    engine.switch_identity(portraits)
     length = engine.chunk_length
     chunks = zip(noise.split(length, dim=2), speech.split(length, dim=1), strict=True)
     return torch.cat([engine.denoise(*chunk) for chunk in chunks], dim=2)

@@ -45,7 +45,7 @@ def test_chunks_are_computed_without_the_host(
     head = make(**options)
     with without_values(head), torch.inference_mode():
         engine = ChunkEngine(head, 2, head.sampling)
-        engine.show(torch.zeros(2, 3, 64, 64, device="meta"))
+        engine.switch_identity(torch.zeros(2, 3, 64, 64, device="meta"))
         noise = torch.zeros(engine.latent_shape, device="meta")
         speech = torch.zeros(2, 3, 2, 8, device="meta")
         for length in (1, 3, 3, 3):

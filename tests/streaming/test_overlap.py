@@ -210,7 +210,7 @@ def test_compiled_and_captured_equals_eager_on_cuda(make: Callable[..., TalkingH
 def test_nothing_waits_for_the_device_on_cuda(make: Callable[..., TalkingHead]) -> None:
     session = make().to("cuda").open(portrait(), options=EngineOptions(graphs=False))
     session.push(speech(60))
-    session._row.fill(speech(24))
+    session._row.push(speech(24))
     audio, noise, _ = session._row.take()
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -31,15 +31,15 @@ def test_an_hour_is_as_long_as_its_speech(
     rng = np.random.default_rng(0)
     while position < num_samples:
         block = speech[position : position + int(rng.integers(1, 40_000))]
-        while len(block):
-            taken = row.fill(block)
-            position, block = position + taken, block[taken:]
-            if row.has_chunk:
-                start = SAMPLES_PER_FRAME * row.num_frames
-                audio, _, num_frames = row.take()
-                expected = speech[start : start + audio.shape[1] - left]
-                assert np.array_equal(audio[0, left:].numpy(), expected)
-                assert num_frames == 8 * (engine.chunk_length if start else engine.first_length)
+        position += len(block)
+        row.push(block)
+        while row.has_chunk:
+            start = SAMPLES_PER_FRAME * row.num_frames
+            audio, _, num_frames = row.take()
+            expected = speech[start : start + audio.shape[1] - left]
+            assert np.array_equal(audio[0, left:].numpy(), expected)
+            assert num_frames == 8 * (engine.chunk_length if start else engine.first_length)
+        assert row.num_samples + row.num_waiting == position
     row.is_finished = True
     while row.has_chunk:
         start = SAMPLES_PER_FRAME * row.num_frames

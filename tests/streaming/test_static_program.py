@@ -49,7 +49,7 @@ def run(
     frames = []
     for chunk in range(num_chunks):
         if chunk == switch_at:
-            engine.show(portrait(3).expand(engine.batch, -1, -1, -1))
+            engine.switch_identity(portrait(3).expand(engine.batch, -1, -1, -1))
         length = engine.chunk_length if chunk else engine.first_length
         audio = 0.2 * torch.randn(engine.batch, engine.samples_of(length), generator=generator)
         noise = torch.randn(

@@ -31,7 +31,9 @@ export class Panel {
   update(figures, chunks) {
     const words = figures ? describe(figures) : {};
     for (const [name, element] of Object.entries(this.values)) element.textContent = words[name] ?? "–";
-    this.draw(chunks.slice(-NUM_BARS));
+    // Frames of one chunk of the model tell the same times.
+    const isOther = ({ compute_ms: compute }, i) => compute && compute !== chunks[i - 1]?.compute_ms;
+    this.draw(chunks.filter(isOther).slice(-NUM_BARS));
   }
 
   draw(chunks) {

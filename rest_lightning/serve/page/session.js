@@ -6,7 +6,7 @@ import { Player } from "./player.js";
 
 const STATS_MS = 2000;
 const KEPT_BLOCKS = 500; // ten seconds: when a sample was captured
-const KEPT_CHUNKS = 60;
+const KEPT_CHUNKS = 1500; // a minute: a chunk may be as short as a frame
 const LOOPBACK = /^(localhost|127(\.\d+){3}|\[::1\])$/;
 
 export class Session {

@@ -7,9 +7,9 @@ const MAX_CUSHION_S = 0.45;
 const STEP_S = 0.04; // how much an underrun raises the cushion at least
 const LATE_S = 0.005; // a source that is scheduled for less than this ahead may start late
 const MAX_AHEAD_S = 2.5; // more than that was buffered while the clock stood still: it is given up
-const CALM_CHUNKS = 30; // without an underrun before the cushion shrinks again
+const CALM_FRAMES = 720; // without an underrun before the cushion shrinks again
 const KEPT_CHUNKS = 100; // a chunk may be as short as a frame
-const [MIN_SLACKS, MAX_SLACKS] = [4, 6]; // the slack of fewer chunks says little, of more it is what was long ago
+const [MIN_FRAMES, MAX_FRAMES] = [96, 144]; // the slack of fewer frames says little, of more it is what was long ago
 const PICTURE_LATE_S = 0.02; // pictures later than this are waited for from the next chunk on
 const SPARE_S = 0.06; // slack that is not worth a pause left out
 
@@ -19,7 +19,7 @@ export class Timeline {
     this.floor = cushion ?? NETWORK_CUSHION_S;
     this.cushion = this.floor;
     this.chunks = []; // {index, count, start, epoch, isIdle}: seconds on the clock, frames
-    this.slacks = []; // seconds that the last chunks lay here before they were due
+    this.slacks = []; // {slack, count}: seconds that the last chunks lay here before they were due, and their frames
     this.numUnderruns = this.numCalm = this.pictureLate = 0;
   }
 
@@ -34,8 +34,9 @@ export class Timeline {
     if (slack > MAX_AHEAD_S) return null;
     const isLate = !isFirst && (slack < LATE_S || this.pictureLate > PICTURE_LATE_S);
     const isJoined = !(isFirst || isLate), start = isJoined ? this.end : this.rebase(now, slack, isFirst);
-    if (isJoined) this.relax();
-    this.slacks = isJoined ? [...this.slacks, slack].slice(-MAX_SLACKS) : [];
+    if (isJoined) this.relax(chunk.count);
+    this.slacks = isJoined ? [...this.slacks, { slack, count: chunk.count }] : [];
+    while (this.numMeasured > MAX_FRAMES) this.slacks.shift();
     this.end = start + chunk.count / FPS;
     this.chunks = [...this.chunks, { ...chunk, start }].slice(-KEPT_CHUNKS);
     return { ...chunk, start, isJoined };
@@ -51,8 +52,9 @@ export class Timeline {
     return Math.max(now, this.end) + (slack < LATE_S ? this.cushion : Math.min(missing + PICTURE_LATE_S, MAX_CUSHION_S));
   }
 
-  relax() {
-    if (++this.numCalm < CALM_CHUNKS) return;
+  relax(count) {
+    this.numCalm += count;
+    if (this.numCalm < CALM_FRAMES) return;
     this.numCalm = 0;
     this.cushion = Math.max(this.floor, this.cushion - STEP_S);
   }
@@ -63,13 +65,16 @@ export class Timeline {
     if (chunk) this.pictureLate = Math.max(this.pictureLate, time - chunk.start - (index - chunk.index) / FPS);
   }
 
+  /** Frames of the chunks whose slack is known. */
+  get numMeasured() { return this.slacks.reduce((sum, { count }) => sum + count, 0); }
+
   /**
    * Seconds that chunks lie here beyond the cushion, for the server to win back by leaving out a pause; 0 when it is not
    * worth it. What was told once is measured anew.
    */
   takeSpare() {
-    if (this.slacks.length < MIN_SLACKS) return 0;
-    const spare = Math.min(...this.slacks) - this.cushion;
+    if (this.numMeasured < MIN_FRAMES) return 0;
+    const spare = Math.min(...this.slacks.map(({ slack }) => slack)) - this.cushion;
     if (spare < SPARE_S) return 0;
     this.slacks = [];
     return spare;
