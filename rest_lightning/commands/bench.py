@@ -165,7 +165,8 @@ def first_frames(head: TalkingHead, budget: Budget) -> dict[str, Any]:
     """Milliseconds of opening a portrait (``open_ms``), and from the last sample that the first
     frame needs to that frame (``first_frame_ms``): count, median and maximum of each.
     """
-    opening, first = [], []
+    opening: list[float] = []
+    first: list[float] = []
     end_s = time.perf_counter() + budget.first_frame_s
     while len(first) < budget.num_openings and (not first or time.perf_counter() < end_s):
         blocks = _blocks()
