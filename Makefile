@@ -15,7 +15,7 @@ TYPES := build/typecheck
 TYPED := $(patsubst %/,%,$(sort $(dir $(wildcard tests/*.py benchmarks/*.py tools/*.py))))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-agents lint format docs train-embedded bench clean distclean
+.PHONY: help demo test test-slow test-agents lint format docs newcomer train-embedded bench clean distclean
 
 help:  ## list the targets
 	@echo "usage: make TARGET [PYTHON=$(PYTHON)] [VENV=$(VENV)]"
@@ -49,6 +49,9 @@ format: $(VENV)/.stamp-test  ## format the code, sort imports and apply ruff's s
 docs: $(VENV)/.stamp-docs  ## build the documentation site into build/site, strictly and without network
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 	@echo "open build/site/index.html"
+
+newcomer: $(VENV)/.stamp-test  ## build, check and install the package as a newcomer does, over the packages of $(VENV)
+	tools/newcomer.sh --over $(VENV) wheel hub
 
 train-embedded: $(VENV)/.stamp-test  ## train all stages of the embedded model (BUDGET_MIN=100 PORTRAITS=... DRIVERS=...), resumable
 	$(TRAIN_ENV) $(BIN)/rest train-embedded --budget-min $(BUDGET_MIN) $(addprefix --portraits ,$(PORTRAITS)) $(addprefix --drivers ,$(DRIVERS))

@@ -14,6 +14,7 @@ from rest_lightning import TalkingHead, UserError
 from rest_lightning.cli import main
 from rest_lightning.hub import licence_of
 from rest_lightning.models import A2VDiT, CompactVAE, LogMelEncoder, SpeechAE
+from rest_lightning.models.pretrained import PretrainedPart
 from rest_lightning.talking_head import ModelOptions
 
 CARD = b"---\nlicense: cc-by-4.0\n---\n# A head\n"
@@ -123,7 +124,7 @@ def test_revisions(hub: FakeHub, files: dict[str, bytes], tmp_path: Path) -> Non
     ],
 )
 def test_single_parts(
-    cls: type, name: str, hub: FakeHub, files: dict[str, bytes], tmp_path: Path
+    cls: type[PretrainedPart], name: str, hub: FakeHub, files: dict[str, bytes], tmp_path: Path
 ) -> None:
     hub.commit("org/head", files)
     part = cls.from_pretrained("org/head", subfolder=name)

@@ -7,6 +7,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import inspect
+import re
 import shutil
 import subprocess
 import sys
@@ -171,6 +172,21 @@ def test_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> None:
     }
     assert {name.split("/")[0].split("-")[0] for name in files} == {"rest_lightning"}
     assert not any(name.startswith("callbacks/") for name in files)
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "text"),
+    [
+        (["--help"], 0, r"tools/newcomer.sh \[--over VENV\] \[WAY\.\.\.\]"),
+        (["no-such"], 2, r"error: expected a way of .*\bwheel\b.*, got no-such"),
+    ],
+)
+def test_newcomer_tells_its_ways(words: list[str], code: int, text: str) -> None:
+    done = subprocess.run(
+        [ROOT / "tools" / "newcomer.sh", *words], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == code
+    assert re.search(text, done.stdout + done.stderr)
 
 
 @pytest.mark.parametrize("version", ["2.6.2", "2.6.3"])

@@ -142,32 +142,51 @@ print(type(CompactVAE.from_pretrained("me/head", subfolder="vae", local_files_on
     unset HF_ENDPOINT HF_HOME HF_HUB_DISABLE_XET
 }
 
+cannot_resolve() { command -v uv >/dev/null || echo "no uv on this machine: pip install uv"; }
+# Every extra has versions that fit together, on each Python that we name. Nothing is installed.
+way_resolve() {
+    local version group
+    for version in 3.11 3.12 3.13 3.14; do
+        # mediapipe, of `prepare`, excludes what voice agents need: two groups.
+        for group in "" "completion converse metrics prepare ray serve synthetic" "converse livekit pipecat"; do
+            uv pip compile -q --python-version "$version" ${group:+$(printf -- '--extra %s ' $group)} -o resolved "$repo/pyproject.toml" >/dev/null
+            say "Python $version [$group]: $(grep -c == resolved) packages, $(grep ^torch== resolved)"
+        done
+    done
+}
+
 # -- dispatch --------------------------------------------------------------------------------------
 
-known=$(declare -F | sed -n 's/^declare -f way_//p')
-named=${#ways[@]}
-[ "$named" -gt 0 ] || mapfile -t ways <<<"$known"
-passed=0 failed=0 skipped=0
-for way in "${ways[@]}"; do
-    if ! declare -F "way_$way" >/dev/null; then
-        echo "error: expected a way of $(echo $known), got $way" >&2
-        exit 2
-    fi
-    reason=$("cannot_$way" 2>/dev/null || true)
-    if [ -n "$reason" ]; then
-        say "$way: not tried: $reason"
-        if [ "$named" -gt 0 ]; then failed=$((failed + 1)); else skipped=$((skipped + 1)); fi
-        continue
-    fi
-    say "$way"
-    mkdir "$scratch/$way"
-    set +e  # a way ends with the first command that fails, but not the others with it
-    (set -e && cd "$scratch/$way" && "way_$way")
-    code=$?
-    set -e
-    rm -rf "${scratch:?}/$way"
-    if [ "$code" -eq 0 ]; then passed=$((passed + 1)); else failed=$((failed + 1)); fi
-    say "$way: $([ "$code" -eq 0 ] && echo passed || echo "failed with code $code")"
-done
-echo "$passed passed, $failed failed, $skipped skipped"
-[ "$failed" -eq 0 ]
+# main: the ways that were named, or all.
+main() {
+    known=$(declare -F | sed -n 's/^declare -f way_//p')
+    named=${#ways[@]}
+    [ "$named" -gt 0 ] || mapfile -t ways <<<"$known"
+    passed=0 failed=0 skipped=0
+    for way in "${ways[@]}"; do
+        if ! declare -F "way_$way" >/dev/null; then
+            echo "error: expected a way of $(echo $known), got $way" >&2
+            exit 2
+        fi
+        reason=$("cannot_$way" 2>/dev/null || true)
+        if [ -n "$reason" ]; then
+            say "$way: not tried: $reason"
+            if [ "$named" -gt 0 ]; then failed=$((failed + 1)); else skipped=$((skipped + 1)); fi
+            continue
+        fi
+        say "$way"
+        mkdir "$scratch/$way"
+        set +e  # a way ends with the first command that fails, but not the others with it
+        (set -e && cd "$scratch/$way" && "way_$way")
+        code=$?
+        set -e
+        rm -rf "${scratch:?}/$way"
+        if [ "$code" -eq 0 ]; then passed=$((passed + 1)); else failed=$((failed + 1)); fi
+        say "$way: $([ "$code" -eq 0 ] && echo passed || echo "failed with code $code")"
+    done
+    echo "$passed passed, $failed failed, $skipped skipped"
+    [ "$failed" -eq 0 ]
+}
+
+main
+exit  # a file that is edited meanwhile is not read on

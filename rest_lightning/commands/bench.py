@@ -8,6 +8,7 @@ the machine and the versions, to send in or to compare.
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rest_lightning.constants import FPS, SAMPLE_RATE, TEMPORAL_RATIO
-from rest_lightning.errors import UserError
+from rest_lightning.errors import UserError, note
+from rest_lightning.machine import num_usable_cores
 from rest_lightning.media.files import check_output, write_text_atomic
 
 if TYPE_CHECKING:
@@ -94,8 +96,16 @@ def run(args: argparse.Namespace) -> int:
 
     options = ModelOptions(args.model, args.chunk_length, args.num_threads, args.dtype, args.device)
     head = options.load()
-    name = str(args.model or "embedded")
+    name = "embedded"
+    if args.model is not None:  # a row that is sent in tells no path of the machine
+        name = args.model.resolve().name if args.model.exists() else str(args.model)
     row = measure(head, QUICK if args.quick else Budget(), name)
+    load, num_cores = row["load_before"], num_usable_cores()
+    if load is not None and load > 0.5 * num_cores:
+        note(
+            f"other programs kept {load:.1f} of {num_cores} cores busy when this began: the "
+            "machine can do better"
+        )
     console = Console()
     console.print(table_of(row))
     if args.out is not None:
@@ -117,6 +127,7 @@ def measure(head: TalkingHead, budget: Budget, name: str) -> dict[str, Any]:
     from rest_lightning.machine import commit, hardware, peak_memory_mb, versions
 
     started_s = time.perf_counter()
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     on_cuda = head.device.type == "cuda"
     report = stream_for(head, budget.stream_s)
     row: dict[str, Any] = {
@@ -128,6 +139,7 @@ def measure(head: TalkingHead, budget: Budget, name: str) -> dict[str, Any]:
         "device": str(head.device),
         "dtype": str(head.dtype).removeprefix("torch."),
         "num_threads": torch.get_num_threads(),
+        "load_before": None if load is None else round(load, 2),
         "chunk_length": head.transformer.cache_options.chunk_length,
         "num_steps": head.sampling.num_steps,
         "guidance": head.sampling.guidance,
@@ -165,7 +177,8 @@ def first_frames(head: TalkingHead, budget: Budget) -> dict[str, Any]:
     """Milliseconds of opening a portrait (``open_ms``), and from the last sample that the first
     frame needs to that frame (``first_frame_ms``): count, median and maximum of each.
     """
-    opening, first = [], []
+    opening: list[float] = []
+    first: list[float] = []
     end_s = time.perf_counter() + budget.first_frame_s
     while len(first) < budget.num_openings and (not first or time.perf_counter() < end_s):
         blocks = _blocks()

@@ -18,6 +18,7 @@ def test_quick_bench(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert "streams at once" in table and "x real time" in table
     row = json.loads(out.read_text())
     assert row["dtype"] == "float32" and row["size_px"] == 64 and row["num_steps"] == 1
+    assert row["model"] == tiny_model.name and str(tiny_model) not in out.read_text()
     stages = row["chunk_stage_ms"]
     assert set(stages) == {"speech", "dit", "vae"}
     assert sum(each["mean"] for each in stages.values()) == pytest.approx(

@@ -133,8 +133,8 @@ def test_row_equals_the_metric_classes(
                 assert scalars[key] is None, key
     table = list(csv.DictReader((tmp_path / "rows" / "row.clips.csv").open()))
     assert {line["clip"] for line in table} == {path.stem for path in truth.glob("*.mp4")}
-    sync = [float(line["sync_c"]) for line in table]
-    assert sync == sorted(sync)  # the worst first
+    confidences = [float(line["sync_c"]) for line in table]
+    assert confidences == sorted(confidences)  # the worst first
     intervals = row.config["intervals_95"]
     for key in ("sync_c", "identity_similarity", "sync_d"):
         values = [float(line[key]) for line in table if line[key]]
