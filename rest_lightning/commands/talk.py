@@ -18,6 +18,7 @@ import numpy as np
 
 from rest_lightning.constants import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME, TEMPORAL_RATIO
 from rest_lightning.errors import Terminated, UserError, ends_as_by_ctrl_c, note
+from rest_lightning.machine import spin_briefly
 from rest_lightning.media.files import check_output
 
 if TYPE_CHECKING:
@@ -169,6 +170,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Make the video, the table and what else was asked for."""
+    spin_briefly()
     with ends_as_by_ctrl_c():
         talk(TalkOptions(**vars(args)))
     return 0
@@ -439,6 +441,7 @@ def run_demo(args: argparse.Namespace) -> int:
     """Stream the bundled portrait and speech to OUT/demo.mp4, with demo.json (a report) and
     demo.png (a sheet).
     """
+    spin_briefly()
     options = vars(args)
     folder: Path = options.pop("out")
     if folder.exists() and not folder.is_dir():
