@@ -1,5 +1,5 @@
-"""`rest talk`, `demo` and `serve` set how long the model's threads spin while that can still be set:
-before torch is loaded.
+"""`rest talk`, `demo` and `serve` set how long the model's threads spin while that can still be
+set: before torch is loaded.
 """
 
 from __future__ import annotations
