@@ -110,7 +110,9 @@ def _run(words: list[str]) -> int:
 
     parser = CommandParser(name, inspect.getdoc(command if variant else module))
     add_arguments(parser)
-    return command(parser.parse(words[1:]))
+    args = parser.parse(words[1:])
+    with parser.silence():
+        return command(args)
 
 
 def _import(words: list[str]) -> list[str]:

@@ -434,6 +434,7 @@ def add_demo_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("outputs"), help="folder (default outputs)"
     )
+    parser.add_argument("--quiet", action="store_true", help="no progress bar and no table")
     add_model_arguments(parser)
 
 
@@ -460,5 +461,6 @@ def run_demo(args: argparse.Namespace) -> int:
             PORTRAIT, str(SPEECH), video, overwrite=True, report=report, sheet=sheet, **options
         )
     )
-    print("\n".join(f"wrote {path}" for path in (video, report, sheet)))
+    if not options["quiet"]:
+        print("\n".join(f"wrote {path}" for path in (video, report, sheet)))
     return 0

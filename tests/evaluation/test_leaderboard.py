@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 
 from rest_lightning.cli import main
+from rest_lightning.commands.score import print_numbers
 from rest_lightning.evaluation.board import Group, make_board, to_markdown
 from rest_lightning.evaluation.row import ResultRow
 from rest_lightning.media.html import Point, Series, lines, scatter
@@ -389,3 +390,16 @@ def test_tables_of_one_protocol_are_told_apart(make_row: Make) -> None:
         "synthetic v1: 8 clips, 48 frames",
     }
     assert [group.title for group in board(rows[0])] == ["synthetic v1"]
+
+
+def test_a_score_is_printed_beside_that_of_the_true_clips(
+    make_row: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = make_row()
+    row["metrics"]["mean_red"] = None
+    row["ground_truth"]["mean_red"] = None
+    print_numbers(ResultRow.from_dict(row))
+    lines_ = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [line[0] for line in lines_] == ["FID", "Sync-C", "mean"]  # and no curve
+    assert lines_[0][-4:] == ["5", "true", "clips", "0"]
+    assert lines_[2][-4:] == ["-", "true", "clips", "-"]
