@@ -161,11 +161,11 @@ def _run(words: list[str]) -> int:
         require(NEEDS[name], f"rest {name}")
     if getattr(args, "engine", None) == "ray":
         require("ray", "--engine ray")
-    if name == "completion":  # it has to know all others
-        return command(
-            args, {each: (COMMANDS[each], _find(each)[1]) for each in COMMANDS}, STAGE_COMMANDS
-        )
-    return command(args)
+    with parser.silence():
+        if name == "completion":  # it has to know all others
+            all_arguments = {each: (COMMANDS[each], _find(each)[1]) for each in COMMANDS}
+            return command(args, all_arguments, STAGE_COMMANDS)
+        return command(args)
 
 
 def _find(name: str) -> tuple[str | None, Callable[[argparse.ArgumentParser], None], Command]:

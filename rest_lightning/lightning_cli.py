@@ -5,6 +5,7 @@ module.
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import warnings
 from collections.abc import Iterator
@@ -17,7 +18,11 @@ from rest_lightning.torchvision_compat import ensure_torchvision
 ensure_torchvision()  # lightning imports torchvision
 from lightning.fabric.plugins import TorchCheckpointIO  # noqa: E402
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer  # noqa: E402
-from lightning.pytorch.callbacks import Callback, WeightAveraging  # noqa: E402
+from lightning.pytorch.callbacks import (  # noqa: E402
+    Callback,
+    RichProgressBar,
+    WeightAveraging,
+)
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI  # noqa: E402
 from lightning.pytorch.utilities.exceptions import MisconfigurationException  # noqa: E402
 
@@ -42,6 +47,13 @@ EXPECTED_WARNINGS = (
 
 class StageParser(TellsMistakes, LightningArgumentParser):
     """Lightning's parser, with our errors and configuration files."""
+
+
+class EndlessBar(RichProgressBar):
+    """Lightning's bar for a training that ends by steps or by time: ``Epoch 3``, without "/-2"."""
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return f"Epoch {current_epoch}".ljust(len(self.validation_description))
 
 
 class RestCLI(LightningCLI):
@@ -127,6 +139,10 @@ class RestCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer of the configuration; its checkpoints are whole or absent."""
         trainer = super().instantiate_trainer(**kwargs)
+        present: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        if trainer.max_epochs == -1:
+            endless = [EndlessBar() if type(c) is RichProgressBar else c for c in present]
+            trainer.callbacks = endless  # type: ignore[attr-defined]
         # else the user has chosen another
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
@@ -172,6 +188,11 @@ def run(args: list[str]) -> Any:
     Raises:
         UserError: a user's mistake, also where a stage's constructor found it.
     """
+    if "--quiet" in args:
+        args = [word for word in args if word != "--quiet"]
+        args += ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
+        for name in ("lightning.pytorch", "lightning.fabric"):
+            logging.getLogger(name).setLevel(logging.WARNING)
     for message in EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message)
     _know_short_names()

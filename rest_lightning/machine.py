@@ -1,4 +1,6 @@
-"""What a measurement says of where it was made: machine, versions, commit, memory."""
+"""What a measurement says of where it was made (machine, versions, commit, memory), and how
+threads wait.
+"""
 
 from __future__ import annotations
 
@@ -105,3 +107,16 @@ def commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
+
+
+def spin_briefly() -> None:
+    """Let a thread of the model that waits for the others give its core up soon; to be called
+    before torch is imported.
+
+    Encoders, the network and other programs need the cores too, and whoever spins on one of them
+    takes the time of the very thread that is waited for. 10,000 turns cost a session alone 2 %;
+    three sessions beside three browser pages on two cores were late with libgomp's 300,000 and are
+    not with these (docs/serve.md).
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")

@@ -21,7 +21,7 @@ from rest_lightning.errors import UserError
 def lazy(
     package: str, homes: Mapping[str, Sequence[str]]
 ) -> tuple[list[str], Callable[[str], Any]]:
-    """Returns ``__all__`` and ``__getattr__`` of a package.
+    """Returns ``__all__`` and ``__getattr__`` of a package, and lets ``dir`` show its names.
 
     Args:
         package: full name of the package.
@@ -34,6 +34,8 @@ def lazy(
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         return getattr(importlib.import_module(module_of[name]), name)
 
+    loaded = vars(sys.modules[package])
+    loaded["__dir__"] = lambda: sorted({*module_of, *(n for n in loaded if n.startswith("__"))})
     return sorted(module_of), get
 
 

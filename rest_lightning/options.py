@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
 from typing import Any, NoReturn
 
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
@@ -28,7 +32,7 @@ from rest_lightning.config import (
 )
 from rest_lightning.errors import UserError
 
-CONFIG = "config"
+CONFIG, QUIET = "config", "quiet"
 _OWN = ("help", CONFIG, "print_config")
 _UNKNOWN = re.compile(r"(?:does not accept option|[Uu]nrecognized arguments?:?) '?([^\s']+)")
 
@@ -151,6 +155,7 @@ class CommandParser(TellsMistakes):
             formatter_class=argparse.RawDescriptionHelpFormatter,
             print_config=None,
         )
+        self.is_quiet = False
 
     def add_argument(self, *names: Any, **how: Any) -> argparse.Action:  # type: ignore[override]
         """As argparse's; ``action="append"`` goes with any ``type``."""
@@ -169,11 +174,40 @@ class CommandParser(TellsMistakes):
         if not own:
             what = "options from a YAML file; those on the command line win"
             self.add_argument("--config", action=ConfigFile, metavar="FILE", help=what)
+        has_quiet = any(action.dest == QUIET for action in self._actions)
+        if not has_quiet:
+            self.add_argument("--quiet", action="store_true", help="no bars and no reports")
         self.usage = self._short_usage()
         values = vars(self.parse_args([self._as_known(word) for word in words]))
         if not own:
             del values[CONFIG]
+        if not has_quiet:
+            self.is_quiet = values.pop(QUIET)
         return argparse.Namespace(**values)
+
+    @contextmanager
+    def silence(self) -> Iterator[None]:
+        """With ``--quiet``, while a command without one of its own runs: nothing on stdout and no
+        progress bars, in child processes neither. Errors stay.
+        """
+        if not self.is_quiet:
+            yield
+            return
+        before = os.environ.get("TQDM_DISABLE")
+        os.environ["TQDM_DISABLE"] = "1"  # tqdm reads it when it is imported
+        with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
+            sys.stdout.flush()
+            kept = os.dup(1)
+            os.dup2(nowhere.fileno(), 1)
+            try:
+                yield
+            finally:
+                os.dup2(kept, 1)
+                os.close(kept)
+                if before is None:
+                    os.environ.pop("TQDM_DISABLE", None)
+                else:
+                    os.environ["TQDM_DISABLE"] = before
 
     def _short_usage(self) -> str:
         """What has to be given; the options are listed below it."""

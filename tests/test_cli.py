@@ -20,12 +20,29 @@ def test_help_names_every_command(words: list[str], capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([name, "--help"]) == 0
-    assert f"usage: rest {name}" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"usage: rest {name}" in printed and "--quiet" in printed
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"rest_lightning {rest_lightning.__version__}\n"
+
+
+@pytest.mark.parametrize("words", [[], ["--quiet"]])
+def test_quiet_prints_nothing_and_does_the_work(
+    words: list[str], repository: Path, tmp_path: Path
+) -> None:
+    """Looked at from outside: a child process that a command starts is quiet, too."""
+    rows = repository / "benchmarks" / "leaderboard" / "embedded.json"
+    command = [sys.executable, "-m", "rest_lightning", "leaderboard", str(rows)]
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path), *words], capture_output=True, text=True
+    )
+    assert done.returncode == 0 and (tmp_path / "leaderboard.md").is_file()
+    assert (done.stdout == "") == bool(words) and done.stderr == ""
+    wrong = subprocess.run([*command, "no.json", *words], capture_output=True, text=True)
+    assert wrong.returncode == 2 and wrong.stderr.startswith("error: ")
 
 
 def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:

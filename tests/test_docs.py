@@ -43,6 +43,7 @@ PAGES = [
 ]
 NO_CODE = ("text", "")
 MAX_README_WORDS = 700
+MAX_COPIED_BYTES = 1_000_000
 # Commands that a part of the tree brings, which a branch may not have yet: words -> file.
 BROUGHT_BY = {
     "--config embedded/": "rest_lightning/config.py",
@@ -114,19 +115,27 @@ def is_make(block: Block) -> bool:
     )
 
 
+def files_of_a_clone() -> list[Path]:
+    """What git hands to a reader, from the root on; large weights, which the package reads where it
+    is installed, are left out.
+    """
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("no git checkout: what a reader has is not known")
+    paths = [Path(name) for name in listed.stdout.split("\0") if name]
+    return [path for path in paths if (ROOT / path).is_file() and size(path) <= MAX_COPIED_BYTES]
+
+
+def size(path: Path) -> int:
+    return (ROOT / path).stat().st_size
+
+
 @pytest.fixture
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """What a reader's checkout holds for commands: configurations, examples and bundled files."""
-    for name in ("configs", "examples"):
-        if (ROOT / name).is_dir():
-            skip = shutil.ignore_patterns("__pycache__")
-            shutil.copytree(ROOT / name, tmp_path / name, ignore=skip)
-    assets = tmp_path / "rest_lightning" / "assets"
-    assets.mkdir(parents=True)
-    for path in (ROOT / "rest_lightning" / "assets").iterdir():
-        if path.is_file():
-            shutil.copy(path, assets)
-    shutil.copytree(ROOT / "rest_lightning" / "assets" / "portraits", assets / "portraits")
+    """The folder that a reader has after `git clone`, as the current one; nothing is added."""
+    for path in files_of_a_clone():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(ROOT / path, tmp_path / path)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -212,6 +221,19 @@ def test_every_block_is_run_or_says_why_not() -> None:
     assert len(set(names)) == len(names), "two blocks share a name"
     assert {block.language for block in BLOCKS if block.name} <= set(RUNNERS)
     assert set(CHECKS) <= set(names)
+
+
+def test_the_index_is_not_promised() -> None:
+    """No index has the package: pages say how to install it from a clone."""
+    pages = [*PAGES, *(ROOT / page for page in ELSEWHERE)]
+    wrong = [
+        f"{path.relative_to(ROOT)}: {line}"
+        for path in pages
+        for line in path.read_text("utf-8").splitlines()
+        if re.search(r"pip install (?!.*-e )[^`]*rest[-_]lightning", line)
+        and "no index has the package yet" not in line.lower()
+    ]
+    assert not wrong, "\n".join(wrong)
 
 
 def test_make_targets_exist() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import subprocess
 import sys
 from pathlib import Path
 
@@ -86,3 +88,13 @@ def test_modules_that_never_were_stay_unknown() -> None:
     names.accept_old_names()
     with pytest.raises(ModuleNotFoundError):
         __import__("rest_lightning.models.never")
+
+
+@pytest.mark.parametrize("name", ["rest_lightning", "rest_lightning.media", "rest_lightning.tasks"])
+def test_dir_shows_the_public_names_and_loads_none(name: str) -> None:
+    code = f"import sys, {name} as package; before = set(sys.modules); print(*dir(package)); "
+    code += "assert set(sys.modules) == before; assert set(package.__all__) <= set(dir(package))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    shown = {word for word in done.stdout.split() if not word.startswith("__")}
+    assert shown == set(importlib.import_module(name).__all__)

@@ -77,7 +77,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=STAGES[-1].name,
         help=("stage of these runs that the base is (default asd)"),
     )
-    parser.add_argument("--data", type=Path, default=Path("data/talkers"), help="clips to train on")
+    parser.add_argument(
+        "--data", type=Path, help="clips to train on (default: those of the base's data.data_dir)"
+    )
     parser.add_argument(
         "--vae",
         type=Path,
@@ -104,6 +106,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _run(args: argparse.Namespace, variants: list[Variant]) -> int:
     failed = []
+    clips = args.data or "the clips that the base names (data.data_dir)"
+    print(f"training on {clips}", flush=True)
     for seed in range(args.seeds):
         for variant in variants:
             try:
@@ -192,6 +196,8 @@ def _train(args: argparse.Namespace, variant: Variant, seed: int) -> None:
         overlay = stage_overlay(stage, args.runs, args.data)
         if not (args.runs / "speech").is_dir():
             overlay["data"].pop("speech_dir")
+    if args.data is None:
+        del overlay["data"]["data_dir"]
     overlay["trainer"] = trainer_overlay(folder, args.budget_min, args.budget_steps)
     overlay["seed_everything"] = seed
     overlay["data"]["seed"] = seed
@@ -244,7 +250,7 @@ def _check_recipe(args: argparse.Namespace) -> None:
         "budget_steps": args.budget_steps,
         "runs": args.runs and str(args.runs),
         "stage": args.stage if args.runs else None,
-        "data": str(args.data),
+        "data": args.data and str(args.data),
         "protocol": args.protocol,
         "num_clips": args.num_clips,
         "eval_data": args.eval_data and str(args.eval_data),

@@ -18,6 +18,8 @@ from rest_lightning.errors import UserError
 if TYPE_CHECKING:
     from torchmetrics import Metric
 
+    from rest_lightning.evaluation.row import ResultRow
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
@@ -105,7 +107,21 @@ def run(args: argparse.Namespace) -> int:
     write_row(row, args.out)
     write_clips(scorer.clips(), args.out)
     print(f"{args.out}: {row.num_clips} clips, {len(row.failures)} failed")
+    print_numbers(row)
     return 1 if row.failures else 0
+
+
+def print_numbers(row: ResultRow) -> None:
+    """Prints the numbers of a row beside those of the true clips; curves are in the file."""
+    from rest_lightning.evaluation.board import metric_of
+
+    for key, value in row.metrics.items():
+        if isinstance(value, list):
+            continue
+        metric, truth = metric_of(key), row.ground_truth.get(key)
+        cells = ["-" if each is None else f"{each:.4g}" for each in (value, truth)]
+        label = f"{metric.label} {metric.arrow}".strip()
+        print(f"  {label:<32}{cells[0]:>10}   true clips {cells[1]:>10}")
 
 
 def own_metric(class_path: str) -> Metric:

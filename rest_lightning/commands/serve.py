@@ -11,7 +11,6 @@ import argparse
 import asyncio
 import logging
 import math
-import os
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING
 from rest_lightning.commands.talk import positive
 from rest_lightning.constants import FPS
 from rest_lightning.errors import UserError
+from rest_lightning.machine import spin_briefly
 
 if TYPE_CHECKING:
     from rest_lightning.serve.limits import Limits
@@ -114,19 +114,6 @@ def run(args: argparse.Namespace) -> int:
     finally:
         LOG.removeHandler(handler)
     return 0
-
-
-def spin_briefly() -> None:
-    """Let a thread of the model that waits for the others give its core up soon; to be called
-    before torch is imported.
-
-    Encoders, the network and other programs need the cores too, and whoever spins on one of them
-    takes the time of the very thread that is waited for. 10,000 turns cost a session alone 2 %;
-    three sessions beside three browser pages on two cores were late with libgomp's 300,000 and are
-    not with these (docs/serve.md).
-    """
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
 def _run_here(

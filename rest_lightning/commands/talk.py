@@ -18,6 +18,7 @@ import numpy as np
 
 from rest_lightning.constants import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME, TEMPORAL_RATIO
 from rest_lightning.errors import Terminated, UserError, note
+from rest_lightning.machine import spin_briefly
 from rest_lightning.media.files import check_output
 from rest_lightning.terminal import is_closed
 
@@ -172,6 +173,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Make the video, the table and what else was asked for."""
+    spin_briefly()
     talk(TalkOptions(**vars(args)))
     return 0
 
@@ -436,6 +438,7 @@ def add_demo_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("outputs"), help="folder (default outputs)"
     )
+    parser.add_argument("--quiet", action="store_true", help="no progress bar and no table")
     add_model_arguments(parser)
 
 
@@ -443,6 +446,7 @@ def run_demo(args: argparse.Namespace) -> int:
     """Stream the bundled portrait and speech to OUT/demo.mp4, with demo.json (a report) and
     demo.png (a sheet).
     """
+    spin_briefly()
     options = vars(args)
     folder: Path = options.pop("out")
     if folder.exists() and not folder.is_dir():
@@ -461,5 +465,6 @@ def run_demo(args: argparse.Namespace) -> int:
             PORTRAIT, str(SPEECH), video, overwrite=True, report=report, sheet=sheet, **options
         )
     )
-    print("\n".join(f"wrote {path}" for path in (video, report, sheet)))
+    if not options["quiet"]:
+        print("\n".join(f"wrote {path}" for path in (video, report, sheet)))
     return 0

@@ -143,11 +143,25 @@ class Group:
     claimed: list[ResultRow] = field(default_factory=list)
     sort_by: str | None = None
     warnings: list[str] = field(default_factory=list)
+    apart: str = ""  # what tells it from the other tables of its protocol
 
     @property
     def title(self) -> str:
-        """``synthetic v1``."""
-        return f"{self.protocol} v{self.version}"
+        """``synthetic v1``; ``synthetic v1: 16 clips`` where there is another table of it."""
+        return f"{self.protocol} v{self.version}" + (f": {self.apart}" if self.apart else "")
+
+    @property
+    def facts(self) -> tuple[str, ...]:
+        """What rows of other tables of the same protocol may differ in, in words."""
+        settings = sorted({str(row.config.get("size_px")) for row in self.rows})
+        faces = sorted({str(_setting(row)[-1]) for row in self.rows} - {"None"})
+        return (
+            f"{self.num_attempted} clips",
+            f"{self.num_frames} frames",
+            f"{' / '.join(settings)} px",
+            f"faces {' / '.join(faces) or 'not said'}",
+            f"extractors {self.fingerprint}",
+        )
 
     @property
     def fingerprint(self) -> str:
@@ -284,6 +298,7 @@ def make_board(rows: Sequence[ResultRow], sort_by: str | None = None) -> list[Gr
         group.entries = _entries(by_group.get(key, []))
         group.warnings = _warnings(group)
         _sort(group, sort_by)
+    _tell_apart([group for group in groups.values() if group.entries])
     known_keys = list(
         dict.fromkeys(key for group in groups.values() for key in (*group.columns, SPEED))
     )
@@ -296,6 +311,20 @@ def make_board(rows: Sequence[ResultRow], sort_by: str | None = None) -> list[Gr
         groups.values(),
         key=lambda group: (not group.entries, group.protocol, group.version, -len(group.rows)),
     )
+
+
+def _tell_apart(groups: Sequence[Group]) -> None:
+    """Say in the titles of tables of one protocol what they differ in."""
+    for group in groups:
+        same = [
+            one for one in groups if (one.protocol, one.version) == (group.protocol, group.version)
+        ]
+        differing = [
+            fact
+            for place, fact in enumerate(group.facts)
+            if any(one.facts[place] != fact for one in same)
+        ]
+        group.apart = ", ".join(differing)
 
 
 def mean_curve(curves: Sequence[Value | None]) -> list[float]:

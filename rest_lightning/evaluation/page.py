@@ -20,6 +20,7 @@ from rest_lightning.evaluation.board import (
 )
 from rest_lightning.evaluation.row import ResultRow
 from rest_lightning.media.html import (
+    MAX_LABELS,
     MEDIA_TYPES,
     NUM_COLOURS,
     Point,
@@ -174,11 +175,13 @@ def _quality_and_speed(group: Group) -> str:
         metric.label,
         None if truth is None else truth.mean,
     )
+    many = len(points) > MAX_LABELS
+    key_to_names = " Numbers are places in the table's first order." if many else ""
     better = {"low": "lower", "high": "higher"}.get(str(metric.goal), "nearer to the truth")
     return (
         f"<figure><h3>Quality against speed</h3>{svg}"
         f"<figcaption>{escape(metric.label)}: {better} is better; further right is "
-        "faster.</figcaption></figure>"
+        f"faster.{key_to_names}</figcaption></figure>"
     )
 
 
@@ -249,7 +252,8 @@ def _media(group: Group, media: Media) -> str:
                 )
             else:
                 shown = f'<img src="{source}" alt="{name}">'
-            figures.append(f"<figure>{shown}<figcaption>{name}</figcaption></figure>")
+            kind = ' class="clip"' if shown.startswith("<video") else ""
+            figures.append(f"<figure{kind}>{shown}<figcaption>{name}</figcaption></figure>")
     return f'<div class="media">{"".join(figures)}</div>' if figures else ""
 
 

@@ -8,6 +8,7 @@ for several formats.
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import wave
@@ -551,3 +552,71 @@ def _blocks(
         rest = np.pad(rest, (0, max(0, num_samples - num_done - len(rest))))
     for start in range(0, len(rest), block_samples):
         yield rest[start : start + block_samples]
+
+
+class Resampler:
+    """Samples of another rate to 16 kHz, block by block; how they are cut changes nothing.
+
+    A windowed sinc as a polyphase filter (Kaiser window, about 80 dB); it adds no delay, but the
+    last millisecond of what came waits for what follows. A copy goes on from the same place.
+
+    Args:
+        sample_rate: of the samples that come, in Hz.
+
+    Raises:
+        UserError: a rate outside 4,000 to 384,000.
+    """
+
+    _HALF_WIDTH = 16  # zero crossings of the sinc on either side
+
+    def __init__(self, sample_rate: int) -> None:
+        if not 4000 <= sample_rate <= 384_000:
+            raise UserError(
+                f"expected a sample_rate of 4000 to 384000 Hz, got {sample_rate}: give that of "
+                "your samples"
+            )
+        self.sample_rate = int(sample_rate)
+        common = math.gcd(SAMPLE_RATE, self.sample_rate)
+        self._up, self._down = SAMPLE_RATE // common, self.sample_rate // common
+        self._half = self._HALF_WIDTH * max(self._up, self._down)
+        places = np.arange(-self._half, self._half + 1)
+        kernel = np.sinc(places / max(self._up, self._down)) * np.kaiser(len(places), 8.0)
+        kernel *= self._up / kernel.sum()
+        num_taps = -(-len(kernel) // self._up)
+        kernel = np.pad(kernel, (0, num_taps * self._up - len(kernel)))
+        # Row p holds the taps of outputs that lie p steps of the finer clock behind a sample.
+        self._taps = kernel.reshape(num_taps, self._up).T.astype(np.float32)[:, ::-1].copy()
+        self._input: Samples = np.zeros(num_taps - 1, np.float32)  # silence before the first one
+        self._first = 1 - num_taps  # place of the input's first sample
+        self._num_out = self._num_in = 0
+
+    def push(self, samples: Samples) -> Samples:
+        """Takes samples (n,) of the other rate; returns those of 16 kHz that are known by now."""
+        self._num_in += len(samples)
+        self._input = np.concatenate([self._input, samples])
+        # An output reads up to half a kernel of samples behind its place.
+        end = max(0, ((self._num_in - 1) * self._up - self._half) // self._down + 1)
+        return self._make(max(end, self._num_out))
+
+    def flush(self) -> Samples:
+        """Returns the rest: as much sound as came in, with silence behind it."""
+        total = -(-self._num_in * self._up // self._down)
+        num_behind = -(-self._half // self._up) + 1
+        self._input = np.concatenate([self._input, np.zeros(num_behind, np.float32)])
+        return self._make(total)
+
+    def _make(self, end: int) -> Samples:
+        """Outputs up to ``end``; what no later one reads is forgotten."""
+        if end <= self._num_out:
+            return np.zeros(0, np.float32)
+        places = np.arange(self._num_out, end, dtype=np.int64) * self._down + self._half
+        self._num_out = end
+        num_taps = self._taps.shape[1]
+        last, phase = places // self._up, places % self._up
+        windows = np.lib.stride_tricks.sliding_window_view(self._input, num_taps)
+        chosen = windows[last - (num_taps - 1) - self._first]
+        made: Samples = (chosen * self._taps[phase]).sum(axis=1, dtype=np.float32)
+        keep = (end * self._down + self._half) // self._up - (num_taps - 1) - self._first
+        keep = max(0, min(keep, len(self._input) - (num_taps - 1)))
+        self._input, self._first = self._input[keep:].copy(), self._first + keep
+        return made

@@ -67,7 +67,7 @@ def data_uri(path: Path) -> str:
 WIDTH, HEIGHT = 560, 340
 LEFT, RIGHT, TOP, BOTTOM = 62, 18, 16, 46
 NUM_COLOURS = 8
-MAX_LABELS = 10
+MAX_LABELS = 10  # more points get numbers
 REAL_TIME_FPS = 25.0
 
 
@@ -131,16 +131,17 @@ def scatter(points: Sequence[Point], x_label: str, y_label: str, truth: float | 
             f'<text class="note" x="{WIDTH - RIGHT - 4}" y="{y - 5:.1f}" text-anchor="end">ground '
             "truth</text>"
         )
-    taken: list[tuple[float, float, float]] = []
-    for point in points:
-        x, y = x_axis.place(point.x), y_axis.place(point.y)
+    places = [(x_axis.place(point.x), y_axis.place(point.y)) for point in points]
+    for point, (x, y) in zip(points, places, strict=True):
         text = escape(f"{point.label}: {point.y:.3g} at {point.x:.1f}")
         parts.append(
             f'<circle class="c{point.colour % NUM_COLOURS}" cx="{x:.1f}" cy="{y:.1f}" r="5.5">'
         )
         parts.append(f"<title>{text}</title></circle>")
-        if len(points) <= MAX_LABELS:
-            parts.append(_label_beside(point.label, x, y, taken))
+    # Many names would hide the picture: then numbers, counted from 1, stand for them.
+    many = len(points) > MAX_LABELS
+    labels = [str(point.colour + 1) if many else point.label for point in points]
+    parts += _place_labels(labels, places)
     return _svg(parts, f"{y_label} against {x_label}")
 
 
@@ -257,26 +258,61 @@ def _tick_x(x: float, value: float) -> str:
     )
 
 
-def _label_beside(label: str, x: float, y: float, taken: list[tuple[float, float, float]]) -> str:
-    """The label right of its marker, or left of it near the edge; moved down where another one
-    is.
+def _place_labels(labels: Sequence[str], places: Sequence[tuple[float, float]]) -> list[str]:
+    """Texts at their markers: right, left, above or below, where neither another text, a marker nor
+    the edge is in the way; a thin line leads to those that found room a little further off alone.
     """
-    width = 6.3 * len(label)
-    right = x + 10 + width <= WIDTH - RIGHT
-    left_px = x + 10 if right else x - 10 - width
-    top = y + 4
-    while any(
-        abs(top - y_px) < 13 and left_px < end and start < left_px + width
-        for start, end, y_px in taken
-    ):
-        top += 13
-    taken.append((left_px, left_px + width, top))
-    anchor = "start" if right else "end"
-    at = x + 10 if right else x - 10
-    return (
-        f'<text class="label" x="{at:.1f}" y="{top:.1f}" '
-        f'text-anchor="{anchor}">{escape(label)}</text>'
-    )
+    taken = [(x - 7.0, y - 7.0, x + 7.0, y + 7.0) for x, y in places]
+    parts: list[str] = []
+    for label, (x, y) in zip(labels, places, strict=True):
+        width, height = 6.6 * len(label), 13.0
+        best: tuple[float, float, float, tuple[float, float, float, float]] | None = None
+        for step in range(7):
+            away = 10.0 + 13.0 * step
+            for left, top in (
+                (x + away, y - height / 2),
+                (x - away - width, y - height / 2),
+                (x - width / 2, y - away - height),
+                (x - width / 2, y + away),
+                (x + 10.0, y + away - height / 2),
+                (x + 10.0, y - away - height / 2),
+                (x - 10.0 - width, y + away - height / 2),
+                (x - 10.0 - width, y - away - height / 2),
+            ):
+                box = (left, top, left + width, top + height)
+                crossed = sum(_overlap(box, other) for other in taken)
+                outside = _area(box) - _overlap(box, (LEFT, TOP, WIDTH - 2, HEIGHT - BOTTOM))
+                cost = crossed + 4 * outside + 0.01 * away
+                if best is None or cost < best[0]:
+                    best = (cost, left, top, box)
+            if best is not None and best[0] < 1.0:
+                break
+        assert best is not None
+        _, left, top, box = best
+        taken.append(box)
+        near_x, near_y = min(max(x, left), left + width), min(max(y, top), top + height)
+        if math.hypot(near_x - x, near_y - y) > 14:
+            parts.append(
+                f'<line class="grid" x1="{x:.1f}" y1="{y:.1f}" '
+                f'x2="{near_x:.1f}" y2="{near_y:.1f}"/>'
+            )
+        parts.append(
+            f'<text class="label" x="{left:.1f}" y="{top + 10.5:.1f}">{escape(label)}</text>'
+        )
+    return parts
+
+
+_Box = tuple[float, float, float, float]  # left, top, right, bottom
+
+
+def _area(box: _Box) -> float:
+    return (box[2] - box[0]) * (box[3] - box[1])
+
+
+def _overlap(one: _Box, other: _Box) -> float:
+    width = min(one[2], other[2]) - max(one[0], other[0])
+    height = min(one[3], other[3]) - max(one[1], other[1])
+    return max(0.0, width) * max(0.0, height)
 
 
 def _ticks(low: float, high: float, count: int) -> list[float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 import time
 from collections import deque
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from rest_lightning.constants import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME, TEMPORAL_RATIO
 from rest_lightning.errors import UserError
+from rest_lightning.media.audio import Resampler
 from rest_lightning.media.level import MAX_PEAK, LevelMeter
 from rest_lightning.streaming.device import Frames, Pending, Ready
 from rest_lightning.streaming.engine import ChunkEngine, EngineOptions, EngineState, StreamState
@@ -311,6 +313,7 @@ class SessionState:
 
     row: RowState
     waiting: tuple[Frames, ...] = ()
+    resampler: Resampler | None = None
 
 
 class NotFiniteError(UserError):
@@ -377,6 +380,7 @@ class StreamingSession:
         self._closed = False
         self._alone = _Alone()
         self.level = LevelMeter()
+        self._resampler: Resampler | None = None
 
     @property
     def num_frames(self) -> int:
@@ -388,11 +392,13 @@ class StreamingSession:
         """The portrait, (1, 3, H, W) in [-1, 1]."""
         return self._row.reference
 
-    def push(self, samples: Any) -> Frames:
+    def push(self, samples: Any, sample_rate: int = SAMPLE_RATE) -> Frames:
         """Takes speech in, and returns the frames that became ready.
 
         Args:
-            samples: float samples in about [-1, 1], or int16; one dimension, 16 kHz, any length.
+            samples: float samples in about [-1, 1], or int16; one dimension, any length.
+            sample_rate: of the samples, in Hz; one rate in a session. Another one than 16,000 is
+                resampled, and the last millisecond waits for the next push.
 
         Returns:
             uint8 (n, H, W, 3). n is a multiple of the chunk's frames, and often 0.
@@ -402,7 +408,8 @@ class StreamingSession:
                 finite.
         """
         with self._alone:
-            return self._stack([*self._feed(samples), *self._collect()])
+            block = self._at_16_khz(samples, sample_rate)
+            return self._stack([*self._feed(block), *self._collect()])
 
     def flush(self) -> Frames:
         """Ends the speech, and returns the frames of what is left.
@@ -410,7 +417,24 @@ class StreamingSession:
         The video is then as long as the speech.
         """
         with self._alone:
-            return self._stack(list(self._drain()))
+            rest: list[Frames] = []
+            if self._resampler is not None and not self._closed and not self._row.is_finished:
+                rest += self._feed(self._resampler.flush())
+            return self._stack([*rest, *self._drain()])
+
+    def _at_16_khz(self, samples: Any, sample_rate: int) -> Any:
+        """Samples of 16 kHz, as :meth:`_feed` takes them."""
+        rate = SAMPLE_RATE if self._resampler is None else self._resampler.sample_rate
+        if sample_rate != rate and (self._resampler is not None or self._row.num_samples):
+            raise UserError(
+                f"expected one sample rate in a session, got {sample_rate} Hz after {rate} Hz: "
+                "resample one of the two, or open a new session"
+            )
+        if sample_rate == SAMPLE_RATE:
+            return samples
+        if self._resampler is None:
+            self._resampler = Resampler(sample_rate)
+        return self._resampler.push(as_samples(samples, self._row.num_samples))
 
     def stream(self, blocks: Iterable[Any]) -> Iterator[Frames]:
         """Pushes every block, flushes at the end, and yields frames as soon as they are ready.
@@ -464,7 +488,7 @@ class StreamingSession:
             ]
             self._under_way = deque(waiting)
             frames = tuple(ready.frames()[0, :num_frames] for ready, num_frames, _ in waiting)
-            return SessionState(self._row.snapshot(), frames)
+            return SessionState(self._row.snapshot(), frames, copy.copy(self._resampler))
 
     def restore(self, state: SessionState) -> None:
         """Goes back to a snapshot: the same speech then gives the same frames, bit for bit.
@@ -476,6 +500,7 @@ class StreamingSession:
         self._check_open()
         with self._alone:
             self._row.restore(state.row)
+            self._resampler = copy.copy(state.resampler)
             self._under_way = deque(
                 (Ready(frames[None]), len(frames), self.clock.mark()) for frames in state.waiting
             )

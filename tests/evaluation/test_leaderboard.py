@@ -16,9 +16,11 @@ from statistics import stdev
 from typing import Any
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 
 from rest_lightning.cli import main
+from rest_lightning.commands.score import print_numbers
 from rest_lightning.evaluation.board import Group, make_board, to_markdown
 from rest_lightning.evaluation.row import ResultRow
 from rest_lightning.media.html import Point, Series, lines, scatter
@@ -348,3 +350,56 @@ def test_leaderboard_does_not_load_torch(results: Path, tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.02, 1.0])
+@pytest.mark.parametrize("count", [1, 5, 9, 14])
+def test_labels_stand_beside_their_points(count: int, spread: float) -> None:
+    """Near their own marker, inside the picture, and not over one another; many become numbers."""
+    random = np.random.default_rng(count)
+    values = 1 + spread * random.random(count)
+    speeds = 100 * (1 + spread * random.random(count))
+    points = [
+        Point(f"a method {i}", x, y, i) for i, (x, y) in enumerate(zip(speeds, values, strict=True))
+    ]
+    svg = ElementTree.fromstring(scatter(points, "fps", "FID"))
+    texts = [each for each in svg.iter("text") if each.get("class") == "label"]
+    assert [each.text for each in texts] == [
+        str(i + 1) if count > 10 else f"a method {i}" for i in range(count)
+    ]
+    boxes = [(float(t.get("x", 0)), float(t.get("y", 0)), 6.6 * len(t.text or "")) for t in texts]
+    markers = [(float(c.get("cx", 0)), float(c.get("cy", 0))) for c in svg.iter("circle")]
+    for (left, bottom, width), (x, y) in zip(boxes, markers, strict=True):
+        assert left >= 62 and left + width <= 560 and 10 < bottom < 300
+        across = max(left - x, x - left - width, 0.0)
+        assert across < 90 and abs(bottom - 4 - y) < 110
+    for number, (left, bottom, width) in enumerate(boxes):
+        for other_left, other_bottom, other_width in boxes[:number]:
+            apart = left >= other_left + other_width - 0.5 or other_left >= left + width - 0.5
+            assert apart or abs(bottom - other_bottom) >= 12.5
+
+
+def test_tables_of_one_protocol_are_told_apart(make_row: Make) -> None:
+    rows = [
+        make_row(num_clips=clips, num_frames=frames)
+        for clips, frames in ((8, 96), (4, 96), (8, 48))
+    ]
+    assert {group.title for group in board(*rows)} == {
+        "synthetic v1: 8 clips, 96 frames",
+        "synthetic v1: 4 clips, 96 frames",
+        "synthetic v1: 8 clips, 48 frames",
+    }
+    assert [group.title for group in board(rows[0])] == ["synthetic v1"]
+
+
+def test_a_score_is_printed_beside_that_of_the_true_clips(
+    make_row: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = make_row()
+    row["metrics"]["mean_red"] = None
+    row["ground_truth"]["mean_red"] = None
+    print_numbers(ResultRow.from_dict(row))
+    lines_ = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [line[0] for line in lines_] == ["FID", "Sync-C", "mean"]  # and no curve
+    assert lines_[0][-4:] == ["5", "true", "clips", "0"]
+    assert lines_[2][-4:] == ["-", "true", "clips", "-"]

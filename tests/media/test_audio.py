@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import io
 import os
 import threading
@@ -14,7 +15,7 @@ import pytest
 from rest_lightning.constants import SAMPLE_RATE
 from rest_lightning.errors import UserError
 from rest_lightning.machine import peak_memory_mb
-from rest_lightning.media.audio import open_speech
+from rest_lightning.media.audio import Resampler, open_speech
 
 
 def write_sound(
@@ -318,3 +319,36 @@ def test_not_speech(tmp_path: Path) -> None:
 def test_bad_pipes(data: bytes, message: str) -> None:
     with pytest.raises(UserError, match=message):
         open_speech("-", stdin=io.BytesIO(data)).read_all()
+
+
+@pytest.mark.parametrize("rate", [8000, 11025, 22050, 24000, 44100, 48000, 96000])
+def test_resampled_blocks_are_the_resampled_whole(rate: int) -> None:
+    """Bit by bit, also from a copy in between; and the tones are what they were."""
+
+    def tones(rate: int) -> np.ndarray:
+        time_s = np.arange(rate) / rate
+        both = 0.5 * np.sin(2 * np.pi * 440 * time_s) + 0.2 * np.sin(2 * np.pi * 2500 * time_s)
+        return both.astype(np.float32)
+
+    samples, rng = tones(rate), np.random.default_rng(0)
+    resampler = Resampler(rate)
+    whole = np.concatenate([resampler.push(samples), resampler.flush()])
+    assert len(whole) == 16_000
+    assert np.abs(whole - tones(16_000))[200:-200].max() < 1e-4
+    resampler, pieces, start = Resampler(rate), [], 0
+    while start < rate:
+        count = int(rng.integers(0, 3000))
+        pieces.append(resampler.push(samples[start : start + count]))
+        start += count
+        resampler = copy.copy(resampler)
+    assert np.array_equal(np.concatenate([*pieces, resampler.flush()]), whole)
+
+
+def test_resampling_folds_nothing_back() -> None:
+    time_s = np.arange(48_000) / 48_000
+    resampler = Resampler(48_000)
+    made = resampler.push(np.sin(2 * np.pi * 12_000 * time_s).astype(np.float32))
+    assert np.abs(made[200:-200]).max() < 1e-3
+    for rate in (0, -1, 10**9):
+        with pytest.raises(UserError, match="expected a sample_rate of 4000 to 384000 Hz, got"):
+            Resampler(rate)

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from rest_lightning.errors import UserError
+from rest_lightning.media.audio import Resampler
 from rest_lightning.media.writer import BackgroundWriter, RawPipe
 from rest_lightning.streaming.engine import ChunkEngine, to_uint8
 from rest_lightning.streaming.session import StreamingSession, write_stream
@@ -203,6 +204,32 @@ def test_int16_and_tensors_are_taken(head: TalkingHead) -> None:
     a, b, c = (head.open(portrait()).push(x) for x in (samples, scaled, torch.from_numpy(scaled)))
     assert np.array_equal(a, b)
     assert np.array_equal(a, c)
+
+
+@pytest.mark.parametrize("rate", [44_100, 48_000])
+def test_samples_of_another_rate_are_resampled(head: TalkingHead, rate: int) -> None:
+    samples = np.repeat(speech(30), 3)[: rate * 30 // 25]
+    resampler = Resampler(rate)
+    at_16_khz = np.concatenate([resampler.push(samples), resampler.flush()])
+    expected = frames_of(head, at_16_khz, [])
+    session = head.open(portrait())
+    parts = [session.push(samples[:7001], sample_rate=rate)]
+    saved = session.snapshot()
+    session.push(samples[:999], sample_rate=rate)
+    session.restore(saved)
+    parts += [session.push(samples[7001:], sample_rate=rate), session.flush()]
+    assert np.array_equal(np.concatenate(parts), expected)
+
+
+def test_a_session_has_one_sample_rate(head: TalkingHead) -> None:
+    session = head.open(portrait())
+    session.push(speech(1))
+    with pytest.raises(UserError, match="one sample rate in a session, got 8000 Hz after 16000 Hz"):
+        session.push(speech(1), sample_rate=8000)
+    session = head.open(portrait())
+    session.push(speech(1), sample_rate=48_000)
+    with pytest.raises(UserError, match="got 16000 Hz after 48000 Hz"):
+        session.push(speech(1))
 
 
 def test_push_after_the_end_is_refused(head: TalkingHead) -> None:

@@ -25,7 +25,9 @@ from rest_lightning.torchvision_compat import ensure_torchvision
 
 ensure_torchvision()
 import lightning  # noqa: E402
-from lightning.pytorch.callbacks import Timer  # noqa: E402
+from lightning.pytorch.callbacks import RichProgressBar, Timer  # noqa: E402
+
+from rest_lightning.lightning_cli import EndlessBar  # noqa: E402
 
 
 def speech_ae_module(**settings: Any) -> SpeechAEModule:
@@ -355,3 +357,13 @@ def test_a_stage_says_what_to_test_instead(
     assert main([*words, "--trainer.default_root_dir", str(tmp_path)]) == 2
     (line,) = [each for each in capsys.readouterr().err.splitlines() if "error" in each]
     assert f"expected a model for rest {command}, got the stage StudentModule" in line
+
+
+def test_a_training_without_a_last_epoch_shows_none(tmp_path: Path) -> None:
+    trainer = lightning.Trainer(max_epochs=-1, max_steps=2, default_root_dir=tmp_path)
+    bar = EndlessBar()
+    bar._trainer = trainer
+    assert bar._get_train_description(3).strip() == "Epoch 3"
+    plain_bar = RichProgressBar()
+    plain_bar._trainer = trainer
+    assert "-2" in plain_bar._get_train_description(3)  # else Lightning needs no help any more
