@@ -1,5 +1,7 @@
-"""Commands that are killed, interrupted, or meet a full disk, at moments drawn from a seed. The same
-command, given once more, must end with what an undisturbed run gives, and leave nothing beside it.
+"""Commands that are killed, interrupted, or meet a full disk, at moments drawn from a seed.
+
+The same command, given once more, must end with what an undisturbed run gives, and leave nothing
+beside it.
 
 Each run is a fork of this process, which has imported what takes long. Workers of `multiprocessing`
 import this file anew: it is light.
