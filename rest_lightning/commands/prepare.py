@@ -69,10 +69,10 @@ def run(args: argparse.Namespace) -> int:
     root = args.videos if args.videos.is_dir() else args.videos.parent
     sources = [args.videos] if args.videos.is_file() else find_videos(args.videos, args.out)
     _check_packages(options)
-    from rest_lightning.media.files import remove_parts
+    from rest_lightning.media.files import swept
 
-    with owned(args.out, "rest prepare"):
-        remove_parts(args.out, *(args.out / name for name in ("clips", "thumbs", "sources")))
+    parts = [args.out, *(args.out / name for name in ("clips", "thumbs", "sources"))]
+    with owned(args.out, "rest prepare"), swept(*parts):
         try:
             rows = _engine(args.engine)(
                 sources, root, args.out, options, args.num_workers, not args.quiet

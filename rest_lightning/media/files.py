@@ -188,6 +188,18 @@ def _short_stem(path: Path) -> str:
     return f"{start}-{hashlib.sha256(data).hexdigest()[:12]}"
 
 
+@contextmanager
+def swept(*folders: PathLike) -> Iterator[None]:
+    """Before and after the block :func:`remove_parts`: workers that are ended in the middle of a
+    file leave it behind.
+    """
+    remove_parts(*folders)
+    try:
+        yield
+    finally:
+        remove_parts(*folders)
+
+
 def publish(temporary: Path, path: Path, overwrite: bool) -> None:
     """Give a whole file its final name; without ``overwrite`` never over a file that came
     meanwhile.

@@ -270,6 +270,8 @@ class PageServer(ABC):
             response = web.json_response({"error": str(error)}, status=400)
         except web.HTTPException as error:
             response = web.json_response({"error": error.reason.lower()}, status=error.status)
+        except ConnectionError:  # the client has gone in the middle: nobody is there to be answered
+            response = web.json_response({"error": "the connection was lost"}, status=400)
         except Exception as error:
             if isinstance(error, OSError | ValueError) and request.path.startswith("/page/"):
                 # a name that no file can have

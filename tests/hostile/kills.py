@@ -3,7 +3,8 @@
 The same command, given once more, must end with what an undisturbed run gives, and leave nothing
 beside it.
 
-Each run is a fork of this process, which has imported what takes long.
+Each run is a fork of this process, which has imported what takes long. Workers of `multiprocessing`
+import this file anew: it is light.
 """
 
 from __future__ import annotations
@@ -22,8 +23,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import av
-import torch
 from processes import alive, descendants
 from tries import loop
 
@@ -78,12 +77,18 @@ def kill(out: Path, delay_s: float) -> None:
     below |= descendants(pid)
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
+    check_ended(below)
+    for path in files(out):
+        check_whole(path)
+
+
+def check_ended(below: set[int]) -> None:
+    """What a command has started ends with it."""
     end_s = time.monotonic() + ENDING_S
     while alive(below) and time.monotonic() < end_s:
         time.sleep(0.05)
-    assert not alive(below), f"{len(alive(below))} processes outlive the command"
-    for path in files(out):
-        check_whole(path)
+    names = [Path(f"/proc/{pid}/cmdline").read_bytes()[-200:] for pid in alive(below)]
+    assert not names, f"outlive the command: {names}"
 
 
 def disturb(out: Path, rng: random.Random, length_s: float) -> None:
@@ -103,7 +108,7 @@ def disturb(out: Path, rng: random.Random, length_s: float) -> None:
     expected = {"int": (0, 130, -2), "term": (0, 143, -15), "full": (0, 2)}[kind]
     assert code in expected, f"{kind}: exit code {code}: {log[-300:]}"
     assert "Traceback" not in log, f"{kind}: {log[-500:]}"
-    assert not alive(below), f"{kind}: a process outlives the command"
+    check_ended(below)
     left = [path.name for path in files(out) if ".part" in path.name]
     assert not left or code < 0, f"{kind}: {left} is left"
     for path in files(out):
@@ -125,6 +130,8 @@ def check_whole(path: Path) -> None:
     if path.name.startswith("."):
         return
     if path.suffix == ".mp4":
+        import av
+
         with av.open(str(path)) as container:
             assert sum(1 for _ in container.decode(video=0)) > 0
     elif path.suffix == ".json":
@@ -133,7 +140,7 @@ def check_whole(path: Path) -> None:
         for line in path.read_text().splitlines():
             json.loads(line)
     elif path.suffix == ".ckpt":
-        torch.load(path, weights_only=True)
+        load(path)
 
 
 def content(out: Path) -> dict[str, str]:
@@ -143,7 +150,7 @@ def content(out: Path) -> dict[str, str]:
     found = {}
     for path in files(out):
         if path.suffix == ".ckpt":
-            state = torch.load(path, weights_only=True)["state_dict"]
+            state = load(path)["state_dict"]
             data = b"".join(
                 name.encode() + value.numpy().tobytes() for name, value in state.items()
             )
@@ -152,6 +159,13 @@ def content(out: Path) -> dict[str, str]:
         name = re.sub(r"version_\d+", "version", path.relative_to(out.parent).as_posix())
         found[name] = hashlib.sha256(data).hexdigest()
     return found
+
+
+def load(path: Path) -> Any:
+    """A checkpoint."""
+    import torch
+
+    return torch.load(path, weights_only=True)
 
 
 def target(folder: str) -> Path:
@@ -163,7 +177,6 @@ def target(folder: str) -> Path:
 
 def run_all() -> None:
     """A run that is left alone, then the tries."""
-    torch.set_num_threads(1)
     for module in SPEC.get("imports", ()):
         __import__(module)
     wanted = target("alone")

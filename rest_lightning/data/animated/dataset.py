@@ -20,9 +20,9 @@ from rest_lightning.data import layout
 from rest_lightning.data.making import check_folder, is_finished, remove_dataset, run_clips
 from rest_lightning.errors import UserError
 from rest_lightning.media.files import (
-    remove_parts,
     rounded,
     sha256_of,
+    swept,
     whole_file,
     write_text_atomic,
 )
@@ -111,14 +111,14 @@ def animate_dataset(
     layout.write_dataset_json(
         out, info
     )  # before the first clip: an interrupted run knows what it was
-    remove_parts(out, out / "clips")
     sources = find_sources(portraits, out, seed, val_fraction, test_fraction)
     plans = plan_clips(sources, rows, num_clips, seed)
     todo = [plan for plan in plans if not is_finished(out, plan.clip_id, size_px, num_frames)]
     make = partial(
         _make_clip, out=out, drivers=drivers, size_px=size_px, num_frames=num_frames, seed=seed
     )
-    run_clips(make, todo, num_workers, num_clips)
+    with swept(out, out / "clips"):
+        run_clips(make, todo, num_workers, num_clips)
     clip_ids = [plan.clip_id for plan in plans]
     if include_drivers:
         clip_ids += [_include(drivers, row, out, size_px) for row in rows]

@@ -20,7 +20,7 @@ from rest_lightning.data.synthetic.script import Script, sample_script
 from rest_lightning.data.synthetic.track import FaceTrack
 from rest_lightning.data.synthetic.visemes import mouth_curves
 from rest_lightning.errors import UserError
-from rest_lightning.media.files import remove_parts, rounded
+from rest_lightning.media.files import rounded, swept
 
 GENERATOR_VERSION = 1
 """Raised whenever the same seed gives other clips than before; a dataset never mixes versions."""
@@ -174,7 +174,6 @@ def synthesize(
     layout.write_dataset_json(
         out, info
     )  # before the first clip: an interrupted run knows what it was
-    remove_parts(out, out / "clips")
 
     indices = [
         i for i in range(num_clips) if not is_finished(out, clip_id_of(i), size_px, num_frames)
@@ -188,7 +187,8 @@ def synthesize(
         val_fraction=val_fraction,
         test_fraction=test_fraction,
     )
-    run_clips(make, indices, num_workers, num_clips)
+    with swept(out, out / "clips"):
+        run_clips(make, indices, num_workers, num_clips)
     layout.finish_dataset(out, info, [clip_id_of(i) for i in range(num_clips)])
     return out
 
