@@ -23,6 +23,7 @@ from rest_lightning.terminal import accept_encoding, take_streams
 COMMANDS = {
     "talk": "a portrait and speech become a talking video",
     "demo": "the bundled portrait and speech become outputs/demo.mp4, with a report",
+    "verify": "what a video says about its origin, and whether its signature holds",
     "serve": "a page in the browser: speak, and the portrait speaks",
     "app": "a page with upload, for a portrait and a sound file (Gradio)",
     "converse": "a conversation in the browser: it listens, answers, and can be interrupted",

@@ -31,6 +31,7 @@ DISTRIBUTION = {
     "cv2": "opencv-contrib-python",
     "yaml": "pyyaml",
     "livekit": "livekit-agents",
+    "c2pa": "c2pa-python",
     "pipecat": "pipecat-ai",
 }
 # Imported, but certain to be there: what a declared requirement cannot be installed without.
@@ -45,6 +46,7 @@ IMPLIED = {
 EXTRA_FILES = {
     "app": "rest_lightning/integrations/gradio.py",
     "synthetic": "rest_lightning/data/synthetic/",
+    "provenance": "rest_lightning/media/provenance.py",
     "prepare": ("rest_lightning/data/preparation/", "rest_lightning/data/animated/"),
     "ray": (
         "rest_lightning/data/preparation/",

@@ -48,14 +48,19 @@ build_wheel() {
     "$tools/bin/check-wheel-contents" "$scratch"/dist/*.whl
 }
 
+# take_over FOLDER: let an environment find the packages of --over, behind its own.
+take_over() {
+    "$1/bin/python" -c 'import pathlib, sys, sysconfig; pathlib.Path(sysconfig.get_path("purelib"), "over.pth").write_text(f"import site; site.addsitedir({sys.argv[1]!r})\n")' \
+        "$("$over/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+}
+
 # new_venv FOLDER PYTHON EXTRAS: an empty environment with the wheel in it.
 new_venv() {
     local folder=$1 python=$2 extras=${3:-} wheel
     wheel=$(echo "$scratch"/dist/*.whl)
     "$python" -m venv "$folder"
     if [ -n "$over" ]; then
-        "$folder/bin/python" -c 'import pathlib, sys, sysconfig; pathlib.Path(sysconfig.get_path("purelib"), "over.pth").write_text(f"import site; site.addsitedir({sys.argv[1]!r})\n")' \
-            "$("$over/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+        take_over "$folder"
         "$folder/bin/python" -m pip install -qq --no-deps --force-reinstall "$wheel"
     else
         "$folder/bin/python" -m pip install -qq -c "$repo/constraints.txt" "$wheel$extras"
@@ -153,6 +158,95 @@ way_resolve() {
             say "Python $version [$group]: $(grep -c == resolved) packages, $(grep ^torch== resolved)"
         done
     done
+}
+
+# The steps of the Dockerfile without Docker: only what it copies, its command as a user without rights, its health check.
+cannot_container() { command -v setpriv >/dev/null || echo "no setpriv on this machine (util-linux)"; }
+way_container() {
+    local file=$repo/Dockerfile port=18765 user=() each code
+    mkdir src home
+    for each in $(sed -n 's/^COPY \([^-].*\) [^ ]*$/\1/p' "$file"); do
+        grep -qxF "!$each" "$repo/.dockerignore"  # else Docker does not see it
+        cp -r "$repo/$each" src/
+    done
+    "$wheel_python" -m venv venv
+    if [ -n "$over" ]; then
+        take_over venv
+        venv/bin/python -m pip install -qq --no-deps ./src
+    else
+        (cd src && run ../venv/bin/python -m pip install -qq -c constraints.txt '.[serve]')
+        run du -sm venv
+    fi
+    chmod -R a+rX . && chmod a+rwx home && chmod a+x "$scratch"
+    each=$(sed -n 's/^USER //p' "$file")
+    if [ "$(id -u)" -eq 0 ] && setpriv --reuid "$each" --regid "$each" --clear-groups venv/bin/python -c 'import rest_lightning' 2>/dev/null; then
+        user=(setpriv --reuid "$each" --regid "$each" --clear-groups)
+    else
+        say "this user cannot become user $each, or that one cannot read this Python: as user $(id -u)"
+    fi
+    local words
+    words=$(sed -n 's/^CMD \[\(.*\)\]$/\1/p' "$file" | tr -d '",')
+    cd home
+    run "${user[@]}" env -i PATH="$PWD/../venv/bin:/usr/bin:/bin" HOME="$PWD" ../venv/bin/rest $words --port "$port" >log 2>&1 &
+    local server=$! check
+    check=$(sed -n 's/^ *CMD \["python", "-c", "\(.*\)"\]$/\1/p' "$file")
+    code=1
+    for _ in $(seq 120); do
+        if ../venv/bin/python -c "${check//8765/$port}" 2>/dev/null; then code=0; break; fi
+        kill -0 "$server" 2>/dev/null || break
+        sleep 1
+    done
+    [ "$code" -eq 0 ] && say "healthy: rest $words" || cat log
+    kill -TERM "$server" 2>/dev/null || true
+    wait "$server" || true
+    cd ..
+    return "$code"
+}
+
+# The folder of the Space, started as a Space starts it, and a video of its first example.
+cannot_app() { :; }
+way_app() {
+    build_wheel
+    new_venv env "$wheel_python" '[app]'
+    local bin=$PWD/env/bin port=17860 code=1
+    cp -r "$repo/examples/space" space
+    cd space
+    GRADIO_SERVER_PORT=$port run "$bin/python" app.py >../log 2>&1 &
+    local server=$!
+    for _ in $(seq 120); do grep -q '^open' ../log && break; sleep 1; done
+    run "$bin/python" -c "
+import pathlib, rest_lightning
+from gradio_client import Client, handle_file
+assets = pathlib.Path(rest_lightning.__file__).parent / 'assets'
+client = Client('http://127.0.0.1:$port', verbose=False)
+files = [handle_file(str(assets / name)) for name in ('portrait.png', 'speech.wav')]
+said = client.submit(*files, False, 0, api_name='/talk')
+lines = [each[1] for each in said]
+print(lines[-1])
+assert lines[-1].startswith('367 of 367 frames'), lines" && code=0 || cat ../log
+    kill -TERM "$server" 2>/dev/null || true
+    wait "$server" || true
+    cd ..
+    return "$code"
+}
+
+# Every cell of the notebook but the one that installs, with the package from the wheel.
+cannot_notebook() { :; }
+way_notebook() {
+    build_wheel
+    new_venv env "$wheel_python" '[synthetic]'
+    env/bin/python -m pip install -qq ipython
+    mkdir work && cd work
+    MPLBACKEND=agg run ../env/bin/python -c "
+import json, sys
+cells = [''.join(each['source']) for each in json.load(open(sys.argv[1]))['cells'] if each['cell_type'] == 'code']
+space = {'__name__': '__main__'}
+for cell in cells:
+    if not cell.startswith('%pip'):
+        exec(cell, space)
+assert space['curves']['train/mse'], 'no curve'" "$repo/examples/quickstart.ipynb"
+    test -s out.mp4 -a -s sheet.png
+    cd ..
 }
 
 # -- dispatch --------------------------------------------------------------------------------------

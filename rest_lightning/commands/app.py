@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from rest_lightning.commands.talk import positive
+from rest_lightning.commands.talk import add_sign_argument, positive
 from rest_lightning.errors import UserError
 
 
@@ -24,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-s", type=positive, default=120, help="longest speech in seconds (default 120)"
     )
+    add_sign_argument(parser)
     parser.add_argument("--model", type=Path, help="model folder (default: the embedded model)")
     parser.add_argument(
         "--threads",
@@ -44,11 +45,16 @@ def run(args: argparse.Namespace) -> int:
     from rest_lightning.integrations.gradio import build, listen, serve
     from rest_lightning.talking_head import ModelOptions
 
+    signer = None
+    if args.sign is not None:
+        from rest_lightning.media.provenance import load_signer
+
+        signer = load_signer(*args.sign)
     with listen(args.host, args.port) as listening:  # before the model is loaded
         model = ModelOptions(
             args.model, num_threads=args.num_threads, dtype=args.dtype, device=args.device
         ).load()
-        app = build(model, max_s=args.max_s)
+        app = build(model, max_s=args.max_s, signer=signer)
         host, port = listening.getsockname()[:2]
         print(f"open http://{host}:{port} in a browser; Ctrl-C stops", flush=True)
         serve(app, listening)

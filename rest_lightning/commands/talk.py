@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from rest_lightning.media.audio import SpeechSource
     from rest_lightning.media.photo import PhotoFrames
     from rest_lightning.media.portrait import Crop
+    from rest_lightning.media.provenance import Signer
     from rest_lightning.media.writer import PipeFormat, VideoWriter
     from rest_lightning.streaming.report import StreamReport
     from rest_lightning.talking_head import TalkingHead
@@ -61,6 +62,8 @@ class TalkOptions:
         format: of the video in a pipe: ``mp4`` (fragmented, with sound; the default) or ``rgb24``.
         profile: JSON for a Chrome trace of three chunks, see
             :class:`rest_lightning.streaming.report.ChunkProfiler`.
+        sign: certificate and key (PEM) that sign the mp4, see
+            :mod:`rest_lightning.media.provenance`; None leaves it unsigned.
     """
 
     portrait: Path
@@ -87,6 +90,7 @@ class TalkOptions:
     format: PipeFormat | None = None
     profile: Path | None = None
     stdout: BinaryIO | None = field(default=None, repr=False)
+    sign: Sequence[Path] | None = None
 
     @property
     def to_pipe(self) -> bool:
@@ -118,8 +122,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sheet", type=Path, help="also write a contact sheet as PNG")
     profile = "also write a Chrome trace (JSON) of three chunks, and print where their time went"
     parser.add_argument("--profile", type=Path, help=profile)
+    add_sign_argument(parser)
     parser.add_argument("--quiet", action="store_true", help="no progress bar and no table")
     add_model_arguments(parser)
+
+
+def add_sign_argument(parser: argparse.ArgumentParser) -> None:
+    """The argument of commands that sign what they make."""
+    sign = "sign the mp4 with this certificate and its key, PEM (C2PA; extra `provenance`)"
+    parser.add_argument("--sign", nargs=2, type=Path, metavar=("CERT", "KEY"), help=sign)
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -190,6 +201,11 @@ def talk(options: TalkOptions) -> StreamReport:
     from rest_lightning.media.portrait import find_portrait
 
     _check_outputs(options)
+    signer = None
+    if options.sign is not None:
+        from rest_lightning.media.provenance import load_signer
+
+        signer = load_signer(*options.sign)
     found = find_portrait(options.portrait, options.crop, option="--crop")
     if not options.quiet:
         for line in found.notes:
@@ -208,7 +224,7 @@ def talk(options: TalkOptions) -> StreamReport:
         from rest_lightning.media.photo import PhotoFrames
 
         compose = PhotoFrames(found)
-    report = _stream(model, portrait, speech, options, compose)
+    report = _stream(model, portrait, speech, options, compose, signer)
     report.configuration |= {
         "portrait": str(options.portrait),
         "speech": options.speech,
@@ -229,6 +245,7 @@ def _stream(
     speech: SpeechSource,
     options: TalkOptions,
     compose: PhotoFrames | None,
+    signer: Signer | None,
 ) -> StreamReport:
     from rest_lightning.media.writer import BackgroundWriter
     from rest_lightning.streaming.engine import EngineOptions
@@ -237,7 +254,7 @@ def _stream(
     from rest_lightning.streaming.session import write_stream
 
     size = model.size_px if compose is None else (compose.height, compose.width)
-    writer = _open_writer(size, options)
+    writer = _open_writer(size, options, signer)
     sampling = {
         name: getattr(options, name) for name in ("num_steps", "guidance", "reference_guidance")
     }
@@ -290,14 +307,16 @@ def _stream(
     return report
 
 
-def _open_writer(size_px: int | tuple[int, int], options: TalkOptions) -> VideoWriter:
+def _open_writer(
+    size_px: int | tuple[int, int], options: TalkOptions, signer: Signer | None
+) -> VideoWriter:
     if options.to_pipe:
         from rest_lightning.media.writer import open_pipe
 
         return open_pipe(options.stdout or sys.stdout.buffer, size_px, options.format or "mp4")
     from rest_lightning.media.writer import Mp4Writer
 
-    return Mp4Writer(options.out, size_px, overwrite=options.overwrite)
+    return Mp4Writer(options.out, size_px, overwrite=options.overwrite, signer=signer)
 
 
 def _console(options: TalkOptions) -> Console:
@@ -348,6 +367,11 @@ def _check_outputs(options: TalkOptions) -> None:
             raise UserError(
                 "expected a video file for --sheet, got a pipe: write to a file, or leave --sheet "
                 "out"
+            )
+        if options.sign is not None:
+            raise UserError(
+                "expected a video file for --sign, got a pipe: a signature covers the whole video, "
+                "so write to a file, or leave --sign out"
             )
     elif options.format == "rgb24":
         raise UserError(f"expected a pipe for --format rgb24, got {options.out}: use -o - > FILE")

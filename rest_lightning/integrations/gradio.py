@@ -35,6 +35,7 @@ except ModuleNotFoundError as error:
     ) from None
 
 if TYPE_CHECKING:
+    from rest_lightning.media.provenance import Signer
     from rest_lightning.talking_head import TalkingHead
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
@@ -50,7 +51,7 @@ Give a portrait and speech. The video plays while it is made; everything in it b
 **synthetic**, and the file that you download says so. Use portraits of people who have agreed."""
 
 
-def plays_segments(video: gradio.Video) -> gradio.Video:
+def plays_segments(video: gradio.Video, signer: Signer | None = None) -> gradio.Video:
     """Lets a streaming output take :class:`rest_lightning.media.segments.Segment`.
 
     Gradio's own way passes every piece through the program ``ffmpeg``, and encodes the sound anew.
@@ -77,7 +78,7 @@ def plays_segments(video: gradio.Video) -> gradio.Video:
         stream: list[bytes], desired_output_format: str | None = None, only_file: bool = False
     ) -> FileData:
         path = Path(tempfile.mkdtemp(dir=video.GRADIO_CACHE)) / "talking-head.mp4"
-        join_segments(stream, path)
+        join_segments(stream, path, signer)
         return FileData(path=str(path), is_stream=False, orig_name=path.name)
 
     video.stream_output = stream_output
@@ -86,12 +87,13 @@ def plays_segments(video: gradio.Video) -> gradio.Video:
     return video
 
 
-def build(model: TalkingHead, max_s: float = 120.0) -> FastAPI:
+def build(model: TalkingHead, max_s: float = 120.0, signer: Signer | None = None) -> FastAPI:
     """Returns the app, for any ASGI server.
 
     Args:
         model: what speaks. One video is made at a time; others wait in Gradio's queue.
         max_s: longest speech in seconds; longer speech is refused.
+        signer: signs the videos that are downloaded; None leaves them unsigned.
     """
 
     def talk(
@@ -135,7 +137,8 @@ def build(model: TalkingHead, max_s: float = 120.0) -> FastAPI:
                         autoplay=True,
                         interactive=False,
                         height=_HEIGHT_PX,
-                    )
+                    ),
+                    signer,
                 )
                 report = gradio.Markdown(elem_id="report")
         gradio.Examples(EXAMPLES, [portrait, speech], cache_examples=False)

@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import av
 import numpy as np
@@ -30,6 +30,9 @@ from rest_lightning.media.writer import (
     tag_colours,
     video_frame,
 )
+
+if TYPE_CHECKING:
+    from rest_lightning.media.provenance import Signer
 
 # AAC begins with 64 ms that lie before the first frame, and MPEG-TS has no negative times.
 _START_S = 1
@@ -141,9 +144,9 @@ class SegmentEncoder:
         return list(self._audio.encode(frame))
 
 
-def join_segments(segments: Iterable[bytes], path: Path) -> None:
+def join_segments(segments: Iterable[bytes], path: Path, signer: Signer | None = None) -> None:
     """Writes the segments of one encoder as one mp4, without encoding anew. The mp4 says that it is
-    synthetic, as all do.
+    synthetic, as all do, and is signed where a signer is given.
 
     Raises:
         UserError: the operating system refuses.
@@ -168,6 +171,9 @@ def join_segments(segments: Iterable[bytes], path: Path) -> None:
             packet.dts -= start
             packet.stream = streams[packet.stream.index]
             target.mux(packet)
+    if signer is not None:
+        with whole_file(path) as signed:
+            signer.sign(path, signed, path.name)
 
 
 class _Nothing:
