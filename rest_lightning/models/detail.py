@@ -51,26 +51,44 @@ class DetailTransfer(PretrainedPart):
 class AgreementDetail(DetailTransfer):
     """The closed form: ``frame + residual * exp(-blur((frame - reconstruction)^2) / tolerance^2)``.
 
+    With ``hold`` a part of small differences is taken back: ``hold * (reconstruction - frame) *
+    exp(-blur(...) / hold_tolerance^2)`` is added. So what does not move shows the portrait itself,
+    and not the noise that a small network leaves there.
+
     Args:
         blur_px: standard deviation of the Gaussian blur, in pixels of a picture of 256.
         tolerance: difference, in [-1, 1] units, at which a third of the detail is left.
+        hold: share of a vanishing difference that is taken back, 0 to 1.
+        hold_tolerance: difference at which a third of that share is taken back.
     """
 
-    def __init__(self, blur_px: float = 2.5, tolerance: float = 0.2) -> None:
+    def __init__(
+        self,
+        blur_px: float = 2.5,
+        tolerance: float = 0.2,
+        hold: float = 0.0,
+        hold_tolerance: float = 0.12,
+    ) -> None:
         super().__init__()
         self.blur_px, self.tolerance = blur_px, tolerance
+        self.hold, self.hold_tolerance = hold, hold_tolerance
 
     @property
     def config(self) -> dict[str, Any]:
         """The constructor's arguments."""
-        return {"blur_px": self.blur_px, "tolerance": self.tolerance}
+        names = ("blur_px", "tolerance", "hold", "hold_tolerance")
+        return {name: getattr(self, name) for name in names}
 
     def forward(self, frames: Tensor, stream: Stream) -> Tensor:
         """See :meth:`DetailTransfer.forward`."""
-        difference = (frames - stream[_RECONSTRUCTION][:, :, None]).square().mean(dim=1)
-        blurred = _blur(difference, self.blur_px * frames.shape[-1] / 256)
+        change = frames - stream[_RECONSTRUCTION][:, :, None]
+        blurred = _blur(change.square().mean(dim=1), self.blur_px * frames.shape[-1] / 256)
         weight = torch.exp(-blurred / self.tolerance**2)[:, None]
-        return frames + stream[_RESIDUAL][:, :, None] * weight
+        frames = frames + stream[_RESIDUAL][:, :, None] * weight
+        if not self.hold:
+            return frames
+        held = self.hold * torch.exp(-blurred / self.hold_tolerance**2)[:, None]
+        return frames - change * held
 
 
 class LearnedDetail(DetailTransfer):

@@ -31,11 +31,12 @@ def learned() -> LearnedDetail:
 DETAILS: list[Callable[[], DetailTransfer]] = [AgreementDetail, learned]
 
 
+@pytest.mark.parametrize("hold", [0.0, 0.7])
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (64, 96)])
-def test_agreement_is_its_formula(height: int, width: int) -> None:
+def test_agreement_is_its_formula(height: int, width: int, hold: float) -> None:
     reference, reconstruction = pictures(1, 3, height, width), pictures(1, 3, height, width, seed=1)
     frames = reconstruction[:, :, None] + 0.1 * pictures(1, 3, 2, height, width, seed=2)
-    detail, stream = AgreementDetail(blur_px=3.0, tolerance=0.3), Stream()
+    detail, stream = AgreementDetail(3.0, 0.3, hold, hold_tolerance=0.2), Stream()
     detail.start(reference, reconstruction, stream)
     for index in range(2):
         frame = frames[0, :, index].numpy()
@@ -45,6 +46,7 @@ def test_agreement_is_its_formula(height: int, width: int) -> None:
             difference, sigma, mode="nearest", radius=max(1, round(3 * sigma))
         )
         expected = frame + (reference - reconstruction)[0].numpy() * np.exp(-blurred / 0.3**2)
+        expected += hold * np.exp(-blurred / 0.2**2) * (reconstruction[0].numpy() - frame)
         np.testing.assert_allclose(detail(frames, stream)[0, :, index].numpy(), expected, atol=1e-5)
 
 
