@@ -43,7 +43,9 @@ if TYPE_CHECKING:
     from rest_lightning.streaming.engine import EngineOptions
 
 INDEX_FILE = "model_index.json"
-EMBEDDED_FOLDER = Path(__file__).parent / "assets" / "embedded"
+ASSETS = Path(__file__).parent / "assets"
+EMBEDDED_FOLDER = ASSETS / "embedded"
+BUNDLED_MODELS = ("embedded", "people")  # folders in `assets`, taken by name
 
 
 class TalkingHead(nn.Module):
@@ -60,6 +62,7 @@ class TalkingHead(nn.Module):
 
     Attributes:
         card: the model card (Markdown with a head of YAML) that goes with the weights, or None.
+        portraits: PNG files that come with the model, the first one its own choice.
     """
 
     def __init__(
@@ -91,6 +94,7 @@ class TalkingHead(nn.Module):
         )
         self.detail = detail
         self.card: str | None = None
+        self.portraits = portraits_in(EMBEDDED_FOLDER)
         self.sampling = sampling or Sampling()
         self.size_px: int = size_px or _size_of(transformer)
         self.requires_grad_(False).eval()
@@ -217,8 +221,9 @@ class TalkingHead(nn.Module):
         """Load a model folder, a model of the Hugging Face hub, or the embedded model.
 
         Args:
-            path: a folder, or ``org/name`` (or ``org/name@revision``) on the hub; None is the
-                embedded model. Of the hub's files only JSON, safetensors and the card are fetched.
+            path: a folder, ``org/name`` (or ``org/name@revision``) on the hub, or the name of a
+                bundled model, ``people`` or ``embedded``; None is the embedded model. Of the hub's
+                files only JSON, safetensors and the card are fetched.
             device: where the weights go.
             dtype: of the weights; the speech encoder stays in float32.
             hub: ``revision``, ``token``, ``cache_dir``, ``local_files_only``, ``force_download``;
@@ -229,7 +234,7 @@ class TalkingHead(nn.Module):
                 damaged; no CUDA, or too little memory; and what
                 :func:`rest_lightning.hub.find_folder` raises.
         """
-        folder = EMBEDDED_FOLDER if path is None else find_folder(path, **hub)
+        folder = find_model(path, **hub)
         if path is not None and is_cached(folder):
             note_licence(folder, path)
         index_file = folder / INDEX_FILE
@@ -245,6 +250,7 @@ class TalkingHead(nn.Module):
         head = cls(**parts, sampling=sampling, size_px=size_px)  # type: ignore[arg-type]
         if (folder / CARD_FILE).is_file():
             head.card = (folder / CARD_FILE).read_text(encoding="utf-8", errors="replace")
+        head.portraits = portraits_in(folder)
         _move(head, device)
         head.set_dtype(dtype)
         return head
@@ -361,6 +367,10 @@ class ModelOptions:
     dtype: str = "auto"
     device: str = "auto"
 
+    def portraits(self) -> list[Path]:
+        """Returns the portraits that come with the model; see :func:`portraits_in`."""
+        return portraits_in(find_model(self.model))
+
     def load(self) -> TalkingHead:
         """Returns the model on its device, with torch's threads set.
 
@@ -373,6 +383,28 @@ class ModelOptions:
         dtype = dtype_on(self.dtype, device.partition(":")[0])
         head = TalkingHead.from_pretrained(self.model, device=device, dtype=dtype)
         return head if self.chunk_length is None else head.with_chunk_length(self.chunk_length)
+
+
+def find_model(path: str | os.PathLike[str] | None = None, **hub: Any) -> Path:
+    """Returns the folder of a model that :meth:`TalkingHead.from_pretrained` takes.
+
+    Raises:
+        UserError: see :func:`rest_lightning.hub.find_folder`.
+    """
+    if path is None:
+        return EMBEDDED_FOLDER
+    if os.fspath(path) in BUNDLED_MODELS and not Path(path).exists():
+        return ASSETS / path
+    return find_folder(path, **hub)
+
+
+def portraits_in(folder: Path) -> list[Path]:
+    """Returns the portraits that come with a model, the first one its own choice.
+
+    They are the PNG files of ``portraits`` in its folder; where it has none, those of the package.
+    """
+    own = sorted((folder / "portraits").glob("*.png"))
+    return own or [ASSETS / "portrait.png", *sorted((ASSETS / "portraits").glob("*.png"))]
 
 
 def _move(head: TalkingHead, device: str) -> None:

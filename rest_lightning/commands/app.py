@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from rest_lightning.commands.talk import add_sign_argument, positive
+from rest_lightning.commands.talk import MODEL_HELP, add_sign_argument, positive
 from rest_lightning.errors import UserError
 
 
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-s", type=positive, default=120, help="longest speech in seconds (default 120)"
     )
     add_sign_argument(parser)
-    parser.add_argument("--model", type=Path, help="model folder (default: the embedded model)")
+    parser.add_argument("--model", type=Path, help=MODEL_HELP)
     parser.add_argument(
         "--threads",
         dest="num_threads",

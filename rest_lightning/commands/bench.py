@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rest_lightning.commands.talk import MODEL_HELP
 from rest_lightning.constants import FPS, SAMPLE_RATE, TEMPORAL_RATIO
 from rest_lightning.errors import UserError, note
 from rest_lightning.machine import num_usable_cores
@@ -67,9 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quick", action="store_true", help="seconds in place of minutes, and rough numbers"
     )
-    parser.add_argument(
-        "--model", type=Path, help="model folder or hub id (default: the embedded model)"
-    )
+    parser.add_argument("--model", type=Path, help=MODEL_HELP)
     chunk = "latents of 0.32 s per chunk, where the model was trained for several"
     parser.add_argument("--chunk-length", type=positive, help=chunk)
     parser.add_argument(

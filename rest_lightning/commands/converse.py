@@ -17,7 +17,7 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 
 from rest_lightning.commands.serve import spin_briefly
-from rest_lightning.commands.talk import positive
+from rest_lightning.commands.talk import MODEL_HELP, positive
 from rest_lightning.errors import UserError
 from rest_lightning.extras import require
 
@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-sessions", type=positive, default=1, help="conversations at once (default 1)"
     )
-    parser.add_argument("--model", type=Path, help="model folder (default: the embedded model)")
+    parser.add_argument("--model", type=Path, help=MODEL_HELP)
     chunk = "latents of 0.32 s per chunk, where the model was trained for several"
     parser.add_argument("--chunk-length", type=positive, help=chunk)
     parser.add_argument(

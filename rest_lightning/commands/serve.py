@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rest_lightning.commands.talk import positive
+from rest_lightning.commands.talk import MODEL_HELP, positive
 from rest_lightning.constants import FPS
 from rest_lightning.errors import UserError
 from rest_lightning.machine import spin_briefly
@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--grace", type=float, default=30.0, help="seconds for sessions at the end (default 30)"
     )
-    parser.add_argument("--model", type=Path, help="model folder (default: the embedded model)")
+    parser.add_argument("--model", type=Path, help=MODEL_HELP)
     chunk = (
         "latents of 0.32 s per chunk, where the model was trained for several: short ones "
         "answer sooner"

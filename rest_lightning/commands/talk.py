@@ -135,9 +135,7 @@ def add_sign_argument(parser: argparse.ArgumentParser) -> None:
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments about the model, shared with ``rest demo``."""
-    parser.add_argument(
-        "--model", type=Path, help="model folder, or org/name on the hub (default: the embedded)"
-    )
+    parser.add_argument("--model", type=Path, help=MODEL_HELP)
     parser.add_argument("--seed", type=int, default=0, help="of the noise (default 0)")
     parser.add_argument(
         "--steps",
@@ -453,8 +451,12 @@ class TalkProgress:
         self._bar.stop()
 
 
+MODEL_HELP = (
+    "model folder, org/name on the hub, or a bundled model: people (photographs, 256 px) or "
+    "embedded (drawn faces, 128 px; the default)"
+)
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
-PORTRAIT, SPEECH = ASSETS / "portrait.png", ASSETS / "speech.wav"
+SPEECH = ASSETS / "speech.wav"
 
 
 def add_demo_arguments(parser: argparse.ArgumentParser) -> None:
@@ -483,10 +485,13 @@ def run_demo(args: argparse.Namespace) -> int:
         raise UserError(
             f"expected to make {folder}, got '{error.strerror}': choose another --out"
         ) from error
+    from rest_lightning.talking_head import find_model, portraits_in
+
+    portrait = portraits_in(find_model(options["model"]))[0]
     video, report, sheet = (folder / f"demo{suffix}" for suffix in (".mp4", ".json", ".png"))
     talk(
         TalkOptions(
-            PORTRAIT, str(SPEECH), video, overwrite=True, report=report, sheet=sheet, **options
+            portrait, str(SPEECH), video, overwrite=True, report=report, sheet=sheet, **options
         )
     )
     if not options["quiet"]:

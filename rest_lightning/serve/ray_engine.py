@@ -14,9 +14,10 @@ import logging
 import os
 import socket
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, cast
 
 import aiohttp
@@ -60,8 +61,8 @@ class SharedPortraits(Portraits):
     Its calls wait for that actor; make them in threads that may wait.
     """
 
-    def __init__(self, book: Any) -> None:
-        super().__init__()
+    def __init__(self, book: Any, files: Sequence[Path]) -> None:
+        super().__init__(files=files)
         self._book = book
 
     def add(self, png: bytes, owner: str = "") -> str:
@@ -167,7 +168,9 @@ class Replica:
         pool = AvatarPool(model.load(), limits.max_sessions)
         pool.warm_up()  # before Ray Serve counts on this replica
         options = ServerOptions(host or ray.util.get_node_ip_address(), port=0)
-        self._server = ReplicaServer(pool, options, limits, SharedPortraits(book))
+        self._server = ReplicaServer(
+            pool, options, limits, SharedPortraits(book, pool.model.portraits)
+        )
         self._starting = asyncio.Lock()
         self._name = str(ray.get_runtime_context().get_actor_id())
 
@@ -584,7 +587,9 @@ def running(options: ReplicaOptions, limits: Limits) -> Iterator[Cluster]:
         except RuntimeError as error:
             raise why(_told_by_replicas(options.name) or str(error)) from None
         facts = handle.facts.remote().result(timeout_s=60.0)
-        yield Cluster(options.name, num_replicas, handle, facts, SharedPortraits(book))
+        yield Cluster(
+            options.name, num_replicas, handle, facts, SharedPortraits(book, model.portraits())
+        )
 
 
 def _told_by_replicas(name: str) -> str:

@@ -459,7 +459,9 @@ class LiveServer(PageServer):
         new_session: NewSession | None = None,
     ) -> None:
         limits = limits or Limits()
-        portraits = portraits or Portraits(limits.max_portraits, limits.portrait_s)
+        portraits = portraits or Portraits(
+            limits.max_portraits, limits.portrait_s, pool.model.portraits
+        )
         self.service = service = Service(
             pool, portraits, limits, new_session=new_session or Session
         )

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,11 +28,10 @@ from PIL import Image
 from rest_lightning.errors import UserError
 from rest_lightning.media.portrait import load_portrait
 from rest_lightning.processes import PARENT_VARIABLE, end_with_parent
+from rest_lightning.talking_head import EMBEDDED_FOLDER, portraits_in
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-ASSETS = Path(__file__).resolve().parent.parent / "assets"
 
 
 @dataclass
@@ -49,11 +49,14 @@ class Portraits:
     Args:
         max_uploaded: how many are kept; the one unused for longest goes first.
         keep_s: an unused one goes after this time.
+        files: the bundled ones, PNG; None takes those of the package.
     """
 
-    def __init__(self, max_uploaded: int = 64, keep_s: float = 3600.0) -> None:
+    def __init__(
+        self, max_uploaded: int = 64, keep_s: float = 3600.0, files: Sequence[Path] | None = None
+    ) -> None:
         self._max, self._keep_s = max_uploaded, keep_s
-        files = [ASSETS / "portrait.png", *sorted((ASSETS / "portraits").glob("*.png"))]
+        files = files or portraits_in(EMBEDDED_FOLDER)
         self._bundled = {file.stem: file.read_bytes() for file in files}
         self._uploaded: dict[str, _Portrait] = {}
         self._lock = threading.Lock()  # sessions load portraits in threads of their own

@@ -199,12 +199,12 @@ def test_bfloat16_gives_the_same_video_to_a_few_grey_levels() -> None:
     float32 noise levels.
     """
     from rest_lightning import TalkingHead
-    from rest_lightning.commands.talk import PORTRAIT
 
     samples = np.random.default_rng(0).normal(scale=0.1, size=48_000).astype(np.float32)
     frames = []
     for dtype in (torch.float32, torch.bfloat16):
-        session = TalkingHead.from_pretrained(dtype=dtype).open(PORTRAIT)
+        head = TalkingHead.from_pretrained(dtype=dtype)
+        session = head.open(head.portraits[0])
         frames.append(np.concatenate([session.push(samples), session.flush()]).astype(int))
     assert frames[0].shape == frames[1].shape == (75, 128, 128, 3)
     assert np.abs(frames[0] - frames[1]).mean() < 1.0
