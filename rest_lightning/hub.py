@@ -218,9 +218,8 @@ def _explain(error: Exception, repo_id: str, revision: str | None) -> str:
         )
     if isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
         return (
-            f"expected a model folder, or a hub that answers or has answered before, for "
-            f"{repo_id}: no such folder, nothing (or not all) in the cache, and "
-            f"{_why_unreachable(error)}"
+            f"expected the model {repo_id}, got no folder of that name and no whole copy in the "
+            f"cache; {_why_unreachable(error)}"
         )
     return f"expected the hub to answer for {repo_id}, got {_one_line(error)}: try again later"
 

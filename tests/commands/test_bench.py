@@ -25,8 +25,11 @@ def test_quick_bench(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFix
         row["chunk_ms"]["mean"], rel=0.01
     )
     assert row["frames_per_second"] > 0 and row["first_frame_ms"]["p50"] > 0
-    assert row["streams"]["at_once"] == 4 and row["streams"]["is_limit"] is False
-    assert row["measured_s"] < 60
+    # How many it finds depends on the machine; where the search goes is tested below.
+    trials = row["streams"]["trials"]
+    kept_up = [each["num_streams"] for each in trials if each["max"] <= 960]
+    assert trials[0]["num_streams"] == 1
+    assert row["streams"]["at_once"] == max(kept_up, default=0)
     assert main(words) == 2  # the file is there
     assert "exists" in capsys.readouterr().err
 
