@@ -36,9 +36,9 @@ test-agents: $(AGENTS_VENV)/.stamp  ## run the tests of the LiveKit and Pipecat 
 lint: $(VENV)/.stamp-test  ## ruff and mypy over the whole tree
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	@# mypy needs callbacks/ where it is imported from, which only setuptools' mapping knows: lay links.
+	@# mypy takes a package by its folder alone: lay links to those that are to be checked.
 	@rm -rf $(TYPES) && mkdir -p $(TYPES)/rest_lightning
-	@ln -s $(CURDIR)/rest_lightning/* $(TYPES)/rest_lightning/ && ln -s $(CURDIR)/callbacks $(TYPES)/rest_lightning/callbacks
+	@ln -s $(CURDIR)/rest_lightning/* $(TYPES)/rest_lightning/
 	@ln -s $(addprefix $(CURDIR)/,$(TYPED)) $(TYPES)/
 	cd $(TYPES) && $(abspath $(BIN))/python -m mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache rest_lightning $(TYPED)
 

@@ -1,10 +1,10 @@
 """Lightning callbacks, imported as ``rest_lightning.callbacks``: averaging, evaluation, previews,
 sinks.
 
-The folder lies at the top level of the repository; setuptools' ``package-dir`` maps it into the
-package. Modules in here import the rest of the package relatively (``from ..streaming.writer import
-Mp4Writer``), so that a stray ``import callbacks`` from the repository's root fails loudly instead
-of making every class a second time.
+The folder lies at the top level of the repository; a link at its import name leads to it, for
+Python, for type checkers and for whatever builds the wheel. Modules in here import the rest of the
+package relatively (``from ..streaming.writer import Mp4Writer``), so that a stray ``import
+callbacks`` from the repository's root fails loudly instead of making every class a second time.
 """
 
 from __future__ import annotations

@@ -247,7 +247,7 @@ def _log_picture(logger: Any, key: str, picture: NDArray[np.uint8], step: int) -
     """Hand a picture (H, W, 3) to a logger; one that takes none, such as the CSV logger, is left
     out.
     """
-    experiment = getattr(logger, "experiment", None)
+    experiment: Any = getattr(logger, "experiment", None)
     if hasattr(experiment, "add_image"):  # TensorBoard
         experiment.add_image(key, picture, step, dataformats="HWC")
     elif hasattr(logger, "log_image"):  # Weights & Biases
@@ -258,7 +258,7 @@ def _log_picture(logger: Any, key: str, picture: NDArray[np.uint8], step: int) -
 
 def _log_video(logger: Any, key: str, video: NDArray[np.uint8], path: Path, step: int) -> None:
     """The same for a video (F, H, W, 3), which lies in a file."""
-    experiment = getattr(logger, "experiment", None)
+    experiment: Any = getattr(logger, "experiment", None)
     if hasattr(experiment, "add_image"):
         experiment._get_file_writer().add_summary(_animation(key, video), step)
     elif hasattr(logger, "log_video"):

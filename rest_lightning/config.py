@@ -47,7 +47,8 @@ def configs_root() -> Path:
     """Returns the folder of the shipped configurations: inside the package, or in its checkout."""
     package = Path(__file__).resolve().parent
     inside = package / "configs"
-    return inside if inside.is_dir() else package.parent / "configs"
+    # In a checkout a link leads to the folder at the top level.
+    return inside.resolve() if inside.is_dir() else package.parent / "configs"
 
 
 def shipped_names(folder: str = "") -> list[str]:

@@ -1,4 +1,4 @@
-"""The package as it is installed: mapping of callbacks/, wheel, version, bounds and pins."""
+"""The package as it is installed: the place of callbacks/, wheel, version, bounds and pins."""
 
 from __future__ import annotations
 
@@ -99,6 +99,24 @@ def test_every_package_is_listed() -> None:
 def test_callbacks_are_mapped_from_the_top_level() -> None:
     package = importlib.import_module("rest_lightning.callbacks")
     assert Path(str(package.__file__)).resolve() == ROOT / "callbacks" / "__init__.py"
+
+
+def test_type_checkers_find_the_package_and_its_callbacks() -> None:
+    """Also in an editable install: a plain path leads to it, and py.typed lies there."""
+    from mypy.modulefinder import FindModuleCache, SearchPaths, get_search_dirs
+
+    folders = tuple(folder for group in get_search_dirs(sys.executable) for folder in group)
+    paths = SearchPaths((), (), package_path=folders, typeshed_path=())
+    finder = FindModuleCache(paths, None, None)
+    for name, file in (
+        ("rest_lightning", ROOT / "rest_lightning" / "__init__.py"),
+        ("rest_lightning.callbacks", ROOT / "callbacks" / "__init__.py"),
+        ("rest_lightning.callbacks.averaging", ROOT / "callbacks" / "averaging.py"),
+    ):
+        found = finder.find_module(name)
+        assert isinstance(found, str), f"{name}: {found}; pip install -e . again"
+        assert Path(found).resolve() == file
+    assert (ROOT / "rest_lightning" / "py.typed").is_file()
 
 
 @pytest.mark.parametrize(

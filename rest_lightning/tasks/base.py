@@ -154,7 +154,7 @@ class StageModule(LightningModule):
             )
         settings = dict(checkpoint.get("hyper_parameters", {}))
         initial = {**(settings.pop("initial", None) or {}), **(changes.pop("initial", None) or {})}
-        given = {name: build_part(each) for name, each in described.items()}
+        given: dict[str, Any] = {name: build_part(each) for name, each in described.items()}
         for name, description in checkpoint.get(FROZEN_PARTS_KEY, {}).items():
             is_ours = takes_any or name in parameters
             if is_ours and name not in changes and name not in ("teacher", "teacher_speech_ae"):
