@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import wave
 from pathlib import Path
 from typing import Any
 
@@ -191,23 +190,16 @@ def test_finished_means_the_same_content_wherever_it_lies(
         predict(model_folder, [{**pair, "speech": str(moved)}], VideoSink(str(tmp_path / "out")))
 
 
-def test_videos_are_signed_where_asked(tmp_path: Path) -> None:
+def test_videos_are_signed_where_asked(pairs: list[dict[str, str]], tmp_path: Path) -> None:
     pytest.importorskip("c2pa", reason="c2pa-python (extra `provenance`) signs")
     from certificates import make_files
-    from stills import face
     from tiny_head import make_head
 
     from rest_lightning.media.provenance import read_provenance
 
     signer = make_files(tmp_path / "signer")
     make_head().save_pretrained(tmp_path / "model")
-    face(128, 128).save(tmp_path / "portrait.png")
-    with wave.open(str(tmp_path / "speech.wav"), "wb") as file:
-        file.setparams((1, 2, 16_000, 0, "NONE", ""))
-        file.writeframes(np.full(6400, 900, "<i2").tobytes())
-    pair = {name: str(tmp_path / name) for name in ("portrait.png", "speech.wav")}
-    listed = [{"portrait": pair["portrait.png"], "speech": pair["speech.wav"]}]
     sign = (str(signer.certificate), str(signer.key))
-    predict(tmp_path / "model", listed, VideoSink(str(tmp_path / "out"), sign=sign))
+    predict(tmp_path / "model", pairs[:1], VideoSink(str(tmp_path / "out"), sign=sign))
     (video,) = (tmp_path / "out").glob("*.mp4")
     assert read_provenance(video).is_intact
