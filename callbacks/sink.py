@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from ..data.streams import PredictPair, SpeechBlock
 from ..errors import UserError, note
 from ..media.files import remove_leftovers, sha256_of, write_text_atomic
+from ..media.provenance import load_signer
 from ..media.writer import BackgroundWriter, Mp4Writer
 from ..processes import owned
 from ..tasks.predict import PredictModule
@@ -33,11 +34,23 @@ class VideoSink(Callback):
         out_dir: folder of the videos; made when absent.
         overwrite: replace what is there, and skip nothing.
         crf: quality of the video, see `Mp4Writer`.
+        sign: certificate and key (PEM) that sign the videos, see
+            `rest_lightning.media.provenance`; None leaves them unsigned.
+
+    Raises:
+        UserError: a certificate or key that cannot sign.
     """
 
-    def __init__(self, out_dir: str, overwrite: bool = False, crf: int = 18) -> None:
+    def __init__(
+        self,
+        out_dir: str,
+        overwrite: bool = False,
+        crf: int = 18,
+        sign: tuple[str, str] | None = None,
+    ) -> None:
         self.out_dir, self.overwrite, self.crf = Path(out_dir), overwrite, crf
         self._held = ExitStack()
+        self._signer = None if sign is None else load_signer(*sign)
         self._file: Mp4Writer | None = None
         self._writer: BackgroundWriter | None = None
         self._pair: PredictPair | None = None
@@ -142,7 +155,11 @@ class VideoSink(Callback):
         for suffix in (".mp4", ".json"):
             remove_leftovers(self._path(pair, suffix))
         self._file = Mp4Writer(
-            self._path(pair, ".mp4"), size_px, crf=self.crf, overwrite=self.overwrite
+            self._path(pair, ".mp4"),
+            size_px,
+            crf=self.crf,
+            overwrite=self.overwrite,
+            signer=self._signer,
         )
         self._writer, self._pair = BackgroundWriter(self._file), pair
 

@@ -179,7 +179,7 @@ way_container() {
     fi
     chmod -R a+rX . && chmod a+rwx home && chmod a+x "$scratch"
     each=$(sed -n 's/^USER //p' "$file")
-    if [ "$(id -u)" -eq 0 ] && setpriv --reuid "$each" --regid "$each" --clear-groups venv/bin/python -c 'import rest_lightning' 2>/dev/null; then
+    if [ "$(id -u)" -eq 0 ] && setpriv --reuid "$each" --regid "$each" --clear-groups env -i venv/bin/rest --version >/dev/null 2>&1; then
         user=(setpriv --reuid "$each" --regid "$each" --clear-groups)
     else
         say "this user cannot become user $each, or that one cannot read this Python: as user $(id -u)"

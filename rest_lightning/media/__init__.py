@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from rest_lightning.media.files import write_text_atomic as write_text_atomic
     from rest_lightning.media.portrait import load_portrait as load_portrait
     from rest_lightning.media.portrait import read_portrait as read_portrait
+    from rest_lightning.media.provenance import load_signer as load_signer
+    from rest_lightning.media.provenance import read_provenance as read_provenance
     from rest_lightning.media.sheet import draw_contact_sheet as draw_contact_sheet
     from rest_lightning.media.video import VideoFile as VideoFile
     from rest_lightning.media.video import read_clip_audio as read_clip_audio
@@ -33,6 +35,7 @@ __all__, __getattr__ = lazy(
         "faces": ["FaceBoxes", "FaceDetector"],
         "files": ["check_output", "whole_file", "write_text_atomic"],
         "portrait": ["load_portrait", "read_portrait"],
+        "provenance": ["load_signer", "read_provenance"],
         "sheet": ["draw_contact_sheet"],
         "video": ["VideoFile", "read_clip_audio", "read_frames"],
         "writer": ["BackgroundWriter", "Mp4Writer", "open_pipe"],

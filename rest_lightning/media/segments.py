@@ -151,12 +151,17 @@ def join_segments(segments: Iterable[bytes], path: Path, signer: Signer | None =
     Raises:
         UserError: the operating system refuses.
     """
+    with whole_file(path) as temporary:
+        _join(segments, temporary)
+        if signer is not None:
+            with whole_file(temporary) as signed:
+                signer.sign(temporary, signed, path.name)
+
+
+def _join(segments: Iterable[bytes], path: Path) -> None:
     with (
-        whole_file(path) as temporary,
-        av.open(io.BytesIO(b"".join(segments)), format="mpegts") as source,
-        av.open(
-            local_name(temporary), "w", format="mp4", options={"movflags": "+faststart"}
-        ) as target,
+        av.open(io.BytesIO(b"".join(segments)), "r", format="mpegts") as source,
+        av.open(local_name(path), "w", format="mp4", options={"movflags": "+faststart"}) as target,
     ):
         target.metadata.update(PROVENANCE)
         streams = {
@@ -171,9 +176,6 @@ def join_segments(segments: Iterable[bytes], path: Path, signer: Signer | None =
             packet.dts -= start
             packet.stream = streams[packet.stream.index]
             target.mux(packet)
-    if signer is not None:
-        with whole_file(path) as signed:
-            signer.sign(path, signed, path.name)
 
 
 class _Nothing:

@@ -188,3 +188,18 @@ def test_finished_means_the_same_content_wherever_it_lies(
     moved.write_bytes(Path(pairs[1]["speech"]).read_bytes())
     with pytest.raises(UserError, match="speech_sha256"):
         predict(model_folder, [{**pair, "speech": str(moved)}], VideoSink(str(tmp_path / "out")))
+
+
+def test_videos_are_signed_where_asked(pairs: list[dict[str, str]], tmp_path: Path) -> None:
+    pytest.importorskip("c2pa", reason="c2pa-python (extra `provenance`) signs")
+    from certificates import make_files
+    from tiny_head import make_head
+
+    from rest_lightning.media.provenance import read_provenance
+
+    signer = make_files(tmp_path / "signer")
+    make_head().save_pretrained(tmp_path / "model")
+    sign = (str(signer.certificate), str(signer.key))
+    predict(tmp_path / "model", pairs[:1], VideoSink(str(tmp_path / "out"), sign=sign))
+    (video,) = (tmp_path / "out").glob("*.mp4")
+    assert read_provenance(video).is_intact

@@ -38,7 +38,7 @@ def segments() -> list[Segment]:
 
 
 def greys_of(data: bytes) -> list[int]:
-    with av.open(io.BytesIO(data), format="mpegts") as container:
+    with av.open(io.BytesIO(data), "r", format="mpegts") as container:
         frames = [frame.to_ndarray(format="gray") for frame in container.decode(video=0)]
     return [round(float(frame.mean()) / 6) for frame in frames]
 
@@ -59,7 +59,7 @@ def test_each_segment_can_be_decoded_alone(segments: list[Segment]) -> None:
 
 
 def test_times_go_on_over_borders(segments: list[Segment]) -> None:
-    with av.open(io.BytesIO(b"".join(s.data for s in segments)), format="mpegts") as container:
+    with av.open(io.BytesIO(b"".join(s.data for s in segments)), "r", format="mpegts") as container:
         times = sorted(frame.time for frame in container.decode(video=0) if frame.time is not None)
     np.testing.assert_allclose(np.diff(times), 1 / FPS, atol=1e-4)
     assert len(times) == TOTAL
