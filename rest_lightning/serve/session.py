@@ -598,12 +598,13 @@ class Session:
     ) -> None:
         last_index, num_speech, position = None, 0, 0
         for frame in frames:
-            spoken = None if is_idle else self._spoken.get(frame.utterance)
+            utterance = -1 if is_idle or frame.utterance is None else frame.utterance
+            spoken = self._spoken.get(utterance)
             if spoken is not None:
                 count = min(len(frame.samples), spoken.num_samples - frame.offset)
                 last_index = spoken.index + frame.offset + count - 1
                 num_speech = position + count
-                for number in [each for each in self._spoken if each < frame.utterance]:
+                for number in [each for each in self._spoken if each < utterance]:
                     del self._spoken[number]
             position += len(frame.samples)
         computed = frames[0].computed

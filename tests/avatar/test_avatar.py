@@ -140,7 +140,9 @@ def test_pieces_of_a_live_source_come_as_soon_as_they_are_computed() -> None:
     async def talk() -> None:
         settings = AvatarSettings(is_live=True)
         async with Avatar(portrait(), TracedModel(), settings) as avatar:  # type: ignore[arg-type]
-            loop, counts, times_s = asyncio.get_running_loop(), [], []
+            loop = asyncio.get_running_loop()
+            counts: list[int] = []
+            times_s: list[float] = []
             async for frame in avatar.run():
                 assert frame.index == sum(counts) and not frame.is_held
                 times_s.append(loop.time())
