@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 import tempfile
@@ -77,8 +78,10 @@ def plays_segments(video: gradio.Video, signer: Signer | None = None) -> gradio.
     async def combine_stream(
         stream: list[bytes], desired_output_format: str | None = None, only_file: bool = False
     ) -> FileData:
+        Path(video.GRADIO_CACHE).mkdir(parents=True, exist_ok=True)
         path = Path(tempfile.mkdtemp(dir=video.GRADIO_CACHE)) / "talking-head.mp4"
-        join_segments(stream, path, signer)
+        await asyncio.to_thread(join_segments, stream, path, signer)
+        video.temp_files.add(str(path))  # what Gradio deletes after a while
         return FileData(path=str(path), is_stream=False, orig_name=path.name)
 
     video.stream_output = stream_output
@@ -97,10 +100,10 @@ def build(model: TalkingHead, max_s: float = 120.0, signer: Signer | None = None
     """
 
     def talk(
-        portrait: str | None, speech: str | None, whole_photo: bool, seed: float
+        portrait: str | None, speech: str | None, whole_photo: bool, seed: float | None
     ) -> Iterator[tuple[Any, str]]:
         try:
-            yield from _talk(model, portrait, speech, whole_photo, int(seed), max_s)
+            yield from _talk(model, portrait, speech, whole_photo, int(seed or 0), max_s)
         except UserError as error:
             raise gradio.Error(str(error), duration=None, print_exception=False) from error
 
