@@ -47,7 +47,7 @@ def comfy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         if state.is_cancelled:
             raise Interrupted
 
-    names = {
+    names: dict[str, dict[str, Any]] = {
         "comfy": {},
         "comfy.utils": {"ProgressBar": ProgressBar},
         "comfy.model_management": {"throw_exception_if_processing_interrupted": throw},
