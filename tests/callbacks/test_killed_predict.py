@@ -87,6 +87,7 @@ def run(jobs: list[dict[str, Any]], repository: Path) -> list[int]:
     return codes
 
 
+@pytest.mark.slow
 def test_killed_runs_redo_one_file_at_most(
     tmp_path: Path, model: Path, pairs: Path, repository: Path
 ) -> None:
