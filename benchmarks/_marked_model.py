@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -153,6 +154,7 @@ class MarkedModel:
         lookahead_frames: int = 0,
     ) -> None:
         self.size_px, self.chunk_s = size_px, chunk_s
+        self.portraits: list[Path] = []  # the package's
         self.transformer = SimpleNamespace(cache_options=SimpleNamespace(chunk_length=chunk_length))
         self.speech_encoder = SimpleNamespace(lookahead_frames=lookahead_frames)
         self.chunk_frames = TEMPORAL_RATIO * chunk_length

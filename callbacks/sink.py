@@ -166,7 +166,13 @@ class VideoSink(Callback):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Keep what was done of the present video, under a name that says so."""
+        """Keep what was done of the present video, under a name that says so, and let go of the
+        folder: there is no teardown then.
+        """
+        with self._held:
+            self._keep_partial()
+
+    def _keep_partial(self) -> None:
         file, writer, pair = self._file, self._writer, self._pair
         self._file = self._writer = self._pair = None
         if file is None or writer is None or pair is None:

@@ -119,6 +119,8 @@ class TellsMistakes(ArgumentParser):
         if inside and "is not accepted" in reason:
             way_out = hint_inside(self.stage, inside.split(".")) if self.stage else ""
             return f"expected a known option, got --model.{inside}: {way_out or see}"
+        if inside.startswith(f"{key}."):
+            key = f"model.{inside}"
         if self.reading is None:
             return f"{self._shown(key)}: {reason}" if key else reason
         path = self.reading.source_of(key.split(".")) or self.reading.path

@@ -229,6 +229,7 @@ def test_the_index_is_not_promised() -> None:
     wrong = [
         f"{path.relative_to(ROOT)}: {line}"
         for path in pages
+        if path.name != "releasing.md"  # about the day when an index has it
         for line in path.read_text("utf-8").splitlines()
         if re.search(r"pip install (?!.*-e )[^`]*rest[-_]lightning", line)
         and "no index has the package yet" not in line.lower()

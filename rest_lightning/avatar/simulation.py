@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Executor
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
@@ -136,7 +137,7 @@ class TracedModel:
         size_px: int = TRACED_SIZE_PX,
     ) -> None:
         self.compute_s, self.broken_level = compute_s, broken_level
-        self.size_px = size_px
+        self.size_px, self.portraits = size_px, list[Path]()  # the portraits of the package
         self.transformer = SimpleNamespace(cache_options=SimpleNamespace(chunk_length=chunk_length))
         self.speech_encoder = SimpleNamespace(lookahead_frames=lookahead_frames)
         self.num_steps = 0

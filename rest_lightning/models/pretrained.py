@@ -66,7 +66,7 @@ class PretrainedPart(nn.Module):
                 "folder with subfolder="
             )
         description = read_description(folder)
-        kinds = {kind.__name__: kind for kind in cls._kinds()}
+        kinds = {_name_in_files(kind): kind for kind in cls._kinds()}
         name = description.get("class")
         if name not in kinds:
             raise UserError(
@@ -100,3 +100,9 @@ class PretrainedPart(nn.Module):
         yield cls
         for kind in cls.__subclasses__():
             yield from kind._kinds()
+
+
+def _name_in_files(cls: type) -> str:
+    """The name of a class of this package, the import path of another one."""
+    own = cls.__module__.startswith(__name__.partition(".")[0] + ".")
+    return cls.__name__ if own else f"{cls.__module__}.{cls.__qualname__}"

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from rest_lightning.constants import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME, TEMPORAL_RATIO
 from rest_lightning.errors import UserError
-from rest_lightning.media.audio import Resampler
 from rest_lightning.media.level import MAX_PEAK, LevelMeter
 from rest_lightning.streaming.device import Frames, Pending, Ready
 from rest_lightning.streaming.engine import ChunkEngine, EngineOptions, EngineState, StreamState
@@ -27,6 +26,7 @@ from rest_lightning.streaming.report import StreamClock, StreamReport
 
 if TYPE_CHECKING:
     from rest_lightning.diffusion.sampling import Sampling
+    from rest_lightning.media.audio import Resampler
     from rest_lightning.media.writer import BackgroundWriter
     from rest_lightning.parts import TalkingParts
     from rest_lightning.streaming.engine import ChunkEngine
@@ -433,6 +433,8 @@ class StreamingSession:
         if sample_rate == SAMPLE_RATE:
             return samples
         if self._resampler is None:
+            from rest_lightning.media.audio import Resampler  # PyAV: only who resamples needs it
+
             self._resampler = Resampler(sample_rate)
         return self._resampler.push(as_samples(samples, self._row.num_samples))
 

@@ -6,10 +6,8 @@ import argparse
 import json
 import re
 import shutil
-import subprocess
 from pathlib import Path
 from statistics import fmean
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,11 +23,11 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """The commands that were run: here in this process, which has torch already."""
     seen: list[list[str]] = []
 
-    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+    def run(command: list[str], environment: dict[str, str]) -> int:
         seen.append(command[3:])
-        return subprocess.CompletedProcess(command, main(command[3:]))
+        return main(command[3:])
 
-    monkeypatch.setattr(_runs, "subprocess", SimpleNamespace(run=run))  # others start processes too
+    monkeypatch.setattr(_runs, "run_child", run)
     return seen
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from rest_lightning import talking_head
 from rest_lightning.cli import main
 from rest_lightning.commands import talk
 
@@ -18,7 +19,7 @@ def small_demo(
     monkeypatch: pytest.MonkeyPatch,
 ) -> list[str]:
     """The command with one second of speech and the tiny model."""
-    monkeypatch.setattr(talk, "PORTRAIT", portrait)
+    monkeypatch.setattr(talking_head, "portraits_in", lambda folder: [portrait])
     monkeypatch.setattr(talk, "SPEECH", make_speech(16_000))
     return ["demo", "--model", str(tiny_model)]
 

@@ -216,7 +216,7 @@ def test_stage_is_evaluated_while_it_trains_and_does_not_notice(
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "no evaluation")
         cli = recipe.run(stage, tmp_path, overlays=(overlay,))
-    files = sorted((tmp_path / "evaluation").iterdir())
+    files = sorted((tmp_path / "evaluation").glob("*.json"))
     row = ResultRow.from_dict(json.loads(files[-1].read_text()))
     assert row.config["split"] == "val" and row.num_clips == 1 and row.config["step"] == 3
     assert row.sampler["mode"] == {"student": "streamed", "teacher": "whole clip"}[stage]
@@ -266,6 +266,7 @@ def test_an_evaluation_goes_on_from_its_state(
     state = SimpleNamespace(fn="test")
     trainer: Any = SimpleNamespace(
         datamodule=data,
+        test_dataloaders=data.test_dataloader(),
         world_size=1,
         global_rank=0,
         is_global_zero=False,
@@ -305,7 +306,9 @@ def test_turns_of_a_training_run(protocol_file: Path, recipe: Any) -> None:
     from rest_lightning.callbacks.evaluation import Evaluation
 
     module = recipe.clis["student"].model
-    trainer: Any = SimpleNamespace(sanity_checking=False, state=SimpleNamespace(fn="fit"))
+    trainer: Any = SimpleNamespace(
+        sanity_checking=False, state=SimpleNamespace(fn="fit"), val_dataloaders=None
+    )
 
     def turns(callback: Evaluation, count: int) -> list[bool]:
         due = []
