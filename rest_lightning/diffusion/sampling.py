@@ -223,7 +223,13 @@ class SamplingChanges:
     table_steps: int | None = None
 
     def of(self, settings: Sampling) -> Sampling:
-        """Returns ``settings`` with the changes applied."""
-        return replace(
-            settings, **{name: value for name, value in asdict(self).items() if value is not None}
-        )
+        """Returns ``settings`` with the changes applied.
+
+        A model that is guided by the speech alone stays so: where its two weights add up to 1 and
+        ``guidance`` alone is changed, ``reference_guidance`` follows.
+        """
+        changes = {name: value for name, value in asdict(self).items() if value is not None}
+        by_speech = settings.reference_guidance != 0.0 and not settings.branches.has_none
+        if self.guidance is not None and by_speech:
+            changes.setdefault("reference_guidance", 1.0 - self.guidance)
+        return replace(settings, **changes)

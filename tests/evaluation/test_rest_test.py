@@ -154,7 +154,7 @@ def test_teacher_makes_whole_clips_on_the_sessions_clock(
     ]
     assert main(words(protocol_file, test_clips, tmp_path, *args)) == 0, capsys.readouterr().err
     (row,) = read_rows(tmp_path / "row.json")
-    assert row.sampler["mode"] == "whole clip" and row.sampler["guidance"] == 2.0  # the stage's
+    assert row.sampler["mode"] == "whole clip" and row.sampler["guidance"] == 4.0  # the stage's
 
     module = recipe.clis["teacher"].model
     changes = SamplingChanges(num_steps=2, shift=1.0)

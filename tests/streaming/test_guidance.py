@@ -232,6 +232,11 @@ def test_changes_keep_what_they_do_not_name() -> None:
         3, OFF, shift=2.0
     )
     assert SamplingChanges(num_steps=4, shift=1.0).of(own) == settings(4, SPLIT)
+    by_speech = settings(3, (4.0, -3.0))
+    assert SamplingChanges(guidance=2.5).of(by_speech) == settings(3, (2.5, -1.5))
+    assert SamplingChanges(guidance=1.0).of(by_speech) == settings(3, OFF)
+    assert SamplingChanges(guidance=6.0, reference_guidance=2.0).of(by_speech) == settings(3, SPLIT)
+    assert SamplingChanges(guidance=6.0).of(settings(3, OFF)) == settings(3, JOINT)
 
 
 @pytest.mark.parametrize(
