@@ -11,7 +11,7 @@ from PIL import Image
 
 from rest_lightning.media.video import VideoFile
 
-SECONDS, EVERY, SIDE_PX = 6.0, 2, 192
+SECONDS, EVERY, SIDE_PX = 5.0, 2, 224
 
 
 def main(source: str) -> None:

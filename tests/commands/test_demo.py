@@ -4,11 +4,14 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from rest_lightning import talking_head
 from rest_lightning.cli import main
 from rest_lightning.commands import talk
+from rest_lightning.media.video import read_frames
 
 
 @pytest.fixture
@@ -45,3 +48,19 @@ def test_demo_needs_a_folder(
         assert main([*small_demo, "--out", str(out)]) == 2
         error = capsys.readouterr().err
         assert str(out) in error and "--out" in error and len(error.splitlines()) == 1
+
+
+def test_the_model_of_people_speaks_with_its_own_portrait(
+    make_speech: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(talk, "SPEECH", make_speech(16_000))
+    assert main(["demo", "--model", "people", "--quiet", "--out", str(tmp_path)]) == 0
+    report = json.loads((tmp_path / "demo.json").read_text())
+    assert "assets/people/portraits/ada.png" in json.dumps(report)
+    frames = read_frames(tmp_path / "demo.mp4")
+    assert frames.shape == (25, 256, 256, 3)
+    with Image.open(talking_head.ASSETS / "people" / "portraits" / "ada.png") as image:
+        portrait = np.asarray(image.convert("RGB").resize((256, 256)))
+    # What does not move is held to the photograph: the corners.
+    for corner in (np.s_[:48, :48], np.s_[:48, -48:]):
+        assert np.abs(frames[-1][corner].astype(int) - portrait[corner]).mean() < 12
