@@ -28,7 +28,7 @@ test: $(VENV)/.stamp-test  ## run the tests that take seconds (PYTEST_ARGS=... g
 	$(BIN)/python -m pytest -m 'not slow' -n $(TEST_WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.stamp-test  ## run the others: whole runs, several processes, a browser, a Ray cluster
-	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m slow -n $(TEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 test-agents: $(AGENTS_VENV)/.stamp  ## run the tests of the LiveKit and Pipecat adapters, in an environment of their own
 	$(AGENTS_VENV)/bin/python -m pytest tests/avatar tests/integrations tests/test_agents_page.py $(PYTEST_ARGS)

@@ -14,7 +14,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rest_lightning.errors import UserError
+from rest_lightning.errors import Terminated, UserError
 from rest_lightning.processes import owned
 
 if TYPE_CHECKING:
@@ -77,10 +77,10 @@ def run(args: argparse.Namespace) -> int:
             rows = _engine(args.engine)(
                 sources, root, args.out, options, args.num_workers, not args.quiet
             )
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as interrupt:
             raise KeyboardInterrupt(
                 f"interrupted: the same command goes on where {args.out} stopped"
-            ) from None
+            ) from (interrupt if isinstance(interrupt, Terminated) else None)
         rows = finish(args.out, rows, options)
     _summarise(args.out, len(sources), rows)
     return 0 if any(row.status == "kept" for row in rows) else 1  # nothing made is no success

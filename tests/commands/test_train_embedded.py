@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -99,11 +97,11 @@ def test_the_whole_recipe_at_tiny_size(
     """From clips to an exported model, in any folder; a second call does nothing again."""
     calls: list[str] = []
 
-    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+    def run(command: list[str], environment: dict[str, str]) -> int:
         calls.append(command[3])
-        return subprocess.CompletedProcess(command, main(command[3:]))
+        return main(command[3:])
 
-    monkeypatch.setattr(_runs, "subprocess", SimpleNamespace(run=run))
+    monkeypatch.setattr(_runs, "run_child", run)
     tiny = [word for name in ("trainer", "model", "data") for word in ("--config", f"{name}/tiny")]
     words = ["train-embedded", "--data", str(talkers), "--budget-min", "10", *tiny]
     assert main(words) == 0
