@@ -51,8 +51,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def run(args: argparse.Namespace) -> None:
-    """Streams and measures clip by clip, then writes the means.
+def run(args: argparse.Namespace) -> int:
+    """Streams and measures clip by clip, then writes the means; returns the exit code.
 
     Raises:
         UserError: no held-out clip with a true mouth opening, or no such model.
@@ -81,6 +81,7 @@ def run(args: argparse.Namespace) -> None:
         print(row.clip_id, {name: round(value, 3) for name, value in score.items()}, flush=True)
     write_result(args.out, _result(args, head, scores, num_frames / seconds))
     print(f"wrote {args.out}")
+    return 0
 
 
 def measure(
