@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import stat
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -174,8 +175,6 @@ def write_part(
         dtype: of the stored weights.
         max_shard_bytes: of the tensors of one file.
     """
-    from safetensors.torch import save_file
-
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG_FILE).write_text(json.dumps(description, indent=2) + "\n")
     shards: list[dict[str, Tensor]] = [{}]
@@ -194,15 +193,23 @@ def write_part(
         return
     metadata = {"format": "pt"}
     if len(shards) == 1:
-        save_file(shards[0], folder / "model.safetensors", metadata)
+        _save(shards[0], folder / "model.safetensors", metadata)
         return
     weight_map: dict[str, str] = {}
     for i, shard in enumerate(shards):
         name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        save_file(shard, folder / name, metadata)
+        _save(shard, folder / name, metadata)
         weight_map |= dict.fromkeys(shard, name)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _save(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    from safetensors.torch import save_file
+
+    save_file(dict(tensors), path, metadata)
+    # safetensors lets nobody else read it; a server often runs as another user.
+    path.chmod(stat.S_IMODE((path.parent / CONFIG_FILE).stat().st_mode))
 
 
 def _check_values(path: Path, value: Any, name: str, depth: int = 0) -> None:

@@ -45,6 +45,7 @@ def files(tmp_path: Path) -> dict[str, bytes]:
     head.card = CARD.decode()
     folder = tmp_path / "made"
     head.save_pretrained(folder, max_shard_bytes=40_000)
+    assert len({file.stat().st_mode for file in folder.rglob("*") if file.is_file()}) == 1
     found = {
         path.relative_to(folder).as_posix(): path.read_bytes()
         for path in folder.rglob("*")
