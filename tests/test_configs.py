@@ -175,7 +175,7 @@ def test_sampling_ablation_serves_previews(recipe: Any, tmp_path: Path, file: st
     previews = tmp_path / "previews.yaml"
     previews.write_text(
         "trainer: {callbacks+: [{class_path: rest_lightning.callbacks.previews.SampleVideos}]}\n"
-        "sampling: {num_steps: 3, guidance: 2.5, shift: 1.0}\n"
+        "sampling: {num_steps: 3, guidance: 2.5, reference_guidance: 0.0, shift: 1.0}\n"
     )
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "no sample videos")

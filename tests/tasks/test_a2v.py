@@ -60,8 +60,8 @@ def student(recipe: Any = None, asd: bool = False, **noise: Any) -> StudentModul
 @pytest.mark.parametrize(
     ("stage", "expected"),
     [
-        ("teacher", Sampling(8, 2.0, 1.0)),
-        ("asd", Sampling(8, 2.0, 1.0)),
+        ("teacher", Sampling(8, 4.0, 1.0, -3.0)),
+        ("asd", Sampling(8, 4.0, 1.0, -3.0)),
         ("distill", Sampling(2, 1.0, 1.0, table_steps=8)),
     ],
 )
