@@ -7,9 +7,8 @@ A Gradio app, the same that examples/space shows as a Space. It needs the extra 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from rest_lightning.commands.talk import MODEL_HELP, add_sign_argument, positive
+from rest_lightning.commands.talk import add_loading_arguments, add_sign_argument, positive
 from rest_lightning.errors import UserError
 
 
@@ -25,17 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-s", type=positive, default=120, help="longest speech in seconds (default 120)"
     )
     add_sign_argument(parser)
-    parser.add_argument("--model", type=Path, help=MODEL_HELP)
-    parser.add_argument(
-        "--threads",
-        dest="num_threads",
-        type=positive,
-        help="threads of torch (default: its choice)",
-    )
-    parser.add_argument(
-        "--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the model"
-    )
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default auto)")
+    add_loading_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -52,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
         signer = load_signer(*args.sign)
     with listen(args.host, args.port) as listening:  # before the model is loaded
         model = ModelOptions(
-            args.model, num_threads=args.num_threads, dtype=args.dtype, device=args.device
+            args.model, args.chunk_length, args.num_threads, args.dtype, args.device
         ).load()
         app = build(model, max_s=args.max_s, signer=signer)
         host, port = listening.getsockname()[:2]

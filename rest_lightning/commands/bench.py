@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rest_lightning.commands.talk import MODEL_HELP
+from rest_lightning.commands.talk import add_loading_arguments
 from rest_lightning.constants import FPS, SAMPLE_RATE, TEMPORAL_RATIO
 from rest_lightning.errors import UserError, note
 from rest_lightning.machine import num_usable_cores
@@ -61,26 +61,12 @@ QUICK = Budget(1.0, 1, 1.0, 2.0, num_steps=2, most_streams=4)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
-    from rest_lightning.commands.talk import positive
-
     parser.add_argument("--out", type=Path, help="also write the row as JSON")
     parser.add_argument("--overwrite", action="store_true", help="replace a file that exists")
     parser.add_argument(
         "--quick", action="store_true", help="seconds in place of minutes, and rough numbers"
     )
-    parser.add_argument("--model", type=Path, help=MODEL_HELP)
-    chunk = "latents of 0.32 s per chunk, where the model was trained for several"
-    parser.add_argument("--chunk-length", type=positive, help=chunk)
-    parser.add_argument(
-        "--threads",
-        dest="num_threads",
-        type=positive,
-        help="threads of torch (default: its choice)",
-    )
-    parser.add_argument(
-        "--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the model"
-    )
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default auto)")
+    add_loading_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -17,7 +17,7 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 
 from rest_lightning.commands.serve import spin_briefly
-from rest_lightning.commands.talk import MODEL_HELP, positive
+from rest_lightning.commands.talk import add_loading_arguments, positive
 from rest_lightning.errors import UserError
 from rest_lightning.extras import require
 
@@ -45,19 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-sessions", type=positive, default=1, help="conversations at once (default 1)"
     )
-    parser.add_argument("--model", type=Path, help=MODEL_HELP)
-    chunk = "latents of 0.32 s per chunk, where the model was trained for several"
-    parser.add_argument("--chunk-length", type=positive, help=chunk)
-    parser.add_argument(
-        "--threads",
-        dest="num_threads",
-        type=positive,
-        help="threads of torch (default: its choice)",
-    )
-    parser.add_argument(
-        "--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the model"
-    )
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default auto)")
+    add_loading_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rest_lightning.commands.talk import MODEL_HELP, positive
+from rest_lightning.commands.talk import add_loading_arguments, positive
 from rest_lightning.constants import FPS
 from rest_lightning.errors import UserError
 from rest_lightning.machine import spin_briefly
@@ -61,22 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--grace", type=float, default=30.0, help="seconds for sessions at the end (default 30)"
     )
-    parser.add_argument("--model", type=Path, help=MODEL_HELP)
-    chunk = (
-        "latents of 0.32 s per chunk, where the model was trained for several: short ones "
-        "answer sooner"
-    )
-    parser.add_argument("--chunk-length", type=positive, help=chunk)
-    parser.add_argument(
-        "--threads",
-        dest="num_threads",
-        type=positive,
-        help="threads of torch (default: its choice)",
-    )
-    parser.add_argument(
-        "--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the model"
-    )
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default auto)")
+    add_loading_arguments(parser)
     engine = (
         "local: this process; ray: replicas in the Ray cluster of RAY_ADDRESS, or in one on "
         "this machine"

@@ -134,8 +134,8 @@ def add_sign_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments about the model, shared with ``rest demo``."""
-    parser.add_argument("--model", type=Path, help=MODEL_HELP)
+    """Arguments about the model and its sampling, shared with ``rest demo``."""
+    add_loading_arguments(parser)
     parser.add_argument("--seed", type=int, default=0, help="of the noise (default 0)")
     parser.add_argument(
         "--steps",
@@ -151,11 +151,6 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "model's)"
     )
     parser.add_argument("--reference-guidance", type=float, help=split)
-    chunk = (
-        "latents of 0.32 s per chunk, where the model was trained for several: short ones "
-        "answer sooner"
-    )
-    parser.add_argument("--chunk-length", type=positive, help=chunk)
     detail = (
         "of the portrait, in every frame: model (default: as it was trained), agreement "
         "(closed form) or none"
@@ -163,6 +158,18 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--detail", choices=("model", "agreement", "none"), default="model", help=detail
     )
+
+
+def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments that every command has which loads a model: those of
+    :class:`~rest_lightning.talking_head.ModelOptions`.
+    """
+    parser.add_argument("--model", type=Path, help=MODEL_HELP)
+    chunk = (
+        "latents of 0.32 s per chunk, where the model was trained for several: short ones "
+        "answer sooner"
+    )
+    parser.add_argument("--chunk-length", type=positive, help=chunk)
     parser.add_argument(
         "--threads",
         dest="num_threads",
@@ -171,8 +178,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     types = (
         "of the model: auto (default) is bfloat16 on processors that compute it natively, "
-        "else "
-        "float32"
+        "else float32"
     )
     parser.add_argument(
         "--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help=types
