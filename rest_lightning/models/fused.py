@@ -37,15 +37,10 @@ import triton.language as tl
 from torch import Tensor, nn
 
 from rest_lightning.models.attention import KeyValue, attend_heads, split_heads
+from rest_lightning.models.blocks import Attention, Block, Modulation, SpeechAttention
 from rest_lightning.models.cache import AttentionContext, IDContextCache
 from rest_lightning.models.ltx_vae import LTXVideoVAE, _Conv, _Upsampler
-from rest_lightning.models.transformer import (
-    A2VDiT,
-    Attention,
-    Block,
-    Modulation,
-    SpeechAttention,
-)
+from rest_lightning.models.transformer import A2VDiT
 
 FLOAT8 = torch.float8_e4m3fn
 FLOAT8_MAX = 448.0

@@ -42,8 +42,8 @@ from rest_lightning.streaming.report import StreamClock
 
 if TYPE_CHECKING:
     from rest_lightning.diffusion.sampling import Sampling
+    from rest_lightning.models.blocks import SigmaEmbedding
     from rest_lightning.models.detail import DetailTransfer
-    from rest_lightning.models.transformer import SigmaEmbedding
     from rest_lightning.parts import TalkingParts
 
 GRAPHS_VARIABLE = "REST_CUDA_GRAPHS"

@@ -17,7 +17,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from rest_lightning.models import causal, transformer
+from rest_lightning.models import blocks, causal
 
 _OPERATORS = (
     "_linear_pointwise",
@@ -86,14 +86,14 @@ def _copy(module: nn.Module) -> nn.Module:
         and not isinstance(module.padding, str)
     ):
         forward = _convolution(module)
-    elif isinstance(module, transformer.GELUProjection):
+    elif isinstance(module, blocks.GELUProjection):
         forward = _linear(module.proj, "gelu", "tanh")
-    elif isinstance(module, transformer.RMSNorm | causal.RMSNorm):
+    elif isinstance(module, blocks.RMSNorm | causal.RMSNorm):
         forward = _norm(module)
     if forward is not None:
         twin.forward = forward
-    if isinstance(module, transformer.Block):
-        attention = cast(transformer.Attention, twin._modules["attn1"])
+    if isinstance(module, blocks.Block):
+        attention = cast(blocks.Attention, twin._modules["attn1"])
         attention.queries_keys_values = _queries_keys_values(module.attn1)  # type: ignore[assignment,method-assign]
         # The three alone are not called any more: packed ones would only take memory.
         attention._modules |= {
@@ -104,7 +104,7 @@ def _copy(module: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def _queries_keys_values(
-    layer: transformer.Attention,
+    layer: blocks.Attention,
 ) -> Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]:
     """Self-attention's three projections as one: a chunk has so few tokens that every call
     counts.
@@ -157,7 +157,7 @@ def _convolution(layer: nn.Conv2d) -> Callable[[Tensor], Tensor]:
     return forward
 
 
-def _norm(layer: transformer.RMSNorm | causal.RMSNorm) -> Callable[[Tensor], Tensor]:
+def _norm(layer: blocks.RMSNorm | causal.RMSNorm) -> Callable[[Tensor], Tensor]:
     return _norm_with(layer.weight, layer.eps)
 
 

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from rest_lightning.models.attention import Rope, rotate
+from rest_lightning.models.blocks import precondition
 from rest_lightning.models.cache import CacheOptions
-from rest_lightning.models.transformer import A2VDiT, precondition
+from rest_lightning.models.transformer import A2VDiT
 
 TINY: dict[str, Any] = {
     "in_channels": 6,

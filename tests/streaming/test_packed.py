@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from rest_lightning.models.transformer import A2VDiT, FeedForward
+from rest_lightning.models.blocks import FeedForward
+from rest_lightning.models.transformer import A2VDiT
 from rest_lightning.models.vae import CompactVAE
 from rest_lightning.streaming.packed import can_pack, packed
 

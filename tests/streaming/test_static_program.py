@@ -14,8 +14,8 @@ import torch
 from tape import Tape, tensors_alive_bytes
 from tiny_ltx import make_vae
 
+from rest_lightning.models.blocks import run_block
 from rest_lightning.models.ltx_vae import LTXVideoVAE
-from rest_lightning.models.transformer import run_block
 from rest_lightning.streaming.engine import GRAPHS_VARIABLE, ChunkEngine, EngineOptions
 from rest_lightning.streaming.packed import can_pack
 from rest_lightning.streaming.session import StreamingSession
