@@ -50,10 +50,9 @@ def landmarks_of(batch: Mapping[str, Any], num_frames: int) -> Tensor:
 
 
 def random_crops(
-    frames: Tensor, weights: Tensor, centres: Tensor, side_px: int
+    frames: Tensor, weights: Tensor, centres: Tensor, side_px: int, centred: float = 0.5
 ) -> tuple[Tensor, Tensor]:
-    """A random square of every clip, the same in all of its frames; about half of them hold the
-    centre.
+    """A random square of every clip, the same in all of its frames.
 
     Args:
         frames: (B, C, F, H, W).
@@ -61,6 +60,7 @@ def random_crops(
         centres: (B, F, 2) of what is to be seen more often, in fractions of the image; NaN where
             unknown.
         side_px: side of the squares, at most H and W.
+        centred: share of the squares that are placed around the centre, about in their middle.
 
     Returns:
         Frames and weights of the squares, (B, C, F, side, side) and (B, 1, F, side, side).
@@ -69,7 +69,7 @@ def random_crops(
     room = (size - side_px).to(torch.float32)
     corners = torch.rand(len(frames), 2, device=frames.device) * (room + 1)
     near = centres.nanmean(dim=1) * size - side_px * (0.35 + 0.3 * torch.rand_like(corners))
-    chosen = (torch.rand(len(frames), 1, device=frames.device) < 0.5) & near.isfinite()
+    chosen = (torch.rand(len(frames), 1, device=frames.device) < centred) & near.isfinite()
     corners = torch.minimum(torch.where(chosen, near, corners).floor().clamp(min=0), room)
     squares = [
         (slice(int(y), int(y) + side_px), slice(int(x), int(x) + side_px))

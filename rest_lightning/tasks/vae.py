@@ -43,6 +43,9 @@ class VAELossWeights:
         kl: Kullback-Leibler divergence of the latents from a unit Gaussian, per value.
         lpips: LPIPS of single frames; needs the published VGG weights.
         mouth, eyes: weight of a mouth's or an eye's pixels, where any other pixel counts 1.
+        motion: how much more a pixel weighs per unit of its distance from its mean over time,
+            averaged over the colours (range 2). Without it a blurred mouth that hardly moves costs
+            little, and lips cannot be read from reconstructions.
     """
 
     l1: float = 1.0
@@ -53,6 +56,7 @@ class VAELossWeights:
     lpips: float = 0.0
     mouth: float = 1.0
     eyes: float = 1.0
+    motion: float = 0.0
 
 
 class VAEModule(StageModule):
@@ -75,10 +79,11 @@ class VAEModule(StageModule):
         latent_noise: while training, the decoder reads normalised latents with noise of a random
             strength up to this: a generated latent is never exactly one that the encoder makes
             (decided here). Needs measured statistics.
-        crop_px: training sees a random square of this side of every clip, half of the time one with
-            the mouth in it: a convolutional network learns as much from a quarter of the pixels in
-            a quarter of the time. A multiple of 32; None takes whole frames, which the last minutes
-            should see, for the sake of their borders.
+        crop_px: training sees a random square of this side of every clip: a convolutional network
+            learns as much from a quarter of the pixels in a quarter of the time. A multiple of 32;
+            None takes whole frames, which the last minutes should see, for the sake of their
+            borders.
+        mouth_crops: share of these squares that are placed around the mouth.
 
     Raises:
         UserError: ``principal_batches`` for a network that has no principal path, a ``crop_px``
@@ -98,13 +103,16 @@ class VAEModule(StageModule):
         train_encoder: bool = True,
         latent_noise: float = 0.0,
         crop_px: int | None = None,
+        mouth_crops: float = 0.5,
     ) -> None:
         super().__init__({"vae": vae}, {}, initial, optimizer)
         if crop_px is not None and (crop_px < SPATIAL_RATIO or crop_px % SPATIAL_RATIO):
             raise UserError(
                 f"expected a crop_px that is a multiple of {SPATIAL_RATIO}, got {crop_px}: use 128"
             )
-        self.crop_px = crop_px
+        if not 0 <= mouth_crops <= 1:
+            raise UserError(f"expected mouth_crops from 0 to 1, got {mouth_crops:g}")
+        self.crop_px, self.mouth_crops = crop_px, mouth_crops
         if principal_batches and self._principal_path() is None:
             raise UserError(
                 "principal_batches: expected a VAE with a principal path, got "
@@ -151,8 +159,11 @@ class VAEModule(StageModule):
         pixel_weights = region_weights(landmarks, frames.shape[-2:], weights.mouth, weights.eyes)
         if self.training and self.crop_px is not None and self.crop_px < min(frames.shape[-2:]):
             frames, pixel_weights = random_crops(
-                frames, pixel_weights, landmarks[:, :, 0], self.crop_px
+                frames, pixel_weights, landmarks[:, :, 0], self.crop_px, self.mouth_crops
             )
+        if weights.motion:
+            moved = (frames - frames.mean(dim=2, keepdim=True)).abs().mean(dim=1, keepdim=True)
+            pixel_weights = pixel_weights * (1 + weights.motion * moved)
         reconstruction, mean, log_variance = self(frames)
         error = reconstruction.float() - frames
         terms = {
