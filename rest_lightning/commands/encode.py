@@ -38,7 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--references-per-clip", type=int, default=0, help=("single frames for random references")
     )
     parser.add_argument(
-        "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the stored latents"
+        "--dtype",
+        choices=("bfloat16", "float32"),
+        default="bfloat16",
+        help="of the stored latents and of the encoder's products (default bfloat16)",
     )
     parser.add_argument("--batch-size", type=int, default=4, help="windows at once (default 4)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")

@@ -479,7 +479,7 @@ def encode_dataset(
         references_per_clip: single frames, encoded on their own, for ``reference=random_frame`` and
             ``clip_start``: the clip's first, and others evenly spread behind it.
         splits: which clips.
-        dtype: of the stored latents.
+        dtype: of the stored latents; bfloat16 encodes in it, too, by autocast.
         batch_size: windows encoded at once.
         device: where the VAE is.
         clips_per_shard: clips per file.
@@ -535,7 +535,9 @@ class _Encoder:
             frames = batch.permute(0, 4, 1, 2, 3).to(
                 torch.float32, memory_format=torch.contiguous_format
             )
-            out += self.vae.encode(frames.mul_(1 / 127.5).sub_(1)).to(self.dtype).cpu().unbind(0)
+            with torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32):
+                latents = self.vae.encode(frames.mul_(1 / 127.5).sub_(1))
+            out += latents.to(self.dtype).cpu().unbind(0)
         return out
 
 
