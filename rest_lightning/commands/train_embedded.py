@@ -60,15 +60,15 @@ def _dit(name: str, share: float, before: str, **more: str) -> Stage:
 
 
 STAGES = (
-    Stage("vae", 0.20),
-    Stage("vae_whole", 0.06, {"vae": "vae"}),
-    Stage("vae_decoder", 0.06, {"vae": "vae_whole"}),
-    Stage("detail", 0.06, {"vae": "vae_decoder"}),
+    Stage("vae", 0.30),
+    Stage("vae_whole", 0.05, {"vae": "vae"}),
+    Stage("vae_decoder", 0.05, {"vae": "vae_whole"}),
+    Stage("detail", 0.05, {"vae": "vae_decoder"}),
     Stage("speech_ae", 0.03, uses_speech=True),
-    Stage("teacher", 0.27, {"speech_ae": "speech_ae"}, uses_latents=True, uses_speech=True),
+    Stage("teacher", 0.22, {"speech_ae": "speech_ae"}, uses_latents=True, uses_speech=True),
     _dit("student", 0.14, "teacher"),
-    _dit("asd", 0.10, "student", teacher="teacher"),
-    _dit("distill", 0.08, "asd", source="asd"),
+    _dit("asd", 0.09, "student", teacher="teacher"),
+    _dit("distill", 0.07, "asd", source="asd"),
 )
 VAE_STAGE = "vae_decoder"  # whose VAE makes the latents and is exported
 DETAIL_STAGE = "detail"

@@ -17,7 +17,7 @@ from rest_lightning.models.speech import LogMelEncoder
 from rest_lightning.models.speech_ae import SpeechAE
 from rest_lightning.models.vae import CompactVAE
 from rest_lightning.tasks.base import OptimizerSettings
-from rest_lightning.tasks.regions import region_weights
+from rest_lightning.tasks.regions import random_crops, region_weights
 from rest_lightning.tasks.speech_ae import SpeechAEModule
 from rest_lightning.tasks.vae import (
     LatentMoments,
@@ -88,16 +88,19 @@ def test_speech_ae_loss_falls_on_one_batch() -> None:
     assert losses[-1] < 0.5 * losses[0], losses[::10]
 
 
-@pytest.mark.parametrize(("mouth", "border"), [(1.0, 1.0), (8.0, 3.0)])
-def test_loss_terms_are_their_definitions(mouth: float, border: float) -> None:
-    task = module(
-        l1=1.0, l2=3.0, difference=2.0, border=border, kl=0.5, mouth=mouth, eyes=mouth
-    ).eval()
+@pytest.mark.parametrize(("mouth", "border", "motion"), [(1.0, 1.0, 0.0), (8.0, 3.0, 5.0)])
+def test_loss_terms_are_their_definitions(mouth: float, border: float, motion: float) -> None:
+    options = {"border": border, "mouth": mouth, "eyes": mouth, "motion": motion}
+    task = module(l1=1.0, l2=3.0, difference=2.0, kl=0.5, **options).eval()
     data = batch(17)
     with torch.no_grad():
         terms = task.losses(data)
         reconstruction, mean, log_variance = task(data["frames"])
     weights = region_weights(data["landmarks"], (64, 64), mouth, mouth)
+    still = sum(data["frames"][:, :, i] for i in range(17)) / 17
+    for i in range(17):
+        distance = (data["frames"][:, :, i] - still).abs().mean(dim=1)
+        weights[:, 0, i] *= 1 + motion * distance
     error = reconstruction - data["frames"]
     assert float(terms["l1"]) == pytest.approx(float((weights * error.abs()).mean()), rel=1e-5)
     squared = float((weights * error**2).mean())
@@ -122,6 +125,22 @@ def test_region_weights_of_known_and_unknown_landmarks() -> None:
     assert weights[0, 0, 0, 48, 32] == 5
     assert weights[0, 0, 0, 10, 10] == 1
     assert (weights[0, 0, 1] == 1).all()
+
+
+@pytest.mark.parametrize("centred", [0.0, 0.5, 1.0])
+def test_squares_hold_the_mouth_as_often_as_asked(centred: float) -> None:
+    torch.manual_seed(0)
+    count, side, mouth_px = 400, 16, 20
+    frames = torch.arange(128.0 * 128).view(1, 1, 1, 128, 128).expand(count, 3, 1, -1, -1)
+    centres = torch.full((count, 1, 2), (mouth_px + 0.5) / 128)
+    squares, weights = random_crops(frames, frames[:, :1], centres, side, centred)
+    assert squares.shape == (count, 3, 1, side, side)
+    assert torch.equal(squares[:, :1], weights)
+    held = (squares[:, 0, 0] == mouth_px * 128 + mouth_px).flatten(1).any(1).float().mean()
+    by_chance = ((side / (128 - side + 1)) ** 2) * (1 - centred)
+    assert float(held) == pytest.approx(centred + by_chance, abs=0.07)
+    if centred == 1.0:
+        assert held == 1.0
 
 
 def test_moments_are_those_of_all_latents_together() -> None:
