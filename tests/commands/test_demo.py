@@ -16,13 +16,11 @@ from rest_lightning.media.video import read_frames
 
 @pytest.fixture
 def small_demo(
-    portrait: Path,
     make_speech: Callable[..., Path],
     tiny_model: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> list[str]:
     """The command with one second of speech and the tiny model."""
-    monkeypatch.setattr(talking_head, "portraits_in", lambda folder: [portrait])
     monkeypatch.setattr(talk, "SPEECH", make_speech(16_000))
     return ["demo", "--model", str(tiny_model)]
 
