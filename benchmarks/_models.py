@@ -19,7 +19,7 @@ from rest_lightning.parts import PART_NAMES
 from rest_lightning.talking_head import DEFAULT_MODEL, TalkingHead
 from rest_lightning.torchvision_compat import ensure_torchvision
 
-SIZES = ("tiny", "drawn", "embedded", "paper")
+SIZES = ("tiny", "drawn", DEFAULT_MODEL, "paper")
 # The model of drawn faces, 128x128, which shipped until 0.1: tests and figures of it need a clone.
 DRAWN_FOLDER = Path(__file__).resolve().parent.parent / "tests" / "assets" / "drawn"
 # Decoders in the style of published LTX-Video VAEs, which look ahead; widths are set by
@@ -39,12 +39,12 @@ _LTX_STYLES: dict[str, dict[str, Any]] = {
 
 
 def load_head(size: str, device: str, dtype: torch.dtype) -> tuple[TalkingHead, str]:
-    """A model and what its weights are: ``people`` (the bundled model, of size ``embedded``),
-    ``drawn``, or random ones.
+    """A model and what its weights are: ``trained`` of the bundled model and the drawn one, else
+    ``random``.
     """
-    if size in ("embedded", "drawn"):
-        folder, name = (None, DEFAULT_MODEL) if size == "embedded" else (DRAWN_FOLDER, "drawn")
-        return TalkingHead.from_pretrained(folder, device=device, dtype=dtype), name
+    if size in (DEFAULT_MODEL, "drawn"):
+        folder = DRAWN_FOLDER if size == "drawn" else None
+        return TalkingHead.from_pretrained(folder, device=device, dtype=dtype), "trained"
     torch.manual_seed(0)
     head = _tiny() if size == "tiny" else _paper(device)
     # the speech encoder computes in float32, as in `TalkingHead.from_pretrained`

@@ -986,7 +986,7 @@ def embedded(job: Job) -> Row:
     from benchmarks._models import load_head
     from rest_lightning.streaming.engine import EngineOptions
 
-    size = "embedded" if job.on_gpu else "drawn"
+    size = "people" if job.on_gpu else "drawn"
     head, _ = load_head(size, job.device, job.like["dtype"])
     side, seconds = head.size_px, 30 if job.on_gpu else 2
     portrait = _random(3, side, side, uniform=True) * 2 - 1
@@ -1393,7 +1393,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--budget", type=float, default=430.0, help="seconds in all (default 430)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    sizes = ("paper", "mini", "tiny", "embedded")
+    sizes = ("paper", "mini", "tiny", "people")
     parser.add_argument("--size", choices=sizes, default="paper", help="mini and cpu rehearse")
     parser.add_argument(
         "--only", default="", help="steps, or beginnings of their names, with commas"

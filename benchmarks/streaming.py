@@ -41,10 +41,11 @@ from rest_lightning.machine import peak_memory_mb
 from rest_lightning.media.files import check_output, whole_file
 from rest_lightning.parts import dtype_on
 from rest_lightning.streaming.report import ChunkProfiler
+from rest_lightning.talking_head import DEFAULT_MODEL
 
 # (where it counts, what, path in the JSON, sign, target). Elsewhere the value is shown without a
 # target.
-CPU, ANY, GPU = ("embedded", "cpu"), ("", ""), ("paper", "cuda")
+CPU, ANY, GPU = (DEFAULT_MODEL, "cpu"), ("", ""), ("paper", "cuda")
 TARGETS = (
     (CPU, "frames per second, end to end", "long_stream.frames_per_second", ">=", 100.0),
     (
@@ -125,8 +126,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--size",
         choices=SIZES,
-        default="embedded",
-        help="embedded is the bundled model; tiny and paper have random weights",
+        default=DEFAULT_MODEL,
+        help="people is the bundled model; tiny and paper have random weights",
     )
     parser.add_argument(
         "--out", type=Path, help=("JSON (default: benchmarks/results/streaming_SIZE.json)")
@@ -236,7 +237,7 @@ def targets(result: Row) -> list[Row]:
     this device.
     """
     rows = []
-    size = "embedded" if result["size"] == "drawn" else result["size"]  # the same goals for both
+    size = DEFAULT_MODEL if result["size"] == "drawn" else result["size"]  # the same goals for both
     for where, what, path, sign, limit in TARGETS:
         if where == CPU and result["device"] == "cuda":
             continue
