@@ -22,7 +22,7 @@ help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  \1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
 
 demo: $(VENV)/.stamp-run  ## a bundled photograph speaks: outputs/demo.mp4, with a report
-	$(BIN)/rest demo --model people --out $(OUT)
+	$(BIN)/rest demo --out $(OUT)
 
 test: $(VENV)/.stamp-test  ## run the tests that take seconds (PYTEST_ARGS=... goes to pytest, TEST_WORKERS=2 processes)
 	$(BIN)/python -m pytest -m 'not slow' -n $(TEST_WORKERS) --dist worksteal $(PYTEST_ARGS)

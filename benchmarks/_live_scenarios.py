@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks._browser import LivePage, beeps, browser, write_wav
+from benchmarks._models import DRAWN_FOLDER
 from benchmarks._scenarios import spread
 from rest_lightning.constants import FPS, SAMPLE_RATE
 from rest_lightning.errors import UserError
@@ -38,12 +39,13 @@ class Server:
     """A live server in a process of its own.
 
     Args:
-        model: ``embedded``, or ``marked`` for the stand-in whose frames carry their number.
+        model: ``people``, ``drawn``, or ``marked``, the stand-in whose frames carry their number.
         max_sessions: it refuses more.
     """
 
     def __init__(self, model: str, max_sessions: int = 3) -> None:
-        command = ["-m", "rest_lightning", "serve", "--port", "0"]
+        name = str(DRAWN_FOLDER) if model == "drawn" else model
+        command = ["-m", "rest_lightning", "serve", "--port", "0", "--model", name]
         if model == MARKED:
             command = ["-m", "benchmarks._live_server", "--size-px", str(MARKED_SIZE_PX)]
         command = [sys.executable, *command, "--max-sessions", str(max_sessions)]

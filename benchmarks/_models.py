@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,10 +16,12 @@ from rest_lightning.models.speech_ae import SpeechAE
 from rest_lightning.models.transformer import A2VDiT
 from rest_lightning.models.vae import CompactVAE
 from rest_lightning.parts import PART_NAMES
-from rest_lightning.talking_head import TalkingHead
+from rest_lightning.talking_head import DEFAULT_MODEL, TalkingHead
 from rest_lightning.torchvision_compat import ensure_torchvision
 
-SIZES = ("tiny", "embedded", "paper")
+SIZES = ("tiny", "drawn", DEFAULT_MODEL, "paper")
+# The model of drawn faces, 128x128, which shipped until 0.1: tests and figures of it need a clone.
+DRAWN_FOLDER = Path(__file__).resolve().parent.parent / "tests" / "assets" / "drawn"
 # Decoders in the style of published LTX-Video VAEs, which look ahead; widths are set by
 # `halo_decoders`.
 _LTX_STYLES: dict[str, dict[str, Any]] = {
@@ -36,9 +39,12 @@ _LTX_STYLES: dict[str, dict[str, Any]] = {
 
 
 def load_head(size: str, device: str, dtype: torch.dtype) -> tuple[TalkingHead, str]:
-    """A model and what its weights are: the shipped ones for ``embedded``, random ones else."""
-    if size == "embedded":
-        return TalkingHead.from_pretrained(device=device, dtype=dtype), "shipped"
+    """A model and what its weights are: ``trained`` of the bundled model and the drawn one, else
+    ``random``.
+    """
+    if size in (DEFAULT_MODEL, "drawn"):
+        folder = DRAWN_FOLDER if size == "drawn" else None
+        return TalkingHead.from_pretrained(folder, device=device, dtype=dtype), "trained"
     torch.manual_seed(0)
     head = _tiny() if size == "tiny" else _paper(device)
     # the speech encoder computes in float32, as in `TalkingHead.from_pretrained`

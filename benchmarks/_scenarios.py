@@ -35,9 +35,9 @@ from rest_lightning.models.transformer import A2VDiT
 from rest_lightning.models.vae import VideoAutoencoder
 from rest_lightning.streaming.engine import ChunkEngine, EngineOptions
 from rest_lightning.streaming.packed import packed
-from rest_lightning.talking_head import EMBEDDED_FOLDER, TalkingHead
+from rest_lightning.talking_head import ASSETS, TalkingHead
 
-SPEECH = EMBEDDED_FOLDER.parent / "speech.wav"
+SPEECH = ASSETS / "speech.wav"
 BLOCK_SAMPLES = SAMPLE_RATE // 4
 Row = dict[str, Any]
 

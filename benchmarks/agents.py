@@ -4,7 +4,7 @@ the adapters cost.
 ``python -m benchmarks.agents --out benchmarks/results/agents.json``; ``--seconds 4 --hours 0.1``
 rehearses.
 
-Times are those of the embedded model on the real clock: let nothing else run. Idling takes
+Times are those of the bundled model on the real clock: let nothing else run. Idling takes
     simulated hours. What holds
 at every moment (sound and picture in step, nothing lost, nothing old) is not sampled here but kept
 by the conformance suite, whose cases are counted. Adapters are measured where their extras are
@@ -33,10 +33,9 @@ from rest_lightning import TalkingHead
 from rest_lightning.avatar import Avatar, AvatarFrame, AvatarPool, conformance
 from rest_lightning.avatar.simulation import TracedModel, simulate
 from rest_lightning.errors import UserError, exit_code
-from rest_lightning.talking_head import EMBEDDED_FOLDER
+from rest_lightning.talking_head import ASSETS
 
-ASSETS = EMBEDDED_FOLDER.parent
-PORTRAIT, SPEECH = ASSETS / "portrait.png", ASSETS / "speech.wav"
+SPEECH = ASSETS / "speech.wav"
 FULL_SECONDS, FULL_HOURS = 30.0, 2.0  # shorter ones rehearse
 RATE_HZ, BLOCK_S = 16_000, 0.02
 SPEEDS = {"fast": 4.0, "real_time": 1.0}  # of the source, in multiples of real time
@@ -83,7 +82,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--chunk-length", type=int, help="latents of a chunk, where the model offers it"
     )
-    parser.add_argument("--model", type=Path, help="model folder (default: the embedded model)")
+    parser.add_argument("--model", type=Path, help="model folder (default: the bundled model)")
     parser.add_argument("--only", nargs="+", help="names of scenarios (default: all)")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/agents.json"))
     return parser.parse_args(arguments)
@@ -167,7 +166,7 @@ async def answers(pool: AvatarPool, seconds: float, speed: float) -> Row:
     """From the first sample of an utterance to the first picture with it, at every phase of a
     chunk.
     """
-    async with pool, Avatar(PORTRAIT, pool) as avatar:
+    async with pool, Avatar(pool.model.portraits[0], pool) as avatar:
         reading = asyncio.create_task(_read(avatar, lambda frame: None))
         await asyncio.sleep(1.5)
         end_s, number = time.monotonic() + seconds, 0
@@ -207,7 +206,7 @@ async def interruptions(pool: AvatarPool, seconds: float) -> Row:
         if frame.is_speech:
             last_s = time.monotonic()
 
-    async with pool, Avatar(PORTRAIT, pool) as avatar:
+    async with pool, Avatar(pool.model.portraits[0], pool) as avatar:
         reading = asyncio.create_task(_read(avatar, note))
         await asyncio.sleep(1.5)
         end_s = time.monotonic() + seconds
@@ -239,7 +238,7 @@ async def together(pool: AvatarPool, count: int, seconds: float) -> Row:
             counts[place] += 1
 
     async with pool:
-        avatars = [Avatar(PORTRAIT, pool) for _ in range(count)]
+        avatars = [Avatar(pool.model.portraits[0], pool) for _ in range(count)]
         reading = [asyncio.create_task(read(each, place)) for place, each in enumerate(avatars)]
         while min(counts) < 50:
             await asyncio.sleep(0.02)

@@ -32,9 +32,9 @@ from benchmarks._result import origin, write_result
 from benchmarks._targets import find, target_lines, target_row
 from rest_lightning.errors import UserError, exit_code
 from rest_lightning.media.files import check_output
-from rest_lightning.talking_head import EMBEDDED_FOLDER
+from rest_lightning.talking_head import ASSETS, DEFAULT_MODEL
 
-SPEECH = EMBEDDED_FOLDER.parent / "speech.wav"
+SPEECH = ASSETS / "speech.wav"
 LONG_MIN = 60.0  # a shorter long session says nothing about the hour
 # (what, path in the JSON, sign, target)
 TARGETS: tuple[tuple[str, str, str, float], ...] = (
@@ -66,7 +66,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Arguments of the benchmark."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
-        "--model", choices=("embedded", MARKED), default="embedded", help="marked rehearses"
+        "--model",
+        choices=(DEFAULT_MODEL, "drawn", MARKED),
+        default=DEFAULT_MODEL,
+        help="marked rehearses",
     )
     parser.add_argument(
         "--seconds", type=float, default=60.0, help=("of every measurement (default 60)")

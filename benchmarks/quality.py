@@ -1,8 +1,7 @@
 """How good is a model? Streams unseen synthetic talkers, and real recordings, and measures what
 comes out.
 
-``python -m benchmarks.quality --model rest_lightning/assets/embedded --out
-benchmarks/results/quality.json``
+``python -m benchmarks.quality --model tests/assets/drawn --out benchmarks/results/quality.json``
 
 Every video is streamed through :meth:`TalkingHead.open`, as a user would, and compared with what
 the renderer knows. The same numbers of the true renders and of the VAE's reconstructions stand
@@ -25,6 +24,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from benchmarks._models import DRAWN_FOLDER
 from benchmarks._result import origin, write_result
 from benchmarks._targets import target_lines, target_row
 from rest_lightning.constants import FPS, SAMPLE_RATE
@@ -37,10 +37,10 @@ from rest_lightning.metrics.image import mouth_psnr_db, video_psnr_db
 from rest_lightning.metrics.lips import pearson, summary
 from rest_lightning.metrics.mouth import extractor
 from rest_lightning.metrics.video import VideoScores
-from rest_lightning.talking_head import EMBEDDED_FOLDER, TalkingHead
+from rest_lightning.talking_head import TalkingHead
 
 PROTOCOL, PROTOCOL_VERSION = "synthetic-talkers", 1
-BUNDLED_PORTRAIT = EMBEDDED_FOLDER.parent / "portrait.png"
+DRAWN_PORTRAIT = DRAWN_FOLDER / "portraits" / "portrait.png"
 IMAGES, SOUNDS = (".png", ".jpg", ".jpeg", ".webp"), (".wav", ".mp3", ".flac", ".m4a", ".ogg")
 SHEET_COLUMNS = 9
 Frames = NDArray[np.uint8]
@@ -107,8 +107,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--model",
         type=Path,
-        default=EMBEDDED_FOLDER,
-        help=("model folder (default: the embedded one)"),
+        default=DRAWN_FOLDER,
+        help="model folder (default: that of drawn faces)",
     )
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/quality.json"))
     parser.add_argument(
@@ -365,7 +365,7 @@ def summarise(rows: list[Scores]) -> dict[str, Any]:
 
 
 def targets(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """What the embedded model should reach, and whether it does."""
+    """What the model of drawn faces should reach, and whether it does."""
 
     def mean(row: str, name: str) -> float:
         value = result[row].get(name, {}).get("mean")
@@ -396,7 +396,7 @@ def targets(result: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def real_pairs(folder: Path, portraits: list[Path]) -> list[tuple[Path, Path]]:
-    """Every speech file of a folder with every portrait: the bundled one, the folder's images, the
+    """Every speech file of a folder with every portrait: a drawn one, the folder's images, the
     given ones.
     """
     if not folder.is_dir():
@@ -406,14 +406,12 @@ def real_pairs(folder: Path, portraits: list[Path]) -> list[tuple[Path, Path]]:
         )
     files = sorted(folder.iterdir())
     sounds = [path for path in files if path.suffix.lower() in SOUNDS]
-    images = [path for path in files if path.suffix.lower() in IMAGES] + portraits
-    images = ([BUNDLED_PORTRAIT] if BUNDLED_PORTRAIT.is_file() else []) + images
-    if not sounds or not images:
+    images = [path for path in files if path.suffix.lower() in IMAGES]
+    if not sounds:
         raise UserError(
-            f"expected speech and a portrait for --real {folder}, got {len(sounds)} "
-            f"and {len(images)}"
+            f"expected speech in --real {folder}, got none: put a file of {', '.join(SOUNDS)} there"
         )
-    return list(product(sounds, images))
+    return list(product(sounds, [DRAWN_PORTRAIT, *images, *portraits]))
 
 
 def sheet_frames(opening: NDArray[np.floating[Any]]) -> NDArray[np.int64]:

@@ -39,7 +39,7 @@ def main(args: list[str] | None = None) -> dict[int, dict[str, float]]:
     parser.add_argument("portrait", type=Path)
     parser.add_argument("speech", type=Path)
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4, 8])
-    parser.add_argument("--model", type=Path, help="model folder (default: the embedded model)")
+    parser.add_argument("--model", type=Path, help="model folder (default: the bundled model)")
     options = parser.parse_args(args)
     model = TalkingHead.from_pretrained(options.model)
     names = ("frames_per_second", *COLUMNS)

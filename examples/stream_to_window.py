@@ -57,7 +57,7 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("portrait", type=Path)
     parser.add_argument("speech", type=Path)
     parser.add_argument("--out", type=Path, help="mp4 to write (default: a window)")
-    parser.add_argument("--model", type=Path, help="model folder (default: the embedded model)")
+    parser.add_argument("--model", type=Path, help="model folder (default: the bundled model)")
     options = parser.parse_args(args)
     try:
         speech = open_speech(options.speech)

@@ -1,4 +1,4 @@
-"""Trains the embedded model further on videos of your own.
+"""Trains the bundled model further on videos of your own.
 
 Prepare the videos first; each clip of the result shows one face:
 
@@ -31,7 +31,7 @@ def train(
     Args:
         data: prepared clips of the model's frame size.
         out: folder to write.
-        model: folder to start from; None takes the embedded model.
+        model: folder to start from; None takes the bundled model.
         num_steps: optimiser steps.
         batch_size: clips per step.
         num_frames: length of the training windows in frames, 8 n + 1.
@@ -75,7 +75,7 @@ def main(args: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="prepared clips")
     parser.add_argument("--out", type=Path, required=True, help="model folder to write")
-    parser.add_argument("--model", type=Path, help="model folder (default: the embedded model)")
+    parser.add_argument("--model", type=Path, help="model folder (default: the bundled model)")
     parser.add_argument("--num-steps", type=int, default=1000)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--num-frames", type=int, default=97)

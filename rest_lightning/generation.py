@@ -28,7 +28,7 @@ from rest_lightning.errors import UserError
 from rest_lightning.models.transformer import A2VDiT
 from rest_lightning.parts import open_part, open_speech_encoder, read_sampling
 from rest_lightning.streaming.engine import to_uint8
-from rest_lightning.talking_head import INDEX_FILE, TalkingHead
+from rest_lightning.talking_head import DEFAULT_MODEL, INDEX_FILE, TalkingHead, bundled_folder
 
 BLOCK_SAMPLES = 4000  # a quarter of a second a push
 Frames = NDArray[np.uint8]
@@ -207,11 +207,11 @@ def load_generator(
     seed: int = 0,
     clip_latents: int | None = None,
 ) -> Generator:
-    """The generator of a model folder, of a student's or a teacher's checkpoint, or of the embedded
+    """The generator of a model folder, of a student's or a teacher's checkpoint, or of the bundled
     model.
 
     Args:
-        model: folder of `rest export`, checkpoint of a stage, or None for the embedded model.
+        model: folder of `rest export`, checkpoint of a stage, or None for the bundled model.
         vae: checkpoint or folder with the VAE, where ``model`` is a checkpoint: stages do not keep
             frozen parts.
         sampling: changes of the model's own settings (where a checkpoint has none: the paper's).
@@ -223,7 +223,7 @@ def load_generator(
         UserError: no such model, a checkpoint without a ``vae``, or ``clip_latents`` for a student.
     """
     changes = sampling or SamplingChanges()
-    if model is None or Path(model).is_dir():
+    if model is None or Path(model).is_dir() or bundled_folder(model) is not None:
         if vae is not None:
             raise UserError(
                 f"expected no vae beside a model folder, which has its own, got {vae}: leave it out"
@@ -269,7 +269,7 @@ def _refuse_clips(clip_latents: int | None) -> None:
 def describe_model(model: str | Path | None) -> dict[str, Any]:
     """What a row says of a model: the end of its path."""
     if model is None:
-        return {"model": "embedded"}
+        return {"model": DEFAULT_MODEL}
     path = Path(model)
     return {"model": path.name if (path / INDEX_FILE).is_file() else "/".join(path.parts[-2:])}
 

@@ -44,8 +44,9 @@ if TYPE_CHECKING:
 
 INDEX_FILE = "model_index.json"
 ASSETS = Path(__file__).parent / "assets"
-EMBEDDED_FOLDER = ASSETS / "embedded"
-BUNDLED_MODELS = ("embedded", "people")  # folders in `assets`, taken by name
+DEFAULT_MODEL = "people"
+BUNDLED_MODELS = (DEFAULT_MODEL,)  # folders in `assets`, taken by name
+DEFAULT_FOLDER = ASSETS / DEFAULT_MODEL
 
 
 class TalkingHead(nn.Module):
@@ -94,7 +95,7 @@ class TalkingHead(nn.Module):
         )
         self.detail = detail
         self.card: str | None = None
-        self.portraits = portraits_in(EMBEDDED_FOLDER)
+        self.portraits = portraits_in()
         self.sampling = sampling or Sampling()
         self.size_px: int = size_px or _size_of(transformer)
         self.requires_grad_(False).eval()
@@ -218,12 +219,12 @@ class TalkingHead(nn.Module):
         dtype: torch.dtype = torch.float32,
         **hub: Any,
     ) -> TalkingHead:
-        """Load a model folder, a model of the Hugging Face hub, or the embedded model.
+        """Load a model folder, a model of the Hugging Face hub, or the bundled model.
 
         Args:
-            path: a folder, ``org/name`` (or ``org/name@revision``) on the hub, or the name of a
-                bundled model, ``people`` or ``embedded``; None is the embedded model. Of the hub's
-                files only JSON, safetensors and the card are fetched.
+            path: a folder, ``org/name`` (or ``org/name@revision``) on the hub, or ``people``, the
+                bundled model; None is the bundled model too. Of the hub's files only JSON,
+                safetensors and the card are fetched.
             device: where the weights go.
             dtype: of the weights; the speech encoder stays in float32.
             hub: ``revision``, ``token``, ``cache_dir``, ``local_files_only``, ``force_download``;
@@ -241,7 +242,7 @@ class TalkingHead(nn.Module):
         if not index_file.is_file():
             raise UserError(
                 f"expected a model folder with {INDEX_FILE}, got {folder}: make one with `rest "
-                "export`, or leave the path out for the embedded model"
+                "export`, or leave the path out for the bundled model"
             )
         index = read_json(index_file)
         size_px, sampling = check_index(index_file, index)
@@ -353,7 +354,7 @@ class ModelOptions:
     """Which model a command loads, and how it computes.
 
     Attributes:
-        model: model folder, or ``org/name`` on the hub; None takes the embedded model.
+        model: model folder, or ``org/name`` on the hub; None takes the bundled model.
         chunk_length: latents (of 0.32 s) per chunk, where the model was trained for several; None
             takes its default.
         num_threads: of torch; None leaves its choice.
@@ -389,22 +390,44 @@ def find_model(path: str | os.PathLike[str] | None = None, **hub: Any) -> Path:
     """Returns the folder of a model that :meth:`TalkingHead.from_pretrained` takes.
 
     Raises:
-        UserError: see :func:`rest_lightning.hub.find_folder`.
+        UserError: see :func:`bundled_folder` and :func:`rest_lightning.hub.find_folder`.
     """
-    if path is None:
-        return EMBEDDED_FOLDER
-    if os.fspath(path) in BUNDLED_MODELS and not Path(path).exists():
-        return ASSETS / path
+    bundled = bundled_folder(path)
+    if bundled is not None:
+        return bundled
+    assert path is not None
     return find_folder(path, **hub)
 
 
-def portraits_in(folder: Path) -> list[Path]:
+def bundled_folder(name: str | os.PathLike[str] | None) -> Path | None:
+    """Returns the folder of a model that ships with the package, or None where ``name`` is of none.
+
+    Args:
+        name: ``people``; None takes the default. A folder of that name in the current one wins.
+
+    Raises:
+        UserError: the name of the drawn model, which shipped until 0.1.
+    """
+    if name is None:
+        return DEFAULT_FOLDER
+    if Path(name).exists():
+        return None
+    if os.fspath(name) == "embedded":
+        raise UserError(
+            "expected a model, got 'embedded': the model of drawn faces has left the package; "
+            "leave it out for the model of people, or name the folder tests/assets/drawn of a clone"
+        )
+    return ASSETS / name if os.fspath(name) in BUNDLED_MODELS else None
+
+
+def portraits_in(folder: Path | None = None) -> list[Path]:
     """Returns the portraits that come with a model, the first one its own choice.
 
-    They are the PNG files of ``portraits`` in its folder; where it has none, those of the package.
+    They are the PNG files of ``portraits`` in its folder; where it has none, and without a folder,
+    those of the bundled model.
     """
-    own = sorted((folder / "portraits").glob("*.png"))
-    return own or [ASSETS / "portrait.png", *sorted((ASSETS / "portraits").glob("*.png"))]
+    own = [] if folder is None else sorted((folder / "portraits").glob("*.png"))
+    return own or sorted((DEFAULT_FOLDER / "portraits").glob("*.png"))
 
 
 def _move(head: TalkingHead, device: str) -> None:

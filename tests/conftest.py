@@ -94,6 +94,16 @@ def repository() -> Path:
     return Path(__file__).resolve().parent.parent
 
 
+@pytest.fixture
+def drawn_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a name, this process takes the drawn model and its portraits: programs of the pages
+    run as they stand, in a fraction of the time.
+    """
+    import drawn
+
+    monkeypatch.setattr("rest_lightning.talking_head.DEFAULT_FOLDER", drawn.FOLDER)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what this machine cannot run; the reasons stand in the summary."""
     weights = os.environ.get(WEIGHTS_VARIABLE)

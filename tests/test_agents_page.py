@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import drawn
 import numpy as np
 import pytest
 
@@ -21,9 +22,9 @@ BLOCKS = dict(re.findall(r"^<!-- test: ([\w-]+) -->\n```python\n(.*?)^```$", PAG
 
 
 @pytest.fixture(autouse=True)
-def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, drawn_by_default: None) -> None:
     """A folder with a portrait."""
-    (tmp_path / "portrait.png").symlink_to(ASSETS / "portrait.png")
+    (tmp_path / "portrait.png").symlink_to(drawn.PORTRAITS[0])
     monkeypatch.chdir(tmp_path)
 
 

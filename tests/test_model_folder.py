@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 from tiny_head import make_head
 
 from rest_lightning.errors import UserError
+from rest_lightning.generation import load_generator
 from rest_lightning.machine import peak_memory_mb
-from rest_lightning.talking_head import TalkingHead
+from rest_lightning.talking_head import ASSETS, TalkingHead, find_model, portraits_in
 
 
 @pytest.fixture
@@ -191,6 +192,23 @@ def test_a_good_folder_gives_the_same_weights(folder: Path) -> None:
     head, loaded = make_head(), TalkingHead.from_pretrained(folder)
     for name, value in head.state_dict().items():
         assert torch.equal(value, loaded.state_dict()[name]), name
+
+
+def test_the_bundled_model_and_the_one_that_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert find_model() == find_model("people") == find_model(Path("people")) == ASSETS / "people"
+    assert portraits_in(tmp_path) == portraits_in(find_model())  # of a folder without its own
+    said = (
+        r"^expected a model, got 'embedded': .* left the package; .* tests/assets/drawn of a clone$"
+    )
+    for load in (TalkingHead.from_pretrained, load_generator):
+        with pytest.raises(UserError, match=said):
+            load("embedded")
+    for name in ("people", "embedded"):  # a folder of the reader's own comes first
+        Path(name).mkdir()
+        assert find_model(name) == Path(name)
 
 
 def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:

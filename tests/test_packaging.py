@@ -171,6 +171,7 @@ def test_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.stat().st_size < 100_000_000  # what the index takes
     files = set(zipfile.ZipFile(wheel).namelist())
     modules = {
         f"{package.replace('.', '/')}/{path.name}"

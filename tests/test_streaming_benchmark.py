@@ -119,18 +119,18 @@ def test_targets_are_met_only_where_they_count(streaming: ModuleType) -> None:
     fast = {"cache": {"ratio": 0.5}, "long_stream": {"frames_per_second": 120.0}}
     slow = {"cache": {"ratio": 0.6}, "long_stream": {"frames_per_second": 60.0}}
     cached, fps = "cached chunk / recomputing without a cache", "frames per second, end to end"
-    assert (met("embedded", "cpu", **fast)[cached], met("embedded", "cpu", **fast)[fps]) == (
+    assert (met("people", "cpu", **fast)[cached], met("people", "cpu", **fast)[fps]) == (
         True,
         True,
     )
-    assert (met("embedded", "cpu", **slow)[cached], met("embedded", "cpu", **slow)[fps]) == (
+    assert (met("people", "cpu", **slow)[cached], met("people", "cpu", **slow)[fps]) == (
         False,
         False,
     )
     on_gpu = met("paper", "cuda", **slow)
     assert on_gpu["frames per second with VAE and copies"] is False and fps not in on_gpu
     assert on_gpu["captured graph / eager"] == "not measured"
-    assert set(met("embedded", "cpu").values()) == {"not measured"}
+    assert set(met("people", "cpu").values()) == {"not measured"}
 
 
 def test_speech_repeats_without_gaps(streaming: ModuleType) -> None:

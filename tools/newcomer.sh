@@ -107,7 +107,7 @@ from rest_lightning import TalkingHead'
     run "$bin/rest" demo
     local assets
     assets=$("$bin/python" -c 'import pathlib, rest_lightning; print(pathlib.Path(rest_lightning.__file__).parent / "assets")')
-    run "$bin/rest" talk "$assets/portrait.png" "$assets/speech.wav" -o out.mp4 --quiet
+    run "$bin/rest" talk "$assets/people/portraits/ada.png" "$assets/speech.wav" -o out.mp4 --quiet
     test -s outputs/demo.mp4 -a -s outputs/demo.png -a -s out.mp4
     if ! "$bin/python" -c 'import skia, espeakng_loader' 2>/dev/null; then
         say "no skia or espeakng-loader for this Python: no synthetic talkers, training not tried"
@@ -128,7 +128,7 @@ way_hub() {
     new_venv env "$wheel_python"
     local bin=$PWD/env/bin assets talk url stop
     assets=$("$bin/python" -c 'import pathlib, rest_lightning; print(pathlib.Path(rest_lightning.__file__).parent / "assets")')
-    talk=(talk "$assets/portrait.png" "$assets/speech.wav" --quiet)
+    talk=(talk "$assets/people/portraits/ada.png" "$assets/speech.wav" --quiet)
     # The hub itself cannot be asked from everywhere: a fake of its interface stands in, on this machine.
     exec {stop}> >(exec "$bin/python" "$repo/tests/helpers/fake_hub.py" >address)
     for _ in $(seq 100); do [ -s address ] && break; sleep 0.1; done
@@ -219,7 +219,7 @@ import pathlib, rest_lightning
 from gradio_client import Client, handle_file
 assets = pathlib.Path(rest_lightning.__file__).parent / 'assets'
 client = Client('http://127.0.0.1:$port', verbose=False)
-files = [handle_file(str(assets / name)) for name in ('portrait.png', 'speech.wav')]
+files = [handle_file(str(assets / name)) for name in ('people/portraits/ada.png', 'speech.wav')]
 said = client.submit(*files, False, 0, api_name='/talk')
 lines = [each[1] for each in said]
 print(lines[-1])

@@ -1,6 +1,6 @@
 """`rest app` as a Space: a portrait and speech become a video that plays while it is made.
 
-The variable REST_MODEL of the Space names a model folder; without it the embedded model speaks.
+The variable REST_MODEL of the Space names a model folder; without it the bundled model speaks.
 """
 
 from __future__ import annotations

@@ -163,7 +163,7 @@ class Avatar:
 
     Args:
         portrait: as in :meth:`TalkingHead.open`.
-        model: a talking head, or a pool of avatars that share one; None loads the embedded model.
+        model: a talking head, or a pool of avatars that share one; None loads the bundled model.
         settings: see there.
 
     Attributes:

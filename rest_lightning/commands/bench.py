@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from rest_lightning.talking_head import TalkingHead
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
-PORTRAIT, SPEECH = ASSETS / "portrait.png", ASSETS / "speech.wav"
+SPEECH = ASSETS / "speech.wav"
 BLOCK_SAMPLES = SAMPLE_RATE // FPS  # speech goes in as it would live: 40 ms at a time
 
 
@@ -77,11 +77,11 @@ def run(args: argparse.Namespace) -> int:
 
     from rich.console import Console
 
-    from rest_lightning.talking_head import ModelOptions
+    from rest_lightning.talking_head import DEFAULT_MODEL, ModelOptions
 
     options = ModelOptions(args.model, args.chunk_length, args.num_threads, args.dtype, args.device)
     head = options.load()
-    name = "embedded"
+    name = DEFAULT_MODEL
     if args.model is not None:  # a row that is sent in tells no path of the machine
         name = args.model.resolve().name if args.model.exists() else str(args.model)
     row = measure(head, QUICK if args.quick else Budget(), name)
@@ -143,11 +143,11 @@ def measure(head: TalkingHead, budget: Budget, name: str) -> dict[str, Any]:
 
 
 def stream_for(head: TalkingHead, seconds: float) -> StreamReport:
-    """Streams the bundled portrait and speech, as fast as the machine can, for so many seconds of
-    clock; at least two chunks. What the first chunk warms up is not counted.
+    """Streams the model's first portrait and the bundled speech, as fast as the machine can, for so
+    many seconds of clock; at least two chunks. What the first chunk warms up is not counted.
     """
     blocks = _blocks()
-    with head.open(PORTRAIT, crop="centre") as session:
+    with head.open(head.portraits[0], crop="centre") as session:
         while not len(session.push(next(blocks))):
             pass
         session.clock.start()
@@ -168,7 +168,7 @@ def first_frames(head: TalkingHead, budget: Budget) -> dict[str, Any]:
     while len(first) < budget.num_openings and (not first or time.perf_counter() < end_s):
         blocks = _blocks()
         start_s = time.perf_counter()
-        with head.open(PORTRAIT, crop="centre") as session:
+        with head.open(head.portraits[0], crop="centre") as session:
             opening.append(1000 * (time.perf_counter() - start_s))
             while not len(session.push(next(blocks))):
                 pass
@@ -222,7 +222,7 @@ def _step_together(head: TalkingHead, number: int, num_steps: int, chunk_s: floa
     from rest_lightning.media.portrait import load_portrait
     from rest_lightning.streaming.engine import EngineOptions
 
-    portrait = load_portrait(PORTRAIT, head.size_px, "centre")
+    portrait = load_portrait(head.portraits[0], head.size_px, "centre")
     needed_s = (num_steps + 4) * chunk_s + 1
     speech = np.resize(_speech(), round(needed_s * SAMPLE_RATE))
     # Graphs of this number alone are captured, by the two chunks before the clock runs.

@@ -41,7 +41,7 @@ class TalkOptions:
     Attributes:
         portrait, speech: files; speech ``-`` is a pipe.
         out: the mp4; ``-`` is a pipe.
-        model: model folder; None takes the embedded model.
+        model: model folder; None takes the bundled model.
         crop: of the portrait, see :func:`rest_lightning.media.portrait.read_portrait`.
         frame: what the video shows: the square around the ``head``, or the whole ``photo`` with it.
         overwrite: whether existing outputs may be replaced.
@@ -217,7 +217,7 @@ def talk(options: TalkOptions) -> StreamReport:
     speech = open_speech(options.speech, stdin=options.stdin)
     for line in speech.notes:
         note(line)
-    from rest_lightning.talking_head import ModelOptions
+    from rest_lightning.talking_head import DEFAULT_MODEL, ModelOptions
 
     model = ModelOptions(
         options.model, options.chunk_length, options.num_threads, options.dtype, options.device
@@ -232,7 +232,7 @@ def talk(options: TalkOptions) -> StreamReport:
     report.configuration |= {
         "portrait": str(options.portrait),
         "speech": options.speech,
-        "model": str(options.model or "embedded"),
+        "model": str(options.model or DEFAULT_MODEL),
     }
     if options.report is not None:
         report.save(options.report)
@@ -457,10 +457,7 @@ class TalkProgress:
         self._bar.stop()
 
 
-MODEL_HELP = (
-    "model folder, org/name on the hub, or a bundled model: people (photographs, 256 px) or "
-    "embedded (drawn faces, 128 px; the default)"
-)
+MODEL_HELP = "model folder, or org/name on the hub (default: the bundled model, people at 256 px)"
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 SPEECH = ASSETS / "speech.wav"
 

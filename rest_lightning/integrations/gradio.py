@@ -39,11 +39,7 @@ if TYPE_CHECKING:
     from rest_lightning.media.provenance import Signer
     from rest_lightning.talking_head import TalkingHead
 
-ASSETS = Path(__file__).resolve().parent.parent / "assets"
-EXAMPLES = [
-    [str(ASSETS / picture), str(ASSETS / "speech.wav")]
-    for picture in ("portrait.png", "portraits/rosa.png", "portraits/samuel.png")
-]
+SPEECH = Path(__file__).resolve().parent.parent / "assets" / "speech.wav"
 _KEEP_S = 3600
 _HEIGHT_PX = 320
 _INTRODUCTION = """# A portrait speaks
@@ -144,7 +140,8 @@ def build(model: TalkingHead, max_s: float = 120.0, signer: Signer | None = None
                     signer,
                 )
                 report = gradio.Markdown(elem_id="report")
-        gradio.Examples(EXAMPLES, [portrait, speech], cache_examples=False)
+        examples = [[str(picture), str(SPEECH)] for picture in model.portraits]
+        gradio.Examples(examples, [portrait, speech], cache_examples=False)
         button.click(
             talk,
             [portrait, speech, whole_photo, seed],

@@ -197,7 +197,7 @@ class AvatarSession(BaseAvatarSession[str]):
 
     Args: portrait: as in :meth:`rest_lightning.TalkingHead.open`; with ``worker`` a file that the
         worker can read. model: a talking head, or a pool that several sessions share; None loads
-        the embedded model.
+        the bundled model.
             Not with ``worker``.
         settings: of the avatar.
         sample_rate: of the sound that is published, in Hz.
@@ -207,7 +207,7 @@ class AvatarSession(BaseAvatarSession[str]):
             interruption's end, before it goes on without; None waits for ever.
         url, api_key, api_secret: of the LiveKit server, for the worker; None takes ``LIVEKIT_URL``,
             ``LIVEKIT_API_KEY`` and ``LIVEKIT_API_SECRET`` from the environment.
-        model_folder: of the worker's model; None is the embedded one.
+        model_folder: of the worker's model; None is the bundled one.
 
     Raises:
         UserError: a worker with a model of this process.
@@ -423,7 +423,7 @@ def main() -> int:
         epilog=f"Environment: {URL_VARIABLE}, the server; {TOKEN_VARIABLE}, the room's token.",
     )
     parser.add_argument("--portrait", required=True, help="image file")
-    parser.add_argument("--model", help="model folder (default: the embedded model)")
+    parser.add_argument("--model", help="model folder (default: the bundled model)")
     parser.add_argument("--sample-rate", type=int, default=SAMPLE_RATE_HZ, help="of the sound, Hz")
     parser.add_argument("--sender", help="identity of the agent (default: the first agent)")
     args = parser.parse_args()

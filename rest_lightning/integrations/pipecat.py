@@ -74,7 +74,7 @@ class AvatarVideoService(AIService):
     on.
 
     Args:
-        model: a talking head, or a pool that several services share; None loads the embedded model.
+        model: a talking head, or a pool that several services share; None loads the bundled model.
         avatar: how the avatar waits and answers.
         settings: ``AvatarVideoService.Settings(portrait=...)``.
         kwargs: of the base class.

@@ -28,7 +28,7 @@ from PIL import Image
 from rest_lightning.errors import UserError
 from rest_lightning.media.portrait import load_portrait
 from rest_lightning.processes import PARENT_VARIABLE, end_with_parent
-from rest_lightning.talking_head import EMBEDDED_FOLDER, portraits_in
+from rest_lightning.talking_head import portraits_in
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,7 +56,7 @@ class Portraits:
         self, max_uploaded: int = 64, keep_s: float = 3600.0, files: Sequence[Path] | None = None
     ) -> None:
         self._max, self._keep_s = max_uploaded, keep_s
-        files = files or portraits_in(EMBEDDED_FOLDER)
+        files = files or portraits_in()
         self._bundled = {file.stem: file.read_bytes() for file in files}
         self._uploaded: dict[str, _Portrait] = {}
         self._lock = threading.Lock()  # sessions load portraits in threads of their own

@@ -19,7 +19,7 @@ from rest_lightning.generation import describe_model, load_generator
 from rest_lightning.media.portrait import parse_crop
 from rest_lightning.parts import DtypeName, dtype_on
 from rest_lightning.streaming.session import StreamingSession
-from rest_lightning.talking_head import TalkingHead
+from rest_lightning.talking_head import DEFAULT_MODEL, TalkingHead
 
 
 class PredictModule(LightningModule):
@@ -27,7 +27,7 @@ class PredictModule(LightningModule):
     on across steps.
 
     Args:
-        model: folder of a model; None is the embedded one.
+        model: folder of a model; None is the bundled one.
         sampling: changes of the model's own; ``rest predict`` takes them from the top-level key
             ``sampling``.
         seed: of the noise of every video.
@@ -45,7 +45,7 @@ class PredictModule(LightningModule):
         super().__init__()
         self.head = TalkingHead.from_pretrained(model)
         self.sampling = (sampling or SamplingChanges()).of(self.head.sampling)
-        self.model_name, self.seed, self.dtype_name = model or "embedded", seed, dtype
+        self.model_name, self.seed, self.dtype_name = model or DEFAULT_MODEL, seed, dtype
         self.session: StreamingSession | None = None
         self.failure: str | None = None
 
@@ -110,7 +110,7 @@ class EvaluateModule(LightningModule):
 
     Args:
         model: folder of `rest export`, checkpoint of a student or teacher stage; None is the
-            embedded model.
+            bundled model.
         vae: checkpoint or folder with the VAE, where ``model`` is a checkpoint.
         sampling: changes of the model's own; ``rest test`` takes them from the top-level key
             ``sampling``.

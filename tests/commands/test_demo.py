@@ -16,13 +16,11 @@ from rest_lightning.media.video import read_frames
 
 @pytest.fixture
 def small_demo(
-    portrait: Path,
     make_speech: Callable[..., Path],
     tiny_model: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> list[str]:
     """The command with one second of speech and the tiny model."""
-    monkeypatch.setattr(talking_head, "portraits_in", lambda folder: [portrait])
     monkeypatch.setattr(talk, "SPEECH", make_speech(16_000))
     return ["demo", "--model", str(tiny_model)]
 
@@ -50,13 +48,14 @@ def test_demo_needs_a_folder(
         assert str(out) in error and "--out" in error and len(error.splitlines()) == 1
 
 
-def test_the_model_of_people_speaks_with_its_own_portrait(
+def test_by_default_the_model_of_people_speaks_with_its_own_portrait(
     make_speech: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(talk, "SPEECH", make_speech(16_000))
-    assert main(["demo", "--model", "people", "--quiet", "--out", str(tmp_path)]) == 0
+    assert main(["demo", "--quiet", "--out", str(tmp_path)]) == 0
     report = json.loads((tmp_path / "demo.json").read_text())
-    assert "assets/people/portraits/ada.png" in json.dumps(report)
+    assert report["configuration"]["model"] == "people"
+    assert "assets/people/portraits/ada.png" in report["configuration"]["portrait"]
     frames = read_frames(tmp_path / "demo.mp4")
     assert frames.shape == (25, 256, 256, 3)
     with Image.open(talking_head.ASSETS / "people" / "portraits" / "ada.png") as image:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import av
+import drawn
 import numpy as np
 import pytest
 import torch
@@ -195,7 +196,7 @@ def test_types_by_name_and_device() -> None:
 
 
 def test_bfloat16_gives_the_same_video_to_a_few_grey_levels() -> None:
-    """The embedded model, 3 s: sampled latents stay close, since every step is computed from
+    """The drawn model, 3 s: sampled latents stay close, since every step is computed from
     float32 noise levels.
     """
     from rest_lightning import TalkingHead
@@ -203,7 +204,7 @@ def test_bfloat16_gives_the_same_video_to_a_few_grey_levels() -> None:
     samples = np.random.default_rng(0).normal(scale=0.1, size=48_000).astype(np.float32)
     frames = []
     for dtype in (torch.float32, torch.bfloat16):
-        head = TalkingHead.from_pretrained(dtype=dtype)
+        head = TalkingHead.from_pretrained(drawn.FOLDER, dtype=dtype)
         session = head.open(head.portraits[0])
         frames.append(np.concatenate([session.push(samples), session.flush()]).astype(int))
     assert frames[0].shape == frames[1].shape == (75, 128, 128, 3)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
+import drawn
 import numpy as np
 import pytest
 from PIL import Image
@@ -63,13 +62,9 @@ def test_a_track_stays_with_its_face(boxes: list[tuple[int, ...]], expected: int
     assert follow(found, None) is largest
 
 
-def test_mediapipe_follows_a_face_and_bridges_where_there_is_none(repository: Path) -> None:
+def test_mediapipe_follows_a_face_and_bridges_where_there_is_none() -> None:
     pytest.importorskip("mediapipe", reason="extra `prepare` finds faces")
-    picture = np.array(
-        Image.open(repository / "rest_lightning/assets/portrait.png")
-        .convert("RGB")
-        .resize((192, 192))
-    )
+    picture = np.array(Image.open(drawn.PORTRAITS[0]).convert("RGB").resize((192, 192)))
     canvas = np.full((12, 256, 320, 3), 120, np.uint8)
     for i, frame in enumerate(canvas):
         if i not in (5, 6):

@@ -10,7 +10,6 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,6 +29,7 @@ from rest_lightning.avatar.conformance import Piece, Subject, portrait, speech
 from rest_lightning.avatar.simulation import TracedModel, simulate
 from rest_lightning.errors import UserError
 from rest_lightning.integrations.livekit import AvatarSession, AvatarVideoGenerator, run_worker
+from rest_lightning.talking_head import portraits_in
 
 HOURS = [conformance.hours_of_idling, conformance.ten_minutes_faster_than_real_time]
 QUICK = [case for case in conformance.CASES if case not in HOURS]
@@ -392,7 +392,7 @@ def test_a_worker_process_joins_a_real_room() -> None:
                 except rtc.ConnectError:
                     await asyncio.sleep(0.2)
             session = AgentSession()
-            face = Path(conformance.__file__).parents[1] / "assets" / "portrait.png"
+            face = portraits_in()[0]
             avatar = AvatarSession(face, worker=True, url=url, api_key=keys[0], api_secret=keys[1])
             await avatar.start(session, room)
             await avatar.wait_for_join(timeout=60)

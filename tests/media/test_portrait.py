@@ -4,6 +4,7 @@ import zlib
 from functools import partial
 from pathlib import Path
 
+import drawn
 import numpy as np
 import pytest
 import torch
@@ -246,9 +247,8 @@ def test_auto_follows_the_orientation_tag(tmp_path: Path, orientation: int) -> N
     assert find_portrait(tmp_path / "a.png").box == pytest.approx(find_portrait(upright).box)
 
 
-@pytest.mark.parametrize("name", ["portrait.png", "portraits/rosa.png", "portraits/samuel.png"])
-def test_a_framed_square_is_taken_whole(name: str) -> None:
-    path = Path(portrait.__file__).parents[1] / "assets" / name
+@pytest.mark.parametrize("path", drawn.PORTRAITS, ids=lambda path: path.stem)
+def test_a_framed_square_is_taken_whole(path: Path) -> None:
     whole = portrait.read_portrait(path, 128, crop="centre")
     np.testing.assert_array_equal(portrait.read_portrait(path, 128), whole)
 
