@@ -125,9 +125,7 @@ def test_the_seed_decides(tiny_model: Path, portrait: Path, make_speech: MakeSpe
     assert len(a) == 32 * 64 * 64 * 3 and a == b != c
 
 
-def test_interrupt_keeps_a_playable_video(
-    tmp_path: Path, tiny_model: Path, portrait: Path
-) -> None:
+def test_interrupt_keeps_a_playable_video(tmp_path: Path, tiny_model: Path, portrait: Path) -> None:
     """Speech that never ends comes from a pipe; Ctrl-C, pressed twice, leaves what was done. Once:
     in test_hard_cases.py.
     """

@@ -352,9 +352,7 @@ def test_float8_costs_what_its_rounding_costs() -> None:
 
 
 @pytest.mark.parametrize("version", ["0.9.0", "0.9.1", "0.9.5"])
-@pytest.mark.parametrize(
-    ("dtype", "batch"), [(torch.float32, 2), (torch.bfloat16, 1)], ids=str
-)
+@pytest.mark.parametrize(("dtype", "batch"), [(torch.float32, 2), (torch.bfloat16, 1)], ids=str)
 def test_a_fused_vae_decodes_what_the_eager_one_does(
     version: str, dtype: torch.dtype, batch: int
 ) -> None:
