@@ -1,5 +1,5 @@
-"""A minute and an hour of speech through a row: nothing is lost, nothing grows, and the video is as long as the
-speech.
+"""A minute and an hour of speech through a row: nothing is lost, nothing grows, and the video is as
+long as the speech.
 """
 
 from __future__ import annotations
