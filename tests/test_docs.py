@@ -180,14 +180,14 @@ def run_shell(block: Block) -> None:
         assert code == 0, f"{block.place}: {command}"
 
 
-def run_program(words: list[str]) -> object:
+def run_program(words: list[str]) -> int:
     """The exit code of a Python file with its arguments."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", words)
         try:
             runpy.run_path(words[0], run_name="__main__")
         except SystemExit as request:
-            return request.code or 0
+            return request.code if isinstance(request.code, int) else int(request.code is not None)
     return 0
 
 

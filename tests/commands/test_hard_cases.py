@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -114,9 +115,8 @@ def test_signals_leave_a_video_that_plays(
         os.kill(pid, number)
 
     # nohup and "&" of a shell start this test with signals ignored, which a child inherits
-    before = signal.signal(
-        number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
-    )
+    plain: Any = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+    before = signal.signal(number, plain)
     try:
         if number == signal.SIGTERM:
             process = subprocess.Popen([sys.executable, "-m", "rest_lightning", *words])
