@@ -160,17 +160,23 @@ def test_importing_the_whole_engine_loads_no_lightning() -> None:
 
 
 def test_modules_at_the_rim_can_be_imported_first() -> None:
-    """Each in a process that holds torch alone: torchvision must be made importable before
-    lightning asks for it.
+    """Each in a process that holds torch alone: torchvision must have been imported before anything
+    asks for lightning, which would fail to import it.
     """
     loaded_after("""
 import importlib, os, sys, torch
 
-for name in ("tasks.vae", "callbacks.previews", "data.module"):
+class Look:
+    def find_spec(self, name, path=None, target=None):
+        if name == "lightning":
+            os._exit("torchvision" not in sys.modules)
+
+sys.meta_path.insert(0, Look())
+for name in ("tasks.vae", "callbacks.previews", "data.module", "lightning_cli"):
     child = os.fork()
     if child == 0:
         importlib.import_module(f"rest_lightning.{name}")
-        os._exit("lightning" not in sys.modules)
+        os._exit(2)  # nobody has asked
     assert os.waitpid(child, 0)[1] == 0, name
 """)
 
