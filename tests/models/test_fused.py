@@ -301,12 +301,16 @@ def test_a_fused_transformer_streams_what_the_eager_one_does(
     options: dict[str, Any], caption_channels: int | None, num_tokens: int, dtype: torch.dtype
 ) -> None:
     network = student(caption_channels=caption_channels, **options)
-    exact = stream(copy.deepcopy(network).double(), num_tokens)
+    num_chunks = 2 if options else 3  # from the third on a chunk leaves the cache
+    exact = stream(copy.deepcopy(network).double(), num_tokens, num_chunks)
     network = network.to(dtype)
     before = {name: value.clone() for name, value in network.state_dict().items()}
     twin = fused.fused_transformer(network)
     for found, precise, eager in zip(
-        stream(twin, num_tokens), exact, stream(network, num_tokens), strict=True
+        stream(twin, num_tokens, num_chunks),
+        exact,
+        stream(network, num_tokens, num_chunks),
+        strict=True,
     ):
         error, allowed = (
             float((x.double() - precise).norm() / precise.norm()) for x in (found, eager)

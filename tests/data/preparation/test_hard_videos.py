@@ -50,8 +50,7 @@ def loudest_hz(out: Path, row: Row) -> float:
     return float(np.fft.rfftfreq(len(samples), 1 / SAMPLE_RATE)[spectrum.argmax()])
 
 
-@pytest.mark.parametrize("num_parts", [2, 3])
-@pytest.mark.parametrize("audio_start_s", [0.0, 0.3])
+@pytest.mark.parametrize(("num_parts", "audio_start_s"), [(2, 0.3), (3, 0.0)])
 def test_parts_with_time_stamps_of_their_own_keep_their_sound(
     tmp_path: Path, num_parts: int, audio_start_s: float
 ) -> None:
