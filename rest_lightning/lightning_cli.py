@@ -68,6 +68,7 @@ class RestCLI(LightningCLI):
 
     def __init__(self, args: list[str], run: bool = True) -> None:
         self.data_class = data_class_of(args)
+        self.named = args[0] if args else ""
         super().__init__(
             LightningModule,
             TalkingHeadDataModule if self.data_class is None else LightningDataModule,
@@ -80,6 +81,13 @@ class RestCLI(LightningCLI):
             args=args,
             run=run,
         )
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # a static method
+        """Lightning's subcommand that the arguments name: parsers of the other three would only
+        take time.
+        """
+        known = super().subcommands()
+        return {self.named: known[self.named]} if self.named in known else known
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """A parser whose ``--config`` takes shipped names, too."""

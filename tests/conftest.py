@@ -104,8 +104,15 @@ def drawn_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rest_lightning.talking_head.DEFAULT_FOLDER", drawn.FOLDER)
 
 
+@pytest.hookimpl(trylast=True)  # after the choice of marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what this machine cannot run; the reasons stand in the summary."""
+    """Skip what this machine cannot run; the reasons stand in the summary.
+
+    Files whose tests share the recipe's stages come first, and thus to one process of pytest-xdist,
+    which alone trains them.
+    """
+    sharing = {item.path for item in items if "recipe" in getattr(item, "fixturenames", ())}
+    items.sort(key=lambda item: item.path not in sharing)
     weights = os.environ.get(WEIGHTS_VARIABLE)
     for item in items:
         if marker := item.get_closest_marker("real_weights"):

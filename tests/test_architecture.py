@@ -159,12 +159,26 @@ def test_importing_the_whole_engine_loads_no_lightning() -> None:
     assert not loaded & set(LIGHTNING)
 
 
-@pytest.mark.parametrize("module", ["tasks.vae", "callbacks.previews", "data.module"])
-def test_modules_at_the_rim_can_be_imported_first(module: str) -> None:
-    """Each in a fresh interpreter: torchvision must be made importable before lightning asks for
-    it.
+def test_modules_at_the_rim_can_be_imported_first() -> None:
+    """Each in a process that holds torch alone: torchvision must have been imported before anything
+    asks for lightning, which would fail to import it.
     """
-    assert "lightning" in loaded_after(f"import rest_lightning.{module}")
+    loaded_after("""
+import importlib, os, sys, torch
+
+class Look:
+    def find_spec(self, name, path=None, target=None):
+        if name == "lightning":
+            os._exit("torchvision" not in sys.modules)
+
+sys.meta_path.insert(0, Look())
+for name in ("tasks.vae", "callbacks.previews", "data.module", "lightning_cli"):
+    child = os.fork()
+    if child == 0:
+        importlib.import_module(f"rest_lightning.{name}")
+        os._exit(2)  # nobody has asked
+    assert os.waitpid(child, 0)[1] == 0, name
+""")
 
 
 @pytest.mark.parametrize(

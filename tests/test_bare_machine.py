@@ -76,7 +76,8 @@ def test_tests_marked_gpu_are_collected_and_run(repository: Path) -> None:
     files = ("tests/streaming/test_overlap.py", "tests/models/test_fused.py")
     code = (
         "import pytest\n"
-        f"sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', '-k', {chosen!r}, *{files!r}]))"
+        "words = ['-q', '-p', 'no:cacheprovider', '-m', 'not slow']\n"
+        f"sys.exit(pytest.main([*words, '-k', {chosen!r}, *{files!r}]))"
     )
     found = run(code, repository)
     assert "passed" in found and "error" not in found

@@ -64,8 +64,8 @@ def test_data_file_feeds_a_stage(recipe: Any, tmp_path: Path, file: str) -> None
     cli = recipe.run(
         "vae",
         tmp_path,
-        "--trainer.max_steps=1",
-        "--final_checkpoint=false",
+        *ONE_STEP,
+        "--model.principal_batches=0",  # of thousands of numbers: takes seconds
         *words,
         overlays=(CONFIGS / file,),
     )

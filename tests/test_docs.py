@@ -7,7 +7,8 @@ The line above a fence is its mark:
 
 Blocks of make commands need none: their targets are looked up. Fences of ``text`` hold no code.
 Shell blocks run line by line in a copy of the folder that a reader has, a checkout; Python blocks
-run there as they stand. :data:`TINY` makes long commands short.
+run there as they stand. :data:`TINY` makes long commands short, and :data:`SPEECH_S` the bundled
+speech.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ import contextlib
 import importlib
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
 import sys
+import wave
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +67,8 @@ TINY = (
     ("examples/stream_to_window.py", f"--model {drawn.FOLDER}"),
     ("examples/ablation.py", f"--model {drawn.FOLDER}"),
 )
+SPEECH = Path("rest_lightning/assets/speech.wav")
+SPEECH_S = 2.5
 
 
 @dataclass(frozen=True)
@@ -137,8 +142,19 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for path in files_of_a_clone():
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT / path, tmp_path / path)
+    shorten(tmp_path / SPEECH)
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+def shorten(path: Path) -> None:
+    """Keep the first `SPEECH_S` seconds of a wav."""
+    with wave.open(str(path)) as file:
+        parameters = file.getparams()
+        samples = file.readframes(round(SPEECH_S * parameters.framerate))
+    with wave.open(str(path), "wb") as file:
+        file.setparams(parameters)
+        file.writeframes(samples)
 
 
 def tiny_arguments(command: str) -> list[str]:
@@ -146,21 +162,35 @@ def tiny_arguments(command: str) -> list[str]:
 
 
 def run_shell(block: Block) -> None:
-    """``rest`` alone runs in this process, everything else in a shell."""
+    """``rest`` and Python programs run in this process, everything else in a shell."""
     from rest_lightning.cli import main
 
     bin_folder = Path(sys.executable).parent
     environment = {**os.environ, "PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}"}
     for command in commands(block.text):
         words = shlex.split(command, comments=True)
-        if words[0] == "rest" and not set(words) & {"|", ">", "<", "&&"}:
+        is_plain = not set(words) & {"|", ">", "<", "&&"}
+        if words[0] == "rest" and is_plain:
             code = main([*words[1:], *tiny_arguments(command)])
+        elif words[0] == "python" and words[1].endswith(".py") and is_plain:
+            code = run_program(words[1:])
         else:
             if words[0] in ("python", "python3"):
                 command = command.replace(words[0], shlex.quote(sys.executable), 1)
                 command = " ".join([command, *map(shlex.quote, tiny_arguments(command))])
             code = subprocess.run(["bash", "-euc", command], env=environment).returncode
         assert code == 0, f"{block.place}: {command}"
+
+
+def run_program(words: list[str]) -> int:
+    """The exit code of a Python file with its arguments."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", words)
+        try:
+            runpy.run_path(words[0], run_name="__main__")
+        except SystemExit as request:
+            return request.code if isinstance(request.code, int) else int(request.code is not None)
+    return 0
 
 
 def run_python(block: Block) -> None:

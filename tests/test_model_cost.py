@@ -288,6 +288,7 @@ def test_checkpointing_holds_less_and_computes_more(model_cost: ModuleType) -> N
         assert 1.2 < flops[1] / flops[0] < 1.34
 
 
+@pytest.mark.slow
 def test_command_writes_every_size(
     model_cost: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

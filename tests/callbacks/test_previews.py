@@ -40,7 +40,7 @@ sampling: {num_steps: 2, guidance: 1.5, shift: 1.0}
 # A validation after each epoch of two batches (VAE) or four, and the one after training.
 @pytest.mark.parametrize(
     ("stage", "num_frames", "steps"),
-    [("vae", 49, [2, 3]), ("teacher", 49, [3]), ("student", 49, [3])],
+    [("vae_whole", 49, [2, 3]), ("teacher", 49, [3]), ("student", 49, [3])],
 )
 def test_samples_are_written_and_training_is_the_same(
     recipe: Any, tmp_path: Path, stage: str, num_frames: int, steps: list[int]

@@ -157,8 +157,7 @@ def test_devices_take_turns(pairs: list[dict[str, str]]) -> None:
     assert [batch["pair"].name for batch in data.predict_dataloader() if batch["is_end"]] == NAMES
 
 
-@pytest.mark.parametrize("place", [0, 1, 2])
-@pytest.mark.parametrize("what", ["portrait", "speech"])
+@pytest.mark.parametrize(("place", "what"), [(0, "speech"), (1, "portrait"), (2, "speech")])
 def test_a_bad_pair_is_a_row_and_the_list_goes_on(
     tmp_path: Path, model_folder: Path, pairs: list[dict[str, str]], place: int, what: str
 ) -> None:

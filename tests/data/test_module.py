@@ -103,7 +103,7 @@ def test_range_of_the_models_pictures() -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"cache_in_memory": True}, {"augment": True}, {"reference": "random_frame"}]
+    "settings", [{}, {"cache_in_memory": True}, {"augment": True, "reference": "random_frame"}]
 )
 def test_workers_change_nothing(dataset_dir: Path, settings: dict[str, Any]) -> None:
     """Two worker processes give the batches of none; epochs differ; the seed decides."""
@@ -153,9 +153,7 @@ def test_ranks_share_the_clips(world_size: int) -> None:
     assert set(itertools.chain(*ordered)) == set(range(7))
 
 
-@pytest.mark.parametrize(
-    ("num_workers", "stop_after"), [(0, 1), (0, 3), (0, 4), (0, 6), (2, 3), (2, 4)]
-)
+@pytest.mark.parametrize(("num_workers", "stop_after"), [(0, 3), (0, 4), (0, 6), (2, 3)])
 def test_a_resumed_loader_gives_the_next_batches(
     dataset_dir: Path, num_workers: int, stop_after: int
 ) -> None:
@@ -224,17 +222,14 @@ def fit(
     return model
 
 
-@pytest.mark.parametrize("steps", [2, 4, 7])
-def test_a_resumed_fit_goes_on_with_the_next_batch(
-    dataset_dir: Path, tmp_path: Path, steps: int
-) -> None:
-    """Mid-epoch (2, 7) and at an epoch's end (4): an epoch has 4 batches."""
+def test_a_resumed_fit_goes_on_with_the_next_batch(dataset_dir: Path, tmp_path: Path) -> None:
+    """At an epoch's end (4) and within one (7): an epoch has 4 batches."""
     whole = fit(dataset_dir, tmp_path / "whole", 10)
-    first = fit(dataset_dir, tmp_path / "first", steps)
-    (ckpt,) = (tmp_path / "first").glob(f"*step={steps}.ckpt")
-    second = fit(dataset_dir, tmp_path / "second", 10, str(ckpt))
-    assert first.seen + second.seen == whole.seen
     assert len(whole.seen) == 10
+    for steps in (4, 7):
+        (ckpt,) = (tmp_path / "whole").glob(f"*step={steps}.ckpt")
+        resumed = fit(dataset_dir, tmp_path / f"from-{steps}", 10, str(ckpt))
+        assert resumed.seen == whole.seen[steps:]
 
 
 def test_limited_epochs_see_all_clips(dataset_dir: Path, tmp_path: Path) -> None:

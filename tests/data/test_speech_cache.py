@@ -50,8 +50,9 @@ def encode(encoder: SpeechEncoder, data: Path, out: Path, **settings: Any) -> Sp
 
 
 @pytest.mark.parametrize("kind", ["log_mel", "whisper", "whisper_whole_file"])
-@pytest.mark.parametrize(("num_frames", "batch_size"), [(9, 4), (25, 3), (41, 1)])
-@pytest.mark.parametrize("in_memory", [False, True])
+@pytest.mark.parametrize(
+    ("num_frames", "batch_size", "in_memory"), [(9, 4, False), (25, 3, True), (41, 1, False)]
+)
 def test_batches_hold_the_features_of_the_online_path(
     dataset_dir: Path,
     tmp_path: Path,

@@ -68,11 +68,8 @@ def test_layout_is_complete_and_splits_are_disjoint(dataset: Path) -> None:
     assert not list(dataset.rglob("*.part*"))
 
 
-@pytest.mark.parametrize("num_workers", [2, 3])
-def test_the_number_of_workers_changes_nothing(
-    dataset: Path, tmp_path: Path, num_workers: int
-) -> None:
-    other = synthesize(tmp_path / "other", 4, seed=5, num_workers=num_workers, **SMALL)  # type: ignore[arg-type]
+def test_the_number_of_workers_changes_nothing(dataset: Path, tmp_path: Path) -> None:
+    other = synthesize(tmp_path / "other", 4, seed=5, num_workers=3, **SMALL)  # type: ignore[arg-type]
     assert content(other) == content(dataset)
 
 

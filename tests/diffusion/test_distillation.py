@@ -204,7 +204,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 @pytest.mark.parametrize(
     ("guidance", "num_steps", "student_steps", "shift"),
-    [(6.0, 8, 4, 1.0), (1.0, 4, 2, 3.0), (2.5, 4, 4, 1.0), (3.0, 4, 1, None)],
+    [(6.0, 8, 4, 1.0), (1.0, 4, 2, 3.0), (3.0, 4, 1, None)],
 )
 def test_loss_is_the_distance_to_guided_streams(
     tmp_path: Path,
@@ -281,9 +281,7 @@ def test_one_branch_is_run_without_guidance() -> None:
     torch.testing.assert_close(results[0], results[1], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("guidance", "num_steps", "student_steps"), [(3.0, 4, 4), (1.0, 4, 2), (3.0, 8, 4)]
-)
+@pytest.mark.parametrize(("guidance", "num_steps", "student_steps"), [(3.0, 4, 4), (1.0, 4, 2)])
 def test_student_learns_and_its_source_stays(
     tmp_path: Path, guidance: float, num_steps: int, student_steps: int
 ) -> None:

@@ -196,11 +196,9 @@ def test_pure_silence(tmp_path: Path) -> None:
     assert not speech.read_all().any() and speech.duration_s == 1.0
 
 
-def test_hours_in_bounded_memory(tmp_path: Path) -> None:
-    """Three hours of 8-bit samples: read to the end, and the process hardly grows (all of it would
-    be 690 MB).
-    """
-    num_samples = 3 * 3600 * SAMPLE_RATE
+def test_an_hour_in_bounded_memory(tmp_path: Path) -> None:
+    """8-bit samples: read to the end, and the process hardly grows (all of it would be 230 MB)."""
+    num_samples = 3600 * SAMPLE_RATE
     form = b"".join(
         value.to_bytes(size, "little")
         for value, size in zip((1, 1, 16000, 16000, 1, 8), (2, 2, 4, 4, 2, 2), strict=True)
@@ -217,7 +215,7 @@ def test_hours_in_bounded_memory(tmp_path: Path) -> None:
         file.truncate(44 + num_samples)  # a sparse file
     before_mb = peak_memory_mb()
     speech = open_speech(tmp_path / "a.wav", block_samples=SAMPLE_RATE)
-    assert speech.duration_s == 3 * 3600.0
+    assert speech.duration_s == 3600.0
     assert sum(len(block) for block in speech) == num_samples
     assert peak_memory_mb() - before_mb < 50
 

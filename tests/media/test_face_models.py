@@ -55,6 +55,7 @@ def picture(request: pytest.FixtureRequest) -> Picture:
     return still(request.param)
 
 
+@cache
 def clouds(seed: int, height: int, width: int, falloff: float = 0.8) -> Picture:
     """Noise of all scales: what walls, woods and skies have in common."""
     rng = np.random.default_rng(seed)
@@ -115,14 +116,15 @@ def test_face_that_fills_the_picture(
     assert overlap((x + left, y + top, width, height), face.box) > 0.5
 
 
-@pytest.mark.parametrize("face_px", [28, 40, 80])
-@pytest.mark.parametrize("size", [(1500, 2000), (1100, 800)])
+@pytest.mark.parametrize(
+    ("face_px", "size"), [(28, (1500, 2000)), (40, (1100, 800)), (80, (1500, 2000))]
+)
 def test_small_face_in_a_large_picture(
     finder: FaceFinder, face_px: float, size: tuple[int, int]
 ) -> None:
     index = face_px % len(STILLS)
     at = (size[1] - 400, size[0] // 3)
-    picture, expected = pasted(clouds(face_px, *size), index, face_px, at)
+    picture, expected = pasted(clouds(0, *size), index, face_px, at)
     (found,) = finder.find(picture)
     assert overlap(found.box, expected.box) > 0.5
     assert np.abs(found.keypoints - expected.keypoints).max() < 0.15 * face_px
@@ -130,8 +132,8 @@ def test_small_face_in_a_large_picture(
 
 def test_face_between_two_tiles(finder: FaceFinder) -> None:
     """Large pictures are looked at in parts; a face where they meet is found once."""
-    background = clouds(3, 1800, 2500)
-    for at in ((715, 700), (700, 1360), (1990, 740)):
+    background = clouds(0, 1500, 2000)
+    for at in ((710, 700), (1450, 740)):
         picture, expected = pasted(background, 4, 34, at)
         (found,) = finder.find(picture)
         assert overlap(found.box, expected.box) > 0.5
@@ -205,7 +207,7 @@ def cloudy(seed: int) -> Picture:
 
 @pytest.mark.parametrize("draw", [noise, cloudy, written, landscape, plain])
 def test_no_face_where_there_is_none(finder: FaceFinder, draw: Callable[[int], Picture]) -> None:
-    for seed in range(6):
+    for seed in range(4):
         assert finder.find(draw(seed)) == [], f"{draw.__name__}({seed})"
 
 

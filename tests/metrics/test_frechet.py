@@ -213,7 +213,9 @@ def test_wrong_frames_are_named() -> None:
 
 
 def test_two_processes_give_what_one_gives(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(metric_processes.run, args=(str(tmp_path),), nprocs=2)
+    torch.multiprocessing.start_processes(
+        metric_processes.run, args=(str(tmp_path),), nprocs=2, start_method="fork"
+    )
     alone = metric_processes.numbers_of(range(metric_processes.NUM_CLIPS))
     notes = alone.pop("notes")
     assert notes == ["b: mean over 4 of 5 clips"]  # of all processes

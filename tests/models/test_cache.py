@@ -55,7 +55,6 @@ OPTIONS = {
 @pytest.mark.parametrize(
     ("num_chunks", "chunk_length", "height", "width", "speech", "text"),
     [
-        (1, 3, 2, 3, True, False),
         (2, 1, 4, 4, True, True),
         (3, 2, 2, 3, False, False),
         (4, 3, 1, 2, True, False),
@@ -90,9 +89,7 @@ def test_parallel_cached_and_definition_agree(
 @pytest.mark.parametrize(
     ("num_chunks", "chunk_length", "height", "width", "speech", "text"),
     [
-        (1, 2, 2, 3, True, False),
         (2, 3, 2, 3, False, True),
-        (3, 1, 4, 4, True, True),
         (4, 2, 2, 3, True, False),
     ],
 )

@@ -283,16 +283,17 @@ def stream(
         return [*found, cache.keys.clone(), cache.values.clone()]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    ("options", "caption_channels", "num_tokens"),
+    ("options", "caption_channels", "num_tokens", "dtype"),
     [
-        ({}, 12, 2),
-        ({}, None, 3),
-        ({"reference_attends": "first_chunk"}, 12, 2),
-        ({"cache_noise": "per_step", "positions": "absolute"}, None, 9),
-        ({"use_sink": False, "first_chunk_slot": "adjacent"}, 12, 1),
-        ({"use_context": False}, 12, 2),
+        ({}, 12, 2, torch.float32),
+        ({}, 12, 2, torch.bfloat16),
+        ({}, None, 3, torch.float32),
+        ({"reference_attends": "first_chunk"}, 12, 2, torch.float32),
+        ({"cache_noise": "per_step", "positions": "absolute"}, None, 9, torch.float32),
+        ({"cache_noise": "per_step", "positions": "absolute"}, None, 9, torch.bfloat16),
+        ({"use_sink": False, "first_chunk_slot": "adjacent"}, 12, 1, torch.float32),
+        ({"use_context": False}, 12, 2, torch.float32),
     ],
     ids=str,
 )
@@ -300,12 +301,16 @@ def test_a_fused_transformer_streams_what_the_eager_one_does(
     options: dict[str, Any], caption_channels: int | None, num_tokens: int, dtype: torch.dtype
 ) -> None:
     network = student(caption_channels=caption_channels, **options)
-    exact = stream(copy.deepcopy(network).double(), num_tokens)
+    num_chunks = 2 if options else 3  # from the third on a chunk leaves the cache
+    exact = stream(copy.deepcopy(network).double(), num_tokens, num_chunks)
     network = network.to(dtype)
     before = {name: value.clone() for name, value in network.state_dict().items()}
     twin = fused.fused_transformer(network)
     for found, precise, eager in zip(
-        stream(twin, num_tokens), exact, stream(network, num_tokens), strict=True
+        stream(twin, num_tokens, num_chunks),
+        exact,
+        stream(network, num_tokens, num_chunks),
+        strict=True,
     ):
         error, allowed = (
             float((x.double() - precise).norm() / precise.norm()) for x in (found, eager)
@@ -351,9 +356,7 @@ def test_float8_costs_what_its_rounding_costs() -> None:
 
 
 @pytest.mark.parametrize("version", ["0.9.0", "0.9.1", "0.9.5"])
-@pytest.mark.parametrize(
-    ("dtype", "batch"), [(torch.float32, 1), (torch.float32, 2), (torch.bfloat16, 1)], ids=str
-)
+@pytest.mark.parametrize(("dtype", "batch"), [(torch.float32, 2), (torch.bfloat16, 1)], ids=str)
 def test_a_fused_vae_decodes_what_the_eager_one_does(
     version: str, dtype: torch.dtype, batch: int
 ) -> None:

@@ -43,7 +43,7 @@ def test_encoder_and_session_go_with_the_client(
 
     async def scenario() -> None:
         async with serving(short_head(), 1) as server:
-            for _ in range(3):
+            for _ in range(2):
                 await one_session(server, codec, end)
                 await settled(server)
                 async with asyncio.timeout(20):  # the connection has a last turn of its own

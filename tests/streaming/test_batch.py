@@ -348,7 +348,7 @@ def test_what_was_read_ahead_can_be_amended(head: TalkingHead) -> None:
 def test_memory_is_that_of_the_start(head: TalkingHead) -> None:
     batch = head.open_batch(3)
     alive, addresses = [], []
-    for turn in range(4):
+    for turn in range(3):
         for row in range(3):
             batch.start(row, portrait(row + turn), seed=row)
             batch.push(row, speech(30 + 20 * row, seed=row))

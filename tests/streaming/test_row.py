@@ -1,5 +1,5 @@
-"""An hour of speech through a row: nothing is lost, nothing grows, and the video is as long as the
-speech.
+"""A minute and an hour of speech through a row: nothing is lost, nothing grows, and the video is as
+long as the speech.
 """
 
 from __future__ import annotations
@@ -14,9 +14,14 @@ from rest_lightning.streaming.session import Row
 from rest_lightning.talking_head import TalkingHead
 
 
-@pytest.mark.parametrize("first_chunk_length", [None, 1])
-@pytest.mark.parametrize("num_samples", [3600 * 16_000, 3600 * 16_000 + 1, 3600 * 16_000 - 321])
-def test_an_hour_is_as_long_as_its_speech(
+@pytest.mark.parametrize(
+    ("num_samples", "first_chunk_length"),
+    [
+        (3600 * 16_000 - 321, None),
+        *((60 * 16_000 + more, first) for more in (0, 1, -321) for first in (None, 1)),
+    ],
+)
+def test_a_video_is_as_long_as_its_speech(
     head: TalkingHead, num_samples: int, first_chunk_length: int | None
 ) -> None:
     engine = ChunkEngine(

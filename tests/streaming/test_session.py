@@ -82,16 +82,15 @@ def test_session_equals_offline_computation(
     ],
     ids=lambda options: "-".join(map(str, *options.items())),
 )
-@pytest.mark.parametrize("guidance", [1.0, 2.0])
 def test_every_cache_option_streams_and_changes_the_frames(
-    make: Callable[..., TalkingHead], options: dict[str, Any], guidance: float
+    make: Callable[..., TalkingHead], options: dict[str, Any]
 ) -> None:
     samples = speech(60)
-    plain = frames_of(make(), samples, [], guidance=guidance)
-    other = frames_of(make(**options), samples, [777, 20000], guidance=guidance)
+    plain = frames_of(make(), samples, [], guidance=2.0)
+    other = frames_of(make(**options), samples, [777, 20000], guidance=2.0)
     assert other.shape == plain.shape
     assert not np.array_equal(other, plain)
-    assert np.array_equal(other, frames_of(make(**options), samples, [], guidance=guidance))
+    assert np.array_equal(other, frames_of(make(**options), samples, [], guidance=2.0))
 
 
 @pytest.mark.parametrize(

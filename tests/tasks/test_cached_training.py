@@ -61,14 +61,13 @@ def test_speech_ae_takes_them_too(recipe: Any, caches: Path, tmp_path: Path) -> 
     assert recipe.run("speech_ae", tmp_path, *words).trainer.global_step == 1
 
 
-@pytest.mark.parametrize("stage", ["student", "speech_ae"])
-def test_stale_features_end_the_run(recipe: Any, caches: Path, tmp_path: Path, stage: str) -> None:
+def test_stale_features_end_the_run(recipe: Any, caches: Path, tmp_path: Path) -> None:
     overlay = recipe.configs / "ablation/lookahead_0_ms.yaml"
     words = ("--data.num_frames=49", f"--data.speech_dir={caches / 'speech'}")
     with pytest.raises(
         UserError,
         match=r"expected features of the encoder .*: make them again",
     ):
-        recipe.run(stage, tmp_path, *DIT, *words, overlays=(overlay,))
+        recipe.run("student", tmp_path, *DIT, *words, overlays=(overlay,))
     with pytest.raises(UserError, match="expected augment false with speech_dir"):
-        recipe.run(stage, tmp_path, *words, "--data.augment=true")
+        recipe.run("speech_ae", tmp_path, *words, "--data.augment=true")

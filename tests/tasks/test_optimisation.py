@@ -54,7 +54,7 @@ def fit(
 
 
 @pytest.mark.parametrize("stage", ["teacher", "asd", "rollout", "distill"])
-@pytest.mark.parametrize(("num_batches", "batch_size"), [(2, 1), (2, 2), (4, 1)])
+@pytest.mark.parametrize(("num_batches", "batch_size"), [(2, 2), (3, 1)])
 def test_accumulated_gradients_are_those_of_one_batch(
     tmp_path: Path, stage: str, num_batches: int, batch_size: int
 ) -> None:
