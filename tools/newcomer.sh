@@ -39,13 +39,13 @@ build_wheel() {
     [ -d "$scratch/dist" ] && return
     local tools=$scratch/tools tree=$scratch/tree
     mkdir "$tree"
-    (cd "$repo" && git ls-files -z --cached --others --exclude-standard | xargs -0 -I{} sh -c 'test -e "$1" && cp --parents "$1" "$2"' _ {} "$tree" || true)
+    (cd "$repo" && git ls-files -z --cached --others --exclude-standard | tar -c --null --ignore-failed-read -T - 2>/dev/null) | tar -x -C "$tree"
     "$wheel_python" -m venv "$tools"
     "$tools/bin/python" -m pip install -qq build twine check-wheel-contents
     "$tools/bin/python" -m build -o "$scratch/dist" "$tree" >"$scratch/build.log" 2>&1 || { tail -20 "$scratch/build.log"; return 1; }
     if grep -n "would be ignored" "$scratch/build.log"; then return 1; fi
     "$tools/bin/twine" check --strict "$scratch"/dist/*
-    "$tools/bin/check-wheel-contents" "$scratch"/dist/*.whl
+    "$tools/bin/check-wheel-contents" --config "$repo/pyproject.toml" "$scratch"/dist/*.whl
 }
 
 # take_over FOLDER: let an environment find the packages of --over, behind its own.
