@@ -79,7 +79,11 @@ class LastAtTheEnd(Callback):
             return
         for each in trainer.checkpoint_callbacks:
             # without a path yet, Lightning saves it now
-            if isinstance(each, ModelCheckpoint) and each.save_last is True and each.last_model_path:
+            if (
+                isinstance(each, ModelCheckpoint)
+                and each.save_last is True
+                and each.last_model_path
+            ):
                 trainer.save_checkpoint(each.last_model_path, each.save_weights_only)
 
 

@@ -41,8 +41,10 @@ build_wheel() {
     mkdir "$tree"
     (cd "$repo" && git ls-files -z --cached --others --exclude-standard | tar -c --null --ignore-failed-read -T - 2>/dev/null) | tar -x -C "$tree"
     "$wheel_python" -m venv "$tools"
+    [ -z "$over" ] || take_over "$tools"
     "$tools/bin/python" -m pip install -qq build twine check-wheel-contents
-    "$tools/bin/python" -m build -o "$scratch/dist" "$tree" >"$scratch/build.log" 2>&1 || { tail -20 "$scratch/build.log"; return 1; }
+    # With --over the setuptools of that environment builds; build checks that it is new enough.
+    "$tools/bin/python" -m build ${over:+--no-isolation} -o "$scratch/dist" "$tree" >"$scratch/build.log" 2>&1 || { tail -20 "$scratch/build.log"; return 1; }
     if grep -n "would be ignored" "$scratch/build.log"; then return 1; fi
     "$tools/bin/twine" check --strict "$scratch"/dist/*
     "$tools/bin/check-wheel-contents" --config "$repo/pyproject.toml" "$scratch"/dist/*.whl
@@ -58,11 +60,12 @@ take_over() {
 new_venv() {
     local folder=$1 python=$2 extras=${3:-} wheel
     wheel=$(echo "$scratch"/dist/*.whl)
-    "$python" -m venv "$folder"
     if [ -n "$over" ]; then
+        "$python" -m venv --without-pip "$folder"
         take_over "$folder"
-        "$folder/bin/python" -m pip install -qq --no-deps --force-reinstall "$wheel"
+        "$over/bin/python" -m pip --python "$folder/bin/python" install -qq --no-deps --force-reinstall "$wheel"
     else
+        "$python" -m venv "$folder"
         "$folder/bin/python" -m pip install -qq -c "$repo/constraints.txt" "$wheel$extras"
     fi
 }
@@ -169,11 +172,13 @@ way_container() {
         grep -qxF "!$each" "$repo/.dockerignore"  # else Docker does not see it
         cp -r "$repo/$each" src/
     done
-    "$wheel_python" -m venv venv
     if [ -n "$over" ]; then
+        "$wheel_python" -m venv --without-pip venv
         take_over venv
-        venv/bin/python -m pip install -qq --no-deps ./src
+        # Built by what the environment has, not in one of its own.
+        "$over/bin/python" -m pip --python venv/bin/python install -qq --no-deps --no-build-isolation ./src
     else
+        "$wheel_python" -m venv venv
         (cd src && run ../venv/bin/python -m pip install -qq -c constraints.txt '.[serve]')
         run du -sm venv
     fi
@@ -235,7 +240,9 @@ cannot_notebook() { :; }
 way_notebook() {
     build_wheel
     new_venv env "$wheel_python" '[synthetic]'
-    env/bin/python -m pip install -qq ipython
+    local pip=env/bin/python
+    [ -z "$over" ] || pip=$over/bin/python
+    "$pip" -m pip --python env/bin/python install -qq ipython
     mkdir work && cd work
     MPLBACKEND=agg run ../env/bin/python -c "
 import json, sys
@@ -244,7 +251,9 @@ space = {'__name__': '__main__'}
 for cell in cells:
     if not cell.startswith('%pip'):
         exec(cell, space)
-assert space['curves']['train/mse'], 'no curve'" "$repo/examples/quickstart.ipynb"
+points = space['curves']['train/mse']
+assert len(points) == space['NUM_STEPS'] and points[-1][1] < points[0][1], points
+assert space['curves']['val/mse'] and len(space['frames']) == 75" "$repo/examples/quickstart.ipynb"
     test -s out.mp4 -a -s sheet.png
     cd ..
 }

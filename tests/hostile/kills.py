@@ -37,7 +37,7 @@ def begin(out: Path, file_bytes: int | None = None) -> int:
 
     A limit on the size of files stands for the disk's: the system refuses in the same way.
     """
-    words = [str(out) if word == "OUT" else word for word in SPEC["words"]]
+    words = [word.replace("OUT", str(out)) for word in SPEC["words"]]
     if SPEC.get("resumes") and (saved := list(out.rglob("last.ckpt"))):
         words += ["--ckpt_path", str(max(saved, key=lambda path: path.stat().st_mtime))]
     child = os.fork()
