@@ -34,6 +34,22 @@ run() {
     "$@"
 }
 
+# start NAME LOG COMMAND...: print it, run it in the background; its number is in the variable NAME. The command takes the
+# shell's place there: a signal to that number is a signal to it.
+start() {
+    local name=$1 log=$2
+    shift 2
+    printf '%s\n' "\$ $* &"
+    (exec "$@") >"$log" 2>&1 &
+    printf -v "$name" %s "$!"
+}
+
+# stop NUMBER: ask it to end, and wait until it has.
+stop() {
+    kill -TERM "$1" 2>/dev/null || true
+    wait "$1" || true
+}
+
 # build_wheel: sdist and wheel into $scratch/dist, once, from a copy of what git knows or would add; checked.
 build_wheel() {
     [ -d "$scratch/dist" ] && return
@@ -192,8 +208,8 @@ way_container() {
     local words
     words=$(sed -n 's/^CMD \[\(.*\)\]$/\1/p' "$file" | tr -d '",')
     cd home
-    run "${user[@]}" env -i PATH="$PWD/../venv/bin:/usr/bin:/bin" HOME="$PWD" ../venv/bin/rest $words --port "$port" >log 2>&1 &
-    local server=$! check
+    local server check
+    start server log "${user[@]}" env -i PATH="$PWD/../venv/bin:/usr/bin:/bin" HOME="$PWD" ../venv/bin/rest $words --port "$port"
     check=$(sed -n 's/^ *CMD \["python", "-c", "\(.*\)"\]$/\1/p' "$file")
     code=1
     for _ in $(seq 120); do
@@ -202,8 +218,7 @@ way_container() {
         sleep 1
     done
     [ "$code" -eq 0 ] && say "healthy: rest $words" || cat log
-    kill -TERM "$server" 2>/dev/null || true
-    wait "$server" || true
+    stop "$server"
     cd ..
     return "$code"
 }
@@ -216,8 +231,8 @@ way_app() {
     local bin=$PWD/env/bin port=17860 code=1
     cp -r "$repo/examples/space" space
     cd space
-    GRADIO_SERVER_PORT=$port run "$bin/python" app.py >../log 2>&1 &
-    local server=$!
+    local server
+    start server ../log env GRADIO_SERVER_PORT="$port" "$bin/python" app.py
     for _ in $(seq 120); do grep -q '^open' ../log && break; sleep 1; done
     run "$bin/python" -c "
 import pathlib, rest_lightning
@@ -229,8 +244,7 @@ said = client.submit(*files, False, 0, api_name='/talk')
 lines = [each[1] for each in said]
 print(lines[-1])
 assert lines[-1].startswith('367 of 367 frames'), lines" && code=0 || cat ../log
-    kill -TERM "$server" 2>/dev/null || true
-    wait "$server" || true
+    stop "$server"
     cd ..
     return "$code"
 }
