@@ -8,7 +8,7 @@
 # $wheel_python and $over set; it prints what it does and fails with the first command that fails.
 #
 #   --over VENV   take the dependencies of another environment in place of installing them (minutes less)
-#   PYTHONS       interpreters of the way `wheel`, such as "3.11 3.12 3.13" (default: that of $PYTHON, or python3)
+#   PYTHONS       interpreters of the way `wheel`, such as "3.11 3.12 3.13" (default: that of --over, $PYTHON, or python3)
 set -euo pipefail
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 wheel_python=${PYTHON:-$(command -v python3.11 || command -v python3)}
@@ -21,6 +21,7 @@ while [ $# -gt 0 ]; do
         *) ways+=("$1"); shift ;;
     esac
 done
+[ -z "$over" ] || wheel_python=$over/bin/python  # packages of one version of Python do not fit another
 unset PYTHONPATH VIRTUAL_ENV
 export PIP_NO_INPUT=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONDONTWRITEBYTECODE=1
 scratch=$(mktemp -d)
@@ -267,7 +268,8 @@ for cell in cells:
         exec(cell, space)
 points = space['curves']['train/mse']
 assert len(points) == space['NUM_STEPS'] and points[-1][1] < points[0][1], points
-assert space['curves']['val/mse'] and len(space['frames']) == 75" "$repo/examples/quickstart.ipynb"
+from rest_lightning.media.video import VideoFile
+assert space['curves']['val/mse'] and len(space['frames']) == 75 and VideoFile('out.mp4').num_frames == 367" "$repo/examples/quickstart.ipynb"
     test -s out.mp4 -a -s sheet.png
     cd ..
 }
