@@ -44,9 +44,9 @@ class Evaluation(Callback):
 
     ``rest test`` of an `EvaluateModule` writes the row, and beside it one row per clip
     (``row.clips.csv``), the worst clips (``row.worst.png``) and the first clip (true | generated).
-    With a teacher or student stage it runs at every n-th validation of ``rest fit`` and at ``rest validate`` on the validation clips,
-    logs ``eval/<metric>`` and writes ``evaluation/step-<step>.json``; there an evaluation that
-    fails is a warning. A clip shows its first frame speaking from there on: frame k of the
+    With a teacher or student stage it runs at every n-th validation of ``rest fit`` and at ``rest
+    validate`` on the validation clips, logs ``eval/<metric>`` and writes
+    ``evaluation/step-<step>.json``; there an evaluation that fails is a warning. A clip shows its first frame speaking from there on: frame k of the
     generated one belongs to frame k of the true one.
 
     Args:

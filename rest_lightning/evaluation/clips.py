@@ -102,12 +102,12 @@ def thumbnails(generated: Frames, truth: Frames) -> Frames:
     :func:`write_worst`: uint8 (2, n, 96, 96, 3), the true ones first.
     """
     size = (THUMBNAIL_PX, THUMBNAIL_PX)
-    return np.array(
-        [
-            [np.asarray(Image.fromarray(each).resize(size)) for each in frames]
-            for frames in (truth, generated)
-        ]
-    )
+    small = [
+        np.asarray(Image.fromarray(each).resize(size))
+        for frames in (truth, generated)
+        for each in frames
+    ]
+    return np.array(small, np.uint8).reshape(2, len(truth), *size, 3)
 
 
 def write_worst(worst: Sequence[tuple[ClipScores, Frames]], row_file: Path) -> Path | None:
