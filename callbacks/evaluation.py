@@ -46,8 +46,9 @@ class Evaluation(Callback):
     (``row.clips.csv``), the worst clips (``row.worst.png``) and the first clip (true | generated).
     With a teacher or student stage it runs at every n-th validation of ``rest fit`` and at ``rest
     validate`` on the validation clips, logs ``eval/<metric>`` and writes
-    ``evaluation/step-<step>.json``; there an evaluation that fails is a warning. A clip shows its first frame speaking from there on: frame k of the
-    generated one belongs to frame k of the true one.
+    ``evaluation/step-<step>.json``; there an evaluation that fails is a warning. A clip shows its
+    first frame speaking from there on: frame k of the generated one belongs to frame k of the true
+    one.
 
     Args:
         protocol: what to measure, or the name or file of a protocol; its clips are the first ones
