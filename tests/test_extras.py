@@ -58,9 +58,9 @@ def test_extras_are_those_of_the_package(repository: Path) -> None:
     assert set(MODULES) <= set(project["optional-dependencies"])
 
 
-WHEEL = {"archive_info": {}}
-EDITABLE = {"dir_info": {"editable": True}}
-GIT = {"vcs_info": {"vcs": "git", "commit_id": "abc123"}}
+WHEEL: dict[str, Any] = {"archive_info": {}}
+EDITABLE: dict[str, Any] = {"dir_info": {"editable": True}}
+GIT: dict[str, Any] = {"vcs_info": {"vcs": "git", "commit_id": "abc123"}}
 
 
 @pytest.mark.parametrize(
