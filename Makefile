@@ -50,8 +50,8 @@ docs: $(VENV)/.stamp-docs  ## build the documentation site into build/site, stri
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 	@echo "open build/site/index.html"
 
-newcomer: $(VENV)/.stamp-test  ## build, check and install the package as a newcomer does, over the packages of $(VENV)
-	tools/newcomer.sh --over $(VENV) wheel hub
+newcomer: $(VENV)/.stamp-test  ## build, check, install and use the package as a newcomer does, over the packages of $(VENV)
+	tools/newcomer.sh --over $(VENV) wheel hub container app notebook
 
 train-embedded: $(VENV)/.stamp-test  ## train all stages of the embedded model (BUDGET_MIN=100 PORTRAITS=... DRIVERS=...), resumable
 	$(TRAIN_ENV) $(BIN)/rest train-embedded --budget-min $(BUDGET_MIN) $(addprefix --portraits ,$(PORTRAITS)) $(addprefix --drivers ,$(DRIVERS))

@@ -22,7 +22,7 @@ from ..data.clips import load_frames
 from ..data.layout import manifest_path, read_manifest, read_sidecar
 from ..diffusion.sampling import SamplingChanges
 from ..errors import UserError
-from ..evaluation.clips import write_clips
+from ..evaluation.clips import write_clips, write_worst
 from ..evaluation.faces import FaceFinder, MediapipeFaces, SidecarFaces
 from ..evaluation.protocol import Protocol, read_protocol
 from ..evaluation.row import ResultRow, write_row
@@ -43,11 +43,12 @@ class Evaluation(Callback):
     beside.
 
     ``rest test`` of an `EvaluateModule` writes the row, and beside it one row per clip
-    (``row.clips.csv``) and the first clip (true | generated). With a teacher or student stage it
-    runs at every n-th validation of ``rest fit`` and at ``rest validate`` on the validation clips,
-    logs ``eval/<metric>`` and writes ``evaluation/step-<step>.json``; there an evaluation that
-    fails is a warning. A clip shows its first frame speaking from there on: frame k of the
-    generated one belongs to frame k of the true one.
+    (``row.clips.csv``), the worst clips (``row.worst.png``) and the first clip (true | generated).
+    With a teacher or student stage it runs at every n-th validation of ``rest fit`` and at ``rest
+    validate`` on the validation clips, logs ``eval/<metric>`` and writes
+    ``evaluation/step-<step>.json``; there an evaluation that fails is a warning. A clip shows its
+    first frame speaking from there on: frame k of the generated one belongs to frame k of the true
+    one.
 
     Args:
         protocol: what to measure, or the name or file of a protocol; its clips are the first ones
@@ -307,7 +308,9 @@ class Evaluation(Callback):
             )
             portrait = torch.from_numpy(truth[0]).permute(2, 0, 1).float().div(127.5).sub(1.0)
             with self._generating(module, portrait.shape[-1]) as generator:
+                num_timed = len(generator.first_frame_ms)
                 frames = generator.generate(portrait.to(module.device), audio)
+                first_ms = generator.first_frame_ms[num_timed:]
             faces: FaceFinder | None = None
             if self.protocol.faces == "mediapipe":
                 faces = MediapipeFaces()
@@ -322,6 +325,7 @@ class Evaluation(Callback):
                 reference=truth[0],
                 true_opening=None if np.isnan(opening).any() else opening,
                 faces=faces,
+                facts={"time_to_first_frame_ms": round(first_ms[0], 1)} if first_ms else {},
             )
         except UserError as error:
             self._scorer.fail(clip_id, str(error).replace(f"{self._data_dir}/", ""))
@@ -398,10 +402,11 @@ class Evaluation(Callback):
         }
         for name, value in (numbers | truths).items():
             module.log(name, value, rank_zero_only=True)
-        clips = self._scorer.clips()
+        clips, worst = self._scorer.clips(), self._scorer.worst()
         if trainer.is_global_zero:
             write_row(self.row, path)
             write_clips(clips, path)
+            write_worst(worst, path)
             rank_zero_info(f"{path}: {self.row.num_clips} clips, {len(self.row.failures)} failed")
 
 

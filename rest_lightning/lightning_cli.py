@@ -20,6 +20,7 @@ from lightning.fabric.plugins import TorchCheckpointIO  # noqa: E402
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer  # noqa: E402
 from lightning.pytorch.callbacks import (  # noqa: E402
     Callback,
+    ModelCheckpoint,
     RichProgressBar,
     WeightAveraging,
 )
@@ -54,6 +55,36 @@ class EndlessBar(RichProgressBar):
 
     def _get_train_description(self, current_epoch: int) -> str:
         return f"Epoch {current_epoch}".ljust(len(self.validation_description))
+
+
+class LastAtTheEnd(Callback):
+    """``last.ckpt`` is where a training ended, whether or not it was interrupted on the way.
+
+    Lightning's ``ModelCheckpoint`` leaves the last multiple of ``every_n_train_steps`` there; but
+    after a resumed training that has reached no multiple, the end.
+    """
+
+    def __init__(self) -> None:
+        self._saved_step = -1
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Remember the step."""
+        self._saved_step = checkpoint["global_step"]
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save it, unless this step is saved."""
+        if trainer.global_step == self._saved_step:
+            return
+        for each in trainer.checkpoint_callbacks:
+            # without a path yet, Lightning saves it now
+            if (
+                isinstance(each, ModelCheckpoint)
+                and each.save_last is True
+                and each.last_model_path
+            ):
+                trainer.save_checkpoint(each.last_model_path, each.save_weights_only)
 
 
 class RestCLI(LightningCLI):
@@ -148,6 +179,7 @@ class RestCLI(LightningCLI):
         """The trainer of the configuration; its checkpoints are whole or absent."""
         trainer = super().instantiate_trainer(**kwargs)
         present: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        present.insert(0, LastAtTheEnd())
         if trainer.max_epochs == -1:
             endless = [EndlessBar() if type(c) is RichProgressBar else c for c in present]
             trainer.callbacks = endless  # type: ignore[attr-defined]

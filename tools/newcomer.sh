@@ -8,7 +8,7 @@
 # $wheel_python and $over set; it prints what it does and fails with the first command that fails.
 #
 #   --over VENV   take the dependencies of another environment in place of installing them (minutes less)
-#   PYTHONS       interpreters of the way `wheel`, such as "3.11 3.12 3.13" (default: that of $PYTHON, or python3)
+#   PYTHONS       interpreters of the way `wheel`, such as "3.11 3.12 3.13" (default: that of --over, $PYTHON, or python3)
 set -euo pipefail
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 wheel_python=${PYTHON:-$(command -v python3.11 || command -v python3)}
@@ -21,6 +21,7 @@ while [ $# -gt 0 ]; do
         *) ways+=("$1"); shift ;;
     esac
 done
+[ -z "$over" ] || wheel_python=$over/bin/python  # packages of one version of Python do not fit another
 unset PYTHONPATH VIRTUAL_ENV
 export PIP_NO_INPUT=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONDONTWRITEBYTECODE=1
 scratch=$(mktemp -d)
@@ -34,18 +35,36 @@ run() {
     "$@"
 }
 
+# start NAME LOG COMMAND...: print it, run it in the background; its number is in the variable NAME. The command takes the
+# shell's place there: a signal to that number is a signal to it.
+start() {
+    local name=$1 log=$2
+    shift 2
+    printf '%s\n' "\$ $* &"
+    (exec "$@") >"$log" 2>&1 &
+    printf -v "$name" %s "$!"
+}
+
+# stop NUMBER: ask it to end, and wait until it has.
+stop() {
+    kill -TERM "$1" 2>/dev/null || true
+    wait "$1" || true
+}
+
 # build_wheel: sdist and wheel into $scratch/dist, once, from a copy of what git knows or would add; checked.
 build_wheel() {
     [ -d "$scratch/dist" ] && return
     local tools=$scratch/tools tree=$scratch/tree
     mkdir "$tree"
-    (cd "$repo" && git ls-files -z --cached --others --exclude-standard | xargs -0 -I{} sh -c 'test -e "$1" && cp --parents "$1" "$2"' _ {} "$tree" || true)
+    (cd "$repo" && git ls-files -z --cached --others --exclude-standard | tar -c --null --ignore-failed-read -T - 2>/dev/null) | tar -x -C "$tree"
     "$wheel_python" -m venv "$tools"
+    [ -z "$over" ] || take_over "$tools"
     "$tools/bin/python" -m pip install -qq build twine check-wheel-contents
-    "$tools/bin/python" -m build -o "$scratch/dist" "$tree" >"$scratch/build.log" 2>&1 || { tail -20 "$scratch/build.log"; return 1; }
+    # With --over the setuptools of that environment builds; build checks that it is new enough.
+    "$tools/bin/python" -m build ${over:+--no-isolation} -o "$scratch/dist" "$tree" >"$scratch/build.log" 2>&1 || { tail -20 "$scratch/build.log"; return 1; }
     if grep -n "would be ignored" "$scratch/build.log"; then return 1; fi
     "$tools/bin/twine" check --strict "$scratch"/dist/*
-    "$tools/bin/check-wheel-contents" "$scratch"/dist/*.whl
+    "$tools/bin/check-wheel-contents" --config "$repo/pyproject.toml" "$scratch"/dist/*.whl
 }
 
 # take_over FOLDER: let an environment find the packages of --over, behind its own.
@@ -58,11 +77,12 @@ take_over() {
 new_venv() {
     local folder=$1 python=$2 extras=${3:-} wheel
     wheel=$(echo "$scratch"/dist/*.whl)
-    "$python" -m venv "$folder"
     if [ -n "$over" ]; then
+        "$python" -m venv --without-pip "$folder"
         take_over "$folder"
-        "$folder/bin/python" -m pip install -qq --no-deps --force-reinstall "$wheel"
+        "$over/bin/python" -m pip --python "$folder/bin/python" install -qq --no-deps --force-reinstall "$wheel"
     else
+        "$python" -m venv "$folder"
         "$folder/bin/python" -m pip install -qq -c "$repo/constraints.txt" "$wheel$extras"
     fi
 }
@@ -169,11 +189,13 @@ way_container() {
         grep -qxF "!$each" "$repo/.dockerignore"  # else Docker does not see it
         cp -r "$repo/$each" src/
     done
-    "$wheel_python" -m venv venv
     if [ -n "$over" ]; then
+        "$wheel_python" -m venv --without-pip venv
         take_over venv
-        venv/bin/python -m pip install -qq --no-deps ./src
+        # Built by what the environment has, not in one of its own.
+        "$over/bin/python" -m pip --python venv/bin/python install -qq --no-deps --no-build-isolation ./src
     else
+        "$wheel_python" -m venv venv
         (cd src && run ../venv/bin/python -m pip install -qq -c constraints.txt '.[serve]')
         run du -sm venv
     fi
@@ -187,8 +209,8 @@ way_container() {
     local words
     words=$(sed -n 's/^CMD \[\(.*\)\]$/\1/p' "$file" | tr -d '",')
     cd home
-    run "${user[@]}" env -i PATH="$PWD/../venv/bin:/usr/bin:/bin" HOME="$PWD" ../venv/bin/rest $words --port "$port" >log 2>&1 &
-    local server=$! check
+    local server check
+    start server log "${user[@]}" env -i PATH="$PWD/../venv/bin:/usr/bin:/bin" HOME="$PWD" ../venv/bin/rest $words --port "$port"
     check=$(sed -n 's/^ *CMD \["python", "-c", "\(.*\)"\]$/\1/p' "$file")
     code=1
     for _ in $(seq 120); do
@@ -197,8 +219,7 @@ way_container() {
         sleep 1
     done
     [ "$code" -eq 0 ] && say "healthy: rest $words" || cat log
-    kill -TERM "$server" 2>/dev/null || true
-    wait "$server" || true
+    stop "$server"
     cd ..
     return "$code"
 }
@@ -211,8 +232,8 @@ way_app() {
     local bin=$PWD/env/bin port=17860 code=1
     cp -r "$repo/examples/space" space
     cd space
-    GRADIO_SERVER_PORT=$port run "$bin/python" app.py >../log 2>&1 &
-    local server=$!
+    local server
+    start server ../log env GRADIO_SERVER_PORT="$port" "$bin/python" app.py
     for _ in $(seq 120); do grep -q '^open' ../log && break; sleep 1; done
     run "$bin/python" -c "
 import pathlib, rest_lightning
@@ -224,8 +245,7 @@ said = client.submit(*files, False, 0, api_name='/talk')
 lines = [each[1] for each in said]
 print(lines[-1])
 assert lines[-1].startswith('367 of 367 frames'), lines" && code=0 || cat ../log
-    kill -TERM "$server" 2>/dev/null || true
-    wait "$server" || true
+    stop "$server"
     cd ..
     return "$code"
 }
@@ -235,7 +255,9 @@ cannot_notebook() { :; }
 way_notebook() {
     build_wheel
     new_venv env "$wheel_python" '[synthetic]'
-    env/bin/python -m pip install -qq ipython
+    local pip=env/bin/python
+    [ -z "$over" ] || pip=$over/bin/python
+    "$pip" -m pip --python env/bin/python install -qq ipython
     mkdir work && cd work
     MPLBACKEND=agg run ../env/bin/python -c "
 import json, sys
@@ -244,7 +266,10 @@ space = {'__name__': '__main__'}
 for cell in cells:
     if not cell.startswith('%pip'):
         exec(cell, space)
-assert space['curves']['train/mse'], 'no curve'" "$repo/examples/quickstart.ipynb"
+points = space['curves']['train/mse']
+assert len(points) == space['NUM_STEPS'] and points[-1][1] < points[0][1], points
+from rest_lightning.media.video import VideoFile
+assert space['curves']['val/mse'] and len(space['frames']) == 75 and VideoFile('out.mp4').num_frames == 367" "$repo/examples/quickstart.ipynb"
     test -s out.mp4 -a -s sheet.png
     cd ..
 }

@@ -1,7 +1,7 @@
 """Photographs become training talkers: the face of a speaking driver moves each of them.
 
 A model of faces of your own needs photographs of them and a few minutes of anybody's speech on
-video (rest prepare). Needs the extra: pip install 'rest_lightning[prepare]'
+video (rest prepare). Needs the extra `prepare`; rest doctor says how to install it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Open a page for a portrait and a sound file: the video plays while it is made.
 
-A Gradio app, the same that examples/space shows as a Space. It needs the extra `app`: pip install
-'rest-lightning[app]'. Uploads and videos are deleted after an hour.
+A Gradio app, the same that examples/space shows as a Space. Needs the extra `app`; rest doctor says
+how to install it. Uploads and videos are deleted after an hour.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 bash: rest completion bash > ~/.local/share/bash-completion/completions/rest
 zsh: rest completion zsh > a folder of $fpath, as _rest
 fish: rest completion fish > ~/.config/fish/completions/rest.fish
-Needs the extra: pip install 'rest_lightning[completion]'
+Needs the extra `completion`; rest doctor says how to install it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import argparse
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from rest_lightning.errors import UserError
+from rest_lightning.extras import missing
 
 SHELLS = ("bash", "zsh", "fish")
 
@@ -37,9 +37,7 @@ def run(
     try:
         import shtab
     except ModuleNotFoundError:
-        raise UserError(
-            "expected the package shtab, got none: pip install 'rest_lightning[completion]'"
-        ) from None
+        raise missing("shtab", "completion", "rest completion") from None
     from rest_lightning.options import CommandParser
 
     parser = argparse.ArgumentParser(prog="rest")

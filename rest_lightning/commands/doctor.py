@@ -12,12 +12,15 @@ import importlib
 import json
 import os
 from importlib import metadata
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rest_lightning.constants import VERSION
 from rest_lightning.errors import UserError
+from rest_lightning.extras import DISTRIBUTION, applies, install_command, requirements
 
-DISTRIBUTION = "rest_lightning"
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
+
 # What an extra is for. Extras that are not named here are for developers.
 EXTRA_USES = {
     "app": "rest app",
@@ -102,47 +105,20 @@ def extras(distribution: str = DISTRIBUTION) -> dict[str, dict[str, Any]]:
     """Returns, for every extra that a command needs, what it is for (``for``) and which of its
     packages are ``missing`` or too old; those that this Python cannot have are ``not_here``.
     """
-    from packaging.requirements import Requirement
-
     try:
-        lines = metadata.requires(distribution) or []
         names = metadata.metadata(distribution).get_all("Provides-Extra") or []
     except metadata.PackageNotFoundError:
         return {}
     found: dict[str, dict[str, Any]] = {}
     for name in sorted(set(names) & set(EXTRA_USES)):
-        missing, not_here = [], []
-        for requirement in map(Requirement, lines):
-            marker = requirement.marker
-            if marker is None or f'extra == "{name}"' not in str(marker):
-                continue
-            if not marker.evaluate({"extra": name}):
-                not_here.append(requirement.name)
-            elif (
-                requirement.name.replace("-", "_") == DISTRIBUTION
-            ):  # an extra that asks for others
-                for other in requirement.extras:
-                    missing += extras_missing(lines, other)
-            elif problem := _problem_of(requirement):
-                missing.append(problem)
-        found[name] = {"for": EXTRA_USES[name], "missing": missing, "not_here": not_here}
+        wanted = requirements(name, distribution)
+        problems = [_problem_of(each) for each in wanted if applies(each)]
+        found[name] = {
+            "for": EXTRA_USES[name],
+            "missing": [problem for problem in problems if problem],
+            "not_here": [each.name for each in wanted if not applies(each)],
+        }
     return found
-
-
-def extras_missing(lines: list[str], extra: str) -> list[str]:
-    """Returns what is missing of the packages that an extra asks for in a distribution's
-    requirements.
-    """
-    from packaging.requirements import Requirement
-
-    wanted = [
-        requirement
-        for requirement in map(Requirement, lines)
-        if requirement.marker is not None
-        and f'extra == "{extra}"' in str(requirement.marker)
-        and requirement.marker.evaluate({"extra": extra})
-    ]
-    return [problem for requirement in wanted if (problem := _problem_of(requirement))]
 
 
 def _other_versions() -> list[str]:
@@ -155,7 +131,7 @@ def _other_versions() -> list[str]:
     ]
 
 
-def _problem_of(requirement: Any) -> str | None:
+def _problem_of(requirement: Requirement) -> str | None:
     try:
         version = metadata.version(requirement.name)
     except metadata.PackageNotFoundError:
@@ -274,7 +250,7 @@ def show(found: dict[str, Any]) -> None:
 
 def _extra_line(name: str, extra: dict[str, Any]) -> str:
     if missing := extra["missing"]:
-        way_out = f"pip install 'rest-lightning\\[{name}]'"
+        way_out = install_command(name).replace("[", r"\[")
         return f"{extra['for']}: needs {', '.join(missing)}: {way_out}"
     if not_here := extra["not_here"]:
         return f"{extra['for']}: {', '.join(not_here)} cannot be had for this Python"

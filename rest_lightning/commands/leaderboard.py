@@ -4,7 +4,7 @@ leaderboard.json.
 Rows of another protocol, other extractors, another number of clips or of frames per clip get a
 table of their own. Published figures (rows with "measured": false and a "source") stand beside,
 marked as claimed. A picture or clip with the name of a row's file (row.json: row.png, row.jpg,
-row.webp, row.gif, row.mp4, row.webm) is shown on the page.
+row.webp, row.gif, row.mp4, row.webm) is shown on the page, as is row.worst.png.
 """
 
 from __future__ import annotations
@@ -80,7 +80,8 @@ def run(args: argparse.Namespace) -> int:
 def _media_beside(file: Path, max_mb: float) -> list[Path]:
     from rest_lightning.media.html import MEDIA_TYPES
 
-    found = [path for suffix in MEDIA_TYPES if (path := file.with_suffix(suffix)).is_file()]
+    suffixes = (*MEDIA_TYPES, ".worst.png")  # `rest score` and `rest test` draw the worst clips
+    found = [path for suffix in suffixes if (path := file.with_suffix(suffix)).is_file()]
     for path in found:
         size_mb = path.stat().st_size / 1e6
         if size_mb > max_mb:

@@ -1,9 +1,9 @@
 """Raw videos become prepared clips: 25 fps, 16 kHz, one static square around each face, filtered
 and split.
 
-Needs the extra: pip install 'rest_lightning[prepare]'; not with --box or --already-cropped. Run it
-again after an interruption, or when videos were added: what is done stays. A threshold of null
-switches its filter off. --config reads options from a file; data/prepare has the defaults.
+Needs the extra `prepare`, but not with --box or --already-cropped; rest doctor says how to install
+it. Run it again after an interruption, or when videos were added: what is done stays. A threshold
+of null switches its filter off. --config reads options from a file; data/prepare has the defaults.
 """
 
 from __future__ import annotations
@@ -180,7 +180,7 @@ def run_synthesize(args: argparse.Namespace) -> int:
     """Render synthetic talkers in the prepared-clip layout, with their speech and true mouth
     opening.
 
-    Needs the extra: pip install 'rest_lightning[synthetic]'
+    Needs the extra `synthetic`; rest doctor says how to install it.
     """
     from rest_lightning.data.synthetic.synthesize import synthesize
 

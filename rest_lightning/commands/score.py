@@ -1,5 +1,6 @@
 """Score any folder of videos, whoever made them, under a protocol: one result row, and one row
-per clip beside it (OUT.clips.csv, and .parquet where pyarrow is installed), the worst first.
+per clip beside it (OUT.clips.csv, and .parquet where pyarrow is installed), the worst first, with
+thumbnails of the worst (OUT.worst.png).
 
 Videos are paired with the true clips by file name. A video shows the first frame of its true clip
 speaking that clip's sound, frame k of the one belongs to frame k of the other, and it carries its
@@ -75,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
         )
 
     metrics = [own_metric(name) for name in args.metric]
-    from rest_lightning.evaluation.clips import write_clips
+    from rest_lightning.evaluation.clips import write_clips, write_worst
     from rest_lightning.evaluation.row import write_row
     from rest_lightning.evaluation.scorer import Scorer
     from rest_lightning.evaluation.videos import pair_folders, score_folders
@@ -106,6 +107,7 @@ def run(args: argparse.Namespace) -> int:
     row = scorer.row(args.method or args.generated.resolve().name, config=config)
     write_row(row, args.out)
     write_clips(scorer.clips(), args.out)
+    write_worst(scorer.worst(), args.out)
     print(f"{args.out}: {row.num_clips} clips, {len(row.failures)} failed")
     print_numbers(row)
     return 1 if row.failures else 0

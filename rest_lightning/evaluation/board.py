@@ -72,7 +72,11 @@ METRICS = {
 }
 SORT_ORDER = ("fvd", "fid", "sync_c", "lip_correlation")
 SPEED = "frames_per_second"
-_SPEED_METRIC = Metric("frames/s", "high", 1)
+# Of a row's ``speed``. Lightning's own clips have both, folders of videos neither.
+SPEEDS = {
+    SPEED: Metric("frames/s", "high", 1),
+    "time_to_first_frame_ms": Metric("first frame (ms)", "low", 0),
+}
 
 
 @dataclass(frozen=True)
@@ -107,9 +111,9 @@ class Entry:
     rank: int | None = None
 
     def cell(self, key: str) -> Cell | None:
-        """A metric, or ``frames_per_second``."""
+        """A metric, or one of :data:`SPEEDS`."""
         return Cell.of(
-            [row.speed.get(key) if key == SPEED else row.metrics.get(key) for row in self.rows]
+            [row.speed.get(key) if key in SPEEDS else row.metrics.get(key) for row in self.rows]
         )
 
     def curve(self, key: str) -> list[float]:
@@ -187,6 +191,11 @@ class Group:
         return _columns(self.rows)
 
     @property
+    def speeds(self) -> list[str]:
+        """The frames per second, and what else of :data:`SPEEDS` a measured row has."""
+        return [key for key in SPEEDS if key == SPEED or any(key in row.speed for row in self.rows)]
+
+    @property
     def claimed_columns(self) -> list[str]:
         """The same of the published figures."""
         return _columns(self.claimed)
@@ -234,9 +243,7 @@ class Group:
 
 def metric_of(key: str) -> Metric:
     """How a key is shown."""
-    return (
-        _SPEED_METRIC if key == SPEED else METRICS.get(key, Metric(key.replace("_", " "), None, 3))
-    )
+    return (SPEEDS | METRICS).get(key) or Metric(key.replace("_", " "), None, 3)
 
 
 def fingerprint(extractors: Mapping[str, Mapping[str, Any]]) -> str:
@@ -300,7 +307,7 @@ def make_board(rows: Sequence[ResultRow], sort_by: str | None = None) -> list[Gr
         _sort(group, sort_by)
     _tell_apart([group for group in groups.values() if group.entries])
     known_keys = list(
-        dict.fromkeys(key for group in groups.values() for key in (*group.columns, SPEED))
+        dict.fromkeys(key for group in groups.values() for key in (*group.columns, *SPEEDS))
     )
     if sort_by is not None and sort_by not in known_keys:
         known = ", ".join(known_keys)
@@ -498,7 +505,7 @@ def to_json(groups: Sequence[Group]) -> dict[str, Any]:
                         "num_failures": entry.num_failures,
                         "metrics": {
                             key: {"mean": cell.mean, "spread": cell.spread}
-                            for key in (*group.columns, SPEED)
+                            for key in (*group.columns, *SPEEDS)
                             if (cell := entry.cell(key)) is not None
                         },
                         "rows": [row.to_dict() for row in entry.rows],
@@ -542,7 +549,7 @@ def notes(group: Group) -> list[str]:
 
 def claimed_text(row: ResultRow, key: str) -> str:
     """A published figure, or a dash."""
-    value = row.speed.get(key) if key == SPEED else row.metrics.get(key)
+    value = row.speed.get(key) if key in SPEEDS else row.metrics.get(key)
     return f"{value:g}" if isinstance(value, int | float) else "–"
 
 
@@ -552,14 +559,23 @@ def _group(group: Group) -> list[str]:
     lines += [f"> **Note:** {note}" for note in notes(group)]
     if notes(group):
         lines.append("")
-    keys = [SPEED, *columns]
+    keys = [*group.speeds, *columns]
     headings = ["#", "method", "runs", "clips", "failed"]
     headings += [f"{metric_of(key).label} {metric_of(key).arrow}".strip() for key in keys]
     if group.entries:
         truth = group.ground_truth
         lines += [_row(headings), _row(["--:", "---", *["--:"] * (len(headings) - 2)])]
         cells = [truth[key].text(group.decimals(key)) if key in truth else "–" for key in columns]
-        lines.append(_row(["", "*ground truth*", *[""] * 4, *(f"*{cell}*" for cell in cells)]))
+        lines.append(
+            _row(
+                [
+                    "",
+                    "*ground truth*",
+                    *[""] * (len(keys) - len(columns) + 3),
+                    *(f"*{cell}*" for cell in cells),
+                ]
+            )
+        )
     for entry in group.entries:
         shown = []
         for key in keys:

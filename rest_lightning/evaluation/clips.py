@@ -8,20 +8,30 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
 
 from rest_lightning.evaluation.board import METRICS
 from rest_lightning.media.files import whole_file
 
 SORT_ORDER = ("sync_c", "lip_correlation", "identity_similarity")
 NUM_RESAMPLES = 2000
+NUM_WORST = 8
+NUM_THUMBNAILS, THUMBNAIL_PX, _CAPTION_PX = 6, 96, 22
 ClipScores = Mapping[str, Any]
+Frames = NDArray[np.uint8]
+
+
+def sort_key(clips: Sequence[ClipScores]) -> str | None:
+    """Returns the first of :data:`SORT_ORDER` that clips have."""
+    return next((name for name in SORT_ORDER if any(name in clip for clip in clips)), None)
 
 
 def worst_first(clips: Sequence[ClipScores]) -> list[ClipScores]:
     """Returns clips sorted by the first of :data:`SORT_ORDER` that they have: the worst one first,
     those without a number last.
     """
-    key = next((name for name in SORT_ORDER if any(name in clip for clip in clips)), None)
+    key = sort_key(clips)
     if key is None:
         return list(clips)
 
@@ -85,6 +95,53 @@ def write_clips(clips: Sequence[ClipScores], row_file: Path) -> list[Path]:
     with whole_file(written[1]) as temporary:
         parquet.write_table(table, temporary)
     return written
+
+
+def thumbnails(generated: Frames, truth: Frames) -> Frames:
+    """Returns frames of a generated and a true clip, uint8 (n, H, W, 3) each, as they are kept for
+    :func:`write_worst`: uint8 (2, n, 96, 96, 3), the true ones first.
+    """
+    size = (THUMBNAIL_PX, THUMBNAIL_PX)
+    small = [
+        np.asarray(Image.fromarray(each).resize(size))
+        for frames in (truth, generated)
+        for each in frames
+    ]
+    return np.array(small, np.uint8).reshape(2, len(truth), *size, 3)
+
+
+def write_worst(worst: Sequence[tuple[ClipScores, Frames]], row_file: Path) -> Path | None:
+    """Draws thumbnails of the worst clips beside a result row, ``row.worst.png``: for each its name
+    and score, frames of the true clip and below them those of the generated one.
+
+    Args:
+        worst: scores of a clip and its :func:`thumbnails`.
+        row_file: file of the row.
+
+    Returns:
+        The picture; None without clips.
+
+    Raises:
+        UserError: when the operating system refuses.
+    """
+    if not worst:
+        return None
+    key = sort_key([clip for clip, _ in worst])
+    height = _CAPTION_PX + 2 * THUMBNAIL_PX
+    sheet = Image.new("RGB", (NUM_THUMBNAILS * THUMBNAIL_PX, height * len(worst)), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
+    for number, (clip, frames) in enumerate(worst):
+        top, value = number * height, clip.get(key or "")
+        score = "" if key is None or value is None else f"   {METRICS[key].label} {value:.3g}"
+        draw.text((4, top + 3), f"{clip['clip']}{score}   true, generated", "black", font)
+        for line, pictures in enumerate(frames):
+            for column, picture in enumerate(pictures):
+                place = column * THUMBNAIL_PX, top + _CAPTION_PX + line * THUMBNAIL_PX
+                sheet.paste(Image.fromarray(picture), place)
+    path = row_file.with_suffix(".worst.png")
+    with whole_file(path) as temporary:
+        sheet.save(temporary, format="PNG")
+    return path
 
 
 def _columns(clips: Sequence[ClipScores]) -> list[str]:

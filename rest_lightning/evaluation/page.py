@@ -12,6 +12,7 @@ from rest_lightning.evaluation.board import (
     APART,
     CLAIMED,
     SPEED,
+    SPEEDS,
     Entry,
     Group,
     claimed_text,
@@ -93,7 +94,7 @@ def _chips(group: Group) -> str:
 
 
 def _table(group: Group) -> str:
-    keys = [SPEED, *group.columns]
+    keys = [*group.speeds, *group.columns]
     heads = [
         _head("method", None),
         _head("runs", "high"),
@@ -139,7 +140,7 @@ def _truth_row(group: Group) -> str:
         for key in group.columns
     ]
     label = f'<th scope="row"><span class="rank"></span>{TRUTH}</th>'
-    return f'<tr class="truth">{label}{"<td></td>" * 4}{"".join(cells)}</tr>'
+    return f'<tr class="truth">{label}{"<td></td>" * (3 + len(group.speeds))}{"".join(cells)}</tr>'
 
 
 def _cell(entry: Entry, key: str, is_best: bool, decimals: int) -> str:
@@ -158,7 +159,7 @@ def _plots(group: Group) -> str:
 
 
 def _quality_and_speed(group: Group) -> str:
-    key = group.sort_by if group.sort_by != SPEED else None
+    key = group.sort_by if group.sort_by not in SPEEDS else None
     if key is None:
         return ""
     points = []
@@ -246,6 +247,7 @@ def _media(group: Group, media: Media) -> str:
     for entry in group.entries:
         for path in dict.fromkeys(path for row in entry.rows for path in media.get(row.method, ())):
             source, name = data_uri(path), escape(entry.name)
+            name += ": the worst clips" if path.name.endswith(".worst.png") else ""
             if MEDIA_TYPES[path.suffix.lower()].startswith("video/"):
                 shown = (
                     f'<video controls loop playsinline preload="metadata" src="{source}"></video>'

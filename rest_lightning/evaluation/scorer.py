@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,13 @@ from torch.nn import functional
 
 from rest_lightning.constants import SAMPLES_PER_FRAME
 from rest_lightning.errors import UserError
-from rest_lightning.evaluation.clips import intervals
+from rest_lightning.evaluation.clips import (
+    NUM_THUMBNAILS,
+    NUM_WORST,
+    intervals,
+    thumbnails,
+    worst_first,
+)
 from rest_lightning.evaluation.faces import FaceFinder
 from rest_lightning.evaluation.measures import (
     CURVE,
@@ -53,6 +59,7 @@ class ClipPair:
         reference: the portrait, uint8 (H, W, 3).
         true_opening: (num_frames,) or longer of the renderer, or None.
         faces: finds the face for SyncNet's crop; None: the frame is the crop.
+        facts: further numbers of the clip's own row, such as ``time_to_first_frame_ms``.
     """
 
     name: str
@@ -62,6 +69,7 @@ class ClipPair:
     reference: Frames
     true_opening: NDArray[np.floating] | None = None
     faces: FaceFinder | None = None
+    facts: Mapping[str, float] = field(default_factory=dict)
 
 
 class Scorer:
@@ -96,6 +104,7 @@ class Scorer:
         self.remarks: list[str] = []  # further notes of the row
         self.num_clips = 0
         self._clips: list[dict[str, Any]] = []
+        self._thumbnails: dict[str, Frames] = {}  # of the worst clips so far
         for measure in self.measures.values():
             for metric in measure.metrics.values():
                 metric.persistent(True)
@@ -126,7 +135,11 @@ class Scorer:
             for measure in self.measures.values():
                 measure.start(clip)
             num_frames = 0
+            shown = np.linspace(0, self.protocol.num_frames - 1, NUM_THUMBNAILS).astype(int)
+            small: list[Frames] = []
             for generated, truth in clip.pieces:
+                inside = shown[(shown >= num_frames) & (shown < num_frames + len(generated))]
+                small.append(thumbnails(generated[inside - num_frames], truth[inside - num_frames]))
                 num_frames += len(generated)
                 pair = [
                     self._fit(frames, what)
@@ -145,8 +158,24 @@ class Scorer:
             self.fail(clip.name, str(error))
             return False
         self.num_clips += 1
-        self._clips.append({"clip": clip.name, **self._scores_since(before)})
+        self._clips.append({"clip": clip.name, **self._scores_since(before), **clip.facts})
+        self._thumbnails[clip.name] = np.concatenate(small, axis=1)
+        if len(self._thumbnails) > NUM_WORST:
+            kept = [each["clip"] for each in worst_first(self._shown())[:NUM_WORST]]
+            self._thumbnails = {name: self._thumbnails[name] for name in kept}
         return True
+
+    def _shown(self) -> list[dict[str, Any]]:
+        return [each for each in self._clips if each["clip"] in self._thumbnails]
+
+    def worst(self) -> list[tuple[dict[str, Any], Frames]]:
+        """Returns scores and thumbnails of the worst clips, the worst first, of all processes; call
+        it on every process. An evaluation that was interrupted has those of its last part.
+        """
+        own = [(clip, self._thumbnails[clip["clip"]]) for clip in self._shown()]
+        found = {clip["clip"]: (clip, small) for part in _gathered(own) for clip, small in part}
+        order = worst_first([clip for clip, _ in found.values()])
+        return [found[clip["clip"]] for clip in order[:NUM_WORST]]
 
     def clips(self) -> list[dict[str, Any]]:
         """Returns the scores of each clip that counts (``clip`` is its name, None a number that is

@@ -18,6 +18,7 @@ import numpy as np
 
 from rest_lightning.constants import FPS, SAMPLES_PER_FRAME
 from rest_lightning.errors import UserError
+from rest_lightning.extras import missing
 from rest_lightning.media.audio import open_speech
 from rest_lightning.media.photo import PhotoFrames
 from rest_lightning.media.portrait import find_portrait
@@ -31,9 +32,7 @@ try:
     from fastapi import FastAPI
     from gradio.data_classes import FileData
 except ModuleNotFoundError as error:
-    raise UserError(
-        f"expected the package {error.name}, found none: pip install 'rest-lightning[app]'"
-    ) from None
+    raise missing(error.name, "app", "rest app") from None
 
 if TYPE_CHECKING:
     from rest_lightning.media.provenance import Signer
@@ -194,8 +193,8 @@ def _talk(
 ) -> Iterator[tuple[Any, str]]:
     """Yields the segments of the video, each with a line about it."""
     if not portrait or not speech:
-        missing = "portrait" if not portrait else "speech"
-        raise UserError(f"expected a portrait and speech, got no {missing}: choose an example")
+        absent = "portrait" if not portrait else "speech"
+        raise UserError(f"expected a portrait and speech, got no {absent}: choose an example")
     found = find_portrait(portrait, option=None)
     source = open_speech(speech, longest_s=max_s)
     samples = source.read_all()

@@ -25,6 +25,7 @@ import numpy as np
 from rest_lightning.avatar import Avatar, AvatarFrame, AvatarPool, AvatarSettings, ModelError
 from rest_lightning.constants import FPS
 from rest_lightning.errors import UserError, exit_code
+from rest_lightning.extras import missing
 
 try:
     from livekit import api, rtc
@@ -41,10 +42,8 @@ try:
         VideoGenerator,
     )
     from livekit.agents.voice.avatar import AvatarSession as BaseAvatarSession
-except ModuleNotFoundError as missing:
-    raise UserError(
-        f"expected the package {missing.name}, found none: pip install 'rest-lightning[livekit]'"
-    ) from None
+except ModuleNotFoundError as error:
+    raise missing(error.name, "livekit", "the adapter") from None
 
 if TYPE_CHECKING:
     from rest_lightning.talking_head import TalkingHead

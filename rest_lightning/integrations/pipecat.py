@@ -22,6 +22,7 @@ import numpy as np
 from rest_lightning.avatar import Avatar, AvatarFrame, AvatarPool, AvatarSettings, ModelError
 from rest_lightning.constants import FPS
 from rest_lightning.errors import UserError
+from rest_lightning.extras import missing
 
 try:
     from pipecat.frames.frames import (
@@ -40,10 +41,8 @@ try:
     from pipecat.services.settings import ServiceSettings
     from pipecat.transports.base_transport import TransportParams
     from pipecat.utils.types import NOT_GIVEN, NotGiven, is_given
-except ModuleNotFoundError as missing:
-    raise UserError(
-        f"expected the package {missing.name}, found none: pip install 'rest-lightning[pipecat]'"
-    ) from None
+except ModuleNotFoundError as error:
+    raise missing(error.name, "pipecat", "the adapter") from None
 
 if TYPE_CHECKING:
     from rest_lightning.talking_head import TalkingHead

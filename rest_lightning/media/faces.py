@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rest_lightning.errors import UserError
+from rest_lightning.extras import install_command
 from rest_lightning.media.files import Closing
 
 Picture = NDArray[np.uint8]
@@ -104,9 +105,8 @@ def mediapipe_solutions() -> Any:
     os.environ.setdefault("GLOG_minloglevel", "2")
     warnings.filterwarnings("ignore", message=".*GetPrototype.*")  # protobuf's, at every picture
     way_out = (
-        "pip install 'rest_lightning[prepare]' (Python 3.12 or older), or give --box "
-        "x,y,w,h "
-        "or --already-cropped"
+        f"{install_command('prepare')} (Python 3.12 or older), or give --box x,y,w,h or "
+        "--already-cropped"
     )
     try:
         import mediapipe

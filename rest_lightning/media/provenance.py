@@ -19,6 +19,7 @@ from typing import Any
 
 from rest_lightning.constants import VERSION
 from rest_lightning.errors import UserError
+from rest_lightning.extras import install_command, missing
 from rest_lightning.media.container import open_media
 
 TRAINED_ALGORITHMIC_MEDIA = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
@@ -192,7 +193,7 @@ class Provenance:
         said = f"says that it is synthetic: {self.comment}" if self.is_marked else "no such mark"
         lines = [f"metadata   {said}"]
         if not self.can_read_manifests:
-            return [*lines, "signature  not looked at: pip install 'rest-lightning[provenance]'"]
+            return [*lines, f"signature  not looked at: {install_command('provenance')}"]
         if self.manifest is None:
             return [*lines, "signature  none"]
         info = self.manifest.get("signature_info", {})
@@ -256,10 +257,7 @@ def _c2pa() -> Any:
     try:
         import c2pa
     except ModuleNotFoundError as error:
-        raise UserError(
-            f"expected the package {error.name} for signatures, found none: pip install "
-            "'rest-lightning[provenance]'"
-        ) from None
+        raise missing(error.name, "provenance", "signatures") from None
     return c2pa
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rest_lightning.errors import UserError
+from rest_lightning.extras import install_command
 from rest_lightning.metrics.mouth import crop_mouth
 from rest_lightning.metrics.syncnet import NUM_CEPSTRA, WINDOW_FRAMES, WINDOW_STEPS
 from rest_lightning.metrics.weights import (
@@ -139,9 +140,7 @@ class Inception(FeatureExtractor):
         except ModuleNotFoundError as error:
             raise UserError(
                 "expected torch-fidelity beside torchmetrics for the published Inception, got "
-                "none: "
-                "`pip install -c constraints.txt rest_lightning[metrics]`, or use the embedded "
-                "extractor"
+                f"none: {install_command('metrics')}, or use the embedded extractor"
             ) from error
         self.batch_size = batch_size
 

@@ -43,7 +43,7 @@ def test_doctor_names_what_is_missing(
     text = " ".join(capsys.readouterr().out.split())
     assert "no_such_package cannot be imported" in text and "no encoder no_such_encoder" in text
     needs = "rest serve: needs aiohttp, prometheus_client >=0.20 (here 0.1)"
-    assert f"{needs}: pip install 'rest-lightning[serve]'" in text
+    assert f"{needs}: pip install" in text and "[serve]" in text
     assert "rest converse: needs aiohttp" in text
 
 

@@ -5,8 +5,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from rest_lightning.evaluation.clips import intervals, worst_first, write_clips
+from rest_lightning.evaluation.clips import (
+    NUM_THUMBNAILS,
+    THUMBNAIL_PX,
+    intervals,
+    thumbnails,
+    worst_first,
+    write_clips,
+    write_worst,
+)
 
 
 def test_worst_first() -> None:
@@ -54,3 +63,17 @@ def test_files(tmp_path: Path) -> None:
     }
     assert intervals(clips) and "seam_ratio" not in intervals(clips)
     assert write_clips([], tmp_path / "none.json") == []
+
+
+def test_thumbnails_come_piece_by_piece(tmp_path: Path) -> None:
+    """A piece of a long clip may have none."""
+    frames = np.full((4, 64, 64, 3), 200, np.uint8)
+    pieces = [thumbnails(frames, frames // 2), thumbnails(frames[:0], frames[:0])]
+    small = np.concatenate([*pieces, thumbnails(frames[:2], frames[:2] // 2)], axis=1)
+    assert small.shape == (2, NUM_THUMBNAILS, THUMBNAIL_PX, THUMBNAIL_PX, 3)
+    assert (small[0] == 100).all() and (small[1] == 200).all(), "the true ones first"
+    path = write_worst([({"clip": "a"}, small)], tmp_path / "row.json")
+    assert path == tmp_path / "row.worst.png"
+    with Image.open(path) as sheet:
+        assert sheet.width == NUM_THUMBNAILS * THUMBNAIL_PX
+    assert write_worst([], tmp_path / "none.json") is None

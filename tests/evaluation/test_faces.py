@@ -78,10 +78,7 @@ def test_mediapipe_follows_a_face_and_bridges_where_there_is_none() -> None:
 def test_mediapipe_finds_no_face_in_noise_or_says_how_to_get_it() -> None:
     with pytest.raises(
         UserError,
-        match=(
-            r"expected a face, found none in 3 frames|pip install "
-            r"'rest_lightning\[prepare\]'"
-        ),
+        match=r"expected a face, found none in 3 frames|pip install .*\[prepare\]",
     ):
         MediapipeFaces().boxes(np.zeros((3, 64, 64, 3), np.uint8))
 

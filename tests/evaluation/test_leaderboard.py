@@ -22,6 +22,7 @@ import pytest
 from rest_lightning.cli import main
 from rest_lightning.commands.score import print_numbers
 from rest_lightning.evaluation.board import Group, make_board, to_markdown
+from rest_lightning.evaluation.page import to_html
 from rest_lightning.evaluation.row import ResultRow
 from rest_lightning.media.html import Point, Series, lines, scatter
 
@@ -122,6 +123,7 @@ def test_samplers_of_a_method_are_told_apart(make_row: Make) -> None:
         ("seam_ratio", "bac"),
         ("offset_frames", "cab"),
         ("frames_per_second", "bca"),
+        ("time_to_first_frame_ms", "bca"),
     ],
 )
 def test_the_better_side_of_every_metric(make_row: Make, key: str, order: str) -> None:
@@ -131,14 +133,13 @@ def test_the_better_side_of_every_metric(make_row: Make, key: str, order: str) -
         "c": {"fid": 3.0, "sync_c": 4.0, "seam_ratio": 1.9, "offset_frames": 0.5},
     }
     speeds = {"a": 10.0, "b": 30.0, "c": 20.0}
-    rows = [
-        make_row(
-            name, metrics=metrics, ground_truth=metrics, speed={"frames_per_second": speeds[name]}
-        )
-        for name, metrics in numbers.items()
-    ]
+    rows = []
+    for name, metrics in numbers.items():
+        speed = {"frames_per_second": speeds[name], "time_to_first_frame_ms": 900 / speeds[name]}
+        rows.append(make_row(name, metrics=metrics, ground_truth=metrics, speed=speed))
     (group,) = board(*rows, sort_by=key)
     assert "".join(entry.name for entry in group.entries) == order
+    assert "first frame (ms)" in to_markdown([group]) and "first frame (ms)" in to_html([group])
     assert group.best(key) is group.entries[0]
 
 

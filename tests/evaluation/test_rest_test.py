@@ -4,6 +4,7 @@ trains.
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import shutil
@@ -124,6 +125,9 @@ def test_student_streams_and_is_scored(
         **{"table_steps": None, "seed": 3, "mode": "streamed"},
     }
     assert row.speed["frames_per_second"] > 0 and row.speed["time_to_first_frame_ms"] > 0
+    table = list(csv.DictReader((tmp_path / "row.clips.csv").open()))
+    assert len(table) == 3 and all(float(line["time_to_first_frame_ms"]) > 0 for line in table)
+    assert (tmp_path / "row.worst.png").is_file()
     assert row.config["split"] == "test" and row.config["size_px"] == 64
     assert row.config["frame_source"] == {"generated": "decoder", "truth": "mp4"}
 

@@ -15,9 +15,11 @@ import av
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from rest_lightning.cli import main
 from rest_lightning.data.layout import Sidecar
+from rest_lightning.evaluation.clips import NUM_THUMBNAILS, THUMBNAIL_PX
 from rest_lightning.evaluation.row import ResultRow, read_rows
 from rest_lightning.media.video import read_clip_audio, read_frames
 from rest_lightning.media.writer import Mp4Writer
@@ -135,6 +137,16 @@ def test_row_equals_the_metric_classes(
     assert {line["clip"] for line in table} == {path.stem for path in truth.glob("*.mp4")}
     confidences = [float(line["sync_c"]) for line in table]
     assert confidences == sorted(confidences)  # the worst first
+    with Image.open(tmp_path / "rows" / "row.worst.png") as sheet:
+        pictures = np.asarray(sheet).astype(int)
+    height = 22 + 2 * THUMBNAIL_PX
+    assert pictures.shape == (3 * height, NUM_THUMBNAILS * THUMBNAIL_PX, 3)
+    for number, line in enumerate(table):
+        true, made = np.split(pictures[number * height + 22 : (number + 1) * height], 2)
+        first = Image.fromarray(read_frames(truth / f"{line['clip']}.mp4", 0, 1)[0])
+        shown = np.asarray(first.resize((THUMBNAIL_PX, THUMBNAIL_PX)))
+        assert np.array_equal(true[:, :THUMBNAIL_PX], shown)
+        assert 0.5 < np.abs(true - made).mean() < 30, "the blurred clip is below the true one"
     intervals = row.config["intervals_95"]
     for key in ("sync_c", "identity_similarity", "sync_d"):
         values = [float(line[key]) for line in table if line[key]]

@@ -68,12 +68,12 @@ def attack(tmp_path: Path) -> Callable[..., Attacked]:
     system's killer) is a fault of the try that it was at, and the next process goes on behind it.
     """
 
-    def run(module: str, count: int, *words: str) -> Attacked:
+    def run(module: str, count: int, *words: str, seconds: float = SECONDS) -> Attacked:
         faults: list[str] = []
         refused = 0
         start_s, tried, peak_mb = time.monotonic(), 0, 0.0
-        while tried < count and time.monotonic() - start_s < SECONDS:
-            left_s = SECONDS - (time.monotonic() - start_s)
+        while tried < count and time.monotonic() - start_s < seconds:
+            left_s = seconds - (time.monotonic() - start_s)
             program = Path(__file__).with_name(f"{module}.py")
             command = [sys.executable, str(program), str(tried), str(count), f"{left_s:.1f}"]
             done = subprocess.run(
@@ -83,7 +83,7 @@ def attack(tmp_path: Path) -> Callable[..., Attacked]:
                 text=True,
                 env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "helpers")},
                 preexec_fn=_no_cores,
-                timeout=SECONDS + 600,
+                timeout=seconds + 1200,
             )
             lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
             tried += len(lines)

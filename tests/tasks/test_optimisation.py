@@ -16,6 +16,7 @@ from torch import Tensor
 from rest_lightning.callbacks import MovingAverage
 from rest_lightning.callbacks.averaging import average_bytes, averaged_parameters
 from rest_lightning.errors import UserError
+from rest_lightning.lightning_cli import LastAtTheEnd
 from rest_lightning.tasks.a2v import A2VModule, Conditions, LossTable
 from rest_lightning.tasks.student import ASDSettings
 from rest_lightning.torchvision_compat import ensure_torchvision
@@ -174,6 +175,24 @@ def test_resuming_without_a_step_left_keeps_the_average(tmp_path: Path) -> None:
             assert torch.equal(resumed.state_dict()[name], weight), name
         for name, weight in checkpoint["current_model_state"].items():
             assert torch.equal(averaging._average[name], weight), name
+
+
+def test_the_last_checkpoint_does_not_tell_whether_the_run_was_interrupted(tmp_path: Path) -> None:
+    """Both are the end, although a checkpoint is due at every second step alone."""
+    batches, ends = [slice(0, 1)] * 3, {}
+    for name, source in (("whole", None), ("resumed", tmp_path / "whole" / "step=2.ckpt")):
+        module = strategy_run.make_stage("student", tmp_path)
+        module.optimizer_settings.lr = 1e-2
+        save = ModelCheckpoint(
+            tmp_path / name, "{step}", save_top_k=-1, every_n_train_steps=2, save_last=True
+        )
+        present = [LastAtTheEnd(), MovingAverage(0.5), save]
+        fit(module, batches, 2, tmp_path, ckpt_path=source, callbacks=present, max_steps=3)
+        ends[name] = torch.load(tmp_path / name / "last.ckpt", weights_only=True)
+    assert ends["whole"]["global_step"] == ends["resumed"]["global_step"] == 3
+    for key in ("state_dict", "current_model_state"):
+        for name, weight in ends["whole"][key].items():
+            assert torch.equal(ends["resumed"][key][name], weight), name
 
 
 def test_sharded_networks_take_their_own_average(
