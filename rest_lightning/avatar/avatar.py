@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
@@ -380,7 +380,7 @@ class Avatar:
 
     # -- pictures ---------------------------------------------------------------------------------
 
-    async def run(self) -> AsyncIterator[AvatarFrame]:
+    async def run(self) -> AsyncGenerator[AvatarFrame, None]:
         """Pictures and sound, 40 ms at a time, each when it is due; without end, until
         :meth:`aclose`. Those of a live source come as soon as they are ready.
 

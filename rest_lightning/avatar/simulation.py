@@ -155,6 +155,9 @@ class TracedBatch:
     """The part of :class:`rest_lightning.BatchSession` that avatars use."""
 
     def __init__(self, model: TracedModel, chunk_frames: int) -> None:
+        from rest_lightning.streaming.report import StreamClock
+
+        self.clock = StreamClock()
         self._model, self._chunk_frames = model, chunk_frames
         self._rows: dict[int, _Row] = {}
 
