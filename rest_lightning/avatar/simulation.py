@@ -90,9 +90,11 @@ def simulate(coroutine: Coroutine[Any, Any, _Result]) -> _Result:
 class Trace:
     """What a traced picture tells.
 
-    Attributes: frame: its number in the model's stream: consecutive pictures are a face that moves
-        without a jump. level: mean of the speech in the middle 20 ms of the picture's 40 ms, in
-        [-1, 1]. portrait: 0 for a dark portrait, 1 for a bright one.
+    Attributes:
+        frame: its number in the model's stream: in a face that moves without a jump, numbers follow
+            one another.
+        level: mean of the speech in the middle 20 ms of the picture's 40 ms, in [-1, 1].
+        portrait: 0 for a dark portrait, 1 for a bright one.
     """
 
     frame: int
