@@ -62,6 +62,7 @@ def test_seam() -> None:
     assert np.count_nonzero(sound) == np.count_nonzero(speech())
 
 
+@pytest.mark.slow
 def test_several(capsys: pytest.CaptureFixture[str]) -> None:
     shown: list[int] = []
 
