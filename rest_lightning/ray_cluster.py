@@ -30,6 +30,9 @@ def environment() -> dict[str, str]:
         # Ray's own switch for loopback, whatever its name says: a cluster of one machine listens to
         # nobody else.
         wanted["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+        # By default Ray runs its workers at nice 15: beside any other work a replica would neither
+        # start in time nor keep the pace of its sessions.
+        wanted["RAY_worker_niceness"] = "0"
     return {name: value for name, value in wanted.items() if name not in os.environ}
 
 

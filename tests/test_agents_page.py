@@ -23,8 +23,9 @@ BLOCKS = dict(re.findall(r"^<!-- test: ([\w-]+) -->\n```python\n(.*?)^```$", PAG
 
 @pytest.fixture(autouse=True)
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, drawn_by_default: None) -> None:
-    """A folder with a portrait."""
-    (tmp_path / "portrait.png").symlink_to(drawn.PORTRAITS[0])
+    """A folder with portraits."""
+    for name in ("portrait", "anna", "ben", "cora"):
+        (tmp_path / f"{name}.png").symlink_to(drawn.PORTRAITS[0])
     monkeypatch.chdir(tmp_path)
 
 
@@ -39,7 +40,7 @@ def run(name: str, **names: Any) -> dict[str, Any]:
 
 
 def test_the_page_has_its_programs() -> None:
-    assert set(BLOCKS) == {"livekit", "pipecat", "seam"}
+    assert set(BLOCKS) == {"livekit", "pipecat", "seam", "several"}
 
 
 def test_seam() -> None:
@@ -59,6 +60,21 @@ def test_seam() -> None:
     assert len(shown) == len(heard) >= 25
     sound = np.concatenate([samples for samples in heard if samples.any()])
     assert np.count_nonzero(sound) == np.count_nonzero(speech())
+
+
+@pytest.mark.slow
+def test_several(capsys: pytest.CaptureFixture[str]) -> None:
+    shown: list[int] = []
+
+    async def serve(avatar: Any) -> None:
+        async for frame in avatar.run():
+            if frame.index == 10:
+                shown.append(frame.index)
+                return
+
+    run("several", serve=serve)
+    assert shown == [10, 10, 10]
+    assert re.match(r"\d\.\d\d s of video take \[", capsys.readouterr().out)
 
 
 def test_livekit() -> None:

@@ -2,6 +2,7 @@
 
 from rest_lightning.avatar.avatar import FRAME_S, Avatar, AvatarFrame, AvatarSettings, AvatarStats
 from rest_lightning.avatar.pool import AvatarPool, ModelError
+from rest_lightning.avatar.source import speak
 
 __all__ = [
     "FRAME_S",
@@ -11,4 +12,5 @@ __all__ = [
     "AvatarSettings",
     "AvatarStats",
     "ModelError",
+    "speak",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
@@ -35,18 +35,18 @@ class AvatarSettings:
     Attributes:
         cushion_ms: speech kept in reserve at the beginning of an utterance, against a source that
             stutters. More of it answers later.
-        patience_ms: how long the end of an utterance that nobody flushed is waited for before what
+        patience_ms: how long to wait for more of an utterance that nobody has flushed, before what
             is there is shown.
         max_waiting_s: speech that may wait; beyond it ``push_audio`` waits.
         sample_rate: of the silence before the first utterance, in Hz; afterwards it is that of the
             last utterance.
         seed: of the noise.
         crop: of the portrait: ``auto`` (the head that is found), ``centre``, or a box.
-        is_live: whether the speech is that of a microphone, which is not to be heard later and
-            later: pauses in it are left out where it is late, and of more than two chunks that
-            wait the oldest are dropped. Its reader has a clock of its own: pieces come as soon as
-            they are there, no picture is held, and :meth:`Avatar.take_early` gives what is ready
-            at once. Otherwise all speech is kept, and leaves untouched.
+        is_live: whether the speech is that of a microphone, which must not be heard later and
+            later: its pauses are left out where it is late, and of more than two chunks that wait
+            the oldest are dropped. Pieces come as soon as they are computed, for a reader with a
+            clock of its own; no picture is held, and :meth:`Avatar.take_early` gives what is ready.
+            Otherwise all speech is kept, and leaves untouched.
     """
 
     cushion_ms: float = 80.0
@@ -90,7 +90,7 @@ class AvatarFrame:
             time.
         epoch: interruptions before this piece.
         identity: number of the portrait that is shown: 0, then what ``switch_identity`` returned.
-        computed: how the model came to the chunk of this picture; None where it is held.
+        computed: what the chunk of this picture cost; None where the picture is held.
     """
 
     index: int
@@ -122,15 +122,17 @@ class AvatarStats:
     """What has happened so far.
 
     Attributes:
-        num_frames: pieces given; num_held: with the last picture again.
-        num_utterances: begun; num_interruptions.
+        num_frames: pieces given.
+        num_held: pieces with the last picture again, because the model was late.
+        num_utterances: utterances begun.
+        num_interruptions: interruptions.
         num_starved: how often an utterance stood still because its speech had not come.
         num_away: how often the reader was away for so long that the clock began anew.
-        dropped_s: seconds of speech that an interruption dropped before they were planned.
-        left_out_s: seconds of pauses of a live source that were left out; overrun_s: seconds of its
-            speech that were dropped because too much waited.
-        first_picture_ms: of the last 256 utterances, from the first sample to the first picture
-        with it.
+        dropped_s: seconds of speech that interruptions dropped before they were planned.
+        left_out_s: seconds of pauses of a live source that were left out.
+        overrun_s: seconds of speech of a live source that were dropped because too much waited.
+        first_picture_ms: milliseconds from the first sample to the first picture with it, of the
+            last 256 utterances.
     """
 
     num_frames: int = 0
@@ -192,9 +194,8 @@ class Avatar:
         self._error: ModelError | None = None
         self._is_running = self._is_closed = False
         self._pushed_s = self._due_s = 0.0
-        self._arrivals: deque[tuple[float, float]] = (
-            deque()
-        )  # of the open utterance: when, seconds until then
+        # Of the open utterance: when a piece came, and seconds of speech with it.
+        self._arrivals: deque[tuple[float, float]] = deque()
         self._begun_s: dict[int, float] = {}
         self._picture: NDArray[np.uint8] | None = None
         self._sound: tuple[int, Sound] = (self.settings.sample_rate, np.zeros(0, np.int16))
@@ -290,10 +291,8 @@ class Avatar:
         number = queue.num_pushed
         for start in range(0, max(1, len(sound)), block):
             await self._wait_for_room()
-            if (
-                epoch != self.epoch
-            ):  # an interruption came while we waited: the rest is what it interrupts
-                break
+            if epoch != self.epoch:
+                break  # an interruption came while we waited, and is meant for the rest as well
             piece = sound[start : start + block].copy()
             number = queue.push(piece, sample_rate)
             if len(piece):
@@ -358,8 +357,10 @@ class Avatar:
         return self._speech().switch_identity(reference)
 
     def delay(self, seconds: float) -> None:
-        """Give the next piece and all behind it so much later, once; for a reader that has pieces
-        enough to show meanwhile, so that new speech is not further from it than it has to be.
+        """Give the next piece, and all behind it, so much later.
+
+        For a reader that has pieces enough to show meanwhile: what is said next then reaches it
+        sooner after it was pushed.
         """
         self._due_s += max(0.0, seconds)
 
@@ -380,7 +381,7 @@ class Avatar:
 
     # -- pictures ---------------------------------------------------------------------------------
 
-    async def run(self) -> AsyncIterator[AvatarFrame]:
+    async def run(self) -> AsyncGenerator[AvatarFrame, None]:
         """Pictures and sound, 40 ms at a time, each when it is due; without end, until
         :meth:`aclose`. Those of a live source come as soon as they are ready.
 

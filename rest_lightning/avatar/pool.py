@@ -21,6 +21,7 @@ from rest_lightning.errors import UserError
 
 if TYPE_CHECKING:
     from rest_lightning.streaming.engine import EngineOptions
+    from rest_lightning.streaming.report import StreamReport
     from rest_lightning.talking_head import TalkingHead
 
 Frames = NDArray[np.uint8]
@@ -167,6 +168,19 @@ class AvatarPool:
     def _check_open(self) -> None:
         if self._is_closed:
             raise UserError("expected an open pool of avatars, got a closed one: make a new one")
+
+    def report(self) -> StreamReport:
+        """What the model's chunks have cost since the pool was warm, of all avatars together.
+
+        A chunk in it is one step. It counts frames that were computed, shown or not.
+
+        Raises:
+            UserError: the pool has not been started.
+        """
+        if self._batch is None:
+            raise UserError("expected a started pool, got one that is not: await start() first")
+        report: StreamReport = self._batch.report()
+        return report
 
     # -- for avatars ------------------------------------------------------------------------------
 
@@ -331,6 +345,7 @@ class AvatarPool:
             self.warm_up_ms.append(took_ms)
             for row in range(num_rows):
                 batch.stop(row)
+        batch.clock.start()  # reports leave the warm-up out
         self._batch = batch
 
     def _compute(self, jobs: list[_Job]) -> list[Frames | Exception | None]:

@@ -90,9 +90,11 @@ def simulate(coroutine: Coroutine[Any, Any, _Result]) -> _Result:
 class Trace:
     """What a traced picture tells.
 
-    Attributes: frame: its number in the model's stream: consecutive pictures are a face that moves
-        without a jump. level: mean of the speech in the middle 20 ms of the picture's 40 ms, in
-        [-1, 1]. portrait: 0 for a dark portrait, 1 for a bright one.
+    Attributes:
+        frame: its number in the model's stream: in a face that moves without a jump, numbers follow
+            one another.
+        level: mean of the speech in the middle 20 ms of the picture's 40 ms, in [-1, 1].
+        portrait: 0 for a dark portrait, 1 for a bright one.
     """
 
     frame: int
@@ -155,6 +157,9 @@ class TracedBatch:
     """The part of :class:`rest_lightning.BatchSession` that avatars use."""
 
     def __init__(self, model: TracedModel, chunk_frames: int) -> None:
+        from rest_lightning.streaming.report import StreamClock
+
+        self.clock = StreamClock()
         self._model, self._chunk_frames = model, chunk_frames
         self._rows: dict[int, _Row] = {}
 

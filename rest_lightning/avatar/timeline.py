@@ -37,7 +37,7 @@ class Computed:
 
 @dataclass(frozen=True)
 class Identity:
-    """A portrait to go on with, and the how-manieth of the avatar it is."""
+    """A portrait to go on with, and its number: 1 for the first that the avatar is switched to."""
 
     number: int
     portrait: Any
@@ -58,11 +58,11 @@ class Order:
         samples: float32, 16 kHz: all that the chunk reads beyond what the frames before it showed.
         num_carried: how many of them the row has read already, ahead of the chunk before.
         is_amended: whether those have changed since.
-        mark: where to keep the state before the chunk.
+        mark: takes the state before the chunk.
         restore: the state to begin from; None goes on from where the row is.
         identity: a portrait to go on with from this chunk on; None keeps the one that is shown.
         computed: how long it took; filled in by the model.
-        is_void: nobody waits for the chunk any more. The mark is wanted all the same.
+        is_void: whether nobody waits for the chunk any more; its mark is still wanted.
     """
 
     samples: Samples
@@ -77,15 +77,24 @@ class Order:
 
 @dataclass(eq=False)
 class _Chunk:
+    """A chunk that is planned or shown.
+
+    Attributes:
+        start: its first frame.
+        slots: what is heard with its frames.
+        num_carried: slots that the model had read already, ahead of the chunk before.
+        frames: once they are computed.
+        earlier: frames of the chunk that this one replaces, of which the first ``num_earlier`` can
+            be shown until its own are computed.
+    """
+
     start: int
     slots: list[Slot]
     order: Order
-    num_carried: int  # slots that the model had read before, ahead of the chunk before
+    num_carried: int
     frames: Frames | None = None
-    earlier: Frames | None = (
-        None  # of the chunk that this one replaces: good until this one is computed, ...
-    )
-    num_earlier: int = 0  # ... so many of them
+    earlier: Frames | None = None
+    num_earlier: int = 0
 
     @property
     def end(self) -> int:
@@ -125,7 +134,8 @@ class Timeline:
         queue: speech that waits.
         shown: number of the next frame to be shown.
         identity: number of the portrait that was shown last.
-        num_left_out: pieces of pauses that were left out; num_dropped: pieces of speech dropped.
+        num_left_out: pieces of 40 ms of pauses that were left out.
+        num_dropped: pieces of speech that were dropped.
         num_starved: how often an utterance stood still because its speech had not come.
     """
 

@@ -12,13 +12,15 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
-import signal
 from contextlib import AsyncExitStack
-from pathlib import Path
 
-from rest_lightning.commands.serve import spin_briefly
+from rest_lightning.commands.serve import (
+    add_listening_arguments,
+    serve_until_stopped,
+    spin_briefly,
+    tell_speed,
+)
 from rest_lightning.commands.talk import add_loading_arguments, positive
-from rest_lightning.errors import UserError
 from rest_lightning.extras import require
 
 LOOPBACKS = ("echo", "espeak")
@@ -34,14 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     instructions = "what the agent is told to be (default: the realtime server's own)"
     parser.add_argument("--instructions", help=instructions)
-    parser.add_argument(
-        "--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine)"
-    )
-    parser.add_argument(
-        "--port", type=int, default=8766, help="port (default 8766; 0 takes any free one)"
-    )
-    parser.add_argument("--cert", type=Path, help="TLS certificate, PEM")
-    parser.add_argument("--key", type=Path, help="its key, PEM")
+    add_listening_arguments(parser, 8766)
     parser.add_argument(
         "--max-sessions", type=positive, default=1, help="conversations at once (default 1)"
     )
@@ -57,8 +52,6 @@ def run(args: argparse.Namespace) -> int:
 
     options = ServerOptions(args.host, args.port, (), args.cert, args.key)
     options.tls()  # before the model is loaded
-    if not 0 <= args.port <= 65535:
-        raise UserError(f"expected a port from 0 to 65535, got {args.port}: 8766 is the default")
     from rest_lightning.talking_head import ModelOptions
 
     model = ModelOptions(
@@ -76,10 +69,7 @@ async def _converse(args: argparse.Namespace, model: object, options: object) ->
     from rest_lightning.serve.realtime import KEY_VARIABLES, RealtimeClient
 
     key = next(filter(None, map(os.environ.get, KEY_VARIABLES)), None)
-    limits = Limits(max_sessions=args.max_sessions, max_per_address=args.max_sessions)
-    asked = asyncio.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, asked.set)
+    limits = Limits(args.max_sessions, args.max_sessions, grace_s=0.0)
     async with AsyncExitStack() as stack:
         url, session = args.realtime, None
         if url in LOOPBACKS:
@@ -92,6 +82,7 @@ async def _converse(args: argparse.Namespace, model: object, options: object) ->
         print("warming up the model", flush=True)
         pool = AvatarPool(model, args.max_sessions)  # type: ignore[arg-type]
         await pool.start()
+        tell_speed(pool.warm_up_ms, pool.chunk_frames)
         server = ConverseServer(
             pool,
             lambda: RealtimeClient(url, key, session),
@@ -99,10 +90,7 @@ async def _converse(args: argparse.Namespace, model: object, options: object) ->
             limits,
         )
         stack.push_async_callback(server.aclose)
-        await server.start()
-        stack.push_async_callback(server.stop, 0.0)
-        print(f"open {server.url} in a browser, press Speak and talk; Ctrl-C stops", flush=True)
-        await asked.wait()
+        await serve_until_stopped(server, ", press Speak and talk")
 
 
 def _realtime(text: str) -> str:

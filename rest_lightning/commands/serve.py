@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING
 
 from rest_lightning.commands.talk import add_loading_arguments, positive
 from rest_lightning.constants import FPS
-from rest_lightning.errors import UserError
 from rest_lightning.machine import spin_briefly
 
 if TYPE_CHECKING:
@@ -29,14 +28,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
-    parser.add_argument(
-        "--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine)"
-    )
-    parser.add_argument(
-        "--port", type=int, default=8765, help="port (default 8765; 0 takes any free one)"
-    )
-    parser.add_argument("--cert", type=Path, help="TLS certificate, PEM")
-    parser.add_argument("--key", type=Path, help="its key, PEM")
+    add_listening_arguments(parser, 8765)
     origin = (
         "a further origin whose page may open sessions, such as https://example.org; may be "
         "repeated"
@@ -72,6 +64,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_listening_arguments(parser: argparse.ArgumentParser, port: int) -> None:
+    """Arguments of commands that serve a page: where they listen; ``port`` is the default."""
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine)"
+    )
+    parser.add_argument(
+        "--port", type=int, default=port, help=f"port (default {port}; 0 takes any free one)"
+    )
+    parser.add_argument("--cert", type=Path, help="TLS certificate, PEM")
+    parser.add_argument("--key", type=Path, help="its key, PEM")
+
+
 def run(args: argparse.Namespace) -> int:
     """Serve until told to stop."""
     spin_briefly()
@@ -81,8 +85,6 @@ def run(args: argparse.Namespace) -> int:
 
     options = ServerOptions(args.host, args.port, tuple(args.origin), args.cert, args.key)
     options.tls()  # before the model is loaded
-    if not 0 <= args.port <= 65535:
-        raise UserError(f"expected a port from 0 to 65535, got {args.port}: 8765 is the default")
     from rest_lightning.talking_head import ModelOptions
 
     model = ModelOptions(args.model, args.chunk_length, args.num_threads, args.dtype, args.device)
@@ -110,12 +112,12 @@ def _run_here(
     pool = AvatarPool(model.load(), limits.max_sessions)
     print("warming up the model", flush=True)
     pool.warm_up()
-    _tell_speed(pool.warm_up_ms, pool.chunk_frames)
+    tell_speed(pool.warm_up_ms, pool.chunk_frames)
 
     async def serve() -> None:
         server = LiveServer(pool, options, limits)
         try:
-            await _serve(server)
+            await serve_until_stopped(server)
         finally:
             await server.aclose()
 
@@ -133,25 +135,36 @@ def _run_on_ray(
     with ray_engine.running(
         replicas, replace(limits, max_per_address=limits.max_sessions)
     ) as cluster:
-        _tell_speed(cluster.facts.warm_up_ms, cluster.facts.chunk_frames)
+        tell_speed(cluster.facts.warm_up_ms, cluster.facts.chunk_frames)
         most = limits.max_sessions * cluster.num_replicas
         limits = replace(limits, max_sessions=most, max_per_address=args.max_per_address or most)
-        asyncio.run(_serve(ray_engine.RayServer(cluster, options, limits)))
+        asyncio.run(serve_until_stopped(ray_engine.RayServer(cluster, options, limits)))
 
 
-def _tell_speed(warm_up_ms: list[float], chunk_frames: int) -> None:
+def tell_speed(warm_up_ms: list[float], chunk_frames: int) -> None:
     """Warns when the machine cannot serve all sessions in real time."""
     chunk_ms = 1000 * chunk_frames // FPS
     took_ms = [round(each) for each in warm_up_ms]
     logger = logging.getLogger("rest_lightning.serve")
     logger.info("warmed up", extra={"chunk_ms": took_ms, "real_time_ms": chunk_ms})
     slow = [count for count, took in enumerate(took_ms, 1) if took > 0.9 * chunk_ms]
-    if slow:
+    if slow and slow[0] == 1:
+        text = "a session takes %d ms for %d ms of video: pictures will stand still in between"
+        logger.warning(text, took_ms[0], chunk_ms)
+    elif slow:
         text = "%d sessions at once take %d ms for %d ms of video: set --max-sessions %d"
-        logger.warning(text, slow[0], took_ms[slow[0] - 1], chunk_ms, max(1, slow[0] - 1))
+        logger.warning(text, slow[0], took_ms[slow[0] - 1], chunk_ms, slow[0] - 1)
 
 
-async def _serve(server: PageServer) -> None:
+async def serve_until_stopped(server: PageServer, then: str = "") -> None:
+    """Listens, says where, and goes on until Ctrl-C or SIGTERM.
+
+    Sessions may go on for the server's ``grace_s``; a second signal ends them at once.
+
+    Args:
+        server: not started yet.
+        then: what a user does once the page is open, told with its address.
+    """
     loop, asked = asyncio.get_running_loop(), asyncio.Event()
     forced = asyncio.Event()
 
@@ -161,9 +174,10 @@ async def _serve(server: PageServer) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, ask)
     await server.start()
-    print(f"open {server.url} in a browser; Ctrl-C stops", flush=True)
+    print(f"open {server.url} in a browser{then}; Ctrl-C stops", flush=True)
     await asked.wait()
-    print("stopping: sessions may finish; Ctrl-C again ends them", flush=True)
+    if server.limits.grace_s:
+        print("stopping: sessions may finish; Ctrl-C again ends them", flush=True)
     stopping = asyncio.create_task(server.stop())
     forcing = asyncio.create_task(forced.wait())
     await asyncio.wait({stopping, forcing}, return_when=asyncio.FIRST_COMPLETED)

@@ -8,15 +8,17 @@ keeps the video of what was done so far.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import sys
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 import numpy as np
 
-from rest_lightning.constants import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME, TEMPORAL_RATIO
+from rest_lightning.constants import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME
 from rest_lightning.errors import Terminated, UserError, note
 from rest_lightning.machine import spin_briefly
 from rest_lightning.media.files import check_output
@@ -26,10 +28,11 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from rest_lightning.media.audio import SpeechSource
+    from rest_lightning.media.level import LevelMeter
     from rest_lightning.media.photo import PhotoFrames
     from rest_lightning.media.portrait import Crop
     from rest_lightning.media.provenance import Signer
-    from rest_lightning.media.writer import PipeFormat, VideoWriter
+    from rest_lightning.media.writer import BackgroundWriter, PipeFormat, VideoWriter
     from rest_lightning.streaming.report import StreamReport
     from rest_lightning.talking_head import TalkingHead
 
@@ -57,8 +60,8 @@ class TalkOptions:
         device: of the model; ``auto`` takes a CUDA device where there is one.
         stdin, stdout: the pipes; None takes the process's own.
         quiet: without progress bar and table.
-        live: put silence where the pipe pauses, see
-            :class:`rest_lightning.streaming.live.LiveSpeech`.
+        live: keep the pace of the clock, with an idle face where the pipe pauses, see
+            :func:`rest_lightning.avatar.speak`.
         format: of the video in a pipe: ``mp4`` (fragmented, with sound; the default) or ``rgb24``.
         profile: JSON for a Chrome trace of three chunks, see
             :class:`rest_lightning.streaming.report.ChunkProfiler`.
@@ -111,7 +114,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="in a pipe: fragmented mp4 (default), or raw frames",
     )
     parser.add_argument(
-        "--live", action="store_true", help="put silence where the speech in the pipe pauses"
+        "--live",
+        action="store_true",
+        help="keep the pace of the clock: the face idles where the speech in the pipe pauses",
     )
     crops = "auto (default: the head that is found), centre, x,y,size or x,y,width,height"
     parser.add_argument("--crop", type=_crop, default="auto", help=crops)
@@ -252,42 +257,21 @@ def _stream(
     signer: Signer | None,
 ) -> StreamReport:
     from rest_lightning.media.writer import BackgroundWriter
-    from rest_lightning.streaming.engine import EngineOptions
-    from rest_lightning.streaming.live import LiveSpeech
-    from rest_lightning.streaming.report import ChunkProfiler
-    from rest_lightning.streaming.session import write_stream
 
     size = model.size_px if compose is None else (compose.height, compose.width)
     writer = _open_writer(size, options, signer)
-    sampling = {
-        name: getattr(options, name) for name in ("num_steps", "guidance", "reference_guidance")
-    }
     try:
         # The reader of a pipe may be slow: that must not stop the model, whatever the cores.
         with BackgroundWriter(
-            writer, threaded=options.to_pipe or None, compose=compose
+            writer, threaded=options.live or options.to_pipe or None, compose=compose
         ) as background:
-            engine = EngineOptions(detail=options.detail)
-            session = model.open(portrait, seed=options.seed, options=engine, **sampling)
-            blocks: Iterable[np.ndarray] = speech
             if options.live:
-                blocks = LiveSpeech(
-                    speech, model.transformer.cache_options.chunk_length * TEMPORAL_RATIO / FPS
-                )
-            with (
-                session,
-                TalkProgress(speech.duration_s, options.quiet) as progress,
-                ChunkProfiler(session.clock, options.profile) as profiler,
-            ):
-                for num_frames in write_stream(session, blocks, background):
-                    progress.advance(num_frames)
-                    profiler.step()
-                with session.clock.stage("writing"):
-                    background.close()
-                session.clock.stop()
-        report = session.report()
+                live = _stream_live(model, portrait, speech, options, background)
+                report, level = asyncio.run(live)
+            else:
+                report, level = _stream_chunks(model, portrait, speech, options, background)
         if speech.pipe is not None:
-            for line in session.level.notes():
+            for line in level.notes():
                 note(line)
         report.configuration["writing_thread"] = background.threaded
         report.configuration["writing_thread_s"] = round(background.busy_s, 3)
@@ -306,9 +290,93 @@ def _stream(
                 file=sys.stderr,
             )
         raise
+    return report
+
+
+def _stream_chunks(
+    model: TalkingHead,
+    portrait: np.ndarray,
+    speech: SpeechSource,
+    options: TalkOptions,
+    background: BackgroundWriter,
+) -> tuple[StreamReport, LevelMeter]:
+    """Writes the speech chunk by chunk, as fast as the model computes them."""
+    from rest_lightning.streaming.report import ChunkProfiler
+    from rest_lightning.streaming.session import write_stream
+
+    session = model.open(portrait, seed=options.seed, **_sampling(options))
+    with (
+        session,
+        TalkProgress(speech.duration_s, options.quiet) as progress,
+        ChunkProfiler(session.clock, options.profile) as profiler,
+    ):
+        for num_frames in write_stream(session, speech, background):
+            progress.advance(num_frames)
+            profiler.step()
+        with session.clock.stage("writing"):
+            background.close()
+        session.clock.stop()
     if options.profile is not None and not options.quiet:
         _console(options).print(profiler.table())
-    return report
+    return session.report(), session.level
+
+
+async def _stream_live(
+    model: TalkingHead,
+    portrait: np.ndarray,
+    speech: SpeechSource,
+    options: TalkOptions,
+    background: BackgroundWriter,
+) -> tuple[StreamReport, LevelMeter]:
+    """Writes an avatar that says the speech as it comes, at the pace of the clock."""
+    from rest_lightning.avatar import Avatar, AvatarPool, AvatarSettings, ModelError, speak
+    from rest_lightning.media.level import LevelMeter
+    from rest_lightning.streaming.session import as_reference
+
+    level = LevelMeter()
+
+    def listened() -> Iterator[np.ndarray]:
+        for block in speech:
+            level.add(block)
+            yield block
+
+    reference = as_reference(portrait, model.size_px)[0]
+    settings = AvatarSettings(seed=options.seed, sample_rate=SAMPLE_RATE)
+    pool = AvatarPool(model, **_sampling(options))
+    writing_s = 0.0
+    try:
+        async with pool, Avatar(reference, pool, settings) as avatar:
+            with TalkProgress(None, options.quiet) as progress:
+                async for frame in speak(avatar, listened()):
+                    sound = frame.samples.astype(np.float32)  # silence is int16 until speech comes
+                    start_s = time.perf_counter()
+                    await asyncio.to_thread(background.write, frame.picture[None], sound)
+                    writing_s += time.perf_counter() - start_s
+                    progress.advance(1)
+            start_s = time.perf_counter()
+            background.close()
+            writing_s += time.perf_counter() - start_s
+            report, stats = pool.report(), avatar.stats
+    except ModelError as error:
+        raise UserError(str(error)) from error
+    report.num_frames = stats.num_frames
+    report.stage_s["writing"] = writing_s
+    report.configuration |= {"live": True, "num_held": stats.num_held}
+    if stats.num_held:
+        note(
+            f"the model was too slow for {stats.num_held} of {stats.num_frames} frames, which show "
+            "the picture before them in silence: take fewer --steps"
+        )
+    return report, level
+
+
+def _sampling(options: TalkOptions) -> dict[str, Any]:
+    """How the model is sampled, as :meth:`TalkingHead.open` and its batch take it."""
+    from rest_lightning.streaming.engine import EngineOptions
+
+    names = ("num_steps", "guidance", "reference_guidance")
+    given = {name: getattr(options, name) for name in names}
+    return {"options": EngineOptions(detail=options.detail), **given}
 
 
 def _open_writer(
@@ -381,6 +449,11 @@ def _check_outputs(options: TalkOptions) -> None:
         raise UserError(f"expected a pipe for --format rgb24, got {options.out}: use -o - > FILE")
     if options.live and options.speech != "-":
         raise UserError(f'expected a pipe ("-") for --live, got {options.speech}: leave --live out')
+    if options.live and options.profile is not None:
+        raise UserError(
+            "expected --profile without --live, whose model works in a thread of its own, got "
+            "both: leave one of them out"
+        )
     video = None if options.to_pipe else options.out
     outputs = (
         (video, ".mp4"),

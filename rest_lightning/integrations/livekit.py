@@ -57,13 +57,15 @@ LOG = logging.getLogger("rest_lightning.integrations.livekit")
 
 
 class AvatarVideoGenerator(VideoGenerator):
-    """The seam as what an ``AvatarRunner`` of livekit-agents drives.
+    """An avatar as an ``AvatarRunner`` of livekit-agents drives it.
 
     Every 40 ms there is a picture. Sound comes with it where somebody speaks, and only there: the
     runner takes any sound for the beginning of playback.
 
-    Args: avatar: not running yet; it is not closed here. sample_rate, num_channels: of the sound
-        that goes out; speech of another kind is converted. None: as it comes.
+    Args:
+        avatar: not running yet; it is not closed here.
+        sample_rate, num_channels: of the sound that goes out, in Hz; speech of another kind is
+            converted. None: as it comes.
     """
 
     def __init__(
@@ -107,9 +109,8 @@ class AvatarVideoGenerator(VideoGenerator):
     async def clear_buffer(self) -> None:
         """Be silent at once, in the runner's queues too.
 
-        Returns when the runner has come back with the frame that it may have in hand: otherwise it
-            would count that
-        frame as the beginning of the next utterance, and tell of its playback.
+        Returns when the runner has dealt with the frame that it may have in hand. Otherwise it
+        would take that frame for the beginning of the next utterance, and tell of its playback.
         """
         self._resampler = None
         self._num_open, self._is_open = 0, False
@@ -194,19 +195,20 @@ class AvatarSession(BaseAvatarSession[str]):
     """A talking portrait for an ``AgentSession``: call :meth:`start` before the agent session's
     own.
 
-    Args: portrait: as in :meth:`rest_lightning.TalkingHead.open`; with ``worker`` a file that the
-        worker can read. model: a talking head, or a pool that several sessions share; None loads
-        the bundled model.
+    Args:
+        portrait: as in :meth:`rest_lightning.TalkingHead.open`; with ``worker`` a file that the
+            worker can read.
+        model: a talking head, or a pool that several sessions share; None loads the bundled model.
             Not with ``worker``.
         settings: of the avatar.
         sample_rate: of the sound that is published, in Hz.
         worker: run the avatar in a process of its own, which joins the room as a participant.
         identity, name: of that participant.
-        clear_buffer_timeout: seconds that the agent waits for the worker to tell of an
-            interruption's end, before it goes on without; None waits for ever.
+        clear_buffer_timeout: seconds that the agent waits for the worker to confirm an
+            interruption, before it goes on without; None waits for ever.
         url, api_key, api_secret: of the LiveKit server, for the worker; None takes ``LIVEKIT_URL``,
             ``LIVEKIT_API_KEY`` and ``LIVEKIT_API_SECRET`` from the environment.
-        model_folder: of the worker's model; None is the bundled one.
+        model_folder: of the worker's model; None takes the bundled model.
 
     Raises:
         UserError: a worker with a model of this process.
@@ -337,7 +339,7 @@ class AvatarSession(BaseAvatarSession[str]):
 async def start_runner(
     room: rtc.Room, audio: AudioReceiver, avatar: Avatar, sample_rate: int = SAMPLE_RATE_HZ
 ) -> AvatarRunner:
-    """A runner that publishes an avatar in a room; whoever starts it closes it, and the avatar.
+    """Returns a runner that publishes an avatar in a room; the caller closes both.
 
     Args:
         room: connected, or about to be.

@@ -54,8 +54,9 @@ _Params = TypeVar("_Params", bound=TransportParams)
 class AvatarVideoSettings(ServiceSettings):
     """What can be changed while a pipeline runs, with a ``ServiceUpdateSettingsFrame``.
 
-    Attributes: portrait: as in :meth:`rest_lightning.TalkingHead.open`; a new one is shown from the
-        next chunk on.
+    Attributes:
+        portrait: as in :meth:`rest_lightning.TalkingHead.open`; a new one is shown from the next
+            chunk on.
     """
 
     portrait: Any | NotGiven = field(default_factory=lambda: NOT_GIVEN)
@@ -69,7 +70,7 @@ class AvatarVideoService(AIService):
     A ``TTSStoppedFrame`` follows the last piece of the speech that it ends. After an
     ``InterruptionFrame`` nothing comes of what was said before. All other frames pass.
 
-    When the model fails that is pushed as an error, and speech passes without pictures from then
+    If the model fails, the service pushes an error, and speech passes without pictures from then
     on.
 
     Args:
@@ -104,10 +105,9 @@ class AvatarVideoService(AIService):
             )
         super().__init__(settings=complete, **kwargs)
         self.avatar = Avatar(complete.portrait, model, avatar)
-        self._stops: deque[tuple[int, TTSStoppedFrame]] = (
-            deque()
-        )  # held until their utterance has left
-        self._contexts: dict[int, str | None] = {}
+        # Frames that end an utterance, held until it has left.
+        self._stops: deque[tuple[int, TTSStoppedFrame]] = deque()
+        self._contexts: dict[int, str | None] = {}  # of utterances, as Pipecat names them
         self._shown = asyncio.Event()  # set whenever a piece has left
         self._task: asyncio.Task[None] | None = None
         self._has_failed = False
@@ -261,7 +261,7 @@ def transport_params(kind: type[_Params], size_px: int, **others: Any) -> _Param
     Args:
         kind: ``TransportParams`` or the transport's own.
         size_px: of the model's pictures (``TalkingHead.size_px``).
-        others: further parameters; they go before these.
+        others: further parameters, which take precedence over these.
     """
     own: dict[str, Any] = {
         "audio_out_enabled": True,
@@ -276,12 +276,11 @@ def transport_params(kind: type[_Params], size_px: int, **others: Any) -> _Param
 
 
 def set_webrtc_frame_rate(frames_per_second: int = FPS) -> None:
-    """Let aiortc, which ``SmallWebRTCTransport`` sends its video through, stamp pictures with this
-    rate.
+    """Set the rate at which aiortc plays video, through which ``SmallWebRTCTransport`` sends.
 
-    aiortc stamps all video tracks of its own class with 30 a second, whatever the transport sends;
-    a player then shows 25 pictures in 0.83 s and waits. The rate is one of the process: call this
-    before the first connection.
+    aiortc stamps every picture of its own tracks as one of 30 a second, whatever the transport
+    sends; a player then shows 25 pictures in 0.83 s and waits. There is one rate in a process: call
+    this before the first connection.
 
     Raises:
         UserError: aiortc is not installed, or has no such rate to set.

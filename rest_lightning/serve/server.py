@@ -38,6 +38,9 @@ class ServerOptions:
         origins: further origins (``https://example.org``) whose pages may open sessions, such as
             that of a proxy.
         cert, key: files for TLS; both or none.
+
+    Raises:
+        UserError: a port that there is not.
     """
 
     host: str = "127.0.0.1"
@@ -45,6 +48,13 @@ class ServerOptions:
     origins: tuple[str, ...] = ()
     cert: Path | None = None
     key: Path | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise UserError(
+                f"expected a port from 0 to 65535, got {self.port}: leave --port out for the "
+                "default"
+            )
 
     def tls(self) -> ssl.SSLContext | None:
         """Raises a UserError when the certificate or its key cannot be used."""

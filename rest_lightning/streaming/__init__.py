@@ -10,7 +10,6 @@ if TYPE_CHECKING:
     from rest_lightning.streaming.batch import BatchSession as BatchSession
     from rest_lightning.streaming.engine import ChunkEngine as ChunkEngine
     from rest_lightning.streaming.engine import EngineOptions as EngineOptions
-    from rest_lightning.streaming.live import LiveSpeech as LiveSpeech
     from rest_lightning.streaming.report import ChunkProfiler as ChunkProfiler
     from rest_lightning.streaming.report import StreamClock as StreamClock
     from rest_lightning.streaming.report import StreamReport as StreamReport
@@ -22,7 +21,6 @@ __all__, __getattr__ = lazy(
     {
         "batch": ["BatchSession"],
         "engine": ["ChunkEngine", "EngineOptions"],
-        "live": ["LiveSpeech"],
         "report": ["ChunkProfiler", "StreamClock", "StreamReport"],
         "session": ["StreamingSession", "write_stream"],
     },

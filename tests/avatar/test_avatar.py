@@ -231,6 +231,45 @@ def test_of_a_live_source_that_runs_ahead_the_oldest_speech_is_dropped(is_live: 
 # -- several --------------------------------------------------------------------------------------
 
 
+def test_three_avatars_show_what_each_would_alone(head: TalkingHead) -> None:
+    """One says all of it, one is interrupted, one ends early."""
+    spoken = [speech(1.3, 16_000, number) for number in range(3)]
+    last = (36, 36, 12)
+
+    async def read(avatar: Avatar, number: int) -> list[AvatarFrame]:
+        frames = []
+        async for frame in avatar.run():
+            frames.append(frame)
+            if number == 1 and frame.index == 10:
+                avatar.interrupt()
+            if frame.index == last[number]:
+                break
+        if number == 2:
+            await avatar.aclose()
+        return frames
+
+    async def talk() -> list[list[AvatarFrame]]:
+        async with AvatarPool(head, 3) as pool:
+            avatars = [Avatar(face(number), pool) for number in range(3)]
+            for avatar, samples in zip(avatars, spoken, strict=True):
+                await avatar.push_audio(samples, 16_000)
+                await avatar.flush()
+            return await asyncio.gather(*map(read, avatars, range(3)))
+
+    for number, frames in enumerate(simulate(talk())):
+        heard = spoken[number]
+        if number == 1:
+            said = [frame.samples for frame in frames if frame.is_speech]
+            heard = np.concatenate(said)
+        heard = np.pad(heard, (0, 48 * 640 + 1280 - len(heard)))  # two chunks, what they read ahead
+        alone = head.open(face(number)).push(heard)
+        shown = pictures(frames)
+        # The chunk that was interrupted knew, in what was shown of it, of more speech.
+        start = 24 if number == 1 else 0
+        difference = shown[start:].astype(int) - alone[start : len(shown)].astype(int)
+        assert len(shown) >= last[number] and np.abs(difference).max() <= 1
+
+
 def test_three_avatars_share_a_model() -> None:
     async def talk() -> tuple[list[list[AvatarFrame]], list[int]]:
         model = TracedModel(compute_s=0.2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -56,29 +57,44 @@ def take(process: subprocess.Popen[bytes], num_bytes: int, timeout_s: float = 12
 
 
 def test_frames_come_while_the_speech_still_goes_in_and_idle_goes_on(
+    tiny_model: Path, portrait: Path
+) -> None:
+    """One process: idle frames before speech comes and behind it, until Ctrl-C."""
+    process = start(portrait, tiny_model, "--format", "rgb24", "--live")
+    assert process.stdin is not None and process.stderr is not None
+    for speech in (b"", sound(26)):
+        process.stdin.write(speech)
+        assert len(take(process, 48 * FRAME_BYTES)) == 48 * FRAME_BYTES
+    process.send_signal(signal.SIGINT)
+    errors = process.stderr.read()
+    assert process.wait(60) == 130, errors
+    assert b"talking" in errors and b"interrupted: sent" in errors and b"rror" not in errors
+
+
+def test_a_live_video_holds_all_of_the_speech(
     tmp_path: Path, tiny_model: Path, portrait: Path
 ) -> None:
-    """One process: a chunk as soon as its last sample is there, idle frames in a pause, and the
-    ragged end.
-    """
-    process = start(portrait, tiny_model, "--format", "rgb24", "--live")
-    assert process.stdin is not None and process.stdout is not None
-    process.stdin.write(sound(26)[:-2])
-    # chunk of 24 frames, 2 of lookahead: the last sample needed
-    process.stdin.write(sound(26)[-2:])
-    first = take(process, 24 * FRAME_BYTES)
-    assert len(first) == 24 * FRAME_BYTES
-    idle = take(process, 24 * FRAME_BYTES)  # nothing was sent since: silence keeps it going
-    assert len(idle) == 24 * FRAME_BYTES and idle != first
-    process.stdin.write(sound(30))
-    process.stdin.close()
-    rest, errors = process.stdout.read(), process.stderr.read()  # type: ignore[union-attr]
-    assert process.wait(60) == 0, errors
-    num_frames = (len(first) + len(idle) + len(rest)) / FRAME_BYTES
-    silent = num_frames - 56
-    # silence comes by chunks, and every sample has its frame
-    assert silent % 24 == 0 and silent >= 24
-    assert b"talking" in errors and b"end to end" in errors  # bar and table
+    out = tmp_path / "out.mp4"
+    report = talk(
+        TalkOptions(
+            portrait,
+            "-",
+            out,
+            model=tiny_model,
+            stdin=io.BytesIO(sound(30)),
+            live=True,
+            quiet=True,
+            num_steps=1,
+        )
+    )
+    with av.open(str(out)) as container:
+        num_frames = sum(1 for _ in container.decode(video=0))
+        container.seek(0)
+        heard = [frame.to_ndarray() for frame in container.decode(audio=0)]
+    spoken = np.abs(np.concatenate(heard, axis=1)) > 0.01
+    assert num_frames == report.num_frames >= 30 and report.configuration["live"]
+    assert np.count_nonzero(spoken) > 0.5 * 30 * 640  # noise of up to 0.09
+    assert report.chunk_ms["count"] and report.configuration["num_steps"] == 1
 
 
 def test_pipe_holds_the_video_of_the_file(
@@ -140,6 +156,10 @@ def test_a_reader_that_goes_away_ends_it(tiny_model: Path, portrait: Path) -> No
             ("expected a pipe for --format rgb24, got a.mp4: use -o - > FILE"),
         ),
         (["-o", "a.mp4", "--live"], r'expected a pipe ("-") for --live, got speech.wav'),
+        (
+            ["-o", "a.mp4", "--live", "--profile", "a.json"],
+            'expected a pipe ("-") for --live, got speech.wav',
+        ),
         (["-o", "a.mp4", "--profile", "a.txt"], "ends in .json, got a.txt"),
     ],
 )

@@ -391,6 +391,8 @@ def test_a_worker_process_joins_a_real_room() -> None:
                     break
                 except rtc.ConnectError:
                     await asyncio.sleep(0.2)
+            else:
+                pytest.fail(f"livekit-server does not listen at {url}")
             session = AgentSession()
             face = portraits_in()[0]
             avatar = AvatarSession(face, worker=True, url=url, api_key=keys[0], api_secret=keys[1])

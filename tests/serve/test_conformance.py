@@ -6,7 +6,6 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from functools import partial
 
 import numpy as np
 import pytest
@@ -161,6 +160,4 @@ def test_the_live_server_conforms(case: conformance.Case) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("case", SLOW, ids=lambda case: case.__name__)
 def test_the_live_server_conforms_for_long(case: conformance.Case) -> None:
-    if case is conformance.hours_of_idling:
-        case = partial(conformance.hours_of_idling, hours=0.02)
     conformance.check(case, open_live)

@@ -34,10 +34,23 @@ from rest_lightning.talking_head import ModelOptions
 
 pytest.importorskip("ray.serve", reason="the extra `ray` serves replicas")
 
-from processes import alive, descendants
+from processes import alive, descendants, listening
 
 MOST_S = 300.0  # for anything that a busy machine may be slow at
 _PLACES = 2  # of each replica
+LOOPBACK = {"0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F"}
+# A process that has a cluster of its own, as `rest serve --engine ray` does, and an actor in it.
+DRIVER = """
+import sys
+from rest_lightning import ray_cluster
+with ray_cluster.joined({}, {"object_store_memory": 80_000_000, "num_cpus": 1}):
+    import ray
+    class Actor:
+        def answer(self): return 1
+    actor = ray.remote(num_cpus=0)(Actor).remote()
+    print(ray.get(actor.answer.remote()), flush=True)
+    sys.stdin.read()
+"""
 
 
 class Front:
@@ -65,8 +78,12 @@ class Front:
                 stderr=subprocess.STDOUT,
                 env=environment,
             )
-        self.url = self.wait_for(r"open (http://\S+) in a browser").group(1)
+        self.url = ""
         self.below: set[int] = set()
+
+    def start(self) -> None:
+        """Waits until it serves."""
+        self.url = self.wait_for(r"open (http://\S+) in a browser").group(1)
         self.note_processes()
 
     def note_processes(self) -> None:
@@ -103,18 +120,26 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def front(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Front]:
     front = Front(model, tmp_path_factory.mktemp("ray") / "log")
-    yield front
-    if front.process.poll() is None:
-        front.note_processes()
-        front.process.terminate()
-        try:
-            front.process.wait(MOST_S)
-        except subprocess.TimeoutExpired:
-            front.process.kill()
+    try:
+        front.start()
+        yield front
+    finally:
+        if front.process.poll() is None:
+            front.note_processes()
+            front.process.terminate()
+            try:
+                front.process.wait(MOST_S)
+            except subprocess.TimeoutExpired:
+                front.process.kill()
+        assert_ended(front.below)
+
+
+def assert_ended(pids: set[int]) -> None:
+    """Within half a minute; what is left is ended here."""
     end_s = time.monotonic() + 30.0
-    while alive(front.below) and time.monotonic() < end_s:
+    while alive(pids) and time.monotonic() < end_s:
         time.sleep(0.2)
-    left = alive(front.below)
+    left = alive(pids)
     for pid in left:
         os.kill(pid, signal.SIGKILL)
     assert not left, f"processes are left behind: {left}"
@@ -195,6 +220,29 @@ def test_a_full_replica_is_passed_over_and_a_full_cluster_refuses(front: Front) 
     assert sessions == {"front": 0.0, **begun}
 
 
+@pytest.mark.slow
+def test_nobody_but_this_machine_can_reach_any_of_its_processes(front: Front) -> None:
+    """The front, its replicas, and all of Ray's own."""
+    front.note_processes()
+    found = listening({front.process.pid, *front.below})
+    assert found and found <= LOOPBACK
+
+
+@pytest.mark.slow
+def test_nothing_of_ray_outlives_a_front_that_is_killed() -> None:
+    words = [sys.executable, "-c", DRIVER]
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    pipe = subprocess.PIPE
+    with subprocess.Popen(words, stdin=pipe, stdout=pipe, env=environment) as driver:
+        try:
+            assert driver.stdout is not None and driver.stdout.readline() == b"1\n"
+        finally:
+            below = descendants(driver.pid)
+            driver.kill()
+    assert len(below) > 3  # Ray's own, the actor's, and the one that ends them
+    assert_ended(below)
+
+
 @asynccontextmanager
 async def patient_client(url: str) -> AsyncIterator[LiveClient]:
     """A session as soon as there is a place."""
@@ -221,9 +269,8 @@ def test_sessions_of_a_killed_replica_are_told_and_reconnect_to_the_other(front:
         async with AsyncExitStack() as stack:
             clients = [await stack.enter_async_context(LiveClient(front.url)) for _ in range(2)]
             begun = front.begun()[already:]
-            while (
-                len({each["replica"] for each in begun}) < 2
-            ):  # sessions are not dealt out in turn
+            # Sessions are not dealt out in turn.
+            while len({each["replica"] for each in begun}) < 2:
                 clients.append(await stack.enter_async_context(LiveClient(front.url)))
                 begun = front.begun()[already:]
             doomed, killed_pid = clients[0], begun[0]["pid"]
@@ -236,15 +283,16 @@ def test_sessions_of_a_killed_replica_are_told_and_reconnect_to_the_other(front:
             error = await until(doomed, "error", MOST_S)
             assert error["code"] == "lost" and "start a new one" in error["message"]
             assert await doomed.receive() is None  # no bye: the connection was cut
-            again = await stack.enter_async_context(LiveClient(front.url))
-            assert front.begun()[-1]["replica"] == begun[clients.index(spared)]["replica"]
-            for client in (again, spared):
+            await free(front.url, 1)
+            # The other replica has one place left, so that two need the killed one's successor.
+            later = [
+                await stack.enter_async_context(patient_client(front.url)) for _ in range(_PLACES)
+            ]
+            replicas = {each["replica"] for each in front.begun()[-_PLACES:]}
+            assert begun[0]["replica"] not in replicas
+            assert replicas - {each["replica"] for each in begun}
+            for client in (spared, *later):
                 await until(client, "chunk", MOST_S)
-            third = await stack.enter_async_context(
-                patient_client(front.url)
-            )  # the other one is full
-            assert front.begun()[-1]["replica"] not in {each["replica"] for each in begun}
-            await until(third, "chunk", MOST_S)
         await free(front.url)
 
     asyncio.run(scenario())
