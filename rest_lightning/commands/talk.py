@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from rest_lightning.media.portrait import Crop
     from rest_lightning.media.provenance import Signer
     from rest_lightning.media.writer import PipeFormat, VideoWriter
+    from rest_lightning.streaming.engine import EngineOptions
     from rest_lightning.streaming.report import StreamReport
     from rest_lightning.talking_head import TalkingHead
 
@@ -50,6 +51,7 @@ class TalkOptions:
         chunk_length: latents per chunk, where the model was trained for several; None takes its
             default.
         detail: of the portrait, see :class:`rest_lightning.streaming.engine.EngineOptions`.
+        size_px: side of the square frames, the model's own or twice that; None takes the model's.
         report, sheet: JSON and PNG to write beside the video; None writes none.
         num_threads: of torch; None leaves its choice.
         dtype: of the model; ``auto`` takes bfloat16 on processors that compute it natively, else
@@ -79,6 +81,7 @@ class TalkOptions:
     reference_guidance: float | None = None
     chunk_length: int | None = None
     detail: Literal["model", "agreement", "none"] = "model"
+    size_px: int | None = None
     report: Path | None = None
     sheet: Path | None = None
     num_threads: int | None = None
@@ -158,6 +161,10 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--detail", choices=("model", "agreement", "none"), default="model", help=detail
     )
+    size = (
+        "side of the frames: the model's own (default) or twice that, with the photograph's detail"
+    )
+    parser.add_argument("--size", dest="size_px", type=positive, metavar="PX", help=size)
 
 
 def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
@@ -217,18 +224,24 @@ def talk(options: TalkOptions) -> StreamReport:
     speech = open_speech(options.speech, stdin=options.stdin)
     for line in speech.notes:
         note(line)
+    from rest_lightning.streaming.engine import EngineOptions
     from rest_lightning.talking_head import ModelOptions
 
     model = ModelOptions(
         options.model, options.chunk_length, options.num_threads, options.dtype, options.device
     ).load()
-    portrait = found.square(model.size_px)
+    engine = EngineOptions(detail=options.detail, size_px=options.size_px)
+    size_px = engine.output_px(model.size_px)
+    small = found.small_note(size_px)
+    if small is not None and size_px > model.size_px and not options.quiet:
+        note(small)
+    portrait = found.square(size_px)
     compose = None
     if options.frame == "photo":
         from rest_lightning.media.photo import PhotoFrames
 
         compose = PhotoFrames(found)
-    report = _stream(model, portrait, speech, options, compose, signer)
+    report = _stream(model, portrait, speech, options, engine, compose, signer)
     report.configuration |= {
         "portrait": str(options.portrait),
         "speech": options.speech,
@@ -248,16 +261,16 @@ def _stream(
     portrait: np.ndarray,
     speech: SpeechSource,
     options: TalkOptions,
+    engine: EngineOptions,
     compose: PhotoFrames | None,
     signer: Signer | None,
 ) -> StreamReport:
     from rest_lightning.media.writer import BackgroundWriter
-    from rest_lightning.streaming.engine import EngineOptions
     from rest_lightning.streaming.live import LiveSpeech
     from rest_lightning.streaming.report import ChunkProfiler
     from rest_lightning.streaming.session import write_stream
 
-    size = model.size_px if compose is None else (compose.height, compose.width)
+    size = len(portrait) if compose is None else (compose.height, compose.width)
     writer = _open_writer(size, options, signer)
     sampling = {
         name: getattr(options, name) for name in ("num_steps", "guidance", "reference_guidance")
@@ -267,7 +280,6 @@ def _stream(
         with BackgroundWriter(
             writer, threaded=options.to_pipe or None, compose=compose
         ) as background:
-            engine = EngineOptions(detail=options.detail)
             session = model.open(portrait, seed=options.seed, options=engine, **sampling)
             blocks: Iterable[np.ndarray] = speech
             if options.live:

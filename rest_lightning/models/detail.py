@@ -22,6 +22,7 @@ _RESIDUAL, _RECONSTRUCTION, _FEATURES = (
     "detail.reconstruction",
     "detail.features",
 )
+_FINE_RESIDUAL, _FINE_RECONSTRUCTION = "enlarged.residual", "enlarged.reconstruction"
 
 
 class DetailTransfer(PretrainedPart):
@@ -82,13 +83,76 @@ class AgreementDetail(DetailTransfer):
     def forward(self, frames: Tensor, stream: Stream) -> Tensor:
         """See :meth:`DetailTransfer.forward`."""
         change = frames - stream[_RECONSTRUCTION][:, :, None]
-        blurred = _blur(change.square().mean(dim=1), self.blur_px * frames.shape[-1] / 256)
+        blurred = _blurred_square(change, self.blur_px)
         weight = torch.exp(-blurred / self.tolerance**2)[:, None]
         frames = frames + stream[_RESIDUAL][:, :, None] * weight
         if not self.hold:
             return frames
         held = self.hold * torch.exp(-blurred / self.hold_tolerance**2)[:, None]
         return frames - change * held
+
+
+class EnlargedDetail:
+    """Frames at twice their size, with the photograph's own detail of that size.
+
+    ``out = U(frame) + (photograph - U(D(photograph))) * U(weight)``, ``weight =
+    exp(-blur((decoded - reconstruction)^2) / tolerance^2)``, with U and D the bicubic enlargement
+    and reduction by two. A frame shows what D(photograph) has, by any way to put detail back; this
+    adds what is finer, where the decoded frame agrees with the decoded portrait. What moves shows
+    the enlarged frame alone: detail in the wrong place would be a second edge.
+
+    Where the photograph itself was enlarged to get here, its finer part is nearly zero, and so is
+    what is added.
+
+    Args:
+        blur_px: standard deviation of the Gaussian blur, in pixels of a picture of 256.
+        tolerance: difference, in [-1, 1] units, at which a third of the detail is left.
+
+    Attributes:
+        factor: how much larger the frames become.
+    """
+
+    factor = 2
+
+    def __init__(self, blur_px: float = 2.5, tolerance: float = 0.1) -> None:
+        self.blur_px, self.tolerance = blur_px, tolerance
+
+    def reduce(self, photograph: Tensor) -> Tensor:
+        """D: a photograph (B, 3, 2 H, 2 W) at the size that the model works at, (B, 3, H, W)."""
+        return _resize(photograph, 1 / self.factor)
+
+    def start(self, photograph: Tensor, reconstruction: Tensor, stream: Stream) -> None:
+        """Remembers a portrait.
+
+        Args:
+            photograph: (B, 3, 2 H, 2 W) in [-1, 1].
+            reconstruction: (B, 3, H, W), what the VAE makes of it at the model's size.
+            stream: of the decoder.
+        """
+        coarse = _resize(self.reduce(photograph), self.factor)
+        stream.remember(_FINE_RESIDUAL, photograph - coarse)
+        stream.remember(_FINE_RECONSTRUCTION, reconstruction)
+
+    def __call__(self, frames: Tensor, decoded: Tensor, stream: Stream) -> Tensor:
+        """Frames at twice their size, each by itself.
+
+        Args:
+            frames: (B, 3, F, H, W) in [-1, 1], with the portrait's detail.
+            decoded: the same frames without it.
+            stream: of the decoder.
+
+        Returns:
+            (B, 3, F, 2 H, 2 W) float32.
+        """
+        change = decoded.float() - stream[_FINE_RECONSTRUCTION][:, :, None]
+        weight = torch.exp(-_blurred_square(change, self.blur_px) / self.tolerance**2)
+        large = _resize(frames.float().transpose(1, 2).flatten(0, 1), self.factor)
+        fine = stream[_FINE_RESIDUAL][:, None]
+        shape = (*weight.shape[:2], *fine.shape[2:])
+        weight = _resize(weight.flatten(0, 1)[:, None], self.factor).clamp(0, 1)
+        return torch.addcmul(
+            large.view(shape), fine, weight.view(*shape[:2], 1, *shape[3:])
+        ).transpose(1, 2)
 
 
 class LearnedDetail(DetailTransfer):
@@ -194,6 +258,20 @@ def warp(pictures: Tensor, flow: Tensor) -> Tensor:
     scale = grid.new_tensor([2 / width, 2 / height])
     return F.grid_sample(
         pictures, (grid + 0.5) * scale - 1, padding_mode="border", align_corners=False
+    )
+
+
+def _blurred_square(change: Tensor, blur_px: float) -> Tensor:
+    """How much (B, 3, F, H, W) differs from zero around each place: (B, F, H, W); ``blur_px`` is
+    that of a picture of 256.
+    """
+    return _blur(change.square().mean(dim=1), blur_px * change.shape[-1] / 256)
+
+
+def _resize(pictures: Tensor, factor: float) -> Tensor:
+    """Pictures (N, C, H, W) larger or smaller, bicubic (a = -0.5, as in Pillow)."""
+    return F.interpolate(
+        pictures, scale_factor=factor, mode="bicubic", align_corners=False, antialias=True
     )
 
 
