@@ -414,9 +414,11 @@ def _check_not_input(path: Path, options: TalkOptions) -> None:
             )
 
 
-def _crop(text: str) -> Any:
+def _crop(text: Any) -> Any:
     from rest_lightning.media.portrait import parse_crop
 
+    if not isinstance(text, str):  # the parser checks values of its own, too
+        return text
     try:
         return parse_crop(text)
     except UserError as error:

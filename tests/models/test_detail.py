@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scipy.ndimage import gaussian_filter
+from scipy.ndimage import gaussian_filter, gaussian_filter1d
 from tiny_head import make_head
 
 from rest_lightning.errors import UserError
@@ -18,6 +18,7 @@ from rest_lightning.models.detail import (
     DetailTransfer,
     EnlargedDetail,
     LearnedDetail,
+    even_out_seams,
     warp,
 )
 from rest_lightning.streaming.engine import EngineOptions
@@ -35,7 +36,11 @@ def learned() -> LearnedDetail:
     return detail.eval()
 
 
-DETAILS: list[Callable[[], DetailTransfer]] = [AgreementDetail, learned]
+def even() -> AgreementDetail:
+    return AgreementDetail(hold=0.5, seam_px=8)
+
+
+DETAILS: list[Callable[[], DetailTransfer]] = [even, learned]
 
 
 @pytest.mark.parametrize("hold", [0.0, 0.7])
@@ -55,6 +60,55 @@ def test_agreement_is_its_formula(height: int, width: int, hold: float) -> None:
         expected = frame + (reference - reconstruction)[0].numpy() * np.exp(-blurred / 0.3**2)
         expected += hold * np.exp(-blurred / 0.2**2) * (reconstruction[0].numpy() - frame)
         np.testing.assert_allclose(detail(frames, stream)[0, :, index].numpy(), expected, atol=1e-5)
+
+
+def evened_columns(change: np.ndarray, reach: int) -> np.ndarray:
+    """Vertical borders of one frame (3, H, W), with lines fitted to 2 points on either side."""
+    result = change.copy()
+    for border in range(32, change.shape[2], 32):
+        steps = np.zeros(change.shape[:2])
+        for side, sign in ((change[..., border:], 1), (change[..., :border][..., ::-1], -1)):
+            points = np.stack([side[..., :2].mean(-1), side[..., 2:6].mean(-1)])
+            line = np.polyfit([1, 4], points.reshape(2, -1), 1)
+            steps += sign * line[1].reshape(steps.shape)
+        steps = np.stack([gaussian_filter1d(step, 2.0, mode="nearest", radius=6) for step in steps])
+        steps *= np.exp(-np.square(steps).mean(0) / 0.3**2)
+        for x in range(border - reach, border + reach):
+            distance = abs(x + 0.5 - border)
+            side = 0.5 if x < border else -0.5
+            result[..., x] += side * (1 - distance / reach) * steps
+    return result
+
+
+@pytest.mark.parametrize("reach", [8, 16])
+def test_seams_are_evened_out_as_the_formula_says(reach: int) -> None:
+    frames, reconstruction = pictures(1, 3, 2, 64, 96) * 0.3, pictures(1, 3, 64, 96, seed=1)
+    detail, stream = AgreementDetail(tolerance=0.3, hold=0.5, seam_px=reach), Stream()
+    detail.start(reconstruction, reconstruction, stream)
+    change = even_out_seams(frames, reach)
+    for index in range(2):
+        rows = evened_columns(frames[0, :, index].numpy(), reach).transpose(0, 2, 1)
+        expected = evened_columns(rows, reach).transpose(0, 2, 1)
+        np.testing.assert_allclose(change[0, :, index].numpy(), expected, atol=1e-5)
+    plain = AgreementDetail(tolerance=0.3, hold=0.5)
+    torch.testing.assert_close(
+        detail(reconstruction[:, :, None] + frames, stream),
+        plain(reconstruction[:, :, None] + change, stream),
+        atol=1e-5,
+        rtol=0,
+    )
+
+
+def test_a_pale_square_loses_its_border_and_a_slope_stays() -> None:
+    x = torch.arange(96).float().expand(1, 3, 1, 96, 96) / 96
+    torch.testing.assert_close(even_out_seams(x), x, atol=1e-5, rtol=0)
+    square = torch.zeros(1, 3, 1, 96, 96)
+    square[..., 32:64, 32:64] = 0.1
+    found = even_out_seams(square)
+    assert (found[..., 40:56, 32] - found[..., 40:56, 31]).abs().max() < 0.02
+    assert (found[..., 48, :] - square[..., 48, :]).abs().max() < 0.06
+    with pytest.raises(UserError, match="expected a seam_px from 0 to 16 pixels, got 17"):
+        AgreementDetail(seam_px=17)
 
 
 @pytest.mark.parametrize("make_detail", [AgreementDetail, LearnedDetail])
