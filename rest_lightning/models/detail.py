@@ -132,7 +132,7 @@ class EnlargedDetail:
 
     factor = 2
 
-    def __init__(self, blur_px: float = 2.5, tolerance: float = 0.1) -> None:
+    def __init__(self, blur_px: float = 2.5, tolerance: float = 0.15) -> None:
         self.blur_px, self.tolerance = blur_px, tolerance
 
     def reduce(self, photograph: Tensor) -> Tensor:
