@@ -75,8 +75,8 @@ def evened_columns(change: np.ndarray, reach: int) -> np.ndarray:
         steps *= np.exp(-np.square(steps).mean(0) / 0.3**2)
         for x in range(border - reach, border + reach):
             distance = abs(x + 0.5 - border)
-            side = 0.5 if x < border else -0.5
-            result[..., x] += side * (1 - distance / reach) * steps
+            share = 0.5 if x < border else -0.5
+            result[..., x] += share * (1 - distance / reach) * steps
     return result
 
 
