@@ -224,12 +224,13 @@ def talk(options: TalkOptions) -> StreamReport:
     speech = open_speech(options.speech, stdin=options.stdin)
     for line in speech.notes:
         note(line)
-    from rest_lightning.streaming.engine import EngineOptions
     from rest_lightning.talking_head import ModelOptions
 
     model = ModelOptions(
         options.model, options.chunk_length, options.num_threads, options.dtype, options.device
     ).load()
+    from rest_lightning.streaming.engine import EngineOptions
+
     engine = EngineOptions(detail=options.detail, size_px=options.size_px)
     size_px = engine.output_px(model.size_px)
     small = found.small_note(size_px)
