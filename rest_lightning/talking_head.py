@@ -159,13 +159,15 @@ class TalkingHead(nn.Module):
             chunk_length: latents per chunk, see :meth:`with_chunk_length`; None takes the model's
                 default.
             options: switches of the engine: graphs, compilation, overlap, warm-up, a short first
-                chunk.
+                chunk, frames of twice the size.
 
         Raises:
             UserError: a portrait or a value that cannot be used, or not enough memory.
         """
         if not isinstance(portrait, torch.Tensor):
-            portrait = load_portrait(portrait, self.size_px, crop)
+            size_px = options.output_px(self.size_px) if options is not None else self.size_px
+            least_px = size_px if size_px > self.size_px else None
+            portrait = load_portrait(portrait, size_px, crop, least_px)
         changes = SamplingChanges(num_steps, guidance, shift, reference_guidance, table_steps)
         sampling = changes.of(self.sampling)
         head = self if chunk_length is None else self.with_chunk_length(chunk_length)

@@ -53,6 +53,7 @@ class TalkOptions:
         chunk_length: latents per chunk, where the model was trained for several; None takes its
             default.
         detail: of the portrait, see :class:`rest_lightning.streaming.engine.EngineOptions`.
+        size_px: side of the square frames, the model's own or twice that; None takes the model's.
         report, sheet: JSON and PNG to write beside the video; None writes none.
         num_threads: of torch; None leaves its choice.
         dtype: of the model; ``auto`` takes bfloat16 on processors that compute it natively, else
@@ -82,6 +83,7 @@ class TalkOptions:
     reference_guidance: float | None = None
     chunk_length: int | None = None
     detail: Literal["model", "agreement", "none"] = "model"
+    size_px: int | None = None
     report: Path | None = None
     sheet: Path | None = None
     num_threads: int | None = None
@@ -163,6 +165,10 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--detail", choices=("model", "agreement", "none"), default="model", help=detail
     )
+    size = (
+        "side of the frames: the model's own (default) or twice that, with the photograph's detail"
+    )
+    parser.add_argument("--size", dest="size_px", type=positive, metavar="PX", help=size)
 
 
 def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
@@ -227,7 +233,11 @@ def talk(options: TalkOptions) -> StreamReport:
     model = ModelOptions(
         options.model, options.chunk_length, options.num_threads, options.dtype, options.device
     ).load()
-    portrait = found.square(model.size_px)
+    size_px = _sampling(options)["options"].output_px(model.size_px)
+    small = found.small_note(size_px)
+    if small is not None and size_px > model.size_px and not options.quiet:
+        note(small)
+    portrait = found.square(size_px)
     compose = None
     if options.frame == "photo":
         from rest_lightning.media.photo import PhotoFrames
@@ -258,7 +268,7 @@ def _stream(
 ) -> StreamReport:
     from rest_lightning.media.writer import BackgroundWriter
 
-    size = model.size_px if compose is None else (compose.height, compose.width)
+    size = len(portrait) if compose is None else (compose.height, compose.width)
     writer = _open_writer(size, options, signer)
     try:
         # The reader of a pipe may be slow: that must not stop the model, whatever the cores.
@@ -340,7 +350,7 @@ async def _stream_live(
             level.add(block)
             yield block
 
-    reference = as_reference(portrait, model.size_px)[0]
+    reference = as_reference(portrait, len(portrait))[0]
     settings = AvatarSettings(seed=options.seed, sample_rate=SAMPLE_RATE)
     pool = AvatarPool(model, **_sampling(options))
     writing_s = 0.0
@@ -376,7 +386,8 @@ def _sampling(options: TalkOptions) -> dict[str, Any]:
 
     names = ("num_steps", "guidance", "reference_guidance")
     given = {name: getattr(options, name) for name in names}
-    return {"options": EngineOptions(detail=options.detail), **given}
+    engine = EngineOptions(detail=options.detail, size_px=options.size_px)
+    return {"options": engine, **given}
 
 
 def _open_writer(
@@ -475,9 +486,11 @@ def _check_not_input(path: Path, options: TalkOptions) -> None:
             )
 
 
-def _crop(text: str) -> Any:
+def _crop(text: Any) -> Any:
     from rest_lightning.media.portrait import parse_crop
 
+    if not isinstance(text, str):  # the parser checks values of its own, too
+        return text
     try:
         return parse_crop(text)
     except UserError as error:

@@ -51,6 +51,18 @@ class Portrait:
     box: Box
     notes: tuple[str, ...] = ()
 
+    def small_note(self, size_px: int) -> str | None:
+        """Returns a line about frames of ``size_px`` where the square has fewer pixels, else
+        None.
+        """
+        side = round(self.box[2])
+        if side >= size_px:
+            return None
+        return (
+            f"the head has a square of {side} pixels in its photograph: frames of {size_px} show "
+            "no finer detail than that; a larger photograph gives more"
+        )
+
     def square(self, size_px: int) -> np.ndarray:
         """Returns the square as uint8 (size_px, size_px, 3); edges go on beyond the picture."""
         left, top, width, height = self.box
@@ -68,18 +80,22 @@ class Portrait:
         return np.asarray(resized).copy()
 
 
-def load_portrait(source: Source, size_px: int, crop: Crop = "auto") -> Tensor:
+def load_portrait(
+    source: Source, size_px: int, crop: Crop = "auto", least_px: int | None = None
+) -> Tensor:
     """Returns the portrait as a model wants it: float32 (3, size_px, size_px) in [-1, 1].
 
     The arguments and errors are those of :func:`read_portrait`.
     """
     import torch
 
-    pixels = read_portrait(source, size_px, crop)
+    pixels = read_portrait(source, size_px, crop, least_px)
     return torch.from_numpy(pixels).permute(2, 0, 1).float().div_(127.5).sub_(1.0)
 
 
-def read_portrait(source: Source, size_px: int, crop: Crop = "auto") -> np.ndarray:
+def read_portrait(
+    source: Source, size_px: int, crop: Crop = "auto", least_px: int | None = None
+) -> np.ndarray:
     """Returns the portrait as uint8 (size_px, size_px, 3) RGB. Its notes become warnings.
 
     Args:
@@ -87,6 +103,8 @@ def read_portrait(source: Source, size_px: int, crop: Crop = "auto") -> np.ndarr
             ``size_px`` x ``size_px`` is a frame of the model already and taken as it is.
         size_px: side of the result.
         crop: see :func:`find_portrait`.
+        least_px: side of the square in the picture below which a note says that it is small; None:
+            no such note.
 
     Raises:
         UserError: see :func:`find_portrait`.
@@ -94,7 +112,8 @@ def read_portrait(source: Source, size_px: int, crop: Crop = "auto") -> np.ndarr
     if crop == "auto" and _size(source) == (size_px, size_px):
         crop = "centre"
     portrait = find_portrait(source, crop)
-    for note in portrait.notes:
+    small = portrait.small_note(least_px) if least_px is not None else None
+    for note in (*portrait.notes, *([small] if small else [])):
         warnings.warn(note, stacklevel=2)
     return portrait.square(size_px)
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from rest_lightning.models.cache import IDContextCache as IDContextCache
     from rest_lightning.models.detail import AgreementDetail as AgreementDetail
     from rest_lightning.models.detail import DetailTransfer as DetailTransfer
+    from rest_lightning.models.detail import EnlargedDetail as EnlargedDetail
     from rest_lightning.models.detail import LearnedDetail as LearnedDetail
     from rest_lightning.models.ltx_vae import LTXVideoVAE as LTXVideoVAE
     from rest_lightning.models.speech import LogMelEncoder as LogMelEncoder
@@ -29,7 +30,7 @@ __all__, __getattr__ = lazy(
     {
         "attention": ["Rope"],
         "cache": ["CacheOptions", "IDContextCache"],
-        "detail": ["AgreementDetail", "DetailTransfer", "LearnedDetail"],
+        "detail": ["AgreementDetail", "DetailTransfer", "EnlargedDetail", "LearnedDetail"],
         "ltx_vae": ["LTXVideoVAE"],
         "speech": ["LogMelEncoder", "SpeechEncoder", "WhisperEncoder"],
         "speech_ae": ["SpeechAE", "SpeechPooling", "SpeechProjection"],

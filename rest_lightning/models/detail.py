@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rest_lightning.constants import SPATIAL_RATIO
+from rest_lightning.errors import UserError
 from rest_lightning.models.causal import RMSNorm, SpatialConv, Stream, patchify, unpatchify
 from rest_lightning.models.pretrained import PretrainedPart
 
@@ -22,6 +24,7 @@ _RESIDUAL, _RECONSTRUCTION, _FEATURES = (
     "detail.reconstruction",
     "detail.features",
 )
+_FINE_RESIDUAL, _FINE_RECONSTRUCTION = "enlarged.residual", "enlarged.reconstruction"
 
 
 class DetailTransfer(PretrainedPart):
@@ -55,11 +58,17 @@ class AgreementDetail(DetailTransfer):
     exp(-blur(...) / hold_tolerance^2)`` is added. So what does not move shows the portrait itself,
     and not the noise that a small network leaves there.
 
+    With ``seam_px`` steps of ``frame - reconstruction`` at the borders of the latents' squares of
+    32x32 pixels are evened out first, see :func:`even_out_seams`. Such a step is an error of one
+    latent; it would be seen as a pale square where the rest is held back or covered by detail.
+
     Args:
         blur_px: standard deviation of the Gaussian blur, in pixels of a picture of 256.
         tolerance: difference, in [-1, 1] units, at which a third of the detail is left.
         hold: share of a vanishing difference that is taken back, 0 to 1.
         hold_tolerance: difference at which a third of that share is taken back.
+        seam_px: how far from a border of squares, in pixels, its step is spread, at most 16; 0
+            leaves steps as they are.
     """
 
     def __init__(
@@ -68,27 +77,100 @@ class AgreementDetail(DetailTransfer):
         tolerance: float = 0.2,
         hold: float = 0.0,
         hold_tolerance: float = 0.12,
+        seam_px: int = 0,
     ) -> None:
         super().__init__()
+        if not 0 <= seam_px <= SPATIAL_RATIO // 2:
+            raise UserError(
+                f"expected a seam_px from 0 to {SPATIAL_RATIO // 2} pixels, got {seam_px}: half of "
+                "a latent's square is the most"
+            )
         self.blur_px, self.tolerance = blur_px, tolerance
         self.hold, self.hold_tolerance = hold, hold_tolerance
+        self.seam_px = seam_px
 
     @property
     def config(self) -> dict[str, Any]:
         """The constructor's arguments."""
-        names = ("blur_px", "tolerance", "hold", "hold_tolerance")
+        names = ("blur_px", "tolerance", "hold", "hold_tolerance", "seam_px")
         return {name: getattr(self, name) for name in names}
 
     def forward(self, frames: Tensor, stream: Stream) -> Tensor:
         """See :meth:`DetailTransfer.forward`."""
         change = frames - stream[_RECONSTRUCTION][:, :, None]
-        blurred = _blur(change.square().mean(dim=1), self.blur_px * frames.shape[-1] / 256)
+        if self.seam_px:
+            change = even_out_seams(change, self.seam_px)
+            frames = stream[_RECONSTRUCTION][:, :, None] + change
+        blurred = _blurred_square(change, self.blur_px)
         weight = torch.exp(-blurred / self.tolerance**2)[:, None]
         frames = frames + stream[_RESIDUAL][:, :, None] * weight
         if not self.hold:
             return frames
         held = self.hold * torch.exp(-blurred / self.hold_tolerance**2)[:, None]
         return frames - change * held
+
+
+class EnlargedDetail:
+    """Frames at twice their size, with the photograph's own detail of that size.
+
+    ``out = U(frame) + (photograph - U(D(photograph))) * U(weight)``, ``weight =
+    exp(-blur((decoded - reconstruction)^2) / tolerance^2)``, with U and D the bicubic enlargement
+    and reduction by two. A frame shows what D(photograph) has, by any way to put detail back; this
+    adds what is finer, where the decoded frame agrees with the decoded portrait. What moves shows
+    the enlarged frame alone: detail in the wrong place would be a second edge.
+
+    Where the photograph itself was enlarged to get here, its finer part is nearly zero, and so is
+    what is added.
+
+    Args:
+        blur_px: standard deviation of the Gaussian blur, in pixels of a picture of 256.
+        tolerance: difference, in [-1, 1] units, at which a third of the detail is left.
+
+    Attributes:
+        factor: how much larger the frames become.
+    """
+
+    factor = 2
+
+    def __init__(self, blur_px: float = 2.5, tolerance: float = 0.15) -> None:
+        self.blur_px, self.tolerance = blur_px, tolerance
+
+    def reduce(self, photograph: Tensor) -> Tensor:
+        """D: a photograph (B, 3, 2 H, 2 W) at the size that the model works at, (B, 3, H, W)."""
+        return _resize(photograph, 1 / self.factor)
+
+    def start(self, photograph: Tensor, reconstruction: Tensor, stream: Stream) -> None:
+        """Remembers a portrait.
+
+        Args:
+            photograph: (B, 3, 2 H, 2 W) in [-1, 1].
+            reconstruction: (B, 3, H, W), what the VAE makes of it at the model's size.
+            stream: of the decoder.
+        """
+        coarse = _resize(self.reduce(photograph), self.factor)
+        stream.remember(_FINE_RESIDUAL, photograph - coarse)
+        stream.remember(_FINE_RECONSTRUCTION, reconstruction)
+
+    def __call__(self, frames: Tensor, decoded: Tensor, stream: Stream) -> Tensor:
+        """Frames at twice their size, each by itself.
+
+        Args:
+            frames: (B, 3, F, H, W) in [-1, 1], with the portrait's detail.
+            decoded: the same frames without it.
+            stream: of the decoder.
+
+        Returns:
+            (B, 3, F, 2 H, 2 W) float32.
+        """
+        change = decoded.float() - stream[_FINE_RECONSTRUCTION][:, :, None]
+        weight = torch.exp(-_blurred_square(change, self.blur_px) / self.tolerance**2)
+        large = _resize(frames.float().transpose(1, 2).flatten(0, 1), self.factor)
+        fine = stream[_FINE_RESIDUAL][:, None]
+        shape = (*weight.shape[:2], *fine.shape[2:])
+        weight = _resize(weight.flatten(0, 1)[:, None], self.factor).clamp(0, 1)
+        return torch.addcmul(
+            large.view(shape), fine, weight.view(*shape[:2], 1, *shape[3:])
+        ).transpose(1, 2)
 
 
 class LearnedDetail(DetailTransfer):
@@ -197,14 +279,78 @@ def warp(pictures: Tensor, flow: Tensor) -> Tensor:
     )
 
 
-def _blur(planes: Tensor, sigma_px: float) -> Tensor:
-    """Gaussian blur of the last two dimensions, edges repeated."""
+def even_out_seams(
+    change: Tensor, reach_px: int = 16, limit: float = 0.3, along_px: float = 2.0
+) -> Tensor:
+    """Steps at the borders of squares of 32x32 pixels become ramps on both sides of them.
+
+    The step of a border is what two straight lines leave between them that are drawn on through the
+    6 pixels on either side; so a slope is no step. It is smoothed along the border, and a large one
+    is left alone, as something that moved: it counts ``step * exp(-mean of colours of step^2 /
+    limit^2)``. Half of it is added on the one side and taken off on the other, falling to zero at
+    ``reach_px``. First all vertical borders, then all horizontal ones.
+
+    Args:
+        change: (B, 3, F, H, W), frames minus the portrait's reconstruction, in [-2, 2].
+        reach_px: of a ramp, 1 to 16.
+        limit: step, in the units of ``change``, of which a third is evened out.
+        along_px: standard deviation of the smoothing along a border.
+
+    Returns:
+        The same shape; each frame by itself.
+    """
+    for _ in range(2):
+        change = _even_out_vertical(change, reach_px, limit, along_px).transpose(-1, -2)
+    return change
+
+
+def _even_out_vertical(change: Tensor, reach_px: int, limit: float, along_px: float) -> Tensor:
+    width = change.shape[-1]
+    if width == SPATIAL_RATIO:
+        return change
+    squares = change.unflatten(-1, (-1, SPATIAL_RATIO))
+    left, right = squares[..., :-1, :], squares[..., 1:, :]
+    # Means of 2 and of 4 pixels lie 1 and 4 pixels from the border.
+    near, far = left[..., -2:].mean(-1), left[..., -6:-2].mean(-1)
+    ends = near + (near - far) / 3
+    near, far = right[..., :2].mean(-1), right[..., 2:6].mean(-1)
+    steps = near + (near - far) / 3 - ends  # (B, 3, F, H, borders)
+    steps = _blur(steps.movedim(-1, -2)[..., None], along_px, down=True)[..., 0].movedim(-2, -1)
+    steps = steps * torch.exp(-steps.square().mean(dim=1, keepdim=True) / limit**2)
+    middles = torch.arange(width, device=change.device, dtype=torch.float32) + 0.5
+    borders = torch.arange(SPATIAL_RATIO, width, SPATIAL_RATIO, device=change.device)
+    offsets = middles - borders[:, None]
+    ramps = -0.5 * offsets.sign() * (1 - offsets.abs() / reach_px).clamp(min=0)
+    return change + steps @ ramps.to(steps.dtype)
+
+
+def _blurred_square(change: Tensor, blur_px: float) -> Tensor:
+    """How much (B, 3, F, H, W) differs from zero around each place: (B, F, H, W); ``blur_px`` is
+    that of a picture of 256.
+    """
+    return _blur(change.square().mean(dim=1), blur_px * change.shape[-1] / 256)
+
+
+def _resize(pictures: Tensor, factor: float) -> Tensor:
+    """Pictures (N, C, H, W) larger or smaller, bicubic (a = -0.5, as in Pillow)."""
+    return F.interpolate(
+        pictures, scale_factor=factor, mode="bicubic", align_corners=False, antialias=True
+    )
+
+
+def _blur(planes: Tensor, sigma_px: float, down: bool = False) -> Tensor:
+    """Gaussian blur of the last two dimensions, or of the columns alone (``down``), edges
+    repeated.
+    """
     radius = max(1, round(3 * sigma_px))
     x = torch.arange(-radius, radius + 1, device=planes.device, dtype=torch.float32)
     kernel = torch.exp(-0.5 * (x / sigma_px).square())
     kernel = (kernel / kernel.sum()).to(planes.dtype)
     flat = planes.flatten(0, -3)[:, None]
-    flat = F.conv2d(F.pad(flat, (radius, radius, 0, 0), mode="replicate"), kernel[None, None, None])
+    if not down:
+        flat = F.conv2d(
+            F.pad(flat, (radius, radius, 0, 0), mode="replicate"), kernel[None, None, None]
+        )
     flat = F.conv2d(
         F.pad(flat, (0, 0, radius, radius), mode="replicate"), kernel[None, None, :, None]
     )

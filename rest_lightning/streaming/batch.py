@@ -68,6 +68,7 @@ class BatchSession:
 
     Attributes:
         clock: of all rows together.
+        size_px: side of the frames.
     """
 
     def __init__(
@@ -93,10 +94,11 @@ class BatchSession:
         self._failed: dict[int, NotFiniteError] = {}
         # The rows whose state is in the lanes, newer than their own.
         self._in_lanes: tuple[int, ...] = ()
+        self.size_px = self._options.output_px(model.size_px)
         with explain_out_of_memory(model, num_rows, self._sampling), self.clock.paused():
             first = StreamState(Tables(model, self._sampling, self._options), 1)
             # Any portrait tells how much a decoder remembers.
-            first.start(torch.zeros(1, 3, model.size_px, model.size_px))
+            first.start(torch.zeros(1, 3, self.size_px, self.size_px))
             lanes = first.for_batch(num_rows)
             self._places = [first, *(first.for_batch(1) for _ in range(num_rows - 1))]
         self._rows: list[Row | None] = [None] * num_rows
@@ -142,7 +144,7 @@ class BatchSession:
             portrait, seed: see :meth:`TalkingHead.open`.
         """
         self._check(row)
-        reference = as_reference(portrait, self.model.size_px)
+        reference = as_reference(portrait, self.size_px)
         self._settle([row])
         self._rows[row] = None
         self._failed.pop(row, None)
@@ -219,7 +221,7 @@ class BatchSession:
         This costs one prefill of this row.
         """
         held = self._row(row)
-        reference = as_reference(portrait, self.model.size_px)
+        reference = as_reference(portrait, self.size_px)
         self._settle([row])
         with explain_out_of_memory(self.model, self.num_rows, self._sampling):
             held.switch_identity(reference)

@@ -27,7 +27,7 @@ from rest_lightning.diffusion.sampling import integrate
 from rest_lightning.errors import UserError
 from rest_lightning.models.cache import IDContextCache
 from rest_lightning.models.causal import Stream
-from rest_lightning.models.detail import AgreementDetail
+from rest_lightning.models.detail import AgreementDetail, EnlargedDetail
 from rest_lightning.streaming.device import (
     Capture,
     Device,
@@ -58,8 +58,8 @@ ATTENTION: dict[str, SDPBackend | None] = {
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """Switches of the engine. All but ``float8``, ``first_chunk_length`` and ``detail`` change
-    speed and memory alone.
+    """Switches of the engine. All but ``float8``, ``first_chunk_length``, ``detail`` and
+    ``size_px`` change speed and memory alone.
 
     Attributes:
         graphs: capture the denoising steps and the decoding as CUDA graphs. None: on CUDA;
@@ -91,6 +91,8 @@ class EngineOptions:
         detail: ``model``: the portrait's detail is put back into frames as the model does it, where
             it does; ``agreement``: in closed form (`AgreementDetail`); ``none``: frames stay as
             they are decoded.
+        size_px: side of the frames that come out: the model's own, or twice that, with the
+            portrait's detail at that size (`EnlargedDetail`). None takes the model's own.
     """
 
     graphs: bool | None = None
@@ -104,6 +106,7 @@ class EngineOptions:
     reuse: bool | None = None
     first_chunk_length: int | None = None
     detail: Literal["model", "agreement", "none"] = "model"
+    size_px: int | None = None
 
     def __post_init__(self) -> None:
         if self.detail not in ("model", "agreement", "none"):
@@ -112,6 +115,20 @@ class EngineOptions:
             raise UserError(
                 f"expected attention to be one of {', '.join(ATTENTION)}, got {self.attention!r}"
             )
+
+    def output_px(self, size_px: int) -> int:
+        """Side of the frames that come out of a model whose own frames have ``size_px``.
+
+        Raises:
+            UserError: a size that is neither the model's own nor twice that.
+        """
+        sizes = (size_px, EnlargedDetail.factor * size_px)
+        if self.size_px not in (None, *sizes):
+            raise UserError(
+                f"expected a size of {sizes[0]} or {sizes[1]} pixels for this model, got "
+                f"{self.size_px}: choose one of the two, or scale the video afterwards"
+            )
+        return self.size_px or size_px
 
     def captures(self, device: torch.device) -> bool:
         """Whether graphs are captured on ``device``.
@@ -217,6 +234,8 @@ class Tables:
     Attributes:
         vae, speech_ae, transformer: the model's, packed or fused as the options say.
         detail: what puts the portrait's detail into decoded frames; None: nothing.
+        size_px: side of the frames that come out, and of the portraits that go in.
+        enlarged: what brings frames to that size; None: they have it.
         sigmas: noise levels of the Euler steps, from 1 to 0, as plain numbers.
         levels: the same on the device: a number from the host would be copied, and waited for, at
             every step.
@@ -246,6 +265,8 @@ class Tables:
         self.detail: DetailTransfer | None = {"model": own, "agreement": AgreementDetail()}.get(
             switches.detail
         )
+        self.size_px = switches.output_px(model.size_px)
+        self.enlarged = EnlargedDetail() if self.size_px > model.size_px else None
         self.guidance = sampling.branches
         self.side = model.size_px // SPATIAL_RATIO
         cache_options = model.transformer.cache_options
@@ -259,7 +280,7 @@ class Tables:
         self.signature: Hashable = (
             _fingerprint(model),
             str(model.dtype),
-            model.size_px,
+            (model.size_px, self.size_px),
             cache_options,
             (self.guidance.num_branches, self.guidance.has_none),
             sampling.num_steps if cache_options.cache_noise == "per_step" else None,
@@ -329,8 +350,8 @@ class StreamState:
 
     @torch.inference_mode()
     def start(self, reference: Tensor) -> None:
-        """Begin every stream with its portrait (B, 3, H, W) in [-1, 1]: fills the ID-Sink, before
-        any speech.
+        """Begin every stream with its portrait (B, 3, H, W) in [-1, 1], of the size that comes out:
+        fills the ID-Sink, before any speech.
         """
         model = self.tables.model
         with on_device(model.device), self._stage("speech"):
@@ -355,10 +376,15 @@ class StreamState:
     def _switch_identity(self, reference: Tensor, dtype: torch.dtype) -> None:
         tables = self.tables
         with self._stage("vae"):
+            photograph = reference
+            if tables.enlarged is not None:
+                reference = tables.enlarged.reduce(photograph)
             latent = tables.vae.encode(reference[:, :, None].to(dtype))
             reconstruction, decoder = tables.vae.start_decode(latent)
             if tables.detail is not None:
                 tables.detail.start(reference, reconstruction[:, :, 0].float(), decoder)
+            if tables.enlarged is not None:
+                tables.enlarged.start(photograph, reconstruction[:, :, 0].float(), decoder)
             self.decoder.restore(decoder)
         with self._stage("dit"):
             self.cache.reset_rows()
@@ -555,6 +581,7 @@ class ChunkEngine:
             self.state = state or StreamState(
                 Tables(model, sampling, self.options), batch, self._stage
             )
+            self.tables = self.state.tables
             self._static = widest.static(batch) if widest is not None else self._allocate()
             self._noise, self._speech, self._latents, self._decoder_input, *shown = self._static
             self._frames, self._finite = shown
@@ -564,7 +591,7 @@ class ChunkEngine:
             )
         self._way: Device | Host = way if widest is None else widest._way
         self.depth: int = self._way.depth
-        self.tables, self.guidance = self.state.tables, self.state.tables.guidance
+        self.guidance = self.tables.guidance
         self.sigmas = self.tables.sigmas
         self._text = self.state.text
         self._transformer = self.tables.transformer
@@ -584,7 +611,8 @@ class ChunkEngine:
             model.speech_ae.num_tokens,
             model.speech_ae.latent_dim,
         )
-        frames = (self.batch, self.chunk_frames, model.size_px, model.size_px, 3)
+        size_px = self.tables.size_px
+        frames = (self.batch, self.chunk_frames, size_px, size_px, 3)
         with torch.inference_mode(False):
             shapes = (self.latent_shape, speech, self.latent_shape, self.latent_shape)
             inputs = [
@@ -783,12 +811,19 @@ class ChunkEngine:
         latents = self._decoder_input[:, :, :num_latents]
 
         def decode() -> None:
-            frames = vae.decode_chunk(latents, decoder)
+            frames = decoded = vae.decode_chunk(latents, decoder)
             if self.tables.detail is not None:
-                frames = self.tables.detail(frames, decoder)
+                frames = self.tables.detail(decoded, decoder)
             # A sum is not finite where one of its terms is not: no copy, no wait for the device.
             self._finite.copy_(frames.sum(dim=(1, 2, 3, 4), dtype=torch.float32).isfinite())
-            to_uint8(frames, self._frames[:, : frames.shape[2]])
+            shown = self._frames[:, : frames.shape[2]]
+            if self.tables.enlarged is None:
+                to_uint8(frames, shown)
+                return
+            for start in range(0, frames.shape[2], _ENLARGED_FRAMES):  # memory stays small
+                some = slice(start, start + _ENLARGED_FRAMES)
+                parts = (frames[:, :, some], decoded[:, :, some])
+                to_uint8(self.tables.enlarged(*parts, decoder), shown[:, some])
 
         with self._stage("vae"):
             variant = vae.decode_variant(decoder)
@@ -804,7 +839,7 @@ class ChunkEngine:
         nothing had been. So nothing is kept meanwhile: a copy of the state would take as much
         memory as the cache itself.
         """
-        device, side = self.model.device, self.model.size_px
+        device, side = self.model.device, self.tables.size_px
         with self.clock.paused() if self.clock is not None else nullcontext():
             self.start(torch.zeros(self.batch, 3, side, side))
             # On CUDA three: a first chunk, one that sees a short predecessor, and one of all
@@ -838,6 +873,9 @@ class ChunkEngine:
         with on_device(model.device), explain_out_of_memory(model, self.batch, self.sampling):
             self._way.join()
             yield
+
+
+_ENLARGED_FRAMES = 4
 
 
 class Stages:

@@ -356,6 +356,9 @@ class StreamingSession:
         seed: see :meth:`TalkingHead.open`.
         sampling: steps and guidance; None takes the model's own.
         options: switches of the engine.
+
+    Attributes:
+        size_px: side of the frames.
     """
 
     def __init__(
@@ -371,7 +374,8 @@ class StreamingSession:
         sampling, options = sampling or model.sampling, options or EngineOptions()
         self.clock = StreamClock()
         self.configuration = describe(model, sampling, options) | {"seed": seed}
-        reference = as_reference(portrait, model.size_px)
+        self.size_px = options.output_px(model.size_px)
+        reference = as_reference(portrait, self.size_px)
         self.engine = IDLE.open(model, sampling, self.clock, options)
         if options.warms_up(model.device) and not self.engine.num_captured:
             self.engine.warm_up()
@@ -472,7 +476,7 @@ class StreamingSession:
         This costs one prefill.
         """
         self._check_open()
-        reference = as_reference(portrait, self.model.size_px)
+        reference = as_reference(portrait, self.size_px)
         with self._alone:
             self._row.switch_identity(reference)
 
@@ -572,7 +576,7 @@ class StreamingSession:
             yield frames
 
     def _stack(self, chunks: list[Frames]) -> Frames:
-        size = self.model.size_px
+        size = self.size_px
         return np.concatenate(chunks) if chunks else np.zeros((0, size, size, 3), dtype=np.uint8)
 
 
@@ -580,7 +584,7 @@ def describe(model: TalkingParts, sampling: Sampling, options: EngineOptions) ->
     """What a report remembers of how a stream was made."""
     return {
         **asdict(sampling),
-        "size_px": model.size_px,
+        "size_px": options.output_px(model.size_px),
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": model.device.type,
         "cuda_graphs": options.captures(model.device),

@@ -18,6 +18,7 @@ from rest_lightning.errors import UserError
 from rest_lightning.generation import describe_model, load_generator
 from rest_lightning.media.portrait import parse_crop
 from rest_lightning.parts import DtypeName, dtype_on
+from rest_lightning.streaming.engine import EngineOptions
 from rest_lightning.streaming.session import StreamingSession
 from rest_lightning.talking_head import DEFAULT_MODEL, TalkingHead
 
@@ -33,6 +34,8 @@ class PredictModule(LightningModule):
         seed: of the noise of every video.
         dtype: of the model, as for ``rest talk``: ``auto`` is what the trainer's device multiplies
             natively.
+        size_px: side of the square frames: the model's own or twice that, see
+            :class:`~rest_lightning.streaming.engine.EngineOptions`; None takes the model's.
     """
 
     def __init__(
@@ -41,9 +44,12 @@ class PredictModule(LightningModule):
         sampling: SamplingChanges | None = None,
         seed: int = 0,
         dtype: DtypeName = "auto",
+        size_px: int | None = None,
     ) -> None:
         super().__init__()
         self.head = TalkingHead.from_pretrained(model)
+        self.engine_options = EngineOptions(size_px=size_px)
+        self.size_px = self.engine_options.output_px(self.head.size_px)
         self.sampling = (sampling or SamplingChanges()).of(self.head.sampling)
         self.model_name, self.seed, self.dtype_name = model or DEFAULT_MODEL, seed, dtype
         self.session: StreamingSession | None = None
@@ -54,11 +60,13 @@ class PredictModule(LightningModule):
         """What decides the videos beside portrait and speech; known once a trainer has the
         module.
         """
+        larger = {"size_px": self.size_px} if self.size_px != self.head.size_px else {}
         return {
             "model": self.model_name,
             **asdict(self.sampling),
             "seed": self.seed,
             "dtype": str(self._head_dtype()).removeprefix("torch."),
+            **larger,
         }
 
     def _head_dtype(self) -> torch.dtype:
@@ -67,11 +75,6 @@ class PredictModule(LightningModule):
     def setup(self, stage: str) -> None:
         """Bring the model to its type."""
         self.head.set_dtype(self._head_dtype())
-
-    @property
-    def size_px(self) -> int:
-        """Side of the frames."""
-        return self.head.size_px
 
     def on_predict_batch_start(
         self, batch: SpeechBlock, batch_idx: int, dataloader_idx: int = 0
@@ -85,7 +88,11 @@ class PredictModule(LightningModule):
         try:
             crop = parse_crop(pair.crop)
             self.session = self.head.open(
-                pair.portrait, crop=crop, seed=self.seed, **asdict(self.sampling)
+                pair.portrait,
+                crop=crop,
+                seed=self.seed,
+                options=self.engine_options,
+                **asdict(self.sampling),
             )
         except UserError as error:
             self.failure = str(error)

@@ -126,6 +126,23 @@ def test_the_seed_decides(tiny_model: Path, portrait: Path, make_speech: MakeSpe
     assert len(a) == 32 * 64 * 64 * 3 and a == b != c
 
 
+def test_twice_the_size(
+    tmp_path: Path,
+    tiny_model: Path,
+    portrait: Path,
+    make_speech: MakeSpeech,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    speech, out = make_speech(2_000), tmp_path / "out.mp4"
+    words = ["talk", str(portrait), str(speech), "-o", str(out), "--model", str(tiny_model)]
+    assert main([*words, "--size", "100"]) == 2 and not out.exists()
+    assert "expected a size of 64 or 128 pixels for this model, got 100" in capsys.readouterr().err
+    assert main([*words, "--size", "128", "--crop", "0,0,70"]) == 0
+    assert "a square of 70 pixels in its photograph" in " ".join(capsys.readouterr().err.split())
+    with av.open(str(out)) as container:
+        assert (container.streams.video[0].width, container.streams.video[0].height) == (128, 128)
+
+
 def test_interrupt_keeps_a_playable_video(tmp_path: Path, tiny_model: Path, portrait: Path) -> None:
     """Speech that never ends comes from a pipe; Ctrl-C, pressed twice, leaves what was done. Once:
     in test_hard_cases.py.
