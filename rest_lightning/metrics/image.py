@@ -1,4 +1,4 @@
-"""Single-frame quality: PSNR, PSNR of the mouth, sharpness."""
+"""Single-frame quality: PSNR, of a box as well, and sharpness."""
 
 from __future__ import annotations
 
@@ -70,15 +70,6 @@ def box_mask(
     inside_x = (x - points[:, :1]).abs() <= box[0]
     inside_y = (y - points[:, 1:]).abs() <= box[1]
     return inside_y[:, :, None] & inside_x[:, None, :]
-
-
-def mouth_psnr_db(frames: Frames, truth: Frames, mouth: ArrayLike) -> float:
-    """Returns the PSNR in dB of the mouth's box.
-
-    ``mouth`` (n, 2) holds the true centres in fractions of the image.
-    """
-    size = (int(truth.shape[1]), int(truth.shape[2]))
-    return video_psnr_db(frames, truth, box_mask(mouth, size))
 
 
 def sharpness(frames: Frames, mask: Tensor | None = None) -> float:

@@ -13,7 +13,7 @@ import inspect
 import json
 import math
 import threading
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -70,8 +70,8 @@ class LTXVideoVAE(VideoAutoencoder):
     Streamed decoding of a causal decoder (``decoder_causal: true``) is exact. Stock LTX decoders
     look ahead: there a piece is decoded together with the last ``halo`` latents before it, whose
     frames are thrown away, and with its own last frame repeated in place of what follows. So every
-    piece of l latents gives 8 l frames at once; what that costs in exactness,
-    :func:`streaming_error` measures. A halo of zero decodes pieces without any context.
+    piece of l latents gives 8 l frames at once. The difference between :func:`streamed_decode` and
+    :meth:`decode` is what that costs. A halo of zero decodes pieces without any context.
 
     With timestep conditioning latents are mixed with noise before they are decoded, as in
     diffusers' LTX pipeline. The noise is a fixed function of the latent's index in its clip, the
@@ -255,57 +255,18 @@ class LTXVideoVAE(VideoAutoencoder):
         return torch.cat([pieces[row] for row in range(len(lengths))])
 
 
-@torch.no_grad()
-def streaming_error(
+def streamed_decode(
     vae: LTXVideoVAE, latents: Tensor, chunk_length: int = 3, halo: int | None = None
-) -> float:
-    """Largest absolute difference between the frames of a streamed and of a whole-clip decode, in
-    [-1, 1] units.
+) -> Tensor:
+    """Decodes a whole clip piece by piece; returns frames (B, 3, F, H, W) in [-1, 1].
+
+    The difference from :meth:`LTXVideoVAE.decode` is what streaming costs in exactness.
 
     Args:
         vae: the network.
         latents: normalised latents of a whole clip, slot 0 first, (B, C, f, h, w).
         chunk_length: latents per piece after slot 0; the last piece may be shorter.
-        halo: measured in place of the network's own; a causal decoder does not read it.
-    """
-    streamed = streamed_decode(vae, latents, chunk_length, halo)
-    return float((streamed - vae.decode(latents)).abs().max())
-
-
-def halo_errors(
-    vae: LTXVideoVAE, latents: Tensor, chunk_length: int = 3, halos: Sequence[int] = (0, 1, 2, 3)
-) -> dict[int, dict[str, float]]:
-    """What every halo costs in exactness: streamed against whole-clip decoding, for the table of
-    the benchmark.
-
-    Args:
-        vae, latents, chunk_length: see :func:`streaming_error`.
-        halos: the halos to measure; a causal decoder reads none of them and errs by rounding alone.
-
-    Returns:
-        For each halo ``max_abs`` and ``mean_abs``, differences of frames in [-1, 1], and
-        ``psnr_db`` for a range of 2 (infinite for equal frames). The reference's own frame is left
-        out.
-    """
-    with torch.no_grad():
-        whole = vae.decode(latents)[:, :, 1:]
-        errors = {}
-        for halo in halos:
-            error = (streamed_decode(vae, latents, chunk_length, halo)[:, :, 1:] - whole).float()
-            mean_square = float(error.square().mean())
-            errors[halo] = {
-                "max_abs": float(error.abs().max()),
-                "mean_abs": float(error.abs().mean()),
-                "psnr_db": 10 * math.log10(4 / mean_square) if mean_square else math.inf,
-            }
-    return errors
-
-
-def streamed_decode(
-    vae: LTXVideoVAE, latents: Tensor, chunk_length: int = 3, halo: int | None = None
-) -> Tensor:
-    """Decode a whole clip piece by piece; arguments as in :func:`streaming_error`, frames
-    (B, 3, F, H, W).
+        halo: used in place of the network's own; a causal decoder does not read it.
     """
     if halo is not None:
         vae = copy.copy(vae)  # the same weights, another halo

@@ -291,7 +291,7 @@ def _make_clip(
     style = Style(
         lips=float(acting.uniform(0.95, 1.4)),
         brows=float(acting.uniform(0.6, 1.1)),
-        # Moderate: speech does not tell how a head moves, and a moving head is most of what changes.
+        # Moderate: speech does not tell how a head moves, and most of what changes is the head.
         head=float(acting.uniform(0.2, 1.0)),
         sway=float(acting.uniform(0.0, 0.6)),
         blinks_per_min=float(acting.uniform(8, 22)),

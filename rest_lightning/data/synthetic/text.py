@@ -193,21 +193,6 @@ def vocabulary(held_out: bool = False) -> Vocabulary:
     )
 
 
-@cache
-def held_out_words() -> frozenset[str]:
-    """Lower-case English words that occur in validation and test sentences and in no training
-    sentence.
-    """
-    return frozenset(
-        word.lower() for words in vocabulary(held_out=True).words.values() for word in words
-    )
-
-
-def words_of(text: str) -> list[str]:
-    """Lower-case words of a text, punctuation removed."""
-    return re.findall(r"[\w-]+", text.lower())
-
-
 @dataclass(frozen=True)
 class Sentence:
     """A text in one language (espeak language code)."""
