@@ -340,7 +340,7 @@ def test_faces_of_a_track_are_what_sync_sees(truth: Path, protocol_file: Path) -
     [
         ("sync", "speech.11", "sync: expected numbers as embeddings"),
         ("identity", "identity", "identity: expected numbers as identities"),
-        ("e_fid", "factors", "expected numbers as e_fid features"),
+        ("e_fid", "factors", "e_fid: expected numbers as e_fid features"),
         ("fvd", "late.0", "fvd: expected numbers as fvd features"),
     ],
 )
