@@ -82,10 +82,9 @@ class _Chunk:
     order: Order
     num_carried: int  # slots that the model had read before, ahead of the chunk before
     frames: Frames | None = None
-    earlier: Frames | None = (
-        None  # of the chunk that this one replaces: good until this one is computed, ...
-    )
-    num_earlier: int = 0  # ... so many of them
+    # Of the chunk that this one replaces: its frames, shown until this one is computed.
+    earlier: Frames | None = None
+    num_earlier: int = 0
 
     @property
     def end(self) -> int:

@@ -128,7 +128,7 @@ class CacheOptions:
 
 
 class AttentionContext(Protocol):
-    """Where queries find their keys: rotates, widens the window if need be, and attends."""
+    """What queries may attend to: rotates queries and keys, gathers the window, and attends."""
 
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, num_heads: int

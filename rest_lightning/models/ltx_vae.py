@@ -74,10 +74,10 @@ class LTXVideoVAE(VideoAutoencoder):
     :meth:`decode` is what that costs. A halo of zero decodes pieces without any context.
 
     With timestep conditioning latents are mixed with noise before they are decoded, as in
-    diffusers' LTX pipeline. The noise is a fixed function of the latent's index in its clip, the
-    same for every row (decided here), so that streamed and whole decoding, and a row alone or in a
-    batch, see the same noise. Layers that inject noise of their own (``decoder_inject_noise``) draw
-    the same picture at every call (decided here), for the same reason.
+    diffusers' LTX pipeline. Diffusers draws that noise at random; here it is a fixed function of
+    the latent's index in its clip, the same for every row, so that streamed and whole decoding, and
+    a row alone or in a batch, see the same noise. For the same reason layers that inject noise of
+    their own (``decoder_inject_noise``) draw the same noise at every call.
 
     Args:
         weights: a folder in diffusers format (the VAE's, or a pipeline's with ``vae/`` in it); a
@@ -90,15 +90,13 @@ class LTXVideoVAE(VideoAutoencoder):
         version: ``0.9.0``, ``0.9.1`` (REST's: the first whose decoder is conditioned on timestep
             and noise) or ``0.9.5``: the arguments of that network, under those of ``ltx_config``. A
             single file needs it; a folder that is of another version is an error.
-        decode_timestep: decode timestep in [0, 1]; read by networks with timestep conditioning
-            alone.
-        decode_noise_scale: share of noise in the decoded latents, in [0, 1]; likewise.
-        halo: latents before a piece that are decoded again; read by decoders that are not causal
-            alone.
+        decode_timestep: decode timestep in [0, 1]; only for networks with timestep conditioning.
+        decode_noise_scale: share of noise in the decoded latents, in [0, 1]; only for those, too.
+        halo: latents before a piece that are decoded again; only for decoders that are not causal.
 
     Attributes:
-        ltx: the diffusers model. Its own statistics are only where :attr:`latents_mean` and
-            :attr:`latents_std` start.
+        ltx: the diffusers model. Its statistics are the initial :attr:`latents_mean` and
+            :attr:`latents_std`, and are not used otherwise.
 
     Raises:
         UserError: no such weights, weights of another architecture, or a compression other than
@@ -277,10 +275,10 @@ def streamed_decode(
 
 
 def frame_noise(start: Tensor, latents: Tensor) -> Tensor:
-    """Unit Gaussian noise like ``latents`` (B, C, l, h, w), a fixed function of latent index,
-    channel and place.
+    """Returns unit Gaussian noise like ``latents`` (B, C, l, h, w), a fixed function of latent
+    index, channel and place.
 
-    A counter-based generator (decided here): 32-bit mixing steps of MurmurHash3, then the
+    A counter-based generator needs no state: 32-bit mixing steps of MurmurHash3, then the
     Box-Muller transform.
 
     Args:

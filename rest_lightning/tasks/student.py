@@ -51,8 +51,8 @@ class ASDSettings:
         anchored: whether the smoothness loss starts at the reference (REST's sum starts at v_0);
             False starts at the first generated frame.
         teacher_speech: with ``own`` the teacher hears speech through the SpeechAE that it was
-            trained with, frozen; with ``student`` through the student's, which goes on training and
-            drifts away from what the teacher knows. REST does not say which.
+            trained with, frozen; with ``student`` through the student's, which goes on training, so
+            that the teacher's output drifts along. REST does not say which.
 
     Raises:
         UserError: another ``teacher_speech``.
