@@ -16,10 +16,10 @@ import signal
 from contextlib import AsyncExitStack
 from pathlib import Path
 
-from rest_lightning.commands.serve import spin_briefly
-from rest_lightning.commands.talk import add_loading_arguments, positive
+from rest_lightning.commands.talk import add_loading_arguments, model_options, positive
 from rest_lightning.errors import UserError
 from rest_lightning.extras import require
+from rest_lightning.machine import spin_briefly
 
 LOOPBACKS = ("echo", "espeak")
 
@@ -59,11 +59,7 @@ def run(args: argparse.Namespace) -> int:
     options.tls()  # before the model is loaded
     if not 0 <= args.port <= 65535:
         raise UserError(f"expected a port from 0 to 65535, got {args.port}: 8766 is the default")
-    from rest_lightning.talking_head import ModelOptions
-
-    model = ModelOptions(
-        args.model, args.chunk_length, args.num_threads, args.dtype, args.device
-    ).load()
+    model = model_options(args).load()
     asyncio.run(_converse(args, model, options))
     return 0
 

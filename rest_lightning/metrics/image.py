@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn import functional
 
 Frames = NDArray[np.uint8] | Tensor
-# Half width and half height in fractions of the image's side, for heads that fill a prepared clip
-# (decided here); the VAE's loss weights the same boxes.
+# Half width and half height in fractions of the image's side, chosen for heads that fill a prepared
+# clip; the VAE's loss weights the same boxes.
 MOUTH_BOX = (0.15, 0.12)
 EYE_BOX = (0.09, 0.06)
 _LUMA = (0.299, 0.587, 0.114)  # BT.601

@@ -3,7 +3,7 @@ validation and test.
 
 Training sentences use only the words before the held-out lists; validation and test sentences take
 every content word from the held-out lists, so that a model is scored on words that it has never
-heard (decided here).
+heard.
 """
 
 from __future__ import annotations
