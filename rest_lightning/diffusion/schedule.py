@@ -1,7 +1,8 @@
 """Noise levels: descending tables for sampling, an ascending table for training.
 
 sigma = 1 is pure noise and sigma = 0 is clean data. LTX and diffusers use the same convention; no
-other one occurs in this package.
+other one occurs in this package. How training draws levels from its table (CANS, ANS) is in
+:mod:`rest_lightning.diffusion.noise`.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from rest_lightning.evaluation.board import METRICS
+from rest_lightning.evaluation.leaderboard import METRICS
 from rest_lightning.media.files import whole_file
 
 SORT_ORDER = ("sync_c", "lip_correlation", "identity_similarity")

@@ -10,17 +10,17 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from rest_lightning.diffusion.distillation import (
-    average_velocity,
-    guided_velocity,
-    levels_of_steps,
-    sample_sigmas_of_steps,
-)
 from rest_lightning.diffusion.losses import asd_loss, flow_matching_loss
 from rest_lightning.diffusion.noise import add_noise
 from rest_lightning.diffusion.rollout import Context, roll_out
 from rest_lightning.diffusion.sampling import Sampling, SamplingChanges
 from rest_lightning.diffusion.schedule import sampling_sigmas
+from rest_lightning.diffusion.step_distillation import (
+    average_velocity,
+    guided_velocity,
+    levels_of_steps,
+    sample_sigmas_of_steps,
+)
 from rest_lightning.errors import UserError
 from rest_lightning.models.speech import SpeechEncoder
 from rest_lightning.models.speech_ae import SpeechAE
@@ -113,7 +113,7 @@ class RolloutSettings:
 @dataclass
 class DistillSettings:
     """Distillation of guidance and steps (not in REST), see
-    :mod:`rest_lightning.diffusion.distillation`.
+    :mod:`rest_lightning.diffusion.step_distillation`.
 
     One step of the student, without guidance, learns to end where ``num_steps / student_steps``
     guided steps of the frozen source end. Noise levels are those of the student's sampler, drawn

@@ -1,6 +1,8 @@
 """Distillation of guidance and of steps, for a stage that REST does not have: the student learns
 to stream in fewer steps and without guidance.
 
+REST's own distillation, ASD, is :func:`~rest_lightning.diffusion.losses.asd_loss`.
+
 Where the student takes one step, the frozen model takes several with guidance. That is guidance
 distillation (Meng et al., "On Distillation of Guided Diffusion Models", arXiv 2210.03142) and
 progressive distillation (Salimans and Ho, arXiv 2202.00512) in one target. On the straight path the
