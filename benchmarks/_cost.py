@@ -117,7 +117,7 @@ def _read_configs(name: str, *stages: str) -> list[dict[str, Any]]:
         raise UserError(
             f"expected a size of {', '.join(known)} (folders of configs/), got {name!r}: choose one"
         )
-    # Not read_stage: it imports the stage's class, which needs Lightning.
+    # Not place_networks: it imports the stage's class, which needs Lightning.
     return [read_config(f"{name}/{stage}").content for stage in stages]
 
 

@@ -15,7 +15,7 @@ class DifferentiableCache(IDContextCache):
     """The same maths with tensors that keep their graph: sequential training, chunk after chunk.
 
     The parallel forward gives the same gradients at less cost; this is what it is compared with.
-    All rows advance together: there is no mask, no `snapshot` and no `copy_row_`.
+    All rows advance together: there is no mask, no `snapshot` and no `copy_rows_`.
     """
 
     def _make_slots(self, shape: tuple[int, ...]) -> None:

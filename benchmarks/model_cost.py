@@ -31,7 +31,7 @@ from benchmarks._cost import (
     transformer_flops,
 )
 from benchmarks._result import origin, write_result
-from rest_lightning.callbacks.averaging import average_bytes, averaged_parameters
+from rest_lightning.callbacks.averaging import averaged_parameters
 from rest_lightning.constants import FPS, SAMPLES_PER_FRAME, TEMPORAL_RATIO, num_latent_frames
 from rest_lightning.diffusion.losses import asd_loss, flow_matching_loss, speech_ae_loss
 from rest_lightning.errors import UserError, exit_code
@@ -207,8 +207,10 @@ def _training_memory(size: Size, stage: str) -> dict[str, int]:
     ]
     weights = sum(tensor.numel() * tensor.element_size() for tensor in everything)
     gradients = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
-    average = average_bytes(
-        parameter for part in trained.values() for parameter in averaged_parameters(part).values()
+    average = sum(
+        parameter.nbytes
+        for part in trained.values()
+        for parameter in averaged_parameters(part).values()
     )
     with LiveBytes([*everything, *(p.grad for p in parameters if p.grad is not None)]) as live:
         batch = read_batch(size, stage)

@@ -33,7 +33,7 @@ from rest_lightning.errors import UserError, exit_code
 from rest_lightning.media.audio import open_speech
 from rest_lightning.media.files import whole_file
 from rest_lightning.media.portrait import read_portrait
-from rest_lightning.metrics.image import mouth_psnr_db, video_psnr_db
+from rest_lightning.metrics.image import box_mask, video_psnr_db
 from rest_lightning.metrics.lips import pearson, summary
 from rest_lightning.metrics.mouth import extractor
 from rest_lightning.metrics.video import VideoScores
@@ -216,7 +216,8 @@ class Benchmark:
         vae.update(rebuilt)
         vae_row = vae.compute(clip.audio, opening)
         vae_row["psnr_db"] = video_psnr_db(rebuilt, clip.frames[:count])
-        vae_row["mouth_psnr_db"] = mouth_psnr_db(rebuilt, clip.frames[:count], mouth[:count])
+        at_mouth = box_mask(mouth[:count], rebuilt.shape[1:3])
+        vae_row["mouth_psnr_db"] = video_psnr_db(rebuilt, clip.frames[:count], at_mouth)
         strips = [clip.frames[shown], rebuilt[np.minimum(shown, count - 1)]]
         rows = []
         for i, sampler in enumerate(self.samplers):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -178,11 +178,6 @@ class MovingAverage(Callback):
 def averaged_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that :class:`MovingAverage` copies, by name: those that get a gradient."""
     return {name: each for name, each in module.named_parameters() if each.requires_grad}
-
-
-def average_bytes(parameters: Iterable[Tensor]) -> int:
-    """Bytes of the average of parameters on one device, whole or sharded."""
-    return sum(local(each).numel() * each.element_size() for each in parameters)
 
 
 def local(parameter: Tensor) -> Tensor:

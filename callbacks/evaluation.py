@@ -19,7 +19,7 @@ from torchmetrics import Metric
 
 from ..constants import SAMPLES_PER_FRAME, TEMPORAL_RATIO
 from ..data.clips import load_frames
-from ..data.layout import manifest_path, read_manifest, read_sidecar
+from ..data.layout import ManifestRow, manifest_path, read_manifest, read_sidecar
 from ..diffusion.sampling import SamplingChanges
 from ..errors import UserError
 from ..evaluation.clips import write_clips, write_worst
@@ -102,6 +102,7 @@ class Evaluation(Callback):
         self._step = 0  # of its weights
         self._folder = Path()
         self._data_dir = ""  # of the batches
+        self._manifest: dict[str, ManifestRow] = {}  # of that data set, by clip id
         self._video: Path | None = None  # of the first clip
 
     @property
@@ -239,7 +240,7 @@ class Evaluation(Callback):
     def _begin(self, module: LightningModule) -> None:
         self._scorer_for(module)
         assert self._scorer is not None
-        self._seen, self._step = [], module.global_step
+        self._seen, self._step, self._manifest = [], module.global_step, {}
         saved, self._resumed = self._resumed, None
         if saved is None or module.global_rank:
             return
@@ -254,7 +255,7 @@ class Evaluation(Callback):
             else:
                 assert isinstance(module, A2VModule)
                 chunk_frames = TEMPORAL_RATIO * module.transformer.cache_options.chunk_length
-            # networks are born with random weights: not the training's numbers
+            # Building networks draws random numbers, which must not be those of the training.
             with torch.random.fork_rng(devices=[]):
                 self._scorer = Scorer(
                     self.protocol, chunk_frames, module.device, metrics=self.metrics
@@ -271,6 +272,8 @@ class Evaluation(Callback):
                 "data_dir: leave it out, and judge the model's videos with `rest score`"
             )
         self._data_dir = batch["data_dir"]
+        if not self._manifest:
+            self._manifest = {row.clip_id: row for row in read_manifest(self._data_dir)}
         for row, clip_id in enumerate(batch["clip_id"]):
             if len(self._seen) >= self._share(trainer):
                 return
@@ -292,7 +295,8 @@ class Evaluation(Callback):
         second time.
         """
         split = SPLITS[str(getattr(trainer.state.fn, "value", trainer.state.fn))]
-        num_clips = min(self.num_clips, len(read_manifest(self._data_dir, split)))
+        in_split = sum(row.split == split for row in self._manifest.values())
+        num_clips = min(self.num_clips, in_split)
         return len(range(trainer.global_rank, num_clips, trainer.world_size))
 
     def _clip(
@@ -301,7 +305,7 @@ class Evaluation(Callback):
         assert self._scorer is not None
         clip_id, num_frames = batch["clip_id"][row], self.protocol.num_frames
         try:
-            truth = true_frames(self._data_dir, batch, row, num_frames)
+            truth = true_frames(self._data_dir, self._manifest[clip_id], batch, row, num_frames)
             start = batch["audio_margin_frames"][0] * SAMPLES_PER_FRAME
             audio = (
                 batch["audio"][row, start:][: num_frames * SAMPLES_PER_FRAME].float().cpu().numpy()
@@ -410,9 +414,11 @@ class Evaluation(Callback):
             rank_zero_info(f"{path}: {self.row.num_clips} clips, {len(self.row.failures)} failed")
 
 
-def true_frames(root: str, batch: dict[str, Any], row: int, num_frames: int) -> Frames:
-    """The first frames of a batch's window, uint8 (num_frames, H, W, 3): from the file where the
-    batch has none.
+def true_frames(
+    root: str, clip: ManifestRow, batch: dict[str, Any], row: int, num_frames: int
+) -> Frames:
+    """Returns the first frames of a batch's window, uint8 (num_frames, H, W, 3): of the batch, or
+    of the clip's file where the batch has none.
     """
     if "frames" in batch:
         floats = batch["frames"][row, :, :num_frames]
@@ -424,8 +430,7 @@ def true_frames(root: str, batch: dict[str, Any], row: int, num_frames: int) -> 
             .cpu()
             .numpy()
         )
-    (found,) = (r for r in read_manifest(root) if r.clip_id == batch["clip_id"][row])
-    return load_frames(root, found, [(int(batch["start"][row]), num_frames)])[0]
+    return load_frames(root, clip, [(int(batch["start"][row]), num_frames)])[0]
 
 
 def _landmarks(root: str, clip_id: str, start: int) -> dict[str, Any] | None:

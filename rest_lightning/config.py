@@ -104,11 +104,6 @@ def find_config(
     )
 
 
-def is_shipped(path: Path) -> bool:
-    """Whether a file is one of the package's."""
-    return path.resolve().is_relative_to(configs_root().resolve())
-
-
 @dataclasses.dataclass
 class Config:
     """A configuration with all that it builds on.
@@ -164,17 +159,6 @@ def network_of(content: Tree, part: str) -> Tree:
     for of in (_get(content, NETWORKS, part), _get(content, "model", ARGUMENTS, part)):
         merge(found, of or {})
     return found
-
-
-def read_stage(name: str | os.PathLike[str], *overlays: str | os.PathLike[str]) -> Tree:
-    """Returns a stage's configuration with its networks in place, overlays on top.
-
-    Imports the stage's class.
-    """
-    content: Tree = {}
-    for each in (name, *overlays):
-        merge(content, place_networks(read_config(each), _get(content, "model", CLASS)))
-    return content
 
 
 def read_yaml(path: Path) -> Tree:

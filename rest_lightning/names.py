@@ -39,9 +39,8 @@ def lazy(
     return sorted(module_of), get
 
 
-IMPORTED = (
-    "REST_LIGHTNING_IMPORT"  # names of packages, comma-separated; inherited by child processes
-)
+# Names of packages, comma-separated; child processes inherit them.
+IMPORTED = "REST_LIGHTNING_IMPORT"
 
 
 def import_package(name: str) -> ModuleType:

@@ -1,9 +1,9 @@
-"""The parts of a talking head: built from a configuration, found in checkpoints and in exported
-folders.
+"""The parts of a talking head (VAE, speech encoder, SpeechAE, transformer, detail): how they are
+described, built, and read from checkpoints and model folders.
 
-A part is a network whose ``config`` property holds its constructor's arguments. A Lightning
-checkpoint of any stage carries the configuration of its parts under :data:`PARTS_KEY`, so that it
-can be read without the run's config file.
+A part is a network whose ``config`` property holds its constructor's arguments. The checkpoint of
+a stage carries the configuration of its parts under :data:`PARTS_KEY`, so that it can be read
+without the run's config file.
 """
 
 from __future__ import annotations
@@ -37,8 +37,6 @@ from rest_lightning.names import import_package, imported_packages
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    import torch
-
     from rest_lightning.diffusion.sampling import Sampling
     from rest_lightning.models.detail import DetailTransfer
     from rest_lightning.models.speech import SpeechEncoder
@@ -46,9 +44,10 @@ if TYPE_CHECKING:
     from rest_lightning.models.transformer import A2VDiT
     from rest_lightning.models.vae import VideoAutoencoder
 
-PARTS_KEY = "rest_parts"
-SAMPLING_KEY = "rest_sampling"  # how the stage samples what it trains
-FROZEN_PARTS_KEY = "rest_frozen_parts"  # descriptions alone: the weights are in other checkpoints
+# Keys of a stage's checkpoint.
+PARTS_KEY = "rest_parts"  # the trained parts: name -> description, see `describe_part`
+FROZEN_PARTS_KEY = "rest_frozen_parts"  # the same of frozen parts, whose weights are elsewhere
+SAMPLING_KEY = "rest_sampling"  # how the trained model is to be sampled
 SIZES_PX = range(SPATIAL_RATIO, 2048 + 1, SPATIAL_RATIO)
 PART_NAMES = ("vae", "speech_encoder", "speech_ae", "transformer")
 OPTIONAL_PART_NAMES = ("detail",)
@@ -69,13 +68,12 @@ _IMPORT_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 
 
 class TalkingParts(Protocol):
-    """What streaming needs of a talking head: its parts, how it wants to be sampled, and where it
-    is.
+    """What streaming needs of a talking head: its parts, its sampling, its device and its type.
 
     Attributes:
         vae, speech_encoder, speech_ae, transformer: the parts; the transformer is a student.
-        detail: puts the portrait's detail into decoded frames; None: nothing does.
-        sampling: steps, guidance and shift that the model was made for.
+        detail: adds the portrait's detail to decoded frames; None where the model has no such part.
+        sampling: steps, guidance and shift that the model was trained for.
         size_px: side of the square frames.
     """
 
@@ -89,20 +87,20 @@ class TalkingParts(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Returns the device of the weights."""
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the transformer's weights."""
+        """Returns the type of the transformer's weights."""
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """All weights."""
+        """Returns an iterator over all weights."""
 
 
 def describe_part(part: nn.Module) -> dict[str, Any]:
-    """Class and configuration of a part, ready for JSON.
+    """Returns the class and the configuration of a part, ready for JSON.
 
-    The class is a name of :data:`PART_CLASSES`, or the import path of another one.
+    A class of this package is named as in :data:`PART_CLASSES`, any other by its import path.
 
     Raises:
         UserError: a class that no other program could import, or one without ``config`` and
@@ -112,10 +110,10 @@ def describe_part(part: nn.Module) -> dict[str, Any]:
 
 
 def build_part(description: dict[str, Any]) -> nn.Module:
-    """The untrained network of :func:`describe_part`.
+    """Returns the network that :func:`describe_part` described, without its trained weights.
 
-    A class that is not the package's own is taken from a module that is loaded, or from a package
-    of ``rest --import``: a model folder or a checkpoint alone makes nothing be imported.
+    A class from outside this package must be in a module that is loaded already, or in a package
+    that ``rest --import`` names. A model folder or a checkpoint never causes an import by itself.
 
     Raises:
         UserError: an unknown class.
@@ -131,10 +129,10 @@ def _class_of(description: Mapping[str, Any]) -> Any:
 
 
 def _class_name(cls: type[nn.Module]) -> str:
-    """How files name the class of a part."""
+    """The name of a part's class in files."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is not None and issubclass(cls, fsdp.FSDPModule):
-        # A sharded part: its class was made on the spot, derived from its own.
+        # FSDP2 gives a sharded part a new class, derived from the original one.
         cls = cls.__mro__[cls.__mro__.index(fsdp.FSDPModule) + 1]
     module, name = cls.__module__, cls.__qualname__
     if PART_CLASSES.get(name) == module:
@@ -153,7 +151,7 @@ def _class_name(cls: type[nn.Module]) -> str:
 
 
 def _foreign_class(path: object) -> Any:
-    """The class of an import path, from what is loaded or may be imported."""
+    """The class of an import path; imports only packages that the user has named."""
     if not (isinstance(path, str) and len(path) <= 200 and _IMPORT_PATH.fullmatch(path)):
         raise UserError(
             f"expected a part of class {', '.join(PART_CLASSES)}, got {str(path)[:60]!r}: update "
@@ -181,10 +179,14 @@ def _is_part(cls: Any) -> bool:
 
 
 def fingerprint_of(part: nn.Module, with_config: bool = False) -> str:
-    """Class name and a hash of all weights: latents fit a VAE only when it is exactly theirs.
+    """Returns the class name and a hash of all weights.
 
-    ``with_config`` takes the configuration in: the same weights of a speech encoder make other
-    features with another look-ahead.
+    Caches store it: latents are only valid for exactly the VAE that made them.
+
+    Args:
+        part: the network.
+        with_config: whether the configuration counts, too. A speech encoder needs that, since the
+            same weights with another look-ahead give other features.
     """
     digest = hashlib.sha256()
     if with_config:
@@ -196,14 +198,16 @@ def fingerprint_of(part: nn.Module, with_config: bool = False) -> str:
 
 
 def load_part(part: nn.Module | None, name: str, source: str | Path) -> None:
-    """Fill ``part`` with the weights of part ``name`` from a stage's checkpoint or an exported
-    folder.
+    """Loads the weights of the part ``name`` into ``part``.
 
-    A transformer also starts from LTX-Video's, a diffusers folder or a single file of it (REST sec.
-    4.1).
+    Args:
+        part: the network; None is an error.
+        name: of :data:`PART_NAMES` or :data:`OPTIONAL_PART_NAMES`.
+        source: checkpoint of a stage, or a model folder. A transformer may also start from
+            LTX-Video's weights (REST sec. 4.1), in a diffusers folder or a single file.
 
     Raises:
-        UserError: a missing file, a source without that part, or a part of another shape.
+        UserError: a missing file, a source without that part, or weights of another shape.
     """
     if part is None:
         raise UserError(
@@ -236,8 +240,14 @@ def load_part(part: nn.Module | None, name: str, source: str | Path) -> None:
 
 
 def read_part(name: str, source: str | Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Description and weights of one part, from a stage's checkpoint (.ckpt) or an exported
-    folder.
+    """Returns the description and the weights of one part.
+
+    Args:
+        name: of the part.
+        source: checkpoint of a stage (.ckpt), or a model folder.
+
+    Raises:
+        UserError: no such file, or one without that part.
     """
     path = Path(source)
     if path.is_dir():
@@ -269,10 +279,14 @@ def read_part(name: str, source: str | Path) -> tuple[dict[str, Any], dict[str, 
 
 
 def check_index(path: Path, index: Mapping[str, Any]) -> tuple[int, Sampling]:
-    """Size of the frames and sampling of a ``model_index.json``.
+    """Returns the frame size in pixels and the sampling of a ``model_index.json``.
+
+    Args:
+        path: of the file, for the errors.
+        index: its content.
 
     Raises:
-        UserError: a size, or a value of the sampling, that is no good.
+        UserError: a size or a sampling that is missing or out of bounds.
     """
     from rest_lightning.diffusion.sampling import Sampling
 
@@ -296,8 +310,9 @@ def check_index(path: Path, index: Mapping[str, Any]) -> tuple[int, Sampling]:
 
 
 def read_sampling(source: str | Path) -> Sampling | None:
-    """How the model of a stage's checkpoint or of a model folder wants to be sampled; None where
-    the file does not say, as those of release 0.1.
+    """Returns the sampling that a stage's checkpoint or a model folder asks for.
+
+    None where the file does not say, as in checkpoints of release 0.1.
 
     Raises:
         UserError: an unreadable file, or values out of bounds.
@@ -318,9 +333,10 @@ def read_sampling(source: str | Path) -> Sampling | None:
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """A stage's checkpoint: tensors and plain values, never code of the file's author.
+    """Returns a stage's checkpoint, which holds tensors and plain values and no pickled code.
 
-    Mapped: what is not asked for, such as the optimiser's states, is never read.
+    The file is memory-mapped, so that entries which nobody uses (the optimiser's states) are never
+    read from disk.
 
     Raises:
         UserError: a file that holds other objects, which could run code when they are read.
@@ -339,9 +355,7 @@ def _read_folder_part(name: str, folder: Path) -> tuple[dict[str, Any], dict[str
 
 
 def open_part(name: str, source: str | Path) -> nn.Module:
-    """A part with its weights, from a stage's checkpoint or an exported folder; errors as
-    :func:`read_part`'s.
-    """
+    """Returns a part with its weights; arguments and errors as those of :func:`read_part`."""
     description, state = read_part(name, source)
     path = Path(source)
     described = path / name / "config.json" if path.is_dir() else path
@@ -353,10 +367,10 @@ def open_part(name: str, source: str | Path) -> nn.Module:
 
 
 def open_speech_encoder(source: str | Path) -> nn.Module:
-    """The speech encoder of a model folder, of a stage's configuration file, or of its checkpoint.
+    """Returns the speech encoder of a model folder, a stage's configuration or its checkpoint.
 
-    A checkpoint describes frozen parts without their weights: log-mel has none, and the path of
-    Whisper's stands in the config.yaml of the run.
+    A stage's checkpoint describes its frozen parts but does not hold their weights. The log-mel
+    encoder has none; the path of Whisper's weights is in the run's config.yaml.
 
     Raises:
         UserError: no speech encoder that can be built from the source.
@@ -418,21 +432,19 @@ DtypeName = Literal["auto", "float32", "bfloat16"]
 
 
 def natural_dtype(capabilities: Mapping[str, Any]) -> str:
-    """``bfloat16`` where a processor multiplies it natively (torch's names of capabilities), else
-    ``float32``.
+    """Returns ``bfloat16`` for a CPU that multiplies it natively, else ``float32``.
 
-    Elsewhere bfloat16 is converted for every operation, which costs more than it saves.
+    Any other CPU converts bfloat16 for every operation, which costs more time than it saves.
+
+    Args:
+        capabilities: of the CPU, as ``torch.cpu.get_capabilities`` names them.
     """
-    return (
-        "bfloat16"
-        if any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
-        else "float32"
-    )
+    is_native = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
+    return "bfloat16" if is_native else "float32"
 
 
 def device_named(name: str) -> str:
-    """The device of that name; ``auto`` is a CUDA device where there is one. The one check of
-    ``--device`` for all commands.
+    """Returns a checked device name; ``auto`` becomes ``cuda`` where there is one, else ``cpu``.
 
     Raises:
         UserError: an unknown name, or a CUDA device that is not there.
@@ -453,14 +465,15 @@ def device_named(name: str) -> str:
 
 
 def dtype_on(name: str, device: str) -> torch.dtype:
-    """The type of that name; ``auto`` is what the device (``cpu``, ``cuda``, ...) multiplies
-    natively.
+    """Returns the type of that name.
+
+    Args:
+        name: of :data:`DtypeName`; ``auto`` takes bfloat16 where the device multiplies it natively.
+        device: ``cpu``, ``cuda`` or another type of device.
 
     Raises:
         UserError: another name.
     """
-    import torch
-
     if name not in get_args(DtypeName):
         raise UserError(
             f"expected a dtype of {', '.join(get_args(DtypeName))}, got {name!r}: choose one"

@@ -10,7 +10,6 @@ import pytest
 from rest_lightning.config import (
     configs_root,
     find_config,
-    is_shipped,
     merge,
     nearest,
     network_of,
@@ -38,7 +37,6 @@ def write(folder: Path, **files: str) -> None:
 def test_every_shipped_name_is_found_and_read_from_any_folder(elsewhere: Path, name: str) -> None:
     path = find_config(name)
     assert path == find_config(f"{name}.yaml") == configs_root() / f"{name}.yaml"
-    assert is_shipped(path)
     config = read_config(name)
     assert config.sources[-1][0] == path and "base" not in config.content
 
@@ -48,7 +46,6 @@ def test_an_existing_file_wins_over_a_shipped_name(elsewhere: Path) -> None:
     (elsewhere / "embedded" / "asd").write_text("seed_everything: 3\n")
     assert find_config("embedded/asd") == Path("embedded/asd")
     assert read_config("embedded/asd").content == {"seed_everything": 3}
-    assert not is_shipped(find_config("embedded/asd"))
 
 
 @pytest.mark.parametrize(

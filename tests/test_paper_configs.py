@@ -12,7 +12,7 @@ import yaml
 from safetensors.torch import save_file
 from torch import nn
 
-from rest_lightning.config import read_stage
+from rest_lightning.config import place_networks, read_config
 from rest_lightning.lightning_cli import RestCLI
 from rest_lightning.models.ltx import load_ltx
 from rest_lightning.models.ltx_vae import VERSIONS, check_compression
@@ -238,7 +238,7 @@ def test_values_of_the_paper(chain: MetaChain) -> None:
 
 
 def test_files_of_the_stages_agree() -> None:
-    files = {stage: read_stage(f"paper/{stage}") for stage in STAGES}
+    files = {stage: place_networks(read_config(f"paper/{stage}")) for stage in STAGES}
     parts = {stage: file["model"]["init_args"] for stage, file in files.items()}
     for name in ("speech_encoder", "speech_ae", "noise", "vae"):
         given = [parts[stage][name] for stage in ("teacher", "student", "asd")]

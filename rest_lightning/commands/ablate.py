@@ -151,7 +151,7 @@ def plan(args: argparse.Namespace) -> list[Variant]:
 
 def tabulate(args: argparse.Namespace, variants: list[Variant], failed: list[str]) -> None:
     """Write OUT/ablation.md and OUT/ablation.json from the rows so far."""
-    from rest_lightning.evaluation.board import make_board, to_json, to_markdown
+    from rest_lightning.evaluation.leaderboard import make_board, to_json, to_markdown
     from rest_lightning.evaluation.row import read_rows
     from rest_lightning.media.files import whole_file
 

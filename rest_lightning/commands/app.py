@@ -8,7 +8,12 @@ from __future__ import annotations
 
 import argparse
 
-from rest_lightning.commands.talk import add_loading_arguments, add_sign_argument, positive
+from rest_lightning.commands.talk import (
+    add_loading_arguments,
+    add_sign_argument,
+    model_options,
+    positive,
+)
 from rest_lightning.errors import UserError
 
 
@@ -32,7 +37,6 @@ def run(args: argparse.Namespace) -> int:
     if not 0 <= args.port <= 65535:
         raise UserError(f"expected a port from 0 to 65535, got {args.port}: 7860 is the default")
     from rest_lightning.integrations.gradio import build, listen, serve
-    from rest_lightning.talking_head import ModelOptions
 
     signer = None
     if args.sign is not None:
@@ -40,10 +44,7 @@ def run(args: argparse.Namespace) -> int:
 
         signer = load_signer(*args.sign)
     with listen(args.host, args.port) as listening:  # before the model is loaded
-        model = ModelOptions(
-            args.model, args.chunk_length, args.num_threads, args.dtype, args.device
-        ).load()
-        app = build(model, max_s=args.max_s, signer=signer)
+        app = build(model_options(args).load(), max_s=args.max_s, signer=signer)
         host, port = listening.getsockname()[:2]
         print(f"open http://{host}:{port} in a browser; Ctrl-C stops", flush=True)
         serve(app, listening)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rest_lightning.commands.talk import add_loading_arguments
+from rest_lightning.commands.talk import add_loading_arguments, model_options
 from rest_lightning.constants import FPS, SAMPLE_RATE, TEMPORAL_RATIO
 from rest_lightning.errors import UserError, note
 from rest_lightning.machine import num_usable_cores
@@ -77,10 +77,9 @@ def run(args: argparse.Namespace) -> int:
 
     from rich.console import Console
 
-    from rest_lightning.talking_head import DEFAULT_MODEL, ModelOptions
+    from rest_lightning.talking_head import DEFAULT_MODEL
 
-    options = ModelOptions(args.model, args.chunk_length, args.num_threads, args.dtype, args.device)
-    head = options.load()
+    head = model_options(args).load()
     name = DEFAULT_MODEL
     if args.model is not None:  # a row that is sent in tells no path of the machine
         name = args.model.resolve().name if args.model.exists() else str(args.model)

@@ -17,11 +17,11 @@ from contextlib import AsyncExitStack
 from rest_lightning.commands.serve import (
     add_listening_arguments,
     serve_until_stopped,
-    spin_briefly,
     tell_speed,
 )
-from rest_lightning.commands.talk import add_loading_arguments, positive
+from rest_lightning.commands.talk import add_loading_arguments, model_options, positive
 from rest_lightning.extras import require
+from rest_lightning.machine import spin_briefly
 
 LOOPBACKS = ("echo", "espeak")
 
@@ -52,11 +52,7 @@ def run(args: argparse.Namespace) -> int:
 
     options = ServerOptions(args.host, args.port, (), args.cert, args.key)
     options.tls()  # before the model is loaded
-    from rest_lightning.talking_head import ModelOptions
-
-    model = ModelOptions(
-        args.model, args.chunk_length, args.num_threads, args.dtype, args.device
-    ).load()
+    model = model_options(args).load()
     asyncio.run(_converse(args, model, options))
     return 0
 

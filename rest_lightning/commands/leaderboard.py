@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Read all rows, then write all files."""
-    from rest_lightning.evaluation.board import make_board, to_json, to_markdown
+    from rest_lightning.evaluation.leaderboard import make_board, to_json, to_markdown
     from rest_lightning.evaluation.page import to_html
     from rest_lightning.evaluation.row import read_rows, row_files
     from rest_lightning.media.files import whole_file

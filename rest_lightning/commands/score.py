@@ -115,7 +115,7 @@ def run(args: argparse.Namespace) -> int:
 
 def print_numbers(row: ResultRow) -> None:
     """Prints the numbers of a row beside those of the true clips; curves are in the file."""
-    from rest_lightning.evaluation.board import metric_of
+    from rest_lightning.evaluation.leaderboard import metric_of
 
     for key, value in row.metrics.items():
         if isinstance(value, list):

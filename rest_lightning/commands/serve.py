@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rest_lightning.commands.talk import add_loading_arguments, positive
+from rest_lightning.commands.talk import add_loading_arguments, model_options, positive
 from rest_lightning.constants import FPS
 from rest_lightning.machine import spin_briefly
 
@@ -85,9 +85,7 @@ def run(args: argparse.Namespace) -> int:
 
     options = ServerOptions(args.host, args.port, tuple(args.origin), args.cert, args.key)
     options.tls()  # before the model is loaded
-    from rest_lightning.talking_head import ModelOptions
-
-    model = ModelOptions(args.model, args.chunk_length, args.num_threads, args.dtype, args.device)
+    model = model_options(args)
     limits = Limits(
         max_sessions=args.max_sessions,
         max_per_address=args.max_per_address or args.max_sessions,

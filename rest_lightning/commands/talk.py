@@ -12,7 +12,7 @@ import asyncio
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from rest_lightning.media.provenance import Signer
     from rest_lightning.media.writer import BackgroundWriter, PipeFormat, VideoWriter
     from rest_lightning.streaming.report import StreamReport
-    from rest_lightning.talking_head import TalkingHead
+    from rest_lightning.talking_head import ModelOptions, TalkingHead
 
 
 @dataclass
@@ -197,6 +197,13 @@ def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default auto)")
 
 
+def model_options(args: argparse.Namespace | TalkOptions) -> ModelOptions:
+    """Returns what the arguments of :func:`add_loading_arguments` say."""
+    from rest_lightning.talking_head import ModelOptions
+
+    return ModelOptions(**{each.name: getattr(args, each.name) for each in fields(ModelOptions)})
+
+
 def run(args: argparse.Namespace) -> int:
     """Make the video, the table and what else was asked for."""
     spin_briefly()
@@ -228,11 +235,9 @@ def talk(options: TalkOptions) -> StreamReport:
     speech = open_speech(options.speech, stdin=options.stdin)
     for line in speech.notes:
         note(line)
-    from rest_lightning.talking_head import DEFAULT_MODEL, ModelOptions
+    from rest_lightning.talking_head import DEFAULT_MODEL
 
-    model = ModelOptions(
-        options.model, options.chunk_length, options.num_threads, options.dtype, options.device
-    ).load()
+    model = model_options(options).load()
     size_px = _sampling(options)["options"].output_px(model.size_px)
     small = found.small_note(size_px)
     if small is not None and size_px > model.size_px and not options.quiet:

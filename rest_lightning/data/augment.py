@@ -4,7 +4,7 @@ colour and room.
 Every effect keeps the time alignment of sound and picture exactly: filters have zero phase, rooms
 start with the direct path, and rate and pitch are left to the speech synthesiser. All functions are
 pure and take a generator, so that a sample's sound depends on its seed alone. About 3 ms for 4 s of
-audio on one core. Ranges: decided here.
+audio on one core. REST augments no speech: the ranges are this project's.
 """
 
 from __future__ import annotations

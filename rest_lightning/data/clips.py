@@ -1,4 +1,4 @@
-"""Prepared clips as a torch data set: windows of frames with exactly their audio."""
+"""Reads prepared clips: frames, audio and values per frame, checked against the manifest."""
 
 from __future__ import annotations
 

@@ -53,6 +53,43 @@ def run_clips(
             progress.update(task, advance=1, rate=f"{speed:.1f} clips/s" if speed else "")
 
 
+def check_arguments(
+    num_clips: int, num_workers: int, val_fraction: float, test_fraction: float
+) -> None:
+    """Checks what every data set that is made clip by clip is asked for.
+
+    Raises:
+        UserError: fewer than one clip or worker, or no share left for the training split.
+    """
+    if num_clips < 1:
+        raise UserError(f"expected num_clips of at least 1, got {num_clips}: use 500")
+    if num_workers < 1:
+        raise UserError(
+            f"expected num_workers of at least 1, got {num_workers}: use the number of cores"
+        )
+    if val_fraction < 0 or test_fraction < 0 or val_fraction + test_fraction > 1:
+        raise UserError(
+            "expected val_fraction and test_fraction of 0 to 1 together, "
+            f"got {val_fraction} and {test_fraction}: use 0.05 and 0.05"
+        )
+
+
+def check_sizes(size_px: int, num_frames: int, least_px: int, least_frames: int) -> None:
+    """Checks the size and the length of clips.
+
+    Raises:
+        UserError: frames that are odd or too small, or too few of them.
+    """
+    if size_px < least_px or size_px % 2:
+        raise UserError(
+            f"expected an even size_px of at least {least_px}, got {size_px}: use 128 or 256"
+        )
+    if num_frames < least_frames:
+        raise UserError(
+            f"expected num_frames of at least {least_frames}, got {num_frames}: use 113"
+        )
+
+
 def is_finished(out: Path, clip_id: str, size_px: int, num_frames: int) -> bool:
     """Whether both files of a clip are there and whole: the sidecar parses and the mp4 holds every
     packet.

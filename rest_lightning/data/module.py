@@ -342,9 +342,8 @@ class ClipLoader:
     def __iter__(self) -> Iterator[Batch]:
         for batch in self._loader:
             if self._position is not None:
-                self._position.num_batches += (
-                    1  # when it is taken: batches that workers prefetched do not count
-                )
+                # Counted when it is taken: batches that workers prefetched do not count.
+                self._position.num_batches += 1
             yield {**self.facts, **batch}
 
     def sample_batches(self, num_frames: int) -> Iterator[Batch]:

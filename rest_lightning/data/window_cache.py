@@ -16,7 +16,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Literal, Protocol, Self, TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -41,6 +41,28 @@ CACHE_VERSION = 1
 ReadClip = Callable[[ManifestRow, list[int], list[int]], tuple[list[Tensor], list[Tensor]]]
 
 _log = logging.getLogger(__name__)
+
+
+class CacheSettings(TypedDict, total=False):
+    """What :func:`encode_dataset` and :func:`encode_speech` have in common.
+
+    Attributes:
+        windows_per_clip: windows evenly spread over each clip (fewer where a clip has fewer
+            starts), by default 1; 0: as many as cover the clip.
+        splits: which clips, by default all of them.
+        clips_per_shard: clips per file, by default 64.
+        max_corrupt: unreadable clips that are left out: below 1 a fraction (by default 0.02), else
+            a number.
+        overwrite: drop a cache that was made in another way.
+        progress: show a progress bar, the default.
+    """
+
+    windows_per_clip: int
+    splits: Sequence[str]
+    clips_per_shard: int
+    max_corrupt: float
+    overwrite: bool
+    progress: bool
 
 
 class WindowCache:
@@ -185,17 +207,17 @@ class WindowCache:
         *,
         fingerprint: str,
         num_frames: int,
-        windows_per_clip: int,
         references_per_clip: int,
-        splits: Sequence[str],
         dtype: str,
-        clips_per_shard: int,
-        max_corrupt: float,
-        overwrite: bool,
-        progress: bool,
+        windows_per_clip: int = 1,
+        splits: Sequence[str] = ("train", "val", "test"),
+        clips_per_shard: int = 64,
+        max_corrupt: float = 0.02,
+        overwrite: bool = False,
+        progress: bool = True,
     ) -> Self:
-        """Keep what ``read_clip`` makes of every clip's windows; see the functions that call
-        this.
+        """Keeps what ``read_clip`` makes of every clip's windows; arguments as those of
+        :func:`encode_dataset`.
         """
         from safetensors.torch import save_file
         from torch import stack
@@ -453,18 +475,13 @@ def encode_dataset(
     *,
     fingerprint: str,
     num_frames: int = 97,
-    windows_per_clip: int = 1,
     references_per_clip: int = 0,
-    splits: Sequence[str] = ("train", "val", "test"),
     dtype: Precision = "bfloat16",
     batch_size: int = 4,
     device: str | torch.device = "cpu",
-    clips_per_shard: int = 64,
-    max_corrupt: float = 0.02,
-    overwrite: bool = False,
-    progress: bool = True,
+    **settings: Unpack[CacheSettings],
 ) -> LatentsCache:
-    """Encode windows of every clip of a data set and write them to ``out_dir``; continues an
+    """Encodes windows of every clip of a data set and writes them to ``out_dir``; continues an
     interrupted run.
 
     Args:
@@ -474,18 +491,12 @@ def encode_dataset(
         out_dir: folder of the cache.
         fingerprint: text that identifies the VAE's weights.
         num_frames: window length, 8n + 1.
-        windows_per_clip: windows evenly spread over each clip (fewer where a clip has fewer
-            starts); 0: as many as cover the clip.
         references_per_clip: single frames, encoded on their own, for ``reference=random_frame`` and
             ``clip_start``: the clip's first, and others evenly spread behind it.
-        splits: which clips.
         dtype: of the stored latents; bfloat16 encodes in it, too, by autocast.
         batch_size: windows encoded at once.
         device: where the VAE is.
-        clips_per_shard: clips per file.
-        max_corrupt: unreadable clips that are left out: below 1 a fraction, else a number.
-        overwrite: drop a cache that was made in another way.
-        progress: show a progress bar.
+        settings: see :class:`CacheSettings`.
 
     Raises:
         UserError: no data set, a cache of another VAE or other settings, or too many unreadable
@@ -506,14 +517,9 @@ def encode_dataset(
         out_dir,
         fingerprint=fingerprint,
         num_frames=num_frames,
-        windows_per_clip=windows_per_clip,
         references_per_clip=references_per_clip,
-        splits=splits,
         dtype=dtype,
-        clips_per_shard=clips_per_shard,
-        max_corrupt=max_corrupt,
-        overwrite=overwrite,
-        progress=progress,
+        **settings,
     )
 
 
@@ -580,15 +586,10 @@ def encode_speech(
     *,
     fingerprint: str,
     num_frames: int = 97,
-    windows_per_clip: int = 1,
-    splits: Sequence[str] = ("train", "val", "test"),
     device: str | torch.device = "cpu",
-    clips_per_shard: int = 64,
-    max_corrupt: float = 0.02,
-    overwrite: bool = False,
-    progress: bool = True,
+    **settings: Unpack[CacheSettings],
 ) -> SpeechCache:
-    """Encode the speech of windows of every clip and write it to ``out_dir``; continues an
+    """Encodes the speech of windows of every clip and writes it to ``out_dir``; continues an
     interrupted run.
 
     Args:
@@ -597,15 +598,9 @@ def encode_speech(
         out_dir: folder of the cache.
         fingerprint: text that identifies the encoder's weights and settings.
         num_frames: window length, 8n + 1.
-        windows_per_clip: windows evenly spread over each clip (fewer where a clip has fewer
-            starts); 0: as many as cover the clip.
-        splits: which clips.
         device: where the encoder is; that of the training, for the features to be the same bit by
             bit.
-        clips_per_shard: clips per file.
-        max_corrupt: unreadable clips that are left out: below 1 a fraction, else a number.
-        overwrite: drop a cache that was made in another way.
-        progress: show a progress bar.
+        settings: see :class:`CacheSettings`.
 
     Raises:
         UserError: no data set, a cache of another encoder or other settings, or too many unreadable
@@ -635,12 +630,7 @@ def encode_speech(
         out_dir,
         fingerprint=fingerprint,
         num_frames=num_frames,
-        windows_per_clip=windows_per_clip,
         references_per_clip=0,
-        splits=splits,
         dtype="float32",
-        clips_per_shard=clips_per_shard,
-        max_corrupt=max_corrupt,
-        overwrite=overwrite,
-        progress=progress,
+        **settings,
     )

@@ -25,7 +25,7 @@ class ASDLoss:
 
 @dataclass(frozen=True)
 class SpeechAELoss:
-    """``loss = mse_weight * mse + contrastive_weight * contrastive``, each 0-d."""
+    """``loss = 10 * mse + contrastive``, each 0-d."""
 
     loss: Tensor
     mse: Tensor
@@ -151,16 +151,13 @@ def speech_contrastive_loss(
 
 
 def speech_ae_loss(
-    reconstruction: Tensor,
-    features: Tensor,
-    mse_weight: float = 10.0,
-    contrastive_weight: float = 1.0,
-    temperature: float = 0.1,
+    reconstruction: Tensor, features: Tensor, temperature: float = 0.1
 ) -> SpeechAELoss:
-    """SpeechAE pre-training: ``10 * MSE + 1 * frame InfoNCE`` (READ); shapes as in
-    :func:`speech_contrastive_loss`.
+    """Returns SpeechAE's loss ``10 * MSE + 1 * frame InfoNCE`` (READ) and both terms.
+
+    Shapes are those of :func:`speech_contrastive_loss`.
     """
     dtype = torch.promote_types(features.dtype, torch.float32)
     mse = F.mse_loss(reconstruction.to(dtype), features.to(dtype))
     contrastive = speech_contrastive_loss(reconstruction, features, temperature)
-    return SpeechAELoss(mse_weight * mse + contrastive_weight * contrastive, mse, contrastive)
+    return SpeechAELoss(10.0 * mse + contrastive, mse, contrastive)

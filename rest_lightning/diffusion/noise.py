@@ -216,14 +216,6 @@ def velocity_target(latents: Tensor, noise: Tensor) -> Tensor:
     return noise - latents
 
 
-def denoised(noisy_latents: Tensor, velocity: Tensor, sigma: Tensor | float) -> Tensor:
-    """Returns the clean latents that a velocity implies: ``noisy_latents - sigma * velocity``.
-
-    Shapes are those of :func:`add_noise`.
-    """
-    return (noisy_latents - per_frame(sigma, noisy_latents) * velocity).to(noisy_latents.dtype)
-
-
 def noisy_path(latents: Tensor, noise: Tensor, sigma: Tensor) -> NoisyPath:
     """Returns noisy latents, target velocity and noise levels of one training example."""
     return NoisyPath(add_noise(latents, noise, sigma), velocity_target(latents, noise), sigma)

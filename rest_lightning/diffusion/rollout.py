@@ -1,4 +1,4 @@
-"""Self-rollout: contexts that the student generates itself, for a stage beyond REST.
+"""Self-rollout: contexts that the student generates itself, for a stage that REST does not have.
 
 REST's distillation shows the student nothing but noised ground truth, so it never sees its own
 errors. Here the context of a chunk is the student's own previous chunk, sampled chunk by chunk
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Context:
-    """What the student's cache is fed with in the parallel form.
+    """What later chunks see of earlier ones in the parallel forward, in place of a cache.
 
     Attributes:
         latents: (B, C, f, h, w), slot 0 is the reference.
@@ -42,24 +42,23 @@ def roll_out(
     speech_latents: Tensor | None,
     sigmas: Sequence[float],
 ) -> Context:
-    """Sample chunk after chunk through an ID-Context Cache, without guidance, and keep what the
-    cache was fed with.
+    """Samples chunk after chunk through an ID-Context Cache, without guidance; returns the latents
+    whose keys and values the cache held.
 
-    A forward of the model with this context reads the very keys and values that a stream leaves in
-    its cache, but with a gradient towards the weights that made them (none with ``cache_gradient:
-    detached``). The latents themselves carry no gradient.
+    A parallel forward with this context reads the same keys and values as the stream, but with a
+    gradient towards the weights that made them (none with ``cache_gradient: detached``). The
+    latents themselves carry no gradient.
 
     Args:
         model: a student.
         reference: (B, C, 1, h, w), zero where it is dropped.
-        noise: (B, C, K * l, h, w), unit Gaussian, where the K chunks start from.
-        speech_latents: (B, 1 + K * l, n, d_A), slot 0 of the reference (it reads zeros whatever is
-            there).
+        noise: (B, C, K * l, h, w), unit Gaussian, from which the K chunks start.
+        speech_latents: (B, 1 + K * l, n, d_A); slot 0, the reference's, is not read.
         sigmas: descending levels from 1 to 0, one more than there are steps.
 
     Returns:
         With ``last_step`` the samples that entered the last step, at its level; with ``clean_pass``
-        the finished samples at level 0. No chunk reads the last one: it stays noise at level 1.
+        the finished samples at level 0. No chunk reads the last one, so it stays noise at level 1.
     """
     options = model.cache_options
     assert options.cache_noise != "per_step", (

@@ -136,13 +136,13 @@ class Sampling:
         num_steps: Euler steps per chunk (REST: 8).
         guidance: weight of the branch with reference and speech: ``a`` of joint guidance (REST: 6),
             ``b`` of split guidance (READ: 6); 1 without reference_guidance runs that branch alone.
-        shift: shift of the sigma table (SD3's form); None takes LTX's, which follows the number of
-            tokens.
+        shift: shift of the sigma table (SD3's form); None takes LTX's, which depends on the number
+            of tokens.
         reference_guidance: weight ``a`` of the branch with the reference alone in split guidance
             (READ: 2); at 0 split guidance is joint guidance, and that branch does not run. At ``1 -
             guidance`` the branch without a reference does not run.
-        table_steps: of distilled models: steps of the sigma table whose every n-th level is taken;
-            None: ``num_steps``.
+        table_steps: of distilled models: steps of a longer sigma table, of which every n-th level
+            is used; None: the table has ``num_steps`` steps.
 
     Raises:
         UserError: steps outside 1 to 1000, a weight beyond 100 or not finite, a shift outside
@@ -179,21 +179,21 @@ class Sampling:
             )
 
     def sigmas(self, num_tokens: int) -> list[float]:
-        """Descending noise levels, ``num_steps + 1`` numbers, for ``num_tokens`` latent tokens."""
+        """Returns ``num_steps + 1`` descending noise levels, for ``num_tokens`` latent tokens."""
         return sampling_sigmas(self.num_steps, self.shift, num_tokens, self.table_steps)
 
     @property
     def branches(self) -> Guidance:
-        """The weights of guidance, with what is done with them."""
+        """Returns the branches that guidance runs, with their weights."""
         return Guidance(self.guidance, self.reference_guidance)
 
 
 def warn_of_unseen_levels(
     sampling: Sampling, num_tokens: int, training_noise: dict[str, float] | None
 ) -> None:
-    """Warn where a sampler evaluates a model at a lower noise level than it was trained at.
+    """Warns where a sampler evaluates a model at a lower noise level than it was trained at.
 
-    What later chunks read from the cache comes from the sampler's last level, too.
+    The keys that later chunks read from the cache come from that last level, too.
 
     Args:
         sampling: the sampler.

@@ -1,7 +1,8 @@
 """Noise levels: descending tables for sampling, an ascending table for training.
 
 sigma = 1 is pure noise and sigma = 0 is clean data. LTX and diffusers use the same convention; no
-other one occurs in this package.
+other one occurs in this package. How training draws levels from its table (CANS, ANS) is in
+:mod:`rest_lightning.diffusion.noise`.
 """
 
 from __future__ import annotations
@@ -93,9 +94,9 @@ def ltx_sigma_table(
 
     Args:
         num_steps: Euler steps.
-        num_tokens: f * h * w latent tokens. LTX counts the whole sequence; for a stream the context
-            window (reference, previous and current chunk: 7 * h * w) is the sequence (decided
-            here).
+        num_tokens: f * h * w latent tokens. LTX counts the whole sequence. A stream has no end, so
+            here its sequence is the window (reference, previous and current chunk: 7 * h * w); REST
+            does not say.
         terminal: the last level before 0.
         device: where the table is made.
     """
@@ -105,13 +106,20 @@ def ltx_sigma_table(
 def sampling_sigmas(
     num_steps: int, shift: float | None, num_tokens: int, table_steps: int | None = None
 ) -> list[float]:
-    """The levels of a sampler as plain numbers: nothing in its loop waits for a device to tell a
-    noise level.
+    """Returns the noise levels of a sampler, ``num_steps + 1`` numbers from 1 to 0.
 
-    ``shift`` None takes LTX's schedule for ``num_tokens`` latent tokens, a number
-    :func:`sigma_table`'s. ``table_steps``, a multiple of ``num_steps``, takes every n-th level of a
-    table of that many steps: those that a distilled student has learnt. (LTX's tables of 4 and of 8
-    steps end at the same level, so the shorter one is no part of the longer.)
+    They are plain numbers, so that no step waits for a device to tell its level.
+
+    Args:
+        num_steps: Euler steps.
+        shift: of :func:`sigma_table`; None takes LTX's schedule, :func:`ltx_sigma_table`.
+        num_tokens: latent tokens, which LTX's schedule depends on.
+        table_steps: a multiple of ``num_steps``: every n-th level of a table of that many steps is
+            taken, as a distilled student has learnt them. LTX's table of 4 steps is no part of its
+            table of 8, since both end at the same level before 0.
+
+    Raises:
+        UserError: ``num_steps`` does not divide ``table_steps``.
     """
     total = num_steps if table_steps is None else table_steps
     if total % num_steps:
@@ -137,7 +145,7 @@ def training_table(
     table of 1,000 levels begins at 0.224, above the 0.1 where LTX's sampler takes its last step.
 
     Args:
-        num_levels: of the table.
+        num_levels: length of the table.
         mean, std: of the logit.
         device: where the table is made.
         uniform_share: u in [0, 1]: quantiles of ``(1 - u) * sigmoid(Normal(mean, std)) + u *

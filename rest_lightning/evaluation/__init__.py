@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from rest_lightning.names import lazy
 
 if TYPE_CHECKING:
-    from rest_lightning.evaluation.board import make_board as make_board
+    from rest_lightning.evaluation.leaderboard import make_board as make_board
     from rest_lightning.evaluation.protocol import Protocol as Protocol
     from rest_lightning.evaluation.protocol import read_protocol as read_protocol
     from rest_lightning.evaluation.row import ResultRow as ResultRow
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__, __getattr__ = lazy(
     __name__,
     {
-        "board": ["make_board"],
+        "leaderboard": ["make_board"],
         "protocol": ["Protocol", "read_protocol"],
         "row": ["ResultRow", "read_rows", "write_row"],
         "scorer": ["Scorer"],

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from rest_lightning.evaluation.board import METRICS
+from rest_lightning.evaluation.leaderboard import METRICS
 from rest_lightning.media.files import whole_file
 
 SORT_ORDER = ("sync_c", "lip_correlation", "identity_similarity")

@@ -13,13 +13,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional
 
 from rest_lightning.constants import FPS
-from rest_lightning.errors import UserError
 from rest_lightning.evaluation.faces import FaceFinder
 from rest_lightning.evaluation.protocol import Protocol
 from rest_lightning.metrics.extractors import FeatureExtractor, load_extractor
 from rest_lightning.metrics.frechet import FrechetDistance
+from rest_lightning.metrics.identity import identities
 from rest_lightning.metrics.mouth import extractor as mouth_extractor
 from rest_lightning.metrics.sums import MeanMetric, RowMetric, check_clip
 from rest_lightning.metrics.sync import SyncScore
@@ -137,23 +138,17 @@ class Identity(Measure):
     def start(self, clip: Any) -> None:
         """See :class:`Measure`."""
         self.extractor.to(self.metrics["generated"].device)
-        self.reference = self.extractor(check_clip(clip.reference[None]))
+        self.reference = identities(clip.reference[None], self.extractor)
         self.cosines = {"generated": [], "truth": []}
 
     def push(self, generated: Frames, truth: Frames) -> None:
         """See :class:`Measure`."""
         for side, frames in (("generated", generated), ("truth", truth)):
-            identities = self.extractor(check_clip(frames))
-            cosines = torch.nn.functional.cosine_similarity(identities, self.reference, dim=1)
-            self.cosines[side] += cosines.tolist()
+            found = identities(frames, self.extractor)
+            self.cosines[side] += functional.cosine_similarity(found, self.reference).tolist()
 
     def finish(self, clip: Any) -> None:
         """See :class:`Measure`."""
-        if not np.isfinite([*self.cosines["generated"], *self.cosines["truth"]]).all():
-            raise UserError(
-                "expected numbers as identities, got NaN or infinity: look at the "
-                "extractor's weights"
-            )
         for side, values in self.cosines.items():
             self.metrics[side].update({self.key: float(np.mean(values))})
 

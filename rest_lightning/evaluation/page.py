@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
-from rest_lightning.evaluation.board import (
+from rest_lightning.evaluation.leaderboard import (
     APART,
     CLAIMED,
     SPEED,

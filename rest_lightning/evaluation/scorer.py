@@ -5,7 +5,8 @@ counts nowhere.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -28,7 +29,6 @@ from rest_lightning.evaluation.faces import FaceFinder
 from rest_lightning.evaluation.measures import (
     CURVE,
     Load,
-    Measure,
     Own,
     assemble,
     make_measures,
@@ -132,8 +132,9 @@ class Scorer:
         before = self._states()
         try:
             self._check(clip)
-            for measure in self.measures.values():
-                measure.start(clip)
+            for name, measure in self.measures.items():
+                with _naming(name):
+                    measure.start(clip)
             num_frames = 0
             shown = np.linspace(0, self.protocol.num_frames - 1, NUM_THUMBNAILS).astype(int)
             small: list[Frames] = []
@@ -145,14 +146,16 @@ class Scorer:
                     self._fit(frames, what)
                     for frames, what in ((generated, "generated"), (truth, "true"))
                 ]
-                for measure in self.measures.values():
-                    measure.push(*pair)
+                for name, measure in self.measures.items():
+                    with _naming(name):
+                        measure.push(*pair)
             if num_frames != self.protocol.num_frames:
                 raise UserError(
                     f"expected {self.protocol.num_frames} frames, got {num_frames}: too short"
                 )
             for name, measure in self.measures.items():
-                self._finish(name, measure, clip)
+                with _naming(name):
+                    measure.finish(clip)
         except UserError as error:
             self._restore(before)
             self.fail(clip.name, str(error))
@@ -326,13 +329,6 @@ class Scorer:
         )
         return fitted.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
 
-    @staticmethod
-    def _finish(name: str, measure: Measure, clip: ClipPair) -> None:
-        try:
-            measure.finish(clip)
-        except UserError as error:
-            raise UserError(f"{name}: {error}") from None
-
     def _states(self) -> list[tuple[Any, int, dict[str, Any]]]:
         metrics = [
             metric for measure in self.measures.values() for metric in measure.metrics.values()
@@ -371,6 +367,15 @@ class Scorer:
             metric._update_count = num_updates
             for name, value in values.items():
                 setattr(metric, name, value)
+
+
+@contextmanager
+def _naming(measure: str) -> Iterator[None]:
+    """Puts the measure's name in front of a mistake."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{measure}: {error}") from None
 
 
 def _gathered(value: Any) -> list[Any]:

@@ -1,7 +1,8 @@
-"""Where faces and hands are in a picture: mediapipe's models behind one interface, to which others
-can be plugged in.
+"""Finds faces and hands in videos that are prepared for training: mediapipe behind an interface
+that takes other detectors, too.
 
 mediapipe 0.10.14 (extra ``prepare``) carries its models inside its wheel; nothing is downloaded.
+Portraits need no extra: :mod:`rest_lightning.media.face_models` finds their faces.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ Box = tuple[float, float, float, float]
 MIN_SIDE_PX = 32
 MIN_FACE_PX = 40
 # Beyond the landmarks' extremes, in shares of their longer side: the face is 0.64 times as high as
-# the square, as in clips of `rest animate` and `rest prepare`, which the shipped model learned from.
+# the square, as in the clips that the shipped model saw (`rest animate`, `rest prepare`).
 MARGIN, MARGIN_TOP = 0.22, 0.34
 MAX_PIXELS = 100_000_000
 MAX_BYTES = 800_000_000

@@ -23,14 +23,20 @@ def identity_similarity(frames: Frames, reference: Frames, extractor: Any) -> fl
     Raises:
         UserError: no such frames, or identities that are not numbers.
     """
-    clip = check_clip(frames)
-    first: Tensor = extractor(check_clip(torch.as_tensor(reference)[None]))
-    identities: Tensor = extractor(clip)
-    if not (first.isfinite().all() and identities.isfinite().all()):
+    first = identities(torch.as_tensor(reference)[None], extractor)
+    return float(functional.cosine_similarity(identities(frames, extractor), first, dim=1).mean())
+
+
+def identities(frames: Frames, extractor: Any) -> Tensor:
+    """Returns the identity in each frame, (n, num_features); arguments and errors as those of
+    :func:`identity_similarity`.
+    """
+    found: Tensor = extractor(check_clip(frames))
+    if not found.isfinite().all():
         raise UserError(
             "expected numbers as identities, got NaN or infinity: look at the extractor's weights"
         )
-    return float(functional.cosine_similarity(identities, first, dim=1).mean())
+    return found
 
 
 class IdentitySimilarity(MeanMetric):

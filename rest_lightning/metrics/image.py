@@ -1,4 +1,4 @@
-"""Single-frame quality: PSNR, PSNR of the mouth, sharpness."""
+"""Single-frame quality: PSNR, of a box as well, and sharpness."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn import functional
 
 Frames = NDArray[np.uint8] | Tensor
-# Half width and half height in fractions of the image's side, for heads that fill a prepared clip
-# (decided here); the VAE's loss weights the same boxes.
+# Half width and half height in fractions of the image's side, chosen for heads that fill a prepared
+# clip; the VAE's loss weights the same boxes.
 MOUTH_BOX = (0.15, 0.12)
 EYE_BOX = (0.09, 0.06)
 _LUMA = (0.299, 0.587, 0.114)  # BT.601
@@ -70,15 +70,6 @@ def box_mask(
     inside_x = (x - points[:, :1]).abs() <= box[0]
     inside_y = (y - points[:, 1:]).abs() <= box[1]
     return inside_y[:, :, None] & inside_x[:, None, :]
-
-
-def mouth_psnr_db(frames: Frames, truth: Frames, mouth: ArrayLike) -> float:
-    """Returns the PSNR in dB of the mouth's box.
-
-    ``mouth`` (n, 2) holds the true centres in fractions of the image.
-    """
-    size = (int(truth.shape[1]), int(truth.shape[2]))
-    return video_psnr_db(frames, truth, box_mask(mouth, size))
 
 
 def sharpness(frames: Frames, mask: Tensor | None = None) -> float:

@@ -67,23 +67,20 @@ def spearman(a: ArrayLike, b: ArrayLike) -> float:
     return pearson(rankdata(np.asarray(a)), rankdata(np.asarray(b)))
 
 
-def lip_correlation(
-    estimated: ArrayLike, true: ArrayLike, max_lag_frames: int = MAX_LAG_FRAMES, rank: bool = False
-) -> LaggedCorrelation:
-    """Correlation of two curves (n,) of one clip at lag zero, and the best over lags of ``-max`` to
-    ``max`` frames.
+def lip_correlation(estimated: ArrayLike, true: ArrayLike, rank: bool = False) -> LaggedCorrelation:
+    """Returns the correlation of two curves (n,) of one clip at lag zero, and the best one over
+    lags of up to 6 frames both ways.
 
     Args:
         estimated: for example the mouth opening read from generated frames.
         true: for example the true opening, or the loudness of the speech.
-        max_lag_frames: the search goes this far both ways, over the frames that overlap.
         rank: rank correlation instead of Pearson's.
     """
     correlate = spearman if rank else pearson
     a, b = np.asarray(estimated, dtype=np.float64), np.asarray(true, dtype=np.float64)
     zero = correlate(a, b)
     best, best_lag = zero, 0
-    for lag in range(-max_lag_frames, max_lag_frames + 1):
+    for lag in range(-MAX_LAG_FRAMES, MAX_LAG_FRAMES + 1):
         if lag == 0 or len(a) - abs(lag) < 2:
             continue
         value = correlate(a[lag:], b[:-lag]) if lag > 0 else correlate(a[:lag], b[-lag:])
@@ -142,31 +139,22 @@ def silent_frames(
     return mask
 
 
-def opening_in_silence(
-    opening: ArrayLike,
-    loudness: ArrayLike,
-    threshold_db: float | None = None,
-    min_s: float = MIN_SILENCE_S,
-) -> float:
-    """Mean mouth opening within silences (see :func:`silent_frames`); NaN when there is none."""
-    mask = silent_frames(loudness, threshold_db, min_s)
+def opening_in_silence(opening: ArrayLike, loudness: ArrayLike) -> float:
+    """Returns the mean opening within silences (see :func:`silent_frames`), NaN without any."""
+    mask = silent_frames(loudness)
     return float(np.asarray(opening)[mask].mean()) if mask.any() else float("nan")
 
 
-def motion_in_silence_per_s(
-    opening: ArrayLike,
-    loudness: ArrayLike,
-    threshold_db: float | None = None,
-    min_s: float = MIN_SILENCE_S,
-) -> float:
-    """How far the lips travel in a second of silence (see :func:`silent_frames`): 0 is still; NaN
-    when there is none.
+def motion_in_silence_per_s(opening: ArrayLike, loudness: ArrayLike) -> float:
+    """Returns how far the lips travel in a second of silence (see :func:`silent_frames`).
+
+    0 is still; NaN without any silence.
 
     Args:
         opening: (n,) in [0, 1]; a step counts when both of its frames are silent.
         loudness: (n,) dB per frame.
     """
-    mask = silent_frames(loudness, threshold_db, min_s)
+    mask = silent_frames(loudness)
     steps = np.abs(np.diff(np.asarray(opening, dtype=np.float64)))[mask[1:] & mask[:-1]]
     return float(steps.mean() * FPS) if len(steps) else float("nan")
 

@@ -21,8 +21,8 @@ from rest_lightning.metrics.weights import WEIGHTS_FILE, ShippedNetwork, sha256_
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets" / "mouth"
 EXTRACTOR_NAME = "embedded-mouth"
-# The mouth's place in a prepared clip, in pixels of a 128x128 frame: nose tip to chin, cheek to
-# cheek (decided here).
+# The mouth's place in a prepared clip, in pixels of a 128x128 frame: from the tip of the nose to
+# the chin, from cheek to cheek.
 FRAME_PX = 128
 CROP_PX = (28, 58, 100, 122)  # left, top, right, bottom
 CROP_SIZE = (CROP_PX[3] - CROP_PX[1], CROP_PX[2] - CROP_PX[0])

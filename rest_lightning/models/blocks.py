@@ -37,8 +37,8 @@ class SigmaEmbedding:
 
 @dataclass(frozen=True)
 class Condition:
-    """`A2VDiT.project_speech` or `project_text`: keys and values of every block, once for all
-    denoising steps.
+    """Keys and values of speech or text for every block, computed once for all denoising steps by
+    `A2VDiT.project_speech` or `project_text`.
     """
 
     blocks: list[KeyValue]
@@ -62,7 +62,7 @@ class Condition:
         return Condition(blocks, None if self.mask is None else self.mask[:batch])
 
     def twice(self) -> Condition:
-        """The condition of a batch that is repeated."""
+        """The condition of a batch, repeated once as [batch | batch]."""
         blocks = [(torch.cat([k, k]), torch.cat([v, v])) for k, v in self.blocks]
         return Condition(blocks, None if self.mask is None else torch.cat([self.mask, self.mask]))
 
@@ -131,8 +131,9 @@ class Attention(nn.Module):
 
 
 class SpeechAttention(Attention):
-    """Attention of a frame's tokens to its speech tokens; its output starts at zero (decided
-    here).
+    """Attention of a frame's tokens to its speech tokens.
+
+    Its output starts at zero, so that LTX's weights give LTX's output before any training.
     """
 
     def __init__(self, dim: int, num_heads: int, speech_dim: int) -> None:
@@ -282,8 +283,9 @@ class Block(nn.Module):
 
 
 def precondition(sigma: Tensor) -> tuple[Tensor, Tensor]:
-    """Factors ``a, b`` of ``velocity = a * noisy + b * layers``, such that latents of unit variance
-    leave the layers a target of unit variance at every ``sigma``.
+    """Returns the factors ``a, b`` of ``velocity = a * noisy + b * layers``.
+
+    They give the layers a target of unit variance at every ``sigma``, for latents of unit variance.
 
     For ``noisy = (1 - sigma) * latents + sigma * noise`` the best linear guess of ``noise -
     latents`` is ``a = (2 sigma - 1) / d`` times ``noisy``, with ``d = (1 - sigma)^2 + sigma^2``;
@@ -296,6 +298,6 @@ def precondition(sigma: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def run_block(block: nn.Module, *arguments: Any) -> Tensor:
-    """A block's forward as a function: compiled once, it serves all blocks."""
+    """Runs a block; as a plain function it is compiled once for all blocks."""
     out: Tensor = block(*arguments)
     return out

@@ -128,7 +128,7 @@ class CacheOptions:
 
 
 class AttentionContext(Protocol):
-    """Where queries find their keys: rotates, widens the window if need be, and attends."""
+    """What queries may attend to: rotates queries and keys, gathers the window, and attends."""
 
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, num_heads: int
@@ -391,7 +391,7 @@ class IDContextCache:
             raise UserError(
                 "expected all rows at their first chunk with reference_attends=first_chunk, got "
                 "rows in mid-stream: "
-                "start the stream in a cache of its own and use copy_row_"
+                "start the stream in a cache of its own and use copy_rows_"
             )
         length = self.options.chunk_length
         if not 1 <= num_frames - has_reference <= length:
@@ -626,13 +626,13 @@ class IDContextCache:
         narrow._refresh()
         return narrow
 
-    def copy_row_(self, row: int, source: IDContextCache, source_row: int = 0) -> None:
-        """Take over one stream of another cache, between two chunks."""
-        self.copy_rows_([(row, source, source_row)])
-
     def copy_rows_(self, rows: Sequence[tuple[int, IDContextCache, int]]) -> None:
-        """The same for several rows, each (row, source, its row there). The current slot is written
-        before it is read.
+        """Takes over streams of other caches, between two chunks.
+
+        The current slot is left out: it is written before it is read.
+
+        Args:
+            rows: (row here, source, row there) of each stream.
 
         Raises:
             UserError: no such row, or a cache of another model or size.

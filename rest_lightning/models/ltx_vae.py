@@ -13,7 +13,7 @@ import inspect
 import json
 import math
 import threading
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -70,14 +70,14 @@ class LTXVideoVAE(VideoAutoencoder):
     Streamed decoding of a causal decoder (``decoder_causal: true``) is exact. Stock LTX decoders
     look ahead: there a piece is decoded together with the last ``halo`` latents before it, whose
     frames are thrown away, and with its own last frame repeated in place of what follows. So every
-    piece of l latents gives 8 l frames at once; what that costs in exactness,
-    :func:`streaming_error` measures. A halo of zero decodes pieces without any context.
+    piece of l latents gives 8 l frames at once. The difference between :func:`streamed_decode` and
+    :meth:`decode` is what that costs. A halo of zero decodes pieces without any context.
 
     With timestep conditioning latents are mixed with noise before they are decoded, as in
-    diffusers' LTX pipeline. The noise is a fixed function of the latent's index in its clip, the
-    same for every row (decided here), so that streamed and whole decoding, and a row alone or in a
-    batch, see the same noise. Layers that inject noise of their own (``decoder_inject_noise``) draw
-    the same picture at every call (decided here), for the same reason.
+    diffusers' LTX pipeline. Diffusers draws that noise at random; here it is a fixed function of
+    the latent's index in its clip, the same for every row, so that streamed and whole decoding, and
+    a row alone or in a batch, see the same noise. For the same reason layers that inject noise of
+    their own (``decoder_inject_noise``) draw the same noise at every call.
 
     Args:
         weights: a folder in diffusers format (the VAE's, or a pipeline's with ``vae/`` in it); a
@@ -90,15 +90,13 @@ class LTXVideoVAE(VideoAutoencoder):
         version: ``0.9.0``, ``0.9.1`` (REST's: the first whose decoder is conditioned on timestep
             and noise) or ``0.9.5``: the arguments of that network, under those of ``ltx_config``. A
             single file needs it; a folder that is of another version is an error.
-        decode_timestep: decode timestep in [0, 1]; read by networks with timestep conditioning
-            alone.
-        decode_noise_scale: share of noise in the decoded latents, in [0, 1]; likewise.
-        halo: latents before a piece that are decoded again; read by decoders that are not causal
-            alone.
+        decode_timestep: decode timestep in [0, 1]; only for networks with timestep conditioning.
+        decode_noise_scale: share of noise in the decoded latents, in [0, 1]; only for those, too.
+        halo: latents before a piece that are decoded again; only for decoders that are not causal.
 
     Attributes:
-        ltx: the diffusers model. Its own statistics are only where :attr:`latents_mean` and
-            :attr:`latents_std` start.
+        ltx: the diffusers model. Its statistics are the initial :attr:`latents_mean` and
+            :attr:`latents_std`, and are not used otherwise.
 
     Raises:
         UserError: no such weights, weights of another architecture, or a compression other than
@@ -255,57 +253,18 @@ class LTXVideoVAE(VideoAutoencoder):
         return torch.cat([pieces[row] for row in range(len(lengths))])
 
 
-@torch.no_grad()
-def streaming_error(
+def streamed_decode(
     vae: LTXVideoVAE, latents: Tensor, chunk_length: int = 3, halo: int | None = None
-) -> float:
-    """Largest absolute difference between the frames of a streamed and of a whole-clip decode, in
-    [-1, 1] units.
+) -> Tensor:
+    """Decodes a whole clip piece by piece; returns frames (B, 3, F, H, W) in [-1, 1].
+
+    The difference from :meth:`LTXVideoVAE.decode` is what streaming costs in exactness.
 
     Args:
         vae: the network.
         latents: normalised latents of a whole clip, slot 0 first, (B, C, f, h, w).
         chunk_length: latents per piece after slot 0; the last piece may be shorter.
-        halo: measured in place of the network's own; a causal decoder does not read it.
-    """
-    streamed = streamed_decode(vae, latents, chunk_length, halo)
-    return float((streamed - vae.decode(latents)).abs().max())
-
-
-def halo_errors(
-    vae: LTXVideoVAE, latents: Tensor, chunk_length: int = 3, halos: Sequence[int] = (0, 1, 2, 3)
-) -> dict[int, dict[str, float]]:
-    """What every halo costs in exactness: streamed against whole-clip decoding, for the table of
-    the benchmark.
-
-    Args:
-        vae, latents, chunk_length: see :func:`streaming_error`.
-        halos: the halos to measure; a causal decoder reads none of them and errs by rounding alone.
-
-    Returns:
-        For each halo ``max_abs`` and ``mean_abs``, differences of frames in [-1, 1], and
-        ``psnr_db`` for a range of 2 (infinite for equal frames). The reference's own frame is left
-        out.
-    """
-    with torch.no_grad():
-        whole = vae.decode(latents)[:, :, 1:]
-        errors = {}
-        for halo in halos:
-            error = (streamed_decode(vae, latents, chunk_length, halo)[:, :, 1:] - whole).float()
-            mean_square = float(error.square().mean())
-            errors[halo] = {
-                "max_abs": float(error.abs().max()),
-                "mean_abs": float(error.abs().mean()),
-                "psnr_db": 10 * math.log10(4 / mean_square) if mean_square else math.inf,
-            }
-    return errors
-
-
-def streamed_decode(
-    vae: LTXVideoVAE, latents: Tensor, chunk_length: int = 3, halo: int | None = None
-) -> Tensor:
-    """Decode a whole clip piece by piece; arguments as in :func:`streaming_error`, frames
-    (B, 3, F, H, W).
+        halo: used in place of the network's own; a causal decoder does not read it.
     """
     if halo is not None:
         vae = copy.copy(vae)  # the same weights, another halo
@@ -316,10 +275,10 @@ def streamed_decode(
 
 
 def frame_noise(start: Tensor, latents: Tensor) -> Tensor:
-    """Unit Gaussian noise like ``latents`` (B, C, l, h, w), a fixed function of latent index,
-    channel and place.
+    """Returns unit Gaussian noise like ``latents`` (B, C, l, h, w), a fixed function of latent
+    index, channel and place.
 
-    A counter-based generator (decided here): 32-bit mixing steps of MurmurHash3, then the
+    A counter-based generator needs no state: 32-bit mixing steps of MurmurHash3, then the
     Box-Muller transform.
 
     Args:

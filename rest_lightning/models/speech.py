@@ -184,7 +184,7 @@ def _check_lookahead(lookahead_frames: int) -> None:
 
 
 class LogMelEncoder(SpeechEncoder):
-    """Weight-free log-mel features, the embedded default (decided here).
+    """Log-mel features, without any weights: the encoder of the small models (not in REST).
 
     25 ms Hann windows every 10 ms, right-aligned: mel step k ends with sample 160 (k + 1). A
     feature step joins two mel steps, so D_A = 2 * num_mels. Everything is fixed, so that it is
@@ -245,10 +245,12 @@ class WhisperEncoder(SpeechEncoder):
     """Frozen Whisper encoder: embedding output and every block's output on the channels (REST:
     tiny, 5 x 384 = 1920).
 
-    Bounded mode (decided here): Whisper attends over all it is given, so it is run on blocks of 8
-    frames (one latent frame) with ``left_context_frames`` before and ``lookahead_frames`` after,
-    positions cut to that length, its log-mel floored 8 below a fixed maximum instead of the
-    recording's own. Inputs hold 1 + 8n frames (starting with frame 0) or 8n frames (later ones).
+    Bounded mode is this project's, since a stream cannot hear the end of a file: Whisper attends
+    over all it is given, so it is run on blocks of 8 frames (one latent frame) with
+    ``left_context_frames`` before and ``lookahead_frames`` after. Positions are cut to that length,
+    and log-mel is floored 8 below a fixed maximum, not the recording's own. Inputs hold
+    1 + 8n frames (starting with frame 0) or 8n frames (later ones).
+
     ``whole_file`` mode, offline, is the paper's: transformers' own features and encoder on 30 s of
     the file at a time, no context beside it, windows of frames j - 2 ... j + 2 with zeros beyond
     the ends.

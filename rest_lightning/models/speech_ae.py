@@ -35,7 +35,8 @@ class SpeechAE(PretrainedPart):
     leaves ``num_tokens`` of its 10 steps, with a learned place for each; causal temporal residual
     blocks, halving the frame rate three times, frame 0 on its own as in the VAE; an output
     projection and a layer norm without weights, so that speech latents have unit scale whatever the
-    training does (widths, places and norm decided here). The decoder is the mirror image.
+    training does. The papers give neither widths nor places nor a norm. The decoder is the mirror
+    image.
 
     Args:
         feature_dim: D_A of the speech encoder (Whisper-tiny: 1920; log-mel: 160).
@@ -173,8 +174,8 @@ class SpeechProjection(SpeechAE):
     SpeechAE's place in every stage.
 
     Each of the 10 steps of the windows of a latent frame's 8 video frames is a token: 80 tokens per
-    latent frame, in order of time, with nothing added to them (READ does not say how the windows
-    are laid out: decided here). Frame 0, a latent frame of its own, is repeated. No latent frame
+    latent frame, in order of time, with nothing added to them; READ does not say how the windows
+    are laid out. Frame 0, a latent frame of its own, is repeated. No latent frame
     reads another, so it streams. The decoder is one linear layer, too.
 
     Args:

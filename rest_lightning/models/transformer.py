@@ -114,7 +114,7 @@ class A2VDiT(PretrainedPart):
         caption_channels: width of the text embeddings; None = no text attention at all.
         prompt: file of `rest encode-prompt`: a fixed text, kept with the weights and read where no
             text is passed.
-        prompt_length: tokens of that text where the weights bring it along; None = text comes with
+        prompt_length: tokens of that text where it is part of the weights; None = text comes with
             every call.
         speech_dim: width d_A of the speech latents; None = no speech attention at all.
         fps: frames per second; positions in time are seconds, temporal_ratio / fps for a latent
@@ -126,16 +126,16 @@ class A2VDiT(PretrainedPart):
             later), False at 0, 8/25, 16/25 s, ... None is False, for a model whose weights are not
             LTX's.
         attention_bias, attention_out_bias, norm_eps, norm_elementwise_affine: as in diffusers.
-        spatial_embedding: (h, w) of a learned absolute embedding, zero at the start (decided here,
-            for small models).
+        spatial_embedding: (h, w) of a learned absolute embedding, zero at the start, for small
+            models of one frame size. LTX has none.
         attention: ``full`` (teacher) or ``chunked`` (student).
         cache_options: the student's window; see `CacheOptions`.
         gradient_checkpointing: recompute each block in the backward pass.
         training_noise: arguments of `rest_lightning.diffusion.schedule.training_table` of the
             levels that it was trained at; stages set it, and it stays with the weights.
-        preconditioned: let the layers predict only what the noisy latents do not tell by
-            themselves, see `precondition` (decided here: else the noise of all C channels has to
-            pass through every layer, and a narrow network has no room to spare).
+        preconditioned: the layers predict only what the noisy latents do not tell by themselves,
+            see `precondition`. The papers have no such option; without it the noise of all C
+            channels has to pass through every layer, for which a narrow network has no room.
     """
 
     def __init__(
@@ -249,12 +249,12 @@ class A2VDiT(PretrainedPart):
 
     @property
     def training_noise(self) -> dict[str, float] | None:
-        """Arguments of the table of noise levels that it was trained at; None: not known."""
+        """Returns the arguments of the table of noise levels in training; None: not known."""
         noise: dict[str, float] | None = self._config["training_noise"]
         return noise
 
     def remember_noise(self, noise: dict[str, float] | None) -> None:
-        """Set ``training_noise``, which is part of `config`."""
+        """Sets ``training_noise``, which is part of `config`."""
         self._config["training_noise"] = noise
 
     @classmethod
@@ -270,7 +270,7 @@ class A2VDiT(PretrainedPart):
         return cls(**config)
 
     def to_student(self, cache_options: CacheOptions | None = None) -> A2VDiT:
-        """A chunked network with a copy of these weights, on the same device."""
+        """Returns a student: a chunked network with a copy of these weights, on the same device."""
         config = {
             **self._config,
             "attention": "chunked",

@@ -29,12 +29,11 @@ from rest_lightning.models.pretrained import PretrainedPart
 
 # -- the linear path -------------------------------------------------------------------------------
 # A linear path from pixels to latents and back, set to the data's principal components before
-# training starts.
+# training starts. Neither REST nor LTX-Video has it.
 #
-# A network that has to find a few numbers for 32x32 pixels of 8 frames by gradient descent spends
-# most of a short training on what a linear map does as well, and its latents stay of low rank.
-# Here the linear map comes in closed form and stays as it is, and the network learns what is left
-# (decided here; neither REST nor LTX-Video has it).
+# A network that has to describe 8 frames of 32x32 pixels by a few numbers spends most of a short
+# training on what a linear map does as well, and its latents stay of low rank. Here the linear map
+# is computed in closed form and stays fixed, and the network learns the rest.
 
 
 class PrincipalPath(nn.Module):
@@ -282,16 +281,17 @@ class VideoAutoencoder(PretrainedPart):
         return self.decode_raw(self.denormalise(latents, first_slot=1), stream)
 
     def decode_variant(self, stream: Stream) -> Hashable | None:
-        """What the next :meth:`decode_chunk` does on the device depends on this and on shapes
-        alone: it may be captured as a CUDA graph, one for each value. None: it depends on more, and
-        has to be called.
+        """Returns a key for CUDA graphs of :meth:`decode_chunk`.
+
+        With the same key and shapes the next call does the same on the device, so one captured
+        graph serves. None: it depends on more, and must not be captured.
         """
         return stream.started
 
     def count_decoded(self, stream: Stream, num_latents: int) -> None:
-        """Does what :meth:`decode_chunk` does on the host alone.
+        """Does the part of :meth:`decode_chunk` that runs on the host.
 
-        To be called when a captured graph ran in its place.
+        Call it when a captured graph ran in its place.
         """
 
     def normalise(self, latents: Tensor) -> Tensor:
@@ -318,8 +318,9 @@ class VideoAutoencoder(PretrainedPart):
 
 
 class CompactVAE(VideoAutoencoder):
-    """A small causal VAE that trains and streams on a CPU (decided here; the factorised
-    convolutions follow R(2+1)D).
+    """A small causal VAE that trains and streams on a CPU, in place of REST's LTX-Video VAE.
+
+    Its factorised convolutions follow R(2+1)D.
 
     Stages run from fine to coarse: patches of ``patch_size`` pixels, then ``strides`` of (time,
     space) between stages.
@@ -334,8 +335,8 @@ class CompactVAE(VideoAutoencoder):
         principal_components: components per 32x32 patch of a linear path beside the network, which
             then starts silent and learns what the path leaves (see
             :class:`~rest_lightning.models.vae.PrincipalPath`); 0: no path. The decoder's finest
-            stage sees the path's frames: what jumps from one block of 8 frames to the next can be
-            smoothed only where it is seen.
+            stage sees the path's frames, so that it can smooth their jumps from one block of 8
+            frames to the next.
     """
 
     def __init__(
@@ -407,9 +408,7 @@ class CompactVAE(VideoAutoencoder):
 
     @torch.no_grad()
     def silence(self) -> None:
-        """Lets the principal path speak alone: the network adds nothing to it until it is trained
-        (again).
-        """
+        """Makes the network add nothing to the principal path, until it is trained (again)."""
         for silent in (*self.principal_in.conv.parameters(), *self.decoder_out.conv.parameters()):
             nn.init.zeros_(silent)
         nn.init.zeros_(self.encoder_out.weight[: self.latent_channels])

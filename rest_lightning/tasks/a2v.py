@@ -1,4 +1,4 @@
-"""What the teacher and the student share: conditions, noise and dropouts of one training batch."""
+"""What the teacher and the student share: a batch's conditions, its noise and its dropouts."""
 
 from __future__ import annotations
 
@@ -43,11 +43,10 @@ from rest_lightning.tasks.regions import landmarks_of, token_weights
 from rest_lightning.tasks.speech_ae import speech_features
 
 # -- sharded training ------------------------------------------------------------------------------
-# Sharded training (FSDP2): weights, gradients and optimiser states spread over the data-parallel
-# ranks.
+# FSDP2 spreads weights, gradients and optimiser states over the data-parallel ranks.
 
 DATA_PARALLEL = "data_parallel"  # as Lightning's ModelParallelStrategy calls this axis of its mesh
-# A sub-network gathers its weights when one of these is called, and not only in `forward`.
+# The methods beside `forward` before which FSDP2 has to gather a layer's weights.
 BLOCK_METHODS = {
     "attn1": ("self_attention",),
     "attn2": ("project", "cross_attention"),
@@ -57,15 +56,18 @@ BLOCK_METHODS = {
 
 
 def shard(part: nn.Module, mesh: DeviceMesh, compute_dtype: torch.dtype | None = None) -> None:
-    """Spread the parameters of a transformer or a SpeechAE over ``mesh``, in place; a second call
-    does nothing.
+    """Spreads the parameters of a transformer or a SpeechAE over ``mesh``, in place.
 
-    With ``compute_dtype`` (bfloat16) weights are gathered in that type: half the traffic, and half
-    the memory of what is gathered. The shares and the sums of gradients stay float32. Inputs are
-    left alone: a noise level in bfloat16 would lose its last steps.
+    A second call does nothing, nor does one for another network. The attentions and the
+    feed-forward layer of each block are gathered one at a time; everything small (norms, tables,
+    embeddings) is gathered at once.
 
-    The attentions and the feed-forward layer of each block are gathered one at a time; all that is
-    small (norms, tables, embeddings) at once.
+    Args:
+        part: the network.
+        mesh: of devices, with the axis :data:`DATA_PARALLEL`.
+        compute_dtype: bfloat16 gathers weights in that type, which halves the traffic and the
+            memory for them. Each rank's share and the sums of gradients stay float32. Inputs are
+            not cast, since noise levels in bfloat16 are too coarse. None keeps float32.
     """
     if type(part) not in (A2VDiT, SpeechAE):  # a sharded network has a class of its own
         return
@@ -76,9 +78,7 @@ def shard(part: nn.Module, mesh: DeviceMesh, compute_dtype: torch.dtype | None =
         cast_forward_inputs=False,
     )
     if isinstance(part, SpeechAE):
-        for (
-            parameter
-        ) in part.parameters():  # its convolutions lie channels-last, which FSDP2 does not take
+        for parameter in part.parameters():  # FSDP2 takes no channels-last weights
             parameter.data = parameter.data.contiguous()
         fully_shard(part, mesh=data_parallel, mp_policy=policy)
         register_fsdp_forward_method(part, "encode")
@@ -105,19 +105,20 @@ class NoiseSettings:
     """How training noise and dropouts are drawn (REST sec. 3.3; docs/method.md#noise).
 
     Attributes:
-        schedule: ``cans`` (REST), ``ans`` (READ), or a class of one's own, derived from
+        schedule: ``cans`` (REST), ``ans`` (READ), or an object of your own class, derived from
             :class:`~rest_lightning.diffusion.noise.SigmaSchedule`.
         chunk_length: latent frames per chunk.
-        chunk_lengths: lengths that are drawn, one per batch, in place of ``chunk_length``; empty:
-            always that one.
+        chunk_lengths: lengths to draw from, one for each batch; empty uses ``chunk_length`` always.
         mean, std: of the logit-normal noise levels (READ: 2.05, 1.0).
-        num_levels: size of the table.
-        uniform_share: share of levels drawn uniformly from 0 to 1 beside those (decided here): the
-            logit-normal alone has next to nothing at the low levels where samplers end.
+        num_levels: number of noise levels in the table.
+        uniform_share: share of levels that are drawn uniformly from 0 to 1 instead. The papers
+            have none; but the logit-normal hardly ever reaches the low levels at which samplers
+            end.
         motion_dropout: probability that all chunks share one level.
         identity_dropout, audio_dropout: probabilities of a zeroed reference and of a zeroed speech
             condition.
-        joint_dropout: further probability that both are zeroed (decided here).
+        joint_dropout: further probability that both are zeroed. The papers have none; without it
+            the unconditional branch of guidance is trained on one sample in a hundred.
     """
 
     schedule: SigmaSchedule | str = "cans"
@@ -134,7 +135,7 @@ class NoiseSettings:
 
     @property
     def table(self) -> dict[str, Any]:
-        """Arguments of :func:`~rest_lightning.diffusion.schedule.training_table`."""
+        """Returns the arguments of :func:`~rest_lightning.diffusion.schedule.training_table`."""
         names = ("num_levels", "mean", "std", "uniform_share")
         return {name: getattr(self, name) for name in names}
 
@@ -148,8 +149,14 @@ class NoiseSettings:
 
 @dataclass(frozen=True)
 class Conditions:
-    """Clean latents (B, C, f, h, w), slot 0 the reference; speech latents (B, f, n, d); weights (B,
-    1, f, h, w); the teacher's own speech latents (B, f, n, d), None where it reads the student's.
+    """What a batch says, before any noise.
+
+    Attributes:
+        latents: clean latents (B, C, f, h, w); slot 0 is the reference.
+        speech_latents: (B, f, n, d).
+        weights: of the flow loss, (B, 1, f, h, w); None weighs everything alike.
+        teacher_speech_latents: (B, f, n, d) of the teacher's own SpeechAE; None where the teacher
+            hears what the student hears.
     """
 
     latents: Tensor
@@ -158,7 +165,7 @@ class Conditions:
     teacher_speech_latents: Tensor | None = None
 
     def whole_chunks(self, chunk_length: int) -> Conditions:
-        """Returns the reference and as many whole chunks as there are; what is left over is cut."""
+        """Returns the same, cut to the reference and as many whole chunks as there are."""
         end = 1 + (self.latents.shape[2] - 1) // chunk_length * chunk_length
         weights = None if self.weights is None else self.weights[:, :, :end]
         teacher = self.teacher_speech_latents
@@ -177,16 +184,17 @@ class TrainingInput:
     Attributes:
         path: noisy latents, target velocity and sigmas; a dropped reference is zero in
             ``noisy_latents``.
-        speech_latents: (B, f, n, d), zero where dropped; the transformer lets slot 0 read zeros by
-            itself.
+        speech_latents: (B, f, n, d), zero where dropped. Slot 0 needs no zeros of its own: the
+            transformer gives the reference no speech.
         drops: the masks.
-        clean_latents: (B, C, f, h, w), with the same dropped references: what a clean pass would
-            cache.
+        clean_latents: (B, C, f, h, w) with the same references dropped; a cache of ``clean_pass``
+            would hold these.
         weights: of the flow loss, (B, 1, f, h, w), or None.
         chunk_length: latent frames per chunk of this draw.
-        teacher_speech_latents: of the teacher's own SpeechAE, zero where dropped; None: the others.
-        rolled_out: (B,), True where a student generates its own context; None where that is no
-            question.
+        teacher_speech_latents: of the teacher's own SpeechAE, zero where dropped; None where the
+            teacher hears ``speech_latents``.
+        rolled_out: (B,), True where the student samples its context itself; None without
+            ``rollout``.
     """
 
     path: NoisyPath
@@ -200,8 +208,9 @@ class TrainingInput:
 
     @property
     def noise(self) -> Tensor:
-        """The unit Gaussian of the draw (B, C, f, h, w); slot 0, never noisy, holds something
-        else.
+        """Returns the unit Gaussian noise of the draw, (B, C, f, h, w).
+
+        Slot 0 is never noisy: its values mean nothing.
         """
         return self.path.velocity + self.clean_latents
 
@@ -211,24 +220,24 @@ class A2VModule(StageModule):
 
     Args:
         transformer: the network to train.
-        speech_ae: trained along, at its own rate (``optimizer.lr_factors``).
+        speech_ae: is trained, too, at a rate of its own (``optimizer.lr_factors``).
         speech_encoder: frozen.
-        vae: frozen; only needed when batches hold frames instead of latents, and for previews.
+        vae: frozen; needed when batches hold frames instead of latents, and for previews.
         noise: noise and dropout settings.
         optimizer: AdamW settings.
         initial: part name -> checkpoint or folder.
-        mouth_weight: weight of the mouth's tokens in the flow loss, where any other token counts 1
-            (decided here; REST names the mouth as its weakest region). Needs landmarks; clips
-            without them count 1 everywhere.
-        compile_blocks: run the blocks of all transformers through ``torch.compile``. The same
-            numbers up to rounding; on two CPU cores a bfloat16 step takes a quarter less time,
+        mouth_weight: weight of the mouth's tokens in the flow loss, where any other token counts 1.
+            The papers weigh all tokens alike, but REST names the mouth as its weakest region.
+            Needs landmarks; in clips without them all tokens count 1.
+        compile_blocks: runs the blocks of all transformers through ``torch.compile``. The numbers
+            are the same up to rounding; on two CPU cores a bfloat16 step takes a quarter less time,
             after up to a minute of compiling.
-        sampling: how the model is to be sampled, as changes of the paper's; ``rest fit`` takes it
-            from the top-level key ``sampling``. Checkpoints remember it, and ``rest export`` and
-            ``rest test`` go by it.
+        sampling: how the model is to be sampled, as changes of the paper's sampling; ``rest fit``
+            takes it from the top-level key ``sampling``. Checkpoints store it, and ``rest export``
+            and ``rest test`` use it.
 
     Attributes:
-        sampling: the same with nothing left open.
+        sampling: the paper's sampling with these changes.
     """
 
     transformer: A2VDiT
@@ -271,7 +280,7 @@ class A2VModule(StageModule):
         self.noise_table: Tensor
 
     def configure_model(self) -> None:
-        """Compile, or shard (FSDP2) where the strategy brings a mesh: Lightning's
+        """Compiles the blocks, and shards the parts (FSDP2) under Lightning's
         ModelParallelStrategy.
         """
         if self.compile_blocks:
@@ -279,7 +288,7 @@ class A2VModule(StageModule):
         if self.device_mesh is None:
             return
         averaging = [c for c in self.trainer.callbacks if isinstance(c, WeightAveraging)]  # type: ignore[attr-defined]
-        if averaging:  # it copies the whole module, which sharded networks cannot do
+        if averaging:  # Lightning's class copies the whole module, which fails for sharded ones
             raise UserError(
                 "expected rest_lightning.callbacks.MovingAverage with sharded networks, got "
                 f"{type(averaging[0]).__name__}: put it in its place in trainer.callbacks"
@@ -287,9 +296,8 @@ class A2VModule(StageModule):
         is_mixed = str(self.trainer.precision) == "bf16-mixed"
         for part in self.children():
             shard(part, self.device_mesh, torch.bfloat16 if is_mixed else None)
-        self.strict_loading = (
-            False  # that strategy reads checkpoints itself, and frozen parts are not in them
-        )
+        # That strategy reads checkpoints itself, and frozen parts are not in them.
+        self.strict_loading = False
 
     def _compile(self) -> None:
         if self.device_mesh is not None:
@@ -307,13 +315,17 @@ class A2VModule(StageModule):
                 part.compile_blocks()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Remember how to sample, beside what every stage keeps."""
+        """Stores the sampling, beside what every stage stores."""
         super().on_save_checkpoint(checkpoint)
         checkpoint[SAMPLING_KEY] = asdict(self.sampling)
 
     def conditions(self, batch: dict[str, Any]) -> Conditions:
-        """Latents and speech latents of a batch, from frames and samples or from the caches on
-        disk.
+        """Returns the latents and speech latents of a batch, read from the caches on disk where
+        the batch has them, else encoded here.
+
+        Raises:
+            UserError: clips of another length than 1 + whole chunks, or a cache that another
+                network made.
         """
         latents = batch.get("latents")
         if latents is None:
@@ -347,21 +359,25 @@ class A2VModule(StageModule):
         return Conditions(latents, speech_latents, weights, self.teacher_speech(features))
 
     def teacher_speech(self, features: Tensor) -> Tensor | None:
-        """What a frozen teacher hears of speech features (B, F, 10, D_A); None: what is trained."""
+        """Returns the teacher's own speech latents of features (B, F, 10, D_A), or None where it
+        has no SpeechAE of its own.
+        """
         return None
 
     @torch.no_grad()
     def encode_clip(self, frames: Tensor, reference: Tensor | None = None) -> Tensor:
-        """Frames (B, 3, F, H, W) to latents; slot 0 is the reference (B, 3, H, W) where one is
-        given.
+        """Returns the latents of frames (B, 3, F, H, W); slot 0 is the reference (B, 3, H, W) where
+        one is given.
+
+        Raises:
+            UserError: a stage without a VAE.
         """
         if self.vae is None:
             raise UserError(
                 "expected batches with precomputed latents, got frames: give this stage a vae"
             )
-        with torch.autocast(
-            frames.device.type, enabled=False
-        ):  # in float32, as `rest encode` and the session do
+        # In float32, as in `rest encode` and in the session.
+        with torch.autocast(frames.device.type, enabled=False):
             latents = self.vae.encode(frames)
             if reference is not None:
                 latents = torch.cat(
@@ -371,7 +387,11 @@ class A2VModule(StageModule):
 
     @torch.no_grad()
     def speech_features(self, batch: dict[str, Any], num_frames: int) -> Tensor:
-        """Speech features (B, F, 10, D_A) of a batch."""
+        """Returns the speech features (B, F, 10, D_A) of a batch.
+
+        Raises:
+            UserError: speech of another length than the clip.
+        """
         self.check_maker(batch, "speech_of", self.speech_encoder, with_config=True)
         features = speech_features(batch, self.speech_encoder)
         if features.shape[1] != num_frames:
@@ -384,7 +404,7 @@ class A2VModule(StageModule):
     def draw(
         self, conditions: Conditions, generator: torch.Generator | None = None
     ) -> TrainingInput:
-        """Noise, sigmas and dropouts of one step (CANS or ANS), applied."""
+        """Draws noise, sigmas and dropouts of one step, and applies them to the conditions."""
         settings = self.noise
         generator = generator or step_generator(conditions.latents.device)
         length = settings.chunk_length
@@ -429,9 +449,7 @@ class A2VModule(StageModule):
     def sample_sigmas(
         self, latents: Tensor, chunk_length: int, generator: torch.Generator
     ) -> Tensor:
-        """Noise levels (B, f) of training for ``latents`` (B, C, f, h, w) in chunks of
-        ``chunk_length``.
-        """
+        """Draws noise levels (B, f) for latents (B, C, f, h, w), chunk by chunk."""
         settings = self.noise
         batch, num_chunks = latents.shape[0], (latents.shape[2] - 1) // chunk_length
         schedule = settings.schedule
@@ -446,11 +464,11 @@ class A2VModule(StageModule):
         )
 
     def forward(self, inputs: TrainingInput) -> Tensor:
-        """The network's velocity (B, C, f, h, w)."""
+        """Returns the network's velocity (B, C, f, h, w)."""
         return self.transformer(inputs.path.noisy_latents, inputs.path.sigma, inputs.speech_latents)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """One step; logs every term."""
+        """Returns the loss of one step; logs every term."""
         terms = self.losses(self.draw(self.conditions(batch)))
         self.log_dict({f"train/{name}": value.detach() for name, value in terms.items()})
         self.log("lr", self.optimizers().param_groups[0]["lr"], prog_bar=True)  # type: ignore[union-attr]
@@ -458,11 +476,11 @@ class A2VModule(StageModule):
         return terms["loss"]
 
     def losses(self, inputs: TrainingInput) -> dict[str, Tensor]:
-        """Losses by name; ``loss`` is what is minimised."""
+        """Returns the losses by name; ``loss`` is the one that is minimised."""
         return {"loss": flow_matching_loss(self(inputs), inputs.path.velocity, inputs.weights)}
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Losses on held-out clips, with draws that are the same every time."""
+        """Logs losses on held-out clips, with the same draws every time."""
         conditions = self.conditions(batch)
         generator = torch.Generator(device=conditions.latents.device).manual_seed(batch_idx)
         losses = self.validation_losses(self.draw(conditions, generator))
@@ -476,17 +494,17 @@ class A2VModule(StageModule):
             )
 
     def validation_losses(self, inputs: TrainingInput) -> dict[str, Tensor]:
-        """Losses by name: the flow loss, which all stages can be compared by."""
+        """Returns losses by name: the flow loss, by which all stages can be compared."""
         velocity = self(inputs)
         self._loss_table.add(velocity, inputs)
         return {"flow_loss": flow_matching_loss(velocity, inputs.path.velocity)}
 
     def on_validation_epoch_start(self) -> None:
-        """Forget the losses of the weights before."""
+        """Forgets the losses of the last validation."""
         self._loss_table = LossTable()
 
     def on_validation_epoch_end(self) -> None:
-        """Log the flow loss by chunk and by noise level, over the clips of all processes."""
+        """Logs the flow loss by chunk and by noise level, over the clips of all processes."""
         strategy = self.trainer.strategy
         for name, value in self._loss_table.means(
             lambda x: strategy.reduce(x.to(self.device), reduce_op="sum").cpu()
@@ -495,10 +513,10 @@ class A2VModule(StageModule):
 
 
 class LossTable:
-    """Flow loss of latent frames by their chunk and by their noise level, as running sums.
+    """Running sums of the flow loss by chunk and by noise level.
 
-    Losses differ more between noise levels than between models: a mean over all hides where a
-    model is weak.
+    Losses differ more between noise levels than between models, so one mean over all levels hides
+    where a model is weak.
     """
 
     MAX_CHUNKS = 8  # later ones count as the last
@@ -511,7 +529,7 @@ class LossTable:
 
     @torch.no_grad()
     def add(self, velocity: Tensor, inputs: TrainingInput) -> None:
-        """Take in the velocities (B, C, f, h, w) of a draw."""
+        """Takes in the velocities (B, C, f, h, w) that were predicted for a draw."""
         error = (velocity - inputs.path.velocity)[:, :, 1:].float().square().mean((1, 3, 4))
         frames = torch.arange(error.shape[1]) // inputs.chunk_length
         chunks = frames.clamp(max=self.MAX_CHUNKS - 1).expand(error.shape)
@@ -524,7 +542,11 @@ class LossTable:
                 table[row].index_add_(0, places.flatten(), numbers.flatten())
 
     def means(self, total: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """Means by name where anything was counted; ``total`` adds a tensor over processes."""
+        """Returns the means by name, of chunks and levels that occurred.
+
+        Args:
+            total: adds a tensor up over all processes.
+        """
         low = (0.0, *self.LEVELS)
         names = [f"flow_loss_chunk_{i + 1}" for i in range(self.MAX_CHUNKS)]
         names += [f"flow_loss_sigma_{a:g}_{b:g}" for a, b in zip(low, self.LEVELS, strict=False)]
@@ -537,9 +559,9 @@ class LossTable:
 
 
 def freeze_decoder(speech_ae: SpeechAE) -> None:
-    """Take a SpeechAE's decoder out of the training of a transformer.
+    """Takes a SpeechAE's decoder out of the training of a transformer.
 
-    Nothing reads it there, and DDP waits for every gradient that may come.
+    No loss depends on it there, and DDP would wait for its gradients.
     """
     for name, parameter in speech_ae.named_parameters():
         if name.startswith("decoder"):
@@ -547,12 +569,12 @@ def freeze_decoder(speech_ae: SpeechAE) -> None:
 
 
 def step_generator(device: torch.device) -> torch.Generator:
-    """A generator of one step's draws, seeded from torch's global state (which a checkpoint
-    restores).
+    """Returns a generator for the draws of one step.
+
+    It is seeded from torch's global state, which checkpoints restore.
     """
     seed = int(torch.randint(2**62, ()).item())
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        seed += (
-            torch.distributed.get_rank()
-        )  # seed_everything gives all ranks one state: they must not share noise
+        # seed_everything gives all ranks one state, but they must not draw the same noise.
+        seed += torch.distributed.get_rank()
     return torch.Generator(device=device).manual_seed(seed)

@@ -1,5 +1,5 @@
-"""What every training stage shares: the optimiser, the learning-rate curve, and which parts a
-checkpoint carries.
+"""What every training stage shares: the optimiser, the learning-rate curve, and the content of a
+checkpoint.
 """
 
 from __future__ import annotations
@@ -46,19 +46,20 @@ _WAYS_OUT = {
 
 @dataclass
 class OptimizerSettings:
-    """AdamW, or another optimiser, with a linear warm-up and a linear decay (the paper states
-    neither: decided here).
+    """AdamW, or another optimiser, with a linear warm-up and a linear decay.
+
+    REST states neither warm-up nor decay; both are choices of this project.
 
     Attributes:
         lr: learning rate of the stage.
         lr_factors: factor on ``lr`` by part name, for parts that learn at another rate.
         betas: of AdamW.
-        weight_decay: norms, biases and tables do not decay.
+        weight_decay: of weights; norms, biases and tables do not decay.
         warmup_steps: optimiser steps until ``lr`` is reached.
-        decay_start: progress (0 .. 1) from which ``lr`` falls linearly; 1 keeps it constant.
-        final_lr_fraction: what is left of ``lr`` at the end.
-        algorithm: makes another optimiser of groups of parameters, in which ``lr`` and
-            ``weight_decay`` stand; in a configuration a class, as in ``algorithm: {class_path:
+        decay_start: progress (0 to 1) from which ``lr`` falls linearly; 1 keeps it constant.
+        final_lr_fraction: fraction of ``lr`` at the end.
+        algorithm: another optimiser: a function of parameter groups, which hold ``lr`` and
+            ``weight_decay``. In a configuration it is a class, as in ``algorithm: {class_path:
             torch.optim.RMSprop, init_args: {momentum: 0.9}}``. None takes AdamW.
     """
 
@@ -73,18 +74,18 @@ class OptimizerSettings:
 
 
 class StageModule(LightningModule):
-    """Base of all stages; subclasses name their trained and frozen parts and write the steps.
+    """Base of all stages. A subclass names its trained and frozen parts and writes the steps.
 
-    A part is a network with a ``config`` property (see :mod:`rest_lightning.parts`). Trained parts
-    travel in the checkpoint together with their configuration, frozen ones do not: they come from
-    the checkpoint of their own stage.
+    A part is a network with a ``config`` property (see :mod:`rest_lightning.parts`). A checkpoint
+    holds the trained parts with their configuration. It does not hold the weights of frozen parts,
+    which the checkpoint of their own stage has.
 
     Args:
-        trained: part name -> network that this stage trains. A class of your own is stored by its
-            import path.
-        frozen: part name -> network that this stage only reads.
-        initial: part name -> checkpoint of an earlier stage, or exported folder, that the part
-            starts from.
+        trained: part name -> network that this stage trains. Checkpoints store a class of your own
+            by its import path.
+        frozen: part name -> network that this stage only uses.
+        initial: part name -> checkpoint of an earlier stage, or model folder, from which the part
+            takes its first weights.
         optimizer: settings of the optimiser.
     """
 
@@ -101,17 +102,17 @@ class StageModule(LightningModule):
         self.save_hyperparameters(ignore=names, frame=frame.f_back if frame is not None else None)
         settings = {name: plain(value) for name, value in self.hparams.items() if name[0] != "_"}
         self.hparams.clear()
-        self.hparams.update(settings)  # a checkpoint holds tensors and plain values alone
+        self.hparams.update(settings)  # a checkpoint may only hold tensors and plain values
         self.optimizer_settings = optimizer or OptimizerSettings()
         self._resumed_rng: dict[str, Any] | None = None
         self._clock = _Clock(0)
-        self._makers: dict[str, str] = {}  # of latents and features that were found to be right
+        self._makers: dict[str, str] = {}  # fingerprints that `check_maker` has accepted
         self.trained_parts = tuple(trained)
         self.frozen_parts = tuple(name for name, part in frozen.items() if part is not None)
         for name, part in [*trained.items(), *frozen.items()]:
             setattr(self, name, part)
         for name in (*self.trained_parts, *self.frozen_parts):
-            describe_part(getattr(self, name))  # what cannot be saved is told before the training
+            describe_part(getattr(self, name))  # a part that cannot be saved fails here, at once
         for name in self.frozen_parts:
             getattr(self, name).requires_grad_(False).eval()
         for name, path in (initial or {}).items():
@@ -175,13 +176,13 @@ class StageModule(LightningModule):
             )
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
-        """A stage has no test of its own: :meth:`setup` says what to do."""
+        """Does nothing; Lightning wants the method. :meth:`setup` tells what to run instead."""
 
     def setup(self, stage: str) -> None:
-        """Refuse a test, and a precision that rounds everything, buffers too.
+        """Refuses tests, and precisions that round the buffers as well as the weights.
 
-        In bfloat16 the 1,000 noise levels of the table become about 120, statistics of latents and
-        the moving average lose their last steps. Mixed precision computes as fast.
+        In bfloat16 the table's 1,000 noise levels become about 120, and statistics of latents and
+        moving averages stop moving. Mixed precision is as fast without that.
 
         Raises:
             UserError: ``rest test`` or ``rest predict`` of a stage, or ``bf16-true`` or another
@@ -203,16 +204,16 @@ class StageModule(LightningModule):
     def check_maker(
         self, batch: Mapping[str, Any], key: str, part: nn.Module, with_config: bool = False
     ) -> None:
-        """Refuse a batch of latents or features that another network made.
+        """Refuses latents or speech features that another network made.
 
         Args:
-            batch: says by ``key`` which network made them, or does not say.
+            batch: may hold the maker's fingerprint under ``key``; a batch without one passes.
             key: ``latents_of`` or ``speech_of``.
             part: the network of this stage.
             with_config: see :func:`~rest_lightning.parts.fingerprint_of`.
 
         Raises:
-            UserError: another one; previews and sessions would go by this stage's.
+            UserError: another network made them; previews and sessions would use this stage's.
         """
         made_by = batch.get(key)
         if made_by is None or made_by == self._makers.get(key):
@@ -258,16 +259,16 @@ class StageModule(LightningModule):
             groups, betas=settings.betas, weight_decay=settings.weight_decay, fused=is_fused or None
         )
         if is_fused:
-            # Lightning refuses to clip where this is set: such a kernel could unscale gradients
-            # itself. It does so only when it is given a scale, and nothing here gives it one.
+            # Lightning refuses to clip gradients of an optimiser with this flag, because its kernel
+            # could unscale them itself. It does so only with a scaler, and there is none here.
             optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
         return optimizer
 
     def parameter_groups(self) -> list[tuple[str, bool, list[str]]]:
-        """(part, whether its weights decay, names of its parameters), without empty groups.
+        """Returns (part, whether its weights decay, names of its parameters) of each group.
 
-        Weight decay pulls to zero: right for the matrices of products, wrong for what zero is no
-        neutral value of (gains, biases, tables of places and modulations).
+        Weight decay pulls towards zero. That suits matrices, but not gains, biases, and tables of
+        positions or modulations, for which zero is no neutral value. Empty groups are left out.
         """
         groups = []
         for part in self.trained_parts:
@@ -292,10 +293,7 @@ class StageModule(LightningModule):
         return warmup * max(settings.final_lr_fraction, remaining)
 
     def progress(self, step: int) -> float:
-        """Returns how much of the stage is done, 0 to 1.
-
-        By steps or by the time budget, whichever is further.
-        """
+        """Returns how much of the stage is done, 0 to 1: by steps or by time, whichever is more."""
         trainer = self._trainer
         if trainer is None:
             return 0.0
@@ -309,16 +307,16 @@ class StageModule(LightningModule):
         return min(1.0, max(done))
 
     def train(self, mode: bool = True) -> StageModule:
-        """Switches the trained parts; frozen ones stay in evaluation mode."""
+        """Switches the mode of the trained parts; frozen ones stay in evaluation mode."""
         super().train(mode)
         for name in self.frozen_parts:
             getattr(self, name).eval()
         return self
 
     def on_train_start(self) -> None:
-        """Restores the random numbers of the checkpoint.
+        """Restores the random state of the checkpoint.
 
-        Here and not earlier, since what comes before the first step may draw some.
+        Not earlier, since sanity checks and loaders may draw numbers before the first step.
         """
         if self._resumed_rng is not None:
             torch.set_rng_state(self._resumed_rng["cpu"])
@@ -330,25 +328,25 @@ class StageModule(LightningModule):
             self._resumed_rng = None
 
     def on_train_epoch_start(self) -> None:
-        """Begin to measure; what lies between two epochs is not the data's."""
+        """Starts the clock anew: the time between two epochs is no wait for data."""
         self._clock = _Clock(self.global_step)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """The wait for this batch is over."""
+        """Ends the wait for this batch."""
         self._clock.data_arrived()
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Log samples a second (of this process) and the share of time spent waiting for data."""
+        """Logs this process's samples per second and its share of time spent waiting for data."""
         names = batch.get("clip_id") if isinstance(batch, dict) else None
         self._clock.batch_done(0 if names is None else len(names))
-        # Lightning writes what is logged with the last batch of such a step.
+        # Only what is logged with the last batch of such a step reaches the logger.
         is_due = self.global_step % max(1, self.trainer.log_every_n_steps) == 0  # type: ignore[attr-defined]
         if names is not None and is_due and self.global_step != self._clock.step:
             self.log_dict(self._clock.read())
             self._clock = _Clock(self.global_step)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Log the norm of each part's gradient, before it is clipped."""
+        """Logs the norm of each part's gradient, before it is clipped."""
         if (self.global_step + 1) % max(1, self.trainer.log_every_n_steps):  # type: ignore[attr-defined]
             return
         for part in self.trained_parts:
@@ -360,8 +358,8 @@ class StageModule(LightningModule):
                 self.log(f"grad_norm/{part}", norm)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Describe the parts, leave the weights of frozen ones out; keep torch's random state
-        (Lightning does not).
+        """Adds the parts' descriptions and torch's random state, which Lightning leaves out, and
+        removes the weights of frozen parts.
         """
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
         checkpoint[RNG_KEY] = {"cpu": torch.get_rng_state(), "cuda": cuda}
@@ -376,10 +374,7 @@ class StageModule(LightningModule):
                 del state[key]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Puts the frozen parts back.
-
-        Loading then stays strict for everything else.
-        """
+        """Puts the weights of frozen parts back, so that loading can be strict."""
         self._regroup(checkpoint)
         self._resumed_rng = checkpoint.get(RNG_KEY)
         own = self.state_dict()
@@ -387,7 +382,7 @@ class StageModule(LightningModule):
             state.update({key: own[key] for key in self._frozen_keys(own)})
 
     def _regroup(self, checkpoint: dict[str, Any]) -> None:
-        """Bring the optimiser's state of a checkpoint with one group a part into today's groups."""
+        """Converts the optimiser's state of old checkpoints, which had one group for each part."""
         groups = self.parameter_groups()
         for state in checkpoint.get("optimizer_states", ()):
             before = {group.get("name"): group for group in state["param_groups"]}
@@ -421,7 +416,10 @@ class StageModule(LightningModule):
 
 
 def plain(value: Any) -> Any:
-    """A setting as YAML has it: a dataclass is a mapping, any other object its class."""
+    """Returns a setting as YAML would have it.
+
+    A dataclass becomes a mapping, any other object the path of its class.
+    """
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Mapping):
@@ -439,7 +437,7 @@ def plain(value: Any) -> Any:
 def typed_settings(
     cls: type[StageModule], settings: Mapping[str, Any], skip: set[str]
 ) -> dict[str, Any]:
-    """The settings of :func:`plain` as the constructor takes them.
+    """Returns settings of :func:`plain` in the types that the constructor of ``cls`` takes.
 
     Raises:
         UserError: a value that the constructor does not take (any more).
@@ -478,7 +476,7 @@ def _frozen_part(
 
 
 class _Clock:
-    """How long a training waits for its data, and how much it trains on, from a step on."""
+    """Measures, from one step on, the wait for data and the number of samples."""
 
     def __init__(self, step: int) -> None:
         self.step = step
@@ -517,17 +515,17 @@ def _model_states(checkpoint: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes beside the target, then renames.
+    """Writes a checkpoint beside its target, then renames it.
 
-    Lightning writes to the system's temporary folder first and moves: on another file system that
-    is a copy, and a process that is killed meanwhile leaves half a ``last.ckpt`` where a whole one
-    was.
+    Lightning writes to the system's temporary folder and moves the file. Across file systems a move
+    is a copy, so a process killed meanwhile would leave half a ``last.ckpt`` in place of a whole
+    one.
     """
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any | None = None
     ) -> None:
-        """Write ``path``; an address such as ``s3://...`` is left to Lightning."""
+        """Writes ``path``; an address such as ``s3://...`` is left to Lightning."""
         if "://" in str(path) or storage_options is not None:
             super().save_checkpoint(checkpoint, path, storage_options)
             return

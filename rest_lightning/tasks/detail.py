@@ -1,6 +1,4 @@
-"""Training of the network that puts the portrait's detail back into decoded frames (beyond the
-paper).
-"""
+"""Training of the network that adds the portrait's detail to decoded frames (not in REST)."""
 
 from __future__ import annotations
 
@@ -21,19 +19,19 @@ class DetailModule(StageModule):
     """Trains a :class:`~rest_lightning.models.detail.DetailTransfer` on reconstructions of a frozen
     VAE.
 
-    The portrait is the batch's ``reference``: with ``data.reference: clip_start`` the still that an
-    animated clip comes from, which later frames show moved.
+    The portrait is the batch's ``reference``. With ``data.reference: clip_start`` that is the still
+    that an animated clip was made from; its later frames show the same face moved.
 
     Args:
         detail: the network.
         vae: frozen.
         optimizer: AdamW settings.
         initial: ``{"vae": checkpoint or folder}``, and ``detail`` to go on.
-        latent_noise: strength up to which normalised latents get noise, since generated ones are
-            never exact.
-        num_frames: frames of a window that are looked at in each step, evenly spread; the decoder
-            needs all before.
-        mouth_weight, eyes_weight: of their pixels, where any other pixel counts 1.
+        latent_noise: largest strength of the noise on normalised latents, drawn for each clip,
+            since generated latents are never exact.
+        num_frames: frames of a window that each step trains on, evenly spread (the decoder has to
+            decode all of them).
+        mouth_weight, eyes_weight: weights of their pixels, where any other pixel counts 1.
     """
 
     detail: DetailTransfer
@@ -56,8 +54,8 @@ class DetailModule(StageModule):
 
     @torch.no_grad()
     def decode(self, frames: Tensor, reference: Tensor, noise: float) -> tuple[Tensor, Tensor]:
-        """Decoded frames (B, 3, F, H, W) after slot 0, and the decoded portrait (B, 3, H, W), as in
-        streaming.
+        """Returns the decoded frames (B, 3, F, H, W) after slot 0 and the decoded portrait
+        (B, 3, H, W), as a stream would decode them.
         """
         portrait = self.vae.encode(reference[:, :, None])
         latents = torch.cat([portrait, self.vae.encode(frames)[:, :, 1:]], dim=2)
@@ -68,13 +66,15 @@ class DetailModule(StageModule):
         return decoded[:, :, 1:], decoded[:, :, 0]
 
     def forward(self, decoded: Tensor, reference: Tensor, reconstruction: Tensor) -> Tensor:
-        """Decoded frames (B, 3, F, H, W) with the detail of a portrait (B, 3, H, W)."""
+        """Returns decoded frames (B, 3, F, H, W) with the detail of a portrait (B, 3, H, W)."""
         stream = _KeepsGradients()
         self.detail.start(reference, reconstruction, stream)
         return self.detail(decoded, stream)
 
     def losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """Weighted absolute and squared errors of the frames; ``loss`` is their sum."""
+        """Returns the weighted absolute and squared errors of the frames, and ``loss``, their sum
+        with a weight of 4 on the squared one.
+        """
         frames, reference = batch["frames"], batch["reference"]
         check_frames(frames)
         decoded, reconstruction = self.decode(frames, reference, self.latent_noise)
@@ -87,15 +87,15 @@ class DetailModule(StageModule):
         return {**terms, "loss": terms["l1"] + 4.0 * terms["l2"]}
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """One step; logs every term."""
+        """Returns the loss of one step; logs every term."""
         terms = self.losses(batch)
         self.log_dict({f"train/{name}": value.detach() for name, value in terms.items()})
         self.log("train_loss", terms["loss"].detach(), prog_bar=True, logger=False)
         return terms["loss"]
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """PSNR with and without the detail, whole and at the mouth, and that of the portrait
-        itself.
+        """Logs the PSNR with and without the detail, of whole frames and of the mouth, and that of
+        the portrait itself.
         """
         frames, reference = batch["frames"], batch["reference"]
         decoded, reconstruction = self.decode(frames, reference, 0.0)
@@ -123,7 +123,7 @@ class DetailModule(StageModule):
 
 
 class _KeepsGradients(Stream):
-    """A stream of one forward: what is remembered stays in the graph."""
+    """A stream for one forward: the pasts of layers stay in the graph of gradients."""
 
     def remember(self, name: str, past: Tensor) -> None:
         self[name] = past

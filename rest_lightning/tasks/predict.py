@@ -1,5 +1,5 @@
-"""``rest predict`` makes many videos through the session that streams live; ``rest test`` scores a
-model.
+"""The modules of ``rest predict``, which makes many videos through a streaming session, and of
+``rest test``, which scores a model.
 """
 
 from __future__ import annotations
@@ -24,16 +24,17 @@ from rest_lightning.talking_head import DEFAULT_MODEL, TalkingHead
 
 
 class PredictModule(LightningModule):
-    """Streams the blocks of a `SpeechStream`; the session, and with it the ID-Context Cache, lives
-    on across steps.
+    """Streams the blocks of a `SpeechStream`.
+
+    The session, and with it the ID-Context Cache, lives on from step to step.
 
     Args:
         model: folder of a model; None is the bundled one.
         sampling: changes of the model's own; ``rest predict`` takes them from the top-level key
             ``sampling``.
         seed: of the noise of every video.
-        dtype: of the model, as for ``rest talk``: ``auto`` is what the trainer's device multiplies
-            natively.
+        dtype: of the model, as for ``rest talk``; ``auto`` takes bfloat16 where the trainer's
+            device multiplies it natively.
         size_px: side of the square frames: the model's own or twice that, see
             :class:`~rest_lightning.streaming.engine.EngineOptions`; None takes the model's.
     """
@@ -57,9 +58,7 @@ class PredictModule(LightningModule):
 
     @property
     def configuration(self) -> dict[str, Any]:
-        """What decides the videos beside portrait and speech; known once a trainer has the
-        module.
-        """
+        """Returns what determines the videos, beside portrait and speech. Needs a trainer."""
         larger = {"size_px": self.size_px} if self.size_px != self.head.size_px else {}
         return {
             "model": self.model_name,
@@ -73,13 +72,13 @@ class PredictModule(LightningModule):
         return dtype_on(self.dtype_name, self.trainer.strategy.root_device.type)
 
     def setup(self, stage: str) -> None:
-        """Bring the model to its type."""
+        """Converts the model to its dtype."""
         self.head.set_dtype(self._head_dtype())
 
     def on_predict_batch_start(
         self, batch: SpeechBlock, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Open a session when another pair begins: the ID-Sink is filled before its first
+        """Opens a session when another pair begins, so that the ID-Sink is filled before its first
         samples.
         """
         if not batch["is_first"]:
@@ -98,8 +97,9 @@ class PredictModule(LightningModule):
             self.failure = str(error)
 
     def predict_step(self, batch: SpeechBlock, batch_idx: int) -> NDArray[np.uint8]:
-        """The frames that this block completes, uint8 (n, H, W, 3); none of a pair that has failed
-        (``failure`` says why), and the list goes on.
+        """Returns the frames that this block completes, uint8 (n, H, W, 3).
+
+        A pair that has failed gets none: ``failure`` says why, and the next pair goes on.
         """
         if self.failure is None:
             assert self.session is not None
@@ -113,18 +113,19 @@ class PredictModule(LightningModule):
 
 
 class EvaluateModule(LightningModule):
-    """Holds what generates the clips: a student streams, a teacher makes whole clips.
+    """Holds the generator of the clips: a student streams, a teacher makes whole clips.
 
     Args:
-        model: folder of `rest export`, checkpoint of a student or teacher stage; None is the
+        model: folder of `rest export`, or checkpoint of a student or teacher stage; None is the
             bundled model.
         vae: checkpoint or folder with the VAE, where ``model`` is a checkpoint.
         sampling: changes of the model's own; ``rest test`` takes them from the top-level key
             ``sampling``.
         seed: of the noise of every clip.
-        dtype: of the model, as for ``rest talk``. A model of paper size is scored as it runs, in
-            bfloat16; the row says so.
-        clip_latents: of a teacher: READ's overlapping clips in place of the whole one.
+        dtype: of the model, as for ``rest talk``. Score a model of paper size in bfloat16, as it
+            runs; the row says so.
+        clip_latents: of a teacher: latents of each of READ's overlapping clips; None makes the
+            whole clip at once.
     """
 
     def __init__(
@@ -142,11 +143,11 @@ class EvaluateModule(LightningModule):
         self.dtype_name = dtype
 
     def setup(self, stage: str) -> None:
-        """Bring the model to its type."""
+        """Converts the model to its dtype."""
         dtype = dtype_on(self.dtype_name, self.trainer.strategy.root_device.type)
         if dtype != torch.float32:
             self.generator.set_dtype(dtype)
             self.configuration["dtype"] = str(dtype).removeprefix("torch.")
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Nothing: the callback generates and scores, clip by clip."""
+        """Does nothing: the callback ``Evaluation`` generates and scores, clip by clip."""

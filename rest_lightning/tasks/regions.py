@@ -1,4 +1,4 @@
-"""Where mouth and eyes are: pixel weights from landmarks."""
+"""Weights of pixels and tokens by region (mouth, eyes), and random crops, from landmarks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rest_lightning.metrics.image import EYE_BOX, MOUTH_BOX
 def region_weights(
     landmarks: Tensor, size: tuple[int, int] | torch.Size, mouth: float, eyes: float
 ) -> Tensor:
-    """Weight of every pixel: ``mouth`` and ``eyes`` inside their boxes, 1 elsewhere.
+    """Returns the weight of each pixel: ``mouth`` and ``eyes`` inside their boxes, else 1.
 
     Args:
         landmarks: (B, F, 3, 2) centres of mouth, left and right eye in fractions of the image; NaN
@@ -41,7 +41,7 @@ def region_weights(
 
 
 def landmarks_of(batch: Mapping[str, Any], num_frames: int) -> Tensor:
-    """Landmarks (B, F, 3, 2) of a batch; NaN, unknown, where it has none."""
+    """Returns the landmarks (B, F, 3, 2) of a batch; NaN, unknown, where it has none."""
     found = batch.get("landmarks")
     if found is not None:
         return found
@@ -52,15 +52,15 @@ def landmarks_of(batch: Mapping[str, Any], num_frames: int) -> Tensor:
 def random_crops(
     frames: Tensor, weights: Tensor, centres: Tensor, side_px: int, centred: float = 0.5
 ) -> tuple[Tensor, Tensor]:
-    """A random square of every clip, the same in all of its frames.
+    """Cuts a random square out of every clip, the same one in all of its frames.
 
     Args:
         frames: (B, C, F, H, W).
         weights: of the pixels, (B, 1, F, H, W).
-        centres: (B, F, 2) of what is to be seen more often, in fractions of the image; NaN where
+        centres: (B, F, 2) of a region to be seen more often, in fractions of the image; NaN where
             unknown.
         side_px: side of the squares, at most H and W.
-        centred: share of the squares that are placed around the centre, about in their middle.
+        centred: share of the squares that have this region near their middle, 0 to 1.
 
     Returns:
         Frames and weights of the squares, (B, C, F, side, side) and (B, 1, F, side, side).
@@ -83,18 +83,19 @@ def random_crops(
 
 
 def token_weights(landmarks: Tensor, height: int, width: int, mouth: float) -> Tensor:
-    """:func:`region_weights` of latent tokens: each the mean over its place and its frames (slot 0
-    has one frame).
+    """Returns the weights of latent tokens: means of :func:`region_weights` over their pixels.
+
+    A token covers 8 frames, and one frame in slot 0.
 
     Args:
-        landmarks: (B, 8 n + 1, 3, 2) as there.
+        landmarks: (B, 8 n + 1, 3, 2), see :func:`region_weights`.
         height, width: of the latents.
-        mouth: weight of the mouth's box; all else counts 1.
+        mouth: weight of the mouth's box; everything else counts 1.
 
     Returns:
         (B, 1, 1 + n, height, width) float32.
     """
-    samples = 8  # per side of a token: the box's edges fall between tokens
+    samples = 8  # pixels on a token's side: the box's edges do not fall on those of tokens
     fine = region_weights(landmarks, (samples * height, samples * width), mouth, 1.0)
     frames = F.avg_pool2d(fine[:, 0], samples)
     later = frames[:, 1:].unflatten(1, (-1, TEMPORAL_RATIO)).mean(2)

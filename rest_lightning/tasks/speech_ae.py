@@ -1,4 +1,4 @@
-"""Pre-training of SpeechAE (READ)."""
+"""Training of SpeechAE (READ), and the speech features that all stages read."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class SpeechAEModule(StageModule):
     Args:
         speech_ae: the network.
         speech_encoder: frozen.
-        temperature: of the InfoNCE term (decided here: 0.1).
+        temperature: of the InfoNCE term; READ does not give it.
         optimizer: AdamW settings; READ trains this stage at 1e-4.
         initial: ``{"speech_ae": checkpoint or folder}``.
     """
@@ -45,18 +45,18 @@ class SpeechAEModule(StageModule):
         self.temperature = temperature
 
     def forward(self, features: Tensor) -> Tensor:
-        """Speech features (B, F, 10, D_A) to their reconstruction."""
+        """Returns the reconstruction of speech features (B, F, 10, D_A)."""
         return self.speech_ae.decode(self.speech_ae.encode(features))
 
     def losses(self, batch: dict[str, Any]) -> SpeechAELoss:
-        """The losses of one batch."""
+        """Returns the losses of one batch."""
         self.check_maker(batch, "speech_of", self.speech_encoder, with_config=True)
         with torch.no_grad():
             features = speech_features(batch, self.speech_encoder)
         return speech_ae_loss(self(features), features, temperature=self.temperature)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """One step; logs every term."""
+        """Returns the loss of one step; logs every term."""
         terms = self.losses(batch)
         self.log_dict(
             {
@@ -68,7 +68,7 @@ class SpeechAEModule(StageModule):
         return terms.loss
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """The same losses on held-out clips."""
+        """Logs the same losses on held-out clips."""
         terms = self.losses(batch)
         for name in ("loss", "mse", "contrastive"):
             self.log(
@@ -81,21 +81,23 @@ class SpeechAEModule(StageModule):
 
 
 def speech_features(batch: Mapping[str, Any], encoder: SpeechEncoder) -> Tensor:
-    """Features (B, F, 10, D_A) of a batch: from the cache on disk where it has been read, else by
-    ``encoder``.
+    """Returns the features (B, F, 10, D_A) of a batch, from the cache on disk where the batch has
+    them (``speech_steps``), else by ``encoder``.
     """
     audio = crop_audio(batch, encoder)
     if "speech_steps" in batch:
         return encoder.unpack(batch["speech_steps"], encoder.num_frames(audio))
-    # Row by row: matrix products round by the size of the batch, and the cache was made without
-    # knowing it.
+    # Row by row, as the cache is made: matrix products round differently in larger batches.
     return torch.cat([encoder(row) for row in audio.split(1)])
 
 
 def crop_audio(batch: Mapping[str, Any], encoder: SpeechEncoder) -> Tensor:
-    """Cut a batch's ``audio`` (B, 640 * (left + F + right)) down to what ``encoder`` reads.
+    """Returns the audio of a batch, cut to the margins that ``encoder`` reads.
 
-    Where the batch does not state its ``audio_margin_frames``, they are taken for the encoder's.
+    Args:
+        batch: ``audio`` (B, 640 * (left + F + right)) and its ``audio_margin_frames``; a batch
+            without the latter has the encoder's margins already.
+        encoder: reads left and right context beyond the clip.
 
     Raises:
         UserError: margins that are too small.

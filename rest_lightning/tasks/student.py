@@ -1,5 +1,5 @@
-"""The streaming student: chunk by chunk through the ID-Context Cache (REST sec. 3.2 and 3.4), and
-beyond REST.
+"""Training of the streaming student: on ground truth and by distillation (REST sec. 3.2 and 3.4),
+and with two stages that REST does not have, self-rollout and distillation of steps.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from rest_lightning.diffusion.distillation import (
-    average_velocity,
-    guided_velocity,
-    levels_of_steps,
-    sample_sigmas_of_steps,
-)
 from rest_lightning.diffusion.losses import asd_loss, flow_matching_loss
 from rest_lightning.diffusion.noise import add_noise
 from rest_lightning.diffusion.rollout import Context, roll_out
 from rest_lightning.diffusion.sampling import Sampling, SamplingChanges
 from rest_lightning.diffusion.schedule import sampling_sigmas
+from rest_lightning.diffusion.step_distillation import (
+    average_velocity,
+    guided_velocity,
+    levels_of_steps,
+    sample_sigmas_of_steps,
+)
 from rest_lightning.errors import UserError
 from rest_lightning.models.speech import SpeechEncoder
 from rest_lightning.models.speech_ae import SpeechAE
@@ -48,11 +48,11 @@ class ASDSettings:
         alpha: weight of the contrastive loss.
         beta: weight of the smoothness loss.
         temperature: of the contrastive loss.
-        anchored: whether the smoothness loss begins with the reference (REST's sum over v_0, v_1,
-            ...); False begins with the first generated frame.
-        teacher_speech: ``own``: the teacher hears speech through the SpeechAE that it was trained
-            with, frozen as it is; ``student``: through the student's, which goes on training. REST
-            does not say (decided here).
+        anchored: whether the smoothness loss starts at the reference (REST's sum starts at v_0);
+            False starts at the first generated frame.
+        teacher_speech: with ``own`` the teacher hears speech through the SpeechAE that it was
+            trained with, frozen; with ``student`` through the student's, which goes on training, so
+            that the teacher's output drifts along. REST does not say which.
 
     Raises:
         UserError: another ``teacher_speech``.
@@ -75,21 +75,23 @@ class ASDSettings:
 
 @dataclass
 class RolloutSettings:
-    """Self-rollout (decided here): later chunks read keys and values of chunks that the student
-    sampled itself.
+    """Self-rollout: later chunks read the keys and values of chunks that the student has sampled.
 
-    Only the student's context changes: the noisy chunks, their targets and, with ASD, what the
-    teacher sees (the whole noisy sequence of the same draw) stay as they are. The samples start
-    from the noise of the draw and carry no gradient; whether the weights get one through the
-    context's keys and values is ``cache_gradient``'s choice.
+    REST trains on contexts of ground truth, which a stream never has. Only the student's context
+    changes here. The noisy chunks and their targets stay as they are, and so does what the teacher
+    of ASD sees. The samples start from the noise of the draw and carry no gradient;
+    ``cache_gradient`` decides whether the context's keys and values carry one.
 
     Attributes:
-        num_steps: Euler steps per chunk, without guidance: fewer than in a stream, for their cost
-            and for the sake of larger errors to learn from.
+        num_steps: Euler steps per chunk, without guidance: fewer than in a stream, since they are
+            cheaper and make larger errors to learn from.
         shift: shift of the sigma table; None takes LTX's, which follows the number of tokens.
-        probability: of a sample to be rolled out; the others keep contexts of noised ground truth.
-            The ground truth does not continue the student's own chunk exactly: at 1 this may teach
-            it to mistrust its context.
+        probability: that a sample is rolled out; the others keep contexts of noised ground truth.
+            The ground truth does not exactly continue a chunk that the student has sampled, so at 1
+            the student may learn to ignore its context.
+
+    Raises:
+        UserError: no step, or a probability outside 0 to 1.
     """
 
     num_steps: int = 4
@@ -110,26 +112,28 @@ class RolloutSettings:
 
 @dataclass
 class DistillSettings:
-    """Guidance and step distillation (decided here; see
-    :mod:`rest_lightning.diffusion.distillation`).
+    """Distillation of guidance and steps (not in REST), see
+    :mod:`rest_lightning.diffusion.step_distillation`.
 
-    The student learns to go in one step, without guidance, where the frozen source goes in
-    ``num_steps / student_steps`` guided ones. Noise levels are those of the student's sampler,
-    drawn for every chunk on its own; contexts are the ground truth at the level that each of the
-    two would cache. No other loss is taken.
+    One step of the student, without guidance, learns to end where ``num_steps / student_steps``
+    guided steps of the frozen source end. Noise levels are those of the student's sampler, drawn
+    for each chunk. Contexts are ground truth at the noise level that the student's or the source's
+    cache would hold. There is no other loss.
 
     Attributes:
-        source: checkpoint of a student stage, or a model folder; also what the student should start
-            from.
-        guidance: weight of the source's joint guidance; 1 for a source that has been distilled
-            before.
+        source: checkpoint of a student stage, or a model folder; the student should start from it,
+            too.
+        guidance: weight of the source's joint guidance; 1 for a source that is distilled itself.
         num_steps: Euler steps of the source per chunk.
         student_steps: Euler steps of the student; divides ``num_steps``. Halve them stage by stage
             (8, 4, 2).
         shift: shift of the source's sigma table; None takes LTX's. The student's table is every
-            n-th level of it, so that each of its steps ends where steps of the source end.
-        table_steps: steps of the table that the source's own levels are every n-th of, where the
-            source has been distilled before; None: its table has ``num_steps`` steps.
+            n-th level of it, so that each of its steps ends where a step of the source ends.
+        table_steps: of a source that is distilled itself: steps of the table from which its own
+            levels were taken; None: ``num_steps``.
+
+    Raises:
+        UserError: steps that do not divide each other, or nothing to distil.
     """
 
     source: str
@@ -160,31 +164,34 @@ class DistillSettings:
 
     @property
     def sampling(self) -> Sampling:
-        """The one sampler that the student learns."""
+        """Returns the sampling that the student learns; it works with no other."""
         total = self.table_steps or self.num_steps
         return Sampling(self.student_steps, guidance=1.0, shift=self.shift, table_steps=total)
 
     def sigmas(self, num_steps: int, num_tokens: int) -> list[float]:
-        """Levels of ``num_steps`` steps, from the one table of source and student."""
+        """Returns the levels of ``num_steps`` steps, from the table of source and student."""
         total = self.table_steps or self.num_steps
         return sampling_sigmas(num_steps, self.shift, num_tokens, total)
 
 
 class StudentModule(A2VModule):
-    """Trains an A2V-DiT with chunked attention: pre-training on ground truth, or one of the stages
-    after it.
+    """Trains an A2V-DiT with chunked attention: on ground truth, or in one of the later stages.
 
-    Training runs all chunks in one parallel forward, which equals the sequential cached
-    computation.
+    All chunks run in one parallel forward, which gives the same as chunk after chunk with the
+    cache.
 
     Args:
         transformer, speech_ae, speech_encoder, vae, noise, optimizer, initial, mouth_weight,
-            compile_blocks, sampling: see :class:`A2VModule`; ``initial`` takes the transformer
+            compile_blocks, sampling: see :class:`A2VModule`; ``initial`` may take the transformer
             from the teacher's checkpoint, whose parameter names are the same.
         asd: distillation from the teacher, or None.
-        rollout: contexts of the student's own making, with or without ``asd``, or None.
-        distill: distillation of guidance and steps from a student, or None; a stage of its own.
-            Checkpoints then remember the sampler that is learnt, whatever ``sampling`` says.
+        rollout: contexts that the student samples itself, with or without ``asd``, or None.
+        distill: distillation of guidance and steps from another student, or None; a stage of its
+            own. Checkpoints then store the sampling that is learnt, whatever ``sampling`` says.
+
+    Raises:
+        UserError: a teacher's transformer, chunk lengths that differ between ``noise`` and the
+            transformer, or stages that exclude each other.
     """
 
     teacher: A2VDiT
@@ -258,14 +265,16 @@ class StudentModule(A2VModule):
             sampling,
         )
         self.asd, self.rollout, self.distill = asd, rollout, distill
-        if distill:  # trained at the levels of its sampler, whatever the table holds
+        if distill:  # training sees the levels of the sampler alone, not those of the table
             transformer.remember_noise(None)
             self.sampling = distill.sampling
 
     def sample_sigmas(
         self, latents: Tensor, chunk_length: int, generator: torch.Generator
     ) -> Tensor:
-        """As in every stage, but for ``distill``: the levels at which the student's steps begin."""
+        """Draws noise levels as in every stage; with ``distill`` those at which the student's steps
+        begin.
+        """
         if self.distill is None:
             return super().sample_sigmas(latents, chunk_length, generator)
         table = torch.tensor(
@@ -279,7 +288,7 @@ class StudentModule(A2VModule):
     def draw(
         self, conditions: Conditions, generator: torch.Generator | None = None
     ) -> TrainingInput:
-        """Noise, sigmas and dropouts of one step; with ``rollout`` also which samples are rolled
+        """Draws noise, sigmas and dropouts of one step, and with ``rollout`` the samples to roll
         out.
         """
         generator = generator or step_generator(conditions.latents.device)
@@ -291,16 +300,20 @@ class StudentModule(A2VModule):
 
     @torch.no_grad()
     def teacher_speech(self, features: Tensor) -> Tensor | None:
-        """Speech latents of the teacher's own SpeechAE, with ``asd.teacher_speech: own``."""
+        """Returns speech latents of the teacher's own SpeechAE with ``asd.teacher_speech: own``,
+        else None.
+        """
         if self.asd is None or self.asd.teacher_speech != "own":
             return None
         return self.teacher_speech_ae.encode(features)
 
     def forward(self, inputs: TrainingInput, context: Context | None = None) -> Tensor:
-        """The network's velocity; later chunks read ``context``, by default what the draw holds of
-        the ground truth.
+        """Returns the network's velocity (B, C, f, h, w).
 
-        That is the noisy latents themselves, or with ``cache_noise: clean_pass`` the clean ones.
+        Args:
+            inputs: the draw.
+            context: what later chunks see of earlier ones; None takes the noisy latents of the
+                draw, or with ``cache_noise: clean_pass`` the clean ones.
         """
         if context is None and self._caches_clean:
             context = self._truth(inputs, 0.0)
@@ -317,10 +330,10 @@ class StudentModule(A2VModule):
         )
 
     def losses(self, inputs: TrainingInput) -> dict[str, Tensor]:
-        """The flow loss to ground truth, and with ASD the teacher's contrastive and smoothness
-        losses.
+        """Returns the flow loss against ground truth, and with ``asd`` the contrastive and the
+        smoothness loss against the teacher.
 
-        With ``distill`` the distance to the source's guided velocities instead.
+        With ``distill`` it is the distance to the source's guided velocities instead.
         """
         if self.distill is not None:
             return {"loss": self.distillation_loss(inputs, self.distill)}
@@ -351,11 +364,11 @@ class StudentModule(A2VModule):
         }
 
     def validation_losses(self, inputs: TrainingInput) -> dict[str, Tensor]:
-        """The flow loss; with ``rollout`` also that of contexts of the student's own making, with
-        ``distill`` its own.
+        """Returns the flow loss, and with ``rollout`` also that of contexts which the student has
+        sampled.
 
-        A distilled student predicts average velocities of a guided stream: its flow loss would say
-        nothing.
+        With ``distill`` it is the loss of that stage alone: such a student predicts average
+        velocities of a guided stream, of which the flow loss says nothing.
         """
         if self.distill is not None:
             return {"distillation_loss": self.distillation_loss(inputs, self.distill)}
@@ -370,14 +383,14 @@ class StudentModule(A2VModule):
         return losses
 
     def own_context(self, inputs: TrainingInput) -> Context | None:
-        """Contexts with the student's own samples in the rows that are rolled out; None if there
-        are no such rows.
+        """Returns contexts with the student's own samples in the rows to roll out, or None where
+        there are no such rows.
         """
         if self.rollout is None or inputs.rolled_out is None:
             return None
         mask = inputs.rolled_out.to(inputs.clean_latents.device)
-        # Sharded networks gather their weights in every forward, so all ranks have to run equally
-        # many.
+        # Sharded networks gather their weights in every forward, so all ranks must run equally
+        # many: there all rows are rolled out, and the mask picks some afterwards.
         rows = (
             torch.arange(len(mask), device=mask.device)
             if self.device_mesh
@@ -405,8 +418,8 @@ class StudentModule(A2VModule):
         return Context(latents, torch.where(mask[:, None], sigma, truth.sigma))
 
     def distillation_loss(self, inputs: TrainingInput, settings: DistillSettings) -> Tensor:
-        """Mean squared distance of the student's velocity and the average velocity of the source's
-        guided steps.
+        """Returns the mean squared distance between the student's velocity and the average velocity
+        of the source's guided steps.
         """
         latents, sigma, speech = (
             inputs.path.noisy_latents,
@@ -439,27 +452,25 @@ class StudentModule(A2VModule):
         return self.transformer.cache_options.cache_noise == "clean_pass"
 
     def _truth(self, inputs: TrainingInput, level: float) -> Context:
-        """The ground truth at one level, with the noise of the draw."""
+        """The ground truth at one noise level, with the noise of the draw."""
         sigma = torch.full_like(inputs.path.sigma, level)
         sigma[:, 0] = 0.0
         return Context(add_noise(inputs.clean_latents, inputs.noise, sigma), sigma)
 
     def _sigmas(self, num_steps: int, latents: Tensor) -> list[float]:
-        """Levels of a sampler of the stage's settings."""
+        """Noise levels of a sampler with the shift of ``distill`` or ``rollout``."""
         if self.distill is not None:
             return self.distill.sigmas(num_steps, self._num_tokens(latents))
         assert self.rollout is not None
         return sampling_sigmas(num_steps, self.rollout.shift, self._num_tokens(latents))
 
     def _num_tokens(self, latents: Tensor) -> int:
-        """Latent tokens of the window, which LTX's schedule follows."""
+        """Latent tokens of the window, on which LTX's schedule depends."""
         return self.transformer.cache_options.num_slots * latents.shape[3] * latents.shape[4]
 
 
 def _load_frozen(source: str, student: A2VDiT, role: str, attention: str) -> A2VDiT:
-    """The frozen transformer of a checkpoint or folder: a ``teacher`` or a ``source`` of the
-    student's shape.
-    """
+    """Returns a transformer of the student's shape, as a ``teacher`` or a ``source``."""
     description, state = read_part("transformer", source)
     frozen = build_part(description)
     assert isinstance(frozen, A2VDiT)

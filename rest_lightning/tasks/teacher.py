@@ -9,8 +9,12 @@ from rest_lightning.tasks.a2v import A2VModule
 
 
 class TeacherModule(A2VModule):
-    """Trains an A2V-DiT with full attention on the flow-matching loss; arguments of
-    :class:`A2VModule`.
+    """Trains an A2V-DiT with full attention on the flow-matching loss.
+
+    Arguments are those of :class:`A2VModule`.
+
+    Raises:
+        UserError: a transformer with chunked attention.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

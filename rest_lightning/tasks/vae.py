@@ -23,23 +23,21 @@ from rest_lightning.models.vae import (
 from rest_lightning.tasks.base import OptimizerSettings, StageModule
 from rest_lightning.tasks.regions import landmarks_of, random_crops, region_weights
 
-PRINCIPAL_FRAMES = (
-    17  # of the windows that the principal path is fitted to, whatever length the training has
-)
+PRINCIPAL_FRAMES = 17  # length of the windows that the principal path is fitted to
 
 
 @dataclass
 class VAELossWeights:
-    """Weights of the VAE's losses (the papers name no VAE losses: decided here, see
-    docs/method.md#vae).
+    """Weights of the VAE's losses.
+
+    The papers name no losses of a VAE; docs/method.md#vae tells why these were chosen.
 
     Attributes:
         l1: absolute error of pixels.
-        l2: squared error of pixels, which PSNR is made of: it looks at the few large errors of a
-            moving mouth.
+        l2: squared error of pixels, as in PSNR; it weighs the few large errors of a moving mouth.
         difference: absolute error of the differences of neighbouring frames.
-        border: extra weight of the differences across a latent border (frames 8k and 8k+1), where
-            an 8x temporal compression makes jumps.
+        border: factor on the differences across a latent border (frames 8k and 8k + 1), where
+            temporal compression makes videos jump.
         kl: Kullback-Leibler divergence of the latents from a unit Gaussian, per value.
         lpips: LPIPS of single frames; needs the published VGG weights.
         mouth, eyes: weight of a mouth's or an eye's pixels, where any other pixel counts 1.
@@ -60,34 +58,32 @@ class VAELossWeights:
 
 
 class VAEModule(StageModule):
-    """Trains a :class:`VideoAutoencoder` on clips; the latents' statistics are measured while it
-    validates.
+    """Trains a :class:`VideoAutoencoder` on clips; a validation measures the latents' statistics.
 
     Args:
         vae: the network.
         loss_weights: weights of the losses.
         optimizer: AdamW settings.
         initial: ``{"vae": checkpoint or folder}`` to start from.
-        principal_batches: batches from which a network with a principal path gets its components,
-            before the first step of a training that does not resume a checkpoint; 0 leaves the path
-            as it is. With ``initial`` the path is fitted anew, to other data, and the network
-            begins as a silent one with trained features.
+        principal_batches: batches to which the principal path of the network is fitted, before the
+            first step of a new training; 0 leaves the path as it is. With ``initial`` it is fitted
+            to the new data, and the trained network adds nothing to the path at first.
         whitening: of the components, see :func:`~rest_lightning.models.vae.fit_principal_path`.
-        train_encoder: False trains the decoder alone (and measures no statistics anew): latents
-            made before, and models trained on them, stay valid. Required where published statistics
-            of the latents rule (LTX-Video's VAE): they would no longer be those of the encoder.
-        latent_noise: while training, the decoder reads normalised latents with noise of a random
-            strength up to this: a generated latent is never exactly one that the encoder makes
-            (decided here). Needs measured statistics.
-        crop_px: training sees a random square of this side of every clip: a convolutional network
-            learns as much from a quarter of the pixels in a quarter of the time. A multiple of 32;
-            None takes whole frames, which the last minutes should see, for the sake of their
-            borders.
-        mouth_crops: share of these squares that are placed around the mouth.
+        train_encoder: False trains the decoder alone and measures no statistics, so that existing
+            latents, and models trained on them, stay valid. A VAE with published statistics
+            (LTX-Video's) needs that, since they belong to its published encoder.
+        latent_noise: largest strength of the noise that is added to normalised latents before they
+            are decoded, drawn for each clip, in training only: a generated latent is never exactly
+            one of the encoder's. Needs measured statistics.
+        crop_px: side of a random square that training sees of every clip, a multiple of 32. A
+            convolutional network learns as much from a quarter of the pixels, in a quarter of the
+            time. None takes whole frames; the last minutes should do so, for the frames' borders.
+        mouth_crops: share of these squares that are placed around the mouth, 0 to 1.
 
     Raises:
-        UserError: ``principal_batches`` for a network that has no principal path, a ``crop_px``
-            that is no multiple of 32, or ``train_encoder`` where published statistics rule.
+        UserError: ``principal_batches`` for a network without a principal path, a ``crop_px``
+            that is no multiple of 32, ``mouth_crops`` outside 0 to 1, or ``train_encoder`` for a
+            VAE with published statistics.
     """
 
     vae: VideoAutoencoder
@@ -139,7 +135,7 @@ class VAEModule(StageModule):
         self._moments = LatentMoments(self.vae.latent_channels)
 
     def forward(self, frames: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Frames to (reconstruction, mean, log-variance); latents are sampled while training."""
+        """Returns reconstruction, mean and log-variance; latents are sampled in training only."""
         mean, log_variance = self.vae.encode_moments(frames)
         latents = mean
         if self.training:
@@ -151,7 +147,7 @@ class VAEModule(StageModule):
         return self.vae.decode_raw(latents), mean, log_variance
 
     def losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """Every loss of one batch by name, unweighted, and the weighted sum ``loss``."""
+        """Returns each loss of a batch by name, unweighted, and their weighted sum as ``loss``."""
         frames = batch["frames"]
         check_frames(frames)
         landmarks = landmarks_of(batch, frames.shape[2])
@@ -186,7 +182,7 @@ class VAEModule(StageModule):
         return terms
 
     def on_train_start(self) -> None:
-        """Set the principal path from the training data, once."""
+        """Fits the principal path to training data, once."""
         super().on_train_start()
         path = self._principal_path()
         if path is None or not self.principal_batches or self.global_step:
@@ -200,7 +196,8 @@ class VAEModule(StageModule):
         )
         path.load_state_dict(strategy.broadcast(path.state_dict()))
         if self.starts_from_weights:
-            self.vae.silence()  # type: ignore[operator]  # what it added to the path before is wrong for this one
+            # What the network added to the old path is wrong for the new one.
+            self.vae.silence()  # type: ignore[operator]
         rank_zero_info(
             f"principal path: {psnr:.1f} dB on {self.principal_batches} weighted batches before "
             "training"
@@ -211,8 +208,8 @@ class VAEModule(StageModule):
         return path if isinstance(path, PrincipalPath) else None
 
     def _weighted_frames(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Frames and pixel weights of ``principal_batches`` training batches, apart from the
-        training's own order.
+        """Frames and pixel weights of ``principal_batches`` batches; the order of the training's
+        own batches does not change.
         """
         loader: Any = self.trainer.train_dataloader  # type: ignore[attr-defined]
         if not hasattr(loader, "sample_batches"):
@@ -229,7 +226,7 @@ class VAEModule(StageModule):
             yield frames, region_weights(landmarks, frames.shape[-2:], weights.mouth, weights.eyes)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """One step; logs every term."""
+        """Returns the loss of one step; logs every term."""
         terms = self.losses(batch)
         self.log_dict({f"train/{name}": value.detach() for name, value in terms.items()})
         self.log("lr", self.optimizers().param_groups[0]["lr"], prog_bar=True)  # type: ignore[union-attr]
@@ -237,11 +234,11 @@ class VAEModule(StageModule):
         return terms["loss"]
 
     def on_validation_epoch_start(self) -> None:
-        """Forget the statistics of the weights before."""
+        """Forgets the statistics of the last validation."""
         self._moments = LatentMoments(self.vae.latent_channels)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Reconstruction quality, and the latents' statistics."""
+        """Logs the quality of reconstructions, and adds to the latents' statistics."""
         frames = batch["frames"]
         size = frames.shape[0]
         reconstruction, mean, _ = self(frames)
@@ -263,9 +260,7 @@ class VAEModule(StageModule):
         self.log("val/jump_ratio_truth", truth, batch_size=size, sync_dist=True)
 
     def on_validation_epoch_end(self) -> None:
-        """Keep the statistics of all processes' clips in the network, where encoding and decoding
-        read them.
-        """
+        """Stores the statistics of all processes' clips in the network."""
         if not (self.train_encoder and self.vae.measures_statistics):
             return
         strategy = self.trainer.strategy
@@ -279,15 +274,16 @@ class VAEModule(StageModule):
 
 
 def freeze_encoder(vae: VideoAutoencoder) -> None:
-    """Keep the latents as they are: train the decoder alone."""
+    """Takes the encoder out of the training, so that latents stay as they are."""
     for name, parameter in vae.named_parameters():
         if any(piece.startswith("encoder") for piece in name.split(".")):
             parameter.requires_grad_(False)
 
 
 class LatentMoments:
-    """Mean and standard deviation per channel of slot 0 and of all other slots, as running sums in
-    float64.
+    """Running sums, in float64, for the mean and the deviation of each channel.
+
+    Slot 0, which encodes a single frame, has statistics of its own.
     """
 
     def __init__(self, num_channels: int) -> None:
@@ -296,7 +292,7 @@ class LatentMoments:
         self.square_sum = torch.zeros(2, num_channels, dtype=torch.float64)
 
     def update(self, latents: Tensor) -> None:
-        """Take in raw latents (B, C, f, h, w)."""
+        """Takes in raw latents (B, C, f, h, w)."""
         groups = [latents[:, :, :1], latents[:, :, 1:]]
         flat = [group.detach().double().cpu().movedim(1, 0).flatten(1) for group in groups]
         self.count += torch.tensor([[group.shape[1]] for group in flat], dtype=torch.float64)
@@ -304,14 +300,14 @@ class LatentMoments:
         self.square_sum += torch.stack([group.square().sum(1) for group in flat])
 
     def reduced(self, total: Callable[[Tensor], Tensor]) -> LatentMoments:
-        """The moments of several processes together; ``total`` adds a tensor over them."""
+        """Returns the sums of all processes; ``total`` adds a tensor up over them."""
         together = LatentMoments(self.sum.shape[1])
         for name in ("count", "sum", "square_sum"):
             setattr(together, name, total(getattr(self, name).clone()))
         return together
 
     def compute(self) -> tuple[Tensor, Tensor]:
-        """(mean, std), both float32 (2, C)."""
+        """Returns mean and standard deviation, float32 (2, C) each: slot 0, then all others."""
         mean = self.sum / self.count
         variance = (self.square_sum / self.count - mean.square()).clamp(min=1e-8)
         return mean.float(), variance.sqrt().float()

@@ -16,13 +16,7 @@ import killed_runs
 import numpy as np
 import pytest
 from PIL import Image
-
-from rest_lightning.diffusion.sampling import Sampling
-from rest_lightning.models.speech import LogMelEncoder
-from rest_lightning.models.speech_ae import SpeechAE
-from rest_lightning.models.transformer import A2VDiT
-from rest_lightning.models.vae import CompactVAE
-from rest_lightning.talking_head import TalkingHead
+from tiny_head import make_quick_head
 
 # (moment, which time, videos that are whole then). Three pairs of 2 blocks and an end; a report and
 # a video are renamed for each, the report first.
@@ -37,23 +31,7 @@ NAMES = [f"pair-{number}" for number in range(3)]
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    head = TalkingHead(
-        CompactVAE(4, (8, 16, 16), (1, 1, 1), (1, 1, 1), ((4, 2), (2, 2)), patch_size=8),
-        LogMelEncoder(lookahead_frames=2),
-        SpeechAE(feature_dim=160, num_tokens=2, latent_dim=8, width=8),
-        A2VDiT(
-            in_channels=4,
-            num_layers=1,
-            num_attention_heads=2,
-            attention_head_dim=16,
-            caption_channels=None,
-            speech_dim=8,
-            attention="chunked",
-        ),
-        Sampling(num_steps=1, guidance=1.0, shift=1.0),
-        size_px=64,
-    )
-    head.save_pretrained(tmp_path / "model")
+    make_quick_head().save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 
 

@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("skia", reason="the synthetic extra is not installed")
 
-from rest_lightning.data.synthetic.face import neutral_track, render_clip, render_portrait
+from rest_lightning.data.synthetic.face import neutral_track, render_clip
 from rest_lightning.data.synthetic.identity import Identity, sample_identity
 from rest_lightning.data.synthetic.track import FaceTrack
 from rest_lightning.errors import UserError
@@ -93,7 +93,7 @@ def test_shapes_types_and_range(size_px: int, num_frames: int) -> None:
 def test_repeatable_and_independent_of_other_clips(seed: int) -> None:
     first = render_clip(person(seed), busy_track(6), 64)
     for other in range(10, 13):  # push the painted layers out of the cache
-        render_portrait(person(other), 64)
+        render_clip(person(other), neutral_track(), 64)
     again = render_clip(person(seed), busy_track(6), 64)
     np.testing.assert_array_equal(first.frames, again.frames)
     for name in NAMES:
@@ -110,16 +110,10 @@ def test_a_frame_does_not_depend_on_its_neighbours() -> None:
         np.testing.assert_array_equal(render_clip(person(1), one, 64).frames[0], clip.frames[k])
 
 
-def test_portrait_is_the_neutral_frame() -> None:
-    np.testing.assert_array_equal(
-        render_portrait(person(2), 64), render_clip(person(2), track(), 64).frames[0]
-    )
-
-
 def test_identities_are_json_and_differ() -> None:
     people = [person(seed) for seed in range(12)]
     assert len({json.dumps(asdict(p)) for p in people}) == 12
-    portraits = [render_portrait(p, 64).astype(np.float64) for p in people]
+    portraits = [render_clip(p, neutral_track(), 64).frames[0].astype(np.float64) for p in people]
     for i in range(12):
         for j in range(i):
             assert np.abs(portraits[i] - portraits[j]).mean() > 6
@@ -217,4 +211,4 @@ def test_no_popping(curve: str) -> None:
 
 def test_too_small_frames_are_refused_in_words() -> None:
     with pytest.raises(UserError, match="expected frames of 32 pixels or more, got size_px=16"):
-        render_portrait(person(0), 16)
+        render_clip(person(0), neutral_track(), 16)

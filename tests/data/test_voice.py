@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 
 import numpy as np
@@ -10,11 +11,9 @@ import pytest
 from rest_lightning.constants import SAMPLE_RATE
 from rest_lightning.data.synthetic.script import sample_script
 from rest_lightning.data.synthetic.text import (
-    held_out_words,
     sample_language,
     sample_sentence,
     vocabulary,
-    words_of,
 )
 from rest_lightning.data.synthetic.voice import VARIANTS, speak
 from rest_lightning.errors import UserError
@@ -90,6 +89,15 @@ def test_missing_package_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "espeakng_loader", None)
     with pytest.raises(UserError, match=r"found none: pip install .*\[synthetic\]"):
         speak(TEXT)
+
+
+def held_out_words() -> set[str]:
+    words = vocabulary(held_out=True).words.values()
+    return {word.lower() for each in words for word in each}
+
+
+def words_of(text: str) -> list[str]:
+    return re.findall(r"[\w-]+", text.lower())
 
 
 def test_held_out_words_never_occur_in_training_sentences() -> None:

@@ -21,7 +21,7 @@ import pytest
 
 from rest_lightning.cli import main
 from rest_lightning.commands.score import print_numbers
-from rest_lightning.evaluation.board import Group, make_board, to_markdown
+from rest_lightning.evaluation.leaderboard import Group, make_board, to_markdown
 from rest_lightning.evaluation.page import to_html
 from rest_lightning.evaluation.row import ResultRow
 from rest_lightning.media.html import Point, Series, lines, scatter

@@ -361,7 +361,7 @@ def test_features_that_are_not_numbers_fail_after_others_took_the_clip(
     reasons = {
         ("sync", "speech.11"): "sync: expected numbers as embeddings",
         ("identity", "identity"): "identity: expected numbers as identities",
-        ("e_fid", "factors"): "expected numbers as e_fid features",
+        ("e_fid", "factors"): "e_fid: expected numbers as e_fid features",
         ("fvd", "late.0"): "fvd: expected numbers as fvd features",
     }
     for number, pair in enumerate(pairs):

@@ -1,4 +1,4 @@
-"""A talking head of a few thousand parameters, with random weights everywhere."""
+"""Talking heads of a few thousand parameters, with random weights, 64x64 frames."""
 
 from __future__ import annotations
 
@@ -28,25 +28,15 @@ def make_head(
 
     With ``caption_channels`` the transformer reads a prompt of 9 tokens, 4 of them padding.
     """
-    torch.manual_seed(seed)
-    head = TalkingHead(
-        CompactVAE(4, (8, 16, 16), (1, 1, 1), (1, 1, 1), ((4, 2), (2, 2)), patch_size=8),
-        LogMelEncoder(lookahead_frames=lookahead_frames),
-        SpeechAE(feature_dim=160, num_tokens=2, latent_dim=8, width=8),
-        A2VDiT(
-            in_channels=4,
-            num_layers=2,
-            num_attention_heads=2,
-            attention_head_dim=16,
-            caption_channels=caption_channels,
-            prompt_length=None if caption_channels is None else 9,
-            speech_dim=8,
-            attention="chunked",
-            cache_options=CacheOptions(chunk_length=chunk_length, **cache_options),
-        ),
+    head = _build(
+        seed,
         Sampling(num_steps=2, guidance=1.5, shift=1.0),
-        size_px=64,
-        detail=detail,
+        lookahead_frames,
+        detail,
+        num_layers=2,
+        caption_channels=caption_channels,
+        prompt_length=None if caption_channels is None else 9,
+        cache_options=CacheOptions(chunk_length=chunk_length, **cache_options),
     )
     if head.transformer.prompt_embeds is not None and head.transformer.prompt_mask is not None:
         head.transformer.prompt_embeds.normal_()
@@ -55,3 +45,36 @@ def make_head(
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.2)
     return head
+
+
+def make_quick_head() -> TalkingHead:
+    """One block and one step, for tests of what lies around a model; 24 frames per chunk."""
+    return _build(
+        0, Sampling(num_steps=1, guidance=1.0, shift=1.0), num_layers=1, caption_channels=None
+    )
+
+
+def _build(
+    seed: int,
+    sampling: Sampling,
+    lookahead_frames: int = 2,
+    detail: DetailTransfer | None = None,
+    **transformer: Any,
+) -> TalkingHead:
+    torch.manual_seed(seed)
+    return TalkingHead(
+        CompactVAE(4, (8, 16, 16), (1, 1, 1), (1, 1, 1), ((4, 2), (2, 2)), patch_size=8),
+        LogMelEncoder(lookahead_frames=lookahead_frames),
+        SpeechAE(feature_dim=160, num_tokens=2, latent_dim=8, width=8),
+        A2VDiT(
+            in_channels=4,
+            num_attention_heads=2,
+            attention_head_dim=16,
+            speech_dim=8,
+            attention="chunked",
+            **transformer,
+        ),
+        sampling,
+        size_px=64,
+        detail=detail,
+    )

@@ -50,15 +50,13 @@ def test_boxes_equal_those_of_the_training() -> None:
     assert torch.equal(image.box_mask(mouth.numpy(), (32, 64)), weights == 2.0)
 
 
-def test_mouth_psnr_sees_the_mouth_alone() -> None:
+def test_psnr_of_a_box_sees_the_box_alone() -> None:
     truth = np.full((2, 64, 64, 3), 100, dtype=np.uint8)
     frames = truth.copy()
-    mask = image.box_mask([[0.5, 0.7], [0.4, 0.6]], (64, 64)).numpy()
-    frames[~mask] = 0
-    frames[mask] += 5
-    assert image.mouth_psnr_db(frames, truth, [[0.5, 0.7], [0.4, 0.6]]) == pytest.approx(
-        20 * np.log10(255 / 5)
-    )
+    mask = image.box_mask([[0.5, 0.7], [0.4, 0.6]], (64, 64))
+    frames[~mask.numpy()] = 0
+    frames[mask.numpy()] += 5
+    assert image.video_psnr_db(frames, truth, mask) == pytest.approx(20 * np.log10(255 / 5))
 
 
 def test_sharpness_of_a_point_and_of_nothing() -> None:

@@ -15,12 +15,8 @@ import pytest
 import torch
 from PIL import Image
 from stills import face
+from tiny_head import make_quick_head
 
-from rest_lightning.diffusion.sampling import Sampling
-from rest_lightning.models.speech import LogMelEncoder
-from rest_lightning.models.speech_ae import SpeechAE
-from rest_lightning.models.transformer import A2VDiT
-from rest_lightning.models.vae import CompactVAE
 from rest_lightning.talking_head import TalkingHead
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,23 +40,7 @@ def quality() -> ModuleType:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model and a folder of one speech file and one portrait."""
     root = tmp_path_factory.mktemp("quality")
-    torch.manual_seed(0)
-    TalkingHead(
-        CompactVAE(4, (8, 12, 16), (1, 1, 1), (1, 1, 1), ((4, 2), (2, 2)), patch_size=8),
-        LogMelEncoder(lookahead_frames=2),
-        SpeechAE(feature_dim=160, num_tokens=2, latent_dim=8, width=8),
-        A2VDiT(
-            in_channels=4,
-            num_layers=1,
-            num_attention_heads=2,
-            attention_head_dim=16,
-            caption_channels=None,
-            speech_dim=8,
-            attention="chunked",
-        ),
-        Sampling(num_steps=1, guidance=1.0, shift=1.0),
-        size_px=64,
-    ).save_pretrained(root / "model")
+    make_quick_head().save_pretrained(root / "model")
     (root / "real").mkdir()
     speech = (
         (np.random.default_rng(0).normal(size=16000 * 3) * 3000).clip(-32768, 32767).astype("<i2")

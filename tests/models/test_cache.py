@@ -196,7 +196,7 @@ def test_rows_are_independent_streams(lab: SimpleNamespace, options: dict[str, A
                 lab.assert_close(velocity[i], alone[i][0, :, 3 * shift[i] : 3 * shift[i] + 3])
 
 
-def test_copy_row_moves_a_stream(lab: SimpleNamespace) -> None:
+def test_copy_rows_moves_a_stream(lab: SimpleNamespace) -> None:
     model = lab.make_student(reference_attends="first_chunk")
     clip = lab.make_clip(model, 3, batch=2)
     rows = [{k: v if v is None else v[i : i + 1] for k, v in clip.items()} for i in range(2)]
@@ -210,7 +210,7 @@ def test_copy_row_moves_a_stream(lab: SimpleNamespace) -> None:
                 for k, v in rows[row].items()
             }
             lab.sequential(model, first, single)
-            shared.copy_row_(row, single)
+            shared.copy_rows_([(row, single, 0)])
         frames = slice(4, 7)
         velocity = model(
             clip["noisy_latents"][:, :, frames],
@@ -350,7 +350,7 @@ def test_bad_use(lab: SimpleNamespace) -> None:
     with pytest.raises(ValueError, match="expected a cache of this very model"):
         other(latents[:, :, 1:4], sigma[:, 1:4], cache=cache)
     with pytest.raises(ValueError, match="got another: allocate both alike"):
-        cache.copy_row_(0, other.new_cache(1, 2, 3))
+        cache.copy_rows_([(0, other.new_cache(1, 2, 3), 0)])
     teacher = A2VDiT.from_config({**model.config, "attention": "full"})
     with pytest.raises(ValueError, match=r"got a teacher: use teacher.to_student\(\)"):
         teacher.new_cache(2, 2, 3)

@@ -12,7 +12,7 @@ from tiny_ltx import CONFIGS, assert_close, make_ltx, make_vae, random_latents, 
 from torch import Tensor, nn
 
 from rest_lightning.models.causal import Stream
-from rest_lightning.models.ltx_vae import frame_noise, halo_errors, streamed_decode, streaming_error
+from rest_lightning.models.ltx_vae import frame_noise, streamed_decode
 
 
 @pytest.mark.parametrize("version", CONFIGS)
@@ -127,31 +127,11 @@ def test_error_of_a_stock_decoder_falls_with_the_halo() -> None:
         for halo in range(4):
             streamed = streamed_decode(vae, latents, 3, halo)
             difference = (streamed - whole).abs()
-            errors.append(streaming_error(vae, latents, 3, halo))
-            assert errors[-1] == float(difference.max())
+            errors.append(float(difference.max()))
             # The first latent after a border: what lies left of it matters most there.
             heads.append(float(difference[:, :, 1:].unflatten(2, (3, 24))[:, :, 1:, :4].mean()))
         assert heads[0] > heads[1] > heads[2] > heads[3]
         assert max(errors[1:]) <= errors[0]
-
-
-def test_table_of_halos() -> None:
-    vae = make_vae(causal=False)
-    latents = random_latents(vae, 10, size=(1, 1))
-    table = halo_errors(vae, latents)
-    whole = vae.decode(latents)[:, :, 1:]
-    for halo, errors in table.items():
-        difference = (streamed_decode(vae, latents, 3, halo)[:, :, 1:] - whole).double()
-        assert errors["max_abs"] == pytest.approx(float(difference.abs().max()))
-        assert errors["mean_abs"] == pytest.approx(float(difference.abs().mean()), rel=1e-4)
-        assert errors["psnr_db"] == pytest.approx(
-            -10 * float((difference / 2).square().mean().log10()), abs=1e-3
-        )
-    means = [table[halo]["mean_abs"] for halo in (0, 1, 2, 3)]
-    assert means == sorted(means, reverse=True) and means[0] > 1.2 * means[1]
-    assert vae.halo == 1
-    exact = halo_errors(make_vae(causal=True), latents, halos=(0, 2))
-    assert list(exact) == [0, 2] and all(errors["max_abs"] < 1e-4 for errors in exact.values())
 
 
 @pytest.mark.parametrize("causal", [True, False])

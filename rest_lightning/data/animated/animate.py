@@ -29,9 +29,8 @@ from rest_lightning.data.animated.mesh import (
 from rest_lightning.data.animated.portraits import Portrait
 from rest_lightning.data.animated.warp import Layer, MeshWarp, remap
 
-FADE_FRAMES = (
-    8  # from the still to the driver: a clip begins as a stream does, with the photograph itself
-)
+# From the still to the driver: a clip begins as a stream does, with the photograph itself.
+FADE_FRAMES = 8
 _UPPER_CREASE = (
     np.array([247, 30, 29, 27, 28, 56, 190]),
     np.array([467, 260, 259, 257, 258, 286, 414]),

@@ -17,7 +17,14 @@ from typing import Any
 import numpy as np
 
 from rest_lightning.data import layout
-from rest_lightning.data.making import check_folder, is_finished, remove_dataset, run_clips
+from rest_lightning.data.making import (
+    check_arguments,
+    check_folder,
+    check_sizes,
+    is_finished,
+    remove_dataset,
+    run_clips,
+)
 from rest_lightning.errors import UserError
 from rest_lightning.media.files import (
     rounded,
@@ -91,7 +98,8 @@ def animate_dataset(
             ``out``.
     """
     out, drivers = Path(out), Path(drivers)
-    _check_arguments(num_clips, size_px, num_frames, num_workers, val_fraction, test_fraction)
+    check_sizes(size_px, num_frames, least_px=64, least_frames=9)
+    check_arguments(num_clips, num_workers, val_fraction, test_fraction)
     arguments = {
         "portraits": [os.fspath(folder) for folder in portraits],
         "drivers": os.fspath(drivers),
@@ -291,8 +299,7 @@ def _make_clip(
     style = Style(
         lips=float(acting.uniform(0.95, 1.4)),
         brows=float(acting.uniform(0.6, 1.1)),
-        # Moderate: speech does not tell how a head moves, and a moving head is most of what
-        # changes.
+        # Moderate: speech does not tell how a head moves, and most of what changes is the head.
         head=float(acting.uniform(0.2, 1.0)),
         sway=float(acting.uniform(0.0, 0.6)),
         blinks_per_min=float(acting.uniform(8, 22)),
@@ -380,29 +387,3 @@ def _folder(folder: str | os.PathLike[str]) -> Path:
         came = "a file" if Path(folder).exists() else "no such folder"
         raise UserError(f"expected a folder of portraits, got {came}: {folder}")
     return Path(folder)
-
-
-def _check_arguments(
-    num_clips: int,
-    size_px: int,
-    num_frames: int,
-    num_workers: int,
-    val_fraction: float,
-    test_fraction: float,
-) -> None:
-    for name, value, least in (
-        ("num_clips", num_clips, 1),
-        ("num_workers", num_workers, 1),
-        ("num_frames", num_frames, 9),
-        ("size_px", size_px, 64),
-    ):
-        if value < least:
-            raise UserError(f"expected {name} of at least {least}, got {value}: raise it")
-    if size_px % 2:
-        raise UserError(f"expected an even size_px, got {size_px}: use 256")
-    if val_fraction < 0 or test_fraction < 0 or val_fraction + test_fraction >= 1:
-        raise UserError(
-            f"expected val_fraction and test_fraction below 1 together, got {val_fraction} and "
-            f"{test_fraction}: "
-            "use 0.05 and 0.05"
-        )

@@ -124,8 +124,3 @@ def neutral_track(num_frames: int = 1, **curves: float) -> FaceTrack:
     return FaceTrack(
         **{name: np.full(num_frames, value, dtype=np.float32) for name, value in values.items()}
     )
-
-
-def render_portrait(identity: Identity, size_px: int) -> NDArray[np.uint8]:
-    """The neutral frame, uint8 (size_px, size_px, 3)."""
-    return render_clip(identity, neutral_track(), size_px).frames[0]

@@ -1,5 +1,4 @@
-"""Head geometry of the synthetic talkers: depth, rotation and projection, movement of the skin
-(decided here).
+"""Head geometry of the synthetic talkers: depth, rotation, projection, and movement of the skin.
 
 Coordinates: x = 0 is the middle of the face, y is the image's vertical axis (0 top, 1 bottom), both
 in fractions of the image side in the neutral frame; z points to the viewer, z = 0 is the plane of

@@ -1,6 +1,4 @@
-"""Hair of the synthetic talkers: soft masks over the texture grid and smooth shading, no strands
-(decided here).
-"""
+"""Hair of the synthetic talkers: soft masks over the texture grid, smooth shading, no strands."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Who a synthetic talker is: plain numbers and names, sampled from one wide distribution (ranges
-decided here).
-"""
+"""Who a synthetic talker is: plain numbers and names, sampled from one wide distribution."""
 
 from __future__ import annotations
 

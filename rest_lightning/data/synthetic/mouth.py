@@ -1,6 +1,4 @@
-"""The mouth of a synthetic talker: lips, teeth and tongue as contours driven by the track (shapes
-decided here).
-"""
+"""The mouth of a synthetic talker: lips, teeth and tongue as contours driven by the track."""
 
 from __future__ import annotations
 

@@ -14,7 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rest_lightning.data import layout
-from rest_lightning.data.making import check_folder, is_finished, remove_dataset, run_clips
+from rest_lightning.data.making import (
+    check_arguments,
+    check_folder,
+    check_sizes,
+    is_finished,
+    remove_dataset,
+    run_clips,
+)
 from rest_lightning.data.synthetic.motion import head_motion
 from rest_lightning.data.synthetic.script import Script, sample_script
 from rest_lightning.data.synthetic.track import FaceTrack
@@ -80,7 +87,7 @@ def synthesize_clip(
     from rest_lightning.data.synthetic.face import render_clip
     from rest_lightning.data.synthetic.identity import sample_identity
 
-    _check_sizes(size_px, num_frames)
+    check_sizes(size_px, num_frames, least_px=32, least_frames=1)
     if split not in layout.SPLITS:
         raise UserError(f"expected split train, val or test, got {split!r}: choose one of them")
     # One stream per part, so that a change of one part leaves the others as they were.
@@ -165,7 +172,8 @@ def synthesize(
         "val_fraction": val_fraction,
         "test_fraction": test_fraction,
     }
-    _check_arguments(num_clips, size_px, num_frames, num_workers, val_fraction, test_fraction)
+    check_sizes(size_px, num_frames, least_px=32, least_frames=1)
+    check_arguments(num_clips, num_workers, val_fraction, test_fraction)
     info = {"kind": _KIND, "generator_version": GENERATOR_VERSION, "arguments": arguments}
     if overwrite:
         remove_dataset(out, _KIND, "talker_")
@@ -218,32 +226,3 @@ def _make_clip(
     split = split_of_index(index, val_fraction, test_fraction)
     write_clip(out, synthesize_clip(index, seed, split, size_px, num_frames))
     return index
-
-
-def _check_sizes(size_px: int, num_frames: int) -> None:
-    if size_px < 32 or size_px % 2:
-        raise UserError(f"expected an even size_px of at least 32, got {size_px}: use 128 or 256")
-    if num_frames < 1:
-        raise UserError(f"expected num_frames of at least 1, got {num_frames}: use 113")
-
-
-def _check_arguments(
-    num_clips: int,
-    size_px: int,
-    num_frames: int,
-    num_workers: int,
-    val_fraction: float,
-    test_fraction: float,
-) -> None:
-    _check_sizes(size_px, num_frames)
-    if num_clips < 1:
-        raise UserError(f"expected num_clips of at least 1, got {num_clips}: use 500")
-    if num_workers < 1:
-        raise UserError(
-            f"expected num_workers of at least 1, got {num_workers}: use the number of cores"
-        )
-    if val_fraction < 0 or test_fraction < 0 or val_fraction + test_fraction > 1:
-        raise UserError(
-            "expected val_fraction and test_fraction of 0 to 1 together, "
-            f"got {val_fraction} and {test_fraction}: use 0.05 and 0.05"
-        )

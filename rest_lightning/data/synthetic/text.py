@@ -3,7 +3,7 @@ validation and test.
 
 Training sentences use only the words before the held-out lists; validation and test sentences take
 every content word from the held-out lists, so that a model is scored on words that it has never
-heard (decided here).
+heard.
 """
 
 from __future__ import annotations
@@ -191,21 +191,6 @@ def vocabulary(held_out: bool = False) -> Vocabulary:
         foreign={language: tuple(words.split()) for language, words in foreign.items()},
         syllables=tuple(syllables.split()),
     )
-
-
-@cache
-def held_out_words() -> frozenset[str]:
-    """Lower-case English words that occur in validation and test sentences and in no training
-    sentence.
-    """
-    return frozenset(
-        word.lower() for words in vocabulary(held_out=True).words.values() for word in words
-    )
-
-
-def words_of(text: str) -> list[str]:
-    """Lower-case words of a text, punctuation removed."""
-    return re.findall(r"[\w-]+", text.lower())
 
 
 @dataclass(frozen=True)

@@ -37,10 +37,11 @@ GOOD |= {"text": 0, "silence": 0.2, "sync": 1, "sync_confidence": 5}
 def portraits() -> list[np.ndarray]:
     """Rendered faces, 256x256."""
     pytest.importorskip("skia")
-    from rest_lightning.data.synthetic.face import render_portrait
+    from rest_lightning.data.synthetic.face import neutral_track, render_clip
     from rest_lightning.data.synthetic.identity import sample_identity
 
-    return [render_portrait(sample_identity(np.random.default_rng(seed)), 256) for seed in range(6)]
+    people = [sample_identity(np.random.default_rng(seed)) for seed in range(6)]
+    return [render_clip(person, neutral_track(), 256).frames[0] for person in people]
 
 
 def scored(frames: list[np.ndarray]) -> dict[str, float]:

@@ -1,7 +1,9 @@
-"""Guidance and step distillation, for a stage beyond REST: one branch and fewer steps imitate the
-guided stream.
+"""Distillation of guidance and of steps, for a stage that REST does not have: the student learns
+to stream in fewer steps and without guidance.
 
-The frozen model takes several steps with guidance where the student takes one without: guidance
+REST's own distillation, ASD, is :func:`~rest_lightning.diffusion.losses.asd_loss`.
+
+Where the student takes one step, the frozen model takes several with guidance. That is guidance
 distillation (Meng et al., "On Distillation of Guided Diffusion Models", arXiv 2210.03142) and
 progressive distillation (Salimans and Ho, arXiv 2202.00512) in one target. On the straight path the
 latter's target is an average velocity.
@@ -26,8 +28,7 @@ if TYPE_CHECKING:
 def sample_sigmas_of_steps(
     batch: int, num_chunks: int, chunk_length: int, table: Tensor, *, generator: torch.Generator
 ) -> Tensor:
-    """Noise levels at which a sampler's steps begin: uniform over the steps, drawn for every chunk
-    on its own.
+    """Draws a noise level for every chunk, uniformly from those at which a sampler's steps begin.
 
     Args:
         table: descending levels of the sampler from 1 to 0 (num_steps + 1,); the last one begins no
@@ -45,17 +46,19 @@ def sample_sigmas_of_steps(
 
 
 def levels_of_steps(sigma: Tensor, table: Tensor, num_substeps: int) -> Tensor:
-    """Levels of the source's ``num_substeps`` steps from each of ``sigma`` (B, f), by index in its
-    table: (num_substeps + 1, B, f).
+    """Returns the levels that the source visits during one step of the student.
 
-    So the source is evaluated at levels of its own sampler alone, wherever its table has them (also
-    above LTX's terminal level, which no formula for single levels knows).
+    They are looked up in the source's table and not computed, since LTX's schedule (with its
+    terminal level) has no formula for a single level.
 
     Args:
-        sigma: levels at which steps of the student begin, every ``num_substeps``-th of ``table``
-            from the first on; 0 (the reference) stays 0.
+        sigma: levels (B, f) at which steps of the student begin: entries 0, ``num_substeps``, 2
+            ``num_substeps``, ... of ``table``; 0 (the reference) stays 0.
         table: descending levels of the source's sampler, from 1 to 0.
         num_substeps: steps of the source for one of the student's.
+
+    Returns:
+        (num_substeps + 1, B, f), descending along the first dimension.
     """
     starts = table[::num_substeps]
     index = num_substeps * (starts - sigma[..., None]).abs().argmin(-1)
@@ -66,7 +69,7 @@ def levels_of_steps(sigma: Tensor, table: Tensor, num_substeps: int) -> Tensor:
 def average_velocity(
     velocity: Callable[[Tensor, Tensor], Tensor], sample: Tensor, levels: Tensor
 ) -> Tensor:
-    """The velocity whose one Euler step ends where Euler steps over all ``levels`` end.
+    """Returns the velocity with which one Euler step ends where those over all ``levels`` end.
 
     Args:
         velocity: of a sample (B, C, f, h, w) and its levels (B, f).
@@ -100,15 +103,13 @@ def guided_velocity(
     context: Context,
     guidance: float,
 ) -> Tensor:
-    """Joint guidance of a student's two branches, each with a context of its own, as in a guided
-    stream.
+    """Returns the velocity under joint guidance, with a context for each branch as in a stream.
 
     Args:
         model: a student.
         latents: (B, C, f, h, w) at ``sigma`` (B, f), slot 0 the reference.
         speech_latents: (B, f, n, d_A).
-        context: what both caches are fed with; the unconditional branch reads it without reference
-            and speech.
+        context: of both branches; the unconditional one reads it without reference and speech.
         guidance: weight a of the conditional branch; 1 runs that one alone.
     """
     if guidance == 1.0:

@@ -1,4 +1,4 @@
-"""The leaderboard: which rows may stand in one table, and in which order. Needs no torch."""
+"""The leaderboard: its metrics, which rows may share a table, and their order. Needs no torch."""
 
 from __future__ import annotations
 

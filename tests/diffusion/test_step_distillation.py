@@ -14,15 +14,15 @@ import torch
 from tiny_student import make_conditions, make_student, make_transformer, save_transformer, train_on
 from torch import Tensor
 
-from rest_lightning.diffusion.distillation import (
+from rest_lightning.diffusion.rollout import Context
+from rest_lightning.diffusion.sampling import Sampling, euler_step, integrate, joint_guidance
+from rest_lightning.diffusion.schedule import ltx_sigma_table, sampling_sigmas, sigma_table
+from rest_lightning.diffusion.step_distillation import (
     average_velocity,
     guided_velocity,
     levels_of_steps,
     sample_sigmas_of_steps,
 )
-from rest_lightning.diffusion.rollout import Context
-from rest_lightning.diffusion.sampling import Sampling, euler_step, integrate, joint_guidance
-from rest_lightning.diffusion.schedule import ltx_sigma_table, sampling_sigmas, sigma_table
 from rest_lightning.errors import UserError
 from rest_lightning.models.transformer import A2VDiT
 from rest_lightning.tasks.a2v import TrainingInput
