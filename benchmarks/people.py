@@ -6,7 +6,8 @@ benchmarks/results/people.json``
 The data are clips of `rest animate`, or any prepared clips whose sidecars hold a mouth opening.
 Each clip of the splits ``val`` and ``test`` gives a portrait (its first frame), speech, and the
 true opening. The lips of what comes out are read by mediapipe's mesh, as those of the truth were.
-README.md explains every number.
+Beside the stream stand what the mesh reads of the clip itself and of its reconstruction by the VAE,
+a ceiling for any model with this VAE. README.md explains every number.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from benchmarks._result import origin, write_result
-from rest_lightning.constants import FPS
+from rest_lightning.constants import FPS, TEMPORAL_RATIO
 from rest_lightning.data import layout
 from rest_lightning.data.animated.mesh import MeshTracker
 from rest_lightning.data.animated.mesh import mouth_opening as opening_of
@@ -70,13 +72,16 @@ def run(args: argparse.Namespace) -> int:
     scores, seconds, num_frames = [], 0.0, 0
     for index, row in enumerate(rows):
         path = layout.clip_path(args.data, row.clip_id)
-        portrait, speech = read_frames(path, 0, 1)[0], read_clip_audio(path, row.num_frames)
+        clip, speech = read_frames(path, 0, row.num_frames), read_clip_audio(path, row.num_frames)
         started_s = time.perf_counter()
-        with head.open(portrait, crop="centre", seed=args.seed, num_steps=args.steps) as session:
+        with head.open(clip[0], crop="centre", seed=args.seed, num_steps=args.steps) as session:
             frames = np.concatenate([session.push(speech), session.flush()])
         seconds += time.perf_counter() - started_s
         num_frames += len(frames)
         score = measure(frames, speech, truths[index], truths[(index + 1) % len(truths)])
+        for name, shown in (("clip", clip), ("vae", reconstruct(head, clip))):
+            beside = measure(shown, speech, truths[index], None)
+            score[f"lips_correlation_{name}"] = beside["lips_correlation"]
         scores.append(score)
         print(row.clip_id, {name: round(value, 3) for name, value in score.items()}, flush=True)
     write_result(args.out, _result(args, head, scores, num_frames / seconds))
@@ -121,6 +126,15 @@ def measure(
         "opening_in_silence": float(opening[silent].mean()) if silent.any() else float("nan"),
         "opening_in_speech": float(opening[~silent].mean()) if (~silent).any() else float("nan"),
     }
+
+
+@torch.inference_mode()
+def reconstruct(head: TalkingHead, frames: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Frames (F, H, W, 3) through the VAE and back, the longest part of 8n + 1 frames."""
+    frames = frames[: (len(frames) - 1) // TEMPORAL_RATIO * TEMPORAL_RATIO + 1]
+    video = torch.from_numpy(frames).permute(3, 0, 1, 2)[None].to(head.dtype) / 127.5 - 1
+    decoded = head.vae.decode(head.vae.encode(video))[0].float()
+    return ((decoded + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 3, 0).numpy()
 
 
 def _true_opening(root: Path, clip_id: str) -> NDArray[np.float64] | None:
