@@ -83,6 +83,9 @@ class MarkedBatch:
     """
 
     def __init__(self, model: MarkedModel) -> None:
+        from rest_lightning.streaming.report import StreamClock
+
+        self.clock = StreamClock()
         self._model = model
         self._rows: dict[int, _Row] = {}
 

@@ -58,7 +58,10 @@ def install_command(extra: str) -> str:
     """
     if ON_AN_INDEX:
         return f"pip install 'rest_lightning[{extra}]'"
-    origin = json.loads(metadata.distribution(DISTRIBUTION).read_text("direct_url.json") or "{}")
+    # A checkout has metadata of its own, without an origin, which hides the installed one there.
+    installed = metadata.distributions(name=DISTRIBUTION)
+    origins = (each.read_text("direct_url.json") for each in installed)
+    origin = json.loads(next(filter(None, origins), "{}"))
     url = urlsplit(origin.get("url", ""))
     folder = Path(unquote(url.path))
     if "vcs_info" in origin:

@@ -68,7 +68,7 @@ TINY = (
     ("examples/ablation.py", f"--model {drawn.FOLDER}"),
 )
 SPEECH = Path("rest_lightning/assets/speech.wav")
-SPEECH_S = 2.5
+SPEECH_S = 3.0
 
 
 @dataclass(frozen=True)

@@ -137,7 +137,7 @@ def test_a_list_names_its_entry(make_row: Make, tmp_path: Path) -> None:
 
 def test_rows_and_leaderboard_do_without_torch() -> None:
     code = (
-        "from rest_lightning.evaluation import row, board, page, protocol; "
+        "from rest_lightning.evaluation import row, leaderboard, page, protocol; "
         "from rest_lightning.media import html; "
         "import rest_lightning.commands.leaderboard, sys; "
     )
