@@ -58,10 +58,11 @@ def install_command(extra: str) -> str:
     """
     if ON_AN_INDEX:
         return f"pip install 'rest_lightning[{extra}]'"
-    # A checkout has metadata of its own, without an origin, which hides the installed one there.
-    installed = metadata.distributions(name=DISTRIBUTION)
-    origins = (each.read_text("direct_url.json") for each in installed)
-    origin = json.loads(next(filter(None, origins), "{}"))
+    # In a checkout the metadata of its build (egg-info, with a list of sources) hide the others.
+    found = metadata.distributions(name=DISTRIBUTION)
+    installed = next((each for each in found if each.read_text("SOURCES.txt") is None), None)
+    text = None if installed is None else installed.read_text("direct_url.json")
+    origin = json.loads(text or "{}")
     url = urlsplit(origin.get("url", ""))
     folder = Path(unquote(url.path))
     if "vcs_info" in origin:
