@@ -59,8 +59,7 @@ build_wheel() {
     (cd "$repo" && git ls-files -z --cached --others --exclude-standard | tar -c --null --ignore-failed-read -T - 2>/dev/null) | tar -x -C "$tree"
     "$wheel_python" -m venv "$tools"
     [ -z "$over" ] || take_over "$tools"
-    "$tools/bin/python" -m pip install -qq build twine check-wheel-contents
-    # With --over the setuptools of that environment builds; build checks that it is new enough.
+    "$tools/bin/python" -m pip install -qq build twine check-wheel-contents 'setuptools>=77'  # as pyproject.toml asks
     "$tools/bin/python" -m build ${over:+--no-isolation} -o "$scratch/dist" "$tree" >"$scratch/build.log" 2>&1 || { tail -20 "$scratch/build.log"; return 1; }
     if grep -n "would be ignored" "$scratch/build.log"; then return 1; fi
     "$tools/bin/twine" check --strict "$scratch"/dist/*
