@@ -205,13 +205,14 @@ def test_animate(tmp_path: Path, kills: Kills) -> None:
         with wave.open(str(tmp_path / "speech.wav"), "wb") as short:
             short.setparams(file.getparams())
             short.writeframes(head)
-    portrait = str(assets / "portrait.png")
+    portraits = assets / "people" / "portraits"
+    portrait = str(portraits / "ada.png")
     video = str(tmp_path / "videos" / "driver.mp4")
     assert cli.main(["talk", portrait, str(tmp_path / "speech.wav"), "-o", video, "--quiet"]) == 0
     prepare = ["prepare", str(tmp_path / "videos"), "--out", str(tmp_path / "drivers"), "--quiet"]
     prepare += ["--already-cropped", "--min_frames", "49", "--size_px", "128", "--max_still_s"]
     assert cli.main([*prepare, "null", "--min_sharpness", "null", "--max_flow", "null"]) == 0
-    words = ["animate", "--portraits", str(assets / "portraits"), "--out", "OUT"]
+    words = ["animate", "--portraits", str(portraits), "--out", "OUT"]
     words += ["--drivers", str(tmp_path / "drivers"), "--num-clips", "3", "--size-px", "64"]
     words += ["--num-frames", "25", "--num-workers", "1", "--val-fraction", "0"]
     words += ["--test-fraction", "0"]
