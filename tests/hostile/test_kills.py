@@ -1,6 +1,6 @@
 """Kills, interruptions and full disks for each command that makes files.
 
-Four for each command, or as many as REST_HOSTILE_KILLS says; then without a limit of time.
+Two for each command, or as many as REST_HOSTILE_KILLS says; then without a limit of time.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from videos import levels, speech_like, write_video
 
 _DISTURBANCES = 2  # before a run that may finish
 _ASKED = os.environ.get("REST_HOSTILE_KILLS")
-TRIES = -(-int(_ASKED or 4) // _DISTURBANCES)
+TRIES = -(-int(_ASKED or 2) // _DISTURBANCES)
 # Of a run of Lightning: what its loggers write, and what it was given.
 _LOGS = ["events.out*", "hparams.yaml", "config.yaml", "metrics.csv"]
 _IMPORTS = ("torch", "av", "rest_lightning.talking_head")
