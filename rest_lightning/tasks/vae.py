@@ -107,7 +107,7 @@ class VAEModule(StageModule):
                 f"expected a crop_px that is a multiple of {SPATIAL_RATIO}, got {crop_px}: use 128"
             )
         if not 0 <= mouth_crops <= 1:
-            raise UserError(f"expected mouth_crops from 0 to 1, got {mouth_crops:g}")
+            raise UserError(f"expected mouth_crops from 0 to 1, got {mouth_crops:g}: use 0.5")
         self.crop_px, self.mouth_crops = crop_px, mouth_crops
         if principal_batches and self._principal_path() is None:
             raise UserError(
