@@ -81,9 +81,9 @@ class VAEModule(StageModule):
         mouth_crops: share of these squares that are placed around the mouth, 0 to 1.
 
     Raises:
-        UserError: ``principal_batches`` for a network without a principal path, a ``crop_px``
-            that is no multiple of 32, ``mouth_crops`` outside 0 to 1, or ``train_encoder`` for a
-            VAE with published statistics.
+        UserError: ``principal_batches`` for a network that has no principal path, a ``crop_px``
+            that is no multiple of 32, ``mouth_crops`` outside 0 to 1, or ``train_encoder`` where
+            published statistics rule.
     """
 
     vae: VideoAutoencoder
