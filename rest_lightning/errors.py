@@ -5,8 +5,11 @@ from __future__ import annotations
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
+from typing import Any, TypeVar
+
+Result = TypeVar("Result")
 
 
 class UserError(ValueError):
@@ -32,24 +35,69 @@ class Terminated(KeyboardInterrupt):
 def ends_as_by_ctrl_c() -> Iterator[None]:
     """Within the block SIGTERM (``docker stop``, ``systemctl stop``) and SIGHUP (a closed terminal)
     raise `Terminated`. Elsewhere than in the main thread nothing changes.
+
+    A signal that comes while C++ code of a library calls Python (torch reading weights, say) is
+    turned into some error of that library. The block ends by the interrupt then, not by that error.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    raised: list[KeyboardInterrupt] = []
 
     def end(number: int, frame: object) -> None:
-        raise Terminated(number)
+        ctrl_c = number == signal.SIGINT
+        raised.append(KeyboardInterrupt() if ctrl_c else Terminated(number))
+        raise raised[-1]
 
     signals = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
     # A signal that is ignored (nohup) stays so.
-    caught = [s for s in signals if signal.getsignal(s) == signal.SIG_DFL]
+    caught: dict[int, Any] = {
+        s: signal.SIG_DFL for s in signals if signal.getsignal(s) == signal.SIG_DFL
+    }
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        caught[signal.SIGINT] = signal.default_int_handler
     for number in caught:
         signal.signal(number, end)
     try:
         yield
+    except Exception as error:
+        if raised and raised[-1] not in causes(error):
+            raise raised[-1] from None
+        raise
     finally:
-        for number in caught:
-            signal.signal(number, signal.SIG_DFL)
+        for number, handler in caught.items():
+            signal.signal(number, handler)
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An exception, then those that it was raised from or while handling, the latest first."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def run_async(main: Coroutine[Any, Any, Result]) -> Result:
+    """What ``main`` returns, run to its end. Ctrl-C cancels it, so that it can tidy up: asyncio
+    sees to that where Python's own handler is in place, and there alone.
+    """
+    import asyncio  # a third of what `rest --help` takes
+
+    with _python_s_ctrl_c():
+        return asyncio.run(main)
+
+
+@contextmanager
+def _python_s_ctrl_c() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGINT)
+    if callable(before):
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def note(text: str) -> None:

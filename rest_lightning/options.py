@@ -30,7 +30,7 @@ from rest_lightning.config import (
     read_config,
     reason_of,
 )
-from rest_lightning.errors import UserError
+from rest_lightning.errors import UserError, causes
 
 CONFIG, QUIET = "config", "quiet"
 _OWN = ("help", CONFIG, "print_config")
@@ -240,6 +240,4 @@ def find_user_error(error: BaseException | None) -> UserError | None:
     """Returns the user's mistake behind an exception: jsonargparse wraps what a constructor raises
     into errors of its own.
     """
-    while error is not None and not isinstance(error, UserError):
-        error = error.__cause__ or error.__context__
-    return error
+    return next((cause for cause in causes(error) if isinstance(cause, UserError)), None)

@@ -20,6 +20,7 @@ from rest_lightning.commands.serve import (
     tell_speed,
 )
 from rest_lightning.commands.talk import add_loading_arguments, model_options, positive
+from rest_lightning.errors import run_async
 from rest_lightning.extras import require
 from rest_lightning.machine import spin_briefly
 
@@ -53,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     options = ServerOptions(args.host, args.port, (), args.cert, args.key)
     options.tls()  # before the model is loaded
     model = model_options(args).load()
-    asyncio.run(_converse(args, model, options))
+    run_async(_converse(args, model, options))
     return 0
 
 

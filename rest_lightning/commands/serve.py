@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from rest_lightning.commands.talk import add_loading_arguments, model_options, positive
 from rest_lightning.constants import FPS
+from rest_lightning.errors import run_async
 from rest_lightning.machine import spin_briefly
 
 if TYPE_CHECKING:
@@ -119,7 +120,7 @@ def _run_here(
         finally:
             await server.aclose()
 
-    asyncio.run(serve())
+    run_async(serve())
 
 
 def _run_on_ray(
@@ -136,7 +137,7 @@ def _run_on_ray(
         tell_speed(cluster.facts.warm_up_ms, cluster.facts.chunk_frames)
         most = limits.max_sessions * cluster.num_replicas
         limits = replace(limits, max_sessions=most, max_per_address=args.max_per_address or most)
-        asyncio.run(serve_until_stopped(ray_engine.RayServer(cluster, options, limits)))
+        run_async(serve_until_stopped(ray_engine.RayServer(cluster, options, limits)))
 
 
 def tell_speed(warm_up_ms: list[float], chunk_frames: int) -> None:

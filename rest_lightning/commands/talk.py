@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 import numpy as np
 
 from rest_lightning.constants import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME
-from rest_lightning.errors import Terminated, UserError, note
+from rest_lightning.errors import Terminated, UserError, note, run_async
 from rest_lightning.machine import spin_briefly
 from rest_lightning.media.files import check_output
 from rest_lightning.terminal import is_closed
@@ -282,7 +282,7 @@ def _stream(
         ) as background:
             if options.live:
                 live = _stream_live(model, portrait, speech, options, background)
-                report, level = asyncio.run(live)
+                report, level = run_async(live)
             else:
                 report, level = _stream_chunks(model, portrait, speech, options, background)
         if speech.pipe is not None:

@@ -21,7 +21,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Self
 
-from rest_lightning.errors import UserError
+from rest_lightning.errors import UserError, causes
 
 
 class Closing(ABC):
@@ -105,12 +105,11 @@ def refusals(error: BaseException | None) -> Iterator[OSError]:
     """What the operating system refused behind an exception; torch and safetensors wrap that in
     exceptions of their own.
     """
-    while error is not None:
-        if isinstance(error, OSError):
-            yield error
-        elif found := _RUST_ERROR.search(str(error)):
+    for cause in causes(error):
+        if isinstance(cause, OSError):
+            yield cause
+        elif found := _RUST_ERROR.search(str(cause)):
             yield OSError(int(found[1]), os.strerror(int(found[1])))
-        error = error.__cause__ or error.__context__
 
 
 def temporary_path(path: PathLike) -> Path:

@@ -24,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rest_lightning.constants import SAMPLES_PER_FRAME, SPATIAL_RATIO, TEMPORAL_RATIO
 from rest_lightning.diffusion.sampling import integrate
-from rest_lightning.errors import UserError
+from rest_lightning.errors import UserError, causes
 from rest_lightning.models.cache import IDContextCache
 from rest_lightning.models.causal import Stream
 from rest_lightning.models.detail import AgreementDetail, EnlargedDetail
@@ -505,12 +505,10 @@ def explain_out_of_memory(model: TalkingParts, batch: int, sampling: Sampling) -
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error, or one that caused it, says that a device or the CPU had no memory left."""
     words = ("DefaultCPUAllocator", "CUDA out of memory", "Storage size calculation overflowed")
-    seen: BaseException | None = error
-    while seen is not None:  # ending a capture that ran out of memory raises one on top
-        if isinstance(seen, torch.OutOfMemoryError) or any(word in str(seen) for word in words):
-            return True
-        seen = seen.__cause__ or seen.__context__
-    return False
+    return any(  # ending a capture that ran out of memory raises one on top
+        isinstance(seen, torch.OutOfMemoryError) or any(word in str(seen) for word in words)
+        for seen in causes(error)
+    )
 
 
 def cache_num_bytes(model: TalkingParts, rows: int, num_steps: int) -> int:

@@ -137,6 +137,33 @@ def test_signals_leave_a_video_that_plays(
         assert sum(1 for _ in container.decode(video=0)) >= 24
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_library_that_swallows_an_interrupt_hides_it_not(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int
+) -> None:
+    """torch's C++ code, interrupted while it reads weights, raises a TypeError without a cause."""
+
+    def read_weights(words: list[str]) -> int:
+        interrupted = False
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(10)
+        except KeyboardInterrupt:
+            interrupted = True
+        assert interrupted
+        raise UserError("expected whole weights, got something else: fetch them again")
+
+    plain: Any = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+    before = signal.signal(number, plain)
+    monkeypatch.setattr("rest_lightning.cli._run", read_weights)
+    try:
+        assert main(["talk"]) == 128 + number
+        assert signal.getsignal(number) == plain
+    finally:
+        signal.signal(number, before)
+    assert capsys.readouterr().err == "interrupted: nothing was written\n"
+
+
 @pytest.mark.parametrize("device", ["cuda", "cuda:0", "cuda:99", "tpu", "cudaish", ""])
 @pytest.mark.parametrize("command", ["talk", "score", "encode"])
 def test_a_device_that_is_not_there_is_one_line(
