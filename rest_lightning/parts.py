@@ -62,6 +62,7 @@ PART_CLASSES = {
     "A2VDiT": "rest_lightning.models.transformer",
     "AgreementDetail": "rest_lightning.models.detail",
     "LearnedDetail": "rest_lightning.models.detail",
+    "PatchDiscriminator": "rest_lightning.models.discriminator",
 }
 
 _IMPORT_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
 from rest_lightning.constants import SPATIAL_RATIO
 from rest_lightning.errors import UserError
 from rest_lightning.metrics.image import border_jump_ratio, psnr_db
+from rest_lightning.models.discriminator import PatchDiscriminator, random_pieces
 from rest_lightning.models.vae import (
     PrincipalPath,
     VideoAutoencoder,
@@ -23,6 +25,7 @@ from rest_lightning.models.vae import (
 from rest_lightning.tasks.base import OptimizerSettings, StageModule
 from rest_lightning.tasks.regions import landmarks_of, random_crops, region_weights
 
+_PIECES = 4  # of each clip, that the discriminator judges in a step
 PRINCIPAL_FRAMES = 17  # length of the windows that the principal path is fitted to
 
 
@@ -40,6 +43,9 @@ class VAELossWeights:
             temporal compression makes videos jump.
         kl: Kullback-Leibler divergence of the latents from a unit Gaussian, per value.
         lpips: LPIPS of single frames; needs the published VGG weights.
+        adversarial: what a discriminator's judgement weighs: the length of its gradient, where 1 is
+            that of all losses above together (LDM's adaptive weight). Errors of pixels alone paint
+            the mean of all mouths that a latent may mean, which is grey.
         mouth, eyes: weight of a mouth's or an eye's pixels, where any other pixel counts 1.
         motion: how much more a pixel weighs per unit of its distance from its mean over time,
             averaged over the colours (range 2). Without it a blurred mouth that hardly moves costs
@@ -52,6 +58,7 @@ class VAELossWeights:
     border: float = 1.0
     kl: float = 1e-7
     lpips: float = 0.0
+    adversarial: float = 0.0
     mouth: float = 1.0
     eyes: float = 1.0
     motion: float = 0.0
@@ -79,6 +86,8 @@ class VAEModule(StageModule):
             convolutional network learns as much from a quarter of the pixels, in a quarter of the
             time. None takes whole frames; the last minutes should do so, for the frames' borders.
         mouth_crops: share of these squares that are placed around the mouth, 0 to 1.
+        discriminator: trained along, for ``loss_weights.adversarial``; None where that is 0.
+        adversarial_start: step from which its judgement counts; until then it learns alone.
 
     Raises:
         UserError: ``principal_batches`` for a network that has no principal path, a ``crop_px``
@@ -87,6 +96,7 @@ class VAEModule(StageModule):
     """
 
     vae: VideoAutoencoder
+    discriminator: PatchDiscriminator
 
     def __init__(
         self,
@@ -100,8 +110,19 @@ class VAEModule(StageModule):
         latent_noise: float = 0.0,
         crop_px: int | None = None,
         mouth_crops: float = 0.5,
+        discriminator: PatchDiscriminator | None = None,
+        adversarial_start: int = 100,
     ) -> None:
-        super().__init__({"vae": vae}, {}, initial, optimizer)
+        loss_weights = loss_weights or VAELossWeights()
+        if bool(loss_weights.adversarial) != (discriminator is not None):
+            raise UserError(
+                "expected a discriminator with loss_weights.adversarial above 0, and none without, "
+                f"got {loss_weights.adversarial:g} and {type(discriminator).__name__}: set both, "
+                "or neither"
+            )
+        judges = {} if discriminator is None else {"discriminator": discriminator}
+        super().__init__({"vae": vae, **judges}, {}, initial, optimizer)
+        self.loss_weights, self.adversarial_start = loss_weights, adversarial_start
         if crop_px is not None and (crop_px < SPATIAL_RATIO or crop_px % SPATIAL_RATIO):
             raise UserError(
                 f"expected a crop_px that is a multiple of {SPATIAL_RATIO}, got {crop_px}: use 128"
@@ -126,7 +147,6 @@ class VAEModule(StageModule):
         self.train_encoder, self.latent_noise = train_encoder, latent_noise
         if not train_encoder:
             freeze_encoder(vae)
-        self.loss_weights = loss_weights or VAELossWeights()
         self.lpips: nn.Module | None = None
         if self.loss_weights.lpips:
             from rest_lightning.metrics.reconstruction import load_lpips
@@ -147,7 +167,9 @@ class VAEModule(StageModule):
         return self.vae.decode_raw(latents), mean, log_variance
 
     def losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """Returns each loss of a batch by name, unweighted, and their weighted sum as ``loss``."""
+        """Returns each loss of a batch by name, unweighted, and their weighted sum as ``loss``;
+        ``adversarial`` and ``discriminator`` in training only.
+        """
         frames = batch["frames"]
         check_frames(frames)
         landmarks = landmarks_of(batch, frames.shape[2])
@@ -176,10 +198,30 @@ class VAEModule(StageModule):
                 video.transpose(1, 2).flatten(0, 1) for video in (reconstruction.float(), frames)
             ]
             terms["lpips"] = self.lpips(*pairs).mean()
-        terms["loss"] = torch.stack(
-            [getattr(weights, name) * value for name, value in terms.items()]
-        ).sum()
-        return terms
+        loss = torch.stack([getattr(weights, name) * value for name, value in terms.items()]).sum()
+        if weights.adversarial and self.training:
+            terms |= self._judged(reconstruction, frames, loss)
+            is_due = self.global_step >= self.adversarial_start
+            loss = loss + terms["discriminator"]
+            loss = loss + weights.adversarial * terms["adversarial"] if is_due else loss
+        return {**terms, "loss": loss}
+
+    def _judged(self, fake: Tensor, real: Tensor, others: Tensor) -> dict[str, Tensor]:
+        """The hinge losses of the discriminator, and of the decoder whose frames it judges.
+
+        One optimiser serves both: each loss reaches the weights of its own side alone. That of the
+        decoder is scaled so that its gradient at the frames is as long as that of ``others``.
+        """
+        judge = self.discriminator
+        fakes, reals = random_pieces((fake, real), judge.num_frames, _PIECES)
+        doubt = F.relu(1 + judge(fakes.detach())).mean() + F.relu(1 - judge(reals)).mean()
+        praise = -judge.unmoved(fakes).mean()
+        wanted, had = (
+            torch.autograd.grad(loss, fake, retain_graph=True)[0].float().norm()
+            for loss in (others, praise)
+        )
+        scale = (wanted / had.clamp(min=1e-8)).clamp(max=1e4)
+        return {"adversarial": scale * praise, "discriminator": doubt}
 
     def on_train_start(self) -> None:
         """Fits the principal path to training data, once."""
