@@ -13,6 +13,7 @@ from tiny_ltx import make_vae
 
 from rest_lightning.diffusion.losses import speech_ae_loss
 from rest_lightning.errors import UserError
+from rest_lightning.models.discriminator import PatchDiscriminator, random_pieces
 from rest_lightning.models.speech import LogMelEncoder
 from rest_lightning.models.speech_ae import SpeechAE
 from rest_lightning.models.vae import CompactVAE
@@ -336,3 +337,72 @@ def test_precisions_that_round_the_noise_table_are_refused() -> None:
             continue
         with pytest.raises(UserError, match=r"got trainer\.precision bf16-true, .*use bf16-mixed"):
             task.setup("fit")
+
+
+def judged_module(start: int = 0) -> VAEModule:
+    torch.manual_seed(0)
+    vae = CompactVAE(4, (8, 12, 16), (1, 1, 1), (1, 1, 1), ((4, 2), (2, 2)), patch_size=8)
+    weights, judge = VAELossWeights(adversarial=0.5, kl=0.0), PatchDiscriminator(width=4)
+    return VAEModule(vae, weights, discriminator=judge, adversarial_start=start)
+
+
+def gradients(loss: torch.Tensor, part: torch.nn.Module) -> torch.Tensor:
+    found = torch.autograd.grad(loss, list(part.parameters()), retain_graph=True, allow_unused=True)
+    return torch.cat([torch.zeros(1) if each is None else each.flatten() for each in found])
+
+
+def test_each_side_of_the_adversarial_loss_moves_its_own_weights() -> None:
+    task, data = judged_module(), batch(17)
+    terms = task.losses(data)
+    vae, judge = task.vae, task.discriminator
+    assert not gradients(terms["discriminator"], vae).any()
+    assert not gradients(terms["adversarial"], judge).any()
+    others = terms["l1"] + terms["difference"]
+    together = gradients(terms["loss"], vae)
+    apart = gradients(others, vae) + 0.5 * gradients(terms["adversarial"], vae)
+    torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        gradients(terms["loss"], judge), gradients(terms["discriminator"], judge)
+    )
+    waiting = judged_module(start=10).losses(data)
+    expected = waiting["l1"] + waiting["difference"] + waiting["discriminator"]
+    torch.testing.assert_close(waiting["loss"], expected)
+    assert task.eval().losses(data).keys() == {"l1", "l2", "difference", "kl", "loss"}
+
+
+def test_the_discriminator_learns_what_is_real_and_the_decoder_to_please_it() -> None:
+    task, data = judged_module(), batch(17)
+    judge, optimizer = task.discriminator, torch.optim.Adam(task.discriminator.parameters(), 1e-2)
+    first = None
+    for _ in range(30):
+        terms = task.losses(data)
+        first = first or float(terms["discriminator"].detach())
+        optimizer.zero_grad()
+        terms["discriminator"].backward()
+        optimizer.step()
+    assert float(terms["discriminator"].detach()) < 0.5 * first
+    frames = task(data["frames"])[0]
+    real = judge(random_pieces((data["frames"],), 3, 4)[0]).mean()
+    fake = judge(random_pieces((frames,), 3, 4)[0]).mean()
+    assert real > 0.5 > -0.5 > fake
+    step = torch.autograd.grad(
+        task._judged(frames, data["frames"], frames.sum())["adversarial"], frames
+    )
+    pleased = judge(random_pieces((frames - 0.02 * step[0].sign(),), 3, 4)[0]).mean()
+    assert pleased > fake
+
+
+def test_pieces_are_successive_frames_at_the_same_places() -> None:
+    video = torch.arange(2.0 * 3 * 9).view(2, 3, 9, 1, 1)
+    ones, twos = random_pieces((video, 2 * video), 4, count=5)
+    assert ones.shape == (10, 3, 4, 1, 1)
+    torch.testing.assert_close(twos, 2 * ones)
+    assert (ones.diff(dim=2) == 1).all()
+    assert PatchDiscriminator(4, num_frames=4)(torch.rand(10, 3, 4, 64, 96)).shape == (10, 8, 12)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+def test_an_adversarial_loss_needs_a_discriminator(weight: float) -> None:
+    judge = None if weight else PatchDiscriminator(4)
+    with pytest.raises(UserError, match=r"expected a discriminator with loss_weights.adversarial"):
+        VAEModule(CompactVAE(4), VAELossWeights(adversarial=weight), discriminator=judge)
