@@ -26,6 +26,9 @@ from rest_lightning.tasks.base import OptimizerSettings, StageModule
 from rest_lightning.tasks.regions import landmarks_of, random_crops, region_weights
 
 _PIECES = 4  # of each clip, that the discriminator judges in a step
+# Its own loss counts little: gradients are clipped together, by a length that is to be the VAE's. AdamW divides the
+# factor out again.
+_DOUBT = 0.03
 PRINCIPAL_FRAMES = 17  # length of the windows that the principal path is fitted to
 
 
@@ -43,9 +46,10 @@ class VAELossWeights:
             temporal compression makes videos jump.
         kl: Kullback-Leibler divergence of the latents from a unit Gaussian, per value.
         lpips: LPIPS of single frames; needs the published VGG weights.
-        adversarial: what a discriminator's judgement weighs: the length of its gradient, where 1 is
-            that of all losses above together (LDM's adaptive weight). Errors of pixels alone paint
-            the mean of all mouths that a latent may mean, which is grey.
+        adversarial: what a discriminator's judgement weighs: the length of its gradient at the
+            frames, where 1 is that of all losses above together (LDM's adaptive weight, but at the
+            frames). It points the same way everywhere, so a few hundredths are much. Errors of
+            pixels alone paint the mean of all mouths that a latent may mean, which is grey.
         mouth, eyes: weight of a mouth's or an eye's pixels, where any other pixel counts 1.
         motion: how much more a pixel weighs per unit of its distance from its mean over time,
             averaged over the colours (range 2). Without it a blurred mouth that hardly moves costs
@@ -87,7 +91,8 @@ class VAEModule(StageModule):
             time. None takes whole frames; the last minutes should do so, for the frames' borders.
         mouth_crops: share of these squares that are placed around the mouth, 0 to 1.
         discriminator: trained along, for ``loss_weights.adversarial``; None where that is 0.
-        adversarial_start: step from which its judgement counts; until then it learns alone.
+        adversarial_start: step from which its judgement counts, fully from twice that step on; until
+            then it learns alone.
 
     Raises:
         UserError: ``principal_batches`` for a network that has no principal path, a ``crop_px``
@@ -201,9 +206,10 @@ class VAEModule(StageModule):
         loss = torch.stack([getattr(weights, name) * value for name, value in terms.items()]).sum()
         if weights.adversarial and self.training:
             terms |= self._judged(reconstruction, frames, loss)
-            is_due = self.global_step >= self.adversarial_start
-            loss = loss + terms["discriminator"]
-            loss = loss + weights.adversarial * terms["adversarial"] if is_due else loss
+            loss = loss + _DOUBT * terms["discriminator"]
+            late = self.global_step + 1 - self.adversarial_start
+            ramp = min(1.0, max(0.0, late / max(1, self.adversarial_start)))
+            loss = loss + ramp * weights.adversarial * terms["adversarial"]
         return {**terms, "loss": loss}
 
     def _judged(self, fake: Tensor, real: Tensor, others: Tensor) -> dict[str, Tensor]:
