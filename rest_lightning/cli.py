@@ -71,7 +71,14 @@ def main(args: list[str] | None = None) -> int:
         end_with_parent()
     else:
         accept_encoding()
-    words = list(sys.argv[1:] if args is None else args)
+    try:
+        return _main(list(sys.argv[1:] if args is None else args))
+    finally:
+        if (files := sys.modules.get("rest_lightning.media.files")) is not None:
+            files.remove_own_leftovers()
+
+
+def _main(words: list[str]) -> int:
     # SLURM's signals are Lightning's: it queues the job again.
     by_slurm = words[:1] == ["fit"] and "SLURM_JOB_ID" in os.environ
     try:

@@ -121,7 +121,24 @@ def temporary_path(path: PathLike) -> Path:
     path = Path(path)
     _remove_orphans(path.parent)
     number = _machine() + uuid.uuid4().hex[:8]
-    return path.with_name(f".{_short_stem(path)}.{os.getpid()}.{number}.part{path.suffix}")
+    name = f".{_short_stem(path)}.{os.getpid()}.{number}.part{path.suffix}"
+    _given_out.add(path.absolute().with_name(name))
+    return path.with_name(name)
+
+
+_given_out: set[Path] = set()
+
+
+def remove_own_leftovers() -> None:
+    """Removes the temporary files that this process still has, at the end of a command.
+
+    Whoever made one removes it; but Ctrl-C may come after a file is opened and before anybody knows
+    of it.
+    """
+    for path in tuple(_given_out):
+        if f".{os.getpid()}." in path.name:  # a fork has those of its parent in the set
+            _remove(path)
+    _given_out.clear()
 
 
 _TEMPORARY = re.compile(r"\..*\.(\d+)\.([0-9a-f]{6})[0-9a-f]{8}\.part(\..+)?")

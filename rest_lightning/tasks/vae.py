@@ -26,8 +26,8 @@ from rest_lightning.tasks.base import OptimizerSettings, StageModule
 from rest_lightning.tasks.regions import landmarks_of, random_crops, region_weights
 
 _PIECES = 4  # of each clip, that the discriminator judges in a step
-# Its own loss counts little: gradients are clipped together, by a length that is to be the VAE's. AdamW divides the
-# factor out again.
+# Its own loss counts little: gradients are clipped together, by a length that is to be the VAE's.
+# AdamW divides the factor out again.
 _DOUBT = 0.03
 PRINCIPAL_FRAMES = 17  # length of the windows that the principal path is fitted to
 
@@ -91,8 +91,8 @@ class VAEModule(StageModule):
             time. None takes whole frames; the last minutes should do so, for the frames' borders.
         mouth_crops: share of these squares that are placed around the mouth, 0 to 1.
         discriminator: trained along, for ``loss_weights.adversarial``; None where that is 0.
-        adversarial_start: step from which its judgement counts, fully from twice that step on; until
-            then it learns alone.
+        adversarial_start: step from which its judgement counts, fully from twice that step on;
+            until then it learns alone.
 
     Raises:
         UserError: ``principal_batches`` for a network that has no principal path, a ``crop_px``

@@ -164,6 +164,21 @@ def test_a_library_that_swallows_an_interrupt_hides_it_not(
     assert capsys.readouterr().err == "interrupted: nothing was written\n"
 
 
+@pytest.mark.parametrize("as_folder", [False, True])
+def test_ctrl_c_before_anybody_knows_of_a_file_leaves_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_folder: bool
+) -> None:
+    def open_file(words: list[str]) -> int:
+        path = temporary_path(tmp_path / "a.mp4")
+        path.mkdir() if as_folder else path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    (tmp_path / "b.mp4").write_bytes(b"whole")
+    monkeypatch.setattr("rest_lightning.cli._run", open_file)
+    assert main(["predict"]) == 130
+    assert [path.name for path in tmp_path.iterdir()] == ["b.mp4"]
+
+
 @pytest.mark.parametrize("device", ["cuda", "cuda:0", "cuda:99", "tpu", "cudaish", ""])
 @pytest.mark.parametrize("command", ["talk", "score", "encode"])
 def test_a_device_that_is_not_there_is_one_line(
