@@ -180,7 +180,7 @@ class CommandParser(TellsMistakes):
         if not has_quiet:
             self.add_argument("--quiet", action="store_true", help="no bars and no reports")
         self.usage = self._short_usage()
-        values = vars(self.parse_args([self._as_known(word) for word in words]))
+        values = vars(self.parse_args([self._as_known(word) for word in self._without_set(words)]))
         if not own:
             del values[CONFIG]
         if not has_quiet:
@@ -221,6 +221,14 @@ class CommandParser(TellsMistakes):
             elif action.required:
                 words.append(f"{action.option_strings[-1]} {name}")
         return " ".join(words)
+
+    def _without_set(self, words: Sequence[str]) -> Iterator[str]:
+        """``--set min_frames=20``, which `rest prepare` of 0.1 had, as ``--min_frames=20``."""
+        rest = iter(words)
+        for word in rest:
+            if word == "--set" and word not in self._option_string_actions:
+                word = f"--{next(rest, '')}"
+            yield word
 
     def _as_known(self, word: str) -> str:
         """``--num_clips=5`` as ``--num-clips=5`` where that is the option's spelling, or the other

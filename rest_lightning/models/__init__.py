@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from rest_lightning.models.detail import DetailTransfer as DetailTransfer
     from rest_lightning.models.detail import EnlargedDetail as EnlargedDetail
     from rest_lightning.models.detail import LearnedDetail as LearnedDetail
+    from rest_lightning.models.discriminator import PatchDiscriminator as PatchDiscriminator
     from rest_lightning.models.ltx_vae import LTXVideoVAE as LTXVideoVAE
     from rest_lightning.models.speech import LogMelEncoder as LogMelEncoder
     from rest_lightning.models.speech import SpeechEncoder as SpeechEncoder
@@ -31,6 +32,7 @@ __all__, __getattr__ = lazy(
         "attention": ["Rope"],
         "cache": ["CacheOptions", "IDContextCache"],
         "detail": ["AgreementDetail", "DetailTransfer", "EnlargedDetail", "LearnedDetail"],
+        "discriminator": ["PatchDiscriminator"],
         "ltx_vae": ["LTXVideoVAE"],
         "speech": ["LogMelEncoder", "SpeechEncoder", "WhisperEncoder"],
         "speech_ae": ["SpeechAE", "SpeechPooling", "SpeechProjection"],
