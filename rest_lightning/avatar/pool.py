@@ -69,9 +69,8 @@ class AvatarPool:
         model: the talking head, on whatever device it is.
         num_avatars: n; memory for all of them is taken when the pool starts.
         options: switches of the engine.
-        chunk_length: latents of 320 ms in a chunk, for models that can be run with another number
-            than they were trained with; None takes the model's own. Short chunks answer sooner and
-            cost more.
+        chunk_length: latents of 320 ms in a chunk, for models that were trained with several
+            lengths; None takes the model's own. Short chunks answer sooner and cost more.
         sampling: ``num_steps``, ``guidance``, ... as in :meth:`TalkingHead.open_batch`.
 
     Attributes:

@@ -54,6 +54,7 @@ class DetailTransfer(PretrainedPart):
 class AgreementDetail(DetailTransfer):
     """The closed form: ``frame + residual * exp(-blur((frame - reconstruction)^2) / tolerance^2)``.
 
+    ``reconstruction`` is what the VAE makes of the portrait, ``residual`` the portrait minus that.
     With ``hold`` a part of small differences is taken back: ``hold * (reconstruction - frame) *
     exp(-blur(...) / hold_tolerance^2)`` is added. So what does not move shows the portrait itself,
     and not the noise that a small network leaves there.
