@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import os
 import time
 from collections import deque
 from collections.abc import Callable
@@ -92,6 +93,12 @@ class AvatarPool:
     ) -> None:
         if num_avatars < 1:
             raise UserError(f"expected a pool of at least 1 avatar, got {num_avatars}")
+        if isinstance(model, str | os.PathLike):
+            name = os.fspath(model)
+            raise UserError(
+                f"expected a TalkingHead, got the name {name}: load it with "
+                f"TalkingHead.from_pretrained({name!r})"
+            )
         self.model, self.num_avatars = model, num_avatars
         own_length: int = model.transformer.cache_options.chunk_length
         self._open_batch: dict[str, Any] = {"options": options, **sampling}
