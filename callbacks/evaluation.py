@@ -4,6 +4,7 @@ row.
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,16 +40,17 @@ Frames = NDArray[np.uint8]
 
 
 class Evaluation(Callback):
-    """FID, FVD, Sync-C and the rest of a protocol on generated clips, one at a time, the true clips
-    beside.
+    """Generates clips, one at a time, and scores them and the true clips by a protocol: FID, FVD,
+    Sync-C, and the rest.
+
+    The portrait of a clip is its first frame, and frame k of the generated clip belongs to frame k
+    of the true one.
 
     ``rest test`` of an `EvaluateModule` writes the row, and beside it one row per clip
     (``row.clips.csv``), the worst clips (``row.worst.png``) and the first clip (true | generated).
     With a teacher or student stage it runs at every n-th validation of ``rest fit`` and at ``rest
     validate`` on the validation clips, logs ``eval/<metric>`` and writes
-    ``evaluation/step-<step>.json``; there an evaluation that fails is a warning. A clip shows its
-    first frame speaking from there on: frame k of the generated one belongs to frame k of the true
-    one.
+    ``evaluation/step-<step>.json``; there an evaluation that fails is a warning.
 
     Args:
         protocol: what to measure, or the name or file of a protocol; its clips are the first ones
@@ -62,7 +64,7 @@ class Evaluation(Callback):
         seed: of the noise in a training run; `EvaluateModule` has its own.
         sampling: changes of the stage's own; ``rest fit`` takes it from the top-level key
             ``sampling``.
-        metrics: of one's own, beside the protocol's: ``update`` takes a clip's frames, uint8
+        metrics: your own, beside the protocol's: ``update`` takes a clip's frames, uint8
             (n, H, W, 3).
     """
 
@@ -161,9 +163,11 @@ class Evaluation(Callback):
         """Refuse windows that are shorter than the protocol's clips, where a loader knows them."""
         num_frames = getattr(getattr(loader, "dataset", None), "num_frames", None)
         if num_frames is not None and num_frames < self.protocol.num_frames:
+            blocks = math.ceil((self.protocol.num_frames - 1) / TEMPORAL_RATIO)
             raise UserError(
                 f"expected data.num_frames of at least {self.protocol.num_frames} for "
-                f"{self.protocol.name}, got {num_frames}: set it to 8n + 1"
+                f"{self.protocol.name}, got {num_frames}: set it to {1 + TEMPORAL_RATIO * blocks}, "
+                "with clips as long"
             )
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from rest_lightning.errors import UserError
 from rest_lightning.media import VideoFile
-from rest_lightning.metrics.sums import Frames, MeanMetric, check_clip
+from rest_lightning.metrics import MeanMetric, check_clip
+from rest_lightning.metrics.sums import Frames
 
 
 class Flicker(MeanMetric):

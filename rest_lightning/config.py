@@ -245,6 +245,8 @@ def reason_of(message: str) -> tuple[str, str]:
     reason = re.sub(r'^.*Parser key "[^"]+":\s*', "", reason)
     reason = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", reason)
     reason = re.sub(r"^Expected an? ", "expected ", reason).replace(". Got value: ", ", got ")
+    reason = re.sub(r"^expected int\b", "expected a whole number", reason)
+    reason = re.sub(r"^expected float\b", "expected a number", reason)
     return max(keys, key=len, default="").rstrip("+"), " ".join(reason.split()).rstrip(".")
 
 

@@ -43,6 +43,7 @@ _folders = ExitStack()  # held by the run under way
 EXPECTED_WARNINGS = (
     "LightningCLI's args parameter",  # our own command line hands its words on
     r"Found \d+ module\(s\) in eval mode",  # frozen parts are
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's own code
 )
 
 
@@ -235,11 +236,17 @@ def run(args: list[str]) -> Any:
             logging.getLogger(name).setLevel(logging.WARNING)
     for message in EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message)
+    # Lightning advertises a service in every run.
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
     _know_short_names()
     accept_old_names()
     look_in_current_folder()
     with _folders:
         return _run(args)
+
+
+def _is_no_advertisement(record: logging.LogRecord) -> bool:
+    return "Tip: For seamless" not in record.getMessage()
 
 
 def _run(args: list[str]) -> Any:

@@ -58,12 +58,12 @@ class TalkingHead(nn.Module):
         detail: puts the portrait's detail into decoded frames (beyond the paper); None: nothing
             does.
         sampling: defaults of :meth:`open`.
-        size_px: side of the square frames; None: what the transformer has a place for, or 512 where
-            any size will do.
+        size_px: side of the square frames; None: the size that the transformer's
+            ``spatial_embedding`` fixes, or 512 where it has none.
 
     Attributes:
         card: the model card (Markdown with a head of YAML) that goes with the weights, or None.
-        portraits: PNG files that come with the model, the first one its own choice.
+        portraits: PNG files that come with the model; `rest demo` takes the first.
     """
 
     def __init__(
@@ -155,7 +155,8 @@ class TalkingHead(nn.Module):
                 head that is found), ``centre``, (x, y, size) or (x, y, width, height); see
                 :func:`rest_lightning.media.portrait.find_portrait`.
             seed: seed of the noise; the same seed, portrait and speech give the same frames.
-            num_steps, guidance, shift, reference_guidance: override :attr:`sampling`.
+            num_steps, guidance, shift, reference_guidance, table_steps: override those of
+                :class:`~rest_lightning.diffusion.sampling.Sampling` that the model came with.
             chunk_length: latents per chunk, see :meth:`with_chunk_length`; None takes the model's
                 default.
             options: switches of the engine: graphs, compilation, overlap, warm-up, a short first
@@ -193,7 +194,8 @@ class TalkingHead(nn.Module):
 
         Args:
             num_rows: number of rows n; memory for all of them is taken now.
-            num_steps, guidance, shift, reference_guidance, chunk_length, options: see :meth:`open`.
+            num_steps, guidance, shift, reference_guidance, table_steps, chunk_length, options: see
+                :meth:`open`.
             max_waiting_s: seconds of speech that a row may hold before it is computed.
 
         Raises:
@@ -423,7 +425,7 @@ def bundled_folder(name: str | os.PathLike[str] | None) -> Path | None:
 
 
 def portraits_in(folder: Path | None = None) -> list[Path]:
-    """Returns the portraits that come with a model, the first one its own choice.
+    """Returns the portraits that come with a model; `rest demo` takes the first.
 
     They are the PNG files of ``portraits`` in its folder; where it has none, and without a folder,
     those of the bundled model.

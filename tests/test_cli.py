@@ -73,7 +73,7 @@ def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
         (["talk", "a.png", "a.wav", "--ou", "a.mp4"], "got --ou: did you mean --out?"),
         (
             ["synthesize", "--out", "x", "--num_clips", "many"],
-            "--num-clips: expected int, got many",
+            "--num-clips: expected a whole number, got many",
         ),
     ],
 )

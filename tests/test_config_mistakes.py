@@ -52,7 +52,7 @@ TINY = ("--config", "embedded/asd", "--config", "model/tiny")
             },
             "trainer.callbacks.init_args.num_clip: did you mean num_clips?",
         ),
-        ({"data": {"num_frames": "fast"}}, "data.num_frames: expected int, got fast"),
+        ({"data": {"num_frames": "fast"}}, "data.num_frames: expected a whole number, got fast"),
     ],
 )
 def test_in_a_file(
@@ -77,7 +77,7 @@ def test_in_a_file(
         ),
         (["--model.noise.stt", "3"], "got --model.noise.stt: did you mean std?"),
         (["--trainer.callbacks", "Nothing"], "--trainer.callbacks: expected dot import path"),
-        (["--data.num_frames", "x"], "--data.num_frames: expected int, got x"),
+        (["--data.num_frames", "x"], "--data.num_frames: expected a whole number, got x"),
         (["--conf", "embedded/asd"], "got --conf: "),
         (["stray"], "got stray: see rest fit --help"),
         (["--config", "embedded/ads"], "did you mean embedded/asd?"),

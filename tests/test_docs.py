@@ -56,12 +56,6 @@ BROUGHT_BY = {
 }
 # What is appended to a command that holds the words on the left, so that it takes seconds.
 TINY = (
-    (
-        "rest synthesize",
-        "--num_clips 6 --size_px 64 --num_frames 57 --val_fraction 0.17 --test_fraction 0.17",
-    ),
-    ("rest fit", "--config trainer/tiny --config model/tiny --config data/tiny"),
-    ("rest fit", "--data.data_dir data/talkers"),
     ("rest serve", "--help"),
     ("rest app", "--help"),
     ("examples/stream_to_window.py", f"--model {drawn.FOLDER}"),

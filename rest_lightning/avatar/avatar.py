@@ -153,11 +153,15 @@ class Avatar:
     ::
 
         async with Avatar("portrait.png") as avatar:
-            # push_audio(samples, sample_rate), then flush()
-            speaking = asyncio.create_task(speak(avatar))
-            async for frame in avatar.run():
+            # answer awaits avatar.push_audio(samples, sample_rate) for each block of speech, and
+            # avatar.flush() at the end of an utterance
+            speaking = asyncio.create_task(answer(avatar))
+            async for frame in avatar.run():  # without end
                 show(frame.picture)
-                play(frame.samples)
+                play(frame.samples, frame.sample_rate)
+
+    ``answer``, ``show`` and ``play`` are yours. Where the speech is an iterable of blocks,
+    :func:`speak` is shorter: it pushes, flushes, runs, and ends with the speech.
 
     :meth:`run` gives a piece of 40 ms at a time, in step with the clock of the event loop, whatever
     happens: idle pictures never stop. Sound leaves as it came; it is resampled for the model alone.
@@ -166,7 +170,7 @@ class Avatar:
     Args:
         portrait: as in :meth:`TalkingHead.open`.
         model: a talking head, or a pool of avatars that share one; None loads the bundled model.
-        settings: see there.
+        settings: see :class:`AvatarSettings`.
 
     Attributes:
         stats: what has happened so far.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import os
 import time
 from collections import deque
 from collections.abc import Callable
@@ -69,9 +70,8 @@ class AvatarPool:
         model: the talking head, on whatever device it is.
         num_avatars: n; memory for all of them is taken when the pool starts.
         options: switches of the engine.
-        chunk_length: latents of 320 ms in a chunk, for models that can be run with another number
-            than they were trained with; None takes the model's own. Short chunks answer sooner and
-            cost more.
+        chunk_length: latents of 320 ms in a chunk, for models that were trained with several
+            lengths; None takes the model's own. Short chunks answer sooner and cost more.
         sampling: ``num_steps``, ``guidance``, ... as in :meth:`TalkingHead.open_batch`.
 
     Attributes:
@@ -93,6 +93,12 @@ class AvatarPool:
     ) -> None:
         if num_avatars < 1:
             raise UserError(f"expected a pool of at least 1 avatar, got {num_avatars}")
+        if isinstance(model, str | os.PathLike):
+            name = os.fspath(model)
+            raise UserError(
+                f"expected a TalkingHead, got the name {name}: load it with "
+                f"TalkingHead.from_pretrained({name!r})"
+            )
         self.model, self.num_avatars = model, num_avatars
         own_length: int = model.transformer.cache_options.chunk_length
         self._open_batch: dict[str, Any] = {"options": options, **sampling}

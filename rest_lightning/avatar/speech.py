@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from rest_lightning.constants import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME
 from rest_lightning.errors import UserError
+from rest_lightning.media.level import MAX_PEAK, refuse_bytes
 
 MIN_RATE_HZ, MAX_RATE_HZ = 4000, 192_000
 MAX_CHANNELS = 8
@@ -60,9 +61,10 @@ def check_sound(samples: Any, sample_rate: int) -> Sound:
     """Sound as it is kept: int16, or float32 in about [-1, 1]; (n,) or (n, channels).
 
     Raises:
-        UserError: another type or shape, samples that are not finite, or a rate that speech does
-            not have.
+        UserError: another type or shape, samples that are not finite or beyond 16, or a rate that
+            speech does not have.
     """
+    refuse_bytes(samples)
     block = np.asarray(samples)
     if block.ndim not in (1, 2) or (block.ndim == 2 and not 1 <= block.shape[1] <= MAX_CHANNELS):
         raise UserError(
@@ -88,6 +90,11 @@ def check_sound(samples: Any, sample_rate: int) -> Sound:
     if not np.isfinite(block).all():
         raise UserError(
             "expected finite samples of speech, got NaN or infinity: check the speech synthesis; "
+            "nothing of this block is kept"
+        )
+    if block.size and (peak := float(np.abs(block).max())) > MAX_PEAK:
+        raise UserError(
+            f"expected samples in [-1, 1], got one of {peak:g}: divide by the largest integer; "
             "nothing of this block is kept"
         )
     return block
@@ -264,7 +271,8 @@ class _Utterance:
             size = self._next_size
             slots.append(
                 Slot(
-                    self._samples[:SAMPLES_PER_FRAME],
+                    # resampling may overshoot what `check_sound` let in, and the model refuses it
+                    self._samples[:SAMPLES_PER_FRAME].clip(-MAX_PEAK, MAX_PEAK),
                     self._sound[:size],
                     self.sample_rate,
                     self.number,

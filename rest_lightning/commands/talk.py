@@ -105,7 +105,9 @@ class TalkOptions:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
-    parser.add_argument("portrait", type=Path, help="image of a face, the head filling most of it")
+    parser.add_argument(
+        "portrait", type=Path, help="photograph of a person; the head is found in it"
+    )
     parser.add_argument("speech", help='sound file, video, or "-" for a pipe')
     parser.add_argument(
         "-o", "--out", type=Path, required=True, help='the mp4 to write, or "-" for a pipe'
@@ -159,7 +161,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--reference-guidance", type=float, help=split)
     detail = (
-        "of the portrait, in every frame: model (default: as it was trained), agreement "
+        "of the portrait, in every frame: model (default: the model's own way), agreement "
         "(closed form) or none"
     )
     parser.add_argument(

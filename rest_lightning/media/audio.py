@@ -38,6 +38,7 @@ from rest_lightning.media.level import MAX_PEAK, LevelMeter
 BLOCK_SAMPLES = SAMPLE_RATE // 4
 Samples = NDArray[np.float32]
 _KINDS = "wav, mp3, flac, m4a, ogg or mp4"
+_WITH_HEADER = (".mp3", ".flac", ".m4a", ".ogg", ".mp4")
 _TO_PIPE = "ffmpeg -i speech.wav -f s16le -ar 16000 -ac 1 - | rest talk portrait.png - -o out.mp4"
 _RAW = (
     "samples without a header go in through a pipe as 16 kHz mono s16le: rest talk portrait.png - "
@@ -261,7 +262,7 @@ def _open(path: Path) -> av.container.InputContainer:
     except MediaError as error:
         raise UserError(
             f"expected speech ({_KINDS}), but {path} cannot be read ({error.reason}): "
-            f"it is truncated or something else; copy or export it again; {_RAW}"
+            f"it is truncated or something else; copy or export it again{_raw_hint(path)}"
         ) from None
     if sound_stream(container) is not None:
         return container
@@ -278,11 +279,16 @@ def _open(path: Path) -> av.container.InputContainer:
     )
 
 
+def _raw_hint(path: Path) -> str:
+    """How samples without a header go in, unless the name says that the file has one."""
+    return "" if path.suffix.lower() in _WITH_HEADER else f"; {_RAW}"
+
+
 def _nothing(path: Path, losses: Losses) -> str:
     if losses.num_bad:
         return (
             f"expected speech, but {path} cannot be decoded ({losses.error}): it is damaged or "
-            f"something else; export it again; {_RAW}"
+            f"something else; export it again{_raw_hint(path)}"
         )
     return f"expected speech, but {path} has no samples: record or export it again"
 

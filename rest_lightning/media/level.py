@@ -1,4 +1,5 @@
-"""How loud speech is: a meter for what goes into a model, and notes where it is odd.
+"""How loud speech is: a meter for what goes into a model, notes where it is odd, and what cannot
+go in.
 
 Quiet speech. The encoder's features have a fixed floor: from about 35 dB below ordinary speech on
 nothing rises above it, and lips stay shut. A file is therefore raised by one constant gain that is
@@ -9,10 +10,13 @@ pauses. So the frames of a stream never depend on a gain, and those of a file no
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
 from rest_lightning.constants import FPS, SAMPLE_RATE
+from rest_lightning.errors import UserError
 
 MAX_PEAK = 16.0
 """Samples beyond this (24 dB over full scale) are integers by mistake, not loud speech."""
@@ -27,6 +31,19 @@ _FLOOR_DB, _TOP_DB = -120, 30
 _CLIPPED_SHARE = 0.01
 _BATCH_WINDOWS = 100
 _CLIPPED_FROM = 0.999
+
+
+def refuse_bytes(samples: Any) -> None:
+    """Refuses speech as bytes, which many speech engines give: they do not tell their type.
+
+    Raises:
+        UserError: bytes.
+    """
+    if isinstance(samples, bytes | bytearray | memoryview):
+        raise UserError(
+            "expected speech as an array, got bytes: np.frombuffer(samples, np.int16) reads 16-bit "
+            "samples"
+        )
 
 
 class LevelMeter:

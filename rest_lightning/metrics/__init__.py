@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from rest_lightning.metrics.mouth import MouthOpeningEstimator as MouthOpeningEstimator
     from rest_lightning.metrics.mouth import mouth_opening as mouth_opening
     from rest_lightning.metrics.reconstruction import ReconstructionScores as ReconstructionScores
+    from rest_lightning.metrics.sums import MeanMetric as MeanMetric
+    from rest_lightning.metrics.sums import check_clip as check_clip
     from rest_lightning.metrics.sync import SyncScore as SyncScore
     from rest_lightning.metrics.video import TalkingScores as TalkingScores
     from rest_lightning.metrics.video import VideoScores as VideoScores
@@ -32,6 +34,7 @@ __all__, __getattr__ = lazy(
         "identity": ["IdentitySimilarity"],
         "mouth": ["MouthOpeningEstimator", "mouth_opening"],
         "reconstruction": ["ReconstructionScores"],
+        "sums": ["MeanMetric", "check_clip"],
         "sync": ["SyncScore"],
         "video": ["TalkingScores", "VideoScores"],
     },

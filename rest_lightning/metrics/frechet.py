@@ -174,7 +174,9 @@ def _default(metric: str, extractor: Any) -> Any:
 class FID(ClipFrechetDistance):
     """Frechet inception distance; every frame is a sample.
 
-    An extractor of None takes the embedded image network.
+    Args:
+        extractor: of ``load_extractor("fid")``; None takes the embedded image network.
+        key: name of the number in ``compute()``.
     """
 
     def __init__(self, extractor: Any = None, key: str = "fid", **kwargs: Any) -> None:
@@ -184,7 +186,10 @@ class FID(ClipFrechetDistance):
 class FVD(ClipFrechetDistance):
     """Frechet video distance; clips, or their windows, are samples.
 
-    An extractor of None takes the embedded video network.
+    Args:
+        extractor: of ``load_extractor("fvd")`` or ``load_extractor("fvd_videomae")``; None takes
+            the embedded video network.
+        key: name of the number in ``compute()``.
     """
 
     def __init__(self, extractor: Any = None, key: str = "fvd", **kwargs: Any) -> None:
@@ -195,6 +200,10 @@ class EFID(ClipFrechetDistance):
     """Frechet distance of expression coefficients.
 
     Implementations differ, so the extractor's name labels the number.
+
+    Args:
+        extractor: of ``load_extractor("e_fid")``; None takes the embedded network.
+        key: name of the number in ``compute()``.
     """
 
     def __init__(self, extractor: Any = None, key: str = "e_fid", **kwargs: Any) -> None:

@@ -296,8 +296,9 @@ class IDContextCache:
     """State of a batch of streams; `A2VDiT.new_cache` makes one.
 
     Attributes:
-        keys, values: ``(num_steps, num_layers, rows, heads, tokens, D / heads)``: a head's lie
-            together, as products want them. num_steps is 1 unless ``cache_noise`` is per_step.
+        keys, values: ``(num_steps, num_layers, rows, heads, tokens, D / heads)``: the tokens of a
+            head lie together, as matrix products want them. num_steps is 1 unless ``cache_noise``
+            is per_step.
         mask: ``(rows, 1, 1, tokens)``, 0 where a row may look and -inf where not; kept up to date
             where it is needed.
         rotation: ``(rows, l * n, D / 2)``, of the current slot.

@@ -54,6 +54,7 @@ class DetailTransfer(PretrainedPart):
 class AgreementDetail(DetailTransfer):
     """The closed form: ``frame + residual * exp(-blur((frame - reconstruction)^2) / tolerance^2)``.
 
+    ``reconstruction`` is what the VAE makes of the portrait, ``residual`` the portrait minus that.
     With ``hold`` a part of small differences is taken back: ``hold * (reconstruction - frame) *
     exp(-blur(...) / hold_tolerance^2)`` is added. So what does not move shows the portrait itself,
     and not the noise that a small network leaves there.
@@ -284,11 +285,12 @@ def even_out_seams(
 ) -> Tensor:
     """Steps at the borders of squares of 32x32 pixels become ramps on both sides of them.
 
-    The step of a border is what two straight lines leave between them that are drawn on through the
-    6 pixels on either side; so a slope is no step. It is smoothed along the border, and a large one
-    is left alone, as something that moved: it counts ``step * exp(-mean of colours of step^2 /
-    limit^2)``. Half of it is added on the one side and taken off on the other, falling to zero at
-    ``reach_px``. First all vertical borders, then all horizontal ones.
+    To measure the step of a border, a straight line is drawn through the 6 pixels on each side and
+    continued to the border; the step is the gap between the two, so a slope is none. It is smoothed
+    along the border, and a large one is left alone, as something that moved: it counts ``step *
+    exp(-mean of colours of step^2 / limit^2)``. Half of it is added on the one side and taken off
+    on the other, falling to zero at ``reach_px``. First all vertical borders, then all horizontal
+    ones.
 
     Args:
         change: (B, 3, F, H, W), frames minus the portrait's reconstruction, in [-2, 2].

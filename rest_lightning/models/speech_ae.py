@@ -28,8 +28,8 @@ NUM_LEVELS = 3  # halvings of the frame rate: 2 ** 3 = TEMPORAL_RATIO
 
 
 class SpeechAE(PretrainedPart):
-    """Convolutional autoencoder of speech features, causal in both directions, so that it streams
-    (REST, READ).
+    """Convolutional autoencoder of speech features. Encoder and decoder are causal, so that both
+    stream (REST, READ).
 
     Encoder: a linear projection of every feature step; a strided convolution over the window that
     leaves ``num_tokens`` of its 10 steps, with a learned place for each; causal temporal residual

@@ -630,8 +630,9 @@ class A2VDiT(PretrainedPart):
         One compilation serves all blocks; it takes up to a minute at the first call.
 
         Args:
-            streams: against a cache, too. Its slots are no matter for the compiler:
-                ``torch.compiler.disable`` has to keep it from the cache's ``attend``.
+            streams: run compiled blocks on a cache, too. The compiler must not trace the cache's
+                slots: give :meth:`new_cache` a class whose ``attend`` is wrapped in
+                ``torch.compiler.disable``.
         """
         # Student and teacher, training and validation, a whole and a last batch: each has code of
         # its own, and beyond the limit (8 unless raised) blocks would run uncompiled.

@@ -332,8 +332,8 @@ class CompactVAE(VideoAutoencoder):
         strides: (time, space) factor between neighbouring stages; with ``patch_size`` they multiply
             to 8 and 32.
         patch_size: pixels on the side of one patch.
-        principal_components: components per 32x32 patch of a linear path beside the network, which
-            then starts silent and learns what the path leaves (see
+        principal_components: components per 32x32 patch of a linear path beside the network. The
+            network then starts silent and learns what the path leaves (see
             :class:`~rest_lightning.models.vae.PrincipalPath`); 0: no path. The decoder's finest
             stage sees the path's frames, so that it can smooth their jumps from one block of 8
             frames to the next.

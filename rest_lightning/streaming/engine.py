@@ -71,8 +71,8 @@ class EngineOptions:
             model. Not with ``compile``.
         fuse: run the transformer and an LTX decoder on the Triton kernels of
             :mod:`rest_lightning.models.fused`; needs CUDA and Triton. Joined and re-ordered weights
-            lie beside the others, once for all sessions of a model. Off until a GPU has measured
-            it. Not with ``compile`` or ``pack``.
+            lie beside the others, once for all sessions of a model. Off by default, since no GPU
+            has measured it yet. Not with ``compile`` or ``pack``.
         float8: with ``fuse`` and a bfloat16 model, multiply self-attention's projections and the
             feed-forward layers in float8, with a factor for every row. Costs accuracy; needs
             compute capability 8.9.
@@ -88,9 +88,9 @@ class EngineOptions:
             None: where graphs are captured.
         first_chunk_length: latents of a stream's first chunk, 1 to chunk_length: a short one needs
             less speech before the first frame. None takes chunk_length.
-        detail: ``model``: the portrait's detail is put back into frames as the model does it, where
-            it does; ``agreement``: in closed form (`AgreementDetail`); ``none``: frames stay as
-            they are decoded.
+        detail: puts the portrait's detail back into frames. ``model``: with the model's own part,
+            where it has one; ``agreement``: in closed form (`AgreementDetail`); ``none``: frames
+            stay as they are decoded.
         size_px: side of the frames that come out: the model's own, or twice that, with the
             portrait's detail at that size (`EnlargedDetail`). None takes the model's own.
     """

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rest_lightning.constants import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME, TEMPORAL_RATIO
 from rest_lightning.errors import UserError
-from rest_lightning.media.level import MAX_PEAK, LevelMeter
+from rest_lightning.media.level import MAX_PEAK, LevelMeter, refuse_bytes
 from rest_lightning.streaming.device import Frames, Pending, Ready
 from rest_lightning.streaming.engine import ChunkEngine, EngineOptions, EngineState, StreamState
 from rest_lightning.streaming.idle import IDLE
@@ -270,9 +270,10 @@ def as_samples(samples: Any, position: int = 0) -> Samples:
         position: samples before this block, for the error's time stamp.
 
     Raises:
-        UserError: more than one dimension, an integer type other than int16, NaN, infinity or
-            samples beyond 16.
+        UserError: bytes, more than one dimension, an integer type other than int16, NaN, infinity
+            or samples beyond 16.
     """
+    refuse_bytes(samples)
     block = samples.detach().cpu().numpy() if isinstance(samples, Tensor) else np.asarray(samples)
     if block.ndim != 1:
         raise UserError(

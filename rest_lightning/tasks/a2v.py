@@ -533,7 +533,8 @@ class LossTable:
         error = (velocity - inputs.path.velocity)[:, :, 1:].float().square().mean((1, 3, 4))
         frames = torch.arange(error.shape[1]) // inputs.chunk_length
         chunks = frames.clamp(max=self.MAX_CHUNKS - 1).expand(error.shape)
-        sigma = inputs.path.sigma[:, 1:].cpu()
+        # a copy without gaps, which bucketize asks for in a warning
+        sigma = inputs.path.sigma[:, 1:].cpu().contiguous()
         levels = torch.bucketize(sigma, torch.tensor(self.LEVELS[:-1], dtype=sigma.dtype))
         values = error.double().cpu()
         for table, places in ((self.by_chunk, chunks), (self.by_level, levels)):

@@ -356,6 +356,12 @@ def test_mistakes_are_one_line_and_change_nothing(tmp_path: Path) -> None:
                 24_000,
                 "expected speech as int16 or float, got int32: convert it to float32",
             ),
+            (bytes(20), 24_000, r"got bytes: np.frombuffer\(samples, np.int16\) reads"),
+            (
+                np.full(10, -8_000.0, np.float32),
+                24_000,
+                r"expected samples in \[-1, 1\], got one of 8000: divide by the largest integer",
+            ),
             (np.zeros(10, np.int16), 100, "expected a sample rate from 4000 to 192000 Hz, got 100"),
             (
                 np.zeros(10, np.int16),
@@ -412,6 +418,20 @@ def test_bad_portraits_settings_and_chunks(tmp_path: Path) -> None:
             AvatarSettings(**values)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="expected a pool of at least 1 avatar, got 0"):
         AvatarPool(TracedModel(), 0)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"load it with TalkingHead.from_pretrained\('people'\)"):
+        AvatarPool("people")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("rate", [16_000, 24_000])
+def test_the_loudest_speech_that_is_let_in_can_be_shown(head: TalkingHead, rate: int) -> None:
+    async def talk() -> list[AvatarFrame]:
+        async with Avatar(face(), head) as avatar:
+            square = np.sign(np.sin(np.arange(rate) / 5)).astype(np.float32)
+            await avatar.push_audio(16 * square, rate)
+            await avatar.flush()
+            return await frames_of(avatar, 3.0)
+
+    assert any(frame.is_speech for frame in simulate(talk()))
 
 
 def test_a_closed_pool_ends_its_avatars() -> None:

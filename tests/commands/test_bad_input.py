@@ -344,7 +344,7 @@ def test_guidance_that_is_no_number(
     told = f"error: --{option.replace('_', '-')}: expected a finite number, got nan"
     assert capsys.readouterr().err.splitlines() == [told]
     assert main([*words, "--quiet", f"--{option}=nan"]) == 2
-    told = told.replace("a finite number", "float")
+    told = told.replace("a finite number", "a number")
     assert capsys.readouterr().err.splitlines() == [told]
     assert tree(tmp_path) == before
 

@@ -408,7 +408,10 @@ def test_clips_are_bounded_and_mistakes_told(
     capsys.readouterr()
     for more, message in (
         (["--trainer.callbacks.num_clips=1"], "expected at least 2 usable clips under tiny, got 1"),
-        (["--data.num_frames=41"], "expected data.num_frames of at least 48"),
+        (
+            ["--data.num_frames=41"],
+            "of at least 48 for tiny, got 41: set it to 49, with clips as long",
+        ),
         (["--model.model", str(recipe.final("asd"))], "expected a vae for the checkpoint"),
         (["--model.vae", str(recipe.final("asd"))], "expected no vae beside a model folder"),
         (

@@ -190,9 +190,10 @@ def test_identity_can_be_switched_in_mid_stream(head: TalkingHead) -> None:
             r"one dimension .* got shape \(2, 10\): average the channels",
         ),
         (np.zeros(10, np.int64), "float or int16, got int64"),
+        (bytes(20), r"got bytes: np.frombuffer\(samples, np.int16\) reads"),
     ],
 )
-def test_bad_speech_is_refused(head: TalkingHead, samples: np.ndarray, message: str) -> None:
+def test_bad_speech_is_refused(head: TalkingHead, samples: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         head.open(portrait()).push(samples)
 

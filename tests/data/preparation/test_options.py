@@ -72,7 +72,7 @@ def test_wrong_options_are_told(values: dict[str, Any], message: str) -> None:
         (["prepare", ".", "--out", "o", "--box", "1,2"], "expected box of 4 numbers"),
         (["prepare", ".", "--out", "o", "--box", "a,b"], "expected four numbers x,y,w,h"),
         (["prepare", ".", "--out", "o", "--max-txt=1"], "did you mean --max_text?"),
-        (["prepare", ".", "--out", "o", "--max-text=much"], "--max_text: expected float"),
+        (["prepare", ".", "--out", "o", "--max-text=much"], "--max_text: expected a number"),
         (["prepare", ".", "--out", "o", "--max-t=1"], "got --max-t"),
         (
             ["prepare", ".", "--out", "o", "--config", "no.yaml"],
