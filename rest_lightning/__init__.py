@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from rest_lightning.constants import VERSION as __version__  # noqa: F401
+from rest_lightning.names import accept_old_names as _accept_old_names
 from rest_lightning.names import lazy
 
 if TYPE_CHECKING:
@@ -28,3 +29,4 @@ __all__, __getattr__ = lazy(
         "talking_head": ["TalkingHead"],
     },
 )
+_accept_old_names()

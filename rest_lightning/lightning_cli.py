@@ -32,7 +32,7 @@ from rest_lightning.config import find_class, read_config  # noqa: E402
 from rest_lightning.data.module import TalkingHeadDataModule  # noqa: E402
 from rest_lightning.diffusion.sampling import SamplingChanges  # noqa: E402
 from rest_lightning.errors import UserError, note  # noqa: E402
-from rest_lightning.names import accept_old_names, look_in_current_folder  # noqa: E402
+from rest_lightning.names import look_in_current_folder  # noqa: E402
 from rest_lightning.options import ConfigFile, TellsMistakes, find_user_error  # noqa: E402
 from rest_lightning.parts import read_checkpoint  # noqa: E402
 from rest_lightning.processes import PARENT_VARIABLE, owned  # noqa: E402
@@ -138,12 +138,30 @@ class RestCLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """The settings of files and command line rule, and not those of a checkpoint, as in
-        Lightning; where the two differ, a note says so.
+        Lightning; where the two differ, a note says so. ``last`` is the newest last.ckpt of the
+        run's folder, whichever of its versions has it.
+
+        Raises:
+            UserError: no such checkpoint.
         """
         name = self.config.get("subcommand")
         path = self.config[name].get("ckpt_path") if name else None
-        if name != "fit" or not path or not Path(path).is_file():
+        if name != "fit" or not path or "://" in path or path in ("best", "hpc"):
             return
+        if path == "last":
+            root = Path(self.config[name].trainer.default_root_dir or ".")
+            saved = sorted(root.rglob("last.ckpt"), key=lambda found: found.stat().st_mtime)
+            if not saved:
+                raise UserError(
+                    f"expected a run in {root} to go on with, got no last.ckpt there: leave "
+                    "--ckpt_path out to begin anew, or name a checkpoint"
+                )
+            path = self.config[name]["ckpt_path"] = str(saved[-1])
+        if not Path(path).is_file():
+            raise UserError(
+                f"expected a checkpoint to go on from, got no such file: {path}; --ckpt_path last "
+                "takes the last one of the run"
+            )
         before = dict(_leaves(read_checkpoint(path).get("hyper_parameters", {})))
         now = dict(_leaves(plain(self.config[name].model.get("init_args"))))
         changed = sorted(key for key in before.keys() & now.keys() if before[key] != now[key])
@@ -193,8 +211,11 @@ class RestCLI(LightningCLI):
         """Hold the run's folder until the command ends; ranks that this process starts end with it.
 
         Raises:
-            UserError: another run works in it.
+            UserError: another run works in it, or a checkpoint of another stage or size.
         """
+        path = self.config["fit"].get("ckpt_path")
+        if path and Path(path).is_file() and isinstance(self.model, tasks.StageModule):
+            self.model.check_checkpoint(path)
         root = str(self.trainer.default_root_dir)
         if self.trainer.is_global_zero and "://" not in root:  # s3://... has no locks
             _folders.enter_context(owned(root, "rest fit"))
@@ -239,7 +260,6 @@ def run(args: list[str]) -> Any:
     # Lightning advertises a service in every run.
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
     _know_short_names()
-    accept_old_names()
     look_in_current_folder()
     with _folders:
         return _run(args)

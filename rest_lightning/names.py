@@ -79,12 +79,31 @@ def look_in_current_folder() -> None:
         sys.path.append(folder)
 
 
-# Modules of 0.1 that configuration files and checkpoints name -> where their classes are now.
-MOVED = {
-    "rest_lightning.models.autoencoder": "rest_lightning.models.vae",
-    "rest_lightning.tasks.checkpoints": "rest_lightning.tasks.base",
-    "rest_lightning.tasks.evaluate": "rest_lightning.tasks.predict",
+# Modules of 0.1 that configuration files, checkpoints and programs name -> where their classes and
+# functions are now; in rest_lightning.
+_MOVED = {
+    "data.audio": "media.audio",
+    "data.latents": "data.window_cache",
+    "data.portrait": "media.portrait",
+    "data.speech_cache": "data.window_cache",
+    "data.video": "media.video",
+    "evaluation.board": "evaluation.leaderboard",
+    "evaluation.generate": "generation",
+    "metrics.lpips": "metrics.reconstruction",
+    "metrics.talking": "metrics.video",
+    "models.autoencoder": "models.vae",
+    "models.cache_options": "models.cache",
+    "models.principal": "models.vae",
+    "serve.portraits": "serve.uploads",
+    "streaming.background": "media.writer",
+    "streaming.options": "streaming.engine",
+    "streaming.pipe": "media.writer",
+    "streaming.sheet": "media.sheet",
+    "streaming.writer": "media.writer",
+    "tasks.checkpoints": "tasks.base",
+    "tasks.evaluate": "tasks.predict",
 }
+MOVED = {f"rest_lightning.{old}": f"rest_lightning.{new}" for old, new in _MOVED.items()}
 
 
 def accept_old_names() -> None:

@@ -340,15 +340,27 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     read from disk.
 
     Raises:
-        UserError: a file that holds other objects, which could run code when they are read.
+        UserError: no checkpoint, half of one, or a file that holds other objects, which could run
+            code when they are read.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         raise UserError(
             f"expected a checkpoint of tensors and plain values, got {path} with other objects, "
             "which could run code: train that stage again, or take a model folder"
         ) from error
+    except (RuntimeError, EOFError, KeyError) as error:  # not a zip archive, or not a whole one
+        raise UserError(
+            f"expected a whole checkpoint, got {path}, which is damaged or something else: take "
+            "another checkpoint of that run, or train the stage again"
+        ) from error
+    if not isinstance(found, dict):
+        raise UserError(
+            f"expected the checkpoint of a stage, got {path} with a {type(found).__name__}: name "
+            "a final.ckpt or last.ckpt"
+        )
+    return found
 
 
 def _read_folder_part(name: str, folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:

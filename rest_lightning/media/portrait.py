@@ -165,6 +165,8 @@ def parse_crop(text: str) -> Crop:
     """
     if text in ("auto", "centre"):
         return text
+    if text == "face":  # of 0.1
+        return "auto"
     try:
         values = tuple(float(value) for value in text.replace(",", " ").split())
     except ValueError:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import torch
 from lightning import LightningModule
@@ -104,8 +104,16 @@ class StageModule(LightningModule):
         self.hparams.clear()
         self.hparams.update(settings)  # a checkpoint may only hold tensors and plain values
         self.optimizer_settings = optimizer or OptimizerSettings()
+        rates = {"lr": self.optimizer_settings.lr, **self.optimizer_settings.lr_factors}
+        for name, rate in rates.items():
+            if not 0 <= rate < float("inf"):
+                raise UserError(
+                    f"expected a learning rate of at least 0, got {rate:g} for {name}: set "
+                    "model.optimizer.lr or lr_factors"
+                )
         self._resumed_rng: dict[str, Any] | None = None
         self._clock = _Clock(0)
+        self._watched: torch.Tensor | float = 0.0  # not finite once a loss was not
         self._makers: dict[str, str] = {}  # fingerprints that `check_maker` has accepted
         self.trained_parts = tuple(trained)
         self.frozen_parts = tuple(name for name, part in frozen.items() if part is not None)
@@ -165,6 +173,30 @@ class StageModule(LightningModule):
         module.on_load_checkpoint(checkpoint)
         module.load_state_dict(checkpoint["state_dict"], strict=strict)
         return module if map_location is None else module.to(map_location)
+
+    def check_checkpoint(self, path: str | Path) -> None:
+        """Checks that a checkpoint is one that this stage can go on from.
+
+        Raises:
+            UserError: another stage's, or one with weights of other shapes; names the first.
+        """
+        found = read_checkpoint(path)
+        parts = set(found.get(PARTS_KEY, ()))
+        if parts != set(self.trained_parts):
+            raise UserError(
+                f"expected a checkpoint of {type(self).__name__} with "
+                f"{', '.join(self.trained_parts)}, got {path} with "
+                f"{', '.join(sorted(parts)) or 'none of our parts'}: model.initial starts from the "
+                "weights of another stage"
+            )
+        own = self.state_dict()
+        for name, value in found.get("state_dict", {}).items():
+            if name not in own or own[name].shape != value.shape:
+                size = f"{tuple(own[name].shape)}" if name in own else "no such weights"
+                raise UserError(
+                    f"{path}: expected {name} of {size}, got {tuple(value.shape)}: give the "
+                    "configuration that it was trained with"
+                )
 
     @classmethod
     def refuse(cls, command: str) -> None:
@@ -339,11 +371,31 @@ class StageModule(LightningModule):
         """Logs this process's samples per second and its share of time spent waiting for data."""
         names = batch.get("clip_id") if isinstance(batch, dict) else None
         self._clock.batch_done(0 if names is None else len(names))
+        self._watch_loss(outputs)
         # Only what is logged with the last batch of such a step reaches the logger.
         is_due = self.global_step % max(1, self.trainer.log_every_n_steps) == 0  # type: ignore[attr-defined]
         if names is not None and is_due and self.global_step != self._clock.step:
             self.log_dict(self._clock.read())
             self._clock = _Clock(self.global_step)
+
+    def _watch_loss(self, outputs: Any) -> None:
+        """Ends a training whose loss is not finite. On a GPU that is asked at steps that are logged
+        alone, since the answer waits for the device.
+        """
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        if not isinstance(loss, torch.Tensor):
+            return
+        # NaN and infinity stay what they are when zero times them is added up
+        self._watched = 0.0 * loss.detach() + self._watched
+        is_due = self.global_step % max(1, self.trainer.log_every_n_steps) == 0  # type: ignore[attr-defined]
+        if (loss.device.type == "cpu" or is_due) and not torch.isfinite(self._watched):
+            self._refuse_divergence("the loss is not finite")
+
+    def _refuse_divergence(self, what: str) -> NoReturn:
+        raise UserError(
+            f"expected a training that converges, but {what} at step {self.global_step}: lower "
+            "model.optimizer.lr, or raise warmup_steps; checkpoints of before are whole"
+        )
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Logs the norm of each part's gradient, before it is clipped."""
@@ -360,7 +412,15 @@ class StageModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the parts' descriptions and torch's random state, which Lightning leaves out, and
         removes the weights of frozen parts.
+
+        Raises:
+            UserError: weights that are not finite: such a checkpoint would replace a good one.
         """
+        for part in self.trained_parts:
+            for name, weight in getattr(self, part).named_parameters():
+                local = weight.to_local() if isinstance(weight, DTensor) else weight
+                if not torch.isfinite(local).all():
+                    self._refuse_divergence(f"the weights {part}.{name} are not finite")
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
         checkpoint[RNG_KEY] = {"cpu": torch.get_rng_state(), "cuda": cuda}
         checkpoint[PARTS_KEY] = {
