@@ -136,9 +136,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
 
 
-def add_sign_argument(parser: argparse.ArgumentParser) -> None:
+def add_sign_argument(parser: argparse.ArgumentParser, what: str = "the mp4") -> None:
     """The argument of commands that sign what they make."""
-    sign = "sign the mp4 with this certificate and its key, PEM (C2PA; extra `provenance`)"
+    sign = f"sign {what} with this certificate and its key, PEM (C2PA; extra `provenance`)"
     parser.add_argument("--sign", nargs=2, type=Path, metavar=("CERT", "KEY"), help=sign)
 
 

@@ -187,6 +187,8 @@ class Mp4Writer:
         generated: whether the file says that it is synthetic; False for recordings of real people
             alone.
         signer: signs the finished file; None leaves it unsigned.
+        max_bits_per_s: of the pictures, in any second; what needs more looks worse. None: as many
+            as they need.
 
     Raises:
         UserError: on a name, size or folder that cannot be written, on an existing file, and when
@@ -206,6 +208,7 @@ class Mp4Writer:
         key_frame_every: int | None = None,
         generated: bool = True,
         signer: Signer | None = None,
+        max_bits_per_s: int | None = None,
     ) -> None:
         self.path, self._signer = Path(path), signer
         even_sides(size_px)
@@ -216,6 +219,8 @@ class Mp4Writer:
         options = {"crf": str(crf), "preset": preset}
         if key_frame_every is not None:
             options["g"] = str(key_frame_every)
+        if max_bits_per_s is not None:
+            options["maxrate"] = options["bufsize"] = str(max_bits_per_s)
         with self._errors():
             self._encoder = Encoder(
                 str(self._temporary),
@@ -625,6 +630,18 @@ class BackgroundWriter:
             with interrupt_later():
                 self._write(frames, samples)
         self._raise()
+
+    def offer(self, frames: np.ndarray, samples: np.ndarray) -> bool:
+        """As :meth:`write`, for whoever must not wait: False, and nothing is taken, where
+        ``max_waiting`` chunks wait already.
+        """
+        assert self.threaded, "without a thread every write waits"
+        self._raise()
+        try:
+            self._waiting.put_nowait((frames, samples))
+        except queue.Full:
+            return False
+        return True
 
     def drain(self) -> None:
         """Waits until everything is written; nothing more may be handed over then."""
