@@ -209,7 +209,7 @@ class Recorder:
         """Record from the next picture on; told with ``recording``."""
         if self._task is not None and not self._task.done():
             text = "expected one recording at a time, got a second one: end the first"
-            await self._say("error", code="record", message=text)
+            await self._say("error", code="recording", message=text)
             return
         self._ended = asyncio.get_running_loop().create_future()
         self._task = asyncio.create_task(self._record(self._ended))

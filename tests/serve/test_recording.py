@@ -53,6 +53,17 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+async def pictures(client: LiveClient, count: int) -> list[Received]:
+    """What comes up to so many pictures."""
+    received: list[Received] = []
+    async with asyncio.timeout(20):
+        while len(pictures_of(received)) < count:
+            each = await client.receive()
+            assert each is not None, received[-2:]
+            received.append(each)
+    return received
+
+
 async def recorded(client: LiveClient) -> tuple[dict[str, object], list[Received]]:
     """The next `recorded`, and what comes before it."""
     received: list[Received] = []
@@ -84,9 +95,7 @@ def test_what_was_sent_comes_back_signed(
             await client.record()
             for block in cut(tone(1.0), 320):
                 await client.send(block)
-            received: list[Received] = []
-            while len(pictures_of(received)) < 50:
-                received += [each] if (each := await client.receive()) is not None else []
+            received = await pictures(client, 50)
             await client.record(False)
             told, more = await recorded(client)
             await other.record()
@@ -144,6 +153,44 @@ def test_what_was_sent_comes_back_signed(
     assert np.corrcoef(heard[: len(said)], said)[0, 1] > 0.98, "the sound is that of the pictures"
 
 
+def test_an_agents_sound_stays_with_its_pictures(
+    head: TalkingHead, signer: Signer, tmp_path: Path
+) -> None:
+    """Stereo at 44.1 kHz behind silence at 16 kHz, and an interruption in it."""
+    out = tmp_path / "out.mp4"
+    loud = np.stack([tone(3.0)[:44_100]] * 2, axis=1)
+
+    async def scenario() -> tuple[dict[str, object], list[Received]]:
+        async with (
+            serving(head, 1, signer=signer) as server,
+            LiveClient(server.url, live=False) as client,
+        ):
+            await client.record()
+            await client.send_format(44_100, 2)
+            received = await pictures(client, 10)
+            for block in cut(loud, 4410):
+                await client.send(block)
+            received += await pictures(client, 20)
+            await client.interrupt()
+            received.append(await until(client, "interrupted"))
+            await until(client, "chunk")
+            await client.record(False)
+            told, _ = await recorded(client)
+            await client.download(str(told["url"]), out)
+            return told, received
+
+    told, received = asyncio.run(scenario())
+    first = int(str(told["frame"]))
+    with av.open(str(out)) as video:
+        assert sum(1 for _ in video.decode(video=0)) == told["frames"]
+    with av.open(str(out)) as video:
+        heard = np.abs(np.concatenate([frame.to_ndarray()[0] for frame in video.decode(audio=0)]))
+    assert len(heard) == pytest.approx(int(str(told["frames"])) * RATE_HZ / 25, abs=2048)
+    begins = [each.index for each in received if isinstance(each, Sound) and each.samples.any()]
+    start = int(np.flatnonzero(heard > 0.1)[0]) / RATE_HZ
+    assert start == pytest.approx((begins[0] - first) / 25, abs=0.03)
+
+
 def test_a_recording_ends_by_itself_and_says_why(head: TalkingHead, signer: Signer) -> None:
     async def scenario() -> None:
         async with (
@@ -159,6 +206,7 @@ def test_a_recording_ends_by_itself_and_says_why(head: TalkingHead, signer: Sign
             await client.record()
             await client.record()
             error = await until(client, "error")
+            assert error["code"] == "recording"
             assert error["message"] == (
                 "expected one recording at a time, got a second one: end the first"
             )
