@@ -32,6 +32,7 @@ from rest_lightning.machine import num_usable_cores
 from rest_lightning.media.container import local_name
 from rest_lightning.media.files import (
     check_output,
+    discard,
     explain_write_error,
     publish,
     temporary_path,
@@ -290,6 +291,7 @@ class Mp4Writer:
                 with whole_file(self._temporary) as signed:
                     self._signer.sign(self._temporary, signed, self.path.name)
             publish(self._temporary, self.path, self._overwrite)
+            discard(self._temporary)
             self.closed = True
 
     def abort(self) -> None:
@@ -302,7 +304,7 @@ class Mp4Writer:
                 if self._encoder is not None:
                     self._encoder.give_up()
             finally:
-                self._temporary.unlink(missing_ok=True)
+                discard(self._temporary)
 
     def __enter__(self) -> Mp4Writer:
         return self
