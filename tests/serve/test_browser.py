@@ -396,11 +396,13 @@ def test_a_server_with_a_certificate_records_and_signs(chromium: Any, tmp_path: 
     with live_server.serving(marked.MarkedModel(64, chunk_s=0.05), limits, signer) as server:
         page = browser_module.LivePage(chromium, server.url)
         page.speak()
+        chunks = "import('/page/app.js').then(({ app }) => app.session.chunks.length)"
         for ends in ("by the user", "by the server"):
             with page.page.expect_download() as download:
+                num_chunks = page.page.evaluate(chunks)
                 page.page.click("#record")
-                page.wait(1.5)
                 if ends == "by the user":
+                    page.until(f"{chunks}.then((count) => count >= {num_chunks + 3})", "chunks")
                     page.page.click("#record")
             file = tmp_path / download.value.suggested_filename
             download.value.save_as(file)
@@ -419,7 +421,7 @@ def test_a_server_with_a_certificate_records_and_signs(chromium: Any, tmp_path: 
         page.wait(0.5)
         for session in list(server.sessions):
             session.stop("stopping", "the server is stopping")
-        page.until("!document.getElementById('message').textContent.startsWith('Saved')", "the end")
+        page.until("document.getElementById('message').textContent.includes('has gone')", "the end")
         assert page.message == "the server is stopping. The recording has gone with the session."
         assert page.problems == []
         page.close()
