@@ -16,17 +16,20 @@ from typing import Any
 
 from benchmarks._marked_model import MarkedModel
 from rest_lightning.avatar import AvatarPool
+from rest_lightning.media.provenance import Signer
 from rest_lightning.serve.limits import Limits
 from rest_lightning.serve.server import LiveServer, ServerOptions
 
 
 @contextmanager
-def serving(model: Any, limits: Limits | None = None) -> Iterator[LiveServer]:
+def serving(
+    model: Any, limits: Limits | None = None, signer: Signer | None = None
+) -> Iterator[LiveServer]:
     """A server on a free port of this process, its network on a thread of its own."""
     limits = limits or Limits()
     pool = AvatarPool(model, limits.max_sessions)
     pool.warm_up()
-    server = LiveServer(pool, ServerOptions(port=0), limits)
+    server = LiveServer(pool, ServerOptions(port=0), limits, signer=signer)
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="network", daemon=True)
     thread.start()

@@ -16,6 +16,8 @@ from contextlib import AsyncExitStack
 
 from rest_lightning.commands.serve import (
     add_listening_arguments,
+    add_recording_arguments,
+    recording_signer,
     serve_until_stopped,
     tell_speed,
 )
@@ -41,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-sessions", type=positive, default=1, help="conversations at once (default 1)"
     )
+    add_recording_arguments(parser)
     add_loading_arguments(parser)
 
 
@@ -53,12 +56,15 @@ def run(args: argparse.Namespace) -> int:
 
     options = ServerOptions(args.host, args.port, (), args.cert, args.key)
     options.tls()  # before the model is loaded
+    signer = recording_signer(args)
     model = model_options(args).load()
-    run_async(_converse(args, model, options))
+    run_async(_converse(args, model, options, signer))
     return 0
 
 
-async def _converse(args: argparse.Namespace, model: object, options: object) -> None:
+async def _converse(
+    args: argparse.Namespace, model: object, options: object, signer: object
+) -> None:
     from rest_lightning.avatar import AvatarPool
     from rest_lightning.serve.converse import ConverseServer
     from rest_lightning.serve.limits import Limits
@@ -66,7 +72,8 @@ async def _converse(args: argparse.Namespace, model: object, options: object) ->
     from rest_lightning.serve.realtime import KEY_VARIABLES, RealtimeClient
 
     key = next(filter(None, map(os.environ.get, KEY_VARIABLES)), None)
-    limits = Limits(args.max_sessions, args.max_sessions, grace_s=0.0)
+    record_s = 60 * args.record_min
+    limits = Limits(args.max_sessions, args.max_sessions, grace_s=0.0, record_s=record_s)
     async with AsyncExitStack() as stack:
         url, session = args.realtime, None
         if url in LOOPBACKS:
@@ -85,6 +92,7 @@ async def _converse(args: argparse.Namespace, model: object, options: object) ->
             lambda: RealtimeClient(url, key, session),
             options,  # type: ignore[arg-type]
             limits,
+            signer,  # type: ignore[arg-type]
         )
         stack.push_async_callback(server.aclose)
         await serve_until_stopped(server, ", press Speak and talk")

@@ -16,12 +16,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rest_lightning.commands.talk import add_loading_arguments, model_options, positive
+from rest_lightning.commands.talk import (
+    add_loading_arguments,
+    add_sign_argument,
+    model_options,
+    positive,
+)
 from rest_lightning.constants import FPS
-from rest_lightning.errors import run_async
+from rest_lightning.errors import UserError, run_async
 from rest_lightning.machine import spin_briefly
 
 if TYPE_CHECKING:
+    from rest_lightning.media.provenance import Signer
     from rest_lightning.serve.limits import Limits
     from rest_lightning.serve.server import PageServer, ServerOptions
     from rest_lightning.talking_head import ModelOptions
@@ -54,6 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--grace", type=float, default=30.0, help="seconds for sessions at the end (default 30)"
     )
+    add_recording_arguments(parser)
     add_loading_arguments(parser)
     engine = (
         "local: this process; ray: replicas in the Ray cluster of RAY_ADDRESS, or in one on "
@@ -77,15 +84,44 @@ def add_listening_arguments(parser: argparse.ArgumentParser, port: int) -> None:
     parser.add_argument("--key", type=Path, help="its key, PEM")
 
 
+def add_recording_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of commands whose page records."""
+    add_sign_argument(parser, "recordings, which the server then makes itself,")
+    parser.add_argument(
+        "--record-min",
+        type=_minutes,
+        default=10.0,
+        help="longest signed recording in minutes (default 10)",
+    )
+
+
+def recording_signer(args: argparse.Namespace) -> Signer | None:
+    """Who signs recordings, tried; None leaves them to the browser."""
+    if args.sign is None:
+        return None
+    from rest_lightning.media.provenance import load_signer
+    from rest_lightning.serve.recording import try_signer
+
+    signer = load_signer(*args.sign)
+    try_signer(signer)
+    return signer
+
+
 def run(args: argparse.Namespace) -> int:
     """Serve until told to stop."""
     spin_briefly()
+    if args.sign is not None and args.engine == "ray":
+        raise UserError(
+            "expected --sign with --engine local, got ray, whose machines would all need the key: "
+            "leave one of them out"
+        )
     from rest_lightning.serve.limits import Limits
     from rest_lightning.serve.metrics import LOG, log_as_json
     from rest_lightning.serve.server import ServerOptions
 
     options = ServerOptions(args.host, args.port, tuple(args.origin), args.cert, args.key)
     options.tls()  # before the model is loaded
+    signer = recording_signer(args)
     model = model_options(args)
     limits = Limits(
         max_sessions=args.max_sessions,
@@ -93,17 +129,21 @@ def run(args: argparse.Namespace) -> int:
         session_s=60 * args.session_min,
         idle_s=60 * args.idle_min,
         grace_s=args.grace,
+        record_s=60 * args.record_min,
     )
     handler = log_as_json()
     try:
-        (_run_here if args.engine == "local" else _run_on_ray)(args, model, options, limits)
+        if args.engine == "local":
+            _run_here(model, options, limits, signer)
+        else:
+            _run_on_ray(args, model, options, limits)
     finally:
         LOG.removeHandler(handler)
     return 0
 
 
 def _run_here(
-    args: argparse.Namespace, model: ModelOptions, options: ServerOptions, limits: Limits
+    model: ModelOptions, options: ServerOptions, limits: Limits, signer: Signer | None
 ) -> None:
     from rest_lightning.avatar import AvatarPool
     from rest_lightning.serve.server import LiveServer
@@ -114,7 +154,7 @@ def _run_here(
     tell_speed(pool.warm_up_ms, pool.chunk_frames)
 
     async def serve() -> None:
-        server = LiveServer(pool, options, limits)
+        server = LiveServer(pool, options, limits, signer=signer)
         try:
             await serve_until_stopped(server)
         finally:

@@ -32,9 +32,16 @@ if TYPE_CHECKING:
     from rest_lightning.media.photo import PhotoFrames
     from rest_lightning.media.portrait import Crop
     from rest_lightning.media.provenance import Signer
-    from rest_lightning.media.writer import BackgroundWriter, PipeFormat, VideoWriter
+    from rest_lightning.media.writer import (
+        BackgroundWriter,
+        InterruptiblePipe,
+        PipeFormat,
+        VideoWriter,
+    )
     from rest_lightning.streaming.report import StreamReport
     from rest_lightning.talking_head import ModelOptions, TalkingHead
+
+_FULL_S = 0.01  # from one try to the next where the writer of a live video has enough
 
 
 @dataclass
@@ -136,9 +143,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
 
 
-def add_sign_argument(parser: argparse.ArgumentParser) -> None:
+def add_sign_argument(parser: argparse.ArgumentParser, what: str = "the mp4") -> None:
     """The argument of commands that sign what they make."""
-    sign = "sign the mp4 with this certificate and its key, PEM (C2PA; extra `provenance`)"
+    sign = f"sign {what} with this certificate and its key, PEM (C2PA; extra `provenance`)"
     parser.add_argument("--sign", nargs=2, type=Path, metavar=("CERT", "KEY"), help=sign)
 
 
@@ -273,18 +280,26 @@ def _stream(
     compose: PhotoFrames | None,
     signer: Signer | None,
 ) -> StreamReport:
-    from rest_lightning.media.writer import BackgroundWriter
+    from rest_lightning.media.writer import BackgroundWriter, InterruptiblePipe
 
     size = len(portrait) if compose is None else (compose.height, compose.width)
-    writer = _open_writer(size, options, signer)
+    pipe = _open_pipe(options) if options.to_pipe else None
+    writer = _open_writer(size, options, signer, pipe)
+    let_go = pipe.let_go if isinstance(pipe, InterruptiblePipe) else None
     try:
         # The reader of a pipe may be slow: that must not stop the model, whatever the cores.
         with BackgroundWriter(
-            writer, threaded=options.live or options.to_pipe or None, compose=compose
+            writer,
+            threaded=options.live or options.to_pipe or None,
+            compose=compose,
+            let_go=let_go,
         ) as background:
             if options.live:
                 live = _stream_live(model, portrait, speech, options, background)
                 report, level = run_async(live)
+                start_s = time.perf_counter()
+                background.close()
+                report.stage_s["writing"] += time.perf_counter() - start_s
             else:
                 report, level = _stream_chunks(model, portrait, speech, options, background)
         if speech.pipe is not None:
@@ -367,12 +382,11 @@ async def _stream_live(
                 async for frame in speak(avatar, listened()):
                     sound = frame.samples.astype(np.float32)  # silence is int16 until speech comes
                     start_s = time.perf_counter()
-                    await asyncio.to_thread(background.write, frame.picture[None], sound)
+                    # No thread may wait here for a reader: Ctrl-C could not end it.
+                    while not background.offer(frame.picture[None], sound):
+                        await asyncio.sleep(_FULL_S)
                     writing_s += time.perf_counter() - start_s
                     progress.advance(1)
-            start_s = time.perf_counter()
-            background.close()
-            writing_s += time.perf_counter() - start_s
             report, stats = pool.report(), avatar.stats
     except ModelError as error:
         raise UserError(str(error)) from error
@@ -397,13 +411,25 @@ def _sampling(options: TalkOptions) -> dict[str, Any]:
     return {"options": engine, **given}
 
 
+def _open_pipe(options: TalkOptions) -> BinaryIO | InterruptiblePipe:
+    from rest_lightning.media.writer import InterruptiblePipe
+
+    try:
+        return InterruptiblePipe(options.stdout or sys.stdout.buffer)
+    except OSError:  # an object in memory
+        return options.stdout or sys.stdout.buffer
+
+
 def _open_writer(
-    size_px: int | tuple[int, int], options: TalkOptions, signer: Signer | None
+    size_px: int | tuple[int, int],
+    options: TalkOptions,
+    signer: Signer | None,
+    pipe: BinaryIO | InterruptiblePipe | None,
 ) -> VideoWriter:
-    if options.to_pipe:
+    if pipe is not None:
         from rest_lightning.media.writer import open_pipe
 
-        return open_pipe(options.stdout or sys.stdout.buffer, size_px, options.format or "mp4")
+        return open_pipe(pipe, size_px, options.format or "mp4")
     from rest_lightning.media.writer import Mp4Writer
 
     return Mp4Writer(options.out, size_px, overwrite=options.overwrite, signer=signer)

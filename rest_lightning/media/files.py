@@ -17,7 +17,7 @@ import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, Self
 
@@ -153,7 +153,7 @@ def _machine() -> str:
     return hashlib.sha256(f"{socket.gethostname()} {space}".encode()).hexdigest()[:6]
 
 
-@cache
+@lru_cache(256)  # a server records in ever new folders
 def _remove_orphans(folder: Path) -> None:
     """Once for each folder: the temporary files whose process has ended."""
     with suppress(OSError):
@@ -171,6 +171,12 @@ def _is_alive(pid: int) -> bool:
     except (OSError, OverflowError):  # another user's
         pass
     return True
+
+
+def discard(temporary: Path) -> None:
+    """Removes a temporary file that nobody needs any more, if it is still there."""
+    _given_out.discard(temporary.absolute())
+    _remove(temporary)
 
 
 def _remove(path: Path) -> None:
@@ -344,7 +350,7 @@ def _explained(path: Path, temporary: Path) -> Iterator[None]:
             raise
         raise UserError(explain_write_error(path, refusal)) from error
     finally:
-        _remove(temporary)
+        discard(temporary)
 
 
 def is_disk_full(error: BaseException | None) -> bool:

@@ -4,13 +4,17 @@ whole.
 
 from __future__ import annotations
 
+import errno
+import math
 import os
 import queue
+import select
 import signal
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from fractions import Fraction
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -28,6 +32,7 @@ from rest_lightning.machine import num_usable_cores
 from rest_lightning.media.container import local_name
 from rest_lightning.media.files import (
     check_output,
+    discard,
     explain_write_error,
     publish,
     temporary_path,
@@ -187,6 +192,8 @@ class Mp4Writer:
         generated: whether the file says that it is synthetic; False for recordings of real people
             alone.
         signer: signs the finished file; None leaves it unsigned.
+        max_bits_per_s: of the pictures, in any second; what needs more looks worse. None: as many
+            as they need.
 
     Raises:
         UserError: on a name, size or folder that cannot be written, on an existing file, and when
@@ -206,6 +213,7 @@ class Mp4Writer:
         key_frame_every: int | None = None,
         generated: bool = True,
         signer: Signer | None = None,
+        max_bits_per_s: int | None = None,
     ) -> None:
         self.path, self._signer = Path(path), signer
         even_sides(size_px)
@@ -216,6 +224,8 @@ class Mp4Writer:
         options = {"crf": str(crf), "preset": preset}
         if key_frame_every is not None:
             options["g"] = str(key_frame_every)
+        if max_bits_per_s is not None:
+            options["maxrate"] = options["bufsize"] = str(max_bits_per_s)
         with self._errors():
             self._encoder = Encoder(
                 str(self._temporary),
@@ -281,6 +291,7 @@ class Mp4Writer:
                 with whole_file(self._temporary) as signed:
                     self._signer.sign(self._temporary, signed, self.path.name)
             publish(self._temporary, self.path, self._overwrite)
+            discard(self._temporary)
             self.closed = True
 
     def abort(self) -> None:
@@ -293,7 +304,7 @@ class Mp4Writer:
                 if self._encoder is not None:
                     self._encoder.give_up()
             finally:
-                self._temporary.unlink(missing_ok=True)
+                discard(self._temporary)
 
     def __enter__(self) -> Mp4Writer:
         return self
@@ -413,9 +424,12 @@ _MOVFLAGS = "frag_keyframe+empty_moov+default_base_moof+delay_moov"
 # has caught up.
 _CONTAINER = {"frag_duration": "40000", "max_interleave_delta": "1", "flush_packets": "1"}
 _GOP_FRAMES = 24
+_POLL_S = 0.1  # so long does it take to see that nobody waits any more
 
 
-def open_pipe(pipe: BinaryIO, size_px: int | tuple[int, int], kind: PipeFormat) -> VideoWriter:
+def open_pipe(
+    pipe: BinaryIO | InterruptiblePipe, size_px: int | tuple[int, int], kind: PipeFormat
+) -> VideoWriter:
     """A writer into ``pipe``: ``mp4`` with sound, or ``rgb24`` (H * W * 3 bytes a frame, no sound).
 
     Raises:
@@ -447,7 +461,7 @@ class Mp4Pipe:
 
     def __init__(
         self,
-        pipe: BinaryIO,
+        pipe: BinaryIO | InterruptiblePipe,
         size_px: int | tuple[int, int],
         crf: int = 18,
         preset: str = "veryfast",
@@ -504,7 +518,7 @@ class RawPipe:
     out.
     """
 
-    def __init__(self, pipe: BinaryIO, size_px: int | tuple[int, int]) -> None:
+    def __init__(self, pipe: BinaryIO | InterruptiblePipe, size_px: int | tuple[int, int]) -> None:
         self._pipe, self._sides = pipe, even_sides(size_px)
         self.num_frames = self.num_samples = 0
 
@@ -534,6 +548,44 @@ class RawPipe:
         """Nothing to give up: what was sent was sent."""
 
 
+class InterruptiblePipe:
+    """A pipe whose reader may be let go: whoever waits for it in :meth:`write` is then told that it
+    is broken.
+
+    The system gives no way to call a thread back that waits for a reader in it. So the waiting is
+    done here, and no more is written at a time than a pipe that has room takes at once.
+
+    Args:
+        pipe: that has a file descriptor, such as stdout.
+    """
+
+    def __init__(self, pipe: BinaryIO) -> None:
+        pipe.flush()
+        self._number, self._poll, self._is_let_go = pipe.fileno(), select.poll(), False
+        is_file = stat.S_ISREG(os.fstat(self._number).st_mode)  # stdout that was sent to one
+        self._most_bytes = 2**20 if is_file else select.PIPE_BUF
+        self._poll.register(self._number, select.POLLOUT)
+
+    def write(self, data: Any) -> int:
+        """Writes all of it. Raises BrokenPipeError when the reader has gone, or was let go."""
+        left = memoryview(data).cast("B")
+        num_bytes = len(left)
+        while left:
+            while not self._poll.poll(1000 * _POLL_S) and not self._is_let_go:
+                pass
+            if self._is_let_go:
+                raise BrokenPipeError(errno.EPIPE, "the reader was let go")
+            left = left[os.write(self._number, left[: self._most_bytes]) :]
+        return num_bytes
+
+    def flush(self) -> None:
+        """Nothing: it keeps nothing back."""
+
+    def let_go(self) -> None:
+        """From now on every write fails, also one that waits."""
+        self._is_let_go = True
+
+
 class _WriteOnly:
     """Shows FFmpeg nothing but ``write``: a pipe that claims to seek would get an index at its
     beginning.
@@ -552,7 +604,7 @@ class _WriteOnly:
 
 THREAD_VARIABLE = "REST_WRITER_THREAD"
 _MIN_CORES = 3
-_POLL_S = 0.1
+_PATIENCE_S = 0.3  # after Ctrl-C, with a reader that does not read
 
 
 def writes_in_thread(num_cores: int | None = None) -> bool:
@@ -593,6 +645,9 @@ class BackgroundWriter:
             :func:`writes_in_thread`.
         compose: what is made of frames (n, H, W, 3) before they are written, in that thread; None:
             nothing.
+        let_go: makes a write fail that waits for the reader of a pipe, which may have stopped
+            reading. After Ctrl-C that reader has 0.3 s, and is let go then. None: the
+            writer ends by itself.
 
     Attributes:
         busy_s: seconds spent writing.
@@ -604,8 +659,10 @@ class BackgroundWriter:
         max_waiting: int = 2,
         threaded: bool | None = None,
         compose: Callable[[np.ndarray], np.ndarray] | None = None,
+        let_go: Callable[[], None] | None = None,
     ) -> None:
-        self._compose = compose
+        self._compose, self._let_go, self._was_let_go = compose, let_go, False
+        self._at_end: Callable[[], None] = lambda: None
         self.threaded = writes_in_thread() if threaded is None else threaded
         self.writer = writer
         self.busy_s = 0.0
@@ -626,6 +683,18 @@ class BackgroundWriter:
                 self._write(frames, samples)
         self._raise()
 
+    def offer(self, frames: np.ndarray, samples: np.ndarray) -> bool:
+        """As :meth:`write`, for whoever must not wait: False, and nothing is taken, where
+        ``max_waiting`` chunks wait already.
+        """
+        assert self.threaded, "without a thread every write waits"
+        self._raise()
+        try:
+            self._waiting.put_nowait((frames, samples))
+        except queue.Full:
+            return False
+        return True
+
     def drain(self) -> None:
         """Waits until everything is written; nothing more may be handed over then."""
         with interrupt_later():
@@ -633,8 +702,12 @@ class BackgroundWriter:
         self._raise()
 
     def close(self) -> None:
-        """Waits for the thread, then finishes the video. A second call does nothing."""
-        self.drain()
+        """Waits for the thread, which finishes the video. A second call does nothing."""
+        self._at_end = self.writer.close
+        # Ctrl-C must find whoever waits for a reader.
+        with nullcontext() if self._let_go is not None else interrupt_later():
+            self._end()
+        self._raise()
         self.writer.close()
 
     def abort(self) -> None:
@@ -645,7 +718,8 @@ class BackgroundWriter:
                     self._waiting.get_nowait()
                 except queue.Empty:
                     break
-            self._end()
+            self._at_end = lambda: None
+            self._end(_PATIENCE_S)
         self.writer.abort()
 
     def __enter__(self) -> BackgroundWriter:
@@ -657,24 +731,36 @@ class BackgroundWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        with interrupt_later():
-            if kind is None or issubclass(kind, KeyboardInterrupt):
+        if kind is not None and issubclass(kind, KeyboardInterrupt):
+            with interrupt_later():
+                if self._let_go is not None:  # the end of a video waits for the reader, too
+                    self._at_end = lambda: self.writer.close() if self.writer.num_frames else None
+                self._end(_PATIENCE_S)
+        elif kind is None:
+            with interrupt_later():
                 self._end()
         if self._error is None and keeps(kind, self.writer):
             self.close()
         else:
             self.abort()
-            if kind is None or issubclass(kind, KeyboardInterrupt):
+            if (kind is None or issubclass(kind, KeyboardInterrupt)) and not self._was_let_go:
                 self._raise()
 
-    def _end(self) -> None:
-        if self._thread.is_alive():
+    def _end(self, patience_s: float = math.inf) -> None:
+        """Waits for the thread; where somebody can be let go, no longer than ``patience_s``."""
+        end_s = time.monotonic() + (math.inf if self._let_go is None else patience_s)
+        self._put(None, end_s)
+        while self._thread.is_alive() and time.monotonic() < end_s:
+            self._thread.join(_POLL_S)
+        if self._thread.is_alive() and self._let_go is not None:
+            self._was_let_go = True
+            self._let_go()
             self._put(None)
             self._thread.join()
 
-    def _put(self, item: tuple[np.ndarray, np.ndarray] | None) -> None:
+    def _put(self, item: tuple[np.ndarray, np.ndarray] | None, end_s: float = math.inf) -> None:
         # after an error nobody takes what waits
-        while self._error is None and self._thread.is_alive():
+        while self._error is None and self._thread.is_alive() and time.monotonic() < end_s:
             try:
                 self._waiting.put(item, timeout=_POLL_S)
                 return
@@ -688,6 +774,11 @@ class BackgroundWriter:
     def _run(self) -> None:
         while self._error is None and (item := self._waiting.get()) is not None:
             self._write(*item)
+        if self._error is None:
+            try:
+                self._at_end()
+            except BaseException as error:  # told to the caller
+                self._error = error
 
     def _write(self, frames: np.ndarray, samples: np.ndarray) -> None:
         start_s = time.perf_counter()

@@ -26,6 +26,7 @@ import numpy as np
 
 from rest_lightning.constants import SAMPLE_RATE
 from rest_lightning.errors import UserError, exit_code
+from rest_lightning.media.files import whole_file
 from rest_lightning.serve.protocol import (
     H264,
     HEADER,
@@ -154,6 +155,26 @@ class LiveClient:
     async def switch_identity(self, portrait: str) -> None:
         """Go on with another portrait."""
         await self.socket.send_str(message("identity", portrait=portrait))
+
+    async def record(self, on: bool = True) -> None:
+        """Begin a signed recording of what is sent, or end it: see docs/protocol.md. The server
+        records where its hello has ``limits.record_s``, and tells the end with ``recorded``.
+        """
+        await self.socket.send_str(message("record", on=on))
+
+    async def download(self, url: str, path: Path) -> None:
+        """Fetches a recording by the ``url`` of ``recorded``, which is good once.
+
+        Raises:
+            UserError: the server refuses, or the file cannot be written.
+        """
+        async with self._http.get(f"{self.url}/{url}") as response:
+            if response.status != 200:
+                said = (await response.json()).get("error", response.status)
+                raise UserError(f"expected a recording of {self.url}, got: {said}")
+            with whole_file(path) as temporary, temporary.open("wb") as file:
+                async for block in response.content.iter_chunked(262_144):
+                    await asyncio.to_thread(file.write, block)
 
     async def end(self) -> None:
         """Nothing follows."""

@@ -9,10 +9,9 @@ from collections.abc import Callable, Coroutine
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import replace
 from functools import partial
+from typing import TYPE_CHECKING
 
-import av
 import numpy as np
-from av.audio.frame import AudioFrame
 
 from rest_lightning.avatar import AvatarFrame, AvatarPool, AvatarSettings
 from rest_lightning.constants import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME
@@ -28,8 +27,12 @@ from rest_lightning.serve.realtime import (
     SpeechStarted,
     Trouble,
 )
+from rest_lightning.serve.resample import MonoResampler
 from rest_lightning.serve.server import LiveServer, ServerOptions
 from rest_lightning.serve.session import Service, Session, SessionOver
+
+if TYPE_CHECKING:
+    from rest_lightning.media.provenance import Signer
 
 Connect = Callable[[], AbstractAsyncContextManager[RealtimeClient]]
 
@@ -40,7 +43,7 @@ class ConverseServer(LiveServer):
     Args:
         pool: of avatars, started; as many as sessions.
         connect: makes a client of the realtime server, for each session.
-        options, limits: of the server.
+        options, limits, signer: of the server.
     """
 
     def __init__(
@@ -49,8 +52,10 @@ class ConverseServer(LiveServer):
         connect: Connect,
         options: ServerOptions | None = None,
         limits: Limits | None = None,
+        signer: Signer | None = None,
     ) -> None:
-        super().__init__(pool, options, limits, new_session=partial(ConverseSession, connect))
+        new_session = partial(ConverseSession, connect)
+        super().__init__(pool, options, limits, new_session=new_session, signer=signer)
 
 
 class ConverseSession(Session):
@@ -62,8 +67,8 @@ class ConverseSession(Session):
         # utterances, and the items that they are
         self._items: deque[tuple[int, str]] = deque(maxlen=64)
         self._heard: dict[str, int] = {}  # pieces of 40 ms of an item that have left
-        self._up = _Resampler(RATE_HZ)
-        self._down = _Resampler(SAMPLE_RATE)
+        self._up = MonoResampler(RATE_HZ)
+        self._down = MonoResampler(SAMPLE_RATE)
         self._sound: Pcm = np.zeros(SAMPLES_PER_FRAME // 4, np.int16)  # of clients that hear 16 kHz
         self._realtime: RealtimeClient | None = None
 
@@ -155,26 +160,3 @@ class ConverseSession(Session):
         self._sound = np.concatenate([self._sound, self._down.push(sound, RATE_HZ)])
         sound, self._sound = self._sound[:SAMPLES_PER_FRAME], self._sound[SAMPLES_PER_FRAME:]
         return sound
-
-
-class _Resampler:
-    """s16 to mono of another rate, block by block."""
-
-    def __init__(self, to_hz: int) -> None:
-        self._to_hz, self._from_hz = to_hz, 0
-
-    def push(self, samples: Pcm, from_hz: int) -> Pcm:
-        if samples.ndim > 1:
-            samples = samples.mean(axis=1).astype(np.int16)
-        if not len(samples):
-            return samples
-        if from_hz != self._from_hz:
-            self._from_hz = from_hz
-            self._resampler = av.AudioResampler("s16", "mono", self._to_hz)
-        frame = AudioFrame.from_ndarray(
-            np.ascontiguousarray(samples[None]), format="s16", layout="mono"
-        )
-        frame.sample_rate = from_hz
-        frame.pts = None
-        pieces = [piece.to_ndarray()[0] for piece in self._resampler.resample(frame)]
-        return np.concatenate([np.zeros(0, np.int16), *pieces])

@@ -31,6 +31,7 @@ class Limits:
             request.
         max_portraits: uploaded portraits that are kept, a quarter of them of one address;
             portrait_s: how long an unused one is.
+        record_s: longest recording of a session; a client has one at a time.
         grace_s: how long sessions may go on when the server is told to stop.
     """
 
@@ -60,6 +61,7 @@ class Limits:
     upload_s: float = 20.0
     max_portraits: int = 64
     portrait_s: float = 3600.0
+    record_s: float = 600.0
     grace_s: float = 30.0
 
 

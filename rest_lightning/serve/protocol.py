@@ -110,6 +110,13 @@ class Identity:
 
 
 @dataclass(frozen=True)
+class Record:
+    """Begin a recording of what is sent, or end it."""
+
+    on: bool
+
+
+@dataclass(frozen=True)
 class End:
     """Nothing follows: the server shows what it has, and closes."""
 
@@ -125,7 +132,7 @@ class Stats:
     latency_ms: float | None = None
 
 
-ClientMessage = Hello | Interrupt | Identity | Flush | Format | End | Stats
+ClientMessage = Hello | Interrupt | Identity | Flush | Format | Record | End | Stats
 
 
 def parse_speech(data: bytes, channels: int = 1) -> Speech:
@@ -241,6 +248,13 @@ def _identity(fields: dict[str, Any]) -> Identity:
     return Identity(portrait)
 
 
+def _record(fields: dict[str, Any]) -> Record:
+    on = fields.get("on")
+    if not isinstance(on, bool):
+        raise ProtocolError("bad_message", f"expected on as true or false, got {_short(on)}")
+    return Record(on)
+
+
 def _stats(fields: dict[str, Any]) -> Stats:
     return Stats(*(_number(fields.get(name)) for name in ("slack_ms", "offset_ms", "latency_ms")))
 
@@ -271,6 +285,7 @@ _READERS: dict[str, Callable[[dict[str, Any]], ClientMessage]] = {
     "identity": _identity,
     "flush": lambda fields: Flush(),
     "format": _format,
+    "record": _record,
     "end": lambda fields: End(),
     "stats": _stats,
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import ssl
 from abc import ABC, abstractmethod
@@ -10,7 +11,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
 from aiohttp import BodyPartReader, web
 
@@ -20,12 +21,17 @@ from rest_lightning.serve.gate import LOOPBACK, Gate, expect_head, head_came, te
 from rest_lightning.serve.limits import Admission, Limits, Refused
 from rest_lightning.serve.metrics import LOG, Metrics
 from rest_lightning.serve.protocol import HEARTBEAT_S, AioChannel, Channel
+from rest_lightning.serve.recording import Recordings
 from rest_lightning.serve.session import NewSession, Service, Session, run_session
-from rest_lightning.serve.uploads import Portraits, Uploads, remove_stale_uploads
+from rest_lightning.serve.uploads import Portraits, Uploads, remove_stale_folders
+
+if TYPE_CHECKING:
+    from rest_lightning.media.provenance import Signer
 
 PAGE_FOLDER = Path(__file__).parent / "page"
 _LARGEST_BYTES = 2**20  # of a message: beyond the limits' own, which are told in words
 _SHOWN_SIDE_PX = 256  # of uploaded portraits, where the model's frames are smaller
+_BLOCK_BYTES = 262_144  # of what is downloaded
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -187,7 +193,7 @@ class PageServer(ABC):
             self.make_app(), access_log=None, handle_signals=False, shutdown_timeout=1.0
         )
         await self._runner.setup()
-        remove_stale_uploads()
+        remove_stale_folders()
         loop = asyncio.get_running_loop()
         tell_loop_errors_once(loop, LOG)
         assert self._runner.server is not None
@@ -458,6 +464,8 @@ class LiveServer(PageServer):
         limits: for clients.
         portraits: to choose from; None keeps uploaded ones in this process.
         new_session: makes the sessions; None lets avatars say what clients send.
+        signer: of recordings, which the server then makes itself when a client asks for one; None:
+            it makes none.
     """
 
     def __init__(
@@ -467,6 +475,7 @@ class LiveServer(PageServer):
         limits: Limits | None = None,
         portraits: Portraits | None = None,
         new_session: NewSession | None = None,
+        signer: Signer | None = None,
     ) -> None:
         limits = limits or Limits()
         portraits = portraits or Portraits(
@@ -475,6 +484,8 @@ class LiveServer(PageServer):
         self.service = service = Service(
             pool, portraits, limits, new_session=new_session or Session
         )
+        if signer is not None:
+            service.recordings = Recordings(signer, limits.record_s)
         super().__init__(
             options or ServerOptions(),
             limits,
@@ -483,6 +494,34 @@ class LiveServer(PageServer):
             service.sessions,
             pool.model.size_px,
         )
+
+    def make_app(self) -> web.Application:
+        """The routes."""
+        app = super().make_app()
+        if self.service.recordings is not None:
+            # a HEAD would use the token up
+            route = web.get("/api/recordings/{token}", self._fetch_recording, allow_head=False)
+            app.add_routes([route])
+        return app
+
+    async def _fetch_recording(self, request: web.Request) -> web.StreamResponse:
+        assert self.service.recordings is not None
+        recording = self.service.recordings.take(request.match_info["token"])
+        response = web.StreamResponse()
+        response.content_type = "video/mp4"
+        response.headers["Content-Disposition"] = f'attachment; filename="{recording.name}"'
+        with await asyncio.to_thread(recording.hand_over) as file:
+            response.content_length = os.fstat(file.fileno()).st_size
+            await response.prepare(request)
+            while block := await asyncio.to_thread(file.read, _BLOCK_BYTES):
+                try:
+                    async with asyncio.timeout(self.limits.unread_s):
+                        await response.write(block)
+                except TimeoutError:
+                    if request.transport is not None:
+                        request.transport.abort()
+                    break
+        return response
 
     async def aclose(self) -> None:
         """End the threads, after :meth:`stop`."""

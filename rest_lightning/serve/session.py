@@ -44,6 +44,7 @@ from rest_lightning.serve.protocol import (
     Interrupt,
     Pcm,
     ProtocolError,
+    Record,
     Speech,
     Stats,
     message,
@@ -51,11 +52,13 @@ from rest_lightning.serve.protocol import (
     parse_speech,
     parse_text,
 )
+from rest_lightning.serve.recording import Recorder, Recordings
 from rest_lightning.serve.uploads import Portraits
 
 CUSHION_MS = 80  # at the client, against the network; the model's time is the avatar's affair
 _FIRST_FRAMES = 4  # sent while the others are being encoded
 _INTERRUPTS_PER_S, _INTERRUPT_BURST = 4.0, 20.0  # each lets the model begin a chunk at once
+_RECORDINGS_PER_S, _RECORDING_BURST = 0.2, 10.0  # each opens an encoder, and signs a file
 # Of speech that nothing is dropped of: whoever let a client wait could not hear it interrupt.
 _MAX_WAITING_S = 1800.0
 _MAX_DELAY_S, _DELAY_EVERY_S = 1.0, 3.0
@@ -160,6 +163,7 @@ class Service:
 
     Attributes:
         new_session: makes the session of a client.
+        recordings: where the server records and signs what it sends; None: it does not.
     """
 
     pool: AvatarPool
@@ -169,6 +173,7 @@ class Service:
     sessions: set[Session] = field(default_factory=set)
     encoding: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, "encoder"))
     new_session: NewSession = field(default_factory=lambda: Session)
+    recordings: Recordings | None = None
 
     async def aclose(self) -> None:
         """End the threads."""
@@ -274,6 +279,8 @@ class Session:
         self._messages = Bucket(limits.messages_per_s, limits.message_burst, now_s)
         self._speech_s = Bucket(limits.input_rate, limits.input_burst_s, now_s)
         self._interrupts = Bucket(_INTERRUPTS_PER_S, _INTERRUPT_BURST, now_s)
+        self._records = Bucket(_RECORDINGS_PER_S, _RECORDING_BURST, now_s)
+        self._recorder: Recorder | None = None
         self._start_s = self._heard_s = self._settled_s = now_s
         self._avatar: Avatar | None = None
         self._stop: SessionOver | None = None
@@ -316,7 +323,11 @@ class Session:
         portrait = await self._greet()
         async with AsyncExitStack() as stack:
             await self._enter(stack)
-            avatar = Avatar(portrait, self.service.pool, self._settings())
+            recordings, pool = self.service.recordings, self.service.pool
+            if recordings is not None and self.hello.version > 1:
+                self._recorder = Recorder(recordings, self.outlet.say, pool.model.size_px)
+                stack.push_async_callback(self._recorder.aclose)
+            avatar = Avatar(portrait, pool, self._settings())
             self._avatar = await stack.enter_async_context(avatar)
             await self._answer_hello()
             tasks = [asyncio.create_task(each) for each in self._jobs()]
@@ -417,6 +428,7 @@ class Session:
 
     async def _answer_hello(self) -> None:
         limits, pool, encoder = self.service.limits, self.service.pool, self.outlet.encoder
+        records = {} if self._recorder is None else {"record_s": limits.record_s}
         await self.outlet.say(
             "hello",
             version=self.hello.version,
@@ -434,6 +446,7 @@ class Session:
                 "message_bytes": limits.message_bytes,
                 "input_rate": limits.input_rate,
                 "input_burst_s": limits.input_burst_s,
+                **records,
             },
         )
 
@@ -473,6 +486,8 @@ class Session:
                 case Format():
                     await self._flush()
                     self._format = received
+                case Record():
+                    await self._record(received.on)
                 case Hello():
                     raise ProtocolError("hello", "expected one hello, got a second one")
                 case End():
@@ -505,6 +520,18 @@ class Session:
             await self.outlet.say("error", code="portrait", message=str(error))
             return
         self._names[await self.avatar.switch_identity(portrait)] = name
+
+    async def _record(self, on: bool) -> None:
+        if self._recorder is None:
+            text = "expected a server that records (--sign), got one that does not"
+            await self.outlet.say("error", code="record", message=text)
+        elif not on:
+            self._recorder.stop()
+        elif self._records.take(1.0, _now()):
+            await self._recorder.start()
+        else:
+            text = f"expected at most {60 * _RECORDINGS_PER_S:g} recordings a minute, got more"
+            raise ProtocolError("flood", text)
 
     def _note(self, stats: Stats) -> None:
         if stats.offset_ms is not None:
@@ -554,7 +581,7 @@ class Session:
             await self.outlet.say("identity", portrait=name, frame=first.index)
         self._count_losses()
         is_idle = not any(frame.is_speech for frame in frames)
-        sound = np.concatenate([self._sound_of(frame) for frame in frames])
+        sounds = [self._sound_of(frame) for frame in frames]
         encode_s, epoch = 0.0, self.epoch
         num_sent = 0
         for start, stop in ((0, _FIRST_FRAMES), (_FIRST_FRAMES, len(frames))):
@@ -569,14 +596,15 @@ class Session:
                     break
                 frames, encoded = frames[:1], await self._encode(frames[:1])
                 epoch, is_idle = self.epoch, True
-                sound = np.zeros_like(self._sound_of(first))
-            if not start and len(sound):
+                sounds = [np.zeros_like(sounds[0])]
+            if not start and len(sound := np.concatenate(sounds)):
                 await self._tell_format(first, sound)
                 await self.outlet.send_sound(sound, epoch, first.index, idle=is_idle)
             for frame, picture in zip(frames[start:stop], encoded, strict=True):
                 if epoch != self.epoch:
                     break
                 await self.outlet.send_picture(picture, epoch, frame.index, idle=is_idle)
+                self._note_sent(frame, sounds[num_sent])
                 num_sent += 1
         computed = first.computed if first.computed is not self._told else None
         self._told = frames[-1].computed
@@ -588,6 +616,10 @@ class Session:
                 if frame.ends:
                     await self.outlet.say("flushed", frame=frame.index)
         await self._account_for(frames, epoch, encode_s, is_idle)
+
+    def _note_sent(self, frame: AvatarFrame, sound: Pcm) -> None:
+        if self._recorder is not None:
+            self._recorder.add(frame.index, frame.picture, sound, frame.sample_rate)
 
     async def _encode(self, frames: list[AvatarFrame]) -> list[tuple[bytes, bool]]:
         keyframe, self._keyframe = self._keyframe, False

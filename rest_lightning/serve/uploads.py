@@ -140,21 +140,23 @@ _SOUND_STARTS = (
 
 
 _FOLDER = "rest_upload_"
+RECORDING_FOLDER = "rest_recording_"
 
 
-def remove_stale_uploads() -> int:
-    """Remove the temporary folders of servers that were killed while a file came in; returns how
-    many. A folder's name holds the number of the process it belongs to.
+def remove_stale_folders() -> int:
+    """Remove the temporary folders of servers that were killed while a file came in, or with
+    recordings; returns how many. A folder's name holds the number of the process it belongs to.
     """
     num_removed = 0
-    for folder in Path(tempfile.gettempdir()).glob(f"{_FOLDER}*"):
-        number = folder.name.removeprefix(_FOLDER).partition("_")[0]
-        if not number.isdecimal() or folder.is_symlink() or _is_alive(int(number)):
-            continue
-        with suppress(OSError):
-            if folder.stat().st_uid == os.getuid():
-                shutil.rmtree(folder)
-                num_removed += 1
+    for prefix in (_FOLDER, RECORDING_FOLDER):
+        for folder in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
+            number = folder.name.removeprefix(prefix).partition("_")[0]
+            if not number.isdecimal() or folder.is_symlink() or _is_alive(int(number)):
+                continue
+            with suppress(OSError):
+                if folder.stat().st_uid == os.getuid():
+                    shutil.rmtree(folder)
+                    num_removed += 1
     return num_removed
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import array
+import fcntl
 import io
 import os
 import select
 import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -69,6 +72,42 @@ def test_frames_come_while_the_speech_still_goes_in_and_idle_goes_on(
     _, errors = process.communicate(timeout=60)  # frames that are on their way want a reader
     assert process.returncode == 130, errors
     assert b"talking" in errors and b"interrupted: sent" in errors and b"rror" not in errors
+
+
+def waiting_bytes(process: subprocess.Popen[bytes]) -> int:
+    """In the pipe of stdout, for somebody to read."""
+    assert process.stdout is not None
+    count = array.array("i", [0])
+    fcntl.ioctl(process.stdout, termios.FIONREAD, count)
+    return count[0]
+
+
+@pytest.mark.parametrize("words", [["--live"], ["--format", "rgb24"]], ids=["live", "at_the_end"])
+def test_ctrl_c_ends_it_though_nobody_reads(
+    tiny_model: Path, portrait: Path, words: list[str]
+) -> None:
+    """In the middle of a live video, and when all frames are there and wait for the reader."""
+    process = start(portrait, tiny_model, *words)
+    assert process.stdin is not None and process.stderr is not None
+    process.stdin.write(sound(48))  # what a pipe takes at once
+    if "--live" not in words:
+        process.stdin.close()
+    before, num_same, deadline_s = 0, 0, time.monotonic() + 120
+    while num_same < 3:  # a pipe of 64 KiB is full with less where the pieces are odd
+        assert time.monotonic() < deadline_s and process.poll() is None
+        time.sleep(0.5)
+        now = waiting_bytes(process)
+        num_same = num_same + 1 if now == before > 20_000 else 0
+        before = now
+    process.send_signal(signal.SIGINT)
+    try:
+        # a second on a quiet machine; forever, before somebody let go of the reader
+        assert process.wait(30) == 130
+    finally:
+        process.kill()
+    errors = process.stderr.read()
+    assert b"interrupted: sent" in errors and b"rror" not in errors and b"Trace" not in errors
+    assert waiting_bytes(process) >= before
 
 
 def test_a_live_video_holds_all_of_the_speech(

@@ -13,6 +13,7 @@ from tiny_head import make_head
 from torch import Tensor
 
 from rest_lightning.avatar import AvatarPool
+from rest_lightning.media.provenance import Signer
 from rest_lightning.models.speech import LogMelEncoder
 from rest_lightning.serve.client import LiveClient, Picture, Received, Sound
 from rest_lightning.serve.limits import Limits
@@ -39,12 +40,14 @@ def short_head(chunk_length: int = 1) -> TalkingHead:
 
 
 @asynccontextmanager
-async def serving(head: TalkingHead, num_rows: int = 2, **limits: Any) -> AsyncIterator[LiveServer]:
+async def serving(
+    head: TalkingHead, num_rows: int = 2, signer: Signer | None = None, **limits: Any
+) -> AsyncIterator[LiveServer]:
     """A server on a free port; afterwards every session must have given back what it held."""
     given = {"max_sessions": num_rows, "max_per_address": num_rows} | limits
     pool = AvatarPool(head, num_rows)
     await pool.start()
-    server = LiveServer(pool, ServerOptions(port=0), Limits(**given))
+    server = LiveServer(pool, ServerOptions(port=0), Limits(**given), signer=signer)
     try:
         async with server:
             yield server

@@ -382,6 +382,52 @@ def test_recording_is_a_video_that_says_that_it_is_synthetic(
 
 
 @pytest.mark.slow
+def test_a_server_with_a_certificate_records_and_signs(chromium: Any, tmp_path: Path) -> None:
+    """The page fetches what the user ends, and what the server ends, and tells of a loss."""
+    pytest.importorskip("c2pa", reason="c2pa-python (extra `provenance`) signs manifests")
+    import av
+
+    provenance = importlib.import_module("rest_lightning.media.provenance")
+    live_server = importlib.import_module("benchmarks._live_server")
+    marked = importlib.import_module("benchmarks._marked_model")
+    files = importlib.import_module("certificates").make_files(tmp_path / "signer")
+    signer = provenance.load_signer(files.certificate, files.key)
+    limits = Limits(max_sessions=1, record_s=3.0)
+    with live_server.serving(marked.MarkedModel(64, chunk_s=0.05), limits, signer) as server:
+        page = browser_module.LivePage(chromium, server.url)
+        page.speak()
+        chunks = "import('/page/app.js').then(({ app }) => app.session.chunks.length)"
+        for ends in ("by the user", "by the server"):
+            with page.page.expect_download() as download:
+                num_chunks = page.page.evaluate(chunks)
+                page.page.click("#record")
+                if ends == "by the user":
+                    page.until(f"{chunks}.then((count) => count >= {num_chunks + 3})", "chunks")
+                    page.page.click("#record")
+            file = tmp_path / download.value.suggested_filename
+            download.value.save_as(file)
+            why = (
+                "." if ends == "by the user" else ": a recording lasts 0.05 minutes: record again."
+            )
+            assert page.message == f"Saved {file.name}{why}"
+            assert page.page.inner_text("#record-label") == "Record"
+            assert provenance.read_provenance(file).is_intact
+            with av.open(str(file)) as video:
+                pictures = [frame.to_ndarray(format="rgb24") for frame in video.decode(video=0)]
+            numbers = [said["number"] for said in map(marked.read, pictures) if said is not None]
+            assert len(numbers) == len(pictures) > 20
+            assert (np.diff(numbers) == 1).all()
+        page.page.click("#record")
+        page.wait(0.5)
+        for session in list(server.sessions):
+            session.stop("stopping", "the server is stopping")
+        page.until("document.getElementById('message').textContent.includes('has gone')", "the end")
+        assert page.message == "the server is stopping. The recording has gone with the session."
+        assert page.problems == []
+        page.close()
+
+
+@pytest.mark.slow
 def test_full_server_mute_and_keyboard(open_page: Open, server: Any) -> None:
     pages = [open_page() for _ in range(3)]
     for page in pages[:2]:

@@ -22,7 +22,7 @@ from rest_lightning.serve.gate import Gate, Sparing
 from rest_lightning.serve.limits import Admission, Limits, Refused
 from rest_lightning.serve.metrics import LOG, log_as_json
 from rest_lightning.serve.server import LiveServer
-from rest_lightning.serve.uploads import Portraits, remove_stale_uploads
+from rest_lightning.serve.uploads import Portraits, remove_stale_folders
 from rest_lightning.talking_head import TalkingHead
 
 SECRET = "do-not-log-me-7f3a"
@@ -212,11 +212,11 @@ def test_the_next_start_removes_what_a_killed_server_left(
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
-    stale = tmp_path / f"rest_upload_{ended.pid}_abc"
+    stale = [tmp_path / f"rest_{kind}_{ended.pid}_abc" for kind in ("upload", "recording")]
     alive = tmp_path / f"rest_upload_{os.getpid()}_abc"
     other = tmp_path / "rest_upload_x"
-    for folder in (stale, alive, other):
+    for folder in (*stale, alive, other):
         folder.mkdir()
         (folder / "upload").write_bytes(b"somebody's")
-    assert remove_stale_uploads() == 1
+    assert remove_stale_folders() == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([alive.name, other.name])

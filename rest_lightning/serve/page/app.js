@@ -2,7 +2,7 @@
 
 import { request, upload } from "./protocol.js";
 import { Panel } from "./panel.js";
-import { Recorder, recordingType, save } from "./recorder.js";
+import { Recorder, recordingType, save, SignedRecorder } from "./recorder.js";
 import { Session } from "./session.js";
 
 const RETRY_S = [1, 2, 4]; // after a connection that was lost
@@ -12,7 +12,7 @@ const get = (id) => document.getElementById(id);
 const panel = new Panel(get("panel"));
 /** What runs now; tests read it. */
 export const app = { session: null, recorder: null, portrait: null, lastRecording: null };
-let context = null, isBusy = false;
+let context = null, isBusy = false, isSaving = false;
 
 // -- words ------------------------------------------------------------------------------------------------------------
 
@@ -33,8 +33,9 @@ function refresh() {
   get("speak").setAttribute("aria-pressed", isSpeaking);
   get("speak-label").textContent = isSpeaking ? "Stop speaking" : "Speak";
   get("speak").disabled = isBusy;
-  get("interrupt").disabled = get("end").disabled = !session;
-  get("record").disabled = !session || !recordingType();
+  get("interrupt").disabled = !session;
+  get("end").disabled = !session || isSaving;
+  get("record").disabled = !session || isSaving || !(session.records || recordingType());
   get("record").setAttribute("aria-pressed", Boolean(recorder));
   get("record-label").textContent = recorder ? "Save" : "Record";
   get("recording").hidden = !recorder;
@@ -113,17 +114,18 @@ function interrupt() {
 }
 
 async function end() {
-  await finishRecording();
+  const loss = await finishRecording().then(() => "", ({ message }) => ` ${message}`);
   app.session?.close();
   app.session = null;
-  say("The session has ended.");
+  say(`The session has ended.${loss}`);
   refresh();
 }
 
 async function closed(session, line, isLost) {
   if (session !== app.session) return;
   const wasSpeaking = session.isSpeaking;
-  await finishRecording();
+  const loss = await finishRecording().then(() => "", ({ message }) => ` ${message}`);
+  if (loss) line = line.replace(/\.?$/, `.${loss}`);
   app.session = null;
   say(line, "error");
   refresh();
@@ -146,15 +148,26 @@ async function finishRecording() {
   const { recorder } = app;
   if (!recorder) return;
   app.recorder = null;
-  app.lastRecording = await recorder.stop();
+  isSaving = true;
+  refresh();
+  say("Saving the recording …");
+  try {
+    app.lastRecording = await recorder.stop();
+  } finally {
+    isSaving = false;
+  }
+  const { name, why } = app.lastRecording;
   save(app.lastRecording);
-  say(`Saved ${app.lastRecording.name}.`);
+  say(why ? `Saved ${name}: ${why}.` : `Saved ${name}.`);
 }
 
 function toggleRecording() {
   return attempt(async () => {
     if (app.recorder) await finishRecording();
-    else if (app.session) app.recorder = new Recorder(app.session.player);
+    else if (app.session?.records) {
+      const recorder = new SignedRecorder(app.session, () => { if (app.recorder === recorder) attempt(finishRecording); });
+      app.recorder = recorder;
+    } else if (app.session) app.recorder = new Recorder(app.session.player);
   });
 }
 

@@ -1,5 +1,7 @@
-// Saves what is seen and heard. The browser's own MediaRecorder encodes; MP4 where it can (Chrome, Safari), else WebM.
+// Saves what is seen and heard. A server that signs records for itself what it sends. Else the browser's own MediaRecorder
+// encodes; MP4 where it can (Chrome, Safari), else WebM.
 
+import { request } from "./protocol.js";
 import { tag } from "./provenance.js";
 
 const TYPES = [
@@ -44,6 +46,25 @@ export class Recorder {
     const blob = await tag(new Blob(this.parts, { type }));
     const time = new Date().toISOString().slice(0, 19).replaceAll(":", "-");
     return { blob, name: `synthetic-talking-head-${time}.${type.split("/")[1]}` };
+  }
+}
+
+export class SignedRecorder {
+  /**
+   * @param {import("./session.js").Session} session
+   * @param {Function} onEnd called when the recording has ended, whoever ended it
+   */
+  constructor(session, onEnd) {
+    this.session = session;
+    this.recorded = session.record();
+    this.recorded.then(onEnd, onEnd);
+  }
+
+  /** The finished file: {blob, name, why}; `why` where the server ended it. It is fetched while the session lasts. */
+  async stop() {
+    this.session.stopRecording();
+    const { url, name, why } = await this.recorded;
+    return { blob: await (await request(url)).blob(), name, why };
   }
 }
 

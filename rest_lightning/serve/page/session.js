@@ -22,6 +22,7 @@ export class Session {
     this.captured = []; // {index, time} of blocks sent in this epoch
     this.chunks = []; // the server's account of the last chunks
     this.source = null;
+    this.recording = null; // who waits for the server's recording: {resolve, reject}
     this.player = new Player(context, canvas, {
       isLoopback: LOOPBACK.test(location.hostname),
       onFrame: (frame) => this.onFrame(frame),
@@ -112,6 +113,17 @@ export class Session {
 
   changeIdentity(portrait) { this.connection.send({ type: "identity", portrait }); }
 
+  /** Whether the server records what it sends, and signs it. */
+  get records() { return Boolean(this.hello?.limits.record_s); }
+
+  /** Let the server record from now on. Resolves with its `recorded`, whoever ends the recording. */
+  record() {
+    this.connection.send({ type: "record", on: true });
+    return new Promise((resolve, reject) => { this.recording = { resolve, reject }; });
+  }
+
+  stopRecording() { this.connection.send({ type: "record", on: false }); }
+
   close() {
     this.connection?.close();
     this.release();
@@ -121,6 +133,8 @@ export class Session {
     clearInterval(this.timer);
     this.stopSource();
     this.player.close();
+    this.recording?.reject(new Error("The recording has gone with the session."));
+    this.recording = null;
   }
 
   // -- what comes back ------------------------------------------------------------------------------------------------
@@ -135,6 +149,12 @@ export class Session {
       if (this.chunks.length > KEPT_CHUNKS) this.chunks.shift();
     } else if (message.type === "identity") {
       this.events.onIdentity(message.portrait);
+    } else if (message.type === "recorded") {
+      this.recording?.resolve(message);
+      this.recording = null;
+    } else if (message.type === "error" && message.code === "record" && this.recording) {
+      this.recording.reject(new Error(message.message));
+      this.recording = null;
     } else if (message.type === "error" && this.hello) {
       this.events.onError(message.message);
     }
