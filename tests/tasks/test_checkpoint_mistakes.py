@@ -36,8 +36,6 @@ def test_last_goes_on_from_the_newest_of_the_run(run: tuple[Path, list[str]]) ->
     steps = steps_of(root)
     assert main([*words, f"--trainer.max_steps={steps + 2}", "--ckpt_path=last"]) == 0
     assert steps_of(root) == steps + 2
-    began = torch.load(root / "final.ckpt", weights_only=True)["rest_rng_state"]
-    assert began is not None
 
 
 @pytest.mark.parametrize(
