@@ -48,7 +48,16 @@ def leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield prefix + key, value
 
 
-OWN_TESTS = (*ABLATIONS, *DATA, *PAPER, *EVAL, *STRATEGIES, PREPARE, "predict.yaml")
+OWN_TESTS = (
+    *ABLATIONS,
+    *DATA,
+    *PAPER,
+    *EVAL,
+    *STRATEGIES,
+    PREPARE,
+    "predict.yaml",
+    "size/tiny/vae.yaml",
+)
 
 
 @pytest.mark.parametrize("file", [f for f in FILES if f not in OWN_TESTS])

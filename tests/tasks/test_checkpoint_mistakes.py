@@ -10,9 +10,8 @@ import torch
 
 from rest_lightning.cli import main
 
-VAE = ("--config", "embedded/vae", "--config", "trainer/tiny", "--config", "model/tiny")
-DATA = ("--data.size_px=64", "--data.num_frames=25", "--data.num_frames_train=9")
-SMALL = ("--data.batch_size=2", "--data.num_workers=0", "--data.progress=false", "--quiet")
+# The last is a name of 0.1.
+VAE = ("--config", "embedded/vae", "--config", "trainer/tiny", "--config", "size/tiny/vae")
 ONE_LINE = "error: "
 
 
@@ -20,7 +19,7 @@ ONE_LINE = "error: "
 def run(tmp_path_factory: pytest.TempPathFactory, talkers: Path) -> tuple[Path, list[str]]:
     """The folder of a training of 2 steps, and its command."""
     root = tmp_path_factory.mktemp("run") / "vae"
-    words = ["fit", *VAE, *DATA, *SMALL, f"--data.data_dir={talkers}"]
+    words = ["fit", *VAE, "--quiet", f"--data.data_dir={talkers}"]
     words += [f"--trainer.default_root_dir={root}", "--model.principal_batches=1"]
     assert main([*words, "--trainer.max_steps=2"]) == 0
     return root, words
