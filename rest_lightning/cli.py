@@ -8,8 +8,8 @@ import inspect
 import os
 import signal
 import sys
-from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 
 from rest_lightning.constants import VERSION
 from rest_lightning.errors import Terminated, UserError, ends_as_by_ctrl_c
@@ -56,6 +56,7 @@ STAGE_COMMANDS = {
 Command = Callable[..., int]
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
+_TRUST_OPTION = "--trust-checkpoint"
 
 
 def main(args: list[str] | None = None) -> int:
@@ -142,6 +143,10 @@ def _drop_stdout() -> None:
 def _run(words: list[str]) -> int:
     while words and words[0].partition("=")[0] == "--import":
         words = _import(words)
+    if _TRUST_OPTION in words:
+        words = [word for word in words if word != _TRUST_OPTION]
+        with _trusting():
+            return _run(words)
     name = words[0] if words else "--help"
     if name in ("-h", "--help", "help"):
         print(usage())
@@ -185,6 +190,25 @@ def _find(name: str) -> tuple[str | None, Callable[[argparse.ArgumentParser], No
     return inspect.getdoc(command if variant else module), add_arguments, command
 
 
+@contextmanager
+def _trusting() -> Iterator[None]:
+    """Within the block files are read that may run code, by this process and its children."""
+    from rest_lightning.media.files import TRUST
+
+    # The second is torch's own, for what Lightning reads.
+    wanted = {TRUST: "1", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1"}
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
 def _import(words: list[str]) -> list[str]:
     """Imports the package of a leading ``--import``; returns the words behind it."""
     from rest_lightning.names import add_imported
@@ -209,6 +233,7 @@ def usage() -> str:
             *rows,
             "",
             "--import loads a package of yours, for classes that a model or a configuration names",
+            "--trust-checkpoint reads files that may run code: old checkpoints, TorchScript",
             "example: rest talk portrait.png speech.wav -o out.mp4",
         ]
     )

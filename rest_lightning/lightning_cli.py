@@ -146,9 +146,9 @@ class RestCLI(LightningCLI):
         """
         name = self.config.get("subcommand")
         path = self.config[name].get("ckpt_path") if name else None
-        if name != "fit" or not path or "://" in path or path in ("best", "hpc"):
+        if not path or "://" in path or path in ("best", "hpc"):
             return
-        if path == "last":
+        if path == "last" and name == "fit":
             root = Path(self.config[name].trainer.default_root_dir or ".")
             saved = sorted(root.rglob("last.ckpt"), key=lambda found: found.stat().st_mtime)
             if not saved:
@@ -162,7 +162,10 @@ class RestCLI(LightningCLI):
                 f"expected a checkpoint to go on from, got no such file: {path}; --ckpt_path last "
                 "takes the last one of the run"
             )
-        before = dict(_leaves(read_checkpoint(path).get("hyper_parameters", {})))
+        checkpoint = read_checkpoint(path)
+        if name != "fit":
+            return
+        before = dict(_leaves(checkpoint.get("hyper_parameters", {})))
         now = dict(_leaves(plain(self.config[name].model.get("init_args"))))
         changed = sorted(key for key in before.keys() & now.keys() if before[key] != now[key])
         for key in (key for key in changed if key.partition(".")[0] != "initial"):

@@ -25,6 +25,7 @@ from torch import nn
 from rest_lightning.config import find_class, find_config, network_of, read_config, shipped_names
 from rest_lightning.constants import SPATIAL_RATIO
 from rest_lightning.errors import UserError
+from rest_lightning.media.files import is_trusted
 from rest_lightning.model_folder import (
     build_checked,
     read_description,
@@ -341,14 +342,15 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
     Raises:
         UserError: no checkpoint, half of one, or a file that holds other objects, which could run
-            code when they are read.
+            code when they are read, and is not trusted.
     """
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        found = torch.load(path, map_location="cpu", weights_only=not is_trusted(), mmap=True)
     except pickle.UnpicklingError as error:
         raise UserError(
             f"expected a checkpoint of tensors and plain values, got {path} with other objects, "
-            "which could run code: train that stage again, or take a model folder"
+            "which could run code: train that stage again, take a model folder, or read it with "
+            "`rest --trust-checkpoint ...` if you trust who made it"
         ) from error
     except (RuntimeError, EOFError, KeyError) as error:  # not a zip archive, or not a whole one
         raise UserError(

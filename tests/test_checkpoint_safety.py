@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from rest_lightning.cli import main
 from rest_lightning.errors import UserError
 from rest_lightning.parts import PARTS_KEY, open_part, open_speech_encoder
 
@@ -32,3 +33,30 @@ def test_checkpoint_with_code_is_refused(read: Any, tmp_path: Path) -> None:
     assert not folder.exists()
     torch.load(path, weights_only=False)  # the file does what it says: read in full, it acts
     assert folder.exists()
+
+
+def test_it_is_read_where_the_user_trusts_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Old checkpoints; the switch holds for one command."""
+    path, folder = tmp_path / "old.ckpt", tmp_path / "made"
+    torch.save({PARTS_KEY: {"vae": MakesFolder(folder)}, "state_dict": {}}, path)
+    words = ["export", str(path), "--vae", str(path), "--out", str(tmp_path / "model")]
+    assert main(words) == 2 and not folder.exists()
+    assert "`rest --trust-checkpoint ...` if you trust" in capsys.readouterr().err
+    assert main(["--trust-checkpoint", *words]) == 2  # has no transformer
+    assert folder.exists() and "tensors and plain values" not in capsys.readouterr().err
+    folder.rmdir()
+    assert main(words) == 2 and not folder.exists()
+
+
+@pytest.mark.parametrize("command", ["fit", "validate"])
+def test_stages_refuse_it_too(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, folder = tmp_path / "stage.ckpt", tmp_path / "made"
+    torch.save({PARTS_KEY: {"vae": MakesFolder(folder)}, "state_dict": {}}, path)
+    words = [command, "--config", "embedded/vae", "--config", "size/tiny/vae"]
+    assert main([*words, "--ckpt_path", str(path)]) == 2
+    assert "expected a checkpoint of tensors and plain values" in capsys.readouterr().err
+    assert not folder.exists()

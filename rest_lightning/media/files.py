@@ -38,6 +38,16 @@ class Closing(ABC):
         self.close()
 
 
+TRUST = "REST_LIGHTNING_TRUST_CHECKPOINT"  # child processes inherit it
+
+
+def is_trusted() -> bool:
+    """Whether the user wants files read that may run code: `rest --trust-checkpoint COMMAND`, or
+    this variable at 1.
+    """
+    return os.environ.get(TRUST) == "1"
+
+
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _OF_A_STREAM = (*_NO_SPACE, errno.EIO, errno.EBADF)
 _RUST_ERROR = re.compile(r"\(os error (\d+)\)")  # safetensors

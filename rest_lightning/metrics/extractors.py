@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from rest_lightning.errors import UserError
 from rest_lightning.extras import install_command
+from rest_lightning.media.files import is_trusted
 from rest_lightning.metrics.mouth import crop_mouth
 from rest_lightning.metrics.syncnet import NUM_CEPSTRA, WINDOW_FRAMES, WINDOW_STEPS
 from rest_lightning.metrics.weights import (
@@ -160,6 +161,9 @@ class I3D(FeatureExtractor):
 
     Args:
         path: the torchscript file.
+
+    Raises:
+        UserError: a file whose hash is not on record, where :func:`is_trusted` is not said.
     """
 
     num_features = 400
@@ -167,6 +171,13 @@ class I3D(FeatureExtractor):
 
     def __init__(self, path: str | Path) -> None:
         super().__init__()
+        path = Path(path)
+        if not is_trusted() and not is_known("fvd", sha256_of_weights(path)):
+            raise UserError(
+                f"expected a file that runs no code, got {path}: TorchScript may run any, and no "
+                "hash of the published file is on record; if you trust it, "
+                "`rest --trust-checkpoint ...` loads it"
+            )
         self.net = torch.jit.load(str(path), map_location="cpu")
 
     @torch.inference_mode()

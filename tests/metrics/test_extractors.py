@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rest_lightning.errors import UserError
+from rest_lightning.media.files import TRUST
 from rest_lightning.metrics import weights
 from rest_lightning.metrics.extractors import (
     IMAGENET_MEAN,
@@ -77,7 +78,8 @@ class ScriptedI3D(nn.Module):
 
 
 @pytest.fixture
-def i3d_file(tmp_path: Path) -> Path:
+def i3d_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv(TRUST, "1")
     torch.jit.script(ScriptedI3D().eval()).save(str(tmp_path / "i3d_torchscript.pt"))
     return tmp_path / "i3d_torchscript.pt"
 
@@ -117,6 +119,9 @@ def test_fvd_equals_its_steps_on_random_weights(
     assert fvd.notes() == ["fvd: 4 real and 4 generated samples for 400 features, biased"]
     with pytest.raises(UserError, match="at least 10 frames, got 9"):
         fvd.update(clip(9, 24, 24), real=True)
+    monkeypatch.delenv(TRUST)
+    with pytest.raises(UserError, match=r"runs no code, got .*i3d_torchscript\.pt: TorchScript"):
+        load_extractor("fvd", i3d_file)
 
 
 def test_videomae_sees_every_window_as_it_is(tmp_path: Path) -> None:
@@ -200,7 +205,10 @@ def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("metric", ["fvd", "sync", "fid"])
-def test_another_file_is_named(metric: str, tmp_path: Path) -> None:
+def test_another_file_is_named(
+    metric: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(TRUST, "1")
     (tmp_path / "weights.pt").write_bytes(b"not a network")
     with pytest.raises(
         UserError, match=(f"expected the weights of .* in {tmp_path}/weights.pt, got another file")
@@ -228,8 +236,9 @@ def test_hash_on_record_is_known_and_no_other() -> None:
 
 
 @pytest.mark.real_weights("i3d_torchscript.pt")
-def test_golden_fvd_of_zeros_against_ones() -> None:
+def test_golden_fvd_of_zeros_against_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     """8 clips x 30 frames x 64 x 64, all black against all white: 151.256."""
+    monkeypatch.setenv(TRUST, "1")
     fvd = FVD(load_extractor("fvd", os.environ[weights.VARIABLE]))
     for _ in range(8):
         fvd.update(torch.zeros(30, 64, 64, 3, dtype=torch.uint8), real=True)
