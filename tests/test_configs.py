@@ -56,6 +56,7 @@ OWN_TESTS = (
     *STRATEGIES,
     PREPARE,
     "predict.yaml",
+    "embedded/vae_adversarial.yaml",
     "size/tiny/vae.yaml",
 )
 

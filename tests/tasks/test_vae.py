@@ -11,6 +11,7 @@ import pytest
 import torch
 from tiny_ltx import make_vae
 
+from rest_lightning.cli import main
 from rest_lightning.diffusion.losses import speech_ae_loss
 from rest_lightning.errors import UserError
 from rest_lightning.models.discriminator import PatchDiscriminator, random_pieces
@@ -406,3 +407,18 @@ def test_an_adversarial_loss_needs_a_discriminator(weight: float) -> None:
     judge = None if weight else PatchDiscriminator(4)
     with pytest.raises(UserError, match=r"expected a discriminator with loss_weights.adversarial"):
         VAEModule(CompactVAE(4), VAELossWeights(adversarial=weight), discriminator=judge)
+
+
+def test_the_adversarial_stage_goes_on_with_the_decoder(
+    recipe: Any, talkers: Path, tmp_path: Path
+) -> None:
+    words = ["fit", "--config", "embedded/vae_adversarial", "--config", "trainer/tiny"]
+    words += ["--config", "size/tiny/vae", f"--data.data_dir={talkers}", "--quiet"]
+    words += [f"--model.initial.vae={recipe.final('vae')}", "--trainer.max_steps=2"]
+    words += ["--model.adversarial_start=0", f"--trainer.default_root_dir={tmp_path}"]
+    assert main(words) == 0
+    before = torch.load(recipe.final("vae"), weights_only=True)["state_dict"]
+    found = torch.load(tmp_path / "final.ckpt", weights_only=True)
+    assert found["rest_parts"].keys() == {"vae", "discriminator"}
+    changed = {key for key, old in before.items() if not torch.equal(found["state_dict"][key], old)}
+    assert changed and all(".decoder" in key or "principal_in" in key for key in changed), changed
