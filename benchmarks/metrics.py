@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import os
 import sys
 import tempfile
 import time
@@ -222,11 +221,11 @@ def compare_fvd(file: Path | None, num_frames: int = FRAMES, repeats: int = 19) 
 @torch.inference_mode()
 def _compare_fvd(file: Path, num_frames: int, repeats: int) -> dict[str, float]:
     """Ours against the common recipe (every frame resized and cropped on its own)."""
-    from rest_lightning.media.files import TRUST
+    from rest_lightning.media.files import trusting
     from rest_lightning.metrics.extractors import load_extractor
 
-    os.environ[TRUST] = "1"  # whoever names a file here trusts it
-    extractor, net = load_extractor("fvd", file), torch.jit.load(str(file))
+    with trusting():  # whoever names a file here trusts it
+        extractor, net = load_extractor("fvd", file), torch.jit.load(str(file))
     frames = next(made_up_clips(1, num_frames))[0]
 
     def theirs() -> Tensor:

@@ -8,8 +8,8 @@ import inspect
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
 
 from rest_lightning.constants import VERSION
 from rest_lightning.errors import Terminated, UserError, ends_as_by_ctrl_c
@@ -145,7 +145,9 @@ def _run(words: list[str]) -> int:
         words = _import(words)
     if _TRUST_OPTION in words:
         words = [word for word in words if word != _TRUST_OPTION]
-        with _trusting():
+        from rest_lightning.media.files import trusting
+
+        with trusting():
             return _run(words)
     name = words[0] if words else "--help"
     if name in ("-h", "--help", "help"):
@@ -188,25 +190,6 @@ def _find(name: str) -> tuple[str | None, Callable[[argparse.ArgumentParser], No
     add_arguments = getattr(module, f"add_{variant}_arguments" if variant else "add_arguments")
     command: Command = getattr(module, f"run_{variant}" if variant else "run")
     return inspect.getdoc(command if variant else module), add_arguments, command
-
-
-@contextmanager
-def _trusting() -> Iterator[None]:
-    """Within the block files are read that may run code, by this process and its children."""
-    from rest_lightning.media.files import TRUST
-
-    # The second is torch's own, for what Lightning reads.
-    wanted = {TRUST: "1", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1"}
-    before = {name: os.environ.get(name) for name in wanted}
-    os.environ.update(wanted)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 def _import(words: list[str]) -> list[str]:

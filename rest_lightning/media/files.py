@@ -48,6 +48,23 @@ def is_trusted() -> bool:
     return os.environ.get(TRUST) == "1"
 
 
+@contextmanager
+def trusting() -> Iterator[None]:
+    """Within the block files are read that may run code, by this process and its children."""
+    # The second is torch's own, for what Lightning reads.
+    wanted = {TRUST: "1", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1"}
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _OF_A_STREAM = (*_NO_SPACE, errno.EIO, errno.EBADF)
 _RUST_ERROR = re.compile(r"\(os error (\d+)\)")  # safetensors

@@ -419,7 +419,7 @@ class StageModule(LightningModule):
         for part in self.trained_parts:
             for name, weight in getattr(self, part).named_parameters():
                 local = weight.to_local() if isinstance(weight, DTensor) else weight
-                if not torch.isfinite(local).all():
+                if not local.is_meta and not torch.isfinite(local).all():
                     self._refuse_divergence(f"the weights {part}.{name} are not finite")
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
         checkpoint[RNG_KEY] = {"cpu": torch.get_rng_state(), "cuda": cuda}

@@ -264,9 +264,9 @@ def test_headerless_sound_is_told_the_way(tmp_path: Path, name: str) -> None:
 
 
 def test_a_name_that_promises_a_header_gets_no_such_advice(tmp_path: Path) -> None:
-    (tmp_path / "a.wav").write_text("no sound")
+    (tmp_path / "a.mp3").write_text("no sound")
     with pytest.raises(UserError, match=r"export it again$"):
-        open_speech(tmp_path / "a.wav")
+        open_speech(tmp_path / "a.mp3")
 
 
 READABLE = [(1, 1), (1, 3), (1, 7)]  # FFmpeg rounds their width up to 8 bits

@@ -376,6 +376,7 @@ def wide_profile() -> bytes:
     [
         ("auto", "auto"),
         ("centre", "centre"),
+        ("face", "auto"),  # of 0.1
         ("1,2,3", (1, 2, 3)),
         ("1, 2, 3, 4", (1, 2, 3, 4)),
         (".1 .2 .5", (0.1, 0.2, 0.5)),
@@ -385,7 +386,7 @@ def test_crops_as_text(text: str, crop: portrait.Crop) -> None:
     assert portrait.parse_crop(text) == crop
 
 
-@pytest.mark.parametrize("text", ["", "face", "1,2", "1,2,3,4,5", "a,b,c"])
+@pytest.mark.parametrize("text", ["", "head", "1,2", "1,2,3,4,5", "a,b,c"])
 def test_bad_crops_as_text(text: str) -> None:
     with pytest.raises(UserError, match="expected auto, centre, x,y,size or x,y,width,height, got"):
         portrait.parse_crop(text)
