@@ -148,7 +148,7 @@ class RestCLI(LightningCLI):
         path = self.config[name].get("ckpt_path") if name else None
         if not path or "://" in path or path in ("best", "hpc"):
             return
-        if path == "last" and name == "fit":
+        if path == "last":
             root = Path(self.config[name].trainer.default_root_dir or ".")
             saved = sorted(root.rglob("last.ckpt"), key=lambda found: found.stat().st_mtime)
             if not saved:
